@@ -1,0 +1,130 @@
+{{- define "headrace.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 47 | trimSuffix "-" -}}
+{{- end -}}
+
+{{/* At most 47 characters: KubeRay refuses longer RayService names, since it appends to them for its own objects. */}}
+{{- define "headrace.fullname" -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- $full := printf "%s-%s" .Release.Name $name -}}
+{{- if .Values.fullnameOverride -}}
+{{- $full = .Values.fullnameOverride -}}
+{{- else if contains $name .Release.Name -}}
+{{- $full = .Release.Name -}}
+{{- end -}}
+{{- $full = $full | trunc 47 | trimSuffix "-" -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $full) -}}
+{{- fail (printf "%q cannot name a RayService: it must start with a lower-case letter and hold only lower-case letters, digits and '-'; set fullnameOverride" $full) -}}
+{{- end -}}
+{{- $full -}}
+{{- end -}}
+
+{{- define "headrace.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "headrace.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
+{{- end -}}
+
+{{- define "headrace.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{ include "headrace.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end -}}
+
+{{/* No chart version, as a changed pod label makes KubeRay start a new cluster; and no app.kubernetes.io/name, which
+     KubeRay sets itself and selects by. */}}
+{{- define "headrace.podLabels" -}}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
+app.kubernetes.io/component: {{ .component }}
+{{- end -}}
+
+{{/* Empty when no key is configured. */}}
+{{- define "headrace.secretName" -}}
+{{- $auth := .Values.auth -}}
+{{- if $auth.existingSecret -}}
+{{- if or $auth.hfToken $auth.apiKey -}}
+{{- fail "auth.existingSecret excludes auth.hfToken and auth.apiKey: put the keys in that Secret" -}}
+{{- end -}}
+{{- $auth.existingSecret -}}
+{{- else if or $auth.hfToken $auth.apiKey -}}
+{{- include "headrace.fullname" . }}-auth
+{{- end -}}
+{{- end -}}
+
+{{/* Environment of the Ray container; keys only by reference. */}}
+{{- define "headrace.env" -}}
+{{- $auth := .root.Values.auth -}}
+{{- $keys := dict "hfToken" (ternary "hf-token" "" (not (empty $auth.hfToken))) "apiKey" (ternary "api-key" "" (not (empty $auth.apiKey))) -}}
+{{- if $auth.existingSecret -}}
+{{- $keys = $auth.existingSecretKeys -}}
+{{- end -}}
+{{- $secret := include "headrace.secretName" .root -}}
+{{- $env := list -}}
+{{- if and $secret $keys.hfToken -}}
+{{- $env = append $env (dict "name" "HF_TOKEN" "valueFrom" (dict "secretKeyRef" (dict "name" $secret "key" $keys.hfToken))) -}}
+{{- end -}}
+{{- if and $secret $keys.apiKey -}}
+{{- $env = append $env (dict "name" "HEADRACE_API_KEY" "valueFrom" (dict "secretKeyRef" (dict "name" $secret "key" $keys.apiKey))) -}}
+{{- end -}}
+{{- if eq .component "worker" -}}
+{{- $env = append $env (dict "name" "HF_HOME" "value" .root.Values.modelCache.mountPath) -}}
+{{- end -}}
+{{- $env = concat $env .root.Values.env -}}
+{{- if $env -}}
+{{- toYaml $env -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What head and workers have in common in their pod specs; empty when nothing is set. */}}
+{{- define "headrace.podSpec" -}}
+{{- $spec := dict -}}
+{{- range $field, $value := dict
+  "serviceAccountName" .root.Values.serviceAccountName
+  "imagePullSecrets" .root.Values.imagePullSecrets
+  "securityContext" .root.Values.podSecurityContext
+  "nodeSelector" .nodeSelector
+  "tolerations" .group.tolerations
+  "affinity" .group.affinity -}}
+{{- if $value -}}
+{{- $_ := set $spec $field $value -}}
+{{- end -}}
+{{- end -}}
+{{- if $spec -}}
+{{- toYaml $spec -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "headrace.image" -}}
+{{- printf "%s:%s" .Values.image.repository (default .Chart.AppVersion .Values.image.tag) -}}
+{{- end -}}
+
+{{/* Ray Serve's config. Built as data and written by toYaml, so no value can break the YAML or be printed as 1e+06. */}}
+{{- define "headrace.serveConfig" -}}
+{{- $values := .Values -}}
+{{- $accelerator := dict "kind" "gpu" -}}
+{{- with $values.gpu.type -}}
+{{- $_ := set $accelerator "type" . -}}
+{{- end -}}
+{{- $engine := dict
+  "max_model_len" $values.engine.maxModelLen
+  "max_num_seqs" $values.engine.maxNumSeqs
+  "gpu_memory_utilization" $values.engine.gpuMemoryUtilization
+  "dtype" $values.engine.dtype -}}
+{{- range $key, $value := $values.engine.extraArgs -}}
+{{- $_ := set $engine $key $value -}}
+{{- end -}}
+{{- /* All interfaces: requests arrive from other pods. */ -}}
+{{- $http := dict "host" "0.0.0.0" "port" $values.service.port -}}
+{{- $args := dict
+  "model" (dict "id" $values.model.id "source" $values.model.source)
+  "replicas" $values.replicas
+  "accelerator" $accelerator
+  "engine" $engine
+  "thresholds" (dict "policy" $values.policy.name "max_hold_s" $values.policy.maxHoldSeconds)
+  "controller" (dict
+    "enabled" $values.controller.enabled
+    "period_s" $values.controller.periodSeconds
+    "profile" $values.controller.profile)
+  "http" $http -}}
+{{- $application := dict "name" "headrace" "import_path" "cluster.app:build" "route_prefix" "/" "args" $args -}}
+{{- toYaml (dict "applications" (list $application) "http_options" $http) -}}
+{{- end -}}

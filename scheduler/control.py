@@ -1,0 +1,105 @@
+"""Which thresholds are in force, and which offers are taken or refused.
+
+One `ThresholdsInForce` lives in each engine. Offers come from the channel's thread, the scheduler reads `current` at
+the start of every iteration; a change is one reference swapped, so it is whole or not there, and takes effect with the
+next iteration.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from scheduler.messages import Ack, Apply
+from scheduler.policies import Policy, make_policy
+from scheduler.thresholds import EngineLimits, InvalidThresholds, Thresholds
+
+
+@dataclass(frozen=True, slots=True)
+class InForce:
+    """Thresholds, the policy object they made, and the clock second at which they lapse (None: never)."""
+
+    thresholds: Thresholds
+    policy: Policy
+    lapses_at_s: float | None
+    from_config: bool
+
+
+class ThresholdsInForce:
+    """Takes newer, valid, fitting thresholds; falls back to the configured ones when the latest are not renewed.
+
+    Raises:
+        InvalidThresholds: from the constructor, when the configured thresholds do not fit the engine.
+    """
+
+    def __init__(
+        self, configured: Thresholds, limits: EngineLimits, clock: Callable[[], float], *, allow_strict: bool = False
+    ) -> None:
+        self.limits = limits
+        self._allow_strict = allow_strict
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._check(configured)
+        self._configured = configured
+        self._current = InForce(configured, make_policy(configured), None, from_config=True)
+
+    def current(self) -> InForce:
+        """What the next iteration obeys."""
+        current = self._current
+        if current.lapses_at_s is not None and self._clock() >= current.lapses_at_s:
+            current = self._lapse(current)
+        return current
+
+    def offer(self, apply: Apply) -> Ack:
+        """Put thresholds in force, or say why not."""
+        with self._lock:
+            now = self.current_locked()
+            in_force = now.thresholds
+            offered = apply.thresholds
+            if offered.version == 0:
+                offered = offered.with_version(in_force.version + 1)
+            reason = self._why_not(offered, in_force, apply.automatic)
+            if reason:
+                return Ack(accepted=False, version_in_force=in_force.version, reason=reason)
+            lapses = None if offered.valid_for_s is None else self._clock() + offered.valid_for_s
+            # The same rule keeps its policy object: what the policy remembers of holds stays true.
+            policy = now.policy if offered.same_rule(in_force) else make_policy(offered)
+            self._current = InForce(offered, policy, lapses, from_config=False)
+            return Ack(accepted=True, version_in_force=offered.version, reason=offered.reason)
+
+    def current_locked(self) -> InForce:
+        """`current`, for a caller that already holds the lock."""
+        current = self._current
+        if current.lapses_at_s is not None and self._clock() >= current.lapses_at_s:
+            current = self._current = self._fallback(current)
+        return current
+
+    def _lapse(self, lapsed: InForce) -> InForce:
+        with self._lock:
+            if self._current is lapsed:
+                self._current = self._fallback(lapsed)
+            return self._current
+
+    def _fallback(self, lapsed: InForce) -> InForce:
+        # Versions never go back, or a late duplicate of what just lapsed would look new.
+        configured = self._configured.with_version(lapsed.thresholds.version)
+        return InForce(configured, make_policy(configured), None, from_config=True)
+
+    def _why_not(self, offered: Thresholds, in_force: Thresholds, automatic: bool) -> str:
+        if offered.version <= in_force.version:
+            return f"version {offered.version} is not newer than version {in_force.version}, which is in force"
+        if automatic and in_force.pinned:
+            return f"version {in_force.version} is pinned by an operator; lift the pin to resume automatic tuning"
+        try:
+            self._check(offered)
+        except InvalidThresholds as error:
+            return str(error)
+        return ""
+
+    def _check(self, thresholds: Thresholds) -> None:
+        thresholds.check_fits(self.limits)
+        if thresholds.mode == "strict" and not self._allow_strict:
+            raise InvalidThresholds(
+                "mode", "strict", "serving; the strict rule may strand requests and is for simulation only"
+            )

@@ -1,0 +1,152 @@
+"""Fluid equilibrium of one replica: what the arrivals demand, and whether its speed and memory can meet it.
+
+Source: arXiv 2504.11320, the fluid benchmark, with the time law's terms for prefill and decode compute added. Arrivals
+are a steady flow and every prompt is processed in every iteration, so that stage s = 0..l' of type j holds the same
+n_j prompts.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from scheduler.law import ServiceTimeLaw, require_number
+from scheduler.mix import WorkloadMix
+
+COMPUTE_BOUND_GAIN = 0.05
+"""Compute is called the limit when unlimited memory would raise the critical rate by less than this fraction."""
+
+
+@dataclass(frozen=True, slots=True)
+class FluidEquilibrium:
+    """The equilibrium of `solve_fluid`.
+
+    load: ρ, seconds of work that arrive per second; prefill_load and kv_load are its shares d2·Λ_l and d1·Λ_W.
+    stable: ρ < 1. fits_memory: M* <= C and the largest single request fits. reason: why not, in words; None if both.
+    iteration_time_s: ΔT*, and memory_tokens: M*; both infinite when unstable.
+    throughput_tokens_per_s: Σ λ_j E[l'_j], the output tokens demanded; delivered only if stable and within memory.
+    inventories: n_j* = λ_j ΔT*, prompts of type j in each stage. in_service: Σ n_j* E[l'_j + 1] prompts.
+    critical_rate_scale: multiplier of all rates at which M* reaches C or ρ reaches 1; every smaller one is
+        feasible. 0 when a single request exceeds the memory.
+    limit: what keeps that multiplier from growing, see `COMPUTE_BOUND_GAIN`.
+    """
+
+    load: float
+    prefill_load: float
+    kv_load: float
+    stable: bool
+    fits_memory: bool
+    reason: str | None
+    iteration_time_s: float
+    memory_tokens: float
+    kv_capacity_tokens: int
+    throughput_tokens_per_s: float
+    inventories: tuple[float, ...]
+    in_service: float
+    critical_rate_scale: float
+    limit: Literal["memory", "compute"]
+
+
+def solve_fluid(mix: WorkloadMix, law: ServiceTimeLaw, kv_capacity_tokens: int) -> FluidEquilibrium:
+    """The fluid equilibrium of `mix` on one replica.
+
+    With the work that arrives per second, Λ_W KV-token-iterations, Λ_l prefill and Λ_o decode tokens,
+
+        ρ = d1 Λ_W + d2 Λ_l + d3 Λ_o          ΔT* = max(floor/(1 − d1 Λ_W), d0/(1 − ρ))          M* = Λ_W ΔT*
+
+    ΔT* solves ΔT = max(floor, d0 + (d2 Λ_l + d3 Λ_o) ΔT) + d1 Λ_W ΔT. With floor = d2 = d3 = 0 this is the paper's
+    equilibrium. A demand that is unstable or does not fit is a result with a reason. Raises ValueError when every
+    rate is zero and for a capacity below one token.
+    """
+    require_number("kv_capacity_tokens", kv_capacity_tokens, allow_zero=False)
+    rates_rps = [t.rate_rps for t in mix.types]
+    if mix.rate_rps == 0:
+        raise ValueError("rate_rps is 0 for every type; at least one must be > 0")
+
+    flow = _stage_tokens(rates_rps, mix)
+    kv_load = law.d1_s_per_kv_token * flow.kv_tokens
+    prefill_load = law.d2_s_per_prefill_token * flow.prefill_tokens
+    load = kv_load + prefill_load + law.d3_s_per_decode_token * flow.decode_tokens
+    stable = load < 1
+    iteration_time_s = max(law.floor_s / (1 - kv_load), law.d0_s / (1 - load)) if stable else math.inf
+    memory_tokens = flow.kv_tokens * iteration_time_s
+    critical, limit = _critical_rate(flow.kv_tokens, load, kv_load, law, kv_capacity_tokens)
+
+    reason = None
+    if mix.max_total_tokens > kv_capacity_tokens:
+        reason = f"one request of {mix.max_total_tokens} tokens exceeds the KV capacity of {kv_capacity_tokens} tokens"
+        critical, limit = 0.0, "memory"
+    elif not stable:
+        reason = f"load is {load:.3f} s of work per second, not below 1 (at most {critical:.3f} of the rate fits)"
+    elif memory_tokens > kv_capacity_tokens:
+        reason = (
+            f"equilibrium memory is {memory_tokens:.0f} tokens, above the KV capacity of {kv_capacity_tokens} tokens "
+            f"(at most {critical:.3f} of the rate fits)"
+        )
+    inventories = tuple(rate * iteration_time_s if rate else 0.0 for rate in rates_rps)
+    return FluidEquilibrium(
+        load=load,
+        prefill_load=prefill_load,
+        kv_load=kv_load,
+        stable=stable,
+        fits_memory=stable and reason is None,
+        reason=reason,
+        iteration_time_s=iteration_time_s,
+        memory_tokens=memory_tokens,
+        kv_capacity_tokens=kv_capacity_tokens,
+        throughput_tokens_per_s=flow.decode_tokens,
+        inventories=inventories,
+        in_service=sum(n * (t.lengths.mean_output_tokens + 1) for n, t in zip(inventories, mix.types, strict=True)),
+        critical_rate_scale=critical,
+        limit=limit,
+    )
+
+
+def batch_memory_tokens(per_stage: Sequence[float], mix: WorkloadMix) -> float:
+    """M(n) = Σ n_j E[w_j]: KV tokens with n_j prompts of type j in every stage of its life."""
+    return _stage_tokens(per_stage, mix).kv_tokens
+
+
+def batch_time_s(per_stage: Sequence[float], mix: WorkloadMix, law: ServiceTimeLaw) -> float:
+    """ΔT(n): seconds of the iteration that processes n_j prompts of type j in every stage.
+
+    It reads M(n) KV tokens and computes Σ n_j E[l_j] prefill and Σ n_j E[l'_j] decode tokens.
+    """
+    batch = _stage_tokens(per_stage, mix)
+    return law.iteration_s(batch.prefill_tokens, batch.decode_tokens, batch.kv_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _StageTokens:
+    kv_tokens: float
+    prefill_tokens: float
+    decode_tokens: float
+
+
+def _stage_tokens(per_stage: Sequence[float], mix: WorkloadMix) -> _StageTokens:
+    """Tokens of a batch with n_j prompts per stage; with rates for n_j, the tokens that arrive per second."""
+    if len(per_stage) != len(mix.types):
+        raise ValueError(f"per_stage has {len(per_stage)} entries; the mix has {len(mix.types)} types")
+    kv = prefill = decode = 0.0
+    for count, request_type in zip(per_stage, mix.types, strict=True):
+        lengths = request_type.lengths
+        kv += count * lengths.kv_token_iterations
+        prefill += count * lengths.mean_prompt_tokens
+        decode += count * lengths.mean_output_tokens
+    return _StageTokens(kv, prefill, decode)
+
+
+def _critical_rate(
+    kv_flow: float, load: float, kv_load: float, law: ServiceTimeLaw, kv_capacity_tokens: int
+) -> tuple[float, Literal["memory", "compute"]]:
+    """Largest multiplier s of all rates with M*(s) <= C, and its limit.
+
+    M*(s) is the larger of s Λ_W d0/(1 − sρ) and s Λ_W floor/(1 − s d1 Λ_W); both grow with s, and setting each equal
+    to C gives s in closed form. Neither exceeds 1/ρ, which is where unlimited memory would lead.
+    """
+    critical = min(
+        kv_capacity_tokens / (kv_flow * fixed_s + share * kv_capacity_tokens)
+        for fixed_s, share in ((law.d0_s, load), (law.floor_s, kv_load))
+        if fixed_s > 0 or share > 0
+    )
+    return critical, "compute" if critical * load * (1 + COMPUTE_BOUND_GAIN) > 1 else "memory"

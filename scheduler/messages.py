@@ -1,0 +1,131 @@
+"""What crosses the boundary of an engine-core process, besides `Thresholds`: one module, all of it frozen.
+
+Telemetry leaves the engine, acknowledgements answer thresholds. Times are seconds on the engine's own monotonic
+clock (`Telemetry.clock_s` is its "now"), so that no two machines' clocks are ever compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pydantic import TypeAdapter
+
+from scheduler.thresholds import EngineLimits, Thresholds
+
+
+class Iteration(NamedTuple):
+    """One executed engine step: the record that the service-time law is fitted from."""
+
+    seq: int
+    at_s: float
+    seconds: float
+    prefill_tokens: int
+    decode_tokens: int
+    kv_tokens: int
+    batch_size: int
+
+
+class Arrival(NamedTuple):
+    """One request as it reached the engine; `known_output_tokens` is None when the client declared no length."""
+
+    seq: int
+    at_s: float
+    prompt_tokens: int
+    known_output_tokens: int | None
+
+
+class Finished(NamedTuple):
+    """One request that left the engine; `aborted` when the client or the server cut it short."""
+
+    seq: int
+    at_s: float
+    prompt_tokens: int
+    output_tokens: int
+    aborted: bool
+
+
+class InService(NamedTuple):
+    """One request still in service: a right-censored observation of an output length."""
+
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gauges:
+    """The engine's state after its latest scheduling decision. Counts of requests, KV in tokens."""
+
+    in_service: int = 0
+    waiting: int = 0
+    held: int = 0
+    sitting_out: int = 0
+    kv_used_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counters:
+    """Totals since the engine started; `hold_s` is the time all released requests spent held at the gate."""
+
+    arrivals: int = 0
+    finished: int = 0
+    aborted: int = 0
+    preemptions: int = 0
+    iterations: int = 0
+    held: int = 0
+    hold_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Telemetry:
+    """Everything one engine tells about itself.
+
+    Records newer than the cursor that the reader sent are in `iterations`, `arrivals` and `finished`; `cursor` is what
+    to send next time. Asking twice with the same cursor gives the same records, so a lost answer loses nothing;
+    `records_lost` counts those that were overwritten before anybody asked.
+    """
+
+    engine_id: str
+    clock_s: float
+    cursor: int
+    limits: EngineLimits
+    thresholds: Thresholds
+    from_config: bool
+    gauges: Gauges
+    counters: Counters
+    iterations: tuple[Iteration, ...] = ()
+    arrivals: tuple[Arrival, ...] = ()
+    finished: tuple[Finished, ...] = ()
+    in_service: tuple[InService, ...] = ()
+    records_lost: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ack:
+    """The answer to thresholds: whether they were taken, and what is in force now either way."""
+
+    accepted: bool
+    version_in_force: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Apply:
+    """Put `thresholds` in force. `automatic` is the controller speaking; a pin set by an operator refuses it.
+
+    `version` 0 means "one more than the version in force".
+    """
+
+    thresholds: Thresholds
+    automatic: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Send telemetry with the records after `cursor`."""
+
+    cursor: int = 0
+
+
+TELEMETRY: TypeAdapter[Telemetry] = TypeAdapter(Telemetry)
+ACK: TypeAdapter[Ack] = TypeAdapter(Ack)

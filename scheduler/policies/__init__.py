@@ -1,0 +1,19 @@
+"""The scheduling policies, one file each, by the name thresholds give them."""
+
+from __future__ import annotations
+
+from scheduler.policies.base import UNKNOWN_TYPE, Decision, Policy, QueueView, Resident, Snapshot
+from scheduler.policies.fcfs import Fcfs
+from scheduler.policies.nested_wait import NestedWait
+from scheduler.policies.wait import Wait
+from scheduler.thresholds import Thresholds
+
+_POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Fcfs, Wait, NestedWait)}
+
+
+def make_policy(thresholds: Thresholds) -> Policy:
+    """The policy object that these thresholds ask for."""
+    return _POLICIES[thresholds.policy](thresholds)
+
+
+__all__ = ["UNKNOWN_TYPE", "Decision", "Policy", "QueueView", "Resident", "Snapshot", "make_policy"]

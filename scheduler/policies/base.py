@@ -1,0 +1,101 @@
+"""What a policy sees and what it says: no engine, no clock of its own, no I/O.
+
+The engine (and the simulator) builds a `Snapshot` before each iteration, asks `decide`, and carries the `Decision` out.
+A policy may keep state between calls, and only through them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from scheduler.thresholds import Thresholds
+
+UNKNOWN_TYPE = "unknown"
+"""The type of a request whose output length nobody declared."""
+
+
+class Resident(Protocol):
+    """A request in service, as a policy sees it."""
+
+    @property
+    def request_id(self) -> str: ...
+
+    @property
+    def type_name(self) -> str:
+        """What `Policy.classify` said of it."""
+
+    @property
+    def stage(self) -> int:
+        """Output tokens so far, those in flight included; 0 while its prompt is still being computed (paper: s)."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueView:
+    """The requests of one type that wait at the gate: how many, and since when the oldest does (clock seconds)."""
+
+    length: int
+    oldest_since_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The state of one engine just before an iteration.
+
+    waiting: the gate's queues by type, empty ones left out; released: requests already let through the gate that the
+    engine has not taken up yet; running: the requests in service, oldest first; KV in tokens.
+    """
+
+    now_s: float
+    waiting: Mapping[str, QueueView]
+    released: int
+    running: Sequence[Resident]
+    kv_used_tokens: int
+    kv_capacity_tokens: int
+
+    @property
+    def idle(self) -> bool:
+        """True when the engine has nothing at all to run."""
+        return not self.running and not self.released
+
+
+_NOBODY: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How many of each type may enter (from the head of its queue), and who sits this iteration out (request ids)."""
+
+    admit: Mapping[str, int] = field(default_factory=dict)
+    sit_out: Collection[str] = _NOBODY
+
+
+class Policy(ABC):
+    """One scheduling policy under fixed thresholds; new thresholds make a new object."""
+
+    name: ClassVar[str]
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        self.thresholds = thresholds
+        self.strict = thresholds.mode == "strict"
+
+    def classify(self, prompt_tokens: int, known_output_tokens: int | None) -> str:
+        """The queue a request waits in; by default one queue for all."""
+        return UNKNOWN_TYPE
+
+    @abstractmethod
+    def decide(self, snapshot: Snapshot) -> Decision:
+        """Who may enter and who sits out, for the iteration about to run."""
+
+    def seats(self, snapshot: Snapshot) -> int:
+        """Requests that may still enter under the cap on requests in service."""
+        cap = self.thresholds.max_in_service
+        taken = len(snapshot.running) + snapshot.released
+        waiting = sum(view.length for view in snapshot.waiting.values())
+        return waiting if cap is None else max(0, min(waiting, cap - taken))
+
+    def hold_is_over(self, view: QueueView, snapshot: Snapshot) -> bool:
+        """True when the oldest request of a queue has been held for as long as any may be."""
+        return snapshot.now_s - view.oldest_since_s >= self.thresholds.max_hold_s

@@ -1,0 +1,21 @@
+"""`fcfs`: first come, first served, as vLLM itself does.
+
+Decides: everyone enters at once, as long as the cap on requests in service allows; nobody sits out.
+Parameters: `max_in_service` (optional), `token_budget` (optional).
+When not to use it: under memory pressure without a cap, where greedy admission ends in preemption and recompute.
+"""
+
+from __future__ import annotations
+
+from scheduler.policies.base import UNKNOWN_TYPE, Decision, Policy, Snapshot
+
+
+class Fcfs(Policy):
+    """vLLM's own order, with an optional cap on requests in service."""
+
+    name = "fcfs"
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        """Admit up to the cap."""
+        seats = self.seats(snapshot)
+        return Decision(admit={UNKNOWN_TYPE: seats}) if seats else Decision()

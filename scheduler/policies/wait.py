@@ -1,0 +1,80 @@
+"""`wait`: WAIT, for requests whose output length is known (arXiv 2504.11320, Algorithm 1).
+
+Decides: type j enters in groups, when n_j of its requests wait. In `strict` mode only types with a full group make
+progress, at most n_j requests from each stage, and if no type has one everybody waits for the next arrival. In
+`serving` mode requests in service always run, a group that stays incomplete enters after `max_hold_s`, and an idle
+engine takes whatever is there. Requests of unknown length follow the segments, as under `nested_wait`, if any are set.
+Parameters: `types` (n_j and length bounds, first match wins), `segments` for unknown lengths, `max_in_service`.
+When not to use it: at light load, where holding a group back only adds its hold to the time to first token; and
+whenever clients declare no lengths.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from scheduler.policies.base import UNKNOWN_TYPE, Decision, Policy, QueueView, Snapshot
+from scheduler.policies.segments import Segments
+from scheduler.thresholds import Thresholds
+
+
+class Wait(Policy):
+    """Admission by groups of n_j per type."""
+
+    name = "wait"
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        super().__init__(thresholds)
+        self._n = {entry.name: entry.n for entry in thresholds.types}
+        self._segments = Segments(thresholds)
+
+    def classify(self, prompt_tokens: int, known_output_tokens: int | None) -> str:
+        """The first type whose bounds hold the request; unknown when its output length is, or no type fits."""
+        if known_output_tokens is None:
+            return UNKNOWN_TYPE
+        for entry in self.thresholds.types:
+            prompt_fits = entry.max_prompt_tokens is None or prompt_tokens <= entry.max_prompt_tokens
+            output_fits = entry.max_output_tokens is None or known_output_tokens <= entry.max_output_tokens
+            if prompt_fits and output_fits:
+                return entry.name
+        return UNKNOWN_TYPE
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        """Open the gate of every type that has a full group (or, in serving mode, has waited long enough)."""
+        if self.strict:
+            return self._decide_strictly(snapshot)
+        seats = self.seats(snapshot)
+        admit: dict[str, int] = {}
+        # Oldest first, so that the last free seats go to whoever has waited longest.
+        for type_name, view in sorted(snapshot.waiting.items(), key=lambda item: item[1].oldest_since_s):
+            group = min(self._group_size(type_name, view), view.length)
+            full = view.length >= self._group_size(type_name, view) and seats >= group
+            if seats and (full or snapshot.idle or self.hold_is_over(view, snapshot)):
+                admit[type_name] = min(group, seats)
+                seats -= admit[type_name]
+        return Decision(admit, self._segments.sit_out(snapshot, entering=bool(admit)))
+
+    def _group_size(self, type_name: str, view: QueueView) -> int:
+        if type_name in self._n:
+            return self._n[type_name]
+        return self._segments.entry_n or view.length
+
+    def _decide_strictly(self, snapshot: Snapshot) -> Decision:
+        eligible = {
+            name: min(n, view.length)
+            for name, view in snapshot.waiting.items()
+            if view.length >= (n := self._group_size(name, view))
+        }
+        known = {name: n for name, n in eligible.items() if name in self._n}
+        unknown_admitted, sit_out = self._segments.decide_strictly(snapshot)
+        at_stage: Counter[tuple[str, int]] = Counter()
+        for resident in snapshot.running:
+            if resident.type_name not in self._n or resident.stage == 0:
+                continue
+            place = (resident.type_name, resident.stage)
+            at_stage[place] += 1
+            if at_stage[place] > known.get(resident.type_name, 0):
+                sit_out.add(resident.request_id)
+        if unknown_admitted:
+            known[UNKNOWN_TYPE] = unknown_admitted
+        return Decision(known, sit_out)

@@ -1,0 +1,107 @@
+"""What one engine remembers of itself until somebody asks: iterations, arrivals, finished requests, totals.
+
+Written by the engine's own thread between iterations, read by the channel's thread: both only append to or copy bounded
+deques, which CPython does atomically, so neither waits for the other.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from dataclasses import dataclass
+from typing import TypeVar
+
+from scheduler.messages import Arrival, Counters, Finished, Gauges, Iteration
+
+KEPT_RECORDS = 4096
+"""Records of each kind kept; at 10 ms an iteration this is 40 s, several control periods."""
+
+
+_Record = TypeVar("_Record", Iteration, Arrival, Finished)
+
+
+@dataclass(slots=True)
+class Totals:
+    """Mutable totals since the engine started; `Recorder.counters` is their frozen form."""
+
+    arrivals: int = 0
+    finished: int = 0
+    aborted: int = 0
+    preemptions: int = 0
+    iterations: int = 0
+    held: int = 0
+    hold_s: float = 0.0
+
+
+class Recorder:
+    """Bounded memory of one engine's past, each record with a sequence number that only grows."""
+
+    def __init__(self, kept: int = KEPT_RECORDS) -> None:
+        self._sequence = itertools.count(1)
+        self._last_seq = 0
+        self._iterations: deque[Iteration] = deque(maxlen=kept)
+        self._arrivals: deque[Arrival] = deque(maxlen=kept)
+        self._finished: deque[Finished] = deque(maxlen=kept)
+        self._dropped_seq = 0
+        self.totals = Totals()
+        self.gauges = Gauges()
+
+    def iteration(
+        self, at_s: float, seconds: float, prefill_tokens: int, decode_tokens: int, kv_tokens: int, batch_size: int
+    ) -> None:
+        """One executed step."""
+        record = Iteration(self._next(), at_s, seconds, prefill_tokens, decode_tokens, kv_tokens, batch_size)
+        self._append(self._iterations, record)
+        self.totals.iterations += 1
+
+    def arrival(self, at_s: float, prompt_tokens: int, known_output_tokens: int | None) -> None:
+        """One request that reached the engine."""
+        self._append(self._arrivals, Arrival(self._next(), at_s, prompt_tokens, known_output_tokens))
+        self.totals.arrivals += 1
+
+    def finished(self, at_s: float, prompt_tokens: int, output_tokens: int, *, aborted: bool) -> None:
+        """One request that left the engine."""
+        self._append(self._finished, Finished(self._next(), at_s, prompt_tokens, output_tokens, aborted))
+        self.totals.finished += 1
+        self.totals.aborted += aborted
+
+    def released(self, held_s: float) -> None:
+        """One request let through the gate after `held_s` seconds."""
+        self.totals.held += 1
+        self.totals.hold_s += held_s
+
+    def counters(self) -> Counters:
+        """The totals, frozen."""
+        totals = self.totals
+        return Counters(
+            arrivals=totals.arrivals, finished=totals.finished, aborted=totals.aborted,
+            preemptions=totals.preemptions, iterations=totals.iterations, held=totals.held, hold_s=totals.hold_s,
+        )
+
+    @property
+    def cursor(self) -> int:
+        """The sequence number of the newest record."""
+        return self._last_seq
+
+    def since(self, cursor: int) -> tuple[tuple[Iteration, ...], tuple[Arrival, ...], tuple[Finished, ...], bool]:
+        """Records newer than `cursor` by kind, and whether some newer ones were overwritten already.
+
+        A cursor from another life of the engine (larger than any number given here) counts as 0.
+        """
+        if cursor > self._last_seq:
+            cursor = 0
+        lost = self._dropped_seq > cursor
+        return _newer(self._iterations, cursor), _newer(self._arrivals, cursor), _newer(self._finished, cursor), lost
+
+    def _next(self) -> int:
+        return next(self._sequence)
+
+    def _append(self, records: deque[_Record], record: _Record) -> None:
+        if len(records) == records.maxlen:
+            self._dropped_seq = max(self._dropped_seq, records[0].seq)
+        records.append(record)
+        self._last_seq = record.seq
+
+
+def _newer(records: deque[_Record], cursor: int) -> tuple[_Record, ...]:
+    return tuple(record for record in tuple(records) if record.seq > cursor)

@@ -1,0 +1,216 @@
+"""Thresholds: the one object the controller sends to a replica, and what makes it acceptable.
+
+A `Thresholds` value is immutable and versioned. It says which policy admits requests, at which counts its gates
+open, how many requests may be in service, and how long anything may be held. The controller computes it, an
+operator may set it, a replica obeys it between two iterations.
+
+Source: WAIT's n_j and Nested WAIT's n_k of arXiv 2504.11320; the cap, the token budget, the longest hold and the
+validity are what serving live users adds to them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+POLICY_NAMES = ("fcfs", "wait", "nested_wait")
+MODES = ("serving", "strict")
+LONGEST_HOLD_S = 60.0
+"""No setting may hold a request longer than this: beyond a minute a hold is an outage."""
+
+
+class InvalidThresholds(ValueError):
+    """A threshold value that cannot be used: names the field, the value given and what is allowed."""
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        super().__init__(f"thresholds.{field} = {value!r} is not allowed; allowed: {allowed}")
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """What one engine can hold at most; the frame every threshold must fit into.
+
+    Token counts, except `max_num_seqs` (requests in service). Source: vLLM's CacheConfig and SchedulerConfig.
+    """
+
+    kv_capacity_tokens: int
+    block_tokens: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TypeThreshold:
+    """WAIT's n_j for one type: requests whose lengths lie within both (inclusive) bounds; None means no bound."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    name: str
+    n: int
+    max_prompt_tokens: int | None = None
+    max_output_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentThreshold:
+    """Nested WAIT's n_k for the decode stages up to and including `end_output_tokens` (the paper's l'_k)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    end_output_tokens: int
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thresholds:
+    """What a replica's scheduler obeys.
+
+    version: strictly increasing per replica; an engine refuses one that is not newer than the one in force.
+    policy: one of `POLICY_NAMES`; mode: "serving" (holds are bounded) or "strict" (the paper's letter).
+    types: WAIT's thresholds, first match wins; segments: Nested WAIT's, by increasing boundary.
+    max_in_service: most requests resident at once (None: the engine's own max_num_seqs).
+    token_budget: most tokens computed in one iteration (None: the engine's own max_num_batched_tokens).
+    max_hold_s: longest time, in seconds, that a request is held for the sake of a threshold.
+    valid_for_s: seconds after which the replica returns to its configured thresholds unless told again (None: no end).
+    pinned: set by an operator; automatic updates are refused until it is lifted.
+    reason: why these values, in words.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    version: int = 0
+    policy: str = "fcfs"
+    mode: str = "serving"
+    types: tuple[TypeThreshold, ...] = ()
+    segments: tuple[SegmentThreshold, ...] = ()
+    max_in_service: int | None = None
+    token_budget: int | None = None
+    max_hold_s: float = 0.25
+    valid_for_s: float | None = None
+    pinned: bool = False
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        _require(self.version >= 0, "version", self.version, "an integer >= 0")
+        _require(self.policy in POLICY_NAMES, "policy", self.policy, f"one of {', '.join(POLICY_NAMES)}")
+        _require(self.mode in MODES, "mode", self.mode, f"one of {', '.join(MODES)}")
+        _require(
+            math.isfinite(self.max_hold_s) and 0 <= self.max_hold_s <= LONGEST_HOLD_S,
+            "max_hold_s", self.max_hold_s, f"seconds from 0 to {LONGEST_HOLD_S:g}",
+        )
+        if self.valid_for_s is not None:
+            finite = math.isfinite(self.valid_for_s) and self.valid_for_s > 0
+            _require(finite, "valid_for_s", self.valid_for_s, "seconds > 0, or null for no end")
+        for field in ("max_in_service", "token_budget"):
+            value = getattr(self, field)
+            _require(value is None or value >= 1, field, value, "an integer >= 1, or null for the engine's own limit")
+        self._check_types()
+        self._check_segments()
+
+    def _check_types(self) -> None:
+        names = [entry.name for entry in self.types]
+        _require(len(set(names)) == len(names), "types", names, "distinct names")
+        for index, entry in enumerate(self.types):
+            _require(bool(entry.name), f"types[{index}].name", entry.name, "a non-empty name")
+            self._check_count(f"types[{index}].n", entry.n)
+            for field in ("max_prompt_tokens", "max_output_tokens"):
+                value = getattr(entry, field)
+                _require(value is None or value >= 1, f"types[{index}].{field}", value, "an integer >= 1, or null")
+
+    def _check_segments(self) -> None:
+        previous_end, previous_n = 0, None
+        for index, segment in enumerate(self.segments):
+            self._check_count(f"segments[{index}].n", segment.n)
+            _require(
+                segment.end_output_tokens > previous_end,
+                f"segments[{index}].end_output_tokens", segment.end_output_tokens, f"an integer > {previous_end}",
+            )
+            if previous_n is not None:  # p_k < n_k / n_{k-1} < 1: a later segment never waits for more
+                allowed = f"an integer from 1 to {previous_n}, the segment before it"
+                _require(segment.n <= previous_n, f"segments[{index}].n", segment.n, allowed)
+            previous_end, previous_n = segment.end_output_tokens, segment.n
+
+    def _check_count(self, field: str, n: int) -> None:
+        _require(n >= 1, field, n, "an integer >= 1")
+        if self.max_in_service is not None:
+            _require(n <= self.max_in_service, field, n, f"an integer from 1 to max_in_service = {self.max_in_service}")
+
+    def check_fits(self, limits: EngineLimits) -> None:
+        """Raise InvalidThresholds when these values can never be met on an engine with `limits`.
+
+        Memory is judged for the kindest case, one-token prompts that take one KV block each, so that what is refused
+        here is impossible and not merely unwise.
+        """
+        seats = min(limits.max_num_seqs, limits.kv_capacity_tokens // limits.block_tokens)
+        seats_in_words = (
+            f"the engine seats max_num_seqs = {limits.max_num_seqs} requests and its KV cache holds "
+            f"{limits.kv_capacity_tokens} tokens in blocks of {limits.block_tokens}"
+        )
+        counts = [(f"types[{i}].n", entry.n) for i, entry in enumerate(self.types)]
+        counts += [(f"segments[{i}].n", entry.n) for i, entry in enumerate(self.segments)]
+        if self.max_in_service is not None:
+            counts.append(("max_in_service", self.max_in_service))
+        for field, n in counts:
+            _require(n <= seats, field, n, f"an integer from 1 to {seats}: {seats_in_words}")
+        if self.token_budget is not None:
+            most = limits.max_num_batched_tokens
+            allowed = f"an integer from 1 to max_num_batched_tokens = {most}"
+            _require(self.token_budget <= most, "token_budget", self.token_budget, allowed)
+
+    def with_version(self, version: int) -> Thresholds:
+        """The same thresholds under another version."""
+        return replace(self, version=version)
+
+    def same_rule(self, other: Thresholds) -> bool:
+        """True when both make a scheduler decide alike, whatever their version, validity and reason."""
+        def rule(value: Thresholds) -> Thresholds:
+            return replace(value, version=0, reason="", valid_for_s=None, pinned=False)
+
+        return rule(self) == rule(other)
+
+
+_ADAPTER: TypeAdapter[Thresholds] = TypeAdapter(Thresholds)
+
+
+def parse_thresholds(data: dict[str, Any] | str | bytes) -> Thresholds:
+    """Thresholds from JSON text or a decoded object.
+
+    Raises:
+        InvalidThresholds: naming the first field that is unknown, of the wrong type or out of range.
+    """
+    try:
+        if isinstance(data, str | bytes):
+            return _ADAPTER.validate_json(data, strict=False)
+        return _ADAPTER.validate_python(data)
+    except ValidationError as error:
+        raise _as_invalid(error) from error
+
+
+def thresholds_as_dict(thresholds: Thresholds) -> dict[str, Any]:
+    """The JSON object form, the inverse of `parse_thresholds`."""
+    dumped: dict[str, Any] = _ADAPTER.dump_python(thresholds, mode="json")
+    return dumped
+
+
+def _require(condition: bool, field: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise InvalidThresholds(field, value, allowed)
+
+
+def _as_invalid(error: ValidationError) -> InvalidThresholds:
+    first = error.errors(include_url=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InvalidThresholds):
+        return cause
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = ", ".join(Thresholds.__dataclass_fields__)
+        return InvalidThresholds(field, first["input"], f"no such field; the fields are {known}")
+    return InvalidThresholds(field or "(body)", first["input"], first["msg"])

@@ -1,0 +1,287 @@
+"""`HeadraceScheduler`: vLLM's own V1 scheduler with a policy at its gate. Usable alone, without Ray.
+
+    vllm serve MODEL --scheduler-cls scheduler.vllm_scheduler.HeadraceScheduler \\
+        --additional-config '{"headrace": {"thresholds": {"policy": "wait", "types": [{"name": "all", "n": 8}]}}}'
+
+Preemption, prefix cache, chunked prefill, LoRA, structured output, priorities and aborts stay vLLM's. This class decides
+only which waiting requests vLLM may see, which running ones sit an iteration out, and how many tokens an iteration has.
+
+This module is the fence around vLLM's non-public scheduler surface: `tests/scheduler/test_vllm_seam.py` fails when an
+upgrade moves any of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from scheduler.channel import ChannelServer, engine_id
+from scheduler.control import InForce, ThresholdsInForce
+from scheduler.gate import GatedQueue
+from scheduler.messages import Gauges, InService, Report, Telemetry
+from scheduler.policies import UNKNOWN_TYPE, Resident, Snapshot
+from scheduler.recorder import Recorder
+from scheduler.settings import SchedulerSettings
+from scheduler.thresholds import EngineLimits
+
+logger = init_logger(f"vllm.headrace.{__name__}")  # below vLLM's logger, so that its handlers and level apply
+EXPECTED_OUTPUT_TOKENS = "expected_output_tokens"
+"""The key under which a request declares its output length (`SamplingParams.extra_args`, OpenAI `vllm_xargs`)."""
+
+
+class HeadraceScheduler(AsyncScheduler):
+    """vLLM's asynchronous scheduler, gated by Headrace's thresholds.
+
+    Settings come from `additional_config["headrace"]`, see `SchedulerSettings`. `clock` may be replaced by a virtual
+    one before the first request.
+
+    Raises:
+        ValueError: the settings have an unknown key or a value out of range; the message names it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = SchedulerSettings.from_additional_config(self.vllm_config.additional_config)
+        self.clock: Callable[[], float] = time.monotonic
+        self.recorder = Recorder()
+        self.in_force = ThresholdsInForce(
+            settings.thresholds, self._limits(), lambda: self.clock(), allow_strict=settings.allow_strict
+        )
+        self._engine_id = engine_id()
+        self._obeyed: InForce = self.in_force.current()
+        self.gate = GatedQueue(self.policy, self._classify, lambda: self.clock(), self.recorder.released)
+        self.waiting = self.gate
+        self._most_running = self.max_num_running_reqs
+        self._most_tokens = self.max_num_scheduled_tokens
+        self._executing: deque[tuple[SchedulerOutput, float, tuple[int, int, int, int]]] = deque()
+        self._last_output_s = 0.0
+        self._everyone_runs = False
+        self._channel: ChannelServer | None = None
+        if settings.channel:
+            self._channel = ChannelServer(settings.channel, self.in_force.offer, self.telemetry)
+            logger.info("Headrace: control channel open, policy %s", settings.thresholds.policy)
+
+    # One iteration.
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """One iteration under the thresholds in force: open the gate, set aside who sits out, let vLLM schedule."""
+        obeyed = self.in_force.current()
+        if obeyed is not self._obeyed:
+            self._obey(obeyed)
+        now_s = self.clock()
+        decision = obeyed.policy.decide(self._snapshot(now_s))
+        for type_name, count in decision.admit.items():
+            self.gate.release(type_name, count)
+
+        aside = self._set_aside(decision.sit_out)
+        self.max_num_running_reqs = self._most_running - len(aside)
+        budget = obeyed.thresholds.token_budget or self._most_tokens
+        # Every running request gets its decode token, however small the budget is set.
+        self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, len(self.running)))
+        try:
+            output = super().schedule(throttle_prefills)
+            work = self._work_of(output)
+        finally:
+            self.running = _in_admission_order(self.running, aside)
+            self.max_num_running_reqs = self._most_running
+        self._after_schedule(output, work, len(aside))
+        return output
+
+    def _obey(self, in_force: InForce) -> None:
+        self._obeyed = in_force
+        self.gate.reclassify(self.running)
+        thresholds = in_force.thresholds
+        logger.debug("Headrace: thresholds version %d in force: %s", thresholds.version, thresholds.reason)
+
+    def _snapshot(self, now_s: float) -> Snapshot:
+        capacity = self.in_force.limits.kv_capacity_tokens
+        return Snapshot(
+            now_s=now_s,
+            waiting=self.gate.views(),
+            released=self.gate.released + len(self.skipped_waiting),
+            running=_Residents(self.running, self.gate),
+            kv_used_tokens=round(self.kv_cache_manager.usage * capacity),
+            kv_capacity_tokens=capacity,
+        )
+
+    def _set_aside(self, sit_out: Collection[str]) -> list[tuple[int, Request]]:
+        """Take requests out of `running` for one iteration; they keep their KV. Returns them with their places."""
+        if not sit_out or self._everyone_runs:
+            return []
+        aside = [(place, request) for place, request in enumerate(self.running) if request.request_id in sit_out]
+        self.running = [request for request in self.running if request.request_id not in sit_out]
+        return aside
+
+    def _work_of(self, output: SchedulerOutput) -> tuple[int, int, int, int]:
+        """Prefill, decode and KV tokens and batch size of what was scheduled (`num_computed_tokens` is after it)."""
+        counts = output.num_scheduled_tokens
+        if self.num_spec_tokens:  # a decode step may then have several tokens
+            prefilling = [n for name, n in counts.items() if self.requests[name].is_prefill_chunk]
+        else:
+            prefilling = [n for n in counts.values() if n > 1]
+        prefill = sum(prefilling)
+        kv_tokens = sum([request.num_computed_tokens for request in self.running])
+        return prefill, output.total_num_scheduled_tokens - prefill, kv_tokens, len(counts)
+
+    def _after_schedule(self, output: SchedulerOutput, work: tuple[int, int, int, int], sitting_out: int) -> None:
+        # If those who sit out hold all the memory, nothing else can run: then everyone runs next time.
+        stuck = bool(sitting_out) and not output.total_num_scheduled_tokens and not self._obeyed.policy.strict
+        self._everyone_runs = stuck
+        if output.total_num_scheduled_tokens:
+            self._executing.append((output, self.clock(), work))
+        if output.preempted_req_ids:
+            self.recorder.totals.preemptions += len(output.preempted_req_ids)
+        self.recorder.gauges = Gauges(
+            in_service=len(self.running),
+            waiting=len(self.waiting) + len(self.skipped_waiting),
+            held=self.gate.held,
+            sitting_out=sitting_out,
+            kv_used_tokens=round(self.kv_cache_manager.usage * self.in_force.limits.kv_capacity_tokens),
+        )
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
+        """vLLM's own, and the iteration's record: its seconds count from when the device could start it."""
+        if self._executing and self._executing[0][0] is scheduler_output:
+            _, scheduled_s, (prefill, decode, kv_tokens, batch_size) = self._executing.popleft()
+            now_s = self.clock()
+            # Asynchronous scheduling queues the next step while this one runs.
+            seconds = now_s - max(scheduled_s, self._last_output_s)
+            self._last_output_s = now_s
+            self.recorder.iteration(now_s, seconds, prefill, decode, kv_tokens, batch_size)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    # Coming and going.
+
+    def add_request(self, request: Request) -> None:
+        """A new request waits at the gate; it is counted with the length its client declared."""
+        if request.request_id not in self.requests:
+            self.recorder.arrival(self.clock(), request.num_prompt_tokens, self.known_output_tokens(request))
+        super().add_request(request)
+
+    def _enqueue_waiting_request(self, request: Request) -> None:
+        # vLLM would put a request whose grammar compiles straight among the skipped, past the gate.
+        if request.status == RequestStatus.WAITING_FOR_STREAMING_REQ:
+            super()._enqueue_waiting_request(request)
+        else:
+            self.waiting.add_request(request)
+
+    def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
+        aborted = request.status == RequestStatus.FINISHED_ABORTED
+        self.recorder.finished(self.clock(), request.num_prompt_tokens, request.num_output_tokens, aborted=aborted)
+        self.gate.forget(request.request_id)
+        return super()._free_request(request, delay_free_blocks)
+
+    def known_output_tokens(self, request: Request) -> int | None:
+        """The output length a client declared: `expected_output_tokens`, else `max_tokens`, else None.
+
+        A `max_tokens` that only fills the model's context up is vLLM's default and no declaration.
+        """
+        params = request.sampling_params
+        declared = (params.extra_args or {}).get(EXPECTED_OUTPUT_TOKENS) if params else None
+        if isinstance(declared, int | float) and declared >= 1:
+            return int(declared)
+        whole_context = self.max_model_len - request.num_prompt_tokens
+        return request.max_tokens if request.max_tokens < whole_context else None
+
+    def _classify(self, request: Request) -> str:
+        return self._obeyed.policy.classify(request.num_prompt_tokens, self.known_output_tokens(request))
+
+    # Telemetry (called from the channel's thread) and the end.
+
+    def telemetry(self, report: Report) -> Telemetry:
+        """The engine's state and its records after `report.cursor`; safe from another thread."""
+        current = self.in_force.current()
+        cursor = self.recorder.cursor
+        iterations, arrivals, finished, lost = self.recorder.since(report.cursor)
+        in_service = tuple(
+            InService(request.num_prompt_tokens, request.num_output_tokens)
+            for request in list(self.requests.values())
+            if request.status == RequestStatus.RUNNING
+        )
+        return Telemetry(
+            engine_id=self._engine_id, clock_s=self.clock(), cursor=cursor, limits=self.in_force.limits,
+            thresholds=current.thresholds, from_config=current.from_config, gauges=self.recorder.gauges,
+            counters=self.recorder.counters(), iterations=iterations, arrivals=arrivals, finished=finished,
+            in_service=in_service, records_lost=int(lost),
+        )
+
+    def shutdown(self) -> None:
+        """Close the channel, then vLLM's own shutdown."""
+        if self._channel is not None:
+            self._channel.close()
+        super().shutdown()
+
+    def _limits(self) -> EngineLimits:
+        blocks = self.cache_config.num_gpu_blocks
+        return EngineLimits(
+            kv_capacity_tokens=blocks * self.block_size,
+            block_tokens=self.block_size,
+            max_num_seqs=self.max_num_running_reqs,
+            max_num_batched_tokens=self.max_num_scheduled_tokens,
+            max_model_len=self.max_model_len,
+        )
+
+
+class _RequestAsResident:
+    """A vLLM request in service, as a policy sees it."""
+
+    __slots__ = ("_request", "type_name")
+
+    def __init__(self, request: Request, type_name: str) -> None:
+        self._request, self.type_name = request, type_name
+
+    @property
+    def request_id(self) -> str:
+        name: str = self._request.request_id
+        return name
+
+    @property
+    def stage(self) -> int:
+        request = self._request
+        if request.is_prefill_chunk:
+            return 0
+        stage: int = request.num_output_tokens + request.num_output_placeholders
+        return stage
+
+
+class _Residents(Sequence[Resident]):
+    """The running requests as residents, made only when a policy looks at them."""
+
+    __slots__ = ("_gate", "_running")
+
+    def __init__(self, running: list[Request], gate: GatedQueue) -> None:
+        self._running, self._gate = running, gate
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def __getitem__(self, index: Any) -> Any:
+        request = self._running[index]
+        return _RequestAsResident(request, self._gate.type_of(request.request_id) or UNKNOWN_TYPE)
+
+    def __iter__(self) -> Iterator[Resident]:
+        return (self[index] for index in range(len(self._running)))
+
+
+def _in_admission_order(running: list[Request], aside: list[tuple[int, Request]]) -> list[Request]:
+    """Put those who sat out back in their places: vLLM preempts from the end, the latest admitted first."""
+    if not aside:
+        return running
+    places = dict(aside)
+    merged: list[Request] = []
+    others = iter(running)
+    place = 0
+    for request in others:
+        while place in places:
+            merged.append(places.pop(place))
+            place += 1
+        merged.append(request)
+        place += 1
+    return merged + list(places.values())
