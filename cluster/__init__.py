@@ -1,0 +1,1 @@
+"""The whole: configuration, Serve application, controller, command line."""

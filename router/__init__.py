@@ -1,0 +1,1 @@
+"""The way in: OpenAI endpoints, control endpoints, and the choice of a replica."""

@@ -97,7 +97,8 @@ class ChannelServer:
                 ack = self._apply(Apply(thresholds=offered, automatic=bool(asked.get("automatic", True))))
                 return ACK.dump_json(ack)
             if "report" in asked:
-                return TELEMETRY.dump_json(self._report(Report(cursor=int(asked["report"]))))
+                cursor = asked["report"]
+                return TELEMETRY.dump_json(self._report(Report(cursor=None if cursor is None else int(cursor))))
             refusal = f"unknown question {sorted(asked)}; ask 'apply' or 'report'"
         except InvalidThresholds as error:
             refusal = str(error)
@@ -106,7 +107,7 @@ class ChannelServer:
         except Exception as error:  # one bad question must never silence the channel
             logger.exception("control channel: a question failed")
             refusal = f"internal error: {error!r}"
-        return ACK.dump_json(Ack(accepted=False, version_in_force=-1, reason=refusal))
+        return ACK.dump_json(Ack(accepted=False, version_in_force=-1, reason=refusal, code="invalid"))
 
 
 class ChannelClient:
@@ -128,8 +129,8 @@ class ChannelClient:
         question = {"apply": thresholds_as_dict(thresholds), "automatic": automatic}
         return ACK.validate_json(await self._ask(question, timeout_s))
 
-    async def report(self, cursor: int = 0, *, timeout_s: float = 5.0) -> Telemetry:
-        """Telemetry with the records after `cursor`.
+    async def report(self, cursor: int | None = 0, *, timeout_s: float = 5.0) -> Telemetry:
+        """Telemetry with the records after `cursor` (None: without records).
 
         Raises:
             ChannelClosed: no answer within `timeout_s`.

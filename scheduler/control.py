@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from scheduler.messages import Ack, Apply
 from scheduler.policies import Policy, make_policy
@@ -54,22 +55,21 @@ class ThresholdsInForce:
     def offer(self, apply: Apply) -> Ack:
         """Put thresholds in force, or say why not."""
         with self._lock:
-            now = self.current_locked()
+            now = self._current_locked()
             in_force = now.thresholds
             offered = apply.thresholds
             if offered.version == 0:
                 offered = offered.with_version(in_force.version + 1)
-            reason = self._why_not(offered, in_force, apply.automatic)
-            if reason:
-                return Ack(accepted=False, version_in_force=in_force.version, reason=reason)
+            refusal = self._refusal(offered, in_force, apply.automatic)
+            if refusal:
+                return refusal
             lapses = None if offered.valid_for_s is None else self._clock() + offered.valid_for_s
             # The same rule keeps its policy object: what the policy remembers of holds stays true.
             policy = now.policy if offered.same_rule(in_force) else make_policy(offered)
             self._current = InForce(offered, policy, lapses, from_config=False)
             return Ack(accepted=True, version_in_force=offered.version, reason=offered.reason)
 
-    def current_locked(self) -> InForce:
-        """`current`, for a caller that already holds the lock."""
+    def _current_locked(self) -> InForce:
         current = self._current
         if current.lapses_at_s is not None and self._clock() >= current.lapses_at_s:
             current = self._current = self._fallback(current)
@@ -86,16 +86,21 @@ class ThresholdsInForce:
         configured = self._configured.with_version(lapsed.thresholds.version)
         return InForce(configured, make_policy(configured), None, from_config=True)
 
-    def _why_not(self, offered: Thresholds, in_force: Thresholds, automatic: bool) -> str:
+    def _refusal(self, offered: Thresholds, in_force: Thresholds, automatic: bool) -> Ack | None:
+        def refuse(code: Literal["stale", "pinned", "invalid"], reason: str) -> Ack:
+            return Ack(accepted=False, version_in_force=in_force.version, reason=reason, code=code)
+
         if offered.version <= in_force.version:
-            return f"version {offered.version} is not newer than version {in_force.version}, which is in force"
+            reason = f"version {offered.version} is not newer than version {in_force.version}, which is in force"
+            return refuse("stale", reason)
         if automatic and in_force.pinned:
-            return f"version {in_force.version} is pinned by an operator; lift the pin to resume automatic tuning"
+            reason = f"version {in_force.version} is pinned by an operator; lift the pin to resume automatic tuning"
+            return refuse("pinned", reason)
         try:
             self._check(offered)
         except InvalidThresholds as error:
-            return str(error)
-        return ""
+            return refuse("invalid", str(error))
+        return None
 
     def _check(self, thresholds: Thresholds) -> None:
         thresholds.check_fits(self.limits)

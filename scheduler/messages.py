@@ -7,7 +7,7 @@ clock (`Telemetry.clock_s` is its "now"), so that no two machines' clocks are ev
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import TypeAdapter
 
@@ -102,11 +102,16 @@ class Telemetry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ack:
-    """The answer to thresholds: whether they were taken, and what is in force now either way."""
+    """The answer to thresholds: whether they were taken, and what is in force now either way.
+
+    A refusal has a `reason` in words and a `code`: stale (an older version), pinned (by an operator), invalid (the
+    values), unavailable (the engine does not answer; `version_in_force` is -1, unknown).
+    """
 
     accepted: bool
     version_in_force: int
     reason: str = ""
+    code: Literal["", "stale", "pinned", "invalid", "unavailable"] = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,9 +127,9 @@ class Apply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Send telemetry with the records after `cursor`."""
+    """Send telemetry with the records after `cursor`; None asks for no records at all."""
 
-    cursor: int = 0
+    cursor: int | None = 0
 
 
 TELEMETRY: TypeAdapter[Telemetry] = TypeAdapter(Telemetry)

@@ -121,34 +121,39 @@ class Lengths:
         return math.sqrt(float(life @ (between + within)) / float(life.sum()))
 
     @cached_property
-    def _output_tail(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Distinct output lengths, ascending, and P(output > that length) for each."""
-        support, index = np.unique(self.output_tokens, return_inverse=True)
-        mass = np.bincount(index, weights=self.weights)
-        # Summed from the right, so that the last entry is exactly zero.
-        return support, np.append(np.cumsum(mass[::-1])[::-1][1:], 0.0)
+    def _output_support(self) -> NDArray[np.int64]:
+        """Distinct output lengths, ascending."""
+        return np.unique(self.output_tokens)
+
+    @cached_property
+    def _tails(self) -> NDArray[np.float64]:
+        """P(output > x) and E[l; output > x], two rows, for x at least 0, 1, 2, … of the support."""
+        index = np.searchsorted(self._output_support, self.output_tokens)
+        by_output = np.stack([np.bincount(index, mass) for mass in (self.weights, self.weights * self.prompt_tokens)])
+        # Summed from the right, so that beyond the last length exactly nothing is left.
+        tails = np.pad(np.cumsum(by_output[:, ::-1], axis=1)[:, ::-1], ((0, 0), (0, 1)))
+        return np.asarray(tails / tails[0, 0])
+
+    def _exceeded(self, output_tokens: float) -> int:
+        return int(np.searchsorted(self._output_support, output_tokens, side="right"))
 
     def survival(self, output_tokens: float) -> float:
         """P(output > output_tokens)."""
-        support, tail = self._output_tail
-        index = int(np.searchsorted(support, output_tokens, side="right"))
-        return 1.0 if index == 0 else float(tail[index - 1])
+        return float(self._tails[0, self._exceeded(output_tokens)])
 
     def output_quantile(self, q: float) -> int:
         """Smallest output length x with P(output <= x) >= q; q in [0, 1], else ValueError."""
         if not 0 <= q <= 1:
             raise ValueError(f"q is {q!r}; it must be between 0 and 1")
-        support, tail = self._output_tail
-        # The tolerance absorbs rounding in the cumulated weights.
-        return int(support[np.searchsorted(1 - tail, q - 1e-12)])
+        # The tolerance absorbs rounding in the summed weights.
+        return int(self._output_support[np.searchsorted(1 - self._tails[0, 1:], q - 1e-12)])
 
     def mean_prompt_tokens_beyond(self, output_tokens: float) -> float:
         """E[l | output > output_tokens]; ValueError when no request is that long."""
-        reached = self.output_tokens > output_tokens
-        weights = self.weights[reached]
-        if not weights.size:
+        survival, prompt_tokens = self._tails[:, self._exceeded(output_tokens)].tolist()
+        if survival == 0:
             raise ValueError(f"output_tokens is {output_tokens!r}; it must be below the longest output")
-        return float(weights @ self.prompt_tokens[reached] / weights.sum())
+        return float(prompt_tokens / survival)
 
 
 def _token_array(name: str, values: object) -> NDArray[np.int64]:
@@ -286,7 +291,9 @@ def read_trace(path: str | Path) -> TraceReport:
         try:
             columns = reader.fieldnames or ()
             if missing := [c for c in (_PROMPT_COLUMN, _OUTPUT_COLUMN) if c not in columns]:
-                raise ValueError(f"{path} has no column {' and no column '.join(missing)}; its columns: {list(columns)}")
+                raise ValueError(
+                    f"{path} has no column {' and no column '.join(missing)}; its columns: {list(columns)}"
+                )
             for row in reader:
                 rows += 1
                 try:

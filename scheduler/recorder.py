@@ -83,11 +83,15 @@ class Recorder:
         """The sequence number of the newest record."""
         return self._last_seq
 
-    def since(self, cursor: int) -> tuple[tuple[Iteration, ...], tuple[Arrival, ...], tuple[Finished, ...], bool]:
+    def since(
+        self, cursor: int | None
+    ) -> tuple[tuple[Iteration, ...], tuple[Arrival, ...], tuple[Finished, ...], bool]:
         """Records newer than `cursor` by kind, and whether some newer ones were overwritten already.
 
-        A cursor from another life of the engine (larger than any number given here) counts as 0.
+        A cursor from another life of the engine (larger than any number given here) counts as 0; None asks for none.
         """
+        if cursor is None:
+            return (), (), (), False
         if cursor > self._last_seq:
             cursor = 0
         lost = self._dropped_seq > cursor

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scheduler.thresholds import Thresholds, parse_thresholds
 
 SETTINGS_KEY = "headrace"
+EXPECTED_OUTPUT_TOKENS = "expected_output_tokens"
+"""The key under which a request declares its output length (`SamplingParams.extra_args`, OpenAI `vllm_xargs`)."""
 
 
 class SchedulerSettings(BaseModel):

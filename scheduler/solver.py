@@ -245,8 +245,8 @@ def _checked_boundaries(boundaries: Sequence[int], lengths: Lengths) -> tuple[in
     increasing = all(a < b for a, b in pairwise((0, *checked)))
     if not (checked and increasing and checked[-1] >= longest and (0, *checked)[-2] < longest):
         raise ValueError(
-            f"boundaries are {list(boundaries)}; they must increase from at least 1, the last one must be >= the longest "
-            f"output ({longest}) and the one before it below that"
+            f"boundaries are {list(boundaries)}; they must increase from at least 1, the last one must be >= the "
+            f"longest output ({longest}) and the one before it below that"
         )
     return checked
 

@@ -3,8 +3,9 @@
     vllm serve MODEL --scheduler-cls scheduler.vllm_scheduler.HeadraceScheduler \\
         --additional-config '{"headrace": {"thresholds": {"policy": "wait", "types": [{"name": "all", "n": 8}]}}}'
 
-Preemption, prefix cache, chunked prefill, LoRA, structured output, priorities and aborts stay vLLM's. This class decides
-only which waiting requests vLLM may see, which running ones sit an iteration out, and how many tokens an iteration has.
+Preemption, prefix cache, chunked prefill, LoRA, structured output, priorities and aborts stay vLLM's. This class
+decides only which waiting requests vLLM may see, which running ones sit an iteration out, and how many tokens an
+iteration has.
 
 This module is the fence around vLLM's non-public scheduler surface: `tests/scheduler/test_vllm_seam.py` fails when an
 upgrade moves any of it.
@@ -28,12 +29,10 @@ from scheduler.gate import GatedQueue
 from scheduler.messages import Gauges, InService, Report, Telemetry
 from scheduler.policies import UNKNOWN_TYPE, Resident, Snapshot
 from scheduler.recorder import Recorder
-from scheduler.settings import SchedulerSettings
+from scheduler.settings import EXPECTED_OUTPUT_TOKENS, SchedulerSettings
 from scheduler.thresholds import EngineLimits
 
 logger = init_logger(f"vllm.headrace.{__name__}")  # below vLLM's logger, so that its handlers and level apply
-EXPECTED_OUTPUT_TOKENS = "expected_output_tokens"
-"""The key under which a request declares its output length (`SamplingParams.extra_args`, OpenAI `vllm_xargs`)."""
 
 
 class HeadraceScheduler(AsyncScheduler):
@@ -45,6 +44,10 @@ class HeadraceScheduler(AsyncScheduler):
     Raises:
         ValueError: the settings have an unknown key or a value out of range; the message names it.
     """
+
+    running: list[Request]
+    max_num_running_reqs: int
+    max_num_scheduled_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

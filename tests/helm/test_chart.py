@@ -40,7 +40,7 @@ EVERYTHING: Values = {
     "replicas": 3,
     "gpu": {"type": "H100", "product": "NVIDIA-H100-80GB-HBM3"},
     "policy": {"name": "wait", "maxHoldSeconds": 1},
-    "controller": {"enabled": False, "periodSeconds": 0.5, "profile": "h100"},
+    "controller": {"enabled": False, "periodSeconds": 0.5, "profile": "a100-llama2-7b-paper"},
     "engine": {
         "maxModelLen": 1048576,
         "maxNumSeqs": 64,
@@ -177,7 +177,6 @@ def test_default_serve_config_is_the_whole_agreed_config(chart: Chart) -> None:
                     },
                     "thresholds": {"policy": "nested_wait", "max_hold_s": 0.25},
                     "controller": {"enabled": True, "period_s": 5.0, "profile": "a100-llama2-7b"},
-                    "http": {"host": "0.0.0.0", "port": 8000},
                 },
             }
         ],
@@ -202,8 +201,7 @@ def test_values_reach_the_serve_config(chart: Chart) -> None:
             "limit_mm_per_prompt": {"image": 0},
         },
         "thresholds": {"policy": "wait", "max_hold_s": 1},
-        "controller": {"enabled": False, "period_s": 0.5, "profile": "h100"},
-        "http": {"host": "0.0.0.0", "port": 8080},
+        "controller": {"enabled": False, "period_s": 0.5, "profile": "a100-llama2-7b-paper"},
     }
     # Go templates print large numbers as 1.048576e+06, which is not an integer to the app.
     assert type(args["engine"]["max_model_len"]) is int
@@ -387,6 +385,12 @@ def test_misspelt_key_is_rejected_by_name(chart: Chart, values: Values, path: st
         (nested("imagePullSecrets", [{"nam": "x"}]), "'nam'"),
         (nested("head.affinity", {"nodeAffinit": {}}), "'nodeAffinit'"),
         (nested("podSecurityContext", {"fsgroup": 1}), "'fsgroup'"),
+        (nested("podSecurityContext.seccompProfile", {"type": "RuntimeDefault", "profile": "x"}), "'profile'"),
+        (nested("env", [{"name": "A", "valueFrom": {"secretRef": {}}}]), "'secretRef'"),
+        (nested("env", [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k", "k": 1}}}]), "'k'"),
+        (nested("env", [{"name": "A", "valueFrom": {"configMapKeyRef": {"name": "s", "key": "k", "k": 1}}}]), "'k'"),
+        (nested("env", [{"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "p", "path": 1}}}]), "'path'"),
+        (nested("env", [{"name": "A", "valueFrom": {"resourceFieldRef": {"resource": "r", "unit": 1}}}]), "'unit'"),
     ],
 )
 def test_misspelt_key_in_an_optional_structure_is_rejected(chart: Chart, values: Values, named: str) -> None:
@@ -399,12 +403,15 @@ def test_misspelt_key_in_an_optional_structure_is_rejected(chart: Chart, values:
     [
         ("replicas", -1),
         ("replicas", 0),
+        ("replicas", 1025),
         ("replicas", 1.5),
         ("replicas", "2"),
         ("replicas", None),
         ("policy.name", "lifo"),
         ("policy.maxHoldSeconds", -0.1),
+        ("policy.maxHoldSeconds", 61),
         ("controller.periodSeconds", 0),
+        ("controller.periodSeconds", 3601),
         ("controller.enabled", "yes"),
         ("engine.maxModelLen", 0),
         ("engine.maxNumSeqs", 0),
@@ -444,6 +451,7 @@ def test_bad_value_is_rejected_by_path(chart: Chart, path: str, value: Any) -> N
         # A replica has exactly one GPU.
         (nested("worker.resources", {"limits": {"nvidia.com/gpu": 2}}), "nvidia.com/gpu"),
         (nested("engine.extraArgs", {"tensor_parallel_size": 2}), "tensor_parallel_size"),
+        (nested("engine.extraArgs", {"scheduler_cls": "x"}), "scheduler_cls"),
         # These have a value of their own; two sources for one argument would hide one of them.
         (nested("engine.extraArgs", {"max_num_seqs": 1}), "max_num_seqs"),
         (nested("engine.extraArgs", {"max-num-seqs": 1}), "max-num-seqs"),

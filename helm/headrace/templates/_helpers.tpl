@@ -123,8 +123,7 @@ app.kubernetes.io/component: {{ .component }}
   "controller" (dict
     "enabled" $values.controller.enabled
     "period_s" $values.controller.periodSeconds
-    "profile" $values.controller.profile)
-  "http" $http -}}
+    "profile" $values.controller.profile) -}}
 {{- $application := dict "name" "headrace" "import_path" "cluster.app:build" "route_prefix" "/" "args" $args -}}
 {{- toYaml (dict "applications" (list $application) "http_options" $http) -}}
 {{- end -}}

@@ -1,0 +1,41 @@
+# Two commands: `make serve` and `make test`. Both make everything they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/local.yaml
+
+# uv does not read pip's settings; pass on where pip has been told to look for wheels.
+export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+export HF_HUB_OFFLINE = 1
+INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[cpu,model,dev]'
+
+.PHONY: serve test install lint types tests clean
+
+serve: install
+	@$(BIN)/headrace up $(CONFIG)
+
+test: install lint types tests
+
+install: $(VENV)/.installed
+
+# The CPU build of torch is on PyTorch's own index; --torch-backend makes uv look there if nothing nearer has it.
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@echo "installing about 4 GB into $(VENV), a few minutes"
+	@$(INSTALL) 2>$(VENV)/install.log || $(INSTALL) --torch-backend cpu || { cat $(VENV)/install.log; exit 1; }
+	@$(BIN)/python -c "import transformers, vllm"
+	@touch $@
+
+lint: install
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
+
+tests: install
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) .models

@@ -1,0 +1,88 @@
+"""The Serve application: ingress, router and replicas put together from an `AppConfig`.
+
+    serve run cluster.app:build …        serve deploy configs/local.yaml        headrace up
+
+Follows `ray.serve.llm.build_openai_app`, with Headrace's ingress, its endpoints and its request router in the places
+that Ray leaves open for them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
+from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS
+from ray.llm._internal.serve.core.server.builder import build_llm_deployment
+from ray.serve import Application
+from ray.serve.llm import LLMConfig
+from ray.serve.llm.ingress import make_fastapi_ingress
+
+from cluster.config import AppConfig
+from cluster.controller import ControllerKeeper
+from replicas.server import HeadraceServer
+from router.auth import guard
+from router.ingress import ADMIN_ENDPOINTS, HEALTH_ENDPOINTS, HeadraceIngress
+from router.request_router import FluidSlackRouter
+from scheduler.settings import SETTINGS_KEY
+from scheduler.thresholds import thresholds_as_dict
+
+SCHEDULER = "scheduler.vllm_scheduler.HeadraceScheduler"
+_ROUTING_STATS_PERIOD_S = 1.0
+_HEALTH_CHECK_TIMEOUT_S = 60.0  # a busy replica must not be taken for a dead one
+
+
+def build(args: AppConfig) -> Application:
+    """The application for `args` (Serve validates the YAML's `args` against `AppConfig`)."""
+    config = llm_config(args)
+    model_id = args.model.id
+    options: dict[str, Any] = HeadraceIngress.get_deployment_options([config])
+    # One ingress process: it only passes bytes on, and every one more costs memory and a control connection.
+    options |= {"autoscaling_config": None, "num_replicas": 1, "max_ongoing_requests": 4 * args.max_ongoing_requests}
+    keeper = ControllerKeeper(args.controller, args.thresholds) if args.controller.enabled else None
+    ingress = make_fastapi_ingress(
+        HeadraceIngress, endpoint_map={**HEALTH_ENDPOINTS, **guard({**ADMIN_ENDPOINTS, **DEFAULT_ENDPOINTS})}
+    )
+    return serve.deployment(ingress, **options).bind(
+        llm_deployments={model_id: build_llm_deployment(config)},
+        model_cards={model_id: to_model_metadata(model_id, config)},
+        lora_paths={},
+        keeper=keeper,
+    )
+
+
+def llm_config(args: AppConfig) -> LLMConfig:
+    """Ray Serve LLM's description of the replicas: our server, our scheduler, our request router."""
+    settings = {"thresholds": thresholds_as_dict(args.thresholds)}
+    accelerator = args.accelerator
+    return LLMConfig(
+        model_loading_config={"model_id": args.model.id, "model_source": _local_or_hub(args.model.source)},
+        accelerator_config={"kind": accelerator.kind},
+        accelerator_type=accelerator.type,
+        server_cls=HeadraceServer,
+        engine_kwargs={
+            **args.engine,
+            "scheduler_cls": SCHEDULER,
+            "async_scheduling": True,
+            "additional_config": {SETTINGS_KEY: settings},
+        },
+        deployment_config={
+            "num_replicas": args.replicas,
+            "max_ongoing_requests": args.max_ongoing_requests,
+            "health_check_timeout_s": _HEALTH_CHECK_TIMEOUT_S,
+            "ray_actor_options": {"num_cpus": accelerator.cpus},
+            "request_router_config": {
+                "request_router_class": FluidSlackRouter,
+                "request_routing_stats_period_s": _ROUTING_STATS_PERIOD_S,
+            },
+        },
+        runtime_env={"env_vars": args.env} if args.env else None,
+        log_engine_metrics=False,
+    )
+
+
+def _local_or_hub(source: str) -> str:
+    # A replica's working directory is not the one the path was written for.
+    local = Path(source).expanduser()
+    return str(local.resolve()) if local.exists() else source

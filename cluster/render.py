@@ -1,0 +1,135 @@
+"""Tables for people. Programs use `--json`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+
+def plain(text: str) -> str:
+    """Text that rich prints as it is."""
+    return escape(text)
+
+
+def status_tables(state: dict[str, Any]) -> Iterator[Any]:
+    """`headrace status`."""
+    table = Table(title=f"{state['application']}: replicas")
+    for column in ("replica", "version", "policy", "tuning", "in service", "waiting", "held", "KV use", "preempted"):
+        table.add_column(column)
+    for name, replica in state["replicas"].items():
+        if not replica["reachable"]:
+            table.add_row(name, Text(f"not reachable: {replica['reason']}", style="red"))
+            continue
+        thresholds = replica["thresholds"]
+        table.add_row(
+            name, str(thresholds["version"]), thresholds["policy"], "pinned" if thresholds["pinned"] else "auto",
+            _of(replica["in_service"], thresholds["max_in_service"]), str(replica["waiting"]), str(replica["held"]),
+            f"{replica['kv_used_fraction']:.0%}", str(replica["preemptions"]),
+        )
+    yield table
+    yield _fluid_table(state["replicas"])
+    controller = state["controller"]
+    period = f"every {controller['period_s']:g} s" if controller["alive"] else controller["reason"]
+    yield Text(f"controller: {'running, ' if controller['alive'] else ''}{period}")
+
+
+def _fluid_table(replicas: dict[str, Any]) -> Table:
+    table = Table(title="fluid model")
+    for column in ("replica", "requests/s", "load", "iteration", "memory", "of", "law R²", "decision"):
+        table.add_column(column)
+    for name, replica in replicas.items():
+        fluid, law = replica.get("fluid") or {}, replica.get("law") or {}
+        rate = replica.get("rate_rps")
+        table.add_row(
+            name, _number(rate, ".2f"), _number(fluid.get("load"), ".2f"),
+            _number(fluid.get("iteration_time_s"), ".3f", " s"), _number(fluid.get("memory_tokens"), ".0f"),
+            _number(fluid.get("kv_capacity_tokens"), ".0f"), _number(law.get("r2"), ".3f"),
+            plain(str(replica.get("decision", ""))),
+        )
+    return table
+
+
+def thresholds_table(result: dict[str, Any]) -> Iterator[Any]:
+    """`headrace thresholds get`."""
+    table = Table()
+    for column in ("replica", "version", "policy", "n", "most in service", "token budget", "longest hold", "tuning"):
+        table.add_column(column)
+    for name, entry in result["replicas"].items():
+        if "error" in entry:
+            table.add_row(name, Text(entry["error"], style="red"))
+            continue
+        table.add_row(
+            name, str(entry["version"]), entry["policy"], _counts(entry), _or_engine(entry["max_in_service"]),
+            _or_engine(entry["token_budget"]), f"{entry['max_hold_s']:g} s", "pinned" if entry["pinned"] else "auto",
+        )
+    yield table
+
+
+def acks_table(result: dict[str, Any]) -> Iterator[Any]:
+    """The answer to a change."""
+    table = Table()
+    for column in ("replica", "version in force", "reason"):
+        table.add_column(column)
+    for name, ack in result["replicas"].items():
+        table.add_row(name, str(ack["version"]), plain(ack["reason"]))
+    yield table
+
+
+def plan_tables(plan: dict[str, Any]) -> Iterator[Any]:
+    """`headrace plan`."""
+    table = Table(title="fluid equilibrium", show_header=False)
+    verdict = "stable, fits memory" if plan["stable"] and plan["fits_memory"] else plan["reason"]
+    rows = [
+        ("verdict", verdict),
+        ("load", f"{plan['load']:.3f}"),
+        ("iteration time", _number(plan["iteration_time_s"], ".4f", " s")),
+        ("memory", f"{_number(plan['memory_tokens'], '.0f')} of {plan['kv_capacity_tokens']} tokens"),
+        ("throughput", f"{plan['throughput_tokens_per_s']:.1f} output tokens/s"),
+        ("critical rate", f"{plan['critical_rate_scale']:.3f} times the given one, limited by {plan['limit']}"),
+        ("in service", f"{_number(plan['in_service'], '.1f')} (at most {plan['thresholds']['max_in_service']})"),
+    ]
+    for name, value in rows:
+        table.add_row(name, plain(value))
+    yield table
+    for policy in ("wait", "nested_wait"):
+        solution = plan["thresholds"][policy]
+        if "infeasible" in solution:
+            yield Text(f"{policy}: infeasible, {solution['infeasible']}")
+        elif policy == "wait":
+            yield Text("wait: " + ", ".join(f"n({name}) = {n}" for name, n in solution["n"].items()))
+        else:
+            pairs = zip(solution["boundaries"], solution["n"], strict=True)
+            yield Text("nested_wait: " + ", ".join(f"n(to {end}) = {n}" for end, n in pairs))
+
+
+def doctor_table(result: dict[str, Any]) -> Iterator[Any]:
+    """`headrace doctor`."""
+    table = Table()
+    for column in ("check", "", "found", "how to mend it"):
+        table.add_column(column)
+    for finding in result["findings"]:
+        mark = Text("ok", style="green") if finding["ok"] else Text("wrong", style="red")
+        table.add_row(finding["name"], mark, plain(finding["found"]), plain(finding["mend"]))
+    yield table
+
+
+def _counts(entry: dict[str, Any]) -> str:
+    types = [f"{item['name']}: {item['n']}" for item in entry["types"]]
+    segments = [f"to {item['end_output_tokens']}: {item['n']}" for item in entry["segments"]]
+    return ", ".join(types + segments) or "none"
+
+
+def _of(value: int, most: int | None) -> str:
+    return str(value) if most is None else f"{value} of {most}"
+
+
+def _or_engine(value: int | None) -> str:
+    return "engine's own" if value is None else str(value)
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "–" if value is None else f"{value:{form}}{unit}"

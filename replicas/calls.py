@@ -1,0 +1,73 @@
+"""Calling a method on one particular replica, or on all of them, from outside Serve's load balancing.
+
+Serve routes a handle's calls to whichever replica it likes; control needs the one it names. Ray Serve LLM's own control
+endpoints do this through the replica actors (`ray.llm._internal.serve.utils.broadcast`), and so does this module, the
+fence around that non-public surface: `tests/replicas/test_ray_seam.py` fails when an upgrade moves it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import uuid
+from typing import Any
+
+import ray
+from ray.serve._private.common import RequestMetadata
+from ray.serve._private.constants import SERVE_NAMESPACE
+from ray.serve.request_router import ReplicaID
+
+SERVER_CLASS = "HeadraceServer"
+"""Ray Serve LLM names a deployment by its server class and its model: HeadraceServer:MODEL."""
+
+
+class ReplicaUnavailable(RuntimeError):
+    """A replica did not answer: it is starting, overloaded or gone. The others are not affected."""
+
+
+def replica_ids(app_name: str) -> dict[str, str]:
+    """The live replicas of an application's model servers: actor name by replica id, in a stable order."""
+    found: dict[str, str] = {}
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        name = actor["name"]
+        if actor["namespace"] != SERVE_NAMESPACE or not ReplicaID.is_full_id_str(name):
+            continue
+        replica = ReplicaID.from_full_id_str(name)
+        deployment = replica.deployment_id
+        if deployment.app_name == app_name and deployment.name.startswith(f"{SERVER_CLASS}:"):
+            found[replica.unique_id] = name
+    return dict(sorted(found.items()))
+
+
+async def call_replica(actor_name: str, method: str, *, timeout_s: float = 5.0, **kwargs: Any) -> Any:
+    """The result of `method(**kwargs)` on one replica.
+
+    Raises:
+        ReplicaUnavailable: no answer within `timeout_s`, or the replica is gone.
+    """
+    request_id = f"headrace-{uuid.uuid4()}"
+    metadata = RequestMetadata(request_id=request_id, internal_request_id=request_id, call_method=method)
+    try:
+        actor = ray.get_actor(actor_name, namespace=SERVE_NAMESPACE)
+        reference = actor.handle_request.remote(pickle.dumps(metadata), **kwargs)
+        return await asyncio.wait_for(asyncio.wrap_future(reference.future()), timeout_s)
+    except (ValueError, TimeoutError, ray.exceptions.RayError) as error:
+        raise ReplicaUnavailable(f"replica {actor_name} did not answer {method}: {error!r}") from error
+
+
+async def call_replicas(
+    targets: dict[str, str], method: str, *, timeout_s: float = 5.0, **kwargs: Any
+) -> dict[str, Any | ReplicaUnavailable]:
+    """`method(**kwargs)` on every replica of `targets` (as `replica_ids` gives them) at once.
+
+    One result per replica id; a replica that does not answer has its ReplicaUnavailable as result.
+    """
+
+    async def one(actor_name: str) -> Any | ReplicaUnavailable:
+        try:
+            return await call_replica(actor_name, method, timeout_s=timeout_s, **kwargs)
+        except ReplicaUnavailable as error:
+            return error
+
+    results = await asyncio.gather(*(one(name) for name in targets.values()))
+    return dict(zip(targets, results, strict=True))

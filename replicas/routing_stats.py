@@ -1,0 +1,48 @@
+"""What a replica tells Serve's request routers about its room, and how a router reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from scheduler.messages import Telemetry
+
+_KEY = "headrace"
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingStats:
+    """seats: requests that may be in service at once (the fluid cap, or the engine's own limit); occupied: those in
+    service and waiting; kv_used_fraction: share of the KV cache in use."""
+
+    seats: int
+    occupied: int
+    kv_used_fraction: float
+
+    @classmethod
+    def from_telemetry(cls, telemetry: Telemetry) -> RoutingStats:
+        """The stats of one engine."""
+        limits, gauges = telemetry.limits, telemetry.gauges
+        return cls(
+            seats=telemetry.thresholds.max_in_service or limits.max_num_seqs,
+            occupied=gauges.in_service + gauges.waiting,
+            kv_used_fraction=gauges.kv_used_tokens / limits.kv_capacity_tokens,
+        )
+
+    @classmethod
+    def from_dict(cls, routing_stats: Mapping[str, Any]) -> RoutingStats | None:
+        """The stats a replica reported; None when it reported none, or something else."""
+        raw = routing_stats.get(_KEY)
+        try:
+            return cls(**raw) if isinstance(raw, dict) else None
+        except TypeError:  # a replica of another version during a rolling upgrade
+            return None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form in which Serve carries it."""
+        return {_KEY: asdict(self)}
+
+    def slack(self, ongoing: int) -> float:
+        """Free seats as a share of all, given the router's own, fresher count of ongoing requests; may be negative."""
+        return (self.seats - max(self.occupied, ongoing)) / self.seats

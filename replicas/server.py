@@ -1,0 +1,78 @@
+"""`HeadraceServer`: one replica. Ray's LLMServer plus the control channel into its engine.
+
+The replica owns the channel: it names the endpoint before the engine starts, passes thresholds in, telemetry out, and
+tells Serve's request routers how much room it has. It never waits for the controller: it starts, and restarts, with the
+configured thresholds.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+from ray import serve
+from ray.serve.llm import LLMConfig
+from ray.serve.llm.deployment import LLMServer
+
+from replicas.routing_stats import RoutingStats
+from scheduler.channel import ChannelClient, ChannelClosed, new_endpoint, remove_endpoint
+from scheduler.messages import Ack, Telemetry
+from scheduler.settings import SETTINGS_KEY
+from scheduler.thresholds import Thresholds
+
+_STALE_STATS_S = 30.0
+
+
+class HeadraceServer(LLMServer):
+    """A vLLM replica whose scheduler takes thresholds while it serves."""
+
+    async def __init__(self, llm_config: LLMConfig, **kwargs: Any) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._endpoint = new_endpoint()
+        _open_channel_at(self._endpoint, llm_config)
+        self._channel = ChannelClient(self._endpoint)
+        self._last_stats: tuple[float, RoutingStats] | None = None
+        await super().__init__(llm_config, **kwargs)
+
+    async def apply_thresholds(self, thresholds: Thresholds, automatic: bool = True) -> Ack:
+        """Offer thresholds to the engine; the Ack names the version in force now, taken or not."""
+        try:
+            return await self._channel.apply(thresholds, automatic=automatic)
+        except ChannelClosed as error:
+            return Ack(accepted=False, version_in_force=-1, reason=str(error), code="unavailable")
+
+    async def telemetry(self, cursor: int | None = 0) -> Telemetry:
+        """The engine's telemetry with the records after `cursor`.
+
+        Raises:
+            ChannelClosed: the engine does not answer.
+        """
+        return await self._channel.report(cursor)
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """What Serve's request routers see of this replica: its seats and who takes them (`RoutingStats`)."""
+        stats: dict[str, Any] = dict(await super().record_routing_stats())
+        try:
+            telemetry = await self._channel.report(cursor=None, timeout_s=1.0)
+            self._last_stats = (time.monotonic(), RoutingStats.from_telemetry(telemetry))
+        except ChannelClosed:
+            pass  # the latest known stats serve a while longer, then routers treat this replica as unknown
+        if self._last_stats and time.monotonic() - self._last_stats[0] < _STALE_STATS_S:
+            stats |= self._last_stats[1].as_dict()
+        return stats
+
+    async def replica_name(self) -> str:
+        """This replica's id within its deployment."""
+        name: str = serve.get_replica_context().replica_id.unique_id
+        return name
+
+    async def __del__(self) -> None:
+        self._channel.close()
+        remove_endpoint(self._endpoint)
+        await super().__del__()
+
+
+def _open_channel_at(endpoint: str, llm_config: LLMConfig) -> None:
+    additional = copy.deepcopy(llm_config.engine_kwargs.get("additional_config") or {})
+    additional.setdefault(SETTINGS_KEY, {})["channel"] = endpoint
+    llm_config.update_engine_kwargs(additional_config=additional)

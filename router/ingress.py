@@ -1,0 +1,166 @@
+"""`HeadraceIngress`: Ray's OpenAI ingress, and beside `/v1/*` the endpoints that show and set the thresholds.
+
+    GET  /admin/state        every replica: thresholds in force, law and fit, KV use, requests; the fluid equilibrium
+    GET  /admin/thresholds   thresholds in force by replica
+    PUT  /admin/thresholds   set, `pin` or return to `auto`, on all replicas or one
+    GET  /healthz, /readyz   this process lives; at least one replica serves
+"""
+# No `from __future__ import annotations` here: FastAPI reads these signatures.
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from typing import Any, Protocol
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+from ray import serve
+from ray.actor import ActorHandle
+from ray.serve.llm.ingress import OpenAiIngress
+
+from replicas.calls import ReplicaUnavailable, call_replicas, replica_ids
+from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
+from router.declared_length import move_declared_length
+from scheduler.messages import Ack, Telemetry
+
+_NO_CONTROLLER = "the controller does not answer; replicas go on with the thresholds they have"
+logger = logging.getLogger(__name__)
+
+
+class Keeper(Protocol):
+    """Makes sure that a controller runs (`cluster.controller.ControllerKeeper`)."""
+
+    @property
+    def check_every_s(self) -> float: ...
+
+    def ensure(self, app_name: str) -> ActorHandle: ...
+
+
+class HeadraceIngress(OpenAiIngress):
+    """OpenAI endpoints and the control endpoints of one application."""
+
+    def __init__(self, *args: Any, keeper: Keeper | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._app_name = serve.get_replica_context().app_name
+        self._keeper = keeper
+        self._controller: ActorHandle | None = None
+        self._watch = asyncio.get_running_loop().create_task(self._watch_controller()) if keeper else None
+
+    async def _watch_controller(self) -> None:
+        assert self._keeper is not None
+        while True:
+            try:
+                self._controller = await asyncio.to_thread(self._keeper.ensure, self._app_name)
+            except Exception:  # serving never depends on the controller
+                logger.exception("could not start the controller; trying again")
+            await asyncio.sleep(self._keeper.check_every_s)
+
+    async def _get_response(
+        self, *, body: Any, call_method: str, raw_request: Request | None = None
+    ) -> AsyncGenerator[Any, None]:
+        move_declared_length(body)
+        async for response in super()._get_response(body=body, call_method=call_method, raw_request=raw_request):
+            yield response
+
+    async def admin_state(self) -> Response:
+        """Everything the cluster knows of itself; what is unreachable is named, not left out."""
+        telemetry, controller = await asyncio.gather(self._telemetry(), self._controller_state())
+        known = controller.get("replicas", {})
+        replicas = {}
+        for name, report in telemetry.items():
+            if isinstance(report, Telemetry):
+                empty = {"law": None, "fluid": None, "decision": controller.get("reason", "not seen yet")}
+                replicas[name] = {"reachable": True} | telemetry_as_dict(report) | known.get(name, empty)
+            else:
+                replicas[name] = {"reachable": False, "reason": str(report)}
+        state = {
+            "application": self._app_name,
+            "at_unix_s": time.time(),
+            "replicas": replicas,
+            "controller": {key: value for key, value in controller.items() if key not in ("replicas", "events")},
+            "events": controller.get("events", []),
+        }
+        return JSONResponse(state)
+
+    async def get_thresholds(self) -> Response:
+        """Thresholds in force by replica."""
+        telemetry = await self._telemetry()
+        replicas = {
+            name: telemetry_as_dict(report)["thresholds"] if isinstance(report, Telemetry) else {"error": str(report)}
+            for name, report in telemetry.items()
+        }
+        return JSONResponse({"replicas": replicas})
+
+    async def put_thresholds(self, body: ThresholdsUpdate) -> Response:
+        """Set, pin or free thresholds. Everything is checked against every target before anything is changed."""
+        try:
+            planned = plan_update(body, await self._telemetry())
+        except AdminError as error:
+            return _error(error.status_code, str(error))
+        targets = replica_ids(self._app_name)
+        acks: dict[str, Ack] = {}
+        for name, thresholds in planned.items():
+            answers = await call_replicas(
+                {name: targets[name]} if name in targets else {}, "apply_thresholds",
+                thresholds=thresholds, automatic=False,
+            )
+            answer = answers.get(name, ReplicaUnavailable(f"replica {name} is gone"))
+            acks[name] = answer if isinstance(answer, Ack) else Ack(
+                accepted=False, version_in_force=-1, reason=str(answer), code="unavailable"
+            )
+        refused = {name: ack.reason for name, ack in acks.items() if not ack.accepted}
+        results = {
+            name: {"accepted": ack.accepted, "version": ack.version_in_force, "reason": ack.reason}
+            for name, ack in acks.items()
+        }
+        if refused:
+            codes = {ack.code for ack in acks.values() if not ack.accepted}
+            status = 503 if "unavailable" in codes else 409 if "stale" in codes else 400
+            return _error(status, f"refused by {', '.join(refused)}: {next(iter(refused.values()))}", results)
+        return JSONResponse({"replicas": results})
+
+    async def healthz(self) -> Response:
+        """This process lives."""
+        return JSONResponse({"status": "ok"})
+
+    async def readyz(self) -> Response:
+        """At least one replica's engine answers."""
+        telemetry = await self._telemetry(cursor=None)
+        ready = [name for name, report in telemetry.items() if isinstance(report, Telemetry)]
+        body = {"status": "ready" if ready else "not ready", "ready": len(ready), "replicas": len(telemetry)}
+        return JSONResponse(body, status_code=200 if ready else 503)
+
+    async def _telemetry(self, cursor: int | None = None) -> dict[str, Telemetry | ReplicaUnavailable]:
+        targets = await asyncio.to_thread(replica_ids, self._app_name)
+        return await call_replicas(targets, "telemetry", cursor=cursor)
+
+    async def _controller_state(self) -> dict[str, Any]:
+        if self._controller is None:
+            reason = _NO_CONTROLLER if self._keeper else "automatic tuning is off in the configuration"
+            return {"alive": False, "reason": reason}
+        try:
+            reference = self._controller.state.remote()
+            state: dict[str, Any] = await asyncio.wait_for(asyncio.wrap_future(reference.future()), 3.0)
+            return {"alive": True} | state
+        except Exception as error:  # gone, restarting or busy: the state of the replicas is still worth showing
+            return {"alive": False, "reason": f"{_NO_CONTROLLER} ({type(error).__name__})"}
+
+
+ADMIN_ENDPOINTS = {
+    "admin_state": lambda app: app.get("/admin/state"),
+    "get_thresholds": lambda app: app.get("/admin/thresholds"),
+    "put_thresholds": lambda app: app.put("/admin/thresholds"),
+}
+HEALTH_ENDPOINTS = {
+    "healthz": lambda app: app.get("/healthz"),
+    "readyz": lambda app: app.get("/readyz"),
+}
+
+
+def _error(status_code: int, message: str, results: dict[str, Any] | None = None) -> JSONResponse:
+    kind = "invalid_request_error" if status_code < 500 else "server_error"
+    body: dict[str, Any] = {"error": {"message": message, "type": kind, "code": status_code}}
+    if results is not None:
+        body["replicas"] = results
+    return JSONResponse(body, status_code=status_code)

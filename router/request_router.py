@@ -1,0 +1,43 @@
+"""`FluidSlackRouter`: which replica takes the next request.
+
+Decides: the replica with the most fluid slack, that is the largest share of free seats (`RoutingStats`); its stats are
+a moment old, so the router's own count of ongoing requests corrects them. Replicas that have not reported yet come
+after those that have, in random order. Composes with Serve's own mixins: first in, first out; LoRA multiplexing; locality.
+When not to use it: when shared prompt prefixes matter more than balance (use Ray's prefix-aware router then).
+"""
+
+from __future__ import annotations
+
+import random
+
+from ray.serve.request_router import (
+    FIFOMixin,
+    LocalityMixin,
+    MultiplexMixin,
+    PendingRequest,
+    RequestRouter,
+    RunningReplica,
+)
+
+from replicas.routing_stats import RoutingStats
+
+
+class FluidSlackRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
+    """Ranks replicas by fluid slack, best first."""
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """One rank per replica, so that a full replica passes the request on to the next best."""
+        if pending_request is not None and pending_request.metadata.multiplexed_model_id:
+            ids = self.apply_multiplex_routing(pending_request=pending_request)
+        else:
+            ids = self.apply_locality_routing(pending_request=pending_request)
+        candidates = [self.curr_replicas[replica_id] for replica_id in ids if replica_id in self.curr_replicas]
+        random.shuffle(candidates)  # equal slack must not always mean the same replica
+        return [[replica] for replica in sorted(candidates, key=self._slack, reverse=True)]
+
+    def _slack(self, replica: RunningReplica) -> float:
+        stats = RoutingStats.from_dict(replica.routing_stats)
+        ongoing = self.replica_queue_len_cache.get(replica.replica_id) or 0
+        return stats.slack(ongoing) if stats else -1.0 - ongoing

@@ -1,0 +1,98 @@
+"""The service-time law and the presets that carry one."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from scheduler.law import ServiceTimeLaw
+from scheduler.profiles import load_profile, profile_names
+
+LAW = ServiceTimeLaw(
+    d0_s=0.0034, d1_s_per_kv_token=4.5e-7, d2_s_per_prefill_token=6e-5, d3_s_per_decode_token=5e-5, floor_s=0.01
+)
+
+
+def test_small_batch_takes_the_floor_and_its_kv():
+    assert LAW.iteration_s(20, 10, 1000) == pytest.approx(0.01 + 1000 * 4.5e-7)
+
+
+def test_large_batch_takes_its_prefill_decode_and_kv():
+    assert LAW.iteration_s(500, 100, 40_000) == pytest.approx(0.0034 + 500 * 6e-5 + 100 * 5e-5 + 40_000 * 4.5e-7)
+
+
+def test_two_term_law_ignores_computed_tokens():
+    law = ServiceTimeLaw(0.0112, 4.24e-7)
+    assert law.iteration_s(5000, 300, 10_000) == pytest.approx(0.0112 + 4.24e-3)
+
+
+def test_arrays_and_numbers_agree():
+    prefill, decode, kv = np.array([0, 500, 64]), np.array([1, 0, 200]), np.array([10, 0, 90_000])
+    seconds = LAW.iteration_s(prefill, decode, kv)
+    assert seconds.shape == (3,)
+    for i in range(3):
+        assert seconds[i] == LAW.iteration_s(int(prefill[i]), int(decode[i]), int(kv[i]))
+    assert LAW.iteration_s(prefill, 0, kv)[1] == LAW.iteration_s(500, 0, 0)
+    assert LAW.iteration_s(0, 0, kv)[2] == LAW.iteration_s(0, 0, 90_000)
+
+
+def test_shortest_iteration_is_the_empty_batch():
+    assert LAW.shortest_iteration_s == LAW.iteration_s(0, 0, 0) == 0.01
+    assert ServiceTimeLaw(0.02, 0.0, floor_s=0.01).shortest_iteration_s == 0.02
+
+
+@pytest.mark.parametrize(
+    "field", ["d0_s", "d1_s_per_kv_token", "d2_s_per_prefill_token", "d3_s_per_decode_token", "floor_s"]
+)
+@pytest.mark.parametrize("value", [-1e-6, math.nan, math.inf])
+def test_bad_coefficient_is_named(field, value):
+    coefficients = {"d0_s": 0.01, "d1_s_per_kv_token": 1e-7, field: value}
+    with pytest.raises(ValueError, match=rf"{field} is .*>= 0"):
+        ServiceTimeLaw(**coefficients)
+
+
+def test_an_iteration_takes_time():
+    with pytest.raises(ValueError, match="d0_s and floor_s"):
+        ServiceTimeLaw(0.0, 1e-7)
+    assert ServiceTimeLaw(0.0, 1e-7, floor_s=0.01).iteration_s(0, 1, 0) == 0.01
+
+
+def test_presets_load_under_their_names():
+    assert {"a100-llama2-7b", "a100-llama2-7b-paper"} <= set(profile_names())
+    for name in profile_names():
+        profile = load_profile(name)
+        assert profile.name == name
+        assert profile.provenance
+        assert profile.kv_capacity_tokens >= 1
+
+
+def test_a100_presets_have_their_published_numbers():
+    measured, paper = load_profile("a100-llama2-7b"), load_profile("a100-llama2-7b-paper")
+    assert measured.law == ServiceTimeLaw(0.0034, 4.5e-7, 6.47e-5, 6.47e-5, 0.0112)
+    assert paper.law == ServiceTimeLaw(0.0112, 4.24e-7)
+    assert measured.kv_capacity_tokens == paper.kv_capacity_tokens == 137_000
+
+
+def test_unknown_profile_lists_the_known_ones_and_offers_a_path():
+    with pytest.raises(ValueError, match=r"'h1000'.*a100-llama2-7b.*path"):
+        load_profile("h1000")
+
+
+def test_profile_from_a_path(tmp_path):
+    content = {
+        "name": "mine", "description": "d", "law": {"d0_s": 0.01, "d1_s_per_kv_token": 0}, "kv_capacity_tokens": 5,
+        "provenance": ["measured"],
+    }  # fmt: skip
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(content))
+    assert load_profile(path).law == ServiceTimeLaw(0.01, 0)
+    assert load_profile(str(path)).provenance == ("measured",)
+    for change in ({"kv_capacity_tokens": 0}, {"law": {"d0": 1}}, {"law": {"d0_s": -1, "d1_s_per_kv_token": 0}},
+                   {"provenance": "x"}, {"extra": 1}):  # fmt: skip
+        path.write_text(json.dumps(content | change))
+        with pytest.raises(ValueError, match=r"mine\.json"):
+            load_profile(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"mine\.json"):
+        load_profile(path)
