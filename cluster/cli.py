@@ -67,7 +67,7 @@ def _options(
 
 @app.command()
 def up(config_file: ConfigFile = DEFAULT_CONFIG) -> None:
-    """Deploy a configuration; with a Ray of its own it stays in the foreground until Ctrl-C, on a cluster it returns."""
+    """Deploy a configuration; with a Ray of its own it stays in the foreground until Ctrl-C."""
     from cluster import launch
     from cluster.model import ModelUnavailable
 

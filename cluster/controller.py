@@ -2,7 +2,8 @@
 
 Each period it collects telemetry, refines its model of each replica, solves the fluid model and pushes what changed.
 Nothing depends on it being alive: replicas keep serving under the thresholds they have, those lapse to the configured
-ones after their validity, and any ingress replica starts a new one (`ControllerKeeper`) when the old one is gone. All its knowledge comes back from telemetry.
+ones after their validity, and any ingress replica starts a new controller (`ControllerKeeper`) when the old one is
+gone. All its knowledge comes back from telemetry.
 """
 
 from __future__ import annotations

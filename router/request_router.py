@@ -2,7 +2,7 @@
 
 Decides: the replica with the most fluid slack, that is the largest share of free seats (`RoutingStats`); its stats are
 a moment old, so the router's own count of ongoing requests corrects them. Replicas that have not reported yet come
-after those that have, in random order. Composes with Serve's own mixins: first in, first out; LoRA multiplexing; locality.
+after those that have, in random order. Composes with Serve's own mixins: first in, first out; LoRA; locality.
 When not to use it: when shared prompt prefixes matter more than balance (use Ray's prefix-aware router then).
 """
 

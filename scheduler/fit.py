@@ -76,11 +76,11 @@ def fit_law(
     if isinstance(coefficients, str):
         return FitRefused(coefficients, records)
     law = _law(coefficients)
+    with_floor = _fit_floor(tokens, measured_s)
+    if with_floor is not None and (law is None or _is_clearly_better(with_floor, law, tokens, measured_s)):
+        law = with_floor
     if law is None:
         return FitRefused("the time of an empty batch fits to 0 s; records of smaller batches are needed", records)
-    with_floor = _fit_floor(tokens, measured_s)
-    if with_floor is not None and _is_clearly_better(with_floor, law, tokens, measured_s):
-        law = with_floor
 
     variation = float(np.sum((measured_s - measured_s.mean()) ** 2))
     determined = (law.floor_s > 0, True, prefill.any(), decode.any(), kv.any())
@@ -158,7 +158,7 @@ def _is_clearly_better(
     """A floor must pay for itself: by a fixed share, and for two more free parameters by twice what BIC asks."""
     error, reference = (_squared_error(law, tokens, measured_s) for law in (with_floor, without))
     records = measured_s.size
-    return error < reference * min(1 - _FLOOR_MIN_GAIN, records ** (-4 / records))
+    return bool(error < reference * min(1 - _FLOOR_MIN_GAIN, records ** (-4 / records)))
 
 
 class OnlineLaw:

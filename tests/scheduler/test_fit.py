@@ -122,6 +122,14 @@ def test_records_without_a_base_time_are_refused():
     assert "empty batch" in refusal(prefill + 100, np.zeros(200), np.zeros(200), 1e-4 * (prefill + 50.0))
 
 
+def test_a_floor_can_be_the_only_base_time():
+    truth = ServiceTimeLaw(0.0, 4.5e-7, 6.47e-5, 6.47e-5, 0.0112)
+    tokens = batches(300)
+    fit = fit_law(*tokens, measured(truth, tokens))
+    assert isinstance(fit, LawFit)
+    assert fit.law.floor_s == pytest.approx(0.0112, rel=0.03)
+
+
 def test_nonsensical_tokens_are_errors():
     prefill, decode, kv = batches(40)
     seconds = measured(GPU, (prefill, decode, kv))
@@ -161,7 +169,7 @@ def test_online_law_follows_an_engine_that_changes_speed(factor):
     assert worst_error(online.law, changed) < 0.3
     feed(online, changed, 500, seed=7)
     assert worst_error(online.law, changed) < 0.08
-    feed(online, changed, 2000, seed=9)
+    feed(online, changed, 1000, seed=9)
     assert online.mape < 0.03
 
 
@@ -208,7 +216,7 @@ def test_absurd_records_leave_a_valid_law_that_recovers(record):
         online.update(*record)
     coefficients = [getattr(online.law, name) for name in ServiceTimeLaw.__slots__]
     assert all(math.isfinite(c) and c >= 0 for c in coefficients)
-    feed(online, GPU, 4000, seed=4)
+    feed(online, GPU, 2000, seed=4)
     assert worst_error(online.law, GPU) < 0.1
 
 
@@ -223,7 +231,7 @@ def test_one_absurd_record_does_not_stop_the_learning_of_a_term():
 def test_a_long_idle_phase_does_not_wind_up_the_other_terms():
     online = OnlineLaw(GPU)
     feed(online, GPU, 500)
-    for _ in range(3000):
+    for _ in range(1500):
         online.update(0, 1, 100, GPU.iteration_s(0, 1, 100))
     online.update(500, 100, 90_000, 100 * GPU.iteration_s(500, 100, 90_000))
     # One outlier, clipped to twice the prediction, may not take over terms that have long not been seen.

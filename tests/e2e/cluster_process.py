@@ -1,0 +1,119 @@
+"""`headrace up` as a process of its own, as a user starts it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+MODEL = CHECKOUT / ".models" / "SmolLM2-135M-Instruct"
+HEADRACE = Path(sys.executable).with_name("headrace")
+READY_TIMEOUT_S = 420.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ClusterProcess:
+    """The local configuration on a free port, in the foreground of a child process."""
+
+    def __init__(self, folder: Path, **changes: Any) -> None:
+        config = yaml.safe_load((CHECKOUT / "configs" / "local.yaml").read_text())
+        self.port = free_port()
+        config["http_options"]["port"] = self.port
+        args = config["applications"][0]["args"]
+        args["model"]["source"] = str(MODEL)
+        for key, value in changes.items():
+            args[key] = args.get(key, {}) | value if isinstance(value, dict) else value
+        self.period_s: float = args["controller"]["period_s"]
+        self.config = folder / "cluster.yaml"
+        self.config.write_text(yaml.safe_dump(config))
+        self.log = folder / "up.log"
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.http = httpx.Client(base_url=self.url, timeout=60.0, trust_env=False)
+        self._seen: dict[int, psutil.Process] = {}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [HEADRACE, "up", str(self.config)], cwd=CHECKOUT, stdout=log, stderr=log, start_new_session=True,
+                env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            )
+
+    def wait_until_ready(self) -> None:
+        def ready() -> bool:
+            assert self.process.poll() is None, f"headrace up ended:\n{self.log.read_text()}"
+            return "ready at" in self.log.read_text()
+
+        until(ready, READY_TIMEOUT_S, lambda: self.log.read_text())
+
+    def state(self) -> dict[str, Any]:
+        answer = self.http.get("/admin/state")
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    def put(self, body: dict[str, Any]) -> httpx.Response:
+        return self.http.put("/admin/thresholds", json=body)
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def stop(self) -> tuple[int, list[str]]:
+        """Ctrl-C; returns the exit code and what is still running of all that was ever started."""
+        started = self.children()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(90)
+        _, alive = psutil.wait_procs(started, timeout=10)
+        leftovers = [_describe(process) for process in alive]
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        return self.process.returncode, leftovers
+
+
+def until(condition: Callable[[], Any], timeout_s: float, describe: Callable[[], str] = str) -> Any:
+    """The first true value of `condition`, polled; fails with `describe()` when there is none in time."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.2)
+    raise AssertionError(f"not within {timeout_s:g} s: {describe()}")
+
+
+@contextlib.contextmanager
+def running(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is ended, with its children, whatever happens."""
+    try:
+        yield process
+    finally:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)] \
+            if process.poll() is None else []
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.terminate()
+        _, alive = psutil.wait_procs(family, timeout=20)
+        for member in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+
+
+def _describe(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return f"{process.pid} {' '.join(process.cmdline())[:120]}"
+    return f"{process.pid} gone"
