@@ -81,7 +81,7 @@ def drive(llm: LLM, seed: int) -> None:
     generator = random.Random(seed)
     generator.shuffle(order)
     for batch, prompt in order:
-        prompts = [{"prompt_token_ids": [generator.randrange(100, 40_000) for _ in range(prompt)]} for _ in range(batch)]
+        prompts = [{"prompt_token_ids": generator.choices(range(100, 40_000), k=prompt)} for _ in range(batch)]
         params = SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True, temperature=0.0)
         llm.generate(prompts, params, use_tqdm=False)
 
@@ -120,7 +120,8 @@ def as_profile(
         "provenance": [
             f"Measured with benchmarks/measure_law.py --model {Path(args.model).name} --name {args.name}.",
             f"Machine: {os.cpu_count()} cores, {platform.machine()}, OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}.",
-            f"Fit: {fit.records} iterations, R2 {fit.r2:.4f}, MAPE {fit.mape:.4f}, identified {', '.join(fit.identified)}.",
+            f"Fit: {fit.records} iterations, R2 {fit.r2:.4f}, MAPE {fit.mape:.4f}.",
+            f"Identified: {', '.join(fit.identified)}.",
             f"Held out: {len(held_out.iterations)} iterations, R2 {error['r2']:.4f}, MAPE {error['mape']:.4f}.",
             f"KV capacity: VLLM_CPU_KVCACHE_SPACE={os.environ['VLLM_CPU_KVCACHE_SPACE']} GiB.",
         ],

@@ -158,10 +158,14 @@ def thresholds_set(
     in_force = client.thresholds()["replicas"]
     if replica is not None and replica not in in_force:
         raise AdminRefused(f"replica {replica!r} does not exist; the replicas are {', '.join(in_force)}")
-    results: dict[str, Any] = {}
-    for name in [replica] if replica else list(in_force):
+    if not in_force:
+        raise AdminRefused("no replica is running yet; see headrace status")
+    targets = [replica] if replica else list(in_force)
+    for name in targets:
         if "error" in in_force[name]:
-            raise AdminRefused(f"replica {name} does not answer: {in_force[name]['error']}")
+            raise AdminRefused(f"replica {name} does not answer, nothing is changed: {in_force[name]['error']}")
+    results: dict[str, Any] = {}
+    for name in targets:
         # The version is left to the server, so that two operators cannot lose each other's change unseen.
         kept = {k: v for k, v in in_force[name].items() if k not in ("version", "pinned", "reason", "valid_for_s")}
         answer = client.put_thresholds({"replica": name, "thresholds": kept | changes, "pin": pin})

@@ -25,7 +25,10 @@ class AdminClient:
         key = os.environ.get("HEADRACE_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._url = url.rstrip("/")
-        self._client = httpx.Client(base_url=self._url, headers=headers, timeout=15.0, trust_env=False)
+        try:
+            self._client = httpx.Client(base_url=self._url, headers=headers, timeout=15.0, trust_env=False)
+        except httpx.InvalidURL as error:
+            raise AdminUnavailable(f"--url = {url!r} is not a URL: {error}; allowed: such as {DEFAULT_URL}") from error
 
     def state(self) -> dict[str, Any]:
         """`GET /admin/state`."""
@@ -47,10 +50,13 @@ class AdminClient:
                 f"nothing answers at {self._url} ({error}); start it with 'headrace up', or give --url"
             ) from error
         try:
-            answer: dict[str, Any] = response.json()
+            answer: Any = response.json()
         except ValueError as error:
             raise AdminRefused(f"{self._url} answered HTTP {response.status_code} and no JSON") from error
         if response.is_error:
-            message = answer.get("error", {}).get("message", response.text)
+            error = answer.get("error") if isinstance(answer, dict) else None
+            message = error.get("message", response.text) if isinstance(error, dict) else response.text
             raise AdminRefused(f"HTTP {response.status_code}: {message}")
+        if not isinstance(answer, dict):
+            raise AdminRefused(f"{self._url} is not a Headrace application: {path} answers {response.text[:80]}")
         return answer

@@ -163,7 +163,7 @@ def load_config(path: Path, *, with_engine: bool = True) -> ClusterConfig:
         data = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is empty or not a mapping; see configs/local.yaml for an example")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
+import shlex
 import signal
 import socket
 import tempfile
@@ -40,7 +40,7 @@ def curl_line(config: ClusterConfig) -> str:
             "temperature": 0,
         }
     )
-    return f"curl -s {config.base_url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    return f"curl -s {config.base_url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
 
 
 def prepare_model(config: ClusterConfig, say: Callable[[str], None]) -> None:
@@ -50,12 +50,12 @@ def prepare_model(config: ClusterConfig, say: Callable[[str], None]) -> None:
         ConfigError: the model is a local path that does not exist.
         ModelUnavailable: the bundled model's package is missing.
     """
-    source = Path(config.application.args.model.source)
+    source = Path(config.application.args.model.source).expanduser()
     if source.name == BUNDLED_MODEL_NAME:
         if not is_prepared(source):
             say(f"preparing {BUNDLED_MODEL_NAME} in {source} (once, about half a minute)")
             prepare_bundled_model(source)
-    elif config.application.args.model.source.startswith((".", "/", "~")) and not source.expanduser().exists():
+    elif config.application.args.model.source.startswith((".", "/", "~")) and not source.exists():
         raise ConfigError(f"model.source = {str(source)!r} does not exist; allowed: a folder, or a hub id ORG/NAME")
 
 
@@ -202,8 +202,9 @@ def _quieten() -> None:
     """Progress is told in our own words; the libraries' logs are in Ray's session folder."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    for name in ("ray.serve", "ray"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    # A hook that only sets up logging, and makes every idle Ray worker import vLLM for it.
+    os.environ.setdefault("RAYLLM_ENABLE_WORKER_PROCESS_SETUP_HOOK", "0")
 
 
 def _progress_line(application: Any) -> str:

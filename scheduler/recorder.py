@@ -84,18 +84,25 @@ class Recorder:
         return self._last_seq
 
     def since(
-        self, cursor: int | None
+        self, cursor: int | None, until: int | None = None
     ) -> tuple[tuple[Iteration, ...], tuple[Arrival, ...], tuple[Finished, ...], bool]:
-        """Records newer than `cursor` by kind, and whether some newer ones were overwritten already.
+        """Records newer than `cursor`, up to `until`, by kind; and whether some newer ones were overwritten already.
 
         A cursor from another life of the engine (larger than any number given here) counts as 0; None asks for none.
         """
         if cursor is None:
             return (), (), (), False
-        if cursor > self._last_seq:
+        if until is None:
+            until = self._last_seq
+        if not 0 <= cursor <= self._last_seq:
             cursor = 0
-        lost = self._dropped_seq > cursor
-        return _newer(self._iterations, cursor), _newer(self._arrivals, cursor), _newer(self._finished, cursor), lost
+        iterations, arrivals, finished = (
+            _between(self._iterations, cursor, until),
+            _between(self._arrivals, cursor, until),
+            _between(self._finished, cursor, until),
+        )
+        # Asked last, so that what is overwritten while it is copied counts as lost.
+        return iterations, arrivals, finished, self._dropped_seq > cursor
 
     def _next(self) -> int:
         return next(self._sequence)
@@ -107,5 +114,5 @@ class Recorder:
         self._last_seq = record.seq
 
 
-def _newer(records: deque[_Record], cursor: int) -> tuple[_Record, ...]:
-    return tuple(record for record in tuple(records) if record.seq > cursor)
+def _between(records: deque[_Record], cursor: int, until: int) -> tuple[_Record, ...]:
+    return tuple(record for record in tuple(records) if cursor < record.seq <= until)

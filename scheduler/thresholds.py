@@ -10,16 +10,22 @@ validity are what serving live users adds to them.
 
 from __future__ import annotations
 
+import difflib
 import math
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, ClassVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 
 POLICY_NAMES = ("fcfs", "wait", "nested_wait")
 MODES = ("serving", "strict")
 LONGEST_HOLD_S = 60.0
 """No setting may hold a request longer than this: beyond a minute a hold is an outage."""
+
+# What is sent must have the very type: a "8" or a true in place of a number is a mistake and not a number.
+Count = Annotated[int, Strict()]
+Seconds = Annotated[float, Strict()]
+Flag = Annotated[bool, Strict()]
 
 
 class InvalidThresholds(ValueError):
@@ -53,9 +59,9 @@ class TypeThreshold:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     name: str
-    n: int
-    max_prompt_tokens: int | None = None
-    max_output_tokens: int | None = None
+    n: Count
+    max_prompt_tokens: Count | None = None
+    max_output_tokens: Count | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +70,8 @@ class SegmentThreshold:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    end_output_tokens: int
-    n: int
+    end_output_tokens: Count
+    n: Count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,16 +91,16 @@ class Thresholds:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    version: int = 0
+    version: Count = 0
     policy: str = "fcfs"
     mode: str = "serving"
     types: tuple[TypeThreshold, ...] = ()
     segments: tuple[SegmentThreshold, ...] = ()
-    max_in_service: int | None = None
-    token_budget: int | None = None
-    max_hold_s: float = 0.25
-    valid_for_s: float | None = None
-    pinned: bool = False
+    max_in_service: Count | None = None
+    token_budget: Count | None = None
+    max_hold_s: Seconds = 0.25
+    valid_for_s: Seconds | None = None
+    pinned: Flag = False
     reason: str = ""
 
     def __post_init__(self) -> None:
@@ -211,6 +217,10 @@ def _as_invalid(error: ValidationError) -> InvalidThresholds:
         return cause
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = ", ".join(Thresholds.__dataclass_fields__)
-        return InvalidThresholds(field, first["input"], f"no such field; the fields are {known}")
+        entries: dict[object, type] = {"types": TypeThreshold, "segments": SegmentThreshold}
+        holder = entries[first["loc"][0]] if len(first["loc"]) > 1 else Thresholds
+        known = [known_field.name for known_field in fields(holder)]
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return InvalidThresholds(field, first["input"], f"no such field; the fields are {', '.join(known)}{hint}")
     return InvalidThresholds(field or "(body)", first["input"], first["msg"])

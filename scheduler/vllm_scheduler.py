@@ -13,6 +13,7 @@ upgrade moves any of it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -63,6 +64,8 @@ class HeadraceScheduler(AsyncScheduler):
         self.waiting = self.gate
         self._most_running = self.max_num_running_reqs
         self._most_tokens = self.max_num_scheduled_tokens
+        # A prompt longer than the budget would never run where prompts are not computed in chunks.
+        self._budget_can_split = self.scheduler_config.enable_chunked_prefill
         self._executing: deque[tuple[SchedulerOutput, float, tuple[int, int, int, int]]] = deque()
         self._last_output_s = 0.0
         self._everyone_runs = False
@@ -85,7 +88,7 @@ class HeadraceScheduler(AsyncScheduler):
 
         aside = self._set_aside(decision.sit_out)
         self.max_num_running_reqs = self._most_running - len(aside)
-        budget = obeyed.thresholds.token_budget or self._most_tokens
+        budget = (self._budget_can_split and obeyed.thresholds.token_budget) or self._most_tokens
         # Every running request gets its decode token, however small the budget is set.
         self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, len(self.running)))
         try:
@@ -99,7 +102,7 @@ class HeadraceScheduler(AsyncScheduler):
 
     def _obey(self, in_force: InForce) -> None:
         self._obeyed = in_force
-        self.gate.reclassify(self.running)
+        self.gate.reclassify([*self.running, *self.skipped_waiting])
         thresholds = in_force.thresholds
         logger.debug("Headrace: thresholds version %d in force: %s", thresholds.version, thresholds.reason)
 
@@ -124,13 +127,13 @@ class HeadraceScheduler(AsyncScheduler):
 
     def _work_of(self, output: SchedulerOutput) -> tuple[int, int, int, int]:
         """Prefill, decode and KV tokens and batch size of what was scheduled (`num_computed_tokens` is after it)."""
-        counts = output.num_scheduled_tokens
-        if self.num_spec_tokens:  # a decode step may then have several tokens
-            prefilling = [n for name, n in counts.items() if self.requests[name].is_prefill_chunk]
+        counts, drafted = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
+        if drafted:  # a decode step then has its draft tokens too
+            prefilling = [n for name, n in counts.items() if n > 1 + len(drafted.get(name, ()))]
         else:
             prefilling = [n for n in counts.values() if n > 1]
         prefill = sum(prefilling)
-        kv_tokens = sum([request.num_computed_tokens for request in self.running])
+        kv_tokens = sum([self.requests[name].num_computed_tokens for name in counts])
         return prefill, output.total_num_scheduled_tokens - prefill, kv_tokens, len(counts)
 
     def _after_schedule(self, output: SchedulerOutput, work: tuple[int, int, int, int], sitting_out: int) -> None:
@@ -182,16 +185,17 @@ class HeadraceScheduler(AsyncScheduler):
         return super()._free_request(request, delay_free_blocks)
 
     def known_output_tokens(self, request: Request) -> int | None:
-        """The output length a client declared: `expected_output_tokens`, else `max_tokens`, else None.
+        """The output length a client declared: `expected_output_tokens`, at most `max_tokens`; else that; else None.
 
         A `max_tokens` that only fills the model's context up is vLLM's default and no declaration.
         """
         params = request.sampling_params
         declared = (params.extra_args or {}).get(EXPECTED_OUTPUT_TOKENS) if params else None
-        if isinstance(declared, int | float) and declared >= 1:
-            return int(declared)
+        max_tokens: int = request.max_tokens
+        if isinstance(declared, int | float) and 1 <= declared < math.inf:
+            return min(int(declared), max_tokens)
         whole_context = self.max_model_len - request.num_prompt_tokens
-        return request.max_tokens if request.max_tokens < whole_context else None
+        return max_tokens if max_tokens < whole_context else None
 
     def _classify(self, request: Request) -> str:
         return self._obeyed.policy.classify(request.num_prompt_tokens, self.known_output_tokens(request))
@@ -202,7 +206,7 @@ class HeadraceScheduler(AsyncScheduler):
         """The engine's state and its records after `report.cursor`; safe from another thread."""
         current = self.in_force.current()
         cursor = self.recorder.cursor
-        iterations, arrivals, finished, lost = self.recorder.since(report.cursor)
+        iterations, arrivals, finished, lost = self.recorder.since(report.cursor, cursor)
         in_service = tuple(
             InService(request.num_prompt_tokens, request.num_output_tokens)
             for request in list(self.requests.values())

@@ -21,8 +21,8 @@ from cluster.model import prepare_bundled_model
 pytestmark = pytest.mark.timeout(900)
 MODEL_ID = "smollm2-135m"
 TOPICS = (
-    "the sea", "bread", "rain", "chess", "mountains", "a clock", "trains", "honey", "winter", "a bridge", "salt", "owls",
-    "paper", "the moon", "glass", "a garden", "wheels", "music", "stone", "a library",
+    "the sea", "bread", "rain", "chess", "mountains", "a clock", "trains", "honey", "winter", "a bridge", "salt",
+    "owls", "paper", "the moon", "glass", "a garden", "wheels", "music", "stone", "a library",
 )
 PROMPTS = [
     {"content": f"{ask} {topic}.", "max_tokens": 16 + 4 * (index % 9)}
@@ -194,7 +194,7 @@ def test_the_controller_tunes_from_what_it_sees(cluster: ClusterProcess) -> None
     assert state["controller"]["alive"]
     replica = next(r for r in state["replicas"].values() if r["fluid"])
     assert replica["law"]["records"] > 32
-    assert 0 < replica["fluid"]["load"]
+    assert replica["fluid"]["load"] > 0
     assert replica["thresholds"]["max_in_service"] >= 1
 
 
@@ -234,7 +234,7 @@ def _kill_controller_for_good(cluster: ClusterProcess) -> None:
 
 BAD_REQUESTS: list[tuple[str, dict[str, Any], int, str]] = [
     ("no such model", {"json": {"model": "gpt-9", "prompt": "hi"}}, 404, "gpt-9"),
-    ("malformed JSON", {"content": b'{"model": "smollm2', "headers": {"Content-Type": "application/json"}}, 400, "JSON"),
+    ("malformed JSON", {"content": b'{"model": "smol', "headers": {"Content-Type": "application/json"}}, 400, "JSON"),
     ("prompt longer than the model", {"json": {"model": MODEL_ID, "prompt": "word " * 5000}}, 400, "2048"),
     ("negative max_tokens", {"json": {"model": MODEL_ID, "prompt": "hi", "max_tokens": -5}}, 400, "max_tokens"),
     ("a declared length of zero",

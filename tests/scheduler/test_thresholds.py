@@ -1,0 +1,210 @@
+"""Thresholds: what is refused and how the refusal reads, the JSON form, and what fits an engine."""
+
+import json
+import math
+import string
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler.thresholds import (
+    LONGEST_HOLD_S,
+    MODES,
+    POLICY_NAMES,
+    EngineLimits,
+    InvalidThresholds,
+    SegmentThreshold,
+    Thresholds,
+    TypeThreshold,
+    parse_thresholds,
+    thresholds_as_dict,
+)
+
+LIMITS = EngineLimits(
+    kv_capacity_tokens=1600, block_tokens=16, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=1024
+)
+"""100 KV blocks, 64 seats."""
+
+
+def _type(name="all", n=4, **bounds):
+    return {"name": name, "n": n, **bounds}
+
+
+def _segments(*ends_and_n):
+    return [{"end_output_tokens": end, "n": n} for end, n in ends_and_n]
+
+
+REFUSED = [
+    # (what is sent, the field named, the value named, a word of what is allowed)
+    ({"version": -1}, "version", -1, ">= 0"),
+    ({"policy": "lifo"}, "policy", "lifo", "fcfs, wait, nested_wait"),
+    ({"policy": 3}, "policy", 3, "string"),
+    ({"mode": "lenient"}, "mode", "lenient", "serving, strict"),
+    ({"max_hold_s": -0.1}, "max_hold_s", -0.1, "0 to 60"),
+    ({"max_hold_s": 60.5}, "max_hold_s", 60.5, "0 to 60"),
+    ({"max_hold_s": math.inf}, "max_hold_s", math.inf, "0 to 60"),
+    ({"max_hold_s": "0.5"}, "max_hold_s", "0.5", "number"),
+    ({"max_hold_s": True}, "max_hold_s", True, "number"),
+    ({"max_hold_s": None}, "max_hold_s", None, "number"),
+    ({"valid_for_s": 0}, "valid_for_s", 0.0, "> 0"),
+    ({"valid_for_s": math.inf}, "valid_for_s", math.inf, "> 0"),
+    ({"max_in_service": 0}, "max_in_service", 0, ">= 1"),
+    ({"max_in_service": True}, "max_in_service", True, "integer"),
+    ({"max_in_service": "8"}, "max_in_service", "8", "integer"),
+    ({"max_in_service": 8.5}, "max_in_service", 8.5, "integer"),
+    ({"token_budget": 0}, "token_budget", 0, ">= 1"),
+    ({"token_budget": -3}, "token_budget", -3, ">= 1"),
+    ({"pinned": 1}, "pinned", 1, "boolean"),
+    ({"pinned": "yes"}, "pinned", "yes", "boolean"),
+    ({"reason": 7}, "reason", 7, "string"),
+    ({"types": [_type(n=0)]}, "types[0].n", 0, ">= 1"),
+    ({"types": [_type(n=-2)]}, "types[0].n", -2, ">= 1"),
+    ({"types": [_type(n=True)]}, "types[0].n", True, "integer"),
+    ({"types": [_type(n="4")]}, "types[0].n", "4", "integer"),
+    ({"types": [_type(name="")]}, "types[0].name", "", "non-empty"),
+    ({"types": [_type("a"), _type("b"), _type("a")]}, "types", ["a", "b", "a"], "distinct"),
+    ({"types": [_type(max_prompt_tokens=0)]}, "types[0].max_prompt_tokens", 0, ">= 1"),
+    ({"types": [_type("a"), _type("b", max_output_tokens=-1)]}, "types[1].max_output_tokens", -1, ">= 1"),
+    ({"types": [_type(n=9)], "max_in_service": 8}, "types[0].n", 9, "max_in_service = 8"),
+    ({"types": [{"name": "all"}]}, "types[0].n", {"name": "all"}, "required"),
+    ({"types": [3]}, "types[0]", 3, "TypeThreshold"),
+    ({"segments": _segments((8, 0))}, "segments[0].n", 0, ">= 1"),
+    ({"segments": _segments((0, 4))}, "segments[0].end_output_tokens", 0, "> 0"),
+    ({"segments": _segments((16, 4), (16, 4))}, "segments[1].end_output_tokens", 16, "> 16"),
+    ({"segments": _segments((16, 4), (8, 2))}, "segments[1].end_output_tokens", 8, "> 16"),
+    ({"segments": _segments((8, 4), (16, 5))}, "segments[1].n", 5, "1 to 4"),
+    ({"segments": _segments((8, 9)), "max_in_service": 8}, "segments[0].n", 9, "max_in_service = 8"),
+    # Unknown keys: the answer lists those of the object they stand in.
+    ({"max_hold": 1.0}, "max_hold", 1.0, "max_hold_s"),
+    ({"types": [_type(max_tokens=5)]}, "types[0].max_tokens", 5, "max_output_tokens"),
+    ({"segments": [{"end_output_tokens": 8, "n": 2, "name": "x"}]}, "segments[0].name", "x", "end_output_tokens"),
+]
+
+
+@pytest.mark.parametrize(("sent", "field", "value", "allowed"), REFUSED, ids=lambda part: str(part)[:40])
+def test_refusal_names_field_value_and_what_is_allowed(sent, field, value, allowed):
+    with pytest.raises(InvalidThresholds) as refused:
+        parse_thresholds(sent)
+    error = refused.value
+    assert error.field == field
+    assert error.value == value and type(error.value) is type(value)
+    assert allowed in error.allowed
+    for part in (field, repr(value), allowed):
+        assert part in str(error)
+
+
+def test_not_a_number_is_refused_from_json_text():
+    with pytest.raises(InvalidThresholds) as refused:
+        parse_thresholds('{"max_hold_s": NaN}')
+    assert refused.value.field == "max_hold_s" and math.isnan(refused.value.value)
+    with pytest.raises(InvalidThresholds, match="valid_for_s"):
+        parse_thresholds('{"valid_for_s": NaN}')
+
+
+@pytest.mark.parametrize("body", [[], None, 5, "", "{", b"\xff\xfe", "[1]", '"fcfs"', "null"], ids=repr)
+def test_what_is_no_object_is_refused(body):
+    with pytest.raises(InvalidThresholds, match=r"\(body\)"):
+        parse_thresholds(body)
+
+
+def test_unknown_key_lists_only_real_fields():
+    with pytest.raises(InvalidThresholds) as refused:
+        parse_thresholds({"types": [_type(foo=1)]})
+    assert refused.value.allowed.endswith("are name, n, max_prompt_tokens, max_output_tokens")
+
+
+def test_python_construction_checks_as_parsing_does():
+    with pytest.raises(InvalidThresholds, match=r"types\[0\]\.n = 0"):
+        Thresholds(types=(TypeThreshold(name="a", n=0),))
+    with pytest.raises(InvalidThresholds, match="max_hold_s = nan"):
+        Thresholds(max_hold_s=math.nan)
+
+
+counts = st.integers(1, 50)
+type_thresholds = st.builds(
+    TypeThreshold,
+    name=st.text(string.printable, min_size=1, max_size=8), n=counts,
+    max_prompt_tokens=st.none() | counts, max_output_tokens=st.none() | counts,
+)
+
+
+@st.composite
+def thresholds(draw):
+    ends = draw(st.lists(st.integers(1, 1000), unique=True, max_size=4).map(sorted))
+    n = sorted(draw(st.lists(counts, min_size=len(ends), max_size=len(ends))), reverse=True)
+    return Thresholds(
+        version=draw(st.integers(0, 10**12)),
+        policy=draw(st.sampled_from(POLICY_NAMES)),
+        mode=draw(st.sampled_from(MODES)),
+        types=tuple(draw(st.lists(type_thresholds, max_size=4, unique_by=lambda entry: entry.name))),
+        segments=tuple(
+            SegmentThreshold(end_output_tokens=end, n=count) for end, count in zip(ends, n, strict=True)
+        ),
+        max_in_service=draw(st.none() | st.integers(50, 10**6)),
+        token_budget=draw(st.none() | st.integers(1, 10**6)),
+        max_hold_s=draw(st.floats(0, LONGEST_HOLD_S)),
+        valid_for_s=draw(st.none() | st.floats(1e-6, 1e6)),
+        pinned=draw(st.booleans()),
+        reason=draw(st.text(max_size=20)),
+    )
+
+
+@given(thresholds())
+def test_dump_and_parse_are_inverse(value):
+    dumped = thresholds_as_dict(value)
+    assert parse_thresholds(dumped) == value
+    assert parse_thresholds(json.dumps(dumped)) == value
+    assert parse_thresholds(json.dumps(dumped).encode()) == value
+
+
+def test_whole_seconds_may_be_written_without_a_point():
+    assert parse_thresholds({"max_hold_s": 1, "valid_for_s": 30}) == Thresholds(max_hold_s=1.0, valid_for_s=30.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        (Thresholds(max_in_service=65), "max_in_service"),
+        (Thresholds(types=(TypeThreshold(name="a", n=1), TypeThreshold(name="b", n=65))), "types[1].n"),
+        (Thresholds(segments=(SegmentThreshold(end_output_tokens=8, n=65),)), "segments[0].n"),
+        (Thresholds(token_budget=513), "token_budget"),
+    ],
+    ids=lambda part: str(part)[:30],
+)
+def test_what_the_engine_cannot_seat_or_compute_does_not_fit(value, field):
+    with pytest.raises(InvalidThresholds) as refused:
+        value.check_fits(LIMITS)
+    assert refused.value.field == field
+    assert ("512" if field == "token_budget" else "1 to 64") in refused.value.allowed
+
+
+def test_memory_seats_fewer_than_max_num_seqs():
+    small = replace(LIMITS, kv_capacity_tokens=160)  # ten blocks: ten requests at the very most
+    Thresholds(max_in_service=10).check_fits(small)
+    with pytest.raises(InvalidThresholds, match=r"max_in_service = 11 .* from 1 to 10: .*160 tokens in blocks of 16"):
+        Thresholds(max_in_service=11).check_fits(small)
+
+
+def test_what_just_fits_is_taken():
+    Thresholds(
+        types=(TypeThreshold(name="a", n=64),), segments=(SegmentThreshold(end_output_tokens=8, n=64),),
+        max_in_service=64, token_budget=512,
+    ).check_fits(LIMITS)
+    Thresholds().check_fits(LIMITS)
+
+
+def test_same_rule_looks_only_at_what_decides():
+    rule = Thresholds(policy="wait", types=(TypeThreshold(name="a", n=4),), max_in_service=8)
+    assert rule.same_rule(replace(rule, version=9, reason="another", valid_for_s=5.0, pinned=True))
+    for change in (
+        {"policy": "fcfs"}, {"mode": "strict"}, {"types": (TypeThreshold(name="a", n=5),)}, {"max_in_service": 9},
+        {"segments": (SegmentThreshold(end_output_tokens=8, n=2),)}, {"token_budget": 100}, {"max_hold_s": 0.5},
+    ):
+        assert not rule.same_rule(replace(rule, **change)), change
+
+
+def test_with_version_changes_only_the_version():
+    value = Thresholds(version=3, policy="wait", reason="r")
+    assert value.with_version(7) == replace(value, version=7)
