@@ -93,7 +93,10 @@ class ControlLoop:
             entry.note = "settled"
             return
         # A renewal repeats what is in force; noise in the estimates must not ride along with it.
-        wanted = replace(proposal.thresholds, reason=proposal.reason) if changed else replace(in_force, valid_for_s=self._config.validity_s)
+        if changed:
+            wanted = replace(proposal.thresholds, reason=proposal.reason)
+        else:
+            wanted = replace(in_force, valid_for_s=self._config.validity_s)
         await self._push(name, actor_name, entry, in_force, wanted.with_version(in_force.version + 1), changed)
 
     async def _push(

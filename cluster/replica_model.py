@@ -21,6 +21,7 @@ from scheduler.thresholds import EngineLimits, SegmentThreshold, Thresholds, Typ
 
 KEPT_LENGTHS = 2000
 MOST_TYPES = 4
+_MOST_SEGMENTS = 4
 _SETTLED = 0.10
 """Thresholds closer than this (relatively) to those in force are left alone: estimates jitter, engines should not."""
 _LENGTH_GRID = tuple(sorted(int(base * 2**power) for power in range(28) for base in (16, 24)))
@@ -167,7 +168,11 @@ class ReplicaModel:
         self, mix: WorkloadMix, limits: EngineLimits, cap: int
     ) -> tuple[tuple[SegmentThreshold, ...], str]:
         lengths = mix.merged().lengths
-        boundaries = sorted({_on_grid(lengths.output_quantile(q)) for q in (0.25, 0.5, 0.75, 1.0)})
+        # Counts fall strictly from segment to segment, so m segments need n_1 >= m. With more segments than the fluid
+        # has requests per stage, requests would be held for the sake of the chain and not of the load.
+        inventory = sum(solve_fluid(mix, self.law.law, limits.kv_capacity_tokens).inventories)
+        count = max(1, int(min(_MOST_SEGMENTS, inventory)))
+        boundaries = sorted({_on_grid(lengths.output_quantile(part / count)) for part in range(1, count + 1)})
         solution = nested_wait_thresholds(
             mix, self.law.law, limits.kv_capacity_tokens,
             boundaries=boundaries, overflow_probability=self._config.overflow_probability,

@@ -1,0 +1,242 @@
+"""`headrace plan`: numbers against the fluid model worked out by hand, and inputs that cannot be."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster import cli
+
+DOCUMENTED = (
+    "--type", "rate=50,prompt=58,output=147", "--d0", "0.0112", "--d1", "4.24e-7", "--d2", "0", "--kv-tokens", "137000",
+)
+LAW = ("--d0", "0.0112", "--d1", "4.24e-7", "--kv-tokens", "137000")
+WORKLOAD = ("--type", "rate=50,prompt=58,output=147")
+REQUIRED_KEYS = {
+    "load", "iteration_time_s", "memory_tokens", "throughput_tokens_per_s", "stable", "fits_memory",
+    "critical_rate_scale", "thresholds",
+}
+# One request of 58 + 147 tokens: (147 + 1) iterations holding 58 + 147/2 tokens on average.
+W = 148 * (58 + 147 / 2)
+
+
+def planned(*arguments: str) -> dict[str, Any]:
+    """The plan as a program reads it; anything that is not strict JSON fails."""
+    result = CliRunner().invoke(cli.app, ["plan", *arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout, parse_constant=_refuse)  # type: ignore[no-any-return]
+
+
+def _refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is not JSON")
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command to its end as the shell does: nothing on stdout, exit code 2, and the message."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["headrace", "plan", *arguments, "--json"])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        assert stop.value.code == 2
+        assert captured.out == ""
+        return captured.err
+
+    return run
+
+
+def test_documented_command_gives_the_numbers_of_the_paper_s_equilibrium() -> None:
+    plan = planned(*DOCUMENTED)
+    load = 4.24e-7 * 50 * W
+    iteration_s = 0.0112 / (1 - load)
+    assert plan.keys() >= REQUIRED_KEYS
+    assert plan["load"] == pytest.approx(load, rel=1e-12)
+    assert plan["load"] == pytest.approx(0.412594, rel=1e-5)
+    assert plan["iteration_time_s"] == pytest.approx(iteration_s, rel=1e-12)
+    assert plan["memory_tokens"] == pytest.approx(0.0112 * 50 * W / (1 - load), rel=1e-12)
+    assert plan["throughput_tokens_per_s"] == 50 * 147
+    assert plan["stable"] is True
+    assert plan["fits_memory"] is True
+    assert plan["reason"] is None
+    # M*(s) = s rate w d0/(1 - s load) reaches the capacity at this multiple of the rate.
+    assert plan["critical_rate_scale"] == pytest.approx(137000 / (50 * W * 0.0112 + load * 137000), rel=1e-12)
+
+
+def test_documented_command_s_thresholds_keep_up_and_fit() -> None:
+    thresholds = planned(*DOCUMENTED)["thresholds"]
+    # ceil(50 * 1.05 * 0.01907) = 2 prompts a stage: 50 * (d0 + d1 * 2 w) = 1.4 arrive while 2 are served.
+    assert thresholds["wait"]["n"] == {"type-1": 2}
+    assert thresholds["wait"]["memory_tokens"] == pytest.approx(2 * W)
+    assert thresholds["wait"]["iteration_s"] == pytest.approx(0.0112 + 4.24e-7 * 2 * W)
+    nested = thresholds["nested_wait"]
+    assert nested["boundaries"] == [147]
+    assert nested["memory_tokens"] + nested["buffer_tokens"] <= 137000
+    assert thresholds["max_in_service"] * (W / 148) < 137000
+
+
+def test_the_critical_rate_is_where_memory_fills_up() -> None:
+    critical = planned(*DOCUMENTED)["critical_rate_scale"]
+    at_edge = planned("--type", f"rate={50 * critical},prompt=58,output=147", *LAW)
+    assert at_edge["memory_tokens"] == pytest.approx(137000, rel=1e-9)
+
+
+def test_unstable_is_an_answer_with_a_reason() -> None:
+    plan = planned("--type", "rate=500,prompt=58,output=147", *LAW)
+    assert plan["stable"] is False
+    assert plan["fits_memory"] is False
+    assert plan["iteration_time_s"] is None
+    assert plan["memory_tokens"] is None
+    assert plan["load"] == pytest.approx(4.24e-7 * 500 * W)
+    assert "load is 4.126" in plan["reason"]
+    assert plan["thresholds"]["wait"]["infeasible"] == plan["reason"]
+    assert plan["thresholds"]["max_in_service"] >= 1
+
+
+def test_too_little_memory_is_an_answer_with_a_reason() -> None:
+    plan = planned(*WORKLOAD, "--d0", "0.0112", "--d1", "4.24e-7", "--kv-tokens", "5000")
+    assert plan["stable"] is True
+    assert plan["fits_memory"] is False
+    assert plan["memory_tokens"] > 5000
+    assert "KV capacity of 5000 tokens" in plan["reason"]
+    assert plan["critical_rate_scale"] < 1
+
+
+def test_a_request_larger_than_memory_is_an_answer_with_a_reason() -> None:
+    plan = planned(*WORKLOAD, "--d0", "0.0112", "--d1", "4.24e-7", "--kv-tokens", "204")
+    assert plan["fits_memory"] is False
+    assert "one request of 205 tokens" in plan["reason"]
+    assert plan["critical_rate_scale"] == 0
+
+
+@pytest.mark.parametrize("kv_tokens", ["137000", "5000", "204"])
+@pytest.mark.parametrize("rate", ["50", "500"])
+def test_people_get_the_verdict_in_words(rate: str, kv_tokens: str) -> None:
+    arguments = ["plan", "--type", f"rate={rate},prompt=58,output=147", *LAW[:4], "--kv-tokens", kv_tokens]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0
+    feasible = rate == "50" and kv_tokens == "137000"
+    assert ("stable, fits memory" in result.stdout) == feasible
+    assert ("infeasible" in result.stdout) == (not feasible)
+
+
+def test_types_add_up_and_keep_their_names() -> None:
+    plan = planned(
+        "--type", "rate=10,prompt=58,output=147,name=chat", "--type", "rate=5,prompt=200,output=20", *LAW
+    )
+    w_second = 21 * (200 + 10)
+    assert plan["load"] == pytest.approx(4.24e-7 * (10 * W + 5 * w_second))
+    assert plan["throughput_tokens_per_s"] == pytest.approx(10 * 147 + 5 * 20)
+    assert [entry["name"] for entry in plan["types"]] == ["chat", "type-2"]
+    assert plan["thresholds"]["wait"]["n"].keys() == {"chat", "type-2"}
+
+
+def test_two_types_of_equal_lengths_need_no_names() -> None:
+    plan = planned(*WORKLOAD, *WORKLOAD, *LAW)
+    assert [entry["name"] for entry in plan["types"]] == ["type-1", "type-2"]
+
+
+def test_a_profile_gives_law_and_memory_and_options_override_it() -> None:
+    profile = planned(*WORKLOAD, "--profile", "a100-llama2-7b-paper")
+    assert profile == planned(*DOCUMENTED)
+    assert profile["kv_capacity_tokens"] == 137000
+    faster = planned(*WORKLOAD, "--profile", "a100-llama2-7b-paper", "--d1", "0", "--kv-tokens", "50000")
+    assert faster["load"] == 0
+    assert faster["iteration_time_s"] == pytest.approx(0.0112)
+    assert faster["kv_capacity_tokens"] == 50000
+
+
+def test_prefill_cost_counts_as_load() -> None:
+    plan = planned(*WORKLOAD, "--d0", "0.0112", "--d1", "4.24e-7", "--d2", "1e-5", "--kv-tokens", "137000")
+    assert plan["load"] == pytest.approx(4.24e-7 * 50 * W + 1e-5 * 50 * 58)
+
+
+def test_a_trace_with_bad_rows_is_used_without_them_and_says_so(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("num_prefill_tokens,num_decode_tokens\n58,147\n0,5\n58,many\n58,147\n")
+    result = CliRunner().invoke(cli.app, ["plan", "--trace", str(trace), "--rate", "50", *LAW, "--json"])
+    assert result.exit_code == 0
+    assert "2 of 4 rows were left out" in result.stderr
+    assert "line 3" in result.stderr
+    assert "warnings" not in json.loads(result.stdout)
+    assert json.loads(result.stdout)["load"] == pytest.approx(4.24e-7 * 50 * W)
+
+
+def test_a_clean_trace_says_nothing(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("num_prefill_tokens,num_decode_tokens\n58,147\n")
+    result = CliRunner().invoke(cli.app, ["plan", "--trace", str(trace), "--rate", "50", *LAW, "--json"])
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--type", "rte=50,prompt=58,output=147", *LAW), ["--type", "rte=50", "name, rate, prompt, output"]),
+        (("--type", "rate=50,prompt=58", *LAW), ["--type", "output missing", "required"]),
+        (("--type", "rate=fast,prompt=58,output=147", *LAW), ["--type", "rate is 'fast'"]),
+        (("--type", "rate=-50,prompt=58,output=147", *LAW), ["--type", "rate_rps is -50.0", ">= 0"]),
+        (("--type", "rate=nan,prompt=58,output=147", *LAW), ["--type", "rate_rps is nan", "finite"]),
+        (("--type", "rate=inf,prompt=58,output=147", *LAW), ["--type", "rate_rps is inf", "finite"]),
+        (("--type", "rate=0,prompt=58,output=147", *LAW), ["rate_rps is 0 for every type", "> 0"]),
+        (("--type", "rate=50,prompt=0,output=147", *LAW), ["--type", "prompt is '0'", "between 1 and"]),
+        (("--type", "rate=50,prompt=58,output=1.5", *LAW), ["--type", "output is '1.5'", "integer"]),
+        (("--type", "rate=1e308,prompt=58,output=147", *LAW), ["too large"]),
+        (
+            ("--type", "rate=1,prompt=5,output=5,name=a", "--type", "rate=2,prompt=6,output=6,name=a", *LAW),
+            ["'a', 'a'", "distinct names"],
+        ),
+        (LAW, ["--type", "--trace"]),
+        ((*WORKLOAD, "--trace", "trace.csv", "--rate", "5", *LAW), ["--type", "--trace"]),
+        (WORKLOAD, ["--profile", "--d0", "--d1"]),
+        ((*WORKLOAD, "--d0", "0.01"), ["--profile", "--d0", "--d1"]),
+        ((*WORKLOAD, "--d0", "0.01", "--d1", "1e-7"), ["--kv-tokens", "--profile"]),
+        ((*WORKLOAD, *LAW[:4], "--kv-tokens", "0"), ["--kv-tokens = 0", ">= 1"]),
+        ((*WORKLOAD, "--d0", "-1", *LAW[2:]), ["--d0 = -1.0", ">= 0"]),
+        ((*WORKLOAD, *LAW, "--d2", "nan"), ["--d2 = nan", "finite"]),
+        ((*WORKLOAD, *LAW, "--floor", "inf"), ["--floor = inf", "finite"]),
+        ((*WORKLOAD, "--d0", "0", *LAW[2:]), ["d0_s and floor_s are both 0"]),
+        ((*WORKLOAD, "--profile", "a100"), ["profile 'a100'", "a100-llama2-7b-paper"]),
+        ((*WORKLOAD, *LAW, "--overflow-probability", "1"), ["overflow_probability is 1.0", "between 0 and 1"]),
+        ((*WORKLOAD, *LAW, "--segments", "0"), ["--segments", "1<=x<=16"]),
+        ((*WORKLOAD, *LAW, "--kv-tokens", "many"), ["--kv-tokens", "many"]),
+        (("--trace", "/nowhere/trace.csv", "--rate", "5", *LAW), ["/nowhere/trace.csv", "No such file"]),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_with_what_is_allowed(
+    refused: Any, arguments: tuple[str, ...], said: list[str]
+) -> None:
+    message = refused(*arguments)
+    for part in said:
+        assert part in message
+
+
+@pytest.mark.parametrize("rate", [(), ("--rate", "0"), ("--rate", "-1"), ("--rate", "nan"), ("--rate", "inf")])
+def test_a_trace_needs_a_rate(refused: Any, tmp_path: Path, rate: tuple[str, ...]) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("num_prefill_tokens,num_decode_tokens\n58,147\n")
+    message = refused("--trace", str(trace), *rate, *LAW)
+    assert "--rate = " in message
+    assert "requests per second > 0" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("prompt,output\n58,147\n", "no column num_prefill_tokens"),
+        ("num_prefill_tokens,num_decode_tokens\n0,0\n", "no usable row among 1"),
+        ("", "no column"),
+    ],
+)
+def test_an_unusable_trace_is_named(refused: Any, tmp_path: Path, content: str, said: str) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text(content)
+    message = refused("--trace", str(trace), "--rate", "5", *LAW)
+    assert str(trace) in message
+    assert said in message
