@@ -193,8 +193,9 @@ def _parse_settings(settings: list[str]) -> dict[str, Any]:
             raise ConfigError(f"{setting!r} is not FIELD=VALUE")
         try:
             changes[field] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"the value of {field} is not YAML: {error}") from error
+            json.dumps(changes[field], allow_nan=False)
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            raise ConfigError(f"the value of {field} is not YAML that JSON can carry: {error}") from error
     return changes
 
 

@@ -54,8 +54,8 @@ class AdminClient:
         except ValueError as error:
             raise AdminRefused(f"{self._url} answered HTTP {response.status_code} and no JSON") from error
         if response.is_error:
-            error = answer.get("error") if isinstance(answer, dict) else None
-            message = error.get("message", response.text) if isinstance(error, dict) else response.text
+            said = answer.get("error") if isinstance(answer, dict) else None
+            message = said.get("message", response.text) if isinstance(said, dict) else response.text
             raise AdminRefused(f"HTTP {response.status_code}: {message}")
         if not isinstance(answer, dict):
             raise AdminRefused(f"{self._url} is not a Headrace application: {path} answers {response.text[:80]}")

@@ -90,7 +90,7 @@ class ControlLoop:
         changed = materially_different(proposal.thresholds, in_force)
         needs_renewal = not telemetry.from_config and proposal.thresholds.valid_for_s is not None and renewal_due
         if not changed and not needs_renewal:
-            entry.note = "settled"
+            entry.note = "settled" if proposal.equilibrium else proposal.reason
             return
         # A renewal repeats what is in force; noise in the estimates must not ride along with it.
         if changed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shlex
 import signal
@@ -202,6 +203,7 @@ def _quieten() -> None:
     """Progress is told in our own words; the libraries' logs are in Ray's session folder."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.disable(logging.WARNING)  # in this process; replicas and engines write their own files
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     # A hook that only sets up logging, and makes every idle Ray worker import vLLM for it.
     os.environ.setdefault("RAYLLM_ENABLE_WORKER_PROCESS_SETUP_HOOK", "0")

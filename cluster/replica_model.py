@@ -144,23 +144,23 @@ class ReplicaModel:
         cap = base.max_in_service or limits.max_num_seqs
         if base.policy == "fcfs":
             return replace(base, types=(), segments=(), reason="fcfs needs no thresholds")
-        known = WorkloadMix(tuple(t for t in mix.types if t.name != "unknown")) if base.policy == "wait" else None
+        known = [t for t in mix.types if t.name != "unknown"]
         types: tuple[TypeThreshold, ...] = ()
         reasons: list[str] = []
-        if known and known.types:
+        if known:
             # The load of requests of unknown length counts in the rate conditions, though segments gate them.
             solution = wait_thresholds(mix, self.law.law, limits.kv_capacity_tokens)
             counts = [1] * len(mix.types) if isinstance(solution, Infeasible) else list(solution.n)
             types = tuple(
-                TypeThreshold(name=t.name, n=min(n, cap), max_output_tokens=_bound_of(t, last=t is known.types[-1]))
+                TypeThreshold(name=t.name, n=min(n, cap), max_output_tokens=_bound_of(t, last=t is known[-1]))
                 for t, n in zip(mix.types, counts, strict=True)
                 if t.name != "unknown"
             )
             reasons.append(_solution_in_words("WAIT", solution, [t.n for t in types]))
         segments: tuple[SegmentThreshold, ...] = ()
-        unknown = WorkloadMix(tuple(t for t in mix.types if t.name == "unknown"))
-        if unknown.types:
-            segments, reason = self._solve_segments(unknown, limits, cap)
+        unknown = tuple(t for t in mix.types if t.name == "unknown")
+        if unknown:
+            segments, reason = self._solve_segments(WorkloadMix(unknown), limits, cap)
             reasons.append(reason)
         return replace(base, types=types, segments=segments, reason="; ".join(reasons))
 

@@ -204,8 +204,8 @@ def test_a_clean_trace_says_nothing(tmp_path: Path) -> None:
         ((*WORKLOAD, "--d0", "0", *LAW[2:]), ["d0_s and floor_s are both 0"]),
         ((*WORKLOAD, "--profile", "a100"), ["profile 'a100'", "a100-llama2-7b-paper"]),
         ((*WORKLOAD, *LAW, "--overflow-probability", "1"), ["overflow_probability is 1.0", "between 0 and 1"]),
-        ((*WORKLOAD, *LAW, "--segments", "0"), ["--segments", "1<=x<=16"]),
-        ((*WORKLOAD, *LAW, "--kv-tokens", "many"), ["--kv-tokens", "many"]),
+        ((*WORKLOAD, *LAW, "--segments", "0"), ["--segments", "equal to 1"]),
+        ((*WORKLOAD, *LAW, "--kv-tokens", "many"), ["--kv-tokens", "integer"]),
         (("--trace", "/nowhere/trace.csv", "--rate", "5", *LAW), ["/nowhere/trace.csv", "No such file"]),
     ],
 )

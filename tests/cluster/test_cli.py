@@ -1,0 +1,387 @@
+"""The `headrace` command against a server whose rules are the application's own."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from rich.console import Console
+from synthetic_engine import SyntheticEngine
+from typer.testing import CliRunner
+
+from cluster import cli, render
+from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
+from scheduler.messages import Apply
+from scheduler.thresholds import SegmentThreshold, Thresholds
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIGURED = Thresholds(
+    policy="nested_wait", segments=(SegmentThreshold(end_output_tokens=64, n=4),), max_in_service=40, token_budget=900,
+)
+Result = tuple[int, str, str]
+
+
+class Server:
+    """The control endpoints over engines that judge what they are offered."""
+
+    def __init__(self) -> None:
+        self.engines = {name: SyntheticEngine(CONFIGURED, engine_id=name) for name in ("left", "right")}
+        self.unreachable: set[str] = set()
+        self.puts: list[dict[str, Any]] = []
+        self.headers: list[httpx.Headers] = []
+        self.answer: httpx.Response | None = None
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.headers.append(request.headers)
+        if self.answer is not None:
+            return self.answer
+        route = (request.method, request.url.path)
+        if route == ("GET", "/admin/state"):
+            return httpx.Response(200, json=self.state())
+        if route == ("GET", "/admin/thresholds"):
+            return httpx.Response(200, json={"replicas": {name: self.entry(name) for name in self.engines}})
+        assert route == ("PUT", "/admin/thresholds")
+        return self.put(json.loads(request.content))
+
+    def entry(self, name: str) -> dict[str, Any]:
+        if name in self.unreachable:
+            return {"error": "no answer within 5 s"}
+        return telemetry_as_dict(self.engines[name].report(None))["thresholds"]  # type: ignore[no-any-return]
+
+    def put(self, body: dict[str, Any]) -> httpx.Response:
+        self.puts.append(body)
+        try:
+            telemetry = {name: engine.report(None) for name, engine in self.engines.items()}
+            planned = plan_update(ThresholdsUpdate.model_validate(body), telemetry)
+        except AdminError as error:
+            return httpx.Response(error.status_code, json={"error": {"message": str(error)}})
+        acks = {
+            name: self.engines[name].in_force.offer(Apply(thresholds=wanted, automatic=False))
+            for name, wanted in planned.items()
+        }
+        results = {
+            name: {"accepted": ack.accepted, "version": ack.version_in_force, "reason": ack.reason}
+            for name, ack in acks.items()
+        }
+        return httpx.Response(200, json={"replicas": results})
+
+    def state(self) -> dict[str, Any]:
+        report = telemetry_as_dict(self.engines["left"].report(None))
+        report["gauges"] = None
+        known = {
+            "rate_rps": 4.25, "finished_seen": 200, "law": {"d0_s": 0.01, "r2": 0.987},
+            "fluid": {"load": 0.4125, "iteration_time_s": 0.01907, "memory_tokens": 18554.2,
+                      "kv_capacity_tokens": 137000},
+            "decision": "settled [for now]",
+        }
+        unknown = {"law": None, "fluid": None, "decision": "not seen yet"}
+        return {
+            "application": "headrace", "at_unix_s": 1.7e9,
+            "replicas": {
+                "left": {"reachable": True} | report | known,
+                "right": {"reachable": True} | report | unknown,
+                "gone": {"reachable": False, "reason": "did not answer [telemetry]"},
+            },
+            "controller": {"alive": False, "reason": "the controller does not answer"},
+            "events": [],
+        }
+
+    def in_force(self, name: str) -> Thresholds:
+        return self.engines[name].in_force.current().thresholds
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    server = Server()
+    client = functools.partial(httpx.Client, transport=httpx.MockTransport(server))
+    monkeypatch.setattr(httpx, "Client", client)
+    monkeypatch.delenv("HEADRACE_API_KEY", raising=False)
+    monkeypatch.delenv("HEADRACE_URL", raising=False)
+    yield server
+
+
+@pytest.fixture
+def headrace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command as the shell does: exit code, stdout, stderr."""
+    monkeypatch.setattr(cli, "out", Console(width=300))
+
+    def run(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["headrace", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        code = stop.value.code
+        assert code is None or isinstance(code, int)
+        return code or 0, captured.out, captured.err
+
+    return run
+
+
+def test_version_is_the_installed_one(headrace: Any) -> None:
+    assert headrace("--version")[:2] == (0, f"headrace {version('headrace')}\n")
+
+
+def test_help_lists_every_command() -> None:
+    result = CliRunner().invoke(cli.app, ["--help"])
+    assert result.exit_code == 0
+    for command in ("up", "down", "status", "thresholds", "plan", "doctor", "model"):
+        assert f" {command} " in result.stdout
+    nested = CliRunner().invoke(cli.app, ["thresholds", "--help"]).stdout
+    for command in ("get", "set", "pin", "auto"):
+        assert f" {command} " in nested
+
+
+def test_an_unknown_command_is_asked_wrongly(headrace: Any) -> None:
+    code, out, err = headrace("serv")
+    assert (code, out) == (2, "")
+    assert "serv" in err
+
+
+def test_a_broken_configuration_is_asked_wrongly(headrace: Any, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("aplications: []")
+    for command in ("up", "down"):
+        code, out, err = headrace(command, str(path))
+        assert (code, out) == (2, "")
+        assert "aplications: no such key" in err
+        assert "did you mean applications?" in err
+
+
+def test_set_merges_into_what_is_in_force_and_pins_it(server: Server, headrace: Any) -> None:
+    code, out, _ = headrace(
+        "thresholds", "set", "max_in_service=32", "segments=[{end_output_tokens: 128, n: 8}]", "--json"
+    )
+    assert code == 0
+    for name in ("left", "right"):
+        assert server.in_force(name) == replace(
+            CONFIGURED, version=1, max_in_service=32, pinned=True, reason="set by an operator",
+            segments=(SegmentThreshold(end_output_tokens=128, n=8),),
+        )
+    answer = json.loads(out)["replicas"]
+    assert answer.keys() == {"left", "right"}
+    assert answer["left"] == {"accepted": True, "version": 1, "reason": "set by an operator"}
+
+
+def test_set_reads_values_as_yaml(server: Server, headrace: Any) -> None:
+    code, _, _ = headrace("thresholds", "set", "max_in_service=null", "max_hold_s=0.5", "token_budget=1000", "--no-pin")
+    assert code == 0
+    left = server.in_force("left")
+    assert (left.max_in_service, left.max_hold_s, left.token_budget, left.pinned) == (None, 0.5, 1000, False)
+
+
+def test_set_changes_one_replica_only(server: Server, headrace: Any) -> None:
+    assert headrace("thresholds", "set", "max_in_service=7", "--replica", "right")[0] == 0
+    assert server.in_force("right").max_in_service == 7
+    assert server.in_force("left") == CONFIGURED
+
+
+def test_set_leaves_the_version_to_the_server(server: Server, headrace: Any) -> None:
+    headrace("thresholds", "set", "max_in_service=7", "--replica", "left")
+    headrace("thresholds", "set", "max_in_service=8", "--replica", "left")
+    assert server.in_force("left").version == 2
+    assert all("version" not in put["thresholds"] for put in server.puts)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("max_in_service=0", "thresholds.max_in_service = 0"),
+        ("max_in_service=100000", "max_num_seqs = 512"),
+        ("max_in_servce=3", "did you mean max_in_service?"),
+        ("max_hold_s=61", "seconds from 0 to 60"),
+        ("mode=strict", "serving"),
+    ],
+)
+def test_set_passes_the_server_s_refusal_on(server: Server, headrace: Any, setting: str, said: str) -> None:
+    code, out, err = headrace("thresholds", "set", setting)
+    assert (code, out) == (1, "")
+    assert "HTTP 400: replica left: " in err
+    assert said in err
+    assert server.in_force("left") == CONFIGURED
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("max_in_service", "'max_in_service' is not FIELD=VALUE"),
+        ("=3", "'=3' is not FIELD=VALUE"),
+        ("types=[", "the value of types is not YAML"),
+        ("max_hold_s=.nan", "the value of max_hold_s"),
+        ("reason=2026-01-01", "the value of reason"),
+    ],
+)
+def test_set_with_a_malformed_setting_is_asked_wrongly(
+    server: Server, headrace: Any, setting: str, said: str
+) -> None:
+    code, _, err = headrace("thresholds", "set", setting)
+    assert code == 2
+    assert said in err
+    assert server.puts == []
+
+
+def test_set_on_an_unknown_replica_lists_the_known_ones(server: Server, headrace: Any) -> None:
+    code, _, err = headrace("thresholds", "set", "max_in_service=3", "--replica", "middle")
+    assert code == 1
+    assert "'middle' does not exist; the replicas are left, right" in err
+
+
+def test_set_changes_nothing_when_a_replica_does_not_answer(server: Server, headrace: Any) -> None:
+    server.unreachable = {"right"}
+    code, _, err = headrace("thresholds", "set", "max_in_service=3")
+    assert code == 1
+    assert "replica right does not answer" in err
+    assert "no answer within 5 s" in err
+    assert server.puts == []
+
+
+def test_set_without_replicas_fails(server: Server, headrace: Any) -> None:
+    server.engines = {}
+    code, _, err = headrace("thresholds", "set", "max_in_service=3")
+    assert code == 1
+    assert "no replica is running yet" in err
+
+
+def test_pin_and_auto(server: Server, headrace: Any) -> None:
+    code, out, _ = headrace("thresholds", "pin", "--replica", "left")
+    assert code == 0
+    assert "pinned by an operator" in out
+    assert server.in_force("left").pinned
+    assert not server.in_force("right").pinned
+    assert server.in_force("left").same_rule(CONFIGURED)
+    assert headrace("thresholds", "auto")[0] == 0
+    assert not server.in_force("left").pinned
+    assert server.in_force("left").version == 2
+
+
+def test_pin_of_an_unknown_replica_is_refused_by_the_server(server: Server, headrace: Any) -> None:
+    code, _, err = headrace("thresholds", "pin", "--replica", "middle")
+    assert code == 1
+    assert "HTTP 404: replica = 'middle' does not exist; the replicas are left, right" in err
+
+
+def test_get_shows_what_is_in_force_and_who_does_not_answer(server: Server, headrace: Any) -> None:
+    server.unreachable = {"right"}
+    code, out, _ = headrace("thresholds", "get")
+    assert code == 0
+    left = next(line for line in out.splitlines() if "left" in line)
+    for part in ("nested_wait", "to 64: 4", "40", "900", "0.25 s", "auto"):
+        assert part in left
+    assert "no answer within 5 s" in out
+
+
+def test_get_json_is_the_server_s_answer(server: Server, headrace: Any) -> None:
+    code, out, _ = headrace("thresholds", "get", "--json")
+    assert code == 0
+    assert json.loads(out)["replicas"]["left"] == json.loads(json.dumps(asdict(CONFIGURED)))
+
+
+def test_status_shows_replicas_equilibrium_and_a_dead_controller(server: Server, headrace: Any) -> None:
+    code, out, _ = headrace("status")
+    assert code == 0
+    lines = out.splitlines()
+    (row,) = [line for line in lines if "left" in line and "nested_wait" in line]
+    assert "0 of 40" in row
+    (fluid,) = [line for line in lines if "left" in line and "0.41" in line]
+    for part in ("4.25", "0.019 s", "18554", "137000", "0.987", "settled [for now]"):
+        assert part in fluid
+    assert "not reachable: did not answer [telemetry]" in out
+    assert "controller: the controller does not answer" in out
+    assert "running" not in lines[-1]
+
+
+def test_status_shows_a_living_controller() -> None:
+    state = Server().state() | {"controller": {"alive": True, "period_s": 5.0, "passes": 3}}
+    console = Console(width=300)
+    with console.capture() as capture:
+        for table in render.status_tables(state):
+            console.print(table)
+    assert "controller: running, every 5 s" in capture.get()
+
+
+def test_status_json_is_the_state(server: Server, headrace: Any) -> None:
+    code, out, _ = headrace("status", "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads(json.dumps(server.state()))
+
+
+@pytest.mark.parametrize("command", [("status",), ("thresholds", "get"), ("thresholds", "set", "max_in_service=3")])
+def test_nothing_listening_says_how_to_start(
+    headrace: Any, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.delenv("HEADRACE_URL", raising=False)
+    with socket.socket() as bound:  # bound and not listening: refused for certain
+        bound.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        code, out, err = headrace(*command, "--url", url)
+    assert (code, out) == (1, "")
+    assert f"nothing answers at {url}" in err
+    assert "headrace up" in err
+    assert "--url" in err
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://localhost:port", "http://[::1"])
+def test_a_malformed_url_is_one_line_and_no_traceback(headrace: Any, url: str) -> None:
+    code, out, err = headrace("status", "--url", url)
+    assert (code, out) == (1, "")
+    assert url in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (httpx.Response(200, text="<html>"), "answered HTTP 200 and no JSON"),
+        (httpx.Response(404, json={"error": "nothing here"}), "HTTP 404"),
+        (httpx.Response(404, json=["nothing"]), "HTTP 404"),
+        (httpx.Response(200, json=["nothing"]), "is not a Headrace application"),
+        (httpx.Response(401, json={"detail": "invalid or missing API key"}), "invalid or missing API key"),
+        (httpx.Response(503, json={"error": {"message": "no replica is running yet"}}), "no replica is running yet"),
+    ],
+)
+def test_any_other_answer_is_one_line_and_no_traceback(
+    server: Server, headrace: Any, answer: httpx.Response, said: str
+) -> None:
+    server.answer = answer
+    code, out, err = headrace("status")
+    assert (code, out) == (1, "")
+    assert said in err
+
+
+def test_the_api_key_goes_along(server: Server, headrace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    headrace("status")
+    monkeypatch.setenv("HEADRACE_API_KEY", "sk-of-this-test")
+    _, out, err = headrace("status")
+    assert "authorization" not in server.headers[0]
+    assert server.headers[1]["authorization"] == "Bearer sk-of-this-test"
+    assert "sk-of-this-test" not in out + err
+
+
+def test_up_without_its_model_names_the_path(
+    headrace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "applications: [{args: {model: {id: m, source: ./nowhere}, accelerator: {kind: cpu}}}]\nray: {address: auto}\n"
+    )
+    code, _, err = headrace("up", str(path))
+    assert code == 2
+    assert "model.source = 'nowhere' does not exist" in err or "model.source = './nowhere' does not exist" in err
+
+
+def test_the_readme_s_plan_command_runs(headrace: Any) -> None:
+    line = "plan --type rate=50,prompt=58,output=147 --d0 0.0112 --d1 4.24e-7 --d2 0 --kv-tokens 137000 --json"
+    code, out, err = headrace(*shlex.split(line))
+    assert (code, err) == (0, "")
+    assert json.loads(out)["stable"] is True

@@ -1,0 +1,360 @@
+"""The controller's passes over replicas that judge thresholds by the engine's own rules."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from synthetic_engine import LIMITS, SyntheticEngine
+
+from cluster import controller as controller_module
+from cluster.config import ControllerConfig
+from cluster.controller import ControllerKeeper, ControlLoop
+from replicas.calls import ReplicaUnavailable
+from scheduler.messages import Ack, Apply
+from scheduler.thresholds import SegmentThreshold, Thresholds, parse_thresholds
+
+CONFIG = ControllerConfig(
+    profile="a100-llama2-7b-paper", min_finished=20, window_s=60.0, validity_s=120.0, period_s=5.0
+)
+CONFIGURED = Thresholds(policy="nested_wait", max_hold_s=0.25)
+STEADY = [(58, 147), (40, 60), (30, 300)]
+Offered = tuple[str, Thresholds, Ack]
+
+
+class Cluster:
+    """Replicas by name, all on one clock; stands where the calls to replica actors go."""
+
+    def __init__(self) -> None:
+        self.clock_s = 10_000.0
+        self.engines: dict[str, SyntheticEngine] = {}
+        self.unreachable: set[str] = set()
+        self.offered: list[Offered] = []
+        self.before_apply: Callable[[str], None] = lambda _: None
+
+    def add(self, name: str, **options: Any) -> SyntheticEngine:
+        engine = SyntheticEngine(CONFIGURED, engine_id=f"{name}-1", **options)
+        engine.now_s = self.clock_s
+        self.engines[name] = engine
+        return engine
+
+    def replica_ids(self, app_name: str) -> dict[str, str]:
+        assert app_name == "headrace"
+        return {name: f"actor-of-{name}" for name in sorted(self.engines)}
+
+    async def call_replica(self, actor_name: str, method: str, **arguments: Any) -> Any:
+        name = actor_name.removeprefix("actor-of-")
+        if name in self.unreachable:
+            raise ReplicaUnavailable(f"replica {actor_name} did not answer {method}")
+        engine = self.engines[name]
+        if method == "telemetry":
+            return engine.report(**arguments)
+        assert method == "apply_thresholds"
+        self.before_apply(name)
+        ack = engine.in_force.offer(Apply(**arguments))
+        self.offered.append((name, arguments["thresholds"], ack))
+        return ack
+
+    def traffic(self, *, every_s: float = 0.25, seconds: float = 60.0, lengths: Any = STEADY) -> None:
+        """The same requests to every replica; all clocks move."""
+        for engine in self.engines.values():
+            engine.traffic(lengths, every_s=every_s, seconds=seconds)
+        self.clock_s += seconds
+
+    def in_force(self, name: str) -> Thresholds:
+        return self.engines[name].in_force.current().thresholds
+
+    def operator(self, name: str, **changes: Any) -> None:
+        now = self.in_force(name)
+        ack = self.engines[name].in_force.offer(
+            Apply(thresholds=replace(now, version=now.version + 1, valid_for_s=None, **changes), automatic=False)
+        )
+        assert ack.accepted
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    cluster = Cluster()
+    monkeypatch.setattr(controller_module, "replica_ids", cluster.replica_ids)
+    monkeypatch.setattr(controller_module, "call_replica", cluster.call_replica)
+    clock = SimpleNamespace(monotonic=lambda: cluster.clock_s, time=lambda: 1.7e9 + cluster.clock_s)
+    monkeypatch.setattr(controller_module, "time", clock)
+    return cluster
+
+
+def new_loop() -> ControlLoop:
+    return ControlLoop("headrace", CONFIG, CONFIGURED)
+
+
+def one_pass(loop: ControlLoop) -> None:
+    asyncio.run(loop.one_pass())
+
+
+def decision(loop: ControlLoop, name: str) -> str:
+    return loop.state()["replicas"][name]["decision"]  # type: ignore[no-any-return]
+
+
+def test_a_replica_is_left_alone_until_enough_is_known(cluster: Cluster) -> None:
+    cluster.add("a")
+    loop = new_loop()
+    one_pass(loop)
+    assert cluster.offered == []
+    assert cluster.in_force("a") == CONFIGURED
+
+
+def test_it_pushes_once_and_then_settles(cluster: Cluster) -> None:
+    cluster.add("a")
+    loop = new_loop()
+    one_pass(loop)
+    cluster.traffic()
+    one_pass(loop)
+    ((_, pushed, ack),) = cluster.offered
+    assert ack.accepted
+    assert pushed.version == 1
+    assert pushed.segments
+    assert pushed.valid_for_s == CONFIG.validity_s
+    assert cluster.in_force("a") == pushed
+
+    cluster.traffic(seconds=CONFIG.period_s)
+    one_pass(loop)
+    assert len(cluster.offered) == 1
+    assert decision(loop, "a") == "settled"
+    assert loop.passes == 3
+
+
+def test_every_replica_is_tuned_for_its_own_traffic(cluster: Cluster) -> None:
+    limits = replace(LIMITS, max_num_seqs=4096)
+    cluster.add("a", limits=limits).traffic([(58, 147)], every_s=0.125, seconds=60)
+    cluster.add("b", limits=limits).traffic([(100, 300)], every_s=0.125, seconds=60)
+    one_pass(new_loop())
+    a, b = cluster.in_force("a"), cluster.in_force("b")
+    assert a.version == b.version == 1
+    assert a.segments[-1].end_output_tokens < b.segments[-1].end_output_tokens
+    assert a.max_in_service is not None
+    assert b.max_in_service is not None
+    assert a.max_in_service > b.max_in_service
+
+
+def test_a_material_change_of_traffic_is_followed(cluster: Cluster) -> None:
+    cluster.add("a")
+    loop = new_loop()
+    cluster.traffic()
+    one_pass(loop)
+    cluster.traffic(lengths=[(58, 147)], every_s=0.5, seconds=1200)  # more than the lengths that are kept
+    one_pass(loop)
+    versions = [pushed.version for _, pushed, _ in cluster.offered]
+    assert versions == [1, 2]
+    ends = [pushed.segments[-1].end_output_tokens for _, pushed, _ in cluster.offered]
+    assert ends[0] >= 300 > ends[1] >= 147
+
+
+def test_a_pin_stops_tuning_and_auto_resumes_it(cluster: Cluster) -> None:
+    cluster.add("a")
+    loop = new_loop()
+    cluster.operator("a", pinned=True, max_in_service=3)
+    cluster.traffic()
+    one_pass(loop)
+    assert cluster.offered == []
+    assert decision(loop, "a") == "pinned by an operator at version 1"
+    assert cluster.in_force("a").max_in_service == 3
+
+    cluster.operator("a", pinned=False)
+    one_pass(loop)
+    ((_, pushed, ack),) = cluster.offered
+    assert ack.accepted
+    assert pushed.version == 3
+    assert pushed.max_in_service != 3
+
+
+def test_a_pin_set_between_telemetry_and_push_is_respected_and_recorded(cluster: Cluster) -> None:
+    cluster.add("a")
+    loop = new_loop()
+    cluster.traffic()
+    cluster.before_apply = lambda name: cluster.operator(name, pinned=True)
+    one_pass(loop)
+    (event,) = loop.events
+    assert not event.accepted
+    assert event.reason.startswith("refused: ")
+    assert "version" in event.reason
+    assert cluster.in_force("a").pinned
+    assert cluster.in_force("a").segments == ()
+
+
+def test_a_refused_push_is_offered_again_on_top_of_what_is_in_force(cluster: Cluster) -> None:
+    cluster.add("a")
+    loop = new_loop()
+    cluster.traffic()
+    cluster.before_apply = lambda name: cluster.operator(name, max_hold_s=0.5)  # a change that overtakes the push
+    one_pass(loop)
+    assert [ack.code for _, _, ack in cluster.offered] == ["stale"]
+    cluster.before_apply = lambda _: None
+    one_pass(loop)
+    assert cluster.offered[-1][2].accepted
+    assert cluster.in_force("a").version == 2
+
+
+def test_an_unreachable_replica_does_not_stop_the_others(cluster: Cluster) -> None:
+    cluster.add("a")
+    cluster.add("b")
+    cluster.traffic()
+    cluster.unreachable = {"a"}
+    loop = new_loop()
+    one_pass(loop)
+    assert [name for name, _, _ in cluster.offered] == ["b"]
+    assert "actor-of-a did not answer telemetry" in decision(loop, "a")
+
+    cluster.unreachable = set()
+    one_pass(loop)
+    assert [name for name, _, _ in cluster.offered] == ["b", "a"]
+
+
+def test_a_vanished_replica_is_forgotten_and_a_new_one_is_taken_in(cluster: Cluster) -> None:
+    cluster.add("a")
+    loop = new_loop()
+    cluster.traffic()
+    one_pass(loop)
+    del cluster.engines["a"]
+    cluster.add("b")
+    one_pass(loop)
+    assert loop.state()["replicas"].keys() == {"b"}
+    cluster.traffic()
+    one_pass(loop)
+    assert cluster.in_force("b").version == 1
+
+
+def test_an_application_without_replicas_is_no_error(cluster: Cluster) -> None:
+    loop = new_loop()
+    one_pass(loop)
+    assert loop.state()["replicas"] == {}
+    assert loop.passes == 1
+
+
+def test_thresholds_are_renewed_before_they_lapse_with_the_values_in_force(cluster: Cluster) -> None:
+    engine = cluster.add("a")
+    loop = new_loop()
+    cluster.traffic()
+    one_pass(loop)
+    first = cluster.in_force("a")
+    for _ in range(60):  # five minutes of passes, over which the rate grows by 3 %
+        cluster.traffic(every_s=0.2425, seconds=CONFIG.period_s)
+        one_pass(loop)
+        current = engine.in_force.current()
+        assert not current.from_config
+        assert current.thresholds.same_rule(first)
+        assert current.thresholds.reason == first.reason
+    renewals = [pushed.version for _, pushed, _ in cluster.offered[1:]]
+    assert renewals == list(range(2, 2 + len(renewals)))
+    assert 3 <= len(renewals) <= 5  # every half validity, not every pass
+    assert len(loop.events) == 1  # a renewal is no change
+
+
+def test_without_the_controller_they_lapse_to_the_configured_ones(cluster: Cluster) -> None:
+    engine = cluster.add("a")
+    cluster.traffic()
+    one_pass(new_loop())
+    engine.now_s += CONFIG.validity_s - 1
+    assert not engine.in_force.current().from_config
+    engine.now_s += 1
+    assert engine.in_force.current().from_config
+    assert engine.in_force.current().thresholds.same_rule(CONFIGURED)
+
+
+def test_a_window_without_arrivals_returns_to_the_configured_ones_and_says_why(cluster: Cluster) -> None:
+    engine = cluster.add("a")
+    loop = new_loop()
+    cluster.traffic()
+    one_pass(loop)
+    engine.now_s += CONFIG.window_s + 1
+    cluster.clock_s += CONFIG.window_s + 1
+    one_pass(loop)
+    assert cluster.in_force("a").same_rule(CONFIGURED)
+    assert "no arrivals in the last 60 s" in loop.events[-1].reason
+    assert "no arrivals in the last 60 s" in cluster.in_force("a").reason
+
+
+def test_events_tell_what_changed_and_why(cluster: Cluster) -> None:
+    cluster.add("a")
+    loop = new_loop()
+    cluster.traffic()
+    one_pass(loop)
+    (event,) = loop.events
+    assert (event.replica, event.old_version, event.new_version, event.accepted) == ("a", 0, 1, True)
+    assert parse_thresholds(event.old) == CONFIGURED
+    assert parse_thresholds(event.new) == cluster.in_force("a")
+    assert "requests/s, load" in event.reason
+    assert event.reason == cluster.in_force("a").reason
+    assert event.at_unix_s == 1.7e9 + cluster.clock_s
+
+
+def test_a_new_controller_goes_on_from_what_is_in_force(cluster: Cluster) -> None:
+    cluster.add("a")
+    cluster.traffic()
+    one_pass(new_loop())
+    cluster.operator("a", max_hold_s=0.25)
+    before = cluster.in_force("a")
+    restarted = new_loop()
+    one_pass(restarted)
+    after = cluster.in_force("a")
+    assert after.same_rule(before)
+    assert before.version <= after.version <= before.version + 1
+    assert all(ack.accepted for _, _, ack in cluster.offered)
+    assert list(restarted.events) == []  # nothing that anybody would notice
+
+
+def test_a_restarted_engine_is_tuned_again(cluster: Cluster) -> None:
+    cluster.add("a")
+    loop = new_loop()
+    cluster.traffic()
+    one_pass(loop)
+    engine = SyntheticEngine(CONFIGURED, engine_id="a-2")
+    cluster.engines["a"] = engine
+    one_pass(loop)
+    cluster.traffic()
+    one_pass(loop)
+    assert cluster.in_force("a").version >= 1
+    assert cluster.in_force("a").segments
+
+
+@pytest.mark.parametrize("every_s", [0.25, 1 / 128], ids=["feasible", "overload"])
+def test_state_is_plain_json(cluster: Cluster, every_s: float) -> None:
+    cluster.add("a", limits=replace(LIMITS, kv_capacity_tokens=6000))
+    cluster.add("b")
+    cluster.add("c")
+    cluster.unreachable = {"c"}
+    loop = new_loop()
+    one_pass(loop)
+    cluster.traffic(every_s=every_s)
+    one_pass(loop)
+    state = loop.state()
+    assert json.loads(json.dumps(state, allow_nan=False)) == state
+    assert state["passes"] == 2
+    assert state["replicas"]["a"]["fluid"]["fits_memory"] is (every_s == 0.25)
+    assert state["replicas"]["a"]["rate_rps"] == pytest.approx(1 / every_s, rel=0.01)
+    assert state["replicas"]["a"]["law"]["d0_s"] == 0.0112
+    assert state["replicas"]["c"]["fluid"] is None
+
+
+def test_the_list_of_events_is_bounded(cluster: Cluster) -> None:
+    engine = cluster.add("a")
+    loop = new_loop()
+    cluster.traffic()
+    for number in range(300):
+        one_pass(loop)
+        now = cluster.in_force("a")
+        other = replace(
+            now, version=now.version + 1, segments=(SegmentThreshold(end_output_tokens=number + 1, n=1),)
+        )
+        assert engine.in_force.offer(Apply(thresholds=other, automatic=False)).accepted
+    assert len(loop.events) == 200
+    assert loop.events[-1].new_version == 599
+
+
+def test_a_lost_controller_is_looked_for_within_its_period() -> None:
+    keeper = ControllerKeeper(CONFIG, CONFIGURED)
+    assert keeper.check_every_s < CONFIG.period_s
+    assert ControllerKeeper(CONFIG.model_copy(update={"period_s": 0.01}), CONFIGURED).check_every_s >= 0.5

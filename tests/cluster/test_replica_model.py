@@ -1,0 +1,380 @@
+"""What the controller learns of a replica from its telemetry, and the thresholds it draws from that."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic_engine import LIMITS, PAPER, SyntheticEngine
+
+from cluster.config import ControllerConfig
+from cluster.replica_model import MOST_TYPES, Proposal, ReplicaModel, materially_different
+from scheduler.fluid import solve_fluid
+from scheduler.law import ServiceTimeLaw
+from scheduler.mix import Lengths, RequestType, WorkloadMix
+from scheduler.solver import WaitSolution, resident_cap, wait_thresholds
+from scheduler.thresholds import (
+    EngineLimits,
+    SegmentThreshold,
+    Thresholds,
+    TypeThreshold,
+    parse_thresholds,
+    thresholds_as_dict,
+)
+
+CONFIG = ControllerConfig(profile="a100-llama2-7b-paper", min_finished=20, window_s=60.0, validity_s=120.0)
+WAIT, NESTED = Thresholds(policy="wait"), Thresholds(policy="nested_wait")
+
+
+def model_of(configured: Thresholds = NESTED, **changes: Any) -> ReplicaModel:
+    return ReplicaModel(CONFIG.model_copy(update=changes), PAPER, configured)
+
+
+def proposal_for(
+    engine: SyntheticEngine, configured: Thresholds, lengths: list[tuple[int, int]], *, every_s: float,
+    seconds: float = 60.0, declared: bool = False,
+) -> Proposal:
+    """What a model proposes that watched `engine` from the start of this traffic."""
+    model = model_of(configured)
+    model.observe(engine.report())
+    engine.traffic(lengths, every_s=every_s, seconds=seconds, declared=declared)
+    model.observe(engine.report(model.cursor))
+    return model.propose()
+
+
+def knowledge(model: ReplicaModel) -> tuple[Any, ...]:
+    return model.rate_rps, model.finished_seen, model.law.records, model.law.law, model.cursor, model.propose()
+
+
+def test_a_report_seen_before_changes_nothing() -> None:
+    engine, model = SyntheticEngine(), model_of()
+    engine.traffic([(58, 147), (20, 400)], every_s=0.25, seconds=30)
+    for batch in range(40):
+        engine.iterate(10, batch, 100 * batch, 0.02)
+    model.observe(engine.report())
+    before = knowledge(model)
+    assert before[1] == 120
+    assert before[2] == 40
+    model.observe(engine.report(0))
+    assert knowledge(model) == before
+    model.observe(engine.report(model.cursor))
+    assert knowledge(model) == before
+
+
+def test_only_what_is_new_is_counted() -> None:
+    engine, model = SyntheticEngine(), model_of()
+    model.observe(engine.report())
+    engine.traffic([(58, 147)], every_s=0.5, seconds=10)
+    model.observe(engine.report(model.cursor))
+    engine.traffic([(58, 147)], every_s=0.5, seconds=10)
+    model.observe(engine.report(0))  # overlaps what is known
+    assert model.finished_seen == 40
+    assert model.rate_rps == pytest.approx(2.0)
+
+
+def test_requests_that_were_cut_short_say_nothing_about_lengths() -> None:
+    engine, model = SyntheticEngine(), model_of()
+    engine.finish(58, 3, aborted=True)
+    engine.finish(58, 0)
+    engine.finish(58, 147)
+    model.observe(engine.report())
+    assert model.finished_seen == 1
+
+
+def test_a_restarted_engine_starts_the_window_anew() -> None:
+    model = model_of()
+    engine = SyntheticEngine(engine_id="engine-1")
+    engine.traffic([(58, 147)], every_s=0.125, seconds=60)
+    model.observe(engine.report())
+    assert model.rate_rps == pytest.approx(8.0, rel=0.02)
+    cursor = model.cursor
+
+    restarted = SyntheticEngine(engine_id="engine-2")  # its clock and its sequence start over
+    model.observe(restarted.report(cursor))
+    assert model.rate_rps == 0
+    assert model.cursor == 0
+    restarted.traffic([(58, 147)], every_s=0.5, seconds=10)
+    model.observe(restarted.report(model.cursor))
+    assert model.rate_rps == pytest.approx(2.0)
+    assert model.finished_seen == 480 + 20  # what is known of lengths stays
+
+
+def test_rate_is_over_the_time_watched_then_over_the_window() -> None:
+    engine, model = SyntheticEngine(), model_of()
+    model.observe(engine.report())
+    engine.traffic([(58, 147)], every_s=0.5, seconds=16)
+    model.observe(engine.report(model.cursor))
+    assert model.rate_rps == pytest.approx(2.0)  # 32 requests in 16 s
+    engine.traffic([(58, 147)], every_s=0.25, seconds=120)
+    model.observe(engine.report(model.cursor))
+    assert model.rate_rps == pytest.approx(4.0, rel=0.01)
+    engine.now_s += 30  # half of the window passes without a request
+    model.observe(engine.report(model.cursor))
+    assert model.rate_rps == pytest.approx(2.0, rel=0.02)
+
+
+def test_a_window_without_arrivals_brings_the_configured_thresholds_back() -> None:
+    engine, model = SyntheticEngine(), model_of()
+    engine.traffic([(58, 147)], every_s=0.5, seconds=60)
+    model.observe(engine.report())
+    assert model.propose().equilibrium is not None
+    engine.now_s += 61
+    model.observe(engine.report(model.cursor))
+    proposal = model.propose()
+    assert proposal.thresholds == NESTED
+    assert "no arrivals in the last 60 s" in proposal.reason
+
+
+def test_no_rate_is_made_up_from_a_first_moment() -> None:
+    engine, model = SyntheticEngine(), model_of()
+    engine.now_s = 5.0
+    engine.arrive(58)
+    model.observe(engine.report())  # watched for no time at all
+    assert model.rate_rps <= 1.0
+
+
+def test_the_law_follows_a_slower_engine() -> None:
+    engine, model = SyntheticEngine(), model_of()
+    slow = ServiceTimeLaw(d0_s=2 * PAPER.d0_s, d1_s_per_kv_token=3 * PAPER.d1_s_per_kv_token)
+    for step in range(1500):
+        kv = 1000 + (step * 7919) % 90_000
+        engine.iterate(0, 50, kv, slow.iteration_s(0, 50, kv))
+    model.observe(engine.report())
+    for kv in (5_000, 40_000, 80_000):
+        wanted, prior = slow.iteration_s(0, 50, kv), PAPER.iteration_s(0, 50, kv)
+        assert model.law.law.iteration_s(0, 50, kv) == pytest.approx(wanted, rel=0.05)
+        assert wanted > 1.9 * prior
+
+
+def test_nothing_is_known_without_telemetry() -> None:
+    proposal = model_of().propose()
+    assert proposal.thresholds == NESTED
+    assert proposal.equilibrium is None
+    assert "no telemetry yet" in proposal.reason
+
+
+def test_too_little_data_keeps_the_configured_thresholds_and_says_how_much_is_missing() -> None:
+    engine = SyntheticEngine()
+    proposal = proposal_for(engine, NESTED, [(58, 147)], every_s=0.5, seconds=9.5)  # 19 requests
+    assert proposal.thresholds == NESTED
+    assert proposal.equilibrium is None
+    assert "19 finished requests seen, 20 needed" in proposal.reason
+    enough = proposal_for(SyntheticEngine(), NESTED, [(58, 147)], every_s=0.5, seconds=10)
+    assert enough.equilibrium is not None
+
+
+def test_the_proposal_says_how_long_it_holds_and_leaves_the_version_to_the_controller() -> None:
+    configured = replace(NESTED, max_hold_s=0.5, token_budget=1000)
+    thresholds = proposal_for(SyntheticEngine(configured), configured, [(58, 147)], every_s=0.125).thresholds
+    assert thresholds.valid_for_s == CONFIG.validity_s
+    assert thresholds.version == configured.version
+    assert not thresholds.pinned
+    assert (thresholds.policy, thresholds.max_hold_s, thresholds.token_budget) == ("nested_wait", 0.5, 1000)
+
+
+def test_the_equilibrium_is_the_fluid_model_s() -> None:
+    proposal = proposal_for(SyntheticEngine(), NESTED, [(58, 147)], every_s=1 / 32)
+    expected = solve_fluid(WorkloadMix.from_lengths(Lengths.point(58, 147), 32.0), PAPER, LIMITS.kv_capacity_tokens)
+    assert proposal.equilibrium is not None
+    assert proposal.equilibrium.load == pytest.approx(expected.load, rel=0.01)
+    assert "32.00 requests/s, load 0.26" in proposal.reason
+    assert proposal.thresholds.reason == proposal.reason
+
+
+def test_wait_with_declared_lengths_has_the_solver_s_thresholds_by_type() -> None:
+    lengths = [(58, 147), (100, 50)]
+    proposal = proposal_for(SyntheticEngine(), WAIT, lengths, every_s=1 / 64, declared=True)
+    mix = WorkloadMix(
+        (RequestType("short", 32.0, Lengths.point(100, 50)), RequestType("long", 32.0, Lengths.point(58, 147)))
+    )
+    solution = wait_thresholds(mix, PAPER, LIMITS.kv_capacity_tokens)
+    assert isinstance(solution, WaitSolution)
+    types = proposal.thresholds.types
+    assert tuple(entry.n for entry in types) == solution.n
+    assert [(entry.name, entry.max_output_tokens) for entry in types] == [("output<=50", 50), ("output<=147", None)]
+    assert proposal.thresholds.segments == ()
+    assert proposal.thresholds.max_in_service == LIMITS.max_num_seqs < resident_cap(mix, LIMITS.kv_capacity_tokens)
+    assert f"WAIT n = {solution.n[0]}, {solution.n[1]}" in proposal.reason
+
+
+def test_many_declared_lengths_become_few_types_that_cover_all() -> None:
+    lengths = [(50, output) for output in range(10, 1000, 7)]
+    types = proposal_for(SyntheticEngine(), WAIT, lengths, every_s=0.25, declared=True).thresholds.types
+    bounds = [entry.max_output_tokens for entry in types]
+    assert 1 < len(types) <= MOST_TYPES
+    assert bounds[-1] is None
+    inner = [bound for bound in bounds[:-1] if bound is not None]
+    assert len(inner) == len(types) - 1
+    assert inner == sorted(set(inner))
+    assert all(any(output <= bound for bound in inner) for output in (10, 100))
+
+
+def test_declared_and_undeclared_lengths_get_types_and_segments() -> None:
+    engine, model = SyntheticEngine(), model_of(WAIT)
+    model.observe(engine.report())
+    for _ in range(120):
+        engine.traffic([(58, 147)], every_s=0.25, seconds=0.25, declared=True)
+        engine.traffic([(30, 90)], every_s=0.25, seconds=0.25, declared=False)
+    model.observe(engine.report(model.cursor))
+    thresholds = model.propose().thresholds
+    assert [entry.name for entry in thresholds.types] == ["output<=147"]
+    assert thresholds.types[0].max_output_tokens is None
+    assert thresholds.segments[-1].end_output_tokens >= 147
+
+
+def test_an_absurd_declared_length_does_not_stop_tuning() -> None:
+    engine, model = SyntheticEngine(), model_of(WAIT)
+    model.observe(engine.report())
+    engine.traffic([(58, 147)], every_s=0.25, seconds=30, declared=True)
+    engine.arrive(58, declared=10**30)
+    model.observe(engine.report(model.cursor))
+    proposal = model.propose()
+    assert proposal.equilibrium is not None
+    assert proposal.thresholds.types[-1].max_output_tokens is None
+
+
+def test_nested_wait_has_growing_segments_that_cover_all_and_fit() -> None:
+    limits = replace(LIMITS, kv_capacity_tokens=2_000_000, max_num_seqs=4096)
+    lengths = [(50, output) for output in (20, 40, 80, 160)]
+    thresholds = proposal_for(SyntheticEngine(limits=limits), NESTED, lengths, every_s=1 / 128).thresholds
+    ends = [segment.end_output_tokens for segment in thresholds.segments]
+    counts = [segment.n for segment in thresholds.segments]
+    assert len(ends) > 1
+    assert ends == sorted(set(ends))
+    assert ends[-1] >= 160
+    assert counts == sorted(counts, reverse=True)
+    held = 0
+    for start, segment in zip([-1, *ends], thresholds.segments, strict=False):
+        held += sum(segment.n * (50 + stage) for stage in range(start + 1, segment.end_output_tokens + 1))
+    assert 0 < held <= limits.kv_capacity_tokens
+    assert thresholds.types == ()
+
+
+def test_outputs_longer_than_a_hundred_thousand_tokens_do_not_stop_tuning() -> None:
+    limits = replace(LIMITS, kv_capacity_tokens=10_000_000, max_model_len=1_000_000)
+    engine = SyntheticEngine(limits=limits)
+    engine.traffic([(50, 200), (50, 120_000)], every_s=2.0, seconds=60)
+    model = ReplicaModel(CONFIG, ServiceTimeLaw(d0_s=1e-3, d1_s_per_kv_token=1e-11), NESTED)
+    model.observe(engine.report())
+    proposal = model.propose()
+    assert proposal.equilibrium is not None
+    assert proposal.equilibrium.fits_memory
+    assert proposal.thresholds.max_in_service is not None
+
+
+def test_fcfs_gets_a_cap_and_no_gates() -> None:
+    thresholds = proposal_for(SyntheticEngine(), Thresholds(), [(58, 147)], every_s=0.125).thresholds
+    assert (thresholds.policy, thresholds.types, thresholds.segments) == ("fcfs", (), ())
+    assert thresholds.max_in_service == min(LIMITS.max_num_seqs, resident_cap(
+        WorkloadMix.from_lengths(Lengths.point(58, 147), 8.0), LIMITS.kv_capacity_tokens
+    ))
+
+
+def test_overload_opens_the_gates_and_still_caps_memory() -> None:
+    small = replace(LIMITS, kv_capacity_tokens=6000)
+    proposal = proposal_for(SyntheticEngine(limits=small), NESTED, [(58, 147)], every_s=1 / 128)
+    assert proposal.equilibrium is not None
+    assert not proposal.equilibrium.fits_memory
+    assert proposal.thresholds.segments == ()
+    cap = proposal.thresholds.max_in_service
+    assert cap is not None
+    assert 1 <= cap * (58 + 147 / 2) <= 6000
+    assert "load 1.06" in proposal.reason
+    assert "Nested WAIT is infeasible" in proposal.reason
+    assert "the gates stay open" in proposal.reason
+    assert f"cap {cap} from memory" in proposal.reason
+
+
+def test_overload_with_declared_lengths_opens_every_gate() -> None:
+    small = replace(LIMITS, kv_capacity_tokens=6000)
+    lengths = [(58, 147), (100, 50)]
+    proposal = proposal_for(SyntheticEngine(limits=small), WAIT, lengths, every_s=1 / 128, declared=True)
+    assert [entry.n for entry in proposal.thresholds.types] == [1, 1]
+    assert "WAIT is infeasible" in proposal.reason
+    assert proposal.thresholds.max_in_service is not None
+
+
+def test_configured_thresholds_above_the_cap_do_not_stop_tuning() -> None:
+    small = replace(LIMITS, kv_capacity_tokens=2000)
+    configured = Thresholds(policy="wait", types=(TypeThreshold(name="all", n=100),))
+    engine = SyntheticEngine(configured, limits=small)
+    proposal = proposal_for(engine, configured, [(58, 147)], every_s=0.5)
+    assert proposal.thresholds.max_in_service is not None
+    assert proposal.thresholds.max_in_service < 100
+
+
+_LENGTH = st.integers(1, 300) | st.integers(300, 200_000)
+_ARRIVAL = st.tuples(st.integers(1, 4000), _LENGTH, st.booleans())
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    policy=st.sampled_from(["fcfs", "wait", "nested_wait"]),
+    arrivals=st.lists(_ARRIVAL, min_size=1, max_size=12),
+    every_s=st.sampled_from([0.01, 0.1, 1.0]),
+    seats=st.integers(1, 2000),
+    blocks=st.integers(1, 60_000),
+    block_tokens=st.sampled_from([1, 16, 128]),
+    configured_n=st.integers(0, 3),
+)
+def test_every_proposal_can_be_put_in_force(
+    policy: str, arrivals: list[tuple[int, int, bool]], every_s: float, seats: int, blocks: int, block_tokens: int,
+    configured_n: int,
+) -> None:
+    limits = EngineLimits(
+        kv_capacity_tokens=blocks * block_tokens, block_tokens=block_tokens, max_num_seqs=seats,
+        max_num_batched_tokens=2048, max_model_len=300_000,
+    )
+    types = (TypeThreshold(name="all", n=configured_n),) if configured_n else ()
+    configured = Thresholds(policy=policy, types=types)
+    model = model_of(configured, min_finished=1)
+    engine = SyntheticEngine(limits=limits)
+    for prompt, output, declared in itertools.chain.from_iterable(itertools.repeat(arrivals, 3)):
+        engine.traffic([(prompt, output)], every_s=every_s, seconds=every_s, declared=declared)
+    model.observe(engine.report())
+    proposal = model.propose()
+
+    assert proposal.equilibrium is not None
+    proposal.thresholds.check_fits(limits)
+    assert parse_thresholds(thresholds_as_dict(proposal.thresholds)) == proposal.thresholds
+    assert proposal.thresholds.max_in_service is not None
+    assert proposal.reason
+    if proposal.thresholds.types:
+        assert proposal.thresholds.types[-1].max_output_tokens is None
+
+
+def nested(*counts: int, cap: int | None = 100, first_end: int = 32, **changes: Any) -> Thresholds:
+    segments = tuple(
+        SegmentThreshold(end_output_tokens=first_end * (index + 1), n=n) for index, n in enumerate(counts)
+    )
+    return Thresholds(policy="nested_wait", segments=segments, max_in_service=cap, **changes)
+
+
+@pytest.mark.parametrize(
+    ("proposed", "in_force", "different"),
+    [
+        (nested(50, 20), nested(50, 20), False),
+        (nested(50, 20), nested(50, 20, version=7, valid_for_s=5.0, reason="other"), False),
+        (nested(55, 20), nested(50, 20), False),  # a tenth
+        (nested(56, 20), nested(50, 20), True),
+        (nested(45, 20), nested(50, 20), False),
+        (nested(44, 20), nested(50, 20), True),
+        (nested(4, 3), nested(5, 2), False),  # one, where a tenth is less
+        (nested(5, 1), nested(5, 3), True),
+        (nested(50, 20, cap=110), nested(50, 20, cap=100), False),
+        (nested(50, 20, cap=111), nested(50, 20, cap=100), True),
+        (nested(50), nested(50, 20), True),
+        (nested(50, 20, first_end=48), nested(50, 20), True),
+        (nested(50, 20, max_hold_s=0.5), nested(50, 20), True),
+        (nested(50, 20, cap=None), nested(50, 20), True),
+        (Thresholds(max_in_service=1), Thresholds(), True),
+        (Thresholds(), Thresholds(max_in_service=1), True),
+        (Thresholds(policy="wait"), Thresholds(), True),
+    ],
+)
+def test_only_changes_beyond_noise_are_material(proposed: Thresholds, in_force: Thresholds, different: bool) -> None:
+    assert materially_different(proposed, in_force) is different

@@ -1,0 +1,239 @@
+"""The parts of Ray that are not public and that Headrace stands on: when an upgrade moves one, this says which."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ray = pytest.importorskip("ray", reason="Ray is not installed")
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+OPENAI_MODELS = "ray.llm._internal.serve.core.configs.openai_api_models"
+
+
+def name_in(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
+
+
+def parameters(function: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(function).parameters)
+
+
+def test_ray_is_the_version_this_was_verified_with() -> None:
+    assert ray.__version__.split(".")[:2] == ["2", "60"]
+
+
+# replicas/calls.py
+
+
+def test_request_metadata_names_the_method_to_call() -> None:
+    metadata_type = name_in("ray.serve._private.common", "RequestMetadata")
+    fields = {field.name: field for field in dataclasses.fields(metadata_type)}
+    required = [
+        name for name, field in fields.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    assert required == ["request_id", "internal_request_id"]
+    assert fields["call_method"].default == "__call__"
+    metadata = metadata_type(request_id="r", internal_request_id="r", call_method="telemetry")
+    assert pickle.loads(pickle.dumps(metadata)).call_method == "telemetry"
+    assert not metadata.is_streaming
+    assert not metadata.is_http_request
+
+
+def test_replica_actors_live_in_the_namespace_of_serve() -> None:
+    assert name_in("ray.serve._private.constants", "SERVE_NAMESPACE") == "serve"
+
+
+def test_a_replica_id_survives_its_actor_name() -> None:
+    replica_id = name_in("ray.serve.request_router", "ReplicaID")
+    deployment_id = name_in("ray.serve._private.common", "DeploymentID")
+    replica = replica_id("abc123", deployment_id(name="HeadraceServer:my-model", app_name="headrace"))
+    actor_name = replica.to_full_id_str()
+    assert replica_id.is_full_id_str(actor_name)
+    assert replica_id.from_full_id_str(actor_name) == replica
+    assert replica_id.from_full_id_str(actor_name).deployment_id.app_name == "headrace"
+    assert not replica_id.is_full_id_str("controller:headrace")
+    assert not replica_id.is_full_id_str("SERVE_CONTROLLER_ACTOR")
+
+
+def test_replicas_are_found_by_their_actors(monkeypatch: pytest.MonkeyPatch) -> None:
+    from replicas.calls import replica_ids
+
+    replica_id = name_in("ray.serve.request_router", "ReplicaID")
+    deployment_id = name_in("ray.serve._private.common", "DeploymentID")
+
+    def actor(app: str, deployment: str, unique: str, namespace: str = "serve") -> dict[str, str]:
+        name = replica_id(unique, deployment_id(name=deployment, app_name=app)).to_full_id_str()
+        return {"name": name, "namespace": namespace}
+
+    ours = [actor("headrace", "HeadraceServer:m", unique) for unique in ("zz", "aa")]
+    others = [
+        actor("headrace", "HeadraceIngress", "ingress"), actor("other", "HeadraceServer:m", "another"),
+        actor("headrace", "HeadraceServer:m", "elsewhere", namespace="mine"),
+        {"name": "SERVE_CONTROLLER_ACTOR", "namespace": "serve"}, {"name": "", "namespace": "serve"},
+    ]
+    monkeypatch.setattr(ray.util, "list_named_actors", lambda all_namespaces: [*others, *ours])
+    assert replica_ids("headrace") == {"aa": ours[1]["name"], "zz": ours[0]["name"]}
+    assert list(replica_ids("headrace")) == ["aa", "zz"]
+
+
+def test_a_replica_actor_takes_pickled_metadata_and_keyword_arguments() -> None:
+    handle_request = name_in("ray.serve._private.replica", "ReplicaActor").handle_request
+    assert inspect.iscoroutinefunction(handle_request)
+    taken = list(parameters(handle_request).values())
+    assert taken[1].name == "pickled_request_metadata"
+    assert [parameter.kind for parameter in taken[2:]] == [
+        inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    ]
+
+
+# router/errors.py
+
+
+def test_bad_requests_are_openai_errors() -> None:
+    from router.errors import bad_request
+
+    assert list(parameters(name_in(OPENAI_MODELS, "OpenAIHTTPException"))) == [
+        "status_code", "message", "type", "internal_message"
+    ]
+    error = bad_request("no")
+    assert (error.status_code, error.message, error.type) == (400, "no", "invalid_request_error")
+
+
+# cluster/app.py
+
+
+def test_the_openai_endpoints_have_the_names_the_ingress_answers_to() -> None:
+    endpoints = name_in("ray.llm._internal.serve.core.ingress.ingress", "DEFAULT_ENDPOINTS")
+    ingress = name_in("ray.serve.llm.ingress", "OpenAiIngress")
+    assert endpoints.keys() >= {"models", "model_data", "completions", "chat"}
+    assert all(callable(getattr(ingress, name)) for name in endpoints)
+    assert list(parameters(ingress._get_response)) == ["self", "body", "call_method", "raw_request"]
+    assert inspect.isasyncgenfunction(ingress._get_response)
+    assert callable(ingress.get_deployment_options)
+
+
+def test_the_ingress_takes_a_map_of_endpoints() -> None:
+    assert "endpoint_map" in parameters(name_in("ray.serve.llm.ingress", "make_fastapi_ingress"))
+
+
+def test_deployments_and_model_cards_are_built_from_an_llm_config() -> None:
+    build = name_in("ray.llm._internal.serve.core.server.builder", "build_llm_deployment")
+    first, *others = parameters(build).values()
+    assert first.name == "llm_config"
+    assert all(parameter.default is not inspect.Parameter.empty for parameter in others)
+    assert list(parameters(name_in(OPENAI_MODELS, "to_model_metadata")))[:2] == ["model_id", "model_config"]
+
+
+def test_engine_arguments_can_be_changed_before_the_engine_starts() -> None:
+    from replicas.server import _open_channel_at
+
+    config_type = name_in("ray.serve.llm", "LLMConfig")
+    config = config_type(
+        model_loading_config={"model_id": "m"}, engine_kwargs={"additional_config": {"headrace": {"thresholds": {}}}}
+    )
+    given = config.engine_kwargs["additional_config"]
+    _open_channel_at("ipc:///tmp/x", config)
+    assert config.engine_kwargs["additional_config"] == {"headrace": {"thresholds": {}, "channel": "ipc:///tmp/x"}}
+    assert "channel" not in given["headrace"]  # replicas of one process share what they were given
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_engine_arguments_are_vllm_s(path: Path) -> None:
+    from cluster.app import SCHEDULER, llm_config
+    from cluster.config import _engine_argument_names, load_config
+
+    assert {"scheduler_cls", "additional_config", "async_scheduling", "model"} <= set(_engine_argument_names())
+    args = load_config(path).application.args
+    config = llm_config(args)
+    assert config.engine_kwargs["scheduler_cls"] == SCHEDULER
+    assert config.engine_kwargs["additional_config"]["headrace"]["thresholds"]["policy"] == args.thresholds.policy
+    assert config.deployment_config["num_replicas"] == args.replicas
+
+
+def test_the_scheduler_is_where_the_engine_looks_for_it() -> None:
+    from cluster.app import SCHEDULER
+
+    module, _, name = SCHEDULER.rpartition(".")
+    assert inspect.isclass(name_in(module, name))
+
+
+def test_every_endpoint_but_health_asks_for_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastapi import FastAPI
+
+    from cluster import app as application
+    from cluster.config import load_config
+    from router.auth import require_api_key
+
+    captured: dict[str, Any] = {}
+
+    class Built(Exception):  # it ends the build once the map is known
+        pass
+
+    def capture(_: type, endpoint_map: dict[str, Any]) -> None:
+        captured.update(endpoint_map)
+        raise Built
+
+    monkeypatch.setattr(application, "make_fastapi_ingress", capture)
+    with pytest.raises(Built):
+        application.build(load_config(next(path for path in CONFIGS if path.stem == "local")).application.args)
+
+    async def handler() -> None:
+        pass
+
+    api = FastAPI(openapi_url=None)
+    for name, register in captured.items():
+        assert callable(getattr(application.HeadraceIngress, name))
+        register(api)(handler)
+    guarded = {
+        route.path: any(dependency.dependency is require_api_key for dependency in route.dependencies)  # type: ignore[attr-defined]
+        for route in api.routes
+    }
+    assert {path for path, asks in guarded.items() if not asks} == {"/healthz", "/readyz"}
+    assert guarded.keys() >= {"/v1/chat/completions", "/v1/models", "/admin/state", "/admin/thresholds"}
+
+
+# replicas/server.py
+
+
+def test_the_server_has_what_headrace_overrides_and_calls() -> None:
+    from replicas.server import HeadraceServer
+
+    server = name_in("ray.serve.llm.deployment", "LLMServer")
+    for method in ("chat", "completions", "record_routing_stats"):
+        assert callable(getattr(server, method))
+    assert inspect.iscoroutinefunction(server.record_routing_stats)
+    assert inspect.iscoroutinefunction(server.__init__)
+    assert inspect.iscoroutinefunction(server.__del__)
+    assert list(parameters(server.__init__))[:2] == ["self", "llm_config"]
+    assert HeadraceServer.__name__ == name_in("replicas.calls", "SERVER_CLASS")
+    assert parameters(HeadraceServer.telemetry)["cursor"].default == 0
+    assert list(parameters(HeadraceServer.apply_thresholds)) == ["self", "thresholds", "automatic"]
+
+
+# router/request_router.py
+
+
+def test_the_request_router_has_what_ours_is_made_of() -> None:
+    from router.request_router import FluidSlackRouter
+
+    base = name_in("ray.serve.request_router", "RequestRouter")
+    assert inspect.iscoroutinefunction(base.choose_replicas)
+    assert list(parameters(base.choose_replicas)) == list(parameters(FluidSlackRouter.choose_replicas))
+    for attribute in ("curr_replicas", "replica_queue_len_cache"):
+        assert isinstance(inspect.getattr_static(base, attribute), property)
+    running = name_in("ray.serve.request_router", "RunningReplica")
+    for attribute in ("replica_id", "routing_stats"):
+        assert isinstance(inspect.getattr_static(running, attribute), property)
+    assert callable(FluidSlackRouter.apply_locality_routing)
+    assert callable(FluidSlackRouter.apply_multiplex_routing)
+    cache = name_in("ray.serve._private.request_router.common", "ReplicaQueueLengthCache")
+    assert cache(get_curr_time_s=lambda: 0.0).get("unknown") is None

@@ -1,0 +1,107 @@
+"""Which replica a request goes to: the one with the largest share of free seats."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray.serve", reason="Ray Serve is not installed")
+
+from ray.serve._private.common import DeploymentID, ReplicaID, RequestMetadata
+from ray.serve.request_router import PendingRequest
+
+from replicas.routing_stats import RoutingStats
+from router.request_router import FluidSlackRouter
+
+DEPLOYMENT = DeploymentID(name="HeadraceServer:m", app_name="headrace")
+
+
+def replica(name: str, *, seats: int = 0, occupied: int = 0, models: tuple[str, ...] = ()) -> SimpleNamespace:
+    """A replica as Serve's routers see it; one without seats has not reported yet."""
+    stats = RoutingStats(seats=seats, occupied=occupied, kv_used_fraction=0.5).as_dict() if seats else {}
+    return SimpleNamespace(
+        replica_id=ReplicaID(name, DEPLOYMENT), routing_stats=stats, multiplexed_model_ids=set(models)
+    )
+
+
+class Router(FluidSlackRouter):
+    """The router with its replicas given, instead of a Serve controller that tells them."""
+
+    def __init__(self, *replicas: Any, ongoing: dict[str, int] | None = None) -> None:
+        self._replicas = {entry.replica_id: entry for entry in replicas}
+        self._replica_id_set = set(self._replicas)
+        self._replica_queue_len_cache = {
+            ReplicaID(name, DEPLOYMENT): count for name, count in (ongoing or {}).items()
+        }
+        self._prefer_local_node_routing = self._prefer_local_az_routing = False
+        self._multiplexed_model_id_fallback_match: set[str] = set()
+        self._multiplexed_model_id_to_replica_ids = {}
+        self._update_multiplexed_model_ids_with_replicas(list(replicas))
+
+
+def ranks(router: FluidSlackRouter, model_id: str | None = None) -> list[list[str]]:
+    async def choose() -> list[list[str]]:
+        pending = None
+        if model_id is not None:
+            metadata = RequestMetadata(request_id="r", internal_request_id="r", multiplexed_model_id=model_id)
+            pending = PendingRequest(args=[], kwargs={}, metadata=metadata)
+        chosen = await router.choose_replicas(list(router.curr_replicas.values()), pending)
+        return [[entry.replica_id.unique_id for entry in rank] for rank in chosen]
+
+    return asyncio.run(choose())
+
+
+def test_the_largest_share_of_free_seats_comes_first() -> None:
+    router = Router(
+        replica("busy", seats=10, occupied=9), replica("idle", seats=10, occupied=1),
+        replica("large", seats=100, occupied=50),
+    )
+    assert ranks(router) == [["idle"], ["large"], ["busy"]]
+    assert ranks(router, "") == [["idle"], ["large"], ["busy"]]
+
+
+def test_stale_stats_are_corrected_by_what_was_sent_since() -> None:
+    replicas = (replica("a", seats=10, occupied=1), replica("b", seats=10, occupied=4))
+    assert ranks(Router(*replicas)) == [["a"], ["b"]]
+    assert ranks(Router(*replicas, ongoing={"a": 7})) == [["b"], ["a"]]
+    assert ranks(Router(*replicas, ongoing={"a": 0, "b": 2})) == [["a"], ["b"]]  # the engine knows of more
+
+
+def test_replicas_that_have_not_reported_come_last_least_busy_first() -> None:
+    router = Router(
+        replica("new"), replica("full", seats=10, occupied=15), replica("newer"), ongoing={"new": 3}
+    )
+    assert ranks(router) == [["full"], ["newer"], ["new"]]
+
+
+def test_a_full_replica_passes_on_to_the_next() -> None:
+    names = [f"r{number}" for number in range(8)]
+    chosen = ranks(Router(*(replica(name, seats=10, occupied=number) for number, name in enumerate(names))))
+    assert chosen == [[name] for name in names]  # one to a rank, so every other is tried in turn
+
+
+def test_equal_replicas_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    router = Router(*(replica(name, seats=10, occupied=5) for name in ("a", "b")))
+    first = []
+    for seed in range(20):
+        monkeypatch.setattr(random, "shuffle", random.Random(seed).shuffle)
+        first.append(ranks(router)[0][0])
+    assert set(first) == {"a", "b"}
+
+
+def test_a_replica_with_the_wanted_adapter_is_preferred() -> None:
+    router = Router(
+        replica("plain", seats=10), replica("adapted", seats=10, occupied=9, models=("lora",)),
+    )
+    assert ranks(router, "lora") == [["adapted"]]
+
+
+def test_a_replica_that_left_meanwhile_is_not_chosen() -> None:
+    router = Router(replica("a", seats=10), replica("b", seats=10))
+    del router._replicas[ReplicaID("a", DEPLOYMENT)]
+    assert ranks(router) == [["b"]]
+    assert ranks(Router()) == []
