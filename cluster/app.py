@@ -8,7 +8,6 @@ that Ray leaves open for them.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -19,7 +18,7 @@ from ray.serve import Application
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.ingress import make_fastapi_ingress
 
-from cluster.config import AppConfig
+from cluster.config import AppConfig, ModelConfig
 from cluster.controller import ControllerKeeper
 from replicas.server import HeadraceServer
 from router.auth import guard
@@ -57,7 +56,7 @@ def llm_config(args: AppConfig) -> LLMConfig:
     settings = {"thresholds": thresholds_as_dict(args.thresholds)}
     accelerator = args.accelerator
     return LLMConfig(
-        model_loading_config={"model_id": args.model.id, "model_source": _local_or_hub(args.model.source)},
+        model_loading_config={"model_id": args.model.id, "model_source": _source(args.model)},
         accelerator_config={"kind": accelerator.kind},
         accelerator_type=accelerator.type,
         server_cls=HeadraceServer,
@@ -82,7 +81,6 @@ def llm_config(args: AppConfig) -> LLMConfig:
     )
 
 
-def _local_or_hub(source: str) -> str:
+def _source(model: ModelConfig) -> str:
     # A replica's working directory is not the one the path was written for.
-    local = Path(source).expanduser()
-    return str(local.resolve()) if local.exists() else source
+    return str(model.local_folder.resolve()) if model.local_folder else model.source

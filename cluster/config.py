@@ -37,6 +37,11 @@ class ModelConfig(_Strict):
     id: str = Field(min_length=1)
     source: str = Field(min_length=1)
 
+    @property
+    def local_folder(self) -> Path | None:
+        """The folder that `source` names when it looks like a path (./, ../, /, ~, .models/…); None for a hub id."""
+        return Path(self.source).expanduser() if self.source.startswith((".", "/", "~")) else None
+
 
 class AcceleratorConfig(_Strict):
     """kind: cpu or gpu; type: Ray's accelerator type such as A100 (optional); cpus: CPU cores a replica reserves."""

@@ -82,16 +82,15 @@ def _found_by(probe: Callable[[], int]) -> int | None:
 
 
 def _model(config: ClusterConfig) -> Finding:
-    source = config.application.args.model.source
-    path = Path(source).expanduser()
-    if path.name == BUNDLED_MODEL_NAME and not path.exists():
-        return _finding("model", False, f"{source} is not prepared", f"headrace model prepare {source}")
+    source, path = config.application.args.model.source, config.application.args.model.local_folder
+    if path is None:
+        return _finding("model", True, f"{source}, from the model hub")
     if path.exists():
         complete = is_prepared(path) or (path / "config.json").is_file()
         return _finding("model", complete, source, f"{source} holds no config.json: not a checkpoint")
-    looks_local = source.startswith((".", "/", "~"))
-    found = f"{source} does not exist" if looks_local else f"{source}, from the model hub"
-    return _finding("model", not looks_local, found, "give an existing folder or a hub id")
+    if path.name == BUNDLED_MODEL_NAME:
+        return _finding("model", False, f"{source} is not prepared", f"headrace model prepare {source}")
+    return _finding("model", False, f"{source} does not exist", "give an existing folder or a hub id")
 
 
 def _ports(config: ClusterConfig) -> Finding:

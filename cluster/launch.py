@@ -51,12 +51,14 @@ def prepare_model(config: ClusterConfig, say: Callable[[str], None]) -> None:
         ConfigError: the model is a local path that does not exist.
         ModelUnavailable: the bundled model's package is missing.
     """
-    source = Path(config.application.args.model.source).expanduser()
+    source = config.application.args.model.local_folder
+    if source is None:
+        return
     if source.name == BUNDLED_MODEL_NAME:
         if not is_prepared(source):
             say(f"preparing {BUNDLED_MODEL_NAME} in {source} (once, about half a minute)")
             prepare_bundled_model(source)
-    elif config.application.args.model.source.startswith((".", "/", "~")) and not source.exists():
+    elif not source.exists():
         raise ConfigError(f"model.source = {str(source)!r} does not exist; allowed: a folder, or a hub id ORG/NAME")
 
 
