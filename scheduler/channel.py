@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import zmq
 import zmq.asyncio
 from pydantic import TypeAdapter, ValidationError
@@ -27,6 +28,7 @@ from scheduler.messages import ACK, TELEMETRY, Ack, Apply, Report, Telemetry
 from scheduler.thresholds import InvalidThresholds, Thresholds, parse_thresholds, thresholds_as_dict
 
 _QUESTION: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
+_FOLDER = "headrace-engine"
 _LARGEST_QUESTION_BYTES = 1 << 20
 logger = logging.getLogger(__name__)
 
@@ -36,8 +38,15 @@ class ChannelClosed(RuntimeError):
 
 
 def new_endpoint() -> str:
-    """A fresh private endpoint on this machine, in a folder only this user may enter."""
-    return f"ipc://{tempfile.mkdtemp(prefix='headrace-')}/engine"
+    """A fresh private endpoint on this machine, in a folder only this user may enter.
+
+    Folders of processes that were killed before they could remove theirs are swept away on the occasion.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}-*-*"):
+        owner = folder.name.split("-")[2]
+        if owner.isdecimal() and folder.stat().st_uid == os.getuid() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
+    return f"ipc://{tempfile.mkdtemp(prefix=f'{_FOLDER}-{os.getpid()}-')}/engine"
 
 
 def remove_endpoint(endpoint: str) -> None:

@@ -5,28 +5,36 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
+from scheduler.messages import Ack, Apply
+from scheduler.thresholds import parse_thresholds
 from scheduler.vllm_scheduler import HeadraceScheduler
 
 BLOCK = 16
 STEP_S = 0.01
+MAX_MODEL_LEN = 1024
 _MODEL = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
     "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 4, "vocab_size": 1000,
-    "max_position_embeddings": 1024, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+    "max_position_embeddings": MAX_MODEL_LEN, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
 }
+_TOKEN, _STOP_TOKEN = 5, 2
 
 
 @functools.cache
@@ -36,9 +44,16 @@ def _model_folder() -> str:
     return str(folder)
 
 
+@functools.cache
+def _block_hasher() -> Any:
+    init_none_hash(sha256)
+    return get_request_block_hasher(BLOCK, sha256)
+
+
 def engine_config(*, blocks: int, additional_config: dict[str, Any] | None = None, **engine_args: Any) -> VllmConfig:
     args = {
-        "max_model_len": 1024, "max_num_seqs": 64, "max_num_batched_tokens": 512, "enable_prefix_caching": False,
+        "max_model_len": MAX_MODEL_LEN, "max_num_seqs": 64, "max_num_batched_tokens": 512,
+        "enable_prefix_caching": False,
     } | engine_args
     config = EngineArgs(
         model=_model_folder(), skip_tokenizer_init=True, block_size=BLOCK, enforce_eager=True, dtype="bfloat16",
@@ -48,14 +63,37 @@ def engine_config(*, blocks: int, additional_config: dict[str, Any] | None = Non
     return config
 
 
+class AnythingGoes(StructuredOutputGrammar):
+    """A compiled grammar that every token satisfies."""
+
+    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+        return True
+
+    def validate_tokens(self, tokens: list[int]) -> list[int]:
+        return tokens
+
+    def rollback(self, num_tokens: int) -> None: ...
+
+    def fill_bitmask(self, bitmask: torch.Tensor, batch_index: int) -> None: ...
+
+    def is_terminated(self) -> bool:
+        return False
+
+    def reset(self) -> None: ...
+
+
 class Engine:
-    """One scheduler, stepped as vLLM's engine core steps it: schedule one iteration ahead, then feed results back."""
+    """One scheduler, stepped as vLLM's engine core steps it: schedule one iteration ahead, then feed results back.
+
+    batches: the scheduled tokens by request, one dict an iteration; finished: the requests that ended by themselves;
+    `clock` moves by `STEP_S` an iteration.
+    """
 
     def __init__(
         self, scheduler_cls: type[AsyncScheduler] = HeadraceScheduler, *, blocks: int = 256,
-        thresholds: dict[str, Any] | None = None, allow_strict: bool = False, **engine_args: Any,
+        thresholds: dict[str, Any] | None = None, settings: dict[str, Any] | None = None, **engine_args: Any,
     ) -> None:
-        settings: dict[str, Any] = {"allow_strict": allow_strict}
+        settings = dict(settings or {})
         if thresholds is not None:
             settings["thresholds"] = thresholds
         config = engine_config(blocks=blocks, additional_config={"headrace": settings}, **engine_args)
@@ -70,33 +108,68 @@ class Engine:
         self.now_s = 0.0
         if isinstance(self.scheduler, HeadraceScheduler):
             self.scheduler.clock = lambda: self.now_s
+        self._block_hasher = _block_hasher() if config.cache_config.enable_prefix_caching else None
         self.requests: dict[str, Request] = {}
         self.batches: list[dict[str, int]] = []
         self.first_scheduled: dict[str, float] = {}
+        self.finished: dict[str, Request] = {}
         self.finished_s: dict[str, float] = {}
-        self._in_flight: list[Any] = []
+        self._in_flight: deque[tuple[Any, list[str], set[str]]] = deque()
 
     def add(
-        self, request_id: str, *, prompt: int = 32, output: int = 8, max_tokens: int | None = None,
-        extra_args: dict[str, Any] | None = None, priority: int = 0,
+        self, request_id: str, *, prompt: int | list[int] = 32, output: int = 8, max_tokens: int | None = None,
+        extra_args: dict[str, Any] | None = None, priority: int = 0, structured: bool = False,
+        resumable: bool = False,
     ) -> Request:
-        """`output` tokens are produced; `max_tokens` is what the client asked for (the same unless given)."""
+        """`output` tokens are produced; `max_tokens` is what the client asked for (the same unless given).
+
+        A `structured` request waits until `compile_grammar`. A `resumable` one is a session: the same id again is its
+        next input.
+        """
         request = Request(
-            request_id=request_id, prompt_token_ids=[7] * prompt, pooling_params=None, priority=priority,
-            arrival_time=self.now_s,
-            sampling_params=SamplingParams(max_tokens=max_tokens or output, ignore_eos=True, extra_args=extra_args),
+            request_id=request_id, prompt_token_ids=[7] * prompt if isinstance(prompt, int) else prompt,
+            pooling_params=None, priority=priority, arrival_time=self.now_s, block_hasher=self._block_hasher,
+            resumable=resumable,
+            sampling_params=SamplingParams(
+                max_tokens=max_tokens or output, ignore_eos=True, extra_args=extra_args,
+                structured_outputs=StructuredOutputsParams(regex="a*") if structured else None,
+            ),
         )
         request.wanted_output = output
-        self.requests[request_id] = request
+        self.requests.setdefault(request_id, request)
         self.scheduler.add_request(request)
         return request
 
+    def compile_grammar(self, request_id: str) -> None:
+        """What the compiling thread does when it is done."""
+        self.requests[request_id].structured_output_request.grammar = AnythingGoes()
+
     def abort(self, request_id: str) -> None:
+        """What the engine core does when a client disconnects."""
         self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
         self.requests.pop(request_id, None)
 
+    def apply(self, thresholds: dict[str, Any], *, automatic: bool = True) -> Ack:
+        """What the channel's thread does with thresholds that arrive."""
+        return self.scheduler.in_force.offer(Apply(thresholds=parse_thresholds(thresholds), automatic=automatic))
+
+    @property
+    def running(self) -> list[str]:
+        return [request.request_id for request in self.scheduler.running]
+
     def step(self) -> dict[str, int]:
         """One iteration of `STEP_S` seconds; returns the scheduled tokens by request."""
+        batch = self.launch()
+        if len(self._in_flight) > 1:
+            self.deliver()
+        self.now_s += STEP_S
+        return batch
+
+    def steps(self, times: int) -> list[dict[str, int]]:
+        return [self.step() for _ in range(times)]
+
+    def launch(self) -> dict[str, int]:
+        """Schedule an iteration and hand it to the device."""
         output = self.scheduler.schedule()
         for name in output.num_scheduled_tokens:
             self.first_scheduled.setdefault(name, self.now_s)
@@ -104,39 +177,43 @@ class Engine:
         names = list(output.num_scheduled_tokens)
         producing = {n for n in names if not self.requests[n].is_prefill_chunk}
         self._in_flight.append((output, names, producing))
-        if len(self._in_flight) > 1:
-            self._deliver()
-        self.now_s += STEP_S
         return self.batches[-1]
 
-    def _deliver(self) -> None:
-        output, names, producing = self._in_flight.pop(0)
-        sampled = []
-        for name in names:
-            request = self.requests.get(name)
-            last = request is not None and request.num_output_tokens + 1 >= request.wanted_output
-            sampled.append(([2] if last and request.max_tokens > request.wanted_output else [5]) if name in producing
-                           else [])
-            if last and request.max_tokens > request.wanted_output:
-                request.sampling_params.stop_token_ids = [2]
+    def deliver(self) -> None:
+        """The results of the oldest iteration in flight come back."""
+        output, names, producing = self._in_flight.popleft()
+        sampled = [[self._token_for(name)] if name in producing else [] for name in names]
         self.scheduler.update_from_output(
             output,
-            ModelRunnerOutput(req_ids=names, req_id_to_index={n: i for i, n in enumerate(names)},
-                              sampled_token_ids=sampled),
+            ModelRunnerOutput(
+                req_ids=names, req_id_to_index={n: i for i, n in enumerate(names)}, sampled_token_ids=sampled
+            ),
         )
         for name in names:
             if name in self.requests and self.requests[name].is_finished():
+                self.finished[name] = self.requests.pop(name)
                 self.finished_s[name] = self.now_s
-                del self.requests[name]
+
+    def _token_for(self, name: str) -> int:
+        """The model ends an answer by itself where less is wanted than the client allowed."""
+        request = self.requests.get(name)
+        if request is None or request.wanted_output >= request.max_tokens:
+            return _TOKEN
+        if request.num_output_tokens + 1 < request.wanted_output:
+            return _TOKEN
+        request.sampling_params.stop_token_ids = [_STOP_TOKEN]
+        return _STOP_TOKEN
 
     def run(self, most_steps: int = 10_000) -> None:
-        """Step until everybody has finished."""
+        """Step until everybody has finished.
+
+        Raises:
+            AssertionError: somebody has not after `most_steps`.
+        """
         for _ in range(most_steps):
-            if not self.scheduler.has_unfinished_requests() and not self._in_flight:
-                return
-            self.step()
             if not self.scheduler.has_unfinished_requests():
                 while self._in_flight:
-                    self._deliver()
+                    self.deliver()
                 return
+            self.step()
         raise AssertionError(f"stranded: {sorted(self.requests)}")

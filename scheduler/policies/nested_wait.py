@@ -32,8 +32,8 @@ class NestedWait(Policy):
         admit: dict[str, int] = {}
         view, seats = snapshot.waiting.get(UNKNOWN_TYPE), self.seats(snapshot)
         if view and seats:
-            n = self._segments.entry_n or view.length
-            full = view.length >= n and seats >= min(n, view.length)
+            n = self._segments.entry_n
+            full = n is None or min(view.length, seats) >= n
             if full or snapshot.idle or self.hold_is_over(view, snapshot):
-                admit[UNKNOWN_TYPE] = min(n, view.length, seats)
+                admit[UNKNOWN_TYPE] = min(n or view.length, view.length, seats)
         return Decision(admit, self._segments.sit_out(snapshot, entering=bool(admit)))

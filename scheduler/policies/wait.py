@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from scheduler.policies.base import UNKNOWN_TYPE, Decision, Policy, QueueView, Snapshot
+from scheduler.policies.base import UNKNOWN_TYPE, Decision, Policy, Snapshot
 from scheduler.policies.segments import Segments
 from scheduler.thresholds import Thresholds
 
@@ -47,25 +47,16 @@ class Wait(Policy):
         admit: dict[str, int] = {}
         # Oldest first, so that the last free seats go to whoever has waited longest.
         for type_name, view in sorted(snapshot.waiting.items(), key=lambda item: item[1].oldest_since_s):
-            group = min(self._group_size(type_name, view), view.length)
-            full = view.length >= self._group_size(type_name, view) and seats >= group
+            n = self._n.get(type_name, self._segments.entry_n)
+            full = n is None or min(view.length, seats) >= n
             if seats and (full or snapshot.idle or self.hold_is_over(view, snapshot)):
-                admit[type_name] = min(group, seats)
+                admit[type_name] = min(n or view.length, view.length, seats)
                 seats -= admit[type_name]
         return Decision(admit, self._segments.sit_out(snapshot, entering=bool(admit)))
 
-    def _group_size(self, type_name: str, view: QueueView) -> int:
-        if type_name in self._n:
-            return self._n[type_name]
-        return self._segments.entry_n or view.length
-
     def _decide_strictly(self, snapshot: Snapshot) -> Decision:
-        eligible = {
-            name: min(n, view.length)
-            for name, view in snapshot.waiting.items()
-            if view.length >= (n := self._group_size(name, view))
-        }
-        known = {name: n for name, n in eligible.items() if name in self._n}
+        waiting = {name: view.length for name, view in snapshot.waiting.items()}
+        known = {name: n for name, n in self._n.items() if waiting.get(name, 0) >= n}
         unknown_admitted, sit_out = self._segments.decide_strictly(snapshot)
         at_stage: Counter[tuple[str, int]] = Counter()
         for resident in snapshot.running:

@@ -77,7 +77,8 @@ class TinyEngine:
 
     def snapshot(self):
         waiting = {
-            type_name: QueueView(len(queue), self.arrived_s[queue[0]]) for type_name, queue in self.queues.items() if queue
+            type_name: QueueView(len(queue), self.arrived_s[queue[0]])
+            for type_name, queue in self.queues.items() if queue
         }
         return Snapshot(
             now_s=self.now_s, waiting=waiting, released=0, running=list(self.running), kv_used_tokens=0,
@@ -109,8 +110,8 @@ class TinyEngine:
 
 
 @st.composite
-def serving_thresholds(draw, cap=st.none() | st.integers(1, 12)):
-    cap = draw(cap)
+def serving_thresholds(draw, capped=True):
+    cap = draw(st.none() | st.integers(1, 12)) if capped else None
     most = cap or 12
     ends = sorted(draw(st.sets(st.integers(1, 12), max_size=3)))
     n = sorted(draw(st.lists(st.integers(1, most), min_size=len(ends), max_size=len(ends))), reverse=True)
@@ -179,7 +180,7 @@ def test_serving_admits_the_oldest_in_time_and_respects_the_cap(thresholds, work
 
 
 @settings(max_examples=150, deadline=None)
-@given(serving_thresholds(cap=st.none()), workloads)
+@given(serving_thresholds(capped=False), workloads)
 def test_every_hold_at_the_entry_is_bounded(thresholds, workload):
     """Without a cap: the hold, one step, and one more for each full group that stood in front."""
     engine = drive(thresholds, workload, lambda *_: None)
@@ -303,6 +304,8 @@ def test_other_policies_know_one_queue(policy):
 def test_unknown_lengths_enter_at_once_under_wait_without_segments():
     policy = policy_of("wait", types=types(short=4), max_hold_s=1.0)
     assert policy.decide(snapshot(running=BUSY, short=1, unknown=3)).admit == {UNKNOWN_TYPE: 3}
+    capped = policy_of("wait", types=types(short=2), max_in_service=3, max_hold_s=1.0)
+    assert capped.decide(snapshot(running=BUSY, unknown=9)).admit == {UNKNOWN_TYPE: 2}, "every free seat, at once"
 
 
 def test_unknown_lengths_follow_the_segments_under_wait():

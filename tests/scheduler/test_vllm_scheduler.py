@@ -1,0 +1,854 @@
+"""`HeadraceScheduler` on vLLM's real scheduler and block manager, one iteration scheduled ahead as vLLM does."""
+
+import asyncio
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+from engine_harness import BLOCK, MAX_MODEL_LEN, STEP_S, Engine
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+from scheduler.channel import ChannelClient, new_endpoint, remove_endpoint
+from scheduler.messages import Arrival, Finished, Report
+from scheduler.settings import SchedulerSettings
+from scheduler.thresholds import InvalidThresholds, Thresholds
+from scheduler.vllm_scheduler import _in_admission_order, _RequestAsResident
+
+
+def wait(n=8, **fields):
+    return {"policy": "wait", "types": [{"name": "all", "n": n}], **fields}
+
+
+def nested(*ends_and_n, **fields):
+    return {
+        "policy": "nested_wait", "segments": [{"end_output_tokens": end, "n": n} for end, n in ends_and_n], **fields
+    }
+
+
+def add_many(engine, count, prefix="r", **request):
+    names = [f"{prefix}{place}" for place in range(count)]
+    for name in names:
+        engine.add(name, **request)
+    return names
+
+
+def telemetry(engine, cursor=0):
+    return engine.scheduler.telemetry(Report(cursor=cursor))
+
+
+# WAIT at the gate.
+
+
+def test_wait_admits_in_groups_and_bounds_the_hold_of_the_rest():
+    engine = Engine(thresholds=wait(8, max_hold_s=0.055))
+    engine.add("busy", output=100)
+    assert engine.step() == {"busy": 32}, "an idle engine admits at once"
+    names = add_many(engine, 17, output=50)
+    engine.step()
+    assert engine.running == ["busy", *names[:8]]
+    engine.step()
+    assert engine.running == ["busy", *names[:16]]
+    while names[16] not in engine.running:
+        engine.step()
+    # It came at 0.01; the first iteration at or after 0.065 is the one at 0.07.
+    assert engine.first_scheduled[names[16]] == pytest.approx(0.07)
+    engine.run()
+    assert len(engine.finished) == 18
+
+
+def test_wait_holds_an_incomplete_group_until_it_is_complete():
+    engine = Engine(thresholds=wait(4, max_hold_s=10.0))
+    engine.add("busy", output=100)
+    engine.step()
+    add_many(engine, 3)
+    engine.steps(20)
+    assert engine.running == ["busy"]
+    engine.add("fourth")
+    engine.step()
+    assert len(engine.running) == 5
+
+
+def test_idle_engine_takes_what_was_held():
+    engine = Engine(thresholds=wait(4, max_hold_s=10.0))
+    engine.add("busy", output=5)
+    engine.step()
+    engine.add("alone", output=5)
+    engine.run()
+    busy_gone_s = engine.finished_s["busy"]
+    assert engine.first_scheduled["alone"] == pytest.approx(busy_gone_s + STEP_S), "and no sooner"
+
+
+def test_types_go_by_declared_length():
+    engine = Engine(thresholds={
+        "policy": "wait", "max_hold_s": 10.0,
+        "types": [{"name": "short", "n": 1, "max_output_tokens": 10}, {"name": "long", "n": 3}],
+    })
+    engine.add("busy", output=100)
+    engine.step()
+    engine.add("long", output=50)
+    engine.add("short", output=10)
+    engine.add("declared-short", output=10, max_tokens=500, extra_args={"expected_output_tokens": 10})
+    engine.steps(2)
+    assert engine.running == ["busy", "short", "declared-short"]
+
+
+def test_strict_wait_moves_nobody_without_a_full_group():
+    engine = Engine(thresholds=wait(4, mode="strict"), settings={"allow_strict": True})
+    add_many(engine, 3, "a", output=3)
+    assert engine.steps(3) == [{}, {}, {}], "the paper's letter: not even an idle engine admits"
+    engine.add("a3", output=3)
+    assert len(engine.step()) == 4
+    assert engine.steps(3) == [{}, {}, {}], "those in service wait for the next full group"
+    add_many(engine, 4, "b", output=3)
+    assert len(engine.step()) == 8
+
+
+# Nested WAIT at its boundaries.
+
+
+def boundary_engine(**fields):
+    """Two requests in front (at the boundary after four tokens) and four younger ones that keep the engine busy."""
+    engine = Engine(thresholds=nested((4, 4), (1000, 4), **fields))
+    front = add_many(engine, 2, "front", output=12)
+    return engine, front
+
+
+def test_boundary_queue_opens_when_n_stand_there():
+    engine, front = boundary_engine(max_hold_s=10.0)
+    engine.steps(2)
+    young = add_many(engine, 4, "young", output=12)
+    batches = engine.steps(6)
+    assert batches[0].keys() == {*front, *young} and batches[1].keys() == {*front, *young}
+    # `front` has four tokens after steps 0..3 and stands at the boundary in steps 4 and 5; `young` comes in step 6.
+    assert batches[2].keys() == batches[3].keys() == set(young)
+    assert batches[4].keys() == {*front, *young}
+    assert batches[5].keys() == {*front, *young}, "nobody is held there twice"
+    engine.run()
+    assert {request.num_output_tokens for request in engine.finished.values()} == {12}
+
+
+def test_boundary_hold_is_bounded():
+    engine, front = boundary_engine(max_hold_s=0.015)
+    engine.steps(3)
+    young = add_many(engine, 4, "young", output=12)
+    batches = engine.steps(4)
+    assert batches[0].keys() == {*front, *young}
+    assert batches[1].keys() == batches[2].keys() == set(young), "held at 0.04 and 0.05"
+    assert batches[3].keys() == {*front, *young}, "0.06 is 0.02 s after reaching the boundary"
+
+
+def test_those_who_sit_out_keep_their_memory_and_their_place():
+    # Unknown lengths (no declaration) queue at the boundary, known ones never do: they stand in between.
+    engine = Engine(thresholds={
+        "policy": "wait", "types": [{"name": "known", "n": 1}], "max_hold_s": 10.0,
+        "segments": [{"end_output_tokens": 4, "n": 3}, {"end_output_tokens": 1000, "n": 3}],
+    })
+    unknown = {"max_tokens": MAX_MODEL_LEN - 32}
+    engine.add("k1", output=40)
+    engine.step()
+    for name, output in (("u1", 20), ("u2", 20), ("u3", 2)):
+        engine.add(name, output=output, **unknown)
+    engine.step()
+    engine.add("k2", output=40)
+    engine.step()
+    assert engine.running == ["k1", "u1", "u2", "u3", "k2"]
+    while "u1" in engine.step():
+        pass
+    engine.add("k3", output=40)
+    before = engine.scheduler.kv_cache_manager.usage
+    assert engine.step().keys() == {"k1", "k2", "k3"}
+    assert engine.running == ["k1", "u1", "u2", "k2", "k3"], "admission order, the newcomer last"
+    assert engine.scheduler.kv_cache_manager.usage > before
+    now = telemetry(engine)
+    assert (now.gauges.in_service, now.gauges.sitting_out) == (5, 2)
+    assert len(now.in_service) == 5, "whoever sits out is in service"
+    engine.run()
+    assert len(engine.finished) == 6
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_admission_order_is_restored(seed):
+    rng = random.Random(seed)
+    original = [SimpleNamespace(name=place) for place in range(rng.randint(1, 10))]
+    aside = [(place, request) for place, request in enumerate(original) if rng.random() < 0.4]
+    taken = {place for place, _ in aside}
+    others = [request for place, request in enumerate(original) if place not in taken]
+    if rng.random() < 0.5:  # vLLM preempts from the end, and then admits nobody
+        kept, new = others[: rng.randint(0, len(others))], []
+    else:
+        kept, new = others, [SimpleNamespace(name=100 + place) for place in range(rng.randint(0, 3))]
+    names = [request.name for request in _in_admission_order([*kept, *new], aside)]
+    survivors = {request.name for request in kept} | taken
+    assert names == [r.name for r in original if r.name in survivors] + [r.name for r in new]
+
+
+def test_preemption_takes_the_latest_admitted_of_those_that_run():
+    # 13 usable blocks; `front` (two requests of three blocks) sit at the boundary while `young` outgrow the memory.
+    engine = Engine(
+        blocks=14, thresholds=nested((4, 2), (1000, 2), max_hold_s=10.0), max_num_batched_tokens=256,
+    )
+    engine.add("front", prompt=44, output=30)
+    engine.step()
+    add_many(engine, 2, "young", prompt=62, output=40)
+    for _ in range(12):
+        engine.step()
+        preempted = [name for name, request in engine.requests.items() if request.num_preemptions]
+        if preempted:
+            break
+    assert preempted == ["young1"], "last in, first out"
+    engine.run()
+    assert len(engine.finished) == 3
+
+
+def test_everyone_runs_when_those_who_sit_out_hold_all_the_memory():
+    # `front` holds 6 of 9 blocks at its boundary; the young group lets it sit out and then does not fit.
+    engine = Engine(blocks=10, thresholds=nested((4, 3), (1000, 3), max_hold_s=60.0))
+    add_many(engine, 2, "front", prompt=44, output=20)
+    engine.steps(4)
+    add_many(engine, 3, "young", prompt=60, output=20)
+    engine.run(most_steps=400)
+    assert len(engine.finished) == 5
+    for earlier, later in zip(engine.batches, engine.batches[1:], strict=False):
+        assert earlier or later, "never two empty iterations in a row while there is work"
+
+
+def test_those_who_sit_out_keep_their_seats():
+    engine = Engine(thresholds=nested((4, 4), (1000, 4), max_hold_s=10.0), max_num_seqs=6)
+    add_many(engine, 2, "front", output=12)
+    engine.steps(2)
+    add_many(engine, 4, "young", output=12)
+    engine.steps(2)
+    add_many(engine, 4, "late", output=12)
+    assert len(engine.step()) == 4, "two sit out"
+    assert len(engine.running) == 6 and engine.scheduler.gate.released == 4
+    engine.run()
+    assert len(engine.finished) == 10
+
+
+@pytest.mark.parametrize(
+    ("is_prefill_chunk", "outputs", "in_flight", "stage"),
+    [(True, 0, 0, 0), (False, 0, 1, 1), (False, 3, 1, 4), (True, 4, 0, 0), (False, 4, 0, 4)],
+)
+def test_stage_counts_tokens_in_flight_and_is_zero_while_a_prompt_is_computed(
+    is_prefill_chunk, outputs, in_flight, stage
+):
+    request = SimpleNamespace(
+        is_prefill_chunk=is_prefill_chunk, num_output_tokens=outputs, num_output_placeholders=in_flight
+    )
+    assert _RequestAsResident(request, "any").stage == stage
+
+
+# The same as vLLM's own scheduler when nothing is asked of us.
+
+
+def random_workload(rng, *, requests=40, longest_prompt=200, longest_output=60, steps=60, priorities=False):
+    """Requests by the step at which they come."""
+    coming = {}
+    for place in range(requests):
+        output = rng.randint(1, longest_output)
+        shared, own = [rng.randint(3, 6)] * BLOCK, [rng.randint(3, 999) for _ in range(rng.randint(1, longest_prompt))]
+        request = {
+            "prompt": shared + own,
+            "output": output,
+            "max_tokens": rng.choice([None, output + rng.randint(1, 200), MAX_MODEL_LEN - len(shared + own)]),
+            "priority": rng.randint(0, 2) if priorities else 0,
+        }
+        coming.setdefault(rng.randrange(steps), []).append((f"r{place}", request))
+    return coming
+
+
+def play(engine, coming, *, each_step=lambda engine, step: None, most_steps=6000):
+    """Feed a workload, then run to the end."""
+    for step in range(max(coming) + 1):
+        for name, request in coming.get(step, ()):
+            engine.add(name, **request)
+        each_step(engine, step)
+        engine.step()
+    step = max(coming)
+    while engine.scheduler.has_unfinished_requests():
+        step += 1
+        assert step < most_steps, f"stranded: {sorted(engine.requests)}"
+        each_step(engine, step)
+        engine.step()
+    engine.run()
+    return engine
+
+
+ENGINES = {
+    "roomy": {},
+    "small memory": {"blocks": 40},
+    "small memory, prefix caching": {"blocks": 40, "enable_prefix_caching": True},
+    "priority": {"blocks": 40, "scheduling_policy": "priority"},
+    "small chunks": {"max_num_batched_tokens": 64, "max_num_seqs": 16},
+    "prompt chunks limited": {"long_prefill_token_threshold": 48},
+    "no chunked prefill": {
+        "enable_chunked_prefill": False, "max_num_batched_tokens": MAX_MODEL_LEN, "blocks": 60,
+    },
+}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_fcfs_without_a_cap_schedules_exactly_as_vllm_does(name):
+    for seed in range(4):
+        coming = random_workload(random.Random(seed), priorities=name == "priority")
+        preemptions = []
+        engines = [Engine(AsyncScheduler, **ENGINES[name]), Engine(thresholds={"policy": "fcfs"}, **ENGINES[name])]
+        for engine in engines:
+            play(engine, coming)
+            preemptions.append({name: request.num_preemptions for name, request in engine.finished.items()})
+        theirs, ours = engines
+        assert [list(batch.items()) for batch in ours.batches] == [list(batch.items()) for batch in theirs.batches]
+        assert preemptions[0] == preemptions[1] and ours.finished_s == theirs.finished_s
+        assert len(ours.finished) == 40
+        if "small memory" in name:
+            assert sum(preemptions[0].values()), "the case was meant to preempt"
+            assert telemetry(ours).counters.preemptions == sum(preemptions[1].values())
+
+
+# Nobody is stranded, nothing is lost.
+
+
+def random_thresholds(rng, seats):
+    most = rng.randint(1, seats)
+    ends = sorted(rng.sample(range(1, 40), rng.randint(0, 3)))
+    n = sorted((rng.randint(1, most) for _ in ends), reverse=True)
+    return {
+        "policy": rng.choice(["fcfs", "wait", "nested_wait"]),
+        "types": [
+            {"name": "short", "n": rng.randint(1, most), "max_output_tokens": rng.randint(1, 40)},
+            {"name": "rest", "n": rng.randint(1, most)},
+        ][: rng.randint(0, 2)],
+        "segments": [{"end_output_tokens": end, "n": count} for end, count in zip(ends, n, strict=True)],
+        "max_in_service": rng.choice([None, most, seats]),
+        "token_budget": rng.choice([None, None, 1, 16, 60]),
+        "max_hold_s": rng.choice([0.0, 0.02, 0.2, 2.0]),
+        "valid_for_s": rng.choice([None, 0.1, 1.0]),
+    }
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_request_finishes_whatever_the_thresholds(name):
+    """Thresholds that change while serving, aborts: every answer has its length, and all memory comes back."""
+    for seed in range(6):
+        rng = random.Random(1000 + seed)
+        fields = ENGINES[name]
+        seats = min(fields.get("max_num_seqs", 64), fields.get("blocks", 256))
+        coming = random_workload(rng, longest_output=50, priorities=name == "priority")
+        engine = Engine(thresholds=random_thresholds(rng, seats), **fields)
+        limits = engine.scheduler.in_force.limits
+        aborted, changes = set(), 0
+        in_service = 0
+
+        def each_step(engine, step, rng=rng, aborted=aborted, seats=seats, limits=limits):
+            nonlocal changes, in_service
+            scheduler = engine.scheduler
+            if step and engine.batches:
+                thresholds = scheduler._obeyed.thresholds
+                taken = len(scheduler.running) + scheduler.gate.released + len(scheduler.skipped_waiting)
+                assert len(scheduler.running) <= limits.max_num_seqs
+                if thresholds.max_in_service:
+                    assert taken <= max(thresholds.max_in_service, in_service), "admitted beyond the cap"
+                computed, budget = sum(engine.batches[-1].values()), thresholds.token_budget
+                assert computed <= limits.max_num_batched_tokens
+                if budget and scheduler.scheduler_config.enable_chunked_prefill:
+                    assert computed <= max(budget, in_service)
+            if rng.random() < 0.05 and engine.requests:
+                victim = rng.choice(sorted(engine.requests))
+                engine.abort(victim)
+                aborted.add(victim)
+            if rng.random() < 0.1:
+                changes += engine.apply(random_thresholds(rng, seats)).accepted
+            in_service = len(scheduler.running) + scheduler.gate.released + len(scheduler.skipped_waiting)
+
+        play(engine, coming, each_step=each_step)
+        assert changes > 3
+        asked = {name: request for requests in coming.values() for name, request in requests}
+        assert engine.finished.keys() | aborted == asked.keys() and not engine.finished.keys() & aborted
+        for request_id, request in engine.finished.items():
+            assert request.num_output_tokens == asked[request_id]["output"], "a token was lost or made up"
+        scheduler = engine.scheduler
+        assert scheduler.kv_cache_manager.usage == 0.0 and not scheduler.requests and not scheduler.running
+        assert len(scheduler.waiting) == 0 and not scheduler.gate._type_of and not scheduler.gate._since_s
+        counters = telemetry(engine).counters
+        assert (counters.arrivals, counters.finished, counters.aborted) == (40, 40, len(aborted))
+        assert not scheduler._executing, "every iteration was recorded"
+
+
+# The cap.
+
+
+def test_cap_limits_requests_in_service():
+    engine = Engine(thresholds={"max_in_service": 4})
+    add_many(engine, 10, output=6)
+    while engine.scheduler.has_unfinished_requests():
+        engine.step()
+        assert len(engine.running) <= 4
+    engine.run()
+    assert len(engine.finished) == 10
+
+
+def test_cap_lowered_below_those_in_service_evicts_nobody():
+    engine = Engine(thresholds={"max_in_service": 8})
+    first = add_many(engine, 8, "a", output=20)
+    engine.step()
+    assert engine.apply({"version": 1, "max_in_service": 3}).accepted
+    add_many(engine, 4, "b", output=20)
+    while any(name in engine.requests for name in first):
+        before = set(engine.running)
+        engine.step()
+        assert set(engine.running) <= before or len(engine.running) <= 3, "nobody enters above the cap"
+        if all(name in engine.requests for name in first):
+            assert set(first) <= set(engine.running)
+    assert not any(engine.finished[name].num_preemptions for name in first)
+    engine.run()
+    assert len(engine.finished) == 12
+
+
+def test_cap_counts_those_that_are_preempted():
+    engine = Engine(blocks=16, thresholds={"max_in_service": 4})
+    add_many(engine, 8, prompt=40, output=40)
+    while engine.scheduler.has_unfinished_requests():
+        engine.step()
+        assert len(engine.running) + engine.scheduler.gate.released <= 4
+    assert telemetry(engine).counters.preemptions > 0
+    engine.run()
+    assert len(engine.finished) == 8
+
+
+# Aborts, wherever a request is.
+
+
+def assert_gone(engine, name):
+    assert name not in engine.scheduler.requests and name not in engine.running
+    assert name not in [request.request_id for request in engine.scheduler.waiting]
+    assert engine.scheduler.gate.type_of(name) is None
+    engine.run()
+    assert name not in engine.finished and engine.scheduler.kv_cache_manager.usage == 0.0
+
+
+def test_abort_while_held():
+    engine = Engine(thresholds=wait(8, max_hold_s=10.0))
+    engine.add("busy", output=10)
+    engine.step()
+    names = add_many(engine, 3)
+    engine.step()
+    engine.abort(names[0])
+    assert engine.scheduler.gate.held == 2
+    assert telemetry(engine).finished[-1] == Finished(telemetry(engine).cursor, engine.now_s, 32, 0, True)
+    assert_gone(engine, names[0])
+    assert len(engine.finished) == 3
+
+
+def test_abort_when_let_through_and_not_yet_running():
+    engine = Engine(blocks=6, thresholds={"policy": "fcfs"})
+    engine.add("big", prompt=60, output=10)
+    engine.step()
+    engine.add("next", prompt=60, output=10)
+    engine.step()
+    assert engine.scheduler.gate.released == 1 and engine.running == ["big"]
+    engine.abort("next")
+    assert engine.scheduler.gate.released == 0
+    assert_gone(engine, "next")
+
+
+def test_abort_while_running():
+    engine = Engine()
+    add_many(engine, 2)
+    engine.steps(3)
+    engine.abort("r0")
+    assert_gone(engine, "r0")
+    assert list(engine.finished) == ["r1"]
+
+
+def test_abort_while_sitting_out():
+    engine, front = boundary_engine(max_hold_s=10.0)
+    engine.steps(2)
+    add_many(engine, 4, "young", output=12)
+    engine.steps(3)
+    assert telemetry(engine).gauges.sitting_out == 2
+    engine.abort(front[0])
+    assert_gone(engine, front[0])
+    assert len(engine.finished) == 5
+
+
+def test_abort_while_preempted():
+    engine = Engine(blocks=12)
+    add_many(engine, 3, prompt=40, output=60)
+    while not (preempted := [n for n, r in engine.requests.items() if r.num_preemptions]):
+        engine.step()
+    engine.abort(preempted[0])
+    assert_gone(engine, preempted[0])
+    assert len(engine.finished) == 2
+
+
+# vLLM's own view of those who are held.
+
+
+def test_held_requests_are_counted_everywhere_vllm_looks():
+    engine = Engine(thresholds=wait(8, max_hold_s=10.0))
+    scheduler = engine.scheduler
+    engine.add("busy", output=50)
+    engine.step()
+    add_many(engine, 3)
+    engine.step()
+    assert scheduler.get_num_unfinished_requests() == 4 and scheduler.has_unfinished_requests()
+    assert scheduler.get_request_counts() == (1, 3)
+    stats = scheduler.make_stats()
+    assert (stats.num_running_reqs, stats.num_waiting_reqs) == (1, 3)
+    gauges = telemetry(engine).gauges
+    assert (gauges.in_service, gauges.waiting, gauges.held, gauges.sitting_out) == (1, 3, 3, 0)
+    engine.abort("busy")
+    assert scheduler.has_unfinished_requests(), "held requests keep the engine going"
+    engine.run()
+    assert len(engine.finished) == 3
+
+
+def test_structured_output_requests_wait_at_the_gate_too():
+    engine = Engine(thresholds=wait(2, max_hold_s=10.0, max_in_service=3))
+    scheduler = engine.scheduler
+    engine.add("busy", output=50)
+    engine.step()
+    engine.add("s0", structured=True)
+    engine.step()
+    assert scheduler.gate.held == 1 and len(scheduler.skipped_waiting) == 0, "held, not past the gate"
+    engine.add("s1", structured=True)
+    add_many(engine, 2)
+    engine.step()
+    assert scheduler.gate.held == 2 and len(scheduler.skipped_waiting) == 2, "let through, the grammar compiles"
+    engine.steps(3)
+    assert engine.running == ["busy"], "the compiling ones have their seats: the cap leaves none"
+    assert scheduler.get_request_counts() == (1, 4)
+    engine.compile_grammar("s1")
+    assert "s1" in engine.step()
+    engine.compile_grammar("s0")
+    engine.run()
+    assert len(engine.finished) == 5
+
+
+def test_abort_while_the_grammar_compiles():
+    engine = Engine(thresholds={"policy": "fcfs"})
+    engine.add("s", structured=True)
+    engine.step()
+    assert len(engine.scheduler.skipped_waiting) == 1
+    engine.abort("s")
+    assert len(engine.scheduler.skipped_waiting) == 0
+    assert_gone(engine, "s")
+
+
+def test_session_arrives_once_and_passes_the_gate_once():
+    engine = Engine(thresholds=wait(4, max_hold_s=10.0))
+    scheduler = engine.scheduler
+    engine.add("session", prompt=32, output=3, resumable=True)
+    engine.add("busy", output=60)
+    engine.steps(6)
+    assert engine.running == ["busy"] and len(scheduler.skipped_waiting) == 1, "it waits for its next input"
+    engine.add("session", prompt=16, output=3, resumable=True)
+    assert engine.step().keys() == {"session", "busy"}, "which needs no group"
+    assert len(telemetry(engine).arrivals) == 2
+    engine.abort("session")
+    assert_gone(engine, "session")
+
+
+def test_prefix_cache_reset_that_preempts_everybody():
+    engine = Engine(enable_prefix_caching=True, thresholds=wait(2, max_hold_s=0.05))
+    add_many(engine, 6, output=20)
+    engine.steps(5)
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert not engine.running and engine.scheduler.gate.held == 0
+    engine.run()
+    assert {request.num_output_tokens for request in engine.finished.values()} == {20}
+
+
+# Tokens per iteration.
+
+
+def test_token_budget_bounds_prompt_tokens():
+    engine = Engine(thresholds={"token_budget": 20})
+    engine.add("long", prompt=90, output=4)
+    assert [batch["long"] for batch in engine.steps(5)] == [20, 20, 20, 20, 10]
+
+
+def test_token_budget_never_stops_a_decode():
+    engine = Engine()
+    names = add_many(engine, 8, output=40)
+    engine.steps(3)
+    engine.apply({"version": 1, "token_budget": 1})
+    engine.add("late", prompt=32, output=2)
+    for batch in engine.steps(20):
+        assert batch == dict.fromkeys(names, 1), "each running request its token, and no prompt beside them"
+    engine.run()
+    assert engine.finished["late"].num_output_tokens == 2
+
+
+def test_token_budget_above_nothing_of_the_engine():
+    engine = Engine(thresholds={"token_budget": 512}, max_num_batched_tokens=512)
+    engine.add("long", prompt=900, output=2)
+    assert [batch["long"] for batch in engine.steps(2)] == [512, 388]
+
+
+def test_token_budget_strands_no_prompt_where_prompts_are_not_split():
+    engine = Engine(thresholds={"token_budget": 20}, **ENGINES["no chunked prefill"])
+    engine.add("long", prompt=90, output=4)
+    assert engine.step() == {"long": 90}
+
+
+# Changing thresholds while serving.
+
+
+def test_new_thresholds_take_effect_with_the_next_iteration():
+    engine = Engine(thresholds=wait(8, max_hold_s=10.0))
+    engine.add("busy", output=50)
+    engine.step()
+    names = add_many(engine, 3, output=50)
+    engine.step()
+    assert engine.running == ["busy"]
+    engine.apply({"version": 1, **wait(3, max_hold_s=10.0)})
+    engine.step()
+    assert engine.running == ["busy", *names]
+    assert telemetry(engine).thresholds.version == 1 and not telemetry(engine).from_config
+
+
+def test_thresholds_lapse_to_the_configured_ones():
+    engine = Engine(thresholds={"policy": "fcfs"})
+    engine.add("busy", output=50)
+    engine.apply({"version": 1, "valid_for_s": 0.035, **wait(8, max_hold_s=10.0)})
+    engine.step()
+    engine.add("held", output=5)
+    engine.steps(3)
+    assert engine.running == ["busy"]
+    engine.step()  # at 0.04
+    assert engine.running == ["busy", "held"] and telemetry(engine).from_config
+
+
+def test_types_are_named_anew_for_everybody_when_the_policy_changes():
+    engine = Engine(blocks=8, thresholds={"policy": "fcfs"})
+    engine.add("running", prompt=60, output=30)
+    engine.add("through", prompt=60, output=30)
+    engine.steps(2)
+    assert engine.running == ["running"] and engine.scheduler.gate.released == 1
+    engine.apply({"version": 1, **wait(1)})
+    engine.step()
+    assert engine.scheduler.gate.type_of("running") == engine.scheduler.gate.type_of("through") == "all"
+
+
+# Telemetry.
+
+
+def test_iteration_records_of_a_worked_example():
+    """a: 32 + 3 tokens; b: 600 + 4 tokens in chunks of at most 512 together."""
+    engine = Engine(max_num_batched_tokens=512)
+    engine.add("a", prompt=32, output=3)
+    engine.add("b", prompt=600, output=4)
+    engine.run()
+    records = [
+        (r.prefill_tokens, r.decode_tokens, r.kv_tokens, r.batch_size) for r in telemetry(engine).iterations
+    ]
+    assert records == [
+        (512, 0, 512, 2),  # a whole, 480 of b
+        (120, 1, 33 + 600, 2),  # the rest of b, a's second token
+        (0, 2, 34 + 601, 2),
+        (0, 1, 602, 1),  # a has what it asked for and is not in this batch
+        (0, 1, 603, 1),
+    ]
+    for place, record in enumerate(telemetry(engine).iterations):
+        assert record.seconds == pytest.approx(STEP_S)
+        assert record.at_s == pytest.approx((place + 1) * STEP_S)
+    assert telemetry(engine).counters.iterations == 5
+
+
+def test_seconds_count_from_when_the_device_was_free():
+    engine = Engine()
+    engine.add("a", output=10)
+    engine.launch()  # starts at once, at 0.000
+    engine.now_s = 0.001
+    engine.launch()  # starts when the first is done
+    engine.now_s = 0.010
+    engine.deliver()
+    engine.now_s = 0.018
+    engine.deliver()
+    engine.now_s = 0.050  # the device idles
+    engine.launch()
+    engine.now_s = 0.057
+    engine.deliver()
+    assert [record.seconds for record in telemetry(engine).iterations] == pytest.approx([0.010, 0.008, 0.007])
+
+
+def test_iterations_leave_out_those_who_sit_out():
+    engine, _ = boundary_engine(max_hold_s=10.0)
+    engine.steps(2)
+    add_many(engine, 4, "young", output=12)
+    engine.steps(4)  # `front` sits out in steps 4 and 5; the record of step 4 is there after step 5
+    record = telemetry(engine).iterations[-1]
+    assert (record.batch_size, record.decode_tokens, record.kv_tokens) == (4, 4, 4 * 34)
+
+
+def test_speculative_tokens_are_decode_tokens():
+    engine = Engine()
+    engine.add("prompt", prompt=100)
+    engine.add("decode")
+    output = SimpleNamespace(
+        num_scheduled_tokens={"prompt": 100, "decode": 4}, total_num_scheduled_tokens=104,
+        scheduled_spec_decode_tokens={"decode": [-1, -1, -1]},
+    )
+    prefill, decode, _, batch_size = engine.scheduler._work_of(output)
+    assert (prefill, decode, batch_size) == (100, 4, 2)
+
+
+def test_idle_iterations_are_not_recorded():
+    engine = Engine()
+    engine.steps(3)
+    engine.add("a", output=2)
+    engine.run()
+    engine.steps(3)
+    assert telemetry(engine).counters.iterations == 2
+
+
+@pytest.mark.parametrize(
+    ("request_fields", "known"),
+    [
+        ({"max_tokens": 50}, 50),
+        ({"max_tokens": 50, "extra_args": {"expected_output_tokens": 7}}, 7),
+        ({"max_tokens": 50, "extra_args": {"expected_output_tokens": 7.9}}, 7),
+        ({"max_tokens": 50, "extra_args": {"expected_output_tokens": 500}}, 50),
+        ({"max_tokens": 50, "extra_args": {"other": 1}}, 50),
+        ({"max_tokens": 50, "extra_args": {"expected_output_tokens": 0}}, 50),
+        ({"max_tokens": 50, "extra_args": {"expected_output_tokens": -3}}, 50),
+        ({"max_tokens": 50, "extra_args": {"expected_output_tokens": "7"}}, 50),
+        ({"max_tokens": 50, "extra_args": {"expected_output_tokens": None}}, 50),
+        ({"max_tokens": 50, "extra_args": {"expected_output_tokens": math.nan}}, 50),
+        ({"max_tokens": 50, "extra_args": {"expected_output_tokens": math.inf}}, 50),
+        ({"max_tokens": 50, "extra_args": {"expected_output_tokens": 1e300}}, 50),
+        ({"max_tokens": MAX_MODEL_LEN - 33}, MAX_MODEL_LEN - 33),
+        ({"max_tokens": MAX_MODEL_LEN - 32}, None),
+        ({"max_tokens": MAX_MODEL_LEN - 32, "extra_args": {"expected_output_tokens": 9}}, 9),
+    ],
+    ids=str,
+)
+def test_arrivals_carry_the_declared_length(request_fields, known):
+    engine = Engine()
+    engine.now_s = 4.0
+    engine.add("r", prompt=32, output=2, **request_fields)
+    assert telemetry(engine).arrivals == (Arrival(1, 4.0, 32, known),)
+    engine.run()
+    assert telemetry(engine).finished[0].output_tokens == 2, "the length it really had"
+
+
+def test_finished_and_in_service_lengths():
+    engine = Engine()
+    engine.add("a", prompt=32, output=3)
+    engine.add("b", prompt=40, output=20)
+    engine.steps(6)
+    now = telemetry(engine)
+    assert [(f.prompt_tokens, f.output_tokens, f.aborted) for f in now.finished] == [(32, 3, False)]
+    assert now.in_service == ((40, 5),), "five results are back, one more is being computed"
+    assert now.gauges.in_service == 1 and now.clock_s == engine.now_s
+    engine.abort("b")
+    now = telemetry(engine)
+    assert [(f.prompt_tokens, f.output_tokens, f.aborted) for f in now.finished] == [(32, 3, False), (40, 5, True)]
+    assert now.in_service == () and (now.counters.finished, now.counters.aborted) == (2, 1)
+
+
+def test_gauges_tell_memory_in_tokens():
+    engine = Engine(blocks=101)
+    engine.add("a", prompt=10 * BLOCK, output=2)
+    engine.step()
+    used = telemetry(engine).gauges.kv_used_tokens
+    assert used == pytest.approx(10 * BLOCK, rel=0.02), "ten blocks of a hundred usable ones"
+    assert telemetry(engine).limits.kv_capacity_tokens == 101 * BLOCK
+
+
+def test_hold_times_are_totalled():
+    engine = Engine(thresholds=wait(8, max_hold_s=0.025))
+    engine.add("busy", output=20)
+    engine.step()
+    add_many(engine, 2)
+    engine.run()
+    counters = telemetry(engine).counters
+    assert counters.held == 3 and counters.hold_s == pytest.approx(2 * 0.03)
+
+
+def test_preemptions_are_counted():
+    engine = Engine(blocks=12)
+    add_many(engine, 3, prompt=40, output=60)
+    engine.run()
+    preemptions = sum(request.num_preemptions for request in engine.finished.values())
+    assert telemetry(engine).counters.preemptions == preemptions > 0
+
+
+def test_telemetry_cursor_gives_only_what_is_new():
+    engine = Engine()
+    engine.add("a", output=4)
+    engine.steps(3)
+    first = telemetry(engine)
+    assert telemetry(engine).iterations == first.iterations and first.records_lost == 0
+    engine.run()
+    second = telemetry(engine, first.cursor)
+    assert second.arrivals == () and len(second.finished) == 1
+    assert [r.seq for r in first.iterations + second.iterations] == [2, 3, 4, 5]
+    assert telemetry(engine, None).iterations == () and telemetry(engine, None).cursor == second.cursor
+
+
+# Settings and the channel of a real engine.
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"threshold": {}}, r"headrace\.threshold = \{\}.*keys are thresholds, channel, allow_strict"),
+        ({"allow_strict": "perhaps"}, r"headrace\.allow_strict = 'perhaps'"),
+        ({"channel": 5}, r"headrace\.channel = 5"),
+        ({"thresholds": {"max_hold_s": -1.0}}, r"thresholds\.max_hold_s = -1\.0"),
+        ({"thresholds": {"nonsense": 1}}, r"thresholds\.nonsense"),
+        ({"thresholds": 3}, r"thresholds\.\(body\) = 3"),
+        ([], r"additional_config\.headrace = \[\].*an object"),
+        (None, r"additional_config\.headrace = None"),
+    ],
+    ids=str,
+)
+def test_settings_errors_name_the_key(settings, says):
+    with pytest.raises(ValueError, match=says):
+        SchedulerSettings.from_additional_config({"headrace": settings})
+
+
+def test_settings_default_to_plain_fcfs():
+    for nothing in (None, {}, {"other": 1}, {"headrace": {}}):
+        settings = SchedulerSettings.from_additional_config(nothing)
+        assert settings.thresholds == Thresholds() and settings.channel is None and not settings.allow_strict
+
+
+def test_engine_does_not_start_with_settings_that_do_not_fit():
+    with pytest.raises(InvalidThresholds, match="max_in_service = 65"):
+        Engine(thresholds={"max_in_service": 65})
+    with pytest.raises(InvalidThresholds, match="mode = 'strict'"):
+        Engine(thresholds={"mode": "strict"})
+    with pytest.raises(ValueError, match=r"headrace\.chanel"):
+        Engine(settings={"chanel": "ipc:///tmp/x"})
+
+
+def test_live_channel_into_a_serving_engine():
+    endpoint = new_endpoint()
+    engine = Engine(settings={"channel": endpoint, "thresholds": {"policy": "fcfs"}})
+
+    async def main():
+        client = ChannelClient(endpoint)
+        try:
+            assert (await client.report()).from_config
+            ack = await client.apply(Thresholds(version=1, max_in_service=2))
+            assert ack.accepted
+            add_many(engine, 5, output=4)
+            engine.step()
+            assert len(engine.running) == 2
+            told = await client.report()
+            assert len(told.arrivals) == 5 and told.gauges.held == 3 and told.thresholds.version == 1
+            engine.run()
+            assert len((await client.report(told.cursor)).finished) == 5
+        finally:
+            client.close()
+
+    try:
+        asyncio.run(main())
+    finally:
+        engine.scheduler.shutdown()
+        remove_endpoint(endpoint)
+    assert not engine.scheduler._channel._thread.is_alive(), "shutdown closes the channel"

@@ -1,0 +1,141 @@
+"""The fence around vLLM's non-public scheduler surface: an upgrade that moves any of it fails here, by name."""
+
+import inspect
+from dataclasses import fields
+
+import pytest
+import vllm
+from engine_harness import Engine
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy, create_request_queue
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
+from scheduler.gate import GatedQueue
+from scheduler.vllm_scheduler import HeadraceScheduler
+
+
+def test_vllm_is_the_pinned_version():
+    assert vllm.__version__.split("+")[0].startswith("0.29."), vllm.__version__
+
+
+def test_headrace_scheduler_is_an_asynchronous_scheduler():
+    assert issubclass(HeadraceScheduler, AsyncScheduler) and issubclass(AsyncScheduler, Scheduler)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("schedule", ["self", "throttle_prefills"]),
+        ("update_from_output", ["self", "scheduler_output", "model_runner_output"]),
+        ("add_request", ["self", "request"]),
+        ("_enqueue_waiting_request", ["self", "request"]),
+        ("_free_request", ["self", "request", "delay_free_blocks"]),
+        ("shutdown", ["self"]),
+    ],
+)
+def test_overridden_methods_exist_with_our_parameters(method, parameters):
+    for owner in (Scheduler, HeadraceScheduler):
+        assert list(inspect.signature(getattr(owner, method)).parameters) == parameters, owner
+    theirs, ours = (inspect.signature(getattr(owner, method)).parameters for owner in (Scheduler, HeadraceScheduler))
+    assert [p.default for p in theirs.values()] == [p.default for p in ours.values()]
+
+
+def test_nothing_but_the_known_methods_is_overridden():
+    inherited = {name for owner in (Scheduler, AsyncScheduler) for name in vars(owner)}
+    methods = {name for name, member in vars(HeadraceScheduler).items() if inspect.isfunction(member)}
+    assert (methods & inherited) - {"__init__"} == {
+        "schedule", "update_from_output", "add_request", "_enqueue_waiting_request", "_free_request", "shutdown",
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "reads"),
+    [
+        ("schedule", "token_budget = self.max_num_scheduled_tokens"),
+        ("schedule", "num_running = len(self.running)"),
+        ("schedule", ">= self.max_num_running_reqs"),
+        ("schedule", "num_running = len(self.running)"),
+        ("schedule", "while (self.waiting or self.skipped_waiting) and token_budget > 0:"),
+        ("schedule", "self.running.append(request)"),
+        ("schedule", "preempted_req = self.running.pop()"),
+        ("_select_waiting_queue_for_scheduling", "self.skipped_waiting or self.waiting"),
+        ("_preempt_request", "self.waiting.prepend_request(request)"),
+        ("finish_requests", "self.waiting.remove_requests("),
+        ("finish_requests", "self._free_request(request, delay_free_blocks="),
+        ("add_request", "self._enqueue_waiting_request(request)"),
+        ("_enqueue_waiting_request", "self.skipped_waiting.add_request(request)"),
+        ("get_num_unfinished_requests", "len(self.waiting)"),
+        ("get_request_counts", "len(self.waiting)"),
+        ("make_stats", "len(self.waiting)"),
+        ("update_from_output", "self.running = remove_all(self.running"),
+    ],
+)
+def test_what_we_set_or_replace_is_still_used(method, reads):
+    assert reads in inspect.getsource(getattr(Scheduler, method))
+
+
+def test_the_waiting_queue_is_replaced_whole():
+    assert "self.waiting = create_request_queue(self.policy)" in inspect.getsource(Scheduler.__init__)
+    others = [
+        name for name, member in vars(Scheduler).items()
+        if inspect.isfunction(member) and name != "__init__" and "self.waiting = " in inspect.getsource(member)
+    ]
+    assert not others, "vLLM would put its own queue back"
+
+
+def test_gated_queue_implements_exactly_the_abstract_methods():
+    abstract = {
+        "add_request", "pop_request", "peek_request", "prepend_request", "prepend_requests", "remove_request",
+        "remove_requests", "__bool__", "__len__", "__iter__",
+    }
+    assert abstract == RequestQueue.__abstractmethods__
+    assert abstract <= set(vars(GatedQueue)) and not GatedQueue.__abstractmethods__
+    for name in abstract:
+        theirs, ours = (inspect.signature(getattr(owner, name)).parameters for owner in (RequestQueue, GatedQueue))
+        assert list(theirs) == list(ours), name
+    assert {policy.value for policy in SchedulingPolicy} == {"fcfs", "priority"}
+    assert isinstance(create_request_queue(SchedulingPolicy.PRIORITY), RequestQueue)
+
+
+def test_request_attributes_we_read():
+    engine = Engine()
+    request = engine.add("r")
+    for attribute in (
+        "request_id", "status", "num_prompt_tokens", "num_output_tokens", "num_output_placeholders",
+        "is_prefill_chunk", "num_computed_tokens", "num_preemptions", "max_tokens", "sampling_params", "priority",
+        "arrival_time",
+    ):
+        assert hasattr(request, attribute), attribute
+    assert hasattr(request.sampling_params, "extra_args")
+
+
+def test_request_statuses_we_name():
+    names = {status.name for status in RequestStatus}
+    assert {
+        "WAITING", "RUNNING", "PREEMPTED", "FINISHED_ABORTED", "WAITING_FOR_STREAMING_REQ",
+        "WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR",
+    } <= names
+
+
+def test_scheduler_output_fields_we_read():
+    names = {field.name for field in fields(SchedulerOutput)}
+    assert {
+        "num_scheduled_tokens", "total_num_scheduled_tokens", "scheduled_spec_decode_tokens", "preempted_req_ids",
+    } <= names
+
+
+def test_scheduler_attributes_we_read_or_set():
+    scheduler = Engine(AsyncScheduler).scheduler
+    for attribute in (
+        "vllm_config", "scheduler_config", "cache_config", "policy", "requests", "running", "waiting",
+        "skipped_waiting", "block_size", "max_model_len", "max_num_running_reqs", "max_num_scheduled_tokens",
+    ):
+        assert hasattr(scheduler, attribute), attribute
+    assert isinstance(scheduler.running, list) and isinstance(scheduler.requests, dict)
+    assert isinstance(scheduler.waiting, RequestQueue) and isinstance(scheduler.skipped_waiting, RequestQueue)
+    assert isinstance(scheduler.kv_cache_manager.usage, float)
+    assert isinstance(scheduler.scheduler_config.enable_chunked_prefill, bool)
+    assert scheduler.cache_config.num_gpu_blocks == 256
+    assert scheduler.vllm_config.additional_config == {"headrace": {}}
