@@ -20,6 +20,7 @@ from ray.serve.llm.ingress import make_fastapi_ingress
 
 from cluster.config import AppConfig, ModelConfig
 from cluster.controller import ControllerKeeper
+from replicas.no_download import NoDownload
 from replicas.server import HeadraceServer
 from router.auth import guard
 from router.ingress import ADMIN_ENDPOINTS, HEALTH_ENDPOINTS, HeadraceIngress
@@ -77,6 +78,7 @@ def llm_config(args: AppConfig) -> LLMConfig:
             },
         },
         runtime_env={"env_vars": args.env} if args.env else None,
+        **({"callback_config": {"callback_class": NoDownload}} if args.model.local_folder else {}),
         log_engine_metrics=False,
     )
 

@@ -17,7 +17,7 @@ from scheduler.law import ServiceTimeLaw
 from scheduler.messages import Arrival, Telemetry
 from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.solver import Infeasible, nested_wait_thresholds, resident_cap, wait_thresholds
-from scheduler.thresholds import EngineLimits, SegmentThreshold, Thresholds, TypeThreshold
+from scheduler.thresholds import UNKNOWN_TYPE, EngineLimits, SegmentThreshold, Thresholds, TypeThreshold
 
 KEPT_LENGTHS = 2000
 MOST_TYPES = 4
@@ -123,7 +123,7 @@ class ReplicaModel:
         rate = self.rate_rps
         declared = [arrival for arrival in self._arrivals if arrival.known_output_tokens is not None]
         if self._configured.policy != "wait" or not declared:
-            return WorkloadMix((RequestType("unknown", rate, Lengths.from_pairs(self._finished)),))
+            return WorkloadMix((RequestType(UNKNOWN_TYPE, rate, Lengths.from_pairs(self._finished)),))
         groups: dict[int, list[tuple[int, int]]] = {}
         outputs = [min(arrival.known_output_tokens or 1, longest) for arrival in declared]
         bounds = _group_bounds(outputs)
@@ -137,14 +137,14 @@ class ReplicaModel:
         ]
         unknown = len(self._arrivals) - len(declared)
         if unknown:
-            types.append(RequestType("unknown", share * unknown, Lengths.from_pairs(self._finished)))
+            types.append(RequestType(UNKNOWN_TYPE, share * unknown, Lengths.from_pairs(self._finished)))
         return WorkloadMix(tuple(types))
 
     def _solve_policy(self, mix: WorkloadMix, limits: EngineLimits, base: Thresholds) -> Thresholds:
         cap = base.max_in_service or limits.max_num_seqs
         if base.policy == "fcfs":
             return replace(base, types=(), segments=(), reason="fcfs needs no thresholds")
-        known = [t for t in mix.types if t.name != "unknown"]
+        known = [t for t in mix.types if t.name != UNKNOWN_TYPE]
         types: tuple[TypeThreshold, ...] = ()
         reasons: list[str] = []
         if known:
@@ -154,11 +154,11 @@ class ReplicaModel:
             types = tuple(
                 TypeThreshold(name=t.name, n=min(n, cap), max_output_tokens=_bound_of(t, last=t is known[-1]))
                 for t, n in zip(mix.types, counts, strict=True)
-                if t.name != "unknown"
+                if t.name != UNKNOWN_TYPE
             )
             reasons.append(_solution_in_words("WAIT", solution, [t.n for t in types]))
         segments: tuple[SegmentThreshold, ...] = ()
-        unknown = tuple(t for t in mix.types if t.name == "unknown")
+        unknown = tuple(t for t in mix.types if t.name == UNKNOWN_TYPE)
         if unknown:
             segments, reason = self._solve_segments(WorkloadMix(unknown), limits, cap)
             reasons.append(reason)

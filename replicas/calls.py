@@ -21,6 +21,10 @@ SERVER_CLASS = "HeadraceServer"
 """Ray Serve LLM names a deployment by its server class and its model: HeadraceServer:MODEL."""
 
 
+_owed_answers: dict[str, Any] = {}
+"""By replica actor: the call that ran out of time and has not been answered since."""
+
+
 class ReplicaUnavailable(RuntimeError):
     """A replica did not answer: it is starting, overloaded or gone. The others are not affected."""
 
@@ -42,15 +46,25 @@ def replica_ids(app_name: str) -> dict[str, str]:
 async def call_replica(actor_name: str, method: str, *, timeout_s: float = 5.0, **kwargs: Any) -> Any:
     """The result of `method(**kwargs)` on one replica.
 
+    A replica that still owes an earlier answer is not asked again: questions to one that is starting would pile up.
+
     Raises:
         ReplicaUnavailable: no answer within `timeout_s`, or the replica is gone.
     """
+    owed = _owed_answers.get(actor_name)
+    if owed is not None and not ray.wait([owed], timeout=0)[0]:
+        raise ReplicaUnavailable(f"replica {actor_name} is starting or busy: it has not answered an earlier question")
+    _owed_answers.pop(actor_name, None)
     request_id = f"headrace-{uuid.uuid4()}"
     metadata = RequestMetadata(request_id=request_id, internal_request_id=request_id, call_method=method)
     try:
         actor = ray.get_actor(actor_name, namespace=SERVE_NAMESPACE)
         reference = actor.handle_request.remote(pickle.dumps(metadata), **kwargs)
-        return await asyncio.wait_for(asyncio.wrap_future(reference.future()), timeout_s)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(reference.future()), timeout_s)
+        except TimeoutError:
+            _owed_answers[actor_name] = reference
+            raise
     except (ValueError, TimeoutError, ray.exceptions.RayError) as error:
         raise ReplicaUnavailable(f"replica {actor_name} did not answer {method}: {error!r}") from error
 

@@ -82,7 +82,7 @@ class Telemetry:
 
     Records newer than the cursor that the reader sent are in `iterations`, `arrivals` and `finished`; `cursor` is what
     to send next time. Asking twice with the same cursor gives the same records, so a lost answer loses nothing;
-    `records_lost` counts those that were overwritten before anybody asked.
+    `records_lost` is 1 when some were overwritten before anybody asked.
     """
 
     engine_id: str

@@ -22,6 +22,10 @@ MODES = ("serving", "strict")
 LONGEST_HOLD_S = 60.0
 """No setting may hold a request longer than this: beyond a minute a hold is an outage."""
 
+UNKNOWN_TYPE = "unknown"
+"""The type of a request whose output length nobody declared."""
+_LONGEST_SHOWN = 200
+
 # What is sent must have the very type: a "8" or a true in place of a number is a mistake and not a number.
 Count = Annotated[int, Strict()]
 Seconds = Annotated[float, Strict()]
@@ -32,7 +36,9 @@ class InvalidThresholds(ValueError):
     """A threshold value that cannot be used: names the field, the value given and what is allowed."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        super().__init__(f"thresholds.{field} = {value!r} is not allowed; allowed: {allowed}")
+        shown = repr(value)
+        shown = shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}…"
+        super().__init__(f"thresholds.{field} = {shown} is not allowed; allowed: {allowed}")
         self.field = field
         self.value = value
         self.allowed = allowed
@@ -124,7 +130,8 @@ class Thresholds:
         names = [entry.name for entry in self.types]
         _require(len(set(names)) == len(names), "types", names, "distinct names")
         for index, entry in enumerate(self.types):
-            _require(bool(entry.name), f"types[{index}].name", entry.name, "a non-empty name")
+            usable = entry.name not in ("", UNKNOWN_TYPE)
+            _require(usable, f"types[{index}].name", entry.name, f"a non-empty name other than {UNKNOWN_TYPE!r}")
             self._check_count(f"types[{index}].n", entry.n)
             for field in ("max_prompt_tokens", "max_output_tokens"):
                 value = getattr(entry, field)

@@ -11,10 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
-from scheduler.thresholds import Thresholds
-
-UNKNOWN_TYPE = "unknown"
-"""The type of a request whose output length nobody declared."""
+from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
 
 class Resident(Protocol):

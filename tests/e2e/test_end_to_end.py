@@ -140,8 +140,13 @@ def test_wait_admits_groups_of_eight_and_bounds_the_hold_of_the_ninth(cluster: C
                 extra_body={"ignore_eos": True, "expected_output_tokens": max_tokens},
             )
 
-        busy = [asyncio.create_task(request(1500)) for _ in range(2)]
-        await _eventually(lambda s: all(s[name]["in_service"] >= 1 for name in names), cluster, "both busy")
+        busy = []
+        while not all(r["in_service"] for r in cluster.state()["replicas"].values()):
+            assert len(busy) < 8, "one replica gets everything"
+            busy.append(asyncio.create_task(request(1500)))
+            await _eventually(
+                lambda s: sum(s[name]["in_service"] for name in names) == len(busy), cluster, "the next one in service"
+            )
         await asyncio.sleep(2.5)  # the routing statistics of the full replica are refreshed every second
         before = cluster.state()["replicas"][chosen]
         group = [asyncio.create_task(request(120)) for _ in range(9)]

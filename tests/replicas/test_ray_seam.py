@@ -237,3 +237,36 @@ def test_the_request_router_has_what_ours_is_made_of() -> None:
     assert callable(FluidSlackRouter.apply_multiplex_routing)
     cache = name_in("ray.serve._private.request_router.common", "ReplicaQueueLengthCache")
     assert cache(get_curr_time_s=lambda: 0.0).get("unknown") is None
+
+
+# replicas/localhost.py
+
+
+def test_serve_replicas_open_their_port_through_the_function_we_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = importlib.import_module("ray.serve._private.replica")
+    source = inspect.getsource(replica)
+    assert 'add_port_to_grpc_server(self._server, "[::]:0")' in source
+    bound: list[str] = []
+    monkeypatch.setattr(replica, "add_port_to_grpc_server", lambda server, address: bound.append(address))
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    name_in("replicas.localhost", "listen_where_the_node_does")()
+    replica.add_port_to_grpc_server(None, "[::]:0")
+    assert bound == ["127.0.0.1:0"]
+
+
+def test_on_a_real_cluster_the_port_stays_where_ray_puts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = importlib.import_module("ray.serve._private.replica")
+    before = replica.add_port_to_grpc_server
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.7")
+    name_in("replicas.localhost", "listen_where_the_node_does")()
+    assert replica.add_port_to_grpc_server is before
+
+
+# replicas/no_download.py
+
+
+def test_a_callback_may_skip_the_download_before_a_node_starts() -> None:
+    engine = inspect.getsource(importlib.import_module("ray.llm._internal.serve.engines.vllm.vllm_engine"))
+    assert engine.index('run_callback("on_before_node_init")') < engine.index("if callback.ctx.run_init_node:")
+    fields = {f.name for f in dataclasses.fields(name_in("ray.llm._internal.common.callbacks.base", "CallbackCtx"))}
+    assert "run_init_node" in fields

@@ -6,7 +6,7 @@ import string
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.thresholds import (
@@ -151,6 +151,7 @@ def thresholds(draw):
     )
 
 
+@settings(deadline=None, derandomize=True)
 @given(thresholds())
 def test_dump_and_parse_are_inverse(value):
     dumped = thresholds_as_dict(value)
