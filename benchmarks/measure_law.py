@@ -32,9 +32,10 @@ from scheduler.channel import ChannelClient, new_endpoint, remove_endpoint
 from scheduler.fit import FitRefused, LawFit, fit_law
 from scheduler.messages import Iteration, Telemetry
 
-OUTPUT_TOKENS = 24
-BATCHES = (1, 2, 4, 8, 16, 32, 48)
-PROMPTS = (16, 64, 256, 768)
+OUTPUT_TOKENS = 16
+BATCHES = (1, 2, 4, 8, 16, 32)
+PROMPTS = (16, 64, 256, 512)
+MOST_PREFILL_TOKENS = 2048
 
 
 def main() -> None:
@@ -44,18 +45,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-num-batched-tokens", type=int, default=1024)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     endpoint = new_endpoint()
     llm = LLM(
-        args.model, max_model_len=args.max_model_len, max_num_seqs=64, enforce_eager=True, dtype="bfloat16",
+        args.model, max_model_len=args.max_model_len, max_num_seqs=64, enforce_eager=True, dtype=args.dtype,
         max_num_batched_tokens=args.max_num_batched_tokens, enable_prefix_caching=False, seed=args.seed,
         scheduler_cls="scheduler.vllm_scheduler.HeadraceScheduler",
         additional_config={"headrace": {"channel": endpoint}},
     )
     try:
-        drive(llm, args.seed)  # warm-up: the first pass compiles and pages in
+        drive(llm, args.seed, points=4)  # warm-up: the first calls allocate and page in
         first = asyncio.run(report(endpoint))
         drive(llm, args.seed + 1)
         training = asyncio.run(report(endpoint, first.cursor))
@@ -75,12 +77,12 @@ def main() -> None:
         args.output.write_text(text)
 
 
-def drive(llm: LLM, seed: int) -> None:
+def drive(llm: LLM, seed: int, points: int | None = None) -> None:
     """Every batch size with every prompt length once, in random order; the batch size is a limit within one call."""
-    order = [(batch, prompt) for batch in BATCHES for prompt in PROMPTS if batch * prompt <= 16 * 768]
+    order = [(batch, prompt) for batch in BATCHES for prompt in PROMPTS if batch * prompt <= MOST_PREFILL_TOKENS]
     generator = random.Random(seed)
     generator.shuffle(order)
-    for batch, prompt in order:
+    for batch, prompt in order[:points]:
         prompts = [{"prompt_token_ids": generator.choices(range(100, 40_000), k=prompt)} for _ in range(batch)]
         params = SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True, temperature=0.0)
         llm.generate(prompts, params, use_tqdm=False)
@@ -114,7 +116,7 @@ def as_profile(
 ) -> dict[str, Any]:
     return {
         "name": args.name,
-        "description": f"{Path(args.model).name} in bfloat16 on one CPU thread, vLLM's CPU build",
+        "description": f"{Path(args.model).name} in {args.dtype} on one CPU thread, vLLM's CPU build",
         "law": asdict(fit.law),
         "kv_capacity_tokens": training.limits.kv_capacity_tokens,
         "provenance": [

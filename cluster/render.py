@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -17,9 +18,9 @@ def plain(text: str) -> str:
 
 def status_tables(state: dict[str, Any]) -> Iterator[Any]:
     """`headrace status`."""
-    table = Table(title=f"{state['application']}: replicas")
-    for column in ("replica", "version", "policy", "tuning", "in service", "waiting", "held", "KV use", "preempted"):
-        table.add_column(column)
+    table = Table(title=f"{state['application']}: replicas", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for column in ("replica", "ver", "policy", "tuning", "running", "waiting", "held", "KV", "preempted"):
+        table.add_column(column, no_wrap=True)
     for name, replica in state["replicas"].items():
         if not replica["reachable"]:
             table.add_row(name, Text(f"not reachable: {replica['reason']}", style="red"))
@@ -32,15 +33,17 @@ def status_tables(state: dict[str, Any]) -> Iterator[Any]:
         )
     yield table
     yield _fluid_table(state["replicas"])
+    for name, replica in state["replicas"].items():
+        yield Text(f"{name}: {replica.get('decision', 'not reachable')}")
     controller = state["controller"]
     period = f"every {controller['period_s']:g} s" if controller["alive"] else controller["reason"]
     yield Text(f"controller: {'running, ' if controller['alive'] else ''}{period}")
 
 
 def _fluid_table(replicas: dict[str, Any]) -> Table:
-    table = Table(title="fluid model")
-    for column in ("replica", "requests/s", "load", "iteration", "memory", "of", "law R²", "decision"):
-        table.add_column(column)
+    table = Table(title="fluid model", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for column in ("replica", "rate /s", "load", "iteration", "memory", "of", "law R²"):
+        table.add_column(column, no_wrap=True)
     for name, replica in replicas.items():
         fluid, law = replica.get("fluid") or {}, replica.get("law") or {}
         rate = replica.get("rate_rps")
@@ -48,16 +51,15 @@ def _fluid_table(replicas: dict[str, Any]) -> Table:
             name, _number(rate, ".2f"), _number(fluid.get("load"), ".2f"),
             _number(fluid.get("iteration_time_s"), ".3f", " s"), _number(fluid.get("memory_tokens"), ".0f"),
             _number(fluid.get("kv_capacity_tokens"), ".0f"), _number(law.get("r2"), ".3f"),
-            plain(str(replica.get("decision", ""))),
         )
     return table
 
 
 def thresholds_table(result: dict[str, Any]) -> Iterator[Any]:
     """`headrace thresholds get`."""
-    table = Table()
-    for column in ("replica", "version", "policy", "n", "most in service", "token budget", "longest hold", "tuning"):
-        table.add_column(column)
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for column in ("replica", "version", "policy", "n", "most running", "token budget", "longest hold", "tuning"):
+        table.add_column(column, no_wrap=column in ("replica", "policy", "tuning"))
     for name, entry in result["replicas"].items():
         if "error" in entry:
             table.add_row(name, Text(entry["error"], style="red"))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from scheduler.policies.base import UNKNOWN_TYPE, Decision, Policy, QueueView, Resident, Snapshot
+from scheduler.policies.base import Decision, Policy, QueueView, Resident, Snapshot
 from scheduler.policies.fcfs import Fcfs
 from scheduler.policies.nested_wait import NestedWait
 from scheduler.policies.wait import Wait
-from scheduler.thresholds import Thresholds
+from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
 _POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Fcfs, Wait, NestedWait)}
 

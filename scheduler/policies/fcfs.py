@@ -7,7 +7,8 @@ When not to use it: under memory pressure without a cap, where greedy admission 
 
 from __future__ import annotations
 
-from scheduler.policies.base import UNKNOWN_TYPE, Decision, Policy, Snapshot
+from scheduler.policies.base import Decision, Policy, Snapshot
+from scheduler.thresholds import UNKNOWN_TYPE
 
 
 class Fcfs(Policy):

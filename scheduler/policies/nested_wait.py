@@ -10,9 +10,9 @@ When not to use it: away from memory pressure, where holding a long answer at a 
 
 from __future__ import annotations
 
-from scheduler.policies.base import UNKNOWN_TYPE, Decision, Policy, Snapshot
+from scheduler.policies.base import Decision, Policy, Snapshot
 from scheduler.policies.segments import Segments
-from scheduler.thresholds import Thresholds
+from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
 
 class NestedWait(Policy):

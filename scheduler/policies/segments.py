@@ -9,8 +9,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 
-from scheduler.policies.base import UNKNOWN_TYPE, Resident, Snapshot
-from scheduler.thresholds import Thresholds
+from scheduler.policies.base import Resident, Snapshot
+from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
 
 class Segments:

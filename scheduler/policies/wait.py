@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from scheduler.policies.base import UNKNOWN_TYPE, Decision, Policy, Snapshot
+from scheduler.policies.base import Decision, Policy, Snapshot
 from scheduler.policies.segments import Segments
-from scheduler.thresholds import Thresholds
+from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
 
 class Wait(Policy):

@@ -23,7 +23,7 @@ def test_vllm_serve_takes_the_scheduler_and_its_settings(tmp_path: Path) -> None
     settings = {"headrace": {"thresholds": {"policy": "wait", "types": [{"name": "all", "n": 4}], "max_hold_s": 0.1}}}
     command = [
         Path(sys.executable).with_name("vllm"), "serve", MODEL, "--served-model-name", "m", "--port", str(port),
-        "--host", "127.0.0.1", "--max-model-len", "512", "--dtype", "bfloat16", "--enforce-eager",
+        "--host", "127.0.0.1", "--max-model-len", "512", "--dtype", "float32", "--enforce-eager",
         "--scheduler-cls", "scheduler.vllm_scheduler.HeadraceScheduler", "--additional-config", json.dumps(settings),
     ]
     environment = os.environ | {
