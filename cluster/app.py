@@ -12,7 +12,7 @@ from typing import Any
 
 from ray import serve
 from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
-from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS
+from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, init
 from ray.llm._internal.serve.core.server.builder import build_llm_deployment
 from ray.serve import Application
 from ray.serve.llm import LLMConfig
@@ -23,6 +23,7 @@ from cluster.controller import ControllerKeeper
 from replicas.no_download import NoDownload
 from replicas.server import HeadraceServer
 from router.auth import guard
+from router.errors import speak_openai
 from router.ingress import ADMIN_ENDPOINTS, HEALTH_ENDPOINTS, HeadraceIngress
 from router.request_router import FluidSlackRouter
 from scheduler.settings import SETTINGS_KEY
@@ -42,7 +43,9 @@ def build(args: AppConfig) -> Application:
     options |= {"autoscaling_config": None, "num_replicas": 1, "max_ongoing_requests": 4 * args.max_ongoing_requests}
     keeper = ControllerKeeper(args.controller, args.thresholds) if args.controller.enabled else None
     ingress = make_fastapi_ingress(
-        HeadraceIngress, endpoint_map={**HEALTH_ENDPOINTS, **guard({**ADMIN_ENDPOINTS, **DEFAULT_ENDPOINTS})}
+        HeadraceIngress,
+        endpoint_map={**HEALTH_ENDPOINTS, **guard({**ADMIN_ENDPOINTS, **DEFAULT_ENDPOINTS})},
+        app=speak_openai(init()),
     )
     return serve.deployment(ingress, **options).bind(
         llm_deployments={model_id: build_llm_deployment(config)},

@@ -1,10 +1,30 @@
-"""Errors in OpenAI's form. The fence around the one non-public name of Ray Serve LLM that carries them."""
+"""Errors in OpenAI's form. The fence around the non-public name of Ray Serve LLM that carries them."""
 
 from __future__ import annotations
 
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
 from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
+from starlette.exceptions import HTTPException
 
 
 def bad_request(message: str) -> OpenAIHTTPException:
     """HTTP 400 with an OpenAI-style body, to be raised from an ingress method."""
     return OpenAIHTTPException(status_code=400, message=message, type="invalid_request_error")
+
+
+def error_body(status_code: int, message: str) -> dict[str, dict[str, object]]:
+    """The body of an error as OpenAI clients read it."""
+    kind = "invalid_request_error" if status_code < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": status_code}}
+
+
+def speak_openai(app: FastAPI) -> FastAPI:
+    """Give plain HTTP errors (an unknown model or path, a missing key) OpenAI's form too."""
+    app.add_exception_handler(HTTPException, _http_error)
+    return app
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, headers=error.headers)

@@ -24,6 +24,7 @@ from replicas.calls import ReplicaUnavailable, call_replicas, replica_ids
 from replicas.localhost import listen_where_the_node_does
 from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
 from router.declared_length import move_declared_length
+from router.errors import error_body
 from scheduler.messages import Ack, Telemetry
 
 _CONTROLLER_ANSWER_S = 3.0
@@ -179,8 +180,7 @@ HEALTH_ENDPOINTS = {
 
 
 def _error(status_code: int, message: str, results: dict[str, Any] | None = None) -> JSONResponse:
-    kind = "invalid_request_error" if status_code < 500 else "server_error"
-    body: dict[str, Any] = {"error": {"message": message, "type": kind, "code": status_code}}
+    body: dict[str, Any] = error_body(status_code, message)
     if results is not None:
         body["replicas"] = results
     return JSONResponse(body, status_code=status_code)

@@ -46,7 +46,6 @@ class ClusterProcess:
         self.log = folder / "up.log"
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, timeout=60.0, trust_env=False)
-        self._seen: dict[int, psutil.Process] = {}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [HEADRACE, "up", str(self.config)], cwd=CHECKOUT, stdout=log, stderr=log, start_new_session=True,
@@ -73,10 +72,11 @@ class ClusterProcess:
 
     def stop(self) -> tuple[int, list[str]]:
         """Ctrl-C; returns the exit code and what is still running of all that was ever started."""
+        if self.process.poll() is not None:
+            return self.process.returncode, []
         started = self.children()
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-            self.process.wait(90)
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(90)
         _, alive = psutil.wait_procs(started, timeout=10)
         leftovers = [_describe(process) for process in alive]
         for process in alive:

@@ -1,4 +1,7 @@
-"""The scheduler alone under `vllm serve`, without Ray."""
+"""The scheduler alone under vLLM's own server, without Ray.
+
+Started as a module: that is what `vllm serve` runs, and the CPU build's `vllm` command does not find its own version.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ def test_vllm_serve_takes_the_scheduler_and_its_settings(tmp_path: Path) -> None
     port = free_port()
     settings = {"headrace": {"thresholds": {"policy": "wait", "types": [{"name": "all", "n": 4}], "max_hold_s": 0.1}}}
     command = [
-        Path(sys.executable).with_name("vllm"), "serve", MODEL, "--served-model-name", "m", "--port", str(port),
-        "--host", "127.0.0.1", "--max-model-len", "512", "--dtype", "float32", "--enforce-eager",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--served-model-name", "m",
+        "--port", str(port), "--host", "127.0.0.1", "--max-model-len", "512", "--dtype", "float32", "--enforce-eager",
         "--scheduler-cls", "scheduler.vllm_scheduler.HeadraceScheduler", "--additional-config", json.dumps(settings),
     ]
     environment = os.environ | {

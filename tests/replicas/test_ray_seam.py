@@ -178,7 +178,7 @@ def test_every_endpoint_but_health_asks_for_the_key(monkeypatch: pytest.MonkeyPa
     class Built(Exception):  # it ends the build once the map is known
         pass
 
-    def capture(_: type, endpoint_map: dict[str, Any]) -> None:
+    def capture(_: type, endpoint_map: dict[str, Any], app: FastAPI) -> None:
         captured.update(endpoint_map)
         raise Built
 
@@ -270,3 +270,23 @@ def test_a_callback_may_skip_the_download_before_a_node_starts() -> None:
     assert engine.index('run_callback("on_before_node_init")') < engine.index("if callback.ctx.run_init_node:")
     fields = {f.name for f in dataclasses.fields(name_in("ray.llm._internal.common.callbacks.base", "CallbackCtx"))}
     assert "run_init_node" in fields
+
+
+# router/errors.py
+
+
+def test_plain_http_errors_speak_openai_too() -> None:
+    from fastapi import HTTPException
+    from fastapi.testclient import TestClient
+
+    app = name_in("router.errors", "speak_openai")(name_in("ray.llm._internal.serve.core.ingress.ingress", "init")())
+
+    @app.get("/refused")
+    def refused() -> None:
+        raise HTTPException(404, "no model gpt-9")
+
+    client = TestClient(app)
+    for path, message in (("/refused", "no model gpt-9"), ("/nowhere", "Not Found")):
+        answer = client.get(path)
+        assert answer.status_code == 404
+        assert answer.json()["error"]["message"] == message
