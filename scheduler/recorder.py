@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict
+from types import SimpleNamespace
 from typing import TypeVar
 
 from scheduler.messages import Arrival, Counters, Finished, Gauges, Iteration
@@ -18,19 +19,6 @@ KEPT_RECORDS = 4096
 
 
 _Record = TypeVar("_Record", Iteration, Arrival, Finished)
-
-
-@dataclass(slots=True)
-class Totals:
-    """Mutable totals since the engine started; `Recorder.counters` is their frozen form."""
-
-    arrivals: int = 0
-    finished: int = 0
-    aborted: int = 0
-    preemptions: int = 0
-    iterations: int = 0
-    held: int = 0
-    hold_s: float = 0.0
 
 
 class Recorder:
@@ -43,7 +31,7 @@ class Recorder:
         self._arrivals: deque[Arrival] = deque(maxlen=kept)
         self._finished: deque[Finished] = deque(maxlen=kept)
         self._dropped_seq = 0
-        self.totals = Totals()
+        self.totals = SimpleNamespace(**asdict(Counters()))  # the same fields, while they still change
         self.gauges = Gauges()
 
     def iteration(
@@ -72,11 +60,7 @@ class Recorder:
 
     def counters(self) -> Counters:
         """The totals, frozen."""
-        totals = self.totals
-        return Counters(
-            arrivals=totals.arrivals, finished=totals.finished, aborted=totals.aborted,
-            preemptions=totals.preemptions, iterations=totals.iterations, held=totals.held, hold_s=totals.hold_s,
-        )
+        return Counters(**vars(self.totals))
 
     @property
     def cursor(self) -> int:
