@@ -20,12 +20,13 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.serve.llm.ingress import OpenAiIngress
 
-from replicas.calls import ReplicaUnavailable, call_replicas, replica_ids
+from replicas.calls import ReplicaUnavailable, call_replica, call_replicas, replica_ids
 from replicas.localhost import listen_where_the_node_does
 from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
 from router.declared_length import move_declared_length
 from router.errors import error_body
 from scheduler.messages import Ack, Telemetry
+from scheduler.thresholds import Thresholds
 
 _CONTROLLER_ANSWER_S = 3.0
 _NO_CONTROLLER = "the controller does not answer; replicas go on with the thresholds they have"
@@ -117,17 +118,9 @@ class HeadraceIngress(OpenAiIngress):
             planned = plan_update(body, await self._telemetry())
         except AdminError as error:
             return _error(error.status_code, str(error))
-        targets = replica_ids(self._app_name)
-        acks: dict[str, Ack] = {}
-        for name, thresholds in planned.items():
-            answers = await call_replicas(
-                {name: targets[name]} if name in targets else {}, "apply_thresholds",
-                thresholds=thresholds, automatic=False,
-            )
-            answer = answers.get(name, ReplicaUnavailable(f"replica {name} is gone"))
-            acks[name] = answer if isinstance(answer, Ack) else Ack(
-                accepted=False, version_in_force=-1, reason=str(answer), code="unavailable"
-            )
+        targets = await asyncio.to_thread(replica_ids, self._app_name)
+        answers = await asyncio.gather(*(_apply(targets.get(name), planned[name]) for name in planned))
+        acks: dict[str, Ack] = dict(zip(planned, answers, strict=True))
         refused = {name: ack.reason for name, ack in acks.items() if not ack.accepted}
         results = {
             name: {"accepted": ack.accepted, "version": ack.version_in_force, "reason": ack.reason}
@@ -166,6 +159,16 @@ class HeadraceIngress(OpenAiIngress):
             return {"alive": True} | state
         except Exception as error:  # gone, restarting or busy: the state of the replicas is still worth showing
             return {"alive": False, "reason": f"{_NO_CONTROLLER} ({type(error).__name__})"}
+
+
+async def _apply(actor_name: str | None, thresholds: Thresholds) -> Ack:
+    try:
+        if actor_name is None:
+            raise ReplicaUnavailable("the replica has just gone")
+        ack: Ack = await call_replica(actor_name, "apply_thresholds", thresholds=thresholds, automatic=False)
+    except ReplicaUnavailable as error:
+        return Ack(accepted=False, version_in_force=-1, reason=str(error), code="unavailable")
+    return ack
 
 
 ADMIN_ENDPOINTS = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
+import shutil
 import tempfile
 from collections import deque
 from pathlib import Path
@@ -40,6 +42,7 @@ _TOKEN, _STOP_TOKEN = 5, 2
 @functools.cache
 def _model_folder() -> str:
     folder = Path(tempfile.mkdtemp(prefix="headrace-test-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / "config.json").write_text(json.dumps(_MODEL))
     return str(folder)
 
