@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -128,9 +129,10 @@ class Launcher:
             ray.shutdown()
             return
         ours = psutil.Process().children(recursive=True)
-        with contextlib.suppress(Exception):  # whatever fails here, the processes below still go
+        # Whatever fails here, the processes below still go; and Ray complains of the controller it ends itself.
+        with contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
             serve.shutdown()
-        ray.shutdown()
+            ray.shutdown()
         _end_processes(ours)
 
     def _connect(self, ray: Any) -> None:
