@@ -25,7 +25,7 @@ TOPICS = (
     "owls", "paper", "the moon", "glass", "a garden", "wheels", "music", "stone", "a library",
 )
 PROMPTS = [
-    {"content": f"{ask} {topic}.", "max_tokens": 16 + 4 * (index % 9)}
+    {"content": f"{ask} {topic}.", "max_tokens": 32 + 6 * (index % 9)}
     for ask in ("Write a sentence about", "List three facts about")
     for index, topic in enumerate(TOPICS)
 ]
@@ -98,7 +98,6 @@ def test_forty_streams_survive_ten_changes_of_thresholds(cluster: ClusterProcess
                     versions[name] = result["version"]
                     assert state["replicas"][name]["thresholds"]["version"] == result["version"]
                     assert state["replicas"][name]["thresholds"]["policy"] == change["policy"]
-                await asyncio.sleep(0.3)  # spreads the changes over the run; nothing depends on it
             assert not all(stream.done() for stream in streams), "the changes came after the requests"
             return await asyncio.gather(*streams)
 
@@ -148,20 +147,27 @@ def test_wait_admits_groups_of_eight_and_bounds_the_hold_of_the_ninth(cluster: C
                 lambda s: sum(s[name]["in_service"] for name in names) == len(busy), cluster, "the next one in service"
             )
         await asyncio.sleep(2.5)  # the routing statistics of the full replica are refreshed every second
-        before = cluster.state()["replicas"][chosen]
+        first = cluster.state()["replicas"]
+        before = first[chosen]
         group = [asyncio.create_task(request(120)) for _ in range(9)]
-        seen = await _eventually(
-            lambda s: s[chosen]["in_service"] == before["in_service"] + 8 and s[chosen]["held"] == 1, cluster,
-            "eight in service and the ninth held",
-        )
+
+        def eight_and_one(replicas: dict[str, Any]) -> bool:
+            arrived = {name: replicas[name]["counters"]["arrivals"] - first[name]["counters"]["arrivals"]
+                       for name in names}
+            # On a busy machine Serve may pass a request on to the next best replica; another one takes its place.
+            if arrived[chosen] < 9 and sum(arrived.values()) == len(group) < 20:
+                group.append(asyncio.create_task(request(120)))
+            return bool(replicas[chosen]["in_service"] == before["in_service"] + 8 and replicas[chosen]["held"] == 1)
+
+        seen = await _eventually(eight_and_one, cluster, "eight in service and the ninth held")
         assert seen[chosen]["waiting"] == 1
+        for task in busy:
+            task.cancel()  # a request that strayed to the full replica waits for its seat
         await asyncio.gather(*group)
         after = cluster.state()["replicas"][chosen]
         assert after["counters"]["held"] - before["counters"]["held"] == 9
         held_s = after["counters"]["hold_s"] - before["counters"]["hold_s"]
         assert hold_s <= held_s <= 3 * hold_s, "the ninth was held for its longest hold, the eight hardly at all"
-        for task in busy:
-            task.cancel()
         await asyncio.gather(*busy, return_exceptions=True)
 
     asyncio.run(scenario())
