@@ -21,6 +21,7 @@ from ray.actor import ActorHandle
 from cluster.config import ControllerConfig
 from cluster.replica_model import Proposal, ReplicaModel, materially_different
 from replicas.calls import ReplicaUnavailable, call_replica, replica_ids
+from scheduler.fluid import finite_or_none
 from scheduler.messages import Ack
 from scheduler.profiles import load_profile
 from scheduler.thresholds import Thresholds, thresholds_as_dict
@@ -135,12 +136,12 @@ def _replica_state(entry: _Replica) -> dict[str, Any]:
     if equilibrium is not None:
         fluid = {
             "load": equilibrium.load,
-            "iteration_time_s": _finite(equilibrium.iteration_time_s),
-            "memory_tokens": _finite(equilibrium.memory_tokens),
+            "iteration_time_s": finite_or_none(equilibrium.iteration_time_s),
+            "memory_tokens": finite_or_none(equilibrium.memory_tokens),
             "kv_capacity_tokens": equilibrium.kv_capacity_tokens,
             "stable": equilibrium.stable,
             "fits_memory": equilibrium.fits_memory,
-            "critical_rate_scale": _finite(equilibrium.critical_rate_scale),
+            "critical_rate_scale": finite_or_none(equilibrium.critical_rate_scale),
             "limit": equilibrium.limit,
         }
     return {
@@ -150,10 +151,6 @@ def _replica_state(entry: _Replica) -> dict[str, Any]:
         "fluid": fluid,
         "decision": entry.note,
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if abs(value) != float("inf") else None
 
 
 class ControllerActor:

@@ -71,7 +71,6 @@ class Launcher:
 
     def __init__(self, config: ClusterConfig, progress: Callable[[str], None]) -> None:
         self._config, self._say = config, progress
-        self._stop = threading.Event()
 
     @property
     def owns_ray(self) -> bool:
@@ -109,13 +108,9 @@ class Launcher:
         self._wait_until_ready()
 
     def wait(self) -> None:
-        """Stay until `request_stop` is called."""
-        while not self._stop.wait(0.5):
-            pass
-
-    def request_stop(self, *_: Any) -> None:
-        """End `wait`; usable as a signal handler."""
-        self._stop.set()
+        """Stay in the foreground; a signal's exception ends it."""
+        while True:
+            time.sleep(0.5)
 
     def stop(self) -> None:
         """Take the application down; with a Ray of its own, every process of it too."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scheduler.fluid import solve_fluid
+from scheduler.fluid import finite_or_none, solve_fluid
 from scheduler.law import ServiceTimeLaw
 from scheduler.mix import RequestType, WorkloadMix, parse_type, read_trace
 from scheduler.profiles import load_profile
@@ -54,8 +54,8 @@ def make_plan(inputs: PlanInputs) -> dict[str, Any]:
         raise PlanError(str(error)) from error
     return {
         "load": equilibrium.load,
-        "iteration_time_s": _finite(equilibrium.iteration_time_s),
-        "memory_tokens": _finite(equilibrium.memory_tokens),
+        "iteration_time_s": finite_or_none(equilibrium.iteration_time_s),
+        "memory_tokens": finite_or_none(equilibrium.memory_tokens),
         "kv_capacity_tokens": kv_tokens,
         "throughput_tokens_per_s": equilibrium.throughput_tokens_per_s,
         "stable": equilibrium.stable,
@@ -63,11 +63,11 @@ def make_plan(inputs: PlanInputs) -> dict[str, Any]:
         "reason": equilibrium.reason,
         "critical_rate_scale": equilibrium.critical_rate_scale,
         "limit": equilibrium.limit,
-        "in_service": _finite(equilibrium.in_service),
+        "in_service": finite_or_none(equilibrium.in_service),
         "types": [
             {
                 "name": t.name, "rate_rps": t.rate_rps, "prompt_tokens": t.lengths.mean_prompt_tokens,
-                "output_tokens": t.lengths.mean_output_tokens, "inventory_per_stage": _finite(inventory),
+                "output_tokens": t.lengths.mean_output_tokens, "inventory_per_stage": finite_or_none(inventory),
             }
             for t, inventory in zip(mix.types, equilibrium.inventories, strict=True)
         ],
@@ -136,7 +136,3 @@ def _type(text: str, number: int) -> RequestType:
     except ValueError as error:
         raise PlanError(f"--type {text!r}: {error}") from error
     return parsed if "name=" in text else replace(parsed, name=f"type-{number}")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -109,11 +109,10 @@ class ReplicaModel:
         return Proposal(thresholds, equilibrium, reason)
 
     def _cap(self, mix: WorkloadMix, limits: EngineLimits) -> int:
-        seats = min(limits.max_num_seqs, limits.kv_capacity_tokens // limits.block_tokens)
         cap = resident_cap(
             mix, limits.kv_capacity_tokens, overflow_probability=self._config.overflow_probability
         )
-        return max(1, min(cap, seats))
+        return max(1, min(cap, limits.seats))
 
     def _mix(self, longest: int) -> WorkloadMix:
         """One type per group of declared lengths (policy `wait`), and one for all requests of unknown length.
@@ -143,7 +142,7 @@ class ReplicaModel:
     def _solve_policy(self, mix: WorkloadMix, limits: EngineLimits, base: Thresholds) -> Thresholds:
         cap = base.max_in_service or limits.max_num_seqs
         if base.policy == "fcfs":
-            return replace(base, types=(), segments=(), reason="fcfs needs no thresholds")
+            return replace(base, reason="fcfs needs no thresholds")
         known = [t for t in mix.types if t.name != UNKNOWN_TYPE]
         types: tuple[TypeThreshold, ...] = ()
         reasons: list[str] = []

@@ -27,7 +27,7 @@ class RoutingStats:
         return cls(
             seats=telemetry.thresholds.max_in_service or limits.max_num_seqs,
             occupied=gauges.in_service + gauges.waiting,
-            kv_used_fraction=gauges.kv_used_tokens / limits.kv_capacity_tokens,
+            kv_used_fraction=telemetry.kv_used_fraction,
         )
 
     @classmethod

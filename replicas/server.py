@@ -11,7 +11,6 @@ import copy
 import time
 from typing import Any
 
-from ray import serve
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
@@ -62,11 +61,6 @@ class HeadraceServer(LLMServer):
         if self._last_stats and time.monotonic() - self._last_stats[0] < _STALE_STATS_S:
             stats |= self._last_stats[1].as_dict()
         return stats
-
-    async def replica_name(self) -> str:
-        """This replica's id within its deployment."""
-        name: str = serve.get_replica_context().replica_id.unique_id
-        return name
 
     async def __del__(self) -> None:
         self._channel.close()

@@ -87,7 +87,7 @@ def telemetry_as_dict(report: Telemetry) -> dict[str, Any]:
         "thresholds": thresholds_as_dict(report.thresholds),
         "from_config": report.from_config,
         **gauges,
-        "kv_used_fraction": report.gauges.kv_used_tokens / report.limits.kv_capacity_tokens,
+        "kv_used_fraction": report.kv_used_fraction,
         "limits": limits,
         "counters": asdict(report.counters),
         "preemptions": report.counters.preemptions,

@@ -150,3 +150,8 @@ def _critical_rate(
         if fixed_s > 0 or share > 0
     )
     return critical, "compute" if critical * load * (1 + COMPUTE_BOUND_GAIN) > 1 else "memory"
+
+
+def finite_or_none(value: float) -> float | None:
+    """A figure of an equilibrium for JSON, which has no infinity: None when it is infinite."""
+    return value if math.isfinite(value) else None

@@ -99,6 +99,11 @@ class Telemetry:
     in_service: tuple[InService, ...] = ()
     records_lost: int = 0
 
+    @property
+    def kv_used_fraction(self) -> float:
+        """Share of the KV cache in use, from 0 to 1."""
+        return self.gauges.kv_used_tokens / self.limits.kv_capacity_tokens
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ack:

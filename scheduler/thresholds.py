@@ -57,6 +57,11 @@ class EngineLimits:
     max_num_batched_tokens: int
     max_model_len: int
 
+    @property
+    def seats(self) -> int:
+        """Most requests that can be resident at once, in the kindest case of one KV block each."""
+        return min(self.max_num_seqs, self.kv_capacity_tokens // self.block_tokens)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TypeThreshold:
@@ -161,7 +166,7 @@ class Thresholds:
         Memory is judged for the kindest case, one-token prompts that take one KV block each, so that what is refused
         here is impossible and not merely unwise.
         """
-        seats = min(limits.max_num_seqs, limits.kv_capacity_tokens // limits.block_tokens)
+        seats = limits.seats
         seats_in_words = (
             f"the engine seats max_num_seqs = {limits.max_num_seqs} requests and its KV cache holds "
             f"{limits.kv_capacity_tokens} tokens in blocks of {limits.block_tokens}"
