@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import os
@@ -124,8 +123,7 @@ class Launcher:
             ray.shutdown()
             return
         ours = psutil.Process().children(recursive=True)
-        # Whatever fails here, the processes below still go; and Ray complains of the controller it ends itself.
-        with contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.suppress(Exception):  # whatever fails here, the processes below still go
             serve.shutdown()
             ray.shutdown()
         _end_processes(ours)
