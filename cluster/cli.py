@@ -17,12 +17,15 @@ from cluster import render
 from cluster.client import DEFAULT_URL, AdminClient, AdminRefused, AdminUnavailable
 from cluster.config import ClusterConfig, ConfigError, load_config
 from cluster.plan import PlanError, PlanInputs, make_plan
+from simulator import cli as simulator_cli
+from simulator.config import SimulationError
 
 app = typer.Typer(help="Serve language models on Ray with fluid-guided thresholds.", no_args_is_help=True)
 thresholds_app = typer.Typer(help="Show and set thresholds while they are in force.", no_args_is_help=True)
 model_app = typer.Typer(help="The bundled model.", no_args_is_help=True)
 app.add_typer(thresholds_app, name="thresholds")
 app.add_typer(model_app, name="model")
+app.add_typer(simulator_cli.app)
 
 out = Console()
 err = Console(stderr=True)
@@ -39,7 +42,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vllm is imported
     try:
         app()
-    except (ConfigError, PlanError) as error:
+    except (ConfigError, PlanError, SimulationError) as error:
         _fail(error, 2)
     except (AdminUnavailable, AdminRefused) as error:
         _fail(error, 1)

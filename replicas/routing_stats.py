@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from scheduler.messages import Telemetry
 
 _KEY = "headrace"
+_Replica = TypeVar("_Replica")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +48,22 @@ class RoutingStats:
     def slack(self, ongoing: int) -> float:
         """Free seats as a share of all, given the router's own, fresher count of ongoing requests; may be negative."""
         return (self.seats - max(self.occupied, ongoing)) / self.seats
+
+
+def best_first(
+    replicas: Sequence[_Replica], stats: Callable[[_Replica], RoutingStats | None],
+    ongoing: Callable[[_Replica], int], shuffle: Callable[[list[_Replica]], None] = random.shuffle,
+) -> list[_Replica]:
+    """The replicas by fluid slack, most first; those that have not reported yet come after those that have.
+
+    `ongoing` is the router's own, fresher count of a replica's requests. Equal slack falls in random order, so that it
+    does not always mean the same replica.
+    """
+
+    def slack(replica: _Replica) -> float:
+        reported = stats(replica)
+        return reported.slack(ongoing(replica)) if reported else -1.0 - ongoing(replica)
+
+    shuffled = list(replicas)
+    shuffle(shuffled)
+    return sorted(shuffled, key=slack, reverse=True)

@@ -8,8 +8,6 @@ When not to use it: when shared prompt prefixes matter more than balance (use Ra
 
 from __future__ import annotations
 
-import random
-
 from ray.serve.request_router import (
     FIFOMixin,
     LocalityMixin,
@@ -19,7 +17,7 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-from replicas.routing_stats import RoutingStats
+from replicas.routing_stats import RoutingStats, best_first
 
 
 class FluidSlackRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
@@ -34,10 +32,11 @@ class FluidSlackRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
         else:
             ids = self.apply_locality_routing(pending_request=pending_request)
         candidates = [self.curr_replicas[replica_id] for replica_id in ids if replica_id in self.curr_replicas]
-        random.shuffle(candidates)  # equal slack must not always mean the same replica
-        return [[replica] for replica in sorted(candidates, key=self._slack, reverse=True)]
+        ranked = best_first(candidates, self._stats, self._ongoing)
+        return [[replica] for replica in ranked]
 
-    def _slack(self, replica: RunningReplica) -> float:
-        stats = RoutingStats.from_dict(replica.routing_stats)
-        ongoing = self.replica_queue_len_cache.get(replica.replica_id) or 0
-        return stats.slack(ongoing) if stats else -1.0 - ongoing
+    def _stats(self, replica: RunningReplica) -> RoutingStats | None:
+        return RoutingStats.from_dict(replica.routing_stats)
+
+    def _ongoing(self, replica: RunningReplica) -> int:
+        return self.replica_queue_len_cache.get(replica.replica_id) or 0

@@ -253,11 +253,12 @@ def parse_type(text: str) -> RequestType:
         rate_rps = float(given["rate"])
     except ValueError:
         raise ValueError(f"rate is {given['rate']!r}; it must be a number of requests per second") from None
-    prompt, output = (_token_count(key, given[key]) for key in ("prompt", "output"))
+    prompt, output = (token_count(key, given[key]) for key in ("prompt", "output"))
     return RequestType(given.get("name", f"p{prompt}d{output}"), rate_rps, Lengths.point(prompt, output))
 
 
-def _token_count(name: str, text: str | None) -> int:
+def token_count(name: str, text: str | None) -> int:
+    """The integer between 1 and 2^31 - 1 that `text` is; ValueError, naming the field `name`, for anything else."""
     try:
         count = int(text or "")
     except ValueError:
@@ -297,7 +298,7 @@ def read_trace(path: str | Path) -> TraceReport:
             for row in reader:
                 rows += 1
                 try:
-                    prompt, output = (_token_count(column, row[column]) for column in (_PROMPT_COLUMN, _OUTPUT_COLUMN))
+                    prompt, output = (token_count(column, row[column]) for column in (_PROMPT_COLUMN, _OUTPUT_COLUMN))
                     pairs.append((prompt, output))
                 except ValueError as error:
                     bad += 1

@@ -16,8 +16,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -34,6 +34,15 @@ from scheduler.settings import EXPECTED_OUTPUT_TOKENS, SchedulerSettings
 from scheduler.thresholds import EngineLimits
 
 logger = init_logger(f"vllm.headrace.{__name__}")  # below vLLM's logger, so that its handlers and level apply
+
+
+class BatchWork(NamedTuple):
+    """The work of one iteration: tokens computed by kind, KV tokens read, requests in the batch."""
+
+    prefill_tokens: int
+    decode_tokens: int
+    kv_tokens: int
+    batch_size: int
 
 
 class HeadraceScheduler(AsyncScheduler):
@@ -66,7 +75,8 @@ class HeadraceScheduler(AsyncScheduler):
         self._most_tokens = self.max_num_scheduled_tokens
         # A prompt longer than the budget would never run where prompts are not computed in chunks.
         self._budget_can_split = self.scheduler_config.enable_chunked_prefill
-        self._executing: deque[tuple[SchedulerOutput, float, tuple[int, int, int, int]]] = deque()
+        self.latest_work = BatchWork(0, 0, 0, 0)
+        self._executing: deque[tuple[SchedulerOutput, float, BatchWork]] = deque()
         self._last_output_s = 0.0
         self._everyone_runs = False
         self._channel: ChannelServer | None = None
@@ -93,11 +103,11 @@ class HeadraceScheduler(AsyncScheduler):
         self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, len(self.running)))
         try:
             output = super().schedule(throttle_prefills)
-            work = self._work_of(output)
+            self.latest_work = batch_work(output, self.requests)
         finally:
             self.running = _in_admission_order(self.running, aside)
             self.max_num_running_reqs = self._most_running
-        self._after_schedule(output, work, len(aside))
+        self._after_schedule(output, len(aside))
         return output
 
     def _obey(self, in_force: InForce) -> None:
@@ -125,23 +135,12 @@ class HeadraceScheduler(AsyncScheduler):
         self.running = [request for request in self.running if request.request_id not in sit_out]
         return aside
 
-    def _work_of(self, output: SchedulerOutput) -> tuple[int, int, int, int]:
-        """Prefill, decode and KV tokens and batch size of what was scheduled (`num_computed_tokens` is after it)."""
-        counts, drafted = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
-        if drafted:  # a decode step then has its draft tokens too
-            prefilling = [n for name, n in counts.items() if n > 1 + len(drafted.get(name, ()))]
-        else:
-            prefilling = [n for n in counts.values() if n > 1]
-        prefill = sum(prefilling)
-        kv_tokens = sum([self.requests[name].num_computed_tokens for name in counts])
-        return prefill, output.total_num_scheduled_tokens - prefill, kv_tokens, len(counts)
-
-    def _after_schedule(self, output: SchedulerOutput, work: tuple[int, int, int, int], sitting_out: int) -> None:
+    def _after_schedule(self, output: SchedulerOutput, sitting_out: int) -> None:
         # If those who sit out hold all the memory, nothing else can run: then everyone runs next time.
         stuck = bool(sitting_out) and not output.total_num_scheduled_tokens and not self._obeyed.policy.strict
         self._everyone_runs = stuck
         if output.total_num_scheduled_tokens:
-            self._executing.append((output, self.clock(), work))
+            self._executing.append((output, self.clock(), self.latest_work))
         if output.preempted_req_ids:
             self.recorder.totals.preemptions += len(output.preempted_req_ids)
         self.recorder.gauges = Gauges(
@@ -155,12 +154,12 @@ class HeadraceScheduler(AsyncScheduler):
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """vLLM's own, and the iteration's record: its seconds count from when the device could start it."""
         if self._executing and self._executing[0][0] is scheduler_output:
-            _, scheduled_s, (prefill, decode, kv_tokens, batch_size) = self._executing.popleft()
+            _, scheduled_s, work = self._executing.popleft()
             now_s = self.clock()
             # Asynchronous scheduling queues the next step while this one runs.
             seconds = now_s - max(scheduled_s, self._last_output_s)
             self._last_output_s = now_s
-            self.recorder.iteration(now_s, seconds, prefill, decode, kv_tokens, batch_size)
+            self.recorder.iteration(now_s, seconds, *work)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     # Coming and going.
@@ -190,8 +189,10 @@ class HeadraceScheduler(AsyncScheduler):
         A `max_tokens` that only fills the model's context up is vLLM's default and no declaration.
         """
         params = request.sampling_params
-        declared = (params.extra_args or {}).get(EXPECTED_OUTPUT_TOKENS) if params else None
-        max_tokens: int = request.max_tokens
+        if params is None:
+            return None
+        declared = (params.extra_args or {}).get(EXPECTED_OUTPUT_TOKENS)
+        max_tokens: int = params.max_tokens
         if isinstance(declared, int | float) and 1 <= declared < math.inf:
             return min(int(declared), max_tokens)
         whole_context = self.max_model_len - request.num_prompt_tokens
@@ -234,6 +235,18 @@ class HeadraceScheduler(AsyncScheduler):
             max_num_batched_tokens=self.max_num_scheduled_tokens,
             max_model_len=self.max_model_len,
         )
+
+
+def batch_work(output: SchedulerOutput, requests: Mapping[str, Request]) -> BatchWork:
+    """What an iteration just scheduled will compute and read."""
+    counts, drafted = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
+    if drafted:  # a decode step then has its draft tokens too
+        prefilling = [n for name, n in counts.items() if n > 1 + len(drafted.get(name, ()))]
+    else:
+        prefilling = [n for n in counts.values() if n > 1]
+    prefill = sum(prefilling)
+    kv_tokens = sum([requests[name].num_computed_tokens for name in counts])  # counted after this iteration
+    return BatchWork(prefill, output.total_num_scheduled_tokens - prefill, kv_tokens, len(counts))
 
 
 class _RequestAsResident:

@@ -2,68 +2,34 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
-import json
-import shutil
-import tempfile
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
-from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
-from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from scheduler.messages import Ack, Apply
 from scheduler.thresholds import parse_thresholds
 from scheduler.vllm_scheduler import HeadraceScheduler
+from simulator.in_process import make_scheduler
 
 BLOCK = 16
 STEP_S = 0.01
 MAX_MODEL_LEN = 1024
-_MODEL = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
-    "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 4, "vocab_size": 1000,
-    "max_position_embeddings": MAX_MODEL_LEN, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
-}
 _TOKEN, _STOP_TOKEN = 5, 2
-
-
-@functools.cache
-def _model_folder() -> str:
-    folder = Path(tempfile.mkdtemp(prefix="headrace-test-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    (folder / "config.json").write_text(json.dumps(_MODEL))
-    return str(folder)
 
 
 @functools.cache
 def _block_hasher() -> Any:
     init_none_hash(sha256)
     return get_request_block_hasher(BLOCK, sha256)
-
-
-def engine_config(*, blocks: int, additional_config: dict[str, Any] | None = None, **engine_args: Any) -> VllmConfig:
-    args = {
-        "max_model_len": MAX_MODEL_LEN, "max_num_seqs": 64, "max_num_batched_tokens": 512,
-        "enable_prefix_caching": False,
-    } | engine_args
-    config = EngineArgs(
-        model=_model_folder(), skip_tokenizer_init=True, block_size=BLOCK, enforce_eager=True, dtype="bfloat16",
-        num_gpu_blocks_override=blocks, async_scheduling=True, additional_config=additional_config or {}, **args,
-    ).create_engine_config()
-    config.cache_config.num_gpu_blocks = blocks
-    return config
 
 
 class AnythingGoes(StructuredOutputGrammar):
@@ -99,19 +65,15 @@ class Engine:
         settings = dict(settings or {})
         if thresholds is not None:
             settings["thresholds"] = thresholds
-        config = engine_config(blocks=blocks, additional_config={"headrace": settings}, **engine_args)
-        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=4, head_size=16, dtype=torch.bfloat16)
-        kv = KVCacheConfig(
-            num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
-        )
-        self.scheduler = scheduler_cls(
-            vllm_config=config, kv_cache_config=kv, block_size=BLOCK, hash_block_size=BLOCK, log_stats=True,
-            structured_output_manager=StructuredOutputManager(config),
+        args = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 64, "max_num_batched_tokens": 512} | engine_args
+        self.scheduler = make_scheduler(
+            scheduler_cls, blocks=blocks, block_tokens=BLOCK, additional_config={"headrace": settings}, log_stats=True,
+            **args,
         )
         self.now_s = 0.0
         if isinstance(self.scheduler, HeadraceScheduler):
             self.scheduler.clock = lambda: self.now_s
-        self._block_hasher = _block_hasher() if config.cache_config.enable_prefix_caching else None
+        self._block_hasher = _block_hasher() if self.scheduler.cache_config.enable_prefix_caching else None
         self.requests: dict[str, Request] = {}
         self.batches: list[dict[str, int]] = []
         self.first_scheduled: dict[str, float] = {}

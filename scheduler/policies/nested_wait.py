@@ -28,6 +28,7 @@ class NestedWait(Policy):
         """Open the entry when n_1 wait (or, in serving mode, one has waited long enough), and hold at boundaries."""
         if self.strict:
             admitted, sit_out = self._segments.decide_strictly(snapshot)
+            admitted = min(admitted, self.seats(snapshot))
             return Decision({UNKNOWN_TYPE: admitted} if admitted else {}, sit_out)
         admit: dict[str, int] = {}
         view, seats = snapshot.waiting.get(UNKNOWN_TYPE), self.seats(snapshot)

@@ -68,4 +68,8 @@ class Wait(Policy):
                 sit_out.add(resident.request_id)
         if unknown_admitted:
             known[UNKNOWN_TYPE] = unknown_admitted
-        return Decision(known, sit_out)
+        seats, admit = self.seats(snapshot), {}
+        for name, count in known.items():
+            admit[name] = min(count, seats)
+            seats -= admit[name]
+        return Decision(admit, sit_out)

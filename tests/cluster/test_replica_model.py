@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from synthetic_engine import LIMITS, PAPER, SyntheticEngine
 
 from cluster.config import ControllerConfig
-from cluster.replica_model import MOST_TYPES, Proposal, ReplicaModel, materially_different
+from cluster.replica_model import Proposal, ReplicaModel, materially_different
 from scheduler.fluid import solve_fluid
 from scheduler.law import ServiceTimeLaw
 from scheduler.mix import Lengths, RequestType, WorkloadMix
@@ -25,6 +25,7 @@ from scheduler.thresholds import (
     parse_thresholds,
     thresholds_as_dict,
 )
+from scheduler.tuning import MOST_TYPES
 
 CONFIG = ControllerConfig(profile="a100-llama2-7b-paper", min_finished=20, window_s=60.0, validity_s=120.0)
 WAIT, NESTED = Thresholds(policy="wait"), Thresholds(policy="nested_wait")

@@ -13,7 +13,7 @@ from scheduler.channel import ChannelClient, new_endpoint, remove_endpoint
 from scheduler.messages import Arrival, Finished, Report
 from scheduler.settings import SchedulerSettings
 from scheduler.thresholds import InvalidThresholds, Thresholds
-from scheduler.vllm_scheduler import _in_admission_order, _RequestAsResident
+from scheduler.vllm_scheduler import _in_admission_order, _RequestAsResident, batch_work
 
 
 def wait(n=8, **fields):
@@ -691,7 +691,7 @@ def test_speculative_tokens_are_decode_tokens():
         num_scheduled_tokens={"prompt": 100, "decode": 4}, total_num_scheduled_tokens=104,
         scheduled_spec_decode_tokens={"decode": [-1, -1, -1]},
     )
-    prefill, decode, _, batch_size = engine.scheduler._work_of(output)
+    prefill, decode, _, batch_size = batch_work(output, engine.scheduler.requests)
     assert (prefill, decode, batch_size) == (100, 4, 2)
 
 

@@ -1,0 +1,160 @@
+"""From a workload to thresholds: the one rule by which the controller and the simulator set a replica's thresholds.
+
+No vLLM, no clock, no telemetry: what arrives (`WorkloadMix`), the service-time law and the engine's limits go in.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from scheduler.fluid import FluidEquilibrium, solve_fluid
+from scheduler.law import ServiceTimeLaw
+from scheduler.mix import Lengths, RequestType, WorkloadMix
+from scheduler.solver import Infeasible, nested_wait_thresholds, resident_cap, wait_thresholds
+from scheduler.thresholds import UNKNOWN_TYPE, EngineLimits, SegmentThreshold, Thresholds, TypeThreshold
+
+MOST_TYPES = 4
+_MOST_SEGMENTS = 4
+_LENGTH_GRID = tuple(sorted(int(base * 2**power) for power in range(28) for base in (16, 24)))
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """Thresholds for a workload, with the equilibrium behind them; `thresholds.reason` says why in words."""
+
+    thresholds: Thresholds
+    equilibrium: FluidEquilibrium
+
+
+def tune(
+    configured: Thresholds, mix: WorkloadMix, law: ServiceTimeLaw, limits: EngineLimits, *, overflow_probability: float
+) -> Tuned:
+    """Solve the fluid model for `mix` and fill in the counts that `configured.policy` needs, and the cap from memory.
+
+    The type named `UNKNOWN_TYPE` holds the requests whose output length nobody declared; they follow segments.
+    """
+    solver = _Solver(mix, law, limits, overflow_probability)
+    cap = resident_cap(mix, limits.kv_capacity_tokens, overflow_probability=overflow_probability)
+    cap = max(1, min(cap, limits.seats))
+    solved = solver.solve(replace(configured, types=(), segments=(), max_in_service=cap))
+    equilibrium = solver.equilibrium
+    reason = f"{_in_words(equilibrium, mix.rate_rps)}; {solved.reason}; cap {cap} from memory"
+    return Tuned(replace(solved, reason=reason), equilibrium)
+
+
+def mix_by_length(
+    declared: Sequence[tuple[int, int]], unknown: int, finished: Lengths | None, *, rate_rps: float, longest: int
+) -> WorkloadMix:
+    """One type per group of declared output lengths, and one for the `unknown` requests that declared none.
+
+    declared: (prompt, output) tokens of the requests that did; their groups are the types "output<=B". finished: the
+    lengths of finished requests, which stand for those of unknown length. Clients may declare any length; none
+    generates more than `longest`. Raises ValueError when there is no request at all.
+    """
+    arrivals = len(declared) + unknown
+    if not arrivals:
+        raise ValueError("declared is empty and unknown is 0; at least one request is needed")
+    outputs = [min(output, longest) for _, output in declared]
+    bounds = _group_bounds(outputs)
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for (prompt, _), output in zip(declared, outputs, strict=True):
+        bound = bounds[min(bisect_left(bounds, output), len(bounds) - 1)]
+        groups.setdefault(bound, []).append((prompt, output))
+    types = [
+        RequestType(f"output<={bound}", rate_rps * len(pairs) / arrivals, Lengths.from_pairs(pairs))
+        for bound, pairs in sorted(groups.items())
+    ]
+    if unknown:
+        if finished is None:
+            raise ValueError("finished is None; requests of unknown length need the lengths of finished ones")
+        types.append(RequestType(UNKNOWN_TYPE, rate_rps * unknown / arrivals, finished))
+    return WorkloadMix(tuple(types))
+
+
+class _Solver:
+    """One workload on one engine."""
+
+    def __init__(
+        self, mix: WorkloadMix, law: ServiceTimeLaw, limits: EngineLimits, overflow_probability: float
+    ) -> None:
+        self._mix, self._law, self._limits = mix, law, limits
+        self._overflow_probability = overflow_probability
+        self.equilibrium = solve_fluid(mix, law, limits.kv_capacity_tokens)
+
+    def solve(self, base: Thresholds) -> Thresholds:
+        """`base` with the counts that its policy needs."""
+        cap = base.max_in_service or self._limits.max_num_seqs
+        if base.policy == "fcfs":
+            return replace(base, reason="fcfs needs no thresholds")
+        known = [t for t in self._mix.types if t.name != UNKNOWN_TYPE]
+        types: tuple[TypeThreshold, ...] = ()
+        reasons: list[str] = []
+        if known:
+            # The load of requests of unknown length counts in the rate conditions, though segments gate them.
+            solution = wait_thresholds(self._mix, self._law, self._limits.kv_capacity_tokens)
+            counts = [1] * len(self._mix.types) if isinstance(solution, Infeasible) else list(solution.n)
+            types = tuple(
+                TypeThreshold(name=t.name, n=min(n, cap), max_output_tokens=_bound_of(t, last=t is known[-1]))
+                for t, n in zip(self._mix.types, counts, strict=True)
+                if t.name != UNKNOWN_TYPE
+            )
+            reasons.append(_solution_in_words("WAIT", solution, [t.n for t in types]))
+        segments: tuple[SegmentThreshold, ...] = ()
+        unknown = tuple(t for t in self._mix.types if t.name == UNKNOWN_TYPE)
+        if unknown:
+            segments, reason = self._solve_segments(WorkloadMix(unknown), cap)
+            reasons.append(reason)
+        return replace(base, types=types, segments=segments, reason="; ".join(reasons))
+
+    def _solve_segments(
+        self, mix: WorkloadMix, cap: int
+    ) -> tuple[tuple[SegmentThreshold, ...], str]:
+        lengths = mix.merged().lengths
+        # Counts fall strictly from segment to segment, so m segments need n_1 >= m. With more segments than the fluid
+        # has requests per stage, requests would be held for the sake of the chain and not of the load.
+        inventory = sum(solve_fluid(mix, self._law, self._limits.kv_capacity_tokens).inventories)
+        count = max(1, int(min(_MOST_SEGMENTS, inventory)))
+        boundaries = sorted({_on_grid(lengths.output_quantile(part / count)) for part in range(1, count + 1)})
+        solution = nested_wait_thresholds(
+            mix, self._law, self._limits.kv_capacity_tokens,
+            boundaries=boundaries, overflow_probability=self._overflow_probability,
+        )
+        if isinstance(solution, Infeasible):
+            return (), _solution_in_words("Nested WAIT", solution, [])
+        segments = tuple(
+            SegmentThreshold(end_output_tokens=end, n=min(n, cap))
+            for end, n in zip(solution.boundaries, solution.n, strict=True)
+        )
+        return segments, _solution_in_words("Nested WAIT", solution, [segment.n for segment in segments])
+
+
+def _on_grid(length: float) -> int:
+    """The next length on a coarse grid, so that boundaries stay put while estimates move a little."""
+    index = bisect_left(_LENGTH_GRID, length)
+    return _LENGTH_GRID[min(index, len(_LENGTH_GRID) - 1)]
+
+
+def _group_bounds(outputs: list[int]) -> list[int]:
+    distinct = sorted(set(outputs))
+    if len(distinct) <= MOST_TYPES:
+        return distinct
+    ordered = sorted(outputs)
+    marks = [ordered[(len(ordered) - 1) * part // MOST_TYPES] for part in range(1, MOST_TYPES + 1)]
+    return sorted({_on_grid(mark) for mark in marks})
+
+
+def _bound_of(request_type: RequestType, *, last: bool) -> int | None:
+    return None if last else int(request_type.name.removeprefix("output<="))
+
+
+def _in_words(equilibrium: FluidEquilibrium, rate_rps: float) -> str:
+    load = f"{rate_rps:.2f} requests/s, load {equilibrium.load:.2f}"
+    return f"{load}, {equilibrium.reason}" if equilibrium.reason else load
+
+
+def _solution_in_words(rule: str, solution: object, n: list[int]) -> str:
+    if isinstance(solution, Infeasible):
+        return f"{rule} is infeasible ({solution.reason}): the gates stay open"
+    return f"{rule} n = {', '.join(str(count) for count in n)}"

@@ -1,0 +1,139 @@
+"""`headrace simulate`, `sweep` and `report`: the simulator's commands. vLLM is imported only when something runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from simulator.config import parse_settings, simulation_config
+from simulator.contenders import CONTENDERS
+
+app = typer.Typer()
+out = Console()
+err = Console(stderr=True)
+
+_DEFAULT_REQUESTS = 1000
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def _policies(incomplete: str) -> list[str]:
+    return [name for name in CONTENDERS if name.startswith(incomplete)]
+
+
+def _profiles(incomplete: str) -> list[str]:
+    from scheduler.profiles import profile_names
+
+    return [name for name in profile_names() if name.startswith(incomplete)]
+
+
+@app.command()
+def simulate(
+    workload: Annotated[
+        str | None, typer.Option(help="Lengths: p512d20, 0.7:p512d20+0.3:p512d50, lmsys; 'A; 300s: B' changes.")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="Trace (CSV, Parquet, ShareGPT JSON) in place of --workload.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests per second.")] = None,
+    arrivals: Annotated[
+        str, typer.Option(help="poisson, gamma:cv=3, onoff:on=10,off=20, diurnal:period=3600,amplitude=0.8, "
+                               "step:at=60,factor=3, uniform, or replay (the trace's own timestamps).")
+    ] = "poisson",
+    requests: Annotated[int | None, typer.Option(help="How many; left out: the whole trace, or 1000.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0,
+    policy: Annotated[
+        str, typer.Option(help=f"One of {', '.join(CONTENDERS)}.", autocompletion=_policies)
+    ] = "vllm",
+    profile: Annotated[
+        str, typer.Option(help="Service-time law and KV capacity: a preset or a JSON file.", autocompletion=_profiles)
+    ] = "a100-llama2-7b",
+    kv_tokens: Annotated[int | None, typer.Option(help="KV cache capacity in tokens, if not the profile's.")] = None,
+    token_budget: Annotated[
+        int | None, typer.Option(help="Most tokens in an iteration (2048; vllm-v0 4096; sarathi 512).")
+    ] = None,
+    cap: Annotated[int | None, typer.Option(help="Most requests in service.")] = None,
+    slo_ttft: Annotated[float | None, typer.Option(help="Target: seconds to the first token.")] = None,
+    slo_tpot: Annotated[float | None, typer.Option(help="Target: mean seconds per further token.")] = None,
+    slo_latency: Annotated[float | None, typer.Option(help="Target: seconds end to end.")] = None,
+    replicas: Annotated[int, typer.Option(help="Replicas behind the request router.", min=1)] = 1,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE, any other option: mode=strict, max_num_seqs=256, …")
+    ] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="Folder for the run's Parquet files.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run vLLM's real scheduler in virtual time, priced by a service-time law."""
+    given = {
+        "lengths": workload, "trace": trace, "rate_rps": rate, "arrivals": arrivals, "requests": requests, "seed": seed,
+        "policy": policy, "profile": profile, "kv_tokens": kv_tokens, "token_budget": token_budget, "cap": cap,
+        "slo_ttft_s": slo_ttft, "slo_tpot_s": slo_tpot, "slo_latency_s": slo_latency, "replicas": replicas,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    if workload is not None:
+        options.setdefault("requests", _DEFAULT_REQUESTS)
+    config = simulation_config(options | parse_settings(settings or []))
+    with err.status("loading vLLM"):
+        from simulator.run import simulate as run
+    with _requests_bar(config.workload.requests) as progress:
+        summary = run(config, folder=folder, progress=progress)
+    for note in summary.pop("notes"):
+        err.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(summary, allow_nan=False))  # noqa: T201  # not rich's: programs want no wrapping
+    else:
+        out.print(_summary_table(summary))
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML with base, grid, seeds and out, see docs/simulator.md.")],
+    workers: Annotated[int | None, typer.Option(help="Processes; all cores when left out.", min=1)] = None,
+) -> None:
+    """Run a grid of simulations on all cores; points that are there already are kept."""
+    import os
+
+    from simulator.run import simulate_options
+    from simulator.sweep import load_sweep, run_sweep
+
+    plan = load_sweep(file)
+    results = run_sweep(plan, simulate_options, workers or os.cpu_count() or 1, err)
+    failed = [result for result in results if result.error]
+    for result in failed:
+        err.print(f"{result.name}: {result.error}", style="red", markup=False, soft_wrap=True)
+    out.print(f"{len(results) - len(failed)} of {len(results)} points are in {plan.out}", highlight=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or folders that hold some.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder for report.md and its figures.")] = Path("report"),
+) -> None:
+    """Figures (PNG, SVG) and a Markdown table from runs."""
+    from simulator.report import make_report
+
+    out.print(str(make_report(runs, folder, err)), highlight=False)
+
+
+@contextmanager
+def _requests_bar(total: int | None) -> Iterator[Any]:
+    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("requests", total=total)
+        yield lambda done, _total: bar.update(task, completed=done)
+
+
+def _summary_table(summary: dict[str, Any]) -> Table:
+    table = Table(show_header=False)
+    for key, value in summary.items():
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    return table
+
+

@@ -1,0 +1,142 @@
+"""One simulation, written down: what arrives, on which hardware, under which policy, and what counts as good."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from scheduler.profiles import load_profile
+from simulator.contenders import CONTENDERS
+from simulator.workload import WorkloadConfig
+
+
+class SimulationError(ValueError):
+    """A simulation that cannot be run as asked; the message names the option, the value and what is allowed."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Targets(_Strict):
+    """Seconds within which a request counts as good: to its first token, per further token (mean), and end to end."""
+
+    ttft_s: float | None = Field(default=None, gt=0)
+    tpot_s: float | None = Field(default=None, gt=0)
+    latency_s: float | None = Field(default=None, gt=0)
+
+
+class SimulationConfig(_Strict):
+    """Everything that a result depends on.
+
+    profile: the service-time law and KV capacity (`kv_tokens` overrides the latter). token_budget: vLLM's
+    max_num_batched_tokens; None is the contender's own, 2 048 for most. cap: most requests in service; max_num_seqs:
+    the engine's own limit. declare_lengths: clients tell how long their answers will be; None lets them where the policy
+    asks for it. give_up_s: a client leaves when it has no first token after so long. thresholds: fields of `Thresholds`
+    that replace the solved ones. window: fractions of the arrival order between which requests are measured.
+    """
+
+    workload: WorkloadConfig
+    policy: str = "vllm"
+    profile: str = "a100-llama2-7b"
+    kv_tokens: int | None = Field(default=None, ge=1)
+    token_budget: int | None = Field(default=None, ge=1)
+    cap: int | None = Field(default=None, ge=1)
+    max_num_seqs: int = Field(default=512, ge=1)
+    max_model_len: int = Field(default=4096, ge=2)
+    block_tokens: int = Field(default=16, ge=1)
+    async_scheduling: bool = True
+    replicas: int = Field(default=1, ge=1, le=1024)
+    declare_lengths: bool | None = None
+    give_up_s: float | None = Field(default=None, gt=0)
+    overflow_probability: float = Field(default=0.01, gt=0, lt=1)
+    thresholds: dict[str, Any] = Field(default_factory=dict)
+    slo: Targets = Field(default_factory=Targets)
+    window: tuple[float, float] = (0.3, 0.9)
+
+    @field_validator("policy")
+    @classmethod
+    def _policy_exists(cls, name: str) -> str:
+        if name not in CONTENDERS:
+            raise ValueError(f"policy {name!r} is not known; the policies are {', '.join(CONTENDERS)}")
+        return name
+
+    @field_validator("profile")
+    @classmethod
+    def _profile_exists(cls, name: str) -> str:
+        load_profile(name)
+        return name
+
+    @field_validator("window")
+    @classmethod
+    def _window_is_one(cls, window: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= window[0] < window[1] <= 1:
+            raise ValueError(f"window is {window}; it must be two fractions, 0 <= from < to <= 1")
+        return window
+
+
+_THRESHOLD_FIELDS = ("mode", "types", "segments", "max_hold_s", "max_in_service")
+_PARTS = {"workload": WorkloadConfig, "slo": Targets}
+
+
+def simulation_config(options: dict[str, Any]) -> SimulationConfig:
+    """A configuration from flat options, the names of `headrace simulate` and of a sweep file.
+
+    An option is a field of `SimulationConfig`, of its workload (`lengths`, `rate_rps`, …), a target (`slo_ttft_s`, …)
+    or of the thresholds (`mode`, `max_hold_s`, …).
+
+    Raises:
+        SimulationError: for a name that does not exist and for a value out of range.
+    """
+    data: dict[str, Any] = {"workload": {}, "slo": {}, "thresholds": {}}
+    for name, value in options.items():
+        holder, key = _place_of(name)
+        (data[holder] if holder else data)[key] = value
+    try:
+        return SimulationConfig(**data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise SimulationError(f"{where or 'simulation'} = {first['input']!r}: {message}") from error
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """`key=value` texts as options; values are YAML.
+
+    Raises:
+        SimulationError: for a text without `=` and for a value that is no YAML.
+    """
+    options = {}
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        if not key or not separator:
+            raise SimulationError(f"{setting!r} is not KEY=VALUE")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SimulationError(f"the value of {key} is not YAML: {error}") from error
+    return options
+
+
+def _place_of(name: str) -> tuple[str, str]:
+    plain = name.removeprefix("workload.").removeprefix("thresholds.")
+    if plain in _THRESHOLD_FIELDS:
+        return "thresholds", plain
+    if plain in WorkloadConfig.model_fields:
+        return "workload", plain
+    target = plain.removeprefix("slo_").removeprefix("slo.")
+    if target != plain and target in Targets.model_fields:
+        return "slo", target
+    if plain in SimulationConfig.model_fields and plain not in _PARTS:
+        return "", plain
+    known = [
+        *(field for field in SimulationConfig.model_fields if field not in _PARTS), *WorkloadConfig.model_fields,
+        *(f"slo_{field}" for field in Targets.model_fields), *_THRESHOLD_FIELDS,
+    ]
+    close = difflib.get_close_matches(plain, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"
+    raise SimulationError(f"no option {name!r}; {hint}")

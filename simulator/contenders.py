@@ -1,0 +1,56 @@
+"""The policies that can be simulated, by name: vLLM's own, the paper's baselines, and ours.
+
+A contender is an engine's scheduler class with the engine settings that belong to it; ours all run the same
+`HeadraceScheduler` as in serving, under different thresholds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+DEFAULT_TOKEN_BUDGET = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """scheduler: where its class is, "module:Class". policy: the policy our scheduler runs, None for others.
+
+    token_budget: tokens an iteration unless the user says otherwise; engine_args: vLLM settings it cannot do without.
+    declares: its clients declare output lengths. about: one line for people.
+    """
+
+    about: str
+    scheduler: str
+    policy: str | None = None
+    token_budget: int = DEFAULT_TOKEN_BUDGET
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    declares: bool = False
+
+    def scheduler_class(self) -> type[Scheduler]:
+        """The class itself; importing it imports vLLM."""
+        from importlib import import_module
+
+        module, _, name = self.scheduler.partition(":")
+        loaded: type[Scheduler] = getattr(import_module(module), name)
+        return loaded
+
+
+_VLLM = "vllm.v1.core.sched.async_scheduler:AsyncScheduler"
+_OURS = "scheduler.vllm_scheduler:HeadraceScheduler"
+
+CONTENDERS: dict[str, Contender] = {
+    "vllm": Contender("vLLM V1 as it comes: first come first served, chunked prefill", _VLLM),
+    "vllm-v0": Contender(
+        "whole prompts first, decodes only when none can enter, 1 % of memory kept free (vLLM V0)",
+        "simulator.baselines:VllmV0Scheduler", token_budget=4096,
+        engine_args={"enable_chunked_prefill": False, "watermark": 0.01},
+    ),
+    "sarathi": Contender("chunked prefill with 512 tokens an iteration (Sarathi)", _VLLM, token_budget=512),
+    "fcfs": Contender("our scheduler with open gates and, if asked for, a cap", _OURS, policy="fcfs"),
+    "wait": Contender("WAIT with solved thresholds; clients declare lengths", _OURS, policy="wait", declares=True),
+    "nested-wait": Contender("Nested WAIT with solved thresholds; lengths unknown", _OURS, policy="nested_wait"),
+}

@@ -1,0 +1,112 @@
+"""vLLM's scheduler and KV block manager in this process, without an engine, weights or an accelerator.
+
+This module is the simulator's fence around vLLM's non-public surface: how a scheduler, a request and an iteration's
+results are made by hand. `tests/simulator/test_in_process_seam.py` fails when an upgrade moves any of it.
+Source: `vllm.v1.engine.core.EngineCore`, which makes and steps the same objects.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, TypeVar
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import torch
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+# Scheduling never looks at the model's shape: the smallest that vLLM accepts will do for every model.
+_HEADS, _HEAD_SIZE = 4, 16
+_MODEL = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": _HEADS * _HEAD_SIZE,
+    "intermediate_size": 128, "num_attention_heads": _HEADS, "num_hidden_layers": 2, "num_key_value_heads": _HEADS,
+    "vocab_size": 1000, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+}
+_PROMPT_TOKEN, _TOKEN = 7, 5
+
+_AnyScheduler = TypeVar("_AnyScheduler", bound=Scheduler)
+
+
+@functools.cache
+def _model_folder(max_model_len: int) -> str:
+    folder = Path(tempfile.mkdtemp(prefix="headrace-model-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "config.json").write_text(json.dumps(_MODEL | {"max_position_embeddings": max_model_len}))
+    return str(folder)
+
+
+def make_scheduler(
+    scheduler_cls: type[_AnyScheduler], *, blocks: int, block_tokens: int = 16, max_model_len: int = 4096,
+    additional_config: dict[str, Any] | None = None, log_stats: bool = False, **engine_args: Any,
+) -> _AnyScheduler:
+    """A scheduler as an engine core would make it, over `blocks` KV blocks of `block_tokens` tokens.
+
+    `engine_args` are vLLM's own engine arguments, such as max_num_seqs and max_num_batched_tokens; what vLLM refuses
+    raises its own ValueError.
+    """
+    config: VllmConfig = EngineArgs(
+        model=_model_folder(max_model_len), skip_tokenizer_init=True, max_model_len=max_model_len,
+        block_size=block_tokens, enforce_eager=True, dtype="bfloat16", num_gpu_blocks_override=blocks,
+        additional_config=additional_config or {},
+        **{"enable_prefix_caching": False, "async_scheduling": True} | engine_args,
+    ).create_engine_config()
+    config.cache_config.num_gpu_blocks = blocks
+    spec = FullAttentionSpec(
+        block_size=block_tokens, num_kv_heads=_HEADS, head_size=_HEAD_SIZE, dtype=torch.bfloat16
+    )
+    kv = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
+    scheduler: _AnyScheduler = scheduler_cls(
+        vllm_config=config, kv_cache_config=kv, block_size=block_tokens, hash_block_size=block_tokens,
+        log_stats=log_stats, structured_output_manager=StructuredOutputManager(config),
+    )
+    return scheduler
+
+
+@functools.cache
+def _undeclared(max_model_len: int) -> SamplingParams:
+    """What a client sends that says nothing of its answer's length; one object serves all requests."""
+    return SamplingParams(max_tokens=max_model_len, ignore_eos=True)
+
+
+def make_request(
+    request_id: str, prompt_tokens: int, output_tokens: int, *, arrival_s: float, max_model_len: int,
+    declared: dict[str, Any] | None = None,
+) -> Request:
+    """A request that ends after `output_tokens`; `declared` are the extra arguments in which its client says so."""
+    params = _undeclared(max_model_len)
+    if declared:
+        params = SamplingParams(max_tokens=max_model_len, ignore_eos=True, extra_args=declared)
+    request = Request(
+        request_id=request_id, prompt_token_ids=[_PROMPT_TOKEN] * prompt_tokens, sampling_params=params,
+        pooling_params=None, arrival_time=arrival_s,
+    )
+    # The length is the model's to know: vLLM's own stop check sees it here, a scheduler reads the client's parameters.
+    request.max_tokens = output_tokens
+    return request
+
+
+def iteration_results(output: SchedulerOutput, silent: Collection[str]) -> ModelRunnerOutput:
+    """What the model answers to a scheduled iteration: one token a request, none for the `silent` ones."""
+    names = list(output.num_scheduled_tokens)
+    place = dict(zip(names, range(len(names)), strict=True))
+    one = [_TOKEN]
+    sampled = [one] * len(names)
+    for name in silent:
+        sampled[place[name]] = []
+    return ModelRunnerOutput(req_ids=names, req_id_to_index=place, sampled_token_ids=sampled)

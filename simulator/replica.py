@@ -1,0 +1,257 @@
+"""One virtual replica: vLLM's scheduler stepped as its engine core steps it, on a clock that a time law moves."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from scheduler.law import ServiceTimeLaw
+from scheduler.vllm_scheduler import HeadraceScheduler, batch_work
+from simulator.in_process import iteration_results, make_request
+from simulator.results import IterationRow, RequestRow
+from simulator.workload import SimRequest
+
+_AnyScheduler = TypeVar("_AnyScheduler", bound=Scheduler)
+
+
+class Sink(Protocol):
+    """Where a replica's history goes; `RunWriter` is one."""
+
+    wants_iterations: bool
+
+    def request(self, row: RequestRow) -> None: ...
+
+    def iteration(self, row: IterationRow) -> None: ...
+
+
+@dataclass(slots=True)
+class Totals:
+    """What happened on one replica over the whole run; times in virtual seconds, KV as a share of capacity."""
+
+    iterations: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    kv_peak_fraction: float = 0.0
+    rejected: int = 0
+
+
+@dataclass(slots=True)
+class _Live:
+    number: int
+    request: Request
+    arrival_s: float
+    type_name: str
+    first_token_s: float | None = None
+
+
+@dataclass(slots=True)
+class _Executing:
+    output: SchedulerOutput
+    silent: list[str]
+    first_tokens: list[_Live]
+    ends_s: float
+
+
+class VirtualReplica:
+    """A scheduler with its requests, iterations in flight, and virtual clock `now_s`.
+
+    It keeps `depth` iterations under way: 2 with asynchronous scheduling (one runs, the next is scheduled already),
+    else 1. `give_up_s`: a request without its first token after so long is given up by its client.
+    """
+
+    def __init__(
+        self, index: int, scheduler: Scheduler, law: ServiceTimeLaw, sink: Sink, *, give_up_s: float | None = None
+    ) -> None:
+        self.index, self.scheduler, self.now_s, self.totals = index, scheduler, 0.0, Totals()
+        self._law, self._sink, self._give_up_s = law, sink, give_up_s
+        self._depth = 2 if scheduler.scheduler_config.async_scheduling else 1
+        self.headrace = scheduler if isinstance(scheduler, HeadraceScheduler) else None
+        if self.headrace:
+            self.headrace.clock = lambda: self.now_s
+        self._live: dict[str, _Live] = {}
+        self._in_flight: deque[_Executing] = deque()
+        self._device_free_s = 0.0
+        self._catching_up: dict[str, _Live] = {}
+        self._without_token: deque[_Live] = deque()
+        self._nothing_more = False
+        watch(scheduler, self)
+
+    @property
+    def ongoing(self) -> int:
+        """Requests submitted and not over yet."""
+        return len(self._live)
+
+    def submit(
+        self, number: int, request: SimRequest, *, declared: dict[str, Any] | None = None
+    ) -> None:
+        """A request reaches the engine now; `declared` are the arguments in which its client states the length."""
+        self.now_s = max(self.now_s, request.arrival_s)
+        made = make_request(
+            str(number), request.prompt_tokens, request.output_tokens, arrival_s=request.arrival_s,
+            max_model_len=self.scheduler.max_model_len, declared=declared,
+        )
+        live = self._live[made.request_id] = _Live(number, made, request.arrival_s, request.type_name)
+        if self._give_up_s is not None:
+            self._without_token.append(live)
+        self.scheduler.add_request(made)
+
+    def advance(self, until_s: float) -> None:
+        """Everything that happens before `until_s`."""
+        while True:
+            if len(self._in_flight) < self._depth and not self._nothing_more and self._live:
+                if self.now_s >= until_s:
+                    return
+                if self._launch() or self._launch():  # a second try ends a standstill of held requests
+                    continue
+                self._nothing_more = bool(self._in_flight)
+                if not self._in_flight and not self._sleep(until_s):
+                    return
+            elif self._in_flight and self._in_flight[0].ends_s <= until_s:
+                self._deliver()
+            else:
+                return
+
+    def finish(self) -> list[int]:
+        """Run until nothing moves any more; returns the numbers of the requests that are stranded."""
+        self.advance(math.inf)
+        return [live.number for live in self._live.values()]
+
+    # One iteration.
+
+    def _launch(self) -> bool:
+        """Schedule one iteration and hand it to the device; False when there is nothing to run."""
+        self._give_up()
+        output = self.scheduler.schedule()
+        for name in output.preempted_req_ids or ():
+            self._catching_up[name] = self._live[name]
+        if not output.total_num_scheduled_tokens:
+            return False
+        for new in output.scheduled_new_reqs:
+            self._catching_up[new.req_id] = self._live[new.req_id]
+        silent, first_tokens = self._who_produces(output)
+        work = self.headrace.latest_work if self.headrace else batch_work(output, self.scheduler.requests)
+        seconds = self._law.iteration_s(work.prefill_tokens, work.decode_tokens, work.kv_tokens)
+        starts_s = max(self.now_s, self._device_free_s)
+        self._device_free_s = starts_s + seconds
+        self._in_flight.append(_Executing(output, silent, first_tokens, self._device_free_s))
+
+        totals, usage = self.totals, self.scheduler.kv_cache_manager.usage
+        totals.iterations += 1
+        totals.kv_peak_fraction = max(totals.kv_peak_fraction, usage)
+        totals.preemptions += len(output.preempted_req_ids or ())
+        if self._sink.wants_iterations:
+            self._sink.iteration(self._iteration_row(starts_s, seconds, work, usage))
+        return True
+
+    def _who_produces(self, output: SchedulerOutput) -> tuple[list[str], list[_Live]]:
+        """Which requests of the batch get no token yet, and which get their first."""
+        counts, silent, first_tokens, done = output.num_scheduled_tokens, [], [], []
+        for name, live in self._catching_up.items():
+            if name not in counts:
+                continue
+            if live.request.is_prefill_chunk:
+                silent.append(name)
+                continue
+            done.append(name)
+            if live.first_token_s is None:
+                first_tokens.append(live)
+        for name in done:
+            del self._catching_up[name]
+        return silent, first_tokens
+
+    def _deliver(self) -> None:
+        """The results of the oldest iteration come back."""
+        executing = self._in_flight.popleft()
+        self.now_s = max(self.now_s, executing.ends_s)
+        self._nothing_more = False
+        for live in executing.first_tokens:
+            live.first_token_s = executing.ends_s
+        self.scheduler.update_from_output(executing.output, iteration_results(executing.output, executing.silent))
+
+    def _sleep(self, until_s: float) -> bool:
+        """Nothing runs: pass the time until a hold ends. False when none does before `until_s`."""
+        ends = [end for end in self._holds_end_s() if end > self.now_s]
+        if not ends or min(ends) >= until_s:
+            return False
+        self.now_s = min(ends)
+        return True
+
+    def _holds_end_s(self) -> Iterator[float]:
+        if self.headrace and not self.headrace.in_force.current().policy.strict:
+            hold_s = self.headrace.in_force.current().thresholds.max_hold_s
+            yield from (view.oldest_since_s + hold_s for view in self.headrace.gate.views().values())
+        if self._give_up_s is not None and self._without_token:
+            yield self._without_token[0].arrival_s + self._give_up_s
+
+    def _give_up(self) -> None:
+        if self._give_up_s is None:
+            return
+        while self._without_token:
+            oldest = self._without_token[0]
+            waiting = oldest.request.status == RequestStatus.WAITING
+            if waiting and self.now_s - oldest.arrival_s < self._give_up_s:
+                return
+            self._without_token.popleft()
+            if waiting:
+                self.scheduler.finish_requests(oldest.request.request_id, RequestStatus.FINISHED_ABORTED)
+
+    # What the scheduler tells of its requests (see `watch`).
+
+    def preempted(self, request: Request) -> None:
+        """A request loses its KV cache and will compute it again."""
+        self.totals.recomputed_tokens += request.num_computed_tokens
+
+    def left(self, request: Request) -> None:
+        """A request leaves the engine, finished or given up."""
+        live = self._live.pop(request.request_id)
+        self._catching_up.pop(request.request_id, None)
+        completed = request.num_output_tokens > 0
+        self.totals.rejected += not completed
+        self._sink.request(
+            RequestRow(
+                index=live.number, replica=self.index, type=live.type_name, arrival_s=live.arrival_s,
+                first_token_s=live.first_token_s, finished_s=self.now_s if completed else None,
+                prompt_tokens=request.num_prompt_tokens, output_tokens=request.num_output_tokens,
+                preemptions=request.num_preemptions, outcome="completed" if completed else "rejected",
+            )
+        )
+
+    def _iteration_row(self, starts_s: float, seconds: float, work: Any, usage: float) -> IterationRow:
+        scheduler, gauges, thresholds = self.scheduler, None, None
+        if self.headrace:
+            gauges, thresholds = self.headrace.recorder.gauges, self.headrace.in_force.current().thresholds
+        return IterationRow(
+            replica=self.index, start_s=starts_s, seconds=seconds, prefill_tokens=work.prefill_tokens,
+            decode_tokens=work.decode_tokens, kv_read_tokens=work.kv_tokens,
+            kv_used_tokens=round(usage * scheduler.cache_config.num_gpu_blocks * scheduler.block_size),
+            batch_size=work.batch_size, in_service=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(scheduler.skipped_waiting),
+            held=gauges.held if gauges else 0, sitting_out=gauges.sitting_out if gauges else 0,
+            max_in_service=thresholds.max_in_service if thresholds else scheduler.max_num_running_reqs,
+            token_budget=(thresholds and thresholds.token_budget) or scheduler.max_num_scheduled_tokens,
+        )
+
+
+def watch(scheduler: Scheduler, replica: VirtualReplica) -> None:
+    """Have `scheduler` tell `replica` of requests that are preempted or leave, before it forgets them.
+
+    vLLM reports neither a preempted request's lost tokens nor, without looking through every output, who has ended.
+    """
+    preempt, free = scheduler._preempt_request, scheduler._free_request
+
+    def preempt_and_tell(request: Request, *args: Any, **kwargs: Any) -> None:
+        replica.preempted(request)
+        preempt(request, *args, **kwargs)
+
+    def free_and_tell(request: Request, *args: Any, **kwargs: Any) -> Any:
+        replica.left(request)
+        return free(request, *args, **kwargs)
+
+    scheduler._preempt_request, scheduler._free_request = preempt_and_tell, free_and_tell

@@ -1,0 +1,215 @@
+"""One simulation from its configuration to its summary: K virtual replicas, a router, a stream of requests."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from replicas.routing_stats import RoutingStats, best_first
+from scheduler.messages import Report
+from scheduler.mix import Lengths, WorkloadMix
+from scheduler.profiles import load_profile
+from scheduler.settings import EXPECTED_OUTPUT_TOKENS
+from scheduler.thresholds import EngineLimits, Thresholds, parse_thresholds, thresholds_as_dict
+from scheduler.tuning import mix_by_length, tune
+from simulator.config import SimulationConfig, SimulationError, simulation_config
+from simulator.contenders import CONTENDERS
+from simulator.measure import summarise
+from simulator.replica import Totals, VirtualReplica
+from simulator.results import RunWriter, versions
+from simulator.workload import SimRequest, Workload, open_workload
+
+ROUTING_STATS_PERIOD_S = 1.0
+"""How often a replica tells the routers of its room, as in serving."""
+_SAMPLED_REQUESTS = 2000
+_PROGRESS_EVERY = 50
+
+Progress = Callable[[int, int | None], None]
+
+
+def simulate(
+    config: SimulationConfig, *, folder: Path | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Run `config` and return its summary, JSON-ready; with `folder`, leave the run there (see `simulator.results`).
+
+    `progress` hears how many requests have arrived, and of how many (None: unknown). The same configuration gives the
+    same summary but for `wall_s`.
+
+    Raises:
+        SimulationError: the thresholds do not fit, or the engine refuses its settings.
+    """
+    begun_s = time.perf_counter()
+    workload = open_workload(_with_longest(config))
+    thresholds = _thresholds(config, workload) if CONTENDERS[config.policy].policy else None
+    header = {"config": _as_json(config, workload, thresholds), "versions": versions()}
+    with RunWriter(folder, header) as writer:
+        fleet = _Fleet(config, thresholds, writer)
+        total = config.workload.requests
+        for number, request in enumerate(workload.requests()):
+            fleet.arrive(number, request)
+            if progress and number % _PROGRESS_EVERY == 0:
+                progress(number, total)
+        stranded = fleet.finish()
+        summary = _summary(config, workload, fleet, stranded, writer)
+        summary["wall_s"] = time.perf_counter() - begun_s
+        writer.close(summary)
+    return summary
+
+
+def simulate_options(options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`simulate` from flat options (see `simulation_config`): one point of a sweep."""
+    return simulate(simulation_config(options), folder=folder)
+
+
+class _Fleet:
+    """The replicas of one run, and the router before them."""
+
+    def __init__(self, config: SimulationConfig, thresholds: Thresholds | None, writer: RunWriter) -> None:
+        contender, profile = CONTENDERS[config.policy], load_profile(config.profile)
+        self._declares = contender.declares if config.declare_lengths is None else config.declare_lengths
+        self.replicas = [
+            VirtualReplica(index, _scheduler(config, thresholds), profile.law, writer, give_up_s=config.give_up_s)
+            for index in range(config.replicas)
+        ]
+        self._rng = random.Random(config.workload.seed)
+        self._stats: dict[int, RoutingStats] = {}
+        self._stats_due_s = ROUTING_STATS_PERIOD_S
+
+    def arrive(self, number: int, request: SimRequest) -> None:
+        """Let everything happen that comes before this arrival, then hand the request to a replica."""
+        if len(self.replicas) > 1:
+            while self._stats_due_s <= request.arrival_s:
+                self._advance(self._stats_due_s)
+                self._report()
+                self._stats_due_s += ROUTING_STATS_PERIOD_S
+        self._advance(request.arrival_s)
+        declared = {EXPECTED_OUTPUT_TOKENS: request.output_tokens} if self._declares else None
+        self._route().submit(number, request, declared=declared)
+
+    def finish(self) -> list[int]:
+        """Run everything to its end; the numbers of the requests that never end."""
+        return [number for replica in self.replicas for number in replica.finish()]
+
+    def _advance(self, until_s: float) -> None:
+        for replica in self.replicas:
+            replica.advance(until_s)
+
+    def _route(self) -> VirtualReplica:
+        if len(self.replicas) == 1:
+            return self.replicas[0]
+        ranked = best_first(
+            self.replicas, lambda replica: self._stats.get(replica.index), lambda replica: replica.ongoing,
+            self._rng.shuffle,
+        )
+        return ranked[0]
+
+    def _report(self) -> None:
+        self._stats = {
+            replica.index: RoutingStats.from_telemetry(replica.headrace.telemetry(Report(cursor=None)))
+            for replica in self.replicas if replica.headrace
+        }
+
+
+def _scheduler(config: SimulationConfig, thresholds: Thresholds | None) -> Any:
+    from simulator.in_process import make_scheduler
+
+    contender, limits = CONTENDERS[config.policy], _limits(config)
+    settings = {"thresholds": thresholds_as_dict(thresholds), "allow_strict": True} if thresholds else {}
+    try:
+        return make_scheduler(
+            contender.scheduler_class(), blocks=limits.kv_capacity_tokens // limits.block_tokens,
+            block_tokens=limits.block_tokens, max_model_len=limits.max_model_len,
+            additional_config={"headrace": settings}, max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens, async_scheduling=config.async_scheduling,
+            **contender.engine_args,
+        )
+    except ValueError as error:
+        raise SimulationError(f"the engine refuses its settings: {error}") from error
+
+
+def _limits(config: SimulationConfig) -> EngineLimits:
+    contender, profile = CONTENDERS[config.policy], load_profile(config.profile)
+    blocks = (config.kv_tokens or profile.kv_capacity_tokens) // config.block_tokens
+    plain_cap = config.cap if config.cap and not contender.policy else config.max_num_seqs
+    return EngineLimits(
+        kv_capacity_tokens=blocks * config.block_tokens, block_tokens=config.block_tokens, max_num_seqs=plain_cap,
+        max_num_batched_tokens=config.token_budget or contender.token_budget, max_model_len=config.max_model_len,
+    )
+
+
+def _thresholds(config: SimulationConfig, workload: Workload) -> Thresholds:
+    """The thresholds that the shipped rule solves for this workload, then what the user set."""
+    limits, contender = _limits(config), CONTENDERS[config.policy]
+    configured = Thresholds(policy=contender.policy or "fcfs")
+    if contender.policy != "fcfs":
+        mix = _mix(config, workload)
+        configured = tune(
+            configured, mix, load_profile(config.profile).law, limits, overflow_probability=config.overflow_probability
+        ).thresholds
+    given = thresholds_as_dict(configured) | config.thresholds
+    if config.cap:
+        given["max_in_service"] = config.cap
+        given["types"] = [entry | {"n": min(entry["n"], config.cap)} for entry in given["types"]]
+        given["segments"] = [entry | {"n": min(entry["n"], config.cap)} for entry in given["segments"]]
+    try:
+        thresholds = parse_thresholds(given)
+        thresholds.check_fits(limits)
+    except ValueError as error:
+        raise SimulationError(str(error)) from error
+    return thresholds
+
+
+def _mix(config: SimulationConfig, workload: Workload) -> WorkloadMix:
+    """The workload as one replica sees it: its first requests, by type if their lengths are declared."""
+    contender = CONTENDERS[config.policy]
+    declares = contender.declares if config.declare_lengths is None else config.declare_lengths
+    sample = [(r.prompt_tokens, r.output_tokens) for r in islice(workload.requests(), _SAMPLED_REQUESTS)]
+    if not sample:
+        raise SimulationError("the workload holds no request that fits the engine")
+    rate_rps = workload.mix().rate_rps / config.replicas
+    if declares:
+        return mix_by_length(sample, 0, None, rate_rps=rate_rps, longest=config.max_model_len)
+    return mix_by_length([], len(sample), Lengths.from_pairs(sample), rate_rps=rate_rps, longest=config.max_model_len)
+
+
+def _with_longest(config: SimulationConfig) -> Any:
+    workload = config.workload
+    longest = min(config.max_model_len, _limits(config).kv_capacity_tokens)
+    most = longest if workload.max_total_tokens is None else min(workload.max_total_tokens, longest)
+    return workload.model_copy(update={"max_total_tokens": most})
+
+
+def _summary(
+    config: SimulationConfig, workload: Workload, fleet: _Fleet, stranded: list[int], writer: RunWriter
+) -> dict[str, Any]:
+    slo = config.slo
+    measured = summarise(
+        writer.written_requests(), window=config.window, slo_ttft_s=slo.ttft_s, slo_tpot_s=slo.tpot_s,
+        slo_latency_s=slo.latency_s,
+    )
+    totals = [replica.totals for replica in fleet.replicas]
+    return {
+        "policy": config.policy, "workload": workload.name, "rate_rps": workload.mix().rate_rps, **measured,
+        "stranded": len(stranded),
+        "preemptions": _sum(totals, "preemptions"), "recomputed_tokens": _sum(totals, "recomputed_tokens"),
+        "kv_peak_fraction": max(total.kv_peak_fraction for total in totals),
+        "iterations": _sum(totals, "iterations"), "virtual_s": max(replica.now_s for replica in fleet.replicas),
+        "notes": list(workload.notes()),
+    }
+
+
+def _sum(totals: list[Totals], name: str) -> int:
+    return sum(getattr(total, name) for total in totals)
+
+
+def _as_json(config: SimulationConfig, workload: Workload, thresholds: Thresholds | None) -> dict[str, Any]:
+    data = config.model_dump(mode="json")
+    data["workload"]["name"] = workload.name
+    data["kv_tokens"] = _limits(config).kv_capacity_tokens
+    data["token_budget"] = _limits(config).max_num_batched_tokens
+    data["thresholds_in_force"] = thresholds_as_dict(thresholds) if thresholds else None
+    return data
