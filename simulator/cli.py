@@ -39,7 +39,7 @@ def simulate(
     workload: Annotated[
         str | None, typer.Option(help="Lengths: p512d20, 0.7:p512d20+0.3:p512d50, lmsys; 'A; 300s: B' changes.")
     ] = None,
-    trace: Annotated[Path | None, typer.Option(help="Trace (CSV, Parquet, ShareGPT JSON) in place of --workload.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Trace: CSV, Parquet or ShareGPT JSON; not --workload.")] = None,
     rate: Annotated[float | None, typer.Option(help="Requests per second.")] = None,
     arrivals: Annotated[
         str, typer.Option(help="poisson, gamma:cv=3, onoff:on=10,off=20, diurnal:period=3600,amplitude=0.8, "

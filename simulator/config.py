@@ -24,9 +24,9 @@ class _Strict(BaseModel):
 class Targets(_Strict):
     """Seconds within which a request counts as good: to its first token, per further token (mean), and end to end."""
 
-    ttft_s: float | None = Field(default=None, gt=0)
-    tpot_s: float | None = Field(default=None, gt=0)
-    latency_s: float | None = Field(default=None, gt=0)
+    ttft_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    tpot_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    latency_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
 class SimulationConfig(_Strict):
@@ -34,8 +34,8 @@ class SimulationConfig(_Strict):
 
     profile: the service-time law and KV capacity (`kv_tokens` overrides the latter). token_budget: vLLM's
     max_num_batched_tokens; None is the contender's own, 2 048 for most. cap: most requests in service; max_num_seqs:
-    the engine's own limit. declare_lengths: clients tell how long their answers will be; None lets them where the policy
-    asks for it. give_up_s: a client leaves when it has no first token after so long. thresholds: fields of `Thresholds`
+    the engine's own limit. declare_lengths: clients tell how long their answers will be; None: where the policy asks
+    for it. give_up_s: a client leaves when it has no first token after so long. thresholds: fields of `Thresholds`
     that replace the solved ones. window: fractions of the arrival order between which requests are measured.
     """
 
@@ -51,7 +51,7 @@ class SimulationConfig(_Strict):
     async_scheduling: bool = True
     replicas: int = Field(default=1, ge=1, le=1024)
     declare_lengths: bool | None = None
-    give_up_s: float | None = Field(default=None, gt=0)
+    give_up_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     overflow_probability: float = Field(default=0.01, gt=0, lt=1)
     thresholds: dict[str, Any] = Field(default_factory=dict)
     slo: Targets = Field(default_factory=Targets)
@@ -93,6 +93,9 @@ def simulation_config(options: dict[str, Any]) -> SimulationConfig:
     """
     data: dict[str, Any] = {"workload": {}, "slo": {}, "thresholds": {}}
     for name, value in options.items():
+        if name in data and isinstance(value, dict):  # `slo: {ttft_s: 1}`, as a sweep writes slo.ttft_s
+            data[name] |= value
+            continue
         holder, key = _place_of(name)
         (data[holder] if holder else data)[key] = value
     try:

@@ -60,12 +60,14 @@ def make_scheduler(
     `engine_args` are vLLM's own engine arguments, such as max_num_seqs and max_num_batched_tokens; what vLLM refuses
     raises its own ValueError.
     """
+    engine_args = {"enable_prefix_caching": False, "async_scheduling": True} | engine_args
     config: VllmConfig = EngineArgs(
         model=_model_folder(max_model_len), skip_tokenizer_init=True, max_model_len=max_model_len,
         block_size=block_tokens, enforce_eager=True, dtype="bfloat16", num_gpu_blocks_override=blocks,
-        additional_config=additional_config or {},
-        **{"enable_prefix_caching": False, "async_scheduling": True} | engine_args,
+        additional_config=additional_config or {}, **engine_args,
     ).create_engine_config()
+    # vLLM's CPU platform switches it off, whatever one asks for.
+    config.scheduler_config.async_scheduling = engine_args["async_scheduling"]
     config.cache_config.num_gpu_blocks = blocks
     spec = FullAttentionSpec(
         block_size=block_tokens, num_kv_heads=_HEADS, head_size=_HEAD_SIZE, dtype=torch.bfloat16

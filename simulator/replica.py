@@ -145,7 +145,6 @@ class VirtualReplica:
         totals, usage = self.totals, self.scheduler.kv_cache_manager.usage
         totals.iterations += 1
         totals.kv_peak_fraction = max(totals.kv_peak_fraction, usage)
-        totals.preemptions += len(output.preempted_req_ids or ())
         if self._sink.wants_iterations:
             self._sink.iteration(self._iteration_row(starts_s, seconds, work, usage))
         return True
@@ -206,6 +205,7 @@ class VirtualReplica:
 
     def preempted(self, request: Request) -> None:
         """A request loses its KV cache and will compute it again."""
+        self.totals.preemptions += 1
         self.totals.recomputed_tokens += request.num_computed_tokens
 
     def left(self, request: Request) -> None:

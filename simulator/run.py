@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from replicas.routing_stats import RoutingStats, best_first
 from scheduler.messages import Report
 from scheduler.mix import Lengths, WorkloadMix
@@ -43,7 +45,11 @@ def simulate(
         SimulationError: the thresholds do not fit, or the engine refuses its settings.
     """
     begun_s = time.perf_counter()
-    workload = open_workload(_with_longest(config))
+    try:
+        workload = open_workload(_with_longest(config))
+        workload.mix()  # a trace that cannot be replayed is found out now and not in the end
+    except (ValueError, OSError) as error:
+        raise SimulationError(str(error)) from error
     thresholds = _thresholds(config, workload) if CONTENDERS[config.policy].policy else None
     header = {"config": _as_json(config, workload, thresholds), "versions": versions()}
     with RunWriter(folder, header) as writer:
@@ -128,7 +134,8 @@ def _scheduler(config: SimulationConfig, thresholds: Thresholds | None) -> Any:
             **contender.engine_args,
         )
     except ValueError as error:
-        raise SimulationError(f"the engine refuses its settings: {error}") from error
+        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise SimulationError(f"the engine refuses its settings: {said.removeprefix('Value error, ')}") from error
 
 
 def _limits(config: SimulationConfig) -> EngineLimits:
@@ -151,11 +158,12 @@ def _thresholds(config: SimulationConfig, workload: Workload) -> Thresholds:
             configured, mix, load_profile(config.profile).law, limits, overflow_probability=config.overflow_probability
         ).thresholds
     given = thresholds_as_dict(configured) | config.thresholds
-    if config.cap:
-        given["max_in_service"] = config.cap
-        given["types"] = [entry | {"n": min(entry["n"], config.cap)} for entry in given["types"]]
-        given["segments"] = [entry | {"n": min(entry["n"], config.cap)} for entry in given["segments"]]
     try:
+        if config.cap:
+            given = thresholds_as_dict(parse_thresholds(given | {"max_in_service": None}))
+            given["max_in_service"] = config.cap
+            given["types"] = [entry | {"n": min(entry["n"], config.cap)} for entry in given["types"]]
+            given["segments"] = [entry | {"n": min(entry["n"], config.cap)} for entry in given["segments"]]
         thresholds = parse_thresholds(given)
         thresholds.check_fits(limits)
     except ValueError as error:
@@ -171,14 +179,14 @@ def _mix(config: SimulationConfig, workload: Workload) -> WorkloadMix:
     if not sample:
         raise SimulationError("the workload holds no request that fits the engine")
     rate_rps = workload.mix().rate_rps / config.replicas
-    if declares:
+    if declares and contender.policy == "wait":  # as in serving, no other policy looks at what clients declare
         return mix_by_length(sample, 0, None, rate_rps=rate_rps, longest=config.max_model_len)
     return mix_by_length([], len(sample), Lengths.from_pairs(sample), rate_rps=rate_rps, longest=config.max_model_len)
 
 
 def _with_longest(config: SimulationConfig) -> Any:
-    workload = config.workload
-    longest = min(config.max_model_len, _limits(config).kv_capacity_tokens)
+    workload, limits = config.workload, _limits(config)
+    longest = min(config.max_model_len, limits.kv_capacity_tokens - limits.block_tokens)  # vLLM keeps one block empty
     most = longest if workload.max_total_tokens is None else min(workload.max_total_tokens, longest)
     return workload.model_copy(update={"max_total_tokens": most})
 
