@@ -104,8 +104,6 @@ def sweep(
     plan = load_sweep(file)
     results = run_sweep(plan, simulate_options, workers or os.cpu_count() or 1, err)
     failed = [result for result in results if result.error]
-    for result in failed:
-        err.print(f"{result.name}: {result.error}", style="red", markup=False, soft_wrap=True)
     out.print(f"{len(results) - len(failed)} of {len(results)} points are in {plan.out}", highlight=False)
     if failed:
         raise typer.Exit(1)

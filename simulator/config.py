@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from scheduler.profiles import load_profile
+from scheduler.validation import describe
 from simulator.contenders import CONTENDERS
 from simulator.workload import WorkloadConfig
 
@@ -101,10 +102,7 @@ def simulation_config(options: dict[str, Any]) -> SimulationConfig:
     try:
         return SimulationConfig(**data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise SimulationError(f"{where or 'simulation'} = {first['input']!r}: {message}") from error
+        raise SimulationError(describe(error, SimulationConfig)) from error
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:

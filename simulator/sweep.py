@@ -25,7 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cluster.config import ConfigError, describe
+from scheduler.validation import describe
+from simulator.config import SimulationError
 from simulator.results import read_run
 
 OPTIONS_FILE = "options.json"
@@ -105,20 +106,20 @@ def load_sweep(path: Path) -> SweepPlan:
     """Read and check a sweep file; its `out` is relative to the working directory.
 
     Raises:
-        ConfigError: naming the file, the key and what is allowed.
+        SimulationError: naming the file, the key and what is allowed.
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        raise SimulationError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+        raise SimulationError(f"{path} is not YAML: {error}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} is empty or not a mapping; it must have the keys base, grid and out")
+        raise SimulationError(f"{path} is empty or not a mapping; it must have the keys base, grid and out")
     try:
         return SweepPlan.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {describe(error, SweepPlan)}") from error
+        raise SimulationError(f"{path}: {describe(error, SweepPlan)}") from error
 
 
 def run_sweep(

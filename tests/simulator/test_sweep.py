@@ -7,7 +7,7 @@ import signal
 import pytest
 import yaml
 
-from cluster.config import ConfigError
+from simulator.config import SimulationError
 from simulator.results import RequestRow, RunWriter, read_run
 from simulator.sweep import SweepPlan, load_sweep, run_sweep
 
@@ -113,16 +113,16 @@ def test_many_keys_make_a_name_that_fits(tmp_path):
 )
 def test_a_bad_file_names_the_key(tmp_path, change, message):
     path = write(tmp_path, yaml.safe_dump(yaml.safe_load(FILE) | change))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(SimulationError, match=message):
         load_sweep(path)
 
 
 def test_a_file_that_is_no_sweep(tmp_path):
-    with pytest.raises(ConfigError, match=r"cannot read .*sweep.yaml: No such file"):
+    with pytest.raises(SimulationError, match=r"cannot read .*sweep.yaml: No such file"):
         load_sweep(tmp_path / "sweep.yaml")
-    with pytest.raises(ConfigError, match="is not YAML"):
+    with pytest.raises(SimulationError, match="is not YAML"):
         load_sweep(write(tmp_path, "grid: ["))
-    with pytest.raises(ConfigError, match="is empty or not a mapping"):
+    with pytest.raises(SimulationError, match="is empty or not a mapping"):
         load_sweep(write(tmp_path, "[1, 2]"))
 
 
