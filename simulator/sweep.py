@@ -125,7 +125,14 @@ def load_sweep(path: Path) -> SweepPlan:
 def run_sweep(
     plan: SweepPlan, run_point: RunPoint, workers: int, console: Console | None = None
 ) -> list[PointResult]:
-    """Run every point of the plan in `workers` processes; results are in the plan's order.
+    """Run every point of the plan, see `run_points`."""
+    return run_points(plan.points(), plan.out, run_point, workers, console)
+
+
+def run_points(
+    points: Sequence[SweepPoint], out: Path, run_point: RunPoint, workers: int, console: Console | None = None
+) -> list[PointResult]:
+    """Run points, named differently, in `workers` processes, each in a folder of its name; results keep their order.
 
     `run_point` gets a point's options and the folder to leave its run in, and returns the run's summary; it must be
     importable by name, as it is called in other processes. A point whose folder already holds a run of the same options
@@ -137,11 +144,10 @@ def run_sweep(
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be >= 1")
-    points = plan.points()
-    results = {point.name: kept for point in points if (kept := _kept(plan, point))}
+    results = {point.name: kept for point in points if (kept := _kept(out, point))}
     todo = [point for point in points if point.name not in results]
     # Closing the generator is what ends the workers when this loop is interrupted.
-    with _bar(console) as bar, closing(_run_all(todo, plan.out, run_point, workers)) as ended:
+    with _bar(console) as bar, closing(_run_all(todo, out, run_point, workers)) as ended:
         task = bar.add_task("points", total=len(points), completed=len(results))
         for result in ended:
             results[result.name] = result
@@ -151,8 +157,8 @@ def run_sweep(
     return [results[point.name] for point in points]
 
 
-def _kept(plan: SweepPlan, point: SweepPoint) -> PointResult | None:
-    folder = plan.out / point.name
+def _kept(out: Path, point: SweepPoint) -> PointResult | None:
+    folder = out / point.name
     try:
         if json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8")) != json.loads(json.dumps(point.options)):
             return None
