@@ -1,0 +1,132 @@
+"""What the paper's literal rule costs and buys beside the serving mode: docs/evidence/strict-or-serving.md.
+
+    python benchmarks/evidence/strict_or_serving.py [--out docs/evidence] [--runs runs/strict] [--quick]
+
+Runs that are in --runs already are kept. --quick is for tests of this script and too small to conclude anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import numpy as np
+from grids import Cells, Grid, by, mean_of, run_grids
+from paper_tables import PROFILE
+
+from scheduler.fluid import solve_fluid
+from scheduler.profiles import load_profile
+from simulator.figures import Line, RatePanel, draw_against_rate
+from simulator.workload import WorkloadConfig, open_workload
+
+COMMAND = "python benchmarks/evidence/strict_or_serving.py"
+LOADS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.05)
+RULES = ("vllm", "serving", "strict")
+CASES = {
+    "WAIT, p512d20": ("wait", "p512d20", 2000),
+    "WAIT, 0.7:p512d20+0.3:p512d50": ("wait", "0.7:p512d20+0.3:p512d50", 2000),
+    "Nested WAIT, 0.7:p512d20+0.3:p512d50": ("nested-wait", "0.7:p512d20+0.3:p512d50", 2000),
+    "Nested WAIT, lmsys": ("nested-wait", "lmsys", 3000),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/evidence"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/strict"))
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    loads = LOADS[1::3] if args.quick else LOADS
+    capacities = {name: capacity_rps(lengths) for name, (_, lengths, _) in CASES.items()}
+    grids = {
+        f"{slug(name)}-{rule}": grid_of(name, rule, loads, capacities[name], 0.03 if args.quick else 1.0)
+        for name in CASES for rule in RULES
+    }
+    results = run_grids(args.runs, grids)
+    args.out.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for name, capacity in capacities.items():
+        cells = {rule: by(results[f"{slug(name)}-{rule}"], "rate_rps") for rule in RULES}
+        stem = args.out / "figures" / f"strict-{slug(name)}"
+        draw(stem, name, cells)
+        sections.append(section(name, capacity, loads, cells))
+    (args.out / "strict-or-serving.md").write_text(PAGE.format(command=COMMAND, sections="\n".join(sections)))
+
+
+def capacity_rps(lengths: str) -> float:
+    """The rate at which the fluid model meets its limit."""
+    mix = open_workload(WorkloadConfig(lengths=lengths, requests=1, rate_rps=1.0)).mix()
+    profile = load_profile(PROFILE)
+    return solve_fluid(mix, profile.law, profile.kv_capacity_tokens).critical_rate_scale
+
+
+def grid_of(name: str, rule: str, loads: tuple[float, ...], capacity: float, share: float) -> Grid:
+    policy, lengths, requests = CASES[name]
+    base: dict[str, Any] = {
+        "lengths": lengths, "requests": max(30, round(requests * share)), "profile": PROFILE,
+        "policy": "vllm" if rule == "vllm" else policy,
+    }
+    if rule != "vllm":
+        base["mode"] = rule
+    return Grid(base, {"rate_rps": [round(load * capacity, 2) for load in loads]}, seeds=(1,))
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).replace("--", "-")
+
+
+def draw(stem: Path, name: str, cells: dict[str, Cells]) -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+
+    def lines(key: str) -> list[Line]:
+        return [line(rule, cells[rule], key) for rule in RULES]
+
+    panels = [
+        RatePanel(label, lines(key))
+        for label, key in (("mean latency (s)", "latency_mean_s"), ("mean TTFT (s)", "ttft_mean_s"))
+    ]
+    draw_against_rate(stem, name, panels)
+
+
+def line(label: str, cells: Cells, key: str) -> Line:
+    """A measure against rate, with its range over seeds."""
+    values = [[summary[key] for summary in summaries] for summaries in cells.values()]
+    rates = np.array([cell[0] for cell in cells])
+    mean, low, high = (np.array([f(v) for v in values]) for f in (np.mean, min, max))
+    return Line(label, rates, mean, low, high)
+
+
+def section(name: str, capacity: float, loads: tuple[float, ...], cells: dict[str, Cells]) -> str:
+    """One case: latency, TTFT, and who is left behind, by load."""
+    head = "| load | rate /s | " + " | ".join(f"{rule}: latency / TTFT" for rule in RULES) + " | strict: stranded |"
+    rows = []
+    for load, (rate,) in zip(loads, cells["vllm"], strict=True):
+        row = [f"{load:g}", f"{rate:g}"]
+        for rule in RULES:
+            runs = cells[rule][rate,]
+            row.append(f"{mean_of(runs, 'latency_mean_s'):.2f} / {mean_of(runs, 'ttft_mean_s'):.2f}")
+        row.append(f"{mean_of(cells['strict'][rate,], 'stranded'):.0f}")
+        rows.append("| " + " | ".join(row) + " |")
+    figure = f"![{name}](figures/strict-{slug(name)}.svg)"
+    title = [f"## {name}", "", f"Fluid capacity {capacity:.2f} requests/s.", ""]
+    return "\n".join([*title, head, "|---" * 6 + "|", *rows, "", figure, ""])
+
+
+PAGE = """# The literal rule beside the serving mode
+
+Made by `{command}`, tables and figures. Mean end-to-end latency and mean time to
+first token, both in seconds, of the requests that arrived in the central window; one seed; profile `a100-llama2-7b`.
+Under the literal (`strict`) rule nothing moves for a type whose group is incomplete, and whoever is left when arrivals
+end is stranded. In `serving` mode only admission waits, at most 0.25 s, and an idle engine admits at once. Both run
+with the same thresholds, those of the shipped solver for that rate.
+
+{sections}
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""The theory's claims beside simulations of its own model: docs/evidence/theory.md, its figures and its numbers.
+
+    python benchmarks/evidence/theory.py --out docs/evidence [--quick]
+
+Writes theory.md, theory.json and figures/theory-*.{png,svg} under --out; the same code gives the same numbers. Source
+of every claim: arXiv 2504.11320. Thresholds, buffers and equilibria come from `scheduler`, the runs from
+`simulator.stylised`. Three to five minutes on one core; --quick takes seconds and is too small to conclude anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.stats import binomtest
+from theory_page import page, write_figures
+
+from scheduler.fluid import solve_fluid
+from scheduler.law import ServiceTimeLaw
+from scheduler.mix import Lengths, RequestType, WorkloadMix
+from scheduler.profiles import load_profile
+from scheduler.solver import NestedWaitSolution, WaitSolution, nested_wait_thresholds, wait_thresholds
+from simulator.stylised import Fcfs, NestedWait, PerIteration, Policy, StylisedModel, StylisedRun, Wait
+
+COMMAND = "python benchmarks/evidence/theory.py --out docs/evidence"
+
+# Binary fractions, so that the equilibrium is met exactly: ΔT* = 1 s, M* = 12 and 40 tokens, n* = 4 and (4, 2).
+ONE_TYPE = WorkloadMix.from_lengths(Lengths.point(1, 1), 4.0)
+ONE_TYPE_LAW = ServiceTimeLaw(1 / 4, 1 / 16)
+TWO_TYPES = WorkloadMix((RequestType("a", 4.0, Lengths.point(1, 1)), RequestType("b", 2.0, Lengths.point(2, 3))))
+TWO_TYPES_LAW = ServiceTimeLaw(3 / 8, 1 / 64)
+BASE_HORIZON_S = 100.0
+
+NESTED_LAW = ServiceTimeLaw(1 / 4, 1 / 4800)
+NESTED_HORIZON_S = 200.0
+TWO_LENGTHS = Lengths(np.array([4, 4]), np.array([2, 8]), np.array([0.3, 0.7]))
+THREE_LENGTHS = Lengths(np.array([4, 4, 4]), np.array([2, 4, 8]), np.array([0.3, 0.3, 0.4]))
+NESTED_CASES = {
+    "two lengths": (WorkloadMix.from_lengths(TWO_LENGTHS, 20.0), (2, 8)),
+    "three lengths": (WorkloadMix.from_lengths(THREE_LENGTHS, 20.0), (2, 4, 8)),
+}
+PROBABILITIES = (0.1, 0.01)
+
+PUBLISHED_MEMORY = {50: 34_377, 60: 55_758, 70: 100_327, 80: 250_509}
+PUBLISHED_CROSSING_RPS = 74.1
+
+
+@dataclass(frozen=True)
+class GapCase:
+    """One curve of the heavy-traffic figure, with the slope that the theory gives it."""
+
+    label: str
+    mix: WorkloadMix
+    law: ServiceTimeLaw
+    policy: Policy
+    capacity_tokens: int
+    theory: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    numbers = {
+        "gap": measure_gaps(2, 2, 16) if args.quick else measure_gaps(5, 6, 400),
+        "overflow": measure_overflow(100 if args.quick else 20_000),
+        "memory": compare_memory(),
+        "worked_case": follow_worked_case(24),
+    }
+    write_figures(numbers, args.out / "figures")
+    (args.out / "theory.json").write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (args.out / "theory.md").write_text(page(numbers, COMMAND + " --quick" * args.quick), encoding="utf-8")
+
+
+def gap_cases() -> list[GapCase]:
+    cases = [GapCase(f"FCFS, C = {c}", ONE_TYPE, ONE_TYPE_LAW, Fcfs(), c, 0.0) for c in (12, 15)]
+    for mix, law, capacity_tokens, slack in (
+        (ONE_TYPE, ONE_TYPE_LAW, 12, 0.0),
+        (ONE_TYPE, ONE_TYPE_LAW, 15, 0.05),
+        (TWO_TYPES, TWO_TYPES_LAW, 40, 0.0),
+        (TWO_TYPES, TWO_TYPES_LAW, 60, 0.05),
+    ):
+        solution = wait_thresholds(mix, law, capacity_tokens, slack=slack)
+        assert isinstance(solution, WaitSolution), solution
+        where, n = "with slack" if slack else "at the boundary", ", ".join(map(str, solution.n))
+        label = f"WAIT {where}, n = {n}, C = {capacity_tokens}"
+        cases.append(GapCase(label, mix, law, Wait(solution.n), capacity_tokens, -1.0 if slack else -0.5))
+    return cases
+
+
+def measure_gaps(powers: int, boundary_powers: int, rows: int) -> list[dict[str, Any]]:
+    """Relative throughput gap at ζ = 1, 4, 16, …, arrivals and speeds × ζ, each point over `rows` independent runs.
+
+    There are `powers` values of ζ, and `boundary_powers` at the boundary, where start-up costs die out last. The slope
+    is fitted without the first two, as far as two remain. E[arrivals] = λT exactly, so the gap's mean is that of
+    the output tokens still owed at T, which vary far less than arrivals do.
+    """
+    results = []
+    for case in gap_cases():
+        scales = [4**power for power in range(boundary_powers if case.theory == -0.5 else powers)]
+        owed_at = np.array([t.lengths.mean_output_tokens for t in case.mix.types])
+        means, errors = [], []
+        for scale in scales:
+            mix = case.mix.scaled(scale)
+            law = ServiceTimeLaw(case.law.d0_s / scale, case.law.d1_s_per_kv_token / scale)
+            model = StylisedModel(mix, law)
+            run = StylisedRun(model, case.policy, seed=scale, rows=rows, capacity_tokens=case.capacity_tokens)
+            run.run(BASE_HORIZON_S)
+            fluid_tokens = solve_fluid(mix, law, case.capacity_tokens).throughput_tokens_per_s * BASE_HORIZON_S
+            gaps = run.counts.sum(axis=2) @ owed_at / fluid_tokens
+            means.append(float(gaps.mean()))
+            errors.append(float(gaps.std(ddof=1)) / math.sqrt(rows))
+        fit_from = min(2, len(scales) - 2)
+        slope, error = loglog_slope(*(np.array(a[fit_from:]) for a in (scales, means, errors)))
+        results.append(
+            {"label": case.label, "types": len(case.mix.types), "theory": case.theory, "slope": slope, "rows": rows,
+             "slope_error": error, "fit_from_scale": scales[fit_from], "scales": scales, "gaps": means,
+             "gap_errors": errors, "restarts_per_completion": float(run.evicted.sum() / run.completed.sum())}
+        )  # fmt: skip
+    return results
+
+
+def loglog_slope(x: NDArray[np.float64], y: NDArray[np.float64], y_errors: NDArray[np.float64]) -> tuple[float, float]:
+    """Least-squares slope of ln y against ln x, and its standard error from those of y."""
+    centred = np.log(x) - np.log(x).mean()
+    weights = centred / (centred @ centred)
+    return float(weights @ np.log(y)), float(np.linalg.norm(weights * y_errors / y))
+
+
+def measure_overflow(horizons: int) -> list[dict[str, Any]]:
+    """How often Nested WAIT's memory exceeds M^π + buffer, and M^π alone, within the horizon, starting empty."""
+    results = []
+    for name, (mix, boundaries) in NESTED_CASES.items():
+        for delta in PROBABILITIES:
+            solution = nested_wait_thresholds(
+                mix, NESTED_LAW, 10**9, boundaries=boundaries, overflow_probability=delta, horizon_s=NESTED_HORIZON_S
+            )
+            assert isinstance(solution, NestedWaitSolution), solution
+            policy = NestedWait(solution.boundaries, solution.n)
+            run = StylisedRun(StylisedModel(mix, NESTED_LAW), policy, seed=round(1 / delta), rows=horizons)
+            run.run(NESTED_HORIZON_S)
+            above_tokens = run.peak_tokens - solution.memory_tokens
+            hits, hits_without = (int((above_tokens > room).sum()) for room in (solution.buffer_tokens, 0.0))
+            interval = binomtest(hits, horizons).proportion_ci(0.95, "exact")
+            values, counts = np.unique(above_tokens, return_counts=True)
+            results.append(
+                {"case": name, "delta": delta, "horizons": horizons, "n": solution.n, "theta": solution.theta,
+                 "survival": solution.survival, "boundaries": boundaries, "memory_tokens": solution.memory_tokens,
+                 "buffer_tokens": solution.buffer_tokens, "iterations": float(run.iterations.mean()),
+                 "overflows": hits, "interval_95": [float(interval.low), float(interval.high)],
+                 "overflows_without_buffer": hits_without,
+                 "buffer_needed_tokens": float(np.quantile(above_tokens, 1 - delta, method="inverted_cdf")),
+                 "peak_above_m_pi_tokens": values.tolist(), "peak_horizons": counts.tolist()}
+            )  # fmt: skip
+    return results
+
+
+def compare_memory() -> dict[str, Any]:
+    """M*(λ) with the published d0, d1 and C; one number, E[w], is taken from the first published M*."""
+    profile = load_profile("a100-llama2-7b-paper")
+    law, capacity = profile.law, profile.kv_capacity_tokens
+    first_rps, first_tokens = next(iter(PUBLISHED_MEMORY.items()))
+
+    def lengths(share: float) -> Lengths:
+        return Lengths(np.array([58, 58]), np.array([147, 200]), np.array([1 - share, share]))
+
+    def memory_tokens(share: float, rate_rps: float) -> float:
+        return solve_fluid(WorkloadMix.from_lengths(lengths(share), rate_rps), law, capacity).memory_tokens
+
+    share = float(brentq(lambda x: memory_tokens(x, first_rps) - first_tokens, 0, 1))
+    rates = np.linspace(20, 84, 129)
+    crossing = solve_fluid(WorkloadMix.from_lengths(lengths(share), 1.0), law, capacity).critical_rate_scale
+    return {
+        "d0_mean_w_token_s": law.d0_s * lengths(share).kv_token_iterations,
+        "d1_over_d0_per_token": law.d1_s_per_kv_token / law.d0_s,
+        "capacity_tokens": capacity,
+        "rows": [
+            {"rate_rps": rate, "published": published, "computed": memory_tokens(share, rate),
+             "relative_error": memory_tokens(share, rate) / published - 1}
+            for rate, published in PUBLISHED_MEMORY.items()
+        ],
+        "crossing_rps": crossing,
+        "published_crossing_rps": PUBLISHED_CROSSING_RPS,
+        "curve": {"rate_rps": rates.tolist(), "memory_tokens": [memory_tokens(share, rate) for rate in rates]},
+    }  # fmt: skip
+
+
+def follow_worked_case(iterations: int) -> list[dict[str, Any]]:
+    """l = l' = 1, C = 12, exactly 4 arrivals during every iteration, from 6 waiting and 3 decoding."""
+    results = []
+    for label, policy in (("FCFS", Fcfs()), ("WAIT, n = 4", Wait((4,)))):
+        model, start = StylisedModel(ONE_TYPE, ONE_TYPE_LAW), np.array([[6, 3]])
+        run = StylisedRun(model, policy, seed=0, capacity_tokens=12, arrivals=PerIteration((4,)), start=start)
+        completed, evicted, waiting = [0], [0], []
+        for _ in range(iterations):
+            run.step()
+            completed.append(int(run.completed[0, 0]))
+            evicted.append(int(run.evicted[0]))
+            waiting.append(int(run.counts[0, 0, 0]))
+        results.append({"label": label, "completions": np.diff(completed).tolist(),
+                        "evictions": np.diff(evicted).tolist(), "waiting": waiting})  # fmt: skip
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""The paper's own model, without an engine, to check its theory: FCFS, WAIT and Nested WAIT to the letter.
+
+Source: arXiv 2504.11320, the model, Algorithm 1 (WAIT) and Algorithm 2 (Nested WAIT). An iteration that processes a
+prompt of type j at stage s = 0..l'_j reads its l_j + s tokens and moves it one stage on; stage 0 is the prefill, and
+before it a prompt waits without KV. Prompts of one type and stage differ only in age, so the state is counts, and many
+independent replications run side by side, each with a clock of its own: arrays have the shape (rows, types, stages).
+"""
+
+import math
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scheduler.law import ServiceTimeLaw
+from scheduler.mix import WorkloadMix
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+
+class StylisedModel:
+    """What arrives and what it costs, as arrays over (types, stages).
+
+    Every type has one prompt length. Output lengths may vary within a type: then nobody knows them ahead, and a prompt
+    that was processed at stage s is finished with probability P(l' = s | l' >= s).
+    Raises ValueError for a type with several prompt lengths and for a law with more than d0 and d1.
+    """
+
+    def __init__(self, mix: WorkloadMix, law: ServiceTimeLaw) -> None:
+        if law.d2_s_per_prefill_token or law.d3_s_per_decode_token or law.floor_s:
+            raise ValueError(f"the law is {law}; the paper's has only d0 and d1")
+        for t in mix.types:
+            if np.unique(t.lengths.prompt_tokens).size > 1:
+                raise ValueError(f"type {t.name!r} has several prompt lengths; every type must have one")
+        self.law = law
+        self.rates_rps: FloatArray = np.array([t.rate_rps for t in mix.types])
+        self.prompt_tokens: IntArray = np.array([t.lengths.prompt_tokens[0] for t in mix.types])
+        longest = max(int(t.lengths.output_tokens.max()) for t in mix.types)
+        self.stages: IntArray = np.arange(longest + 1)
+        self.tokens: IntArray = self.prompt_tokens[:, None] + self.stages
+        survival = np.array([[t.lengths.survival(s) for s in range(-1, longest + 1)] for t in mix.types])
+        reached = np.where(survival[:, :-1] > 0, survival[:, :-1], 1.0)
+        self.finish_probability: FloatArray = 1 - survival[:, 1:] / reached
+
+
+class Policy(Protocol):
+    """Chooses how many prompts of each type to process from each stage, the waiting ones (stage 0) included."""
+
+    def batch(self, counts: IntArray) -> IntArray:
+        """A new array of the shape of `counts` (rows, types, stages), nowhere above it."""
+        ...
+
+
+class Fcfs:
+    """Everything resident is processed, and whoever waits is let in as long as its prompt fits."""
+
+    def batch(self, counts: IntArray) -> IntArray:
+        return counts.copy()
+
+
+class Wait:
+    """Algorithm 1. Type j is eligible when >= n_j of its prompts wait; then at most n_j move on from every stage."""
+
+    def __init__(self, n: tuple[int, ...]) -> None:
+        self._n: IntArray = np.array(n)
+
+    def batch(self, counts: IntArray) -> IntArray:
+        eligible = counts[:, :, 0] >= self._n
+        return np.minimum(counts, self._n[:, None]) * eligible[:, :, None]
+
+
+class NestedWait:
+    """Algorithm 2, for one type. Segment k has the stages after boundary k − 1 up to boundary k, the first stage 0 too.
+
+    A segment runs when >= n_k prompts stand at its first stage and all segments before it run; then at most n_k move on
+    from every stage. `boundaries`: l'_1 < … < l'_m, the last one >= the longest output.
+    """
+
+    def __init__(self, boundaries: tuple[int, ...], n: tuple[int, ...]) -> None:
+        self._n: IntArray = np.array(n)
+        self._last_stage: IntArray = np.array(boundaries)
+        self.first_stage: IntArray = np.array([0, *(b + 1 for b in boundaries[:-1])])
+
+    def batch(self, counts: IntArray) -> IntArray:
+        segment = np.searchsorted(self._last_stage, np.arange(counts.shape[2]))
+        runs = np.logical_and.accumulate(counts[:, :, self.first_stage] >= self._n, axis=2)
+        batch: IntArray = np.minimum(counts, self._n[segment]) * runs[:, :, segment]
+        return batch
+
+
+class Arrivals(Protocol):
+    """Where prompts come from."""
+
+    def during(self, seconds: FloatArray) -> IntArray:
+        """Arrivals in each row's next `seconds` (rows,), by type: (rows, types)."""
+        ...
+
+    def following(self) -> tuple[FloatArray, IntArray]:
+        """Of each row's next arrival, the seconds until it comes and its type: two arrays (rows,)."""
+        ...
+
+
+class PoissonArrivals:
+    """Independent Poisson streams of `rates_rps`; without memory, so that neither method keeps any state."""
+
+    def __init__(self, rates_rps: FloatArray, rows: int, rng: np.random.Generator) -> None:
+        self._rates_rps, self._rows, self._rng = rates_rps, rows, rng
+
+    def during(self, seconds: FloatArray) -> IntArray:
+        return self._rng.poisson(seconds[:, None] * self._rates_rps)
+
+    def following(self) -> tuple[FloatArray, IntArray]:
+        total_rps = float(self._rates_rps.sum())
+        share = np.cumsum(self._rates_rps)[:-1] / total_rps
+        types = np.searchsorted(share, self._rng.random(self._rows), side="right")
+        return self._rng.exponential(1 / total_rps, self._rows), types
+
+
+class PerIteration:
+    """The same prompts during every iteration, whatever its length: `counts` by type. For systems that never idle."""
+
+    def __init__(self, counts: tuple[int, ...], rows: int = 1) -> None:
+        self._arriving: IntArray = np.tile(np.array(counts), (rows, 1))
+
+    def during(self, seconds: FloatArray) -> IntArray:
+        return self._arriving * (seconds > 0)[:, None]
+
+    def following(self) -> tuple[FloatArray, IntArray]:
+        raise RuntimeError("the system is idle, and arrivals come only with iterations")
+
+
+class StylisedRun:
+    """Independent replications of one system under one policy, from empty or from `start` (types, stages).
+
+    `capacity_tokens` is C, infinite by default: no eviction, and `peak_tokens` tells what would have been needed. An
+    overflow evicts last in, first out, and whoever is evicted waits again with nothing done (the paper's restart).
+    Counts know the order of admission only within a type: with several types an overflow raises ValueError. Nor do they
+    know lengths that vary within a type: one who restarts draws a new one.
+
+    State, for reading: `clock_s` (rows,), `counts` (rows, types, stages). Since the start: `arrived` and `completed`
+    (rows, types) in prompts; `output_tokens` of completed prompts, `evicted` prompts, `iterations` and `peak_tokens`,
+    the most KV resident in an iteration (all rows,). `evicted` counts restarts, not newcomers that never got in.
+    """
+
+    def __init__(
+        self,
+        model: StylisedModel,
+        policy: Policy,
+        *,
+        seed: int,
+        rows: int = 1,
+        capacity_tokens: float = math.inf,
+        arrivals: Arrivals | None = None,
+        start: IntArray | None = None,
+    ) -> None:
+        types, stages = model.tokens.shape
+        self._rng = np.random.default_rng(seed)
+        self._model, self._policy, self._capacity_tokens = model, policy, capacity_tokens
+        self._arrivals: Arrivals = arrivals or PoissonArrivals(model.rates_rps, rows, self._rng)
+        self._finishes_surely = model.finish_probability == 1
+        self._may_finish = np.nonzero((model.finish_probability > 0) & ~self._finishes_surely)
+        self.clock_s: FloatArray = np.zeros(rows)
+        self.counts: IntArray = np.zeros((rows, types, stages), dtype=np.int64)
+        if start is not None:
+            self.counts += start
+        self.arrived: IntArray = np.zeros((rows, types), dtype=np.int64)
+        self.completed: IntArray = np.zeros((rows, types), dtype=np.int64)
+        self.output_tokens: IntArray = np.zeros(rows, dtype=np.int64)
+        self.evicted: IntArray = np.zeros(rows, dtype=np.int64)
+        self.iterations: IntArray = np.zeros(rows, dtype=np.int64)
+        self.peak_tokens: IntArray = np.zeros(rows, dtype=np.int64)
+
+    def run(self, until_s: float) -> None:
+        """Bring every row's clock to `until_s`; an iteration that would end later stays undone."""
+        while np.any(self.clock_s < until_s):
+            self.step(until_s)
+
+    def step(self, until_s: float = math.inf) -> None:
+        """One event in every row whose clock is short of `until_s`: an iteration or, with nothing to do, an arrival."""
+        live = self.clock_s < until_s
+        held_tokens = self._evict_overflow(self._resident_tokens())
+        batch = self._policy.batch(self.counts)
+        used_tokens = self._admit_what_fits(batch, held_tokens)
+        np.maximum(self.peak_tokens, used_tokens, out=self.peak_tokens, where=live)
+
+        busy = batch.any(axis=(1, 2))
+        batch_tokens = np.einsum("rts,ts->r", batch, self._model.tokens)
+        need_s = np.asarray(self._model.law.iteration_s(0.0, 0.0, batch_tokens))
+        idle = live & ~busy
+        if idle.any():
+            wait_s, type_of_next = self._arrivals.following()
+            need_s = np.where(busy, need_s, wait_s)
+        ends_s = self.clock_s + need_s
+        in_time = live & (ends_s <= until_s)
+        spent_s = np.where(live, np.minimum(need_s, until_s - self.clock_s), 0.0)
+        self.clock_s = np.where(in_time, ends_s, np.where(live, until_s, self.clock_s))
+
+        self._advance(batch * (in_time & busy)[:, None, None])
+        self.iterations += in_time & busy
+        arriving = self._arrivals.during(np.where(busy, spent_s, 0.0))
+        if idle.any():
+            rows = np.flatnonzero(idle & in_time)
+            arriving[rows, type_of_next[rows]] += 1
+        self.arrived += arriving
+        self.counts[:, :, 0] += arriving
+
+    def _evict_overflow(self, held_tokens: IntArray) -> IntArray:
+        """Evict until what is resident fits; takes and returns its KV tokens (rows,)."""
+        if not np.any(held_tokens > self._capacity_tokens):
+            return held_tokens
+        self._require_one_type()
+        held_tokens = held_tokens.copy()
+        # Within a type, admission and service are first in, first out: the last in are at the lowest stages.
+        for stage in self._model.stages[1:]:
+            tokens = self._model.tokens[0, stage]
+            surplus = np.ceil((held_tokens - self._capacity_tokens) / tokens)
+            leaving = np.clip(surplus, 0, self.counts[:, 0, stage]).astype(np.int64)
+            self.counts[:, 0, stage] -= leaving
+            self.counts[:, 0, 0] += leaving
+            self.evicted += leaving
+            held_tokens -= leaving * tokens
+        return held_tokens
+
+    def _admit_what_fits(self, batch: IntArray, held_tokens: IntArray) -> IntArray:
+        """Cut the batch's newcomers to those whose prompts fit; returns the KV tokens then resident (rows,)."""
+        if np.any(held_tokens + batch[:, :, 0] @ self._model.prompt_tokens > self._capacity_tokens):
+            self._require_one_type()
+            places = (int(self._capacity_tokens) - held_tokens) // self._model.prompt_tokens[0]
+            np.minimum(batch[:, 0, 0], places, out=batch[:, 0, 0])
+        newcomers_tokens: IntArray = batch[:, :, 0] @ self._model.prompt_tokens
+        return held_tokens + newcomers_tokens
+
+    def _advance(self, moved: IntArray) -> None:
+        finished = moved * self._finishes_surely
+        types, stages = self._may_finish
+        if types.size:
+            probability = self._model.finish_probability[types, stages]
+            finished[:, types, stages] = self._rng.binomial(moved[:, types, stages], probability)
+        self.counts -= moved
+        self.counts[:, :, 1:] += (moved - finished)[:, :, :-1]
+        self.completed += finished.sum(axis=2)
+        self.output_tokens += np.einsum("rts,s->r", finished, self._model.stages)
+
+    def _resident_tokens(self) -> IntArray:
+        resident: IntArray = np.einsum("rts,ts->r", self.counts[:, :, 1:], self._model.tokens[:, 1:])
+        return resident
+
+    def _require_one_type(self) -> None:
+        if len(self._model.rates_rps) > 1:
+            raise ValueError(
+                f"memory of {self._capacity_tokens:g} tokens overflows; with several types the last in is unknown"
+            )
