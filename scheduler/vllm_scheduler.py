@@ -78,6 +78,7 @@ class HeadraceScheduler(AsyncScheduler):
         self.latest_work = BatchWork(0, 0, 0, 0)
         self._executing: deque[tuple[SchedulerOutput, float, BatchWork]] = deque()
         self._last_output_s = 0.0
+        self._more_to_run = False
         self._everyone_runs = False
         self._channel: ChannelServer | None = None
         if settings.channel:
@@ -140,7 +141,11 @@ class HeadraceScheduler(AsyncScheduler):
         stuck = bool(sitting_out) and not output.total_num_scheduled_tokens and not self._obeyed.policy.strict
         self._everyone_runs = stuck
         if output.total_num_scheduled_tokens:
-            self._executing.append((output, self.clock(), self.latest_work))
+            # What the engine does between two iterations is part of the second one's time, unless it had nothing to do.
+            free_s = self._last_output_s if self._more_to_run else self.clock()
+            self._executing.append((output, free_s, self.latest_work))
+        elif not self._executing:
+            self._more_to_run = False
         if output.preempted_req_ids:
             self.recorder.totals.preemptions += len(output.preempted_req_ids)
         self.recorder.gauges = Gauges(
@@ -152,15 +157,19 @@ class HeadraceScheduler(AsyncScheduler):
         )
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
-        """vLLM's own, and the iteration's record: its seconds count from when the device could start it."""
-        if self._executing and self._executing[0][0] is scheduler_output:
-            _, scheduled_s, work = self._executing.popleft()
+        """vLLM's own, and the iteration's record: its seconds count from when the engine could start it."""
+        executed = bool(self._executing) and self._executing[0][0] is scheduler_output
+        if executed:
+            _, free_s, work = self._executing.popleft()
             now_s = self.clock()
             # Asynchronous scheduling queues the next step while this one runs.
-            seconds = now_s - max(scheduled_s, self._last_output_s)
+            seconds = now_s - max(free_s, self._last_output_s)
             self._last_output_s = now_s
             self.recorder.iteration(now_s, seconds, *work)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if executed:
+            self._more_to_run = bool(self.running)
+        return outputs
 
     # Coming and going.
 

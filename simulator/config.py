@@ -119,7 +119,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         try:
             options[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise SimulationError(f"the value of {key} is not YAML: {error}") from error
+            raise SimulationError(f"the value of {key} is not YAML: {getattr(error, 'problem', error)}") from error
     return options
 
 

@@ -657,9 +657,9 @@ def test_iteration_records_of_a_worked_example():
     assert telemetry(engine).counters.iterations == 5
 
 
-def test_seconds_count_from_when_the_device_was_free():
+def test_seconds_count_from_when_the_engine_was_free():
     engine = Engine()
-    engine.add("a", output=10)
+    engine.add("a", output=4)
     engine.launch()  # starts at once, at 0.000
     engine.now_s = 0.001
     engine.launch()  # starts when the first is done
@@ -667,11 +667,39 @@ def test_seconds_count_from_when_the_device_was_free():
     engine.deliver()
     engine.now_s = 0.018
     engine.deliver()
-    engine.now_s = 0.050  # the device idles
+    engine.now_s = 0.020  # the engine has been busy with other things, although a request was running
     engine.launch()
-    engine.now_s = 0.057
+    engine.now_s = 0.027
     engine.deliver()
-    assert [record.seconds for record in telemetry(engine).iterations] == pytest.approx([0.010, 0.008, 0.007])
+    engine.launch()
+    engine.now_s = 0.033
+    engine.deliver()  # nobody is left
+    assert engine.launch() == {}
+    engine.now_s = 0.050
+    engine.add("b", output=4)
+    engine.launch()
+    engine.now_s = 0.056
+    while len(engine._in_flight) > 1:
+        engine.deliver()
+    engine.deliver()
+    seconds = [record.seconds for record in telemetry(engine).iterations]
+    assert seconds == pytest.approx([0.010, 0.008, 0.009, 0.006, 0.006])
+
+
+def test_a_standstill_is_no_part_of_the_next_iteration():
+    thresholds = {"policy": "wait", "mode": "strict", "types": [{"name": "all", "n": 1}]}
+    engine = Engine(thresholds=thresholds, settings={"allow_strict": True})
+    engine.add("a", output=3)
+    engine.steps(2)
+    engine.deliver()
+    assert engine.launch() == {}  # nobody waits, so nobody moves
+    engine.now_s = 1.0
+    engine.add("b", output=3)
+    assert engine.launch()
+    engine.now_s += STEP_S
+    while engine._in_flight:
+        engine.deliver()
+    assert telemetry(engine).iterations[-1].seconds == pytest.approx(STEP_S)
 
 
 def test_iterations_leave_out_those_who_sit_out():
