@@ -5,6 +5,8 @@ Sarathi needs no class: V1's own chunked prefill with 512 tokens an iteration is
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
@@ -20,6 +22,17 @@ class VllmV0Scheduler(AsyncScheduler):
     running: list[Request]
     max_num_running_reqs: int
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._decoding: list[Request] = []
+        allocate = self.kv_cache_manager.allocate_slots
+
+        def allocate_above_watermark(*args: Any, **kwargs: Any) -> Any:
+            # vLLM keeps the watermark only beside running requests, and `_schedule_prompts` hides those.
+            return allocate(*args, **kwargs | {"has_scheduled_reqs": bool(self._decoding or self.running)})
+
+        self.kv_cache_manager.allocate_slots = allocate_above_watermark
+
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """An iteration of prompts if any can enter, otherwise one of decodes."""
         if self.waiting or self.skipped_waiting:
@@ -29,11 +42,11 @@ class VllmV0Scheduler(AsyncScheduler):
         return self._with_seats(len(self.running), throttle_prefills)
 
     def _schedule_prompts(self, throttle_prefills: bool) -> SchedulerOutput:
-        decoding, self.running = self.running, []
+        self._decoding, self.running = self.running, []
         try:
-            return self._with_seats(self.max_num_running_reqs - len(decoding), throttle_prefills)
+            return self._with_seats(self.max_num_running_reqs - len(self._decoding), throttle_prefills)
         finally:
-            self.running = decoding + self.running
+            self.running, self._decoding = self._decoding + self.running, []
 
     def _with_seats(self, seats: int, throttle_prefills: bool) -> SchedulerOutput:
         most = self.max_num_running_reqs

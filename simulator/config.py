@@ -94,7 +94,9 @@ def simulation_config(options: dict[str, Any]) -> SimulationConfig:
     """
     data: dict[str, Any] = {"workload": {}, "slo": {}, "thresholds": {}}
     for name, value in options.items():
-        if name in data and isinstance(value, dict):  # `slo: {ttft_s: 1}`, as a sweep writes slo.ttft_s
+        if name in data:  # `slo: {ttft_s: 1}`, as a sweep writes slo.ttft_s
+            if not isinstance(value, dict):
+                raise SimulationError(f"{name} = {value!r}: it must be a mapping")
             data[name] |= value
             continue
         holder, key = _place_of(name)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from replicas.routing_stats import RoutingStats
+from replicas.routing_stats import RoutingStats, best_first
 from scheduler.messages import Counters, Gauges, Telemetry
 from scheduler.thresholds import EngineLimits, Thresholds
 
@@ -49,3 +49,49 @@ def test_stats_survive_the_way_through_serve() -> None:
 )
 def test_what_is_not_ours_is_unknown(reported: dict[str, Any]) -> None:
     assert RoutingStats.from_dict(reported) is None
+
+
+def ranked(
+    stats: dict[str, RoutingStats | None], ongoing: dict[str, int] | None = None, *, shuffled: str = ""
+) -> str:
+    """The replicas' one-letter names, best first; `shuffled` is the order that the shuffle leaves."""
+    def shuffle(replicas: list[str]) -> None:
+        assert sorted(replicas) == sorted(stats)
+        replicas[:] = shuffled or sorted(replicas)
+
+    return "".join(best_first(sorted(stats), stats.get, lambda name: (ongoing or {}).get(name, 0), shuffle))
+
+
+def seats(free: int, of: int = 10) -> RoutingStats:
+    return RoutingStats(seats=of, occupied=of - free, kv_used_fraction=0.0)
+
+
+def test_most_slack_comes_first() -> None:
+    assert ranked({"a": seats(2), "b": seats(9), "c": seats(5)}) == "bca"
+    assert ranked({"a": seats(4), "b": seats(30, of=100)}) == "ab", "the share of free seats, not their number"
+
+
+def test_what_the_router_sent_since_counts() -> None:
+    stats: dict[str, RoutingStats | None] = {"a": seats(8), "b": seats(6)}
+    assert ranked(stats) == "ab"
+    assert ranked(stats, {"a": 7}) == "ba"
+    assert ranked(stats, {"a": 2, "b": 4}) == "ab", "those the engine has reported already"
+
+
+def test_who_has_not_reported_comes_last_the_least_busy_first() -> None:
+    stats: dict[str, RoutingStats | None] = {"a": None, "b": seats(0), "c": None, "d": seats(5)}
+    assert ranked(stats, {"a": 4, "c": 3}) == "dbca"
+    assert ranked(stats, {"a": 1, "b": 15, "c": 0}) == "dbca", "even before one with a queue"
+
+
+@pytest.mark.parametrize("order", ["abc", "bca", "cab"])
+def test_equal_slack_falls_as_shuffled(order: str) -> None:
+    assert ranked({"a": seats(5), "b": seats(5), "c": seats(50, of=100)}, shuffled=order) == order
+    assert ranked({"a": None, "b": None, "c": None}, shuffled=order) == order
+    assert ranked({"a": seats(5), "b": seats(5), "c": seats(9)}, shuffled=order)[0] == "c"
+
+
+def test_the_replicas_given_stay_in_their_order() -> None:
+    replicas = ["a", "b", "c"]
+    best_first(replicas, lambda _: None, lambda _: 0, lambda copy: copy.reverse())
+    assert replicas == ["a", "b", "c"]

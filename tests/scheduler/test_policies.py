@@ -454,3 +454,21 @@ def test_strict_wait_with_segments_runs_both_rules_side_by_side():
     decision = policy.decide(snapshot(running=running, all=1, unknown=3))
     assert decision.admit == {UNKNOWN_TYPE: 3}
     assert decision.sit_out == {"all-0@1", "unknown-1@2"}
+
+
+@pytest.mark.parametrize(
+    ("running", "admitted"), [(0, {"a": 2, "b": 1}), (2, {"a": 1}), (3, {}), (5, {})],
+    ids=["room", "one-seat", "full", "a-cap-lowered-below"],
+)
+def test_strict_wait_keeps_to_the_cap(running, admitted):
+    policy = policy_of("wait", mode="strict", types=types(a=2, b=2), max_in_service=3)
+    decision = policy.decide(snapshot(running=residents(*[1] * running, type_name="a"), a=2, b=4))
+    assert {name: count for name, count in decision.admit.items() if count} == admitted
+
+
+@pytest.mark.parametrize(("running", "released", "admitted"), [(0, 0, 3), (2, 0, 2), (2, 1, 1), (4, 0, 0), (6, 0, 0)])
+@pytest.mark.parametrize("policy", ["nested_wait", "wait"])
+def test_strict_segments_keep_to_the_cap(policy, running, released, admitted):
+    segmented = policy_of(policy, mode="strict", segments=segments((2, 3), (8, 2)), max_in_service=4)
+    decision = segmented.decide(snapshot(running=residents(*[1] * running), released=released, unknown=9))
+    assert decision.admit.get(UNKNOWN_TYPE, 0) == admitted

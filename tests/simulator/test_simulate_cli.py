@@ -1,0 +1,131 @@
+"""`headrace simulate` as the shell sees it: what goes to stdout, what to stderr, and the exit code."""
+
+import json
+import sys
+
+import pytest
+from rich.console import Console
+
+from cluster import cli
+from simulator import cli as simulator_cli
+from simulator.results import read_run
+
+QUICK = ("simulate", "--workload", "p40d8", "--rate", "20", "--requests", "20")
+
+
+@pytest.fixture
+def headrace(monkeypatch, capsys):
+    """Runs the command as the shell does: exit code, stdout, stderr."""
+    monkeypatch.setattr(simulator_cli, "out", Console(width=200))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["headrace", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def test_json_is_one_object_and_nothing_else_on_stdout(headrace):
+    code, out, _ = headrace(*QUICK, "--json")
+    assert code == 0
+    assert out.count("\n") == 1
+    summary = json.loads(out)
+    assert (summary["policy"], summary["rate_rps"], summary["completed"]) == ("vllm", 20.0, 20)
+    assert "notes" not in summary
+
+
+def test_people_get_a_table(headrace):
+    code, out, _ = headrace(*QUICK, "--policy", "wait", "--slo-ttft", "0.5")
+    assert code == 0
+    rows = {line.strip("│ ").partition("│")[0].strip(): line for line in out.splitlines()}
+    for name in ("policy", "goodput_rps", "latency_p99_s", "preemptions"):
+        assert name in rows
+    assert "wait" in rows["policy"]
+
+
+def test_notes_go_to_stderr(headrace):
+    lengths = "0.5:p40d8+0.5:p9000d8"
+    code, out, err = headrace("simulate", "--workload", lengths, "--rate", "20", "--requests", "9", "--json")
+    assert code == 0
+    assert json.loads(out)["completed"] == 9
+    assert "note: 100.0% of p9000d8 left out" in err
+
+
+def test_every_option_reaches_the_run(headrace, tmp_path):
+    code, _, _ = headrace(
+        *QUICK, "--arrivals", "uniform", "--seed", "5", "--policy", "wait", "--profile", "a100-llama2-7b-paper",
+        "--kv-tokens", "20000", "--token-budget", "1024", "--cap", "6", "--slo-ttft", "0.5", "--slo-tpot", "0.1",
+        "--slo-latency", "9", "--replicas", "2", "--set", "max_hold_s=0.5", "--set", "max_num_seqs=64",
+        "--set", "types=[{name: all, n: 2}]", "--out", str(tmp_path / "run"), "--json",
+    )
+    assert code == 0
+    run = read_run(tmp_path / "run")
+    assert run.has_iterations
+    assert run.requests().num_rows == 20
+    config = run.config
+    assert (config["workload"]["lengths"], config["workload"]["rate_rps"]) == ("p40d8", 20.0)
+    assert (config["workload"]["arrivals"], config["workload"]["seed"]) == ("uniform", 5)
+    assert (config["policy"], config["profile"], config["kv_tokens"]) == ("wait", "a100-llama2-7b-paper", 20_000)
+    assert (config["token_budget"], config["cap"], config["replicas"], config["max_num_seqs"]) == (1024, 6, 2, 64)
+    assert config["slo"] == {"ttft_s": 0.5, "tpot_s": 0.1, "latency_s": 9.0}
+    in_force = config["thresholds_in_force"]
+    assert (in_force["max_hold_s"], in_force["max_in_service"]) == (0.5, 6)
+    assert [(entry["name"], entry["n"]) for entry in in_force["types"]] == [("all", 2)]
+
+
+def test_a_trace_is_replayed(headrace, tmp_path):
+    trace = tmp_path / "day.csv"
+    trace.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0,40,8\n1,50,9\n3,60,7\n")
+    code, out, _ = headrace("simulate", "--trace", str(trace), "--arrivals", "replay", "--json")
+    assert code == 0
+    summary = json.loads(out)
+    assert (summary["workload"], summary["completed"]) == ("day", 3)
+    assert 3 < summary["virtual_s"] < 4
+
+
+def test_a_thousand_requests_unless_told_otherwise(headrace):
+    code, out, _ = headrace("simulate", "--workload", "p8d1", "--rate", "50", "--json")
+    assert code == 0
+    assert json.loads(out)["requests"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--policy", "wiat"), "the policies are vllm,"),
+        (("--profile", "a200"), "known profiles: a100-llama2-7b,"),
+        (("--set", "max_holds=1"), "no option 'max_holds'; did you mean max_hold_s?"),
+        (("--set", "cap"), "'cap' is not KEY=VALUE"),
+        (("--set", "cap=many"), "cap = 'many'"),
+        (("--set", "types=["), "the value of types is not YAML"),
+        (("--set", "give_up_s=.inf"), "give_up_s = inf"),
+        (("--trace", "x.csv"), "give exactly one of them"),
+        (("--workload", "p40"), "workload.lengths = 'p40'"),
+        (("--rate", "-1"), "workload.rate_rps = -1.0"),
+        (("--policy", "fcfs", "--cap", "600"), "max_in_service = 600"),
+        (("--policy", "vllm-v0", "--token-budget", "512"), "max_num_batched_tokens (512)"),
+        (("--kv-tokens", "32"), "no request of p40d8 is left"),
+    ],
+)
+def test_what_is_asked_wrongly_is_one_line_and_exit_code_2(headrace, arguments, said, tmp_path):
+    code, out, err = headrace(*QUICK, *arguments, "--out", str(tmp_path / "run"))
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.startswith("error: ")
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "run" / "requests.parquet").exists()
+
+
+def test_nothing_asked_for_says_what_is_missing(headrace):
+    code, out, err = headrace("simulate")
+    assert (code, out) == (2, "")
+    assert "lengths is None and trace is None" in err
+
+
+def test_an_option_that_does_not_exist_is_asked_wrongly(headrace):
+    code, out, err = headrace("simulate", "--polcy", "wait")
+    assert (code, out) == (2, "")
+    assert "--polcy" in err
