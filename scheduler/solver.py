@@ -122,7 +122,7 @@ def nested_wait_thresholds(
         ]
     reasons = []
     for candidate in dict.fromkeys(candidates):
-        chain = _Segments(candidate, merged.lengths, margin)
+        chain = SegmentChain(candidate, merged.lengths, margin)
         queue_log = math.log(len(candidate) * iterations / overflow_probability)
         solution = _smallest_fit(chain, merged.rate_rps, law, kv_capacity_tokens, queue_log)
         if isinstance(solution, NestedWaitSolution):
@@ -146,7 +146,7 @@ def resident_cap(mix: WorkloadMix, kv_capacity_tokens: int, *, overflow_probabil
     return max(1, math.floor(root**2 * (1 + 1e-12)))
 
 
-class _Segments:
+class SegmentChain:
     """Segments of output length, and what n_k prompts in each of their stages amount to."""
 
     def __init__(self, boundaries: tuple[int, ...], lengths: Lengths, margin: float) -> None:
@@ -190,7 +190,7 @@ class _Segments:
 
 
 def _smallest_fit(
-    chain: _Segments, rate_rps: float, law: ServiceTimeLaw, kv_capacity_tokens: int, queue_log: float
+    chain: SegmentChain, rate_rps: float, law: ServiceTimeLaw, kv_capacity_tokens: int, queue_log: float
 ) -> NestedWaitSolution | Infeasible:
     """The smallest n_1 whose thresholds keep up with the arrivals and fit with their buffer."""
     first, before = 1, ""

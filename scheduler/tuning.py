@@ -9,10 +9,12 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from scheduler.fluid import FluidEquilibrium, solve_fluid
 from scheduler.law import ServiceTimeLaw
 from scheduler.mix import Lengths, RequestType, WorkloadMix
-from scheduler.solver import Infeasible, nested_wait_thresholds, resident_cap, wait_thresholds
+from scheduler.solver import Infeasible, SegmentChain, nested_wait_thresholds, resident_cap, wait_thresholds
 from scheduler.thresholds import UNKNOWN_TYPE, EngineLimits, SegmentThreshold, Thresholds, TypeThreshold
 
 MOST_TYPES = 4
@@ -42,6 +44,35 @@ def tune(
     equilibrium = solver.equilibrium
     reason = f"{_in_words(equilibrium, mix.rate_rps)}; {solved.reason}; cap {cap} from memory"
     return Tuned(replace(solved, reason=reason), equilibrium)
+
+
+def tune_by_cap(configured: Thresholds, mix: WorkloadMix, cap: int, *, margin: float = 0.05) -> Thresholds:
+    """The rule of the paper's experiments: counts from a cap on prompts in service, whatever the load.
+
+    WAIT: n_j in proportion to λ_j with Σ (l'_j + 1) n_j = cap. Nested WAIT: n_k/n_{k−1} = min(p_k + margin, 0.99) and
+    Σ δ_k n_k = cap. Counts are rounded and at least 1; arXiv 2504.11320 spreads a segment's total over its stages.
+    """
+    known = [t for t in mix.types if t.name != UNKNOWN_TYPE]
+    per_rate = cap / sum(t.rate_rps * (t.lengths.mean_output_tokens + 1) for t in mix.types)
+    types = tuple(
+        TypeThreshold(
+            name=t.name, n=max(1, round(per_rate * t.rate_rps)), max_output_tokens=_bound_of(t, last=t is known[-1])
+        )
+        for t in known
+    )
+    segments: tuple[SegmentThreshold, ...] = ()
+    unknown = [t for t in mix.types if t.name == UNKNOWN_TYPE]
+    if unknown:
+        lengths = unknown[0].lengths
+        ends = tuple(sorted({lengths.output_quantile(part / _MOST_SEGMENTS) for part in range(1, _MOST_SEGMENTS + 1)}))
+        chain = SegmentChain(ends, lengths, margin)
+        relative = np.cumprod([1.0, *chain.ratios])
+        counts = cap / float(chain.stages @ relative) * relative
+        segments = tuple(
+            SegmentThreshold(end_output_tokens=end, n=max(1, round(n))) for end, n in zip(ends, counts, strict=True)
+        )
+    reason = f"counts from a cap of {cap} in service"
+    return replace(configured, types=types, segments=segments, max_in_service=cap, reason=reason)
 
 
 def mix_by_length(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -36,8 +36,9 @@ class SimulationConfig(_Strict):
     profile: the service-time law and KV capacity (`kv_tokens` overrides the latter). token_budget: vLLM's
     max_num_batched_tokens; None is the contender's own, 2 048 for most. cap: most requests in service; max_num_seqs:
     the engine's own limit. declare_lengths: clients tell how long their answers will be; None: where the policy asks
-    for it. give_up_s: a client leaves when it has no first token after so long. thresholds: fields of `Thresholds`
-    that replace the solved ones. window: fractions of the arrival order between which requests are measured.
+    for it. give_up_s: a client leaves when it has no first token after so long. counts: WAIT's and Nested WAIT's are
+    solved for the load, or follow from `cap` alone as in the paper's experiments. thresholds: fields of `Thresholds`
+    that replace these. window: fractions of the arrival order between which requests are measured.
     """
 
     workload: WorkloadConfig
@@ -54,6 +55,7 @@ class SimulationConfig(_Strict):
     declare_lengths: bool | None = None
     give_up_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     overflow_probability: float = Field(default=0.01, gt=0, lt=1)
+    counts: Literal["solved", "by_cap"] = "solved"
     thresholds: dict[str, Any] = Field(default_factory=dict)
     slo: Targets = Field(default_factory=Targets)
     window: tuple[float, float] = (0.3, 0.9)

@@ -17,7 +17,7 @@ from scheduler.mix import Lengths, WorkloadMix
 from scheduler.profiles import load_profile
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS
 from scheduler.thresholds import EngineLimits, Thresholds, parse_thresholds, thresholds_as_dict
-from scheduler.tuning import mix_by_length, tune
+from scheduler.tuning import mix_by_length, tune, tune_by_cap
 from simulator.config import SimulationConfig, SimulationError, simulation_config
 from simulator.contenders import CONTENDERS
 from simulator.measure import summarise
@@ -153,10 +153,7 @@ def _thresholds(config: SimulationConfig, workload: Workload) -> Thresholds:
     limits, contender = _limits(config), CONTENDERS[config.policy]
     configured = Thresholds(policy=contender.policy or "fcfs")
     if contender.policy != "fcfs":
-        mix = _mix(config, workload)
-        configured = tune(
-            configured, mix, load_profile(config.profile).law, limits, overflow_probability=config.overflow_probability
-        ).thresholds
+        configured = _tuned(config, configured, _mix(config, workload), limits)
     given = thresholds_as_dict(configured) | config.thresholds
     try:
         if config.cap:
@@ -169,6 +166,15 @@ def _thresholds(config: SimulationConfig, workload: Workload) -> Thresholds:
     except ValueError as error:
         raise SimulationError(str(error)) from error
     return thresholds
+
+
+def _tuned(config: SimulationConfig, configured: Thresholds, mix: WorkloadMix, limits: EngineLimits) -> Thresholds:
+    if config.counts == "solved":
+        law = load_profile(config.profile).law
+        return tune(configured, mix, law, limits, overflow_probability=config.overflow_probability).thresholds
+    if config.cap is None:
+        raise SimulationError("counts = 'by_cap': give a cap too, from which they follow")
+    return tune_by_cap(configured, mix, config.cap)
 
 
 def _mix(config: SimulationConfig, workload: Workload) -> WorkloadMix:

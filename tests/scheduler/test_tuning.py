@@ -17,7 +17,7 @@ from scheduler.thresholds import (
     parse_thresholds,
     thresholds_as_dict,
 )
-from scheduler.tuning import MOST_TYPES, mix_by_length, tune
+from scheduler.tuning import MOST_TYPES, mix_by_length, tune, tune_by_cap
 
 LAW = ServiceTimeLaw(d0_s=0.0112, d1_s_per_kv_token=4.24e-7)
 LIMITS = EngineLimits(
@@ -206,3 +206,22 @@ def test_types_of_a_mix_keep_their_order_beside_the_unknown():
     ))
     types = tuned("wait", mix).thresholds.types
     assert [(t.name, t.max_output_tokens) for t in types] == [("output<=50", 50), ("output<=99", None)]
+
+
+def test_counts_of_types_follow_from_a_cap_in_proportion_to_their_rates():
+    mix = WorkloadMix(
+        (RequestType("output<=9", 3.0, Lengths.point(50, 9)), RequestType("output<=19", 1.0, Lengths.point(50, 19)))
+    )
+    thresholds = tune_by_cap(Thresholds(policy="wait"), mix, 100)  # 10 n_1 + 20 n_2 = 100 with n_1 = 3 n_2
+    assert [(t.n, t.max_output_tokens) for t in thresholds.types] == [(6, 9), (2, None)]
+    assert thresholds.max_in_service == 100
+    assert [t.n for t in tune_by_cap(Thresholds(policy="wait"), mix.scaled(7.0), 100).types] == [6, 2]
+    assert [t.n for t in tune_by_cap(Thresholds(policy="wait"), mix, 3).types] == [1, 1]
+
+
+def test_counts_of_segments_follow_from_a_cap_and_survival():
+    lengths = Lengths.from_pairs([(50, 10), (50, 20)])  # half go on: n_2 = 0.55 n_1, 11 n_1 + 10 n_2 = 330
+    mix = WorkloadMix((RequestType(UNKNOWN_TYPE, 5.0, lengths),))
+    thresholds = tune_by_cap(Thresholds(policy="nested_wait"), mix, 330)
+    assert [(s.end_output_tokens, s.n) for s in thresholds.segments] == [(10, 20), (20, 11)]
+    assert thresholds.max_in_service == 330

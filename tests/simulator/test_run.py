@@ -406,3 +406,15 @@ def test_settings_are_yaml():
     for wrong, said in (("cap", "'cap' is not KEY=VALUE"), ("=3", "'=3' is not"), ("types=[", "the value of types")):
         with pytest.raises(SimulationError, match=re.escape(said)):
             parse_settings([wrong])
+
+
+def test_counts_by_cap(tmp_path):
+    options = SMALL | {"policy": "nested-wait", "counts": "by_cap"}
+    with pytest.raises(SimulationError, match="give a cap too"):
+        simulate(simulation_config(options))
+    summary = simulate(simulation_config(options | {"cap": 8}), folder=tmp_path)
+    in_force = read_run(tmp_path).config["thresholds_in_force"]
+    assert in_force["max_in_service"] == 8
+    assert in_force["segments"]
+    assert max(read_run(tmp_path).iterations()["in_service"].to_pylist()) <= 8
+    assert summary["completed"] == summary["requests"]
