@@ -51,7 +51,8 @@ def main() -> None:
             policy: round(wall_s(long | {"policy": policy}), 1) for policy in ("vllm", "fcfs")
         },
         "split_us_per_iteration": {
-            policy: split(short | {"policy": policy}) for policy in ("vllm", "fcfs", "wait", "nested-wait")
+            name: {policy: split(options | {"policy": policy}) for policy in ("vllm", "fcfs", "wait", "nested-wait")}
+            for name, options in {"p512d20": short, "conversation": long | {"requests": 3000}}.items()
         },
         "peak_rss_mib": flatness(),
     }
