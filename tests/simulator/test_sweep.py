@@ -175,7 +175,15 @@ def test_a_dying_process_is_only_its_own_points_failure(tmp_path):
     assert not multiprocessing.active_children()
 
 
-def test_ctrl_c_ends_the_workers_and_leaves_no_half_run(tmp_path):
+@pytest.fixture
+def ctrl_c_is_heard():
+    """A shell starts background commands deaf to Ctrl-C, and the tests may be one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_the_workers_and_leaves_no_half_run(tmp_path, ctrl_c_is_heard):
     with pytest.raises(KeyboardInterrupt):
         run_sweep(plan_in(tmp_path, rate=[1, 2, 3]), interrupt_and_wait, 1)
     assert not multiprocessing.active_children()
