@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 
 from cluster import render
 from cluster.client import DEFAULT_URL, AdminClient, AdminRefused, AdminUnavailable
 from cluster.config import ClusterConfig, ConfigError, load_config
 from cluster.plan import PlanError, PlanInputs, make_plan
+from scheduler.validation import parse_settings
 from simulator import cli as simulator_cli
 from simulator.config import SimulationError
 
@@ -189,17 +189,10 @@ def thresholds_auto(replica: Replica = None, url: Url = DEFAULT_URL, as_json: Js
 
 
 def _parse_settings(settings: list[str]) -> dict[str, Any]:
-    changes = {}
-    for setting in settings:
-        field, separator, value = setting.partition("=")
-        if not separator or not field:
-            raise ConfigError(f"{setting!r} is not FIELD=VALUE")
-        try:
-            changes[field] = yaml.safe_load(value)
-            json.dumps(changes[field], allow_nan=False)
-        except (yaml.YAMLError, TypeError, ValueError) as error:
-            raise ConfigError(f"the value of {field} is not YAML that JSON can carry: {error}") from error
-    return changes
+    try:
+        return parse_settings(settings)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 @app.command()

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from scheduler.profiles import load_profile
+from scheduler.targets import NO_TARGETS, Targets
 from scheduler.thresholds import Thresholds, parse_thresholds
 from scheduler.validation import describe
 
@@ -55,7 +56,8 @@ class AcceleratorConfig(_Strict):
 class ControllerConfig(_Strict):
     """The central controller. period_s: seconds between two solutions; profile: the service-time law to start from;
     min_finished: finished requests to see before a replica's thresholds are touched; window_s: seconds of arrivals that
-    count; validity_s: how long pushed thresholds stay in force without the controller."""
+    count; validity_s: how long pushed thresholds stay in force without the controller; targets: seconds that the policy
+    `fluid` keeps requests within (ttft_s, tpot_s, latency_s)."""
 
     enabled: bool = True
     period_s: float = Field(default=5.0, gt=0, le=3600, allow_inf_nan=False)
@@ -64,6 +66,7 @@ class ControllerConfig(_Strict):
     window_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     validity_s: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     overflow_probability: float = Field(default=0.01, gt=0, lt=1)
+    targets: Targets = NO_TARGETS
 
     @field_validator("profile")
     @classmethod
@@ -73,7 +76,10 @@ class ControllerConfig(_Strict):
 
 
 def _thresholds(value: Any) -> Any:
-    return parse_thresholds(value) if isinstance(value, dict) else value
+    thresholds = parse_thresholds(value) if isinstance(value, dict) else value
+    if isinstance(thresholds, Thresholds) and thresholds.policy == "fluid":
+        raise ValueError("policy 'fluid' is for `headrace simulate` so far; allowed: fcfs, wait, nested_wait")
+    return thresholds
 
 
 class AppConfig(_Strict):

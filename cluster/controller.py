@@ -19,11 +19,11 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.config import ControllerConfig
-from cluster.replica_model import Proposal, ReplicaModel, materially_different
 from replicas.calls import ReplicaUnavailable, call_replica, replica_ids
 from scheduler.fluid import finite_or_none
 from scheduler.messages import Ack
 from scheduler.profiles import load_profile
+from scheduler.replica_model import Proposal, ReplicaModel, materially_different
 from scheduler.thresholds import Thresholds, thresholds_as_dict
 
 NAMESPACE = "headrace"

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy, create_request_queue
 from vllm.v1.request import Request
 
-from scheduler.policies import QueueView
+from scheduler.policies import QueueView, Waiting
 
 Classify = Callable[[Request], str]
 
@@ -47,8 +48,21 @@ class GatedQueue(RequestQueue):
     def views(self) -> dict[str, QueueView]:
         """The closed queues that are not empty, by type."""
         return {
-            name: QueueView(len(queue), self._oldest_since_s(name)) for name, queue in self._closed.items() if queue
+            name: QueueView(len(queue), self._oldest_since_s(name), partial(self._heads, queue))
+            for name, queue in self._closed.items() if queue
         }
+
+    def _heads(self, queue: RequestQueue) -> Iterator[Waiting]:
+        return (Waiting(request.num_prompt_tokens, self._since_s[request.request_id]) for request in queue)
+
+    def oldest(self, type_name: str, count: int) -> list[Request]:
+        """The first `count` requests of a type, left in place."""
+        return list(islice(self._closed.get(type_name, ()), count))
+
+    def newest(self, type_name: str, count: int) -> list[Request]:
+        """The last `count` requests of a type, left in place."""
+        queue = self._closed.get(type_name)
+        return list(islice(reversed(queue), count)) if queue and count else []
 
     def release(self, type_name: str, count: int) -> None:
         """Let the first `count` requests of a type through; fewer when fewer wait."""

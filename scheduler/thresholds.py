@@ -17,7 +17,9 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 
-POLICY_NAMES = ("fcfs", "wait", "nested_wait")
+from scheduler.pace import Pace
+
+POLICY_NAMES = ("fcfs", "wait", "nested_wait", "fluid")
 MODES = ("serving", "strict")
 LONGEST_HOLD_S = 60.0
 """No setting may hold a request longer than this: beyond a minute a hold is an outage."""
@@ -109,6 +111,7 @@ class Thresholds:
     segments: tuple[SegmentThreshold, ...] = ()
     max_in_service: Count | None = None
     token_budget: Count | None = None
+    pace: Pace | None = None
     max_hold_s: Seconds = 0.25
     valid_for_s: Seconds | None = None
     pinned: Flag = False

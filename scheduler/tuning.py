@@ -15,6 +15,7 @@ from scheduler.fluid import FluidEquilibrium, solve_fluid
 from scheduler.law import ServiceTimeLaw
 from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.solver import Infeasible, SegmentChain, nested_wait_thresholds, resident_cap, wait_thresholds
+from scheduler.targets import NO_TARGETS, Targets, solve_pace
 from scheduler.thresholds import UNKNOWN_TYPE, EngineLimits, SegmentThreshold, Thresholds, TypeThreshold
 
 MOST_TYPES = 4
@@ -31,13 +32,19 @@ class Tuned:
 
 
 def tune(
-    configured: Thresholds, mix: WorkloadMix, law: ServiceTimeLaw, limits: EngineLimits, *, overflow_probability: float
+    configured: Thresholds, mix: WorkloadMix, law: ServiceTimeLaw, limits: EngineLimits, *,
+    overflow_probability: float, targets: Targets = NO_TARGETS, law_error: float = 0.0,
 ) -> Tuned:
-    """Solve the fluid model for `mix` and fill in the counts that `configured.policy` needs, and the cap from memory.
+    """Solve the fluid model for `mix` and fill in what `configured.policy` needs: a pace, or counts and a cap.
 
-    The type named `UNKNOWN_TYPE` holds the requests whose output length nobody declared; they follow segments.
+    targets and law_error concern `fluid` alone, see `solve_pace`. The type named `UNKNOWN_TYPE` holds the requests
+    whose output length nobody declared; they follow segments.
     """
     solver = _Solver(mix, law, limits, overflow_probability)
+    if configured.policy == "fluid":
+        promise = solve_pace(mix, law, limits, targets, law_error=law_error, miss_probability=overflow_probability)
+        reason = f"{mix.rate_rps:.2f} requests/s of {promise.capacity_rps:.2f} possible; {promise.binding} binds"
+        return Tuned(replace(configured, pace=promise.pace, reason=reason), solver.equilibrium)
     cap = resident_cap(mix, limits.kv_capacity_tokens, overflow_probability=overflow_probability)
     cap = max(1, min(cap, limits.seats))
     solved = solver.solve(replace(configured, types=(), segments=(), max_in_service=cap))

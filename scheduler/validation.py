@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 
@@ -42,3 +44,22 @@ def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str
 
 def _is_model(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, BaseModel)
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """`KEY=VALUE` texts of a command line as a mapping; values are YAML.
+
+    Raises ValueError for a text without `=` and for a value that is no YAML or that JSON could not carry.
+    """
+    values = {}
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        if not separator or not key:
+            raise ValueError(f"{setting!r} is not KEY=VALUE")
+        try:
+            values[key] = yaml.safe_load(value)
+            json.dumps(values[key], allow_nan=False)
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            what = getattr(error, "problem", None) or error
+            raise ValueError(f"the value of {key} is not YAML that JSON can carry: {what}") from error
+    return values

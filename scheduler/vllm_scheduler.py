@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
 from scheduler.channel import ChannelServer, engine_id
@@ -34,6 +35,10 @@ from scheduler.settings import EXPECTED_OUTPUT_TOKENS, SchedulerSettings
 from scheduler.thresholds import EngineLimits
 
 logger = init_logger(f"vllm.headrace.{__name__}")  # below vLLM's logger, so that its handlers and level apply
+
+
+REFUSED = "refused: the replica is too busy to answer in time"
+"""The stop reason of a request that the policy refuses before its first token."""
 
 
 class BatchWork(NamedTuple):
@@ -79,6 +84,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._executing: deque[tuple[SchedulerOutput, float, BatchWork]] = deque()
         self._last_output_s = 0.0
         self._more_to_run = False
+        self._refused: list[Request] = []
         self._everyone_runs = False
         self._channel: ChannelServer | None = None
         if settings.channel:
@@ -94,12 +100,15 @@ class HeadraceScheduler(AsyncScheduler):
             self._obey(obeyed)
         now_s = self.clock()
         decision = obeyed.policy.decide(self._snapshot(now_s))
+        self._refuse(self.gate.oldest(UNKNOWN_TYPE, decision.refuse_oldest))
         for type_name, count in decision.admit.items():
             self.gate.release(type_name, count)
+        self._refuse(self.gate.newest(UNKNOWN_TYPE, decision.refuse_newest))
 
         aside = self._set_aside(decision.sit_out)
         self.max_num_running_reqs = self._most_running - len(aside)
-        budget = (self._budget_can_split and obeyed.thresholds.token_budget) or self._most_tokens
+        asked = decision.token_budget or obeyed.thresholds.token_budget
+        budget = (self._budget_can_split and asked) or self._most_tokens
         # Every running request gets its decode token, however small the budget is set.
         self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, len(self.running)))
         try:
@@ -110,6 +119,12 @@ class HeadraceScheduler(AsyncScheduler):
             self.max_num_running_reqs = self._most_running
         self._after_schedule(output, len(aside))
         return output
+
+    def _refuse(self, requests: list[Request]) -> None:
+        """End requests that have not cost anything yet; their clients hear of it with the iteration's outputs."""
+        if requests:
+            self.finish_requests([request.request_id for request in requests], RequestStatus.FINISHED_ABORTED)
+            self._refused += requests
 
     def _obey(self, in_force: InForce) -> None:
         self._obeyed = in_force
@@ -126,6 +141,9 @@ class HeadraceScheduler(AsyncScheduler):
             running=_Residents(self.running, self.gate),
             kv_used_tokens=round(self.kv_cache_manager.usage * capacity),
             kv_capacity_tokens=capacity,
+            prompt_backlog_tokens=sum(
+                [request.num_tokens - request.num_computed_tokens for request in self._inflight_prefills]
+            ),
         )
 
     def _set_aside(self, sit_out: Collection[str]) -> list[tuple[int, Request]]:
@@ -169,6 +187,10 @@ class HeadraceScheduler(AsyncScheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if executed:
             self._more_to_run = bool(self.running)
+        for request in self._refused:
+            answer = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ABORT, stop_reason=REFUSED)
+            outputs.setdefault(request.client_index, EngineCoreOutputs(outputs=[])).outputs.append(answer)
+        self._refused = []
         return outputs
 
     # Coming and going.
@@ -278,6 +300,12 @@ class _RequestAsResident:
             return 0
         stage: int = request.num_output_tokens + request.num_output_placeholders
         return stage
+
+    @property
+    def kv_tokens(self) -> int:
+        request = self._request
+        tokens: int = request.num_tokens + request.num_output_placeholders
+        return tokens
 
 
 class _Residents(Sequence[Resident]):

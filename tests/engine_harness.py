@@ -78,6 +78,7 @@ class Engine:
         self.batches: list[dict[str, int]] = []
         self.first_scheduled: dict[str, float] = {}
         self.finished: dict[str, Request] = {}
+        self.answers: list[Any] = []
         self.finished_s: dict[str, float] = {}
         self._in_flight: deque[tuple[Any, list[str], set[str]]] = deque()
 
@@ -148,12 +149,13 @@ class Engine:
         """The results of the oldest iteration in flight come back."""
         output, names, producing = self._in_flight.popleft()
         sampled = [[self._token_for(name)] if name in producing else [] for name in names]
-        self.scheduler.update_from_output(
+        outputs = self.scheduler.update_from_output(
             output,
             ModelRunnerOutput(
                 req_ids=names, req_id_to_index={n: i for i, n in enumerate(names)}, sampled_token_ids=sampled
             ),
         )
+        self.answers += [answer for client in outputs.values() for answer in client.outputs]
         for name in names:
             if name in self.requests and self.requests[name].is_finished():
                 self.finished[name] = self.requests.pop(name)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from scheduler.policies.base import Decision, Policy, QueueView, Resident, Snapshot
+from scheduler.policies.base import Decision, Policy, QueueView, Resident, Snapshot, Waiting
 from scheduler.policies.fcfs import Fcfs
+from scheduler.policies.fluid import Fluid
 from scheduler.policies.nested_wait import NestedWait
 from scheduler.policies.wait import Wait
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
-_POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Fcfs, Wait, NestedWait)}
+_POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Fcfs, Wait, NestedWait, Fluid)}
 
 
 def make_policy(thresholds: Thresholds) -> Policy:
@@ -16,4 +17,4 @@ def make_policy(thresholds: Thresholds) -> Policy:
     return _POLICIES[thresholds.policy](thresholds)
 
 
-__all__ = ["UNKNOWN_TYPE", "Decision", "Policy", "QueueView", "Resident", "Snapshot", "make_policy"]
+__all__ = ["UNKNOWN_TYPE", "Decision", "Policy", "QueueView", "Resident", "Snapshot", "Waiting", "make_policy"]

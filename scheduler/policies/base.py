@@ -7,9 +7,9 @@ A policy may keep state between calls, and only through them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
@@ -28,13 +28,32 @@ class Resident(Protocol):
     def stage(self) -> int:
         """Output tokens so far, those in flight included; 0 while its prompt is still being computed (paper: s)."""
 
+    @property
+    def kv_tokens(self) -> int:
+        """KV tokens it holds once its prompt is computed: prompt and output so far."""
+
+
+class Waiting(NamedTuple):
+    """A request that waits at the gate, since a clock second."""
+
+    prompt_tokens: int
+    since_s: float
+
+
+def _nobody() -> Iterator[Waiting]:
+    return iter(())
+
 
 @dataclass(frozen=True, slots=True)
 class QueueView:
-    """The requests of one type that wait at the gate: how many, and since when the oldest does (clock seconds)."""
+    """The requests of one type that wait at the gate: how many, and since when the oldest does (clock seconds).
+
+    `heads` goes through them from the head of the queue; a policy takes no more of them than it may admit.
+    """
 
     length: int
     oldest_since_s: float
+    heads: Callable[[], Iterator[Waiting]] = field(default=_nobody, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +61,8 @@ class Snapshot:
     """The state of one engine just before an iteration.
 
     waiting: the gate's queues by type, empty ones left out; released: requests already let through the gate that the
-    engine has not taken up yet; running: the requests in service, oldest first; KV in tokens.
+    engine has not taken up yet; running: the requests in service, oldest first; KV in tokens; prompt_backlog_tokens:
+    what is left to compute of the prompts of those in service.
     """
 
     now_s: float
@@ -51,6 +71,7 @@ class Snapshot:
     running: Sequence[Resident]
     kv_used_tokens: int
     kv_capacity_tokens: int
+    prompt_backlog_tokens: int = 0
 
     @property
     def idle(self) -> bool:
@@ -63,10 +84,17 @@ _NOBODY: frozenset[str] = frozenset()
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How many of each type may enter (from the head of its queue), and who sits this iteration out (request ids)."""
+    """How many of each type may enter (from the head of its queue), and who sits this iteration out (request ids).
+
+    token_budget: tokens of this iteration (None: the thresholds' own). refuse_oldest, refuse_newest: how many are
+    refused from the head of the unknown type's queue before anybody enters, and from its tail afterwards.
+    """
 
     admit: Mapping[str, int] = field(default_factory=dict)
     sit_out: Collection[str] = _NOBODY
+    token_budget: int | None = None
+    refuse_oldest: int = 0
+    refuse_newest: int = 0
 
 
 class Policy(ABC):

@@ -213,8 +213,8 @@ def test_set_passes_the_server_s_refusal_on(server: Server, headrace: Any, setti
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("max_in_service", "'max_in_service' is not FIELD=VALUE"),
-        ("=3", "'=3' is not FIELD=VALUE"),
+        ("max_in_service", "'max_in_service' is not KEY=VALUE"),
+        ("=3", "'=3' is not KEY=VALUE"),
         ("types=[", "the value of types is not YAML"),
         ("max_hold_s=.nan", "the value of max_hold_s"),
         ("reason=2026-01-01", "the value of reason"),

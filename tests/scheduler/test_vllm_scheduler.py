@@ -10,10 +10,11 @@ from engine_harness import BLOCK, MAX_MODEL_LEN, STEP_S, Engine
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from scheduler.channel import ChannelClient, new_endpoint, remove_endpoint
+from scheduler.law import ServiceTimeLaw
 from scheduler.messages import Arrival, Finished, Report
 from scheduler.settings import SchedulerSettings
 from scheduler.thresholds import InvalidThresholds, Thresholds
-from scheduler.vllm_scheduler import _in_admission_order, _RequestAsResident, batch_work
+from scheduler.vllm_scheduler import REFUSED, _in_admission_order, _RequestAsResident, batch_work
 
 
 def wait(n=8, **fields):
@@ -880,3 +881,48 @@ def test_live_channel_into_a_serving_engine():
         engine.scheduler.shutdown()
         remove_endpoint(endpoint)
     assert not engine.scheduler._channel._thread.is_alive(), "shutdown closes the channel"
+
+
+def fluid_pace(**fields):
+    return {
+        "law": {"d0_s": 4e-3, "d1_s_per_kv_token": 1e-6, "d2_s_per_prefill_token": 1e-4, "d3_s_per_decode_token": 1e-4},
+        "survival": [[0, 1.0], [49, 1.0], [50, 0.0]], "kv_limit_tokens": 256 * BLOCK, **fields,
+    }
+
+
+def test_fluid_refuses_the_useless_end_of_the_queue_and_tells_their_clients():
+    pace = fluid_pace(ttft_s=5.0, queue_requests=2, kv_limit_tokens=400)
+    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    add_many(engine, 8, "r", prompt=100, output=50)
+    engine.launch()
+    engine.deliver()
+    refused = [answer for answer in engine.answers if answer.finish_reason is not None]
+    assert {(str(answer.finish_reason), answer.stop_reason) for answer in refused} == {("abort", REFUSED)}
+    assert all(answer.new_token_ids == [] for answer in refused)
+    # The oldest are served, the next two wait, and who came last is refused.
+    served = len(engine.running)
+    assert 0 < served < 6
+    assert engine.running == [f"r{place}" for place in range(served)]
+    assert engine.scheduler.gate.held == 2
+    assert sorted(answer.request_id for answer in refused) == [f"r{place}" for place in range(served + 2, 8)]
+
+
+def test_fluid_never_lets_memory_overflow_and_serves_everybody_without_targets():
+    engine = Engine(blocks=64, thresholds={"policy": "fluid", "pace": fluid_pace(kv_limit_tokens=63 * BLOCK)})
+    add_many(engine, 30, "r", prompt=60, output=50)
+    engine.run()
+    assert len(engine.finished) == 30
+    assert telemetry(engine).counters.preemptions == 0
+
+
+def test_fluid_keeps_the_iteration_within_its_time():
+    law = ServiceTimeLaw(0.004, 1e-6, 1e-4, 1e-4)
+    engine = Engine(blocks=1024, thresholds={"policy": "fluid", "pace": fluid_pace(
+        kv_limit_tokens=1023 * BLOCK, iteration_s=0.02)})
+    add_many(engine, 60, "r", prompt=90, output=50)
+    engine.run()
+    slowest = max(
+        law.iteration_s(r.prefill_tokens, r.decode_tokens, r.kv_tokens) for r in telemetry(engine).iterations
+    )
+    assert slowest <= 0.02
+    assert len(engine.finished) == 60

@@ -6,21 +6,51 @@ and the lengths of finished requests; asked, it solves the fluid model and says 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from cluster.config import ControllerConfig
+import numpy as np
+from numpy.typing import NDArray
+
 from scheduler.fit import OnlineLaw
 from scheduler.fluid import FluidEquilibrium
 from scheduler.law import ServiceTimeLaw
 from scheduler.messages import Arrival, Telemetry
-from scheduler.mix import Lengths, WorkloadMix
-from scheduler.thresholds import Thresholds
+from scheduler.mix import Lengths, RequestType, WorkloadMix
+from scheduler.pace import Pace
+from scheduler.survival import cold_lengths, product_limit
+from scheduler.targets import Targets
+from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 from scheduler.tuning import mix_by_length, tune
 
 KEPT_LENGTHS = 2000
+_SETTLED_PACE, _SETTLED_SURVIVAL = 0.05, 0.02
+_LEAST_RATE_RPS = 1e-3
 _SETTLED = 0.10
 """Thresholds closer than this (relatively) to those in force are left alone: estimates jitter, engines should not."""
+
+
+class Tuning(Protocol):
+    """How a replica is tuned. window_s: seconds of arrivals that count; min_finished: finished requests to see before
+    anything is touched; overflow_probability: accepted chance that memory overflows; validity_s: how long thresholds
+    stay in force unless renewed; targets: what the operator promises."""
+
+    @property
+    def window_s(self) -> float: ...
+
+    @property
+    def min_finished(self) -> int: ...
+
+    @property
+    def overflow_probability(self) -> float: ...
+
+    @property
+    def validity_s(self) -> float: ...
+
+    @property
+    def targets(self) -> Targets: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +65,7 @@ class Proposal:
 class ReplicaModel:
     """Running estimates of one replica under the configured policy."""
 
-    def __init__(self, config: ControllerConfig, law: ServiceTimeLaw, configured: Thresholds) -> None:
+    def __init__(self, config: Tuning, law: ServiceTimeLaw, configured: Thresholds) -> None:
         self._config = config
         self._configured = configured
         self.law = OnlineLaw(law)
@@ -86,6 +116,8 @@ class ReplicaModel:
         """The thresholds for what is known now; the configured ones while that is too little."""
         if self.telemetry is None:
             return Proposal(self._configured, None, "no telemetry yet: the configured thresholds")
+        if self._configured.policy == "fluid":
+            return self._solved(self._mix_for_pace())
         if len(self._finished) < self._config.min_finished:
             reason = (
                 f"{len(self._finished)} finished requests seen, {self._config.min_finished} needed: "
@@ -95,35 +127,80 @@ class ReplicaModel:
         if not self._arrivals:
             reason = f"no arrivals in the last {self._config.window_s:g} s: the configured thresholds"
             return Proposal(self._configured, None, reason)
-        limits = self.telemetry.limits
+        return self._solved(self._mix())
+
+    def _solved(self, mix: WorkloadMix) -> Proposal:
+        assert self.telemetry is not None
         tuned = tune(
-            self._configured, self._mix(limits.max_model_len), self.law.law, limits,
-            overflow_probability=self._config.overflow_probability,
+            self._configured, mix, self.law.law, self.telemetry.limits,
+            overflow_probability=self._config.overflow_probability, targets=self._config.targets,
+            law_error=self._law_error(mix),
         )
         thresholds = replace(tuned.thresholds, valid_for_s=self._config.validity_s)
         return Proposal(thresholds, tuned.equilibrium, thresholds.reason)
 
-    def _mix(self, longest: int) -> WorkloadMix:
+    def _law_error(self, mix: WorkloadMix) -> float:
+        """Relative standard error of a request's mean iteration: a normal error's, averaged over its iterations."""
+        return math.sqrt(math.pi / 2 / mix.merged().lengths.mean_output_tokens) * (self.law.mape or 0.0)
+
+    def _mix_for_pace(self) -> WorkloadMix:
+        """All requests as of unknown length; a pace always has an answer, if need be from a guess."""
+        known = len(self._finished) >= self._config.min_finished
+        lengths = self._lengths() if known else cold_lengths(self._longest)
+        return WorkloadMix((RequestType(UNKNOWN_TYPE, max(self.rate_rps, _LEAST_RATE_RPS), lengths),))
+
+    def _mix(self) -> WorkloadMix:
         """The window's arrivals by type; without `wait`, which alone looks at declared lengths, one unknown type."""
         declared = [
             (arrival.prompt_tokens, arrival.known_output_tokens)
             for arrival in self._arrivals
             if arrival.known_output_tokens is not None and self._configured.policy == "wait"
         ]
-        finished = Lengths.from_pairs(self._finished)
         unknown = len(self._arrivals) - len(declared)
-        return mix_by_length(declared, unknown, finished, rate_rps=self.rate_rps, longest=longest)
+        return mix_by_length(declared, unknown, self._lengths(), rate_rps=self.rate_rps, longest=self._longest)
+
+    def _lengths(self) -> Lengths:
+        in_service = self.telemetry.in_service if self.telemetry else ()
+        running = [(one.prompt_tokens, one.output_tokens) for one in in_service]
+        return product_limit(list(self._finished), running, self._longest)
+
+    @property
+    def _longest(self) -> int:
+        assert self.telemetry is not None
+        return self.telemetry.limits.max_model_len
 
 
 def materially_different(proposed: Thresholds, in_force: Thresholds) -> bool:
     """False when a change would be noise: the same rule, or every count within a tenth (or one) of what it is."""
     if proposed.same_rule(in_force):
         return False
+    if proposed.pace and in_force.pace:
+        return not _same_pace(proposed.pace, in_force.pace)
     counts, current = _counts(proposed), _counts(in_force)
     without_counts = _without_counts(proposed).same_rule(_without_counts(in_force))
     if not without_counts or len(counts) != len(current):
         return True
     return any(abs(new - old) > max(1.0, _SETTLED * old) for new, old in zip(counts, current, strict=True))
+
+
+def _same_pace(new: Pace, old: Pace) -> bool:
+    """True when a new pace would make hardly a difference: its numbers within a twentieth, its survival within 0.02."""
+    if new.kv_limit_tokens != old.kv_limit_tokens or new.ttft_s != old.ttft_s:
+        return False
+    load = (new.prompt_flow_tokens, 100.0, float(new.kv_limit_tokens))
+    numbers = (
+        (new.iteration_s, old.iteration_s), (new.queue_requests, old.queue_requests),
+        (new.prompt_flow_tokens, old.prompt_flow_tokens), (new.law.iteration_s(*load), old.law.iteration_s(*load)),
+    )
+    if any((a is None) != (b is None) or abs((a or 0) - (b or 0)) > _SETTLED_PACE * (b or 1) for a, b in numbers):
+        return False
+    at = [x for x, _ in (*new.survival, *old.survival)]
+    return float(np.max(np.abs(_survival_at(new, at) - _survival_at(old, at)))) <= _SETTLED_SURVIVAL
+
+
+def _survival_at(pace: Pace, at: list[int]) -> NDArray[np.float64]:
+    lengths, survival = zip(*pace.survival, strict=True)
+    return np.asarray(np.interp(at, lengths, survival, right=0.0), dtype=np.float64)
 
 
 def _counts(thresholds: Thresholds) -> list[int]:

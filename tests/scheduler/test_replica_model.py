@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from synthetic_engine import LIMITS, PAPER, SyntheticEngine
 
 from cluster.config import ControllerConfig
-from cluster.replica_model import Proposal, ReplicaModel, materially_different
 from scheduler.fluid import solve_fluid
 from scheduler.law import ServiceTimeLaw
 from scheduler.mix import Lengths, RequestType, WorkloadMix
+from scheduler.replica_model import Proposal, ReplicaModel, materially_different
 from scheduler.solver import WaitSolution, resident_cap, wait_thresholds
 from scheduler.thresholds import (
     EngineLimits,

@@ -1,0 +1,125 @@
+"""`fluid`: as many requests within their targets as the hardware allows.
+
+Decides: a request enters as soon as every iteration to come stays within the time per output token that was promised,
+with the growth of everybody's KV cache foreseen from the survival of output lengths, and memory within its limit. An
+iteration computes as many prompt tokens as the rest of that time allows. A request that cannot have its first token in
+time is refused before it costs anything, and so is one that would only lengthen a queue that is long enough already.
+Without targets nothing is refused and only memory limits who enters.
+Parameters: `pace` (without one the gate is open), `max_in_service` (optional).
+When not to use it: with output lengths that change faster than the survival estimate follows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from scheduler.pace import Pace
+from scheduler.policies.base import Decision, Policy, QueueView, Snapshot
+from scheduler.projection import Projection
+from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
+
+_SMALLEST_CHUNK = 16
+_LOOK_AGAIN = 8
+"""Iterations after which a full replica is looked at anew, though nobody has left."""
+
+
+class Fluid(Policy):
+    """Admission, token budget and refusals from the state and a pace."""
+
+    name = "fluid"
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        super().__init__(thresholds)
+        self._paced = _Paced(thresholds.pace) if thresholds.pace else None
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        """Refuse who is too late, admit from the head, refuse who would wait for nothing, set the budget."""
+        view, seats = snapshot.waiting.get(UNKNOWN_TYPE), self.seats(snapshot)
+        if self._paced is None:
+            return Decision(admit={UNKNOWN_TYPE: seats}) if seats else Decision()
+        room = self._paced.prompt_room(snapshot)
+        budget = len(snapshot.running) + int(room) if math.isfinite(room) else None
+        if not view:
+            return Decision(token_budget=budget)
+        late = self._paced.too_late(view, snapshot.now_s, room)
+        admitted = self._paced.admitted(view, late, seats, snapshot, room)
+        return Decision(
+            admit={UNKNOWN_TYPE: admitted} if admitted else {}, token_budget=budget, refuse_oldest=late,
+            refuse_newest=self._paced.useless(view.length - late - admitted),
+        )
+
+
+class _Paced:
+    """The decisions under one pace."""
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        self._projection = Projection(pace)
+        self._full_with = 0
+        self._full_for = 0
+
+    def prompt_room(self, snapshot: Snapshot) -> float:
+        """Prompt tokens for which the coming iteration has time beside everybody's decode; infinite without a target.
+
+        Never less than a small chunk, so that whoever has entered gets on.
+        """
+        pace, law = self._pace, self._pace.law
+        per_token_s = law.d2_s_per_prefill_token + law.d1_s_per_kv_token
+        if pace.iteration_s is None or per_token_s == 0:
+            return math.inf
+        decode_s = law.d0_s + law.d3_s_per_decode_token * len(snapshot.running)
+        left_s = pace.iteration_s - decode_s - law.d1_s_per_kv_token * snapshot.kv_used_tokens
+        return max(_SMALLEST_CHUNK, left_s / per_token_s)
+
+    def too_late(self, view: QueueView, now_s: float, room: float) -> int:
+        """How many at the head have waited for so long that their first token would come too late."""
+        pace = self._pace
+        if pace.ttft_s is None:
+            return 0
+        iteration_s = pace.iteration_s or pace.law.shortest_iteration_s
+        chunk = max(room, pace.prompt_flow_tokens)
+        late = 0
+        for waiting in view.heads():
+            # The iteration under way has to end, and the one after it is composed already.
+            first_token_s = iteration_s * (2 + math.ceil(waiting.prompt_tokens / chunk))
+            if now_s - waiting.since_s + first_token_s <= pace.ttft_s:
+                break
+            late += 1
+        return late
+
+    def admitted(self, view: QueueView, late: int, seats: int, snapshot: Snapshot, room: float) -> int:
+        """How many enter, after the `late` ones: while there is time for their prompts and room for their growth."""
+        prompts = room - snapshot.prompt_backlog_tokens
+        if not seats or (prompts <= 0 and snapshot.running) or self._still_full(len(snapshot.running)):
+            return 0
+        residents = snapshot.running
+        stages = np.fromiter((r.stage for r in residents), int, len(residents))
+        kv = np.fromiter((r.kv_tokens for r in residents), float, len(residents))
+        self._projection.reset(stages, kv)
+        admitted = 0
+        for place, waiting in enumerate(view.heads()):
+            if place < late:
+                continue
+            if admitted >= seats or (prompts <= 0 and admitted + len(residents)):
+                break
+            if admitted + len(residents) and not self._projection.fits(waiting.prompt_tokens):
+                self._full_with, self._full_for = admitted + len(residents), 0
+                break
+            self._projection.add(waiting.prompt_tokens)
+            prompts -= waiting.prompt_tokens
+            admitted += 1
+        return admitted
+
+    def useless(self, waiting: int) -> int:
+        """How many at the tail lengthen the queue for nothing."""
+        return 0 if self._pace.queue_requests is None else max(0, waiting - self._pace.queue_requests)
+
+    def _still_full(self, in_service: int) -> bool:
+        """True when nothing fitted a moment ago and nobody has left since; spares looking at everybody again."""
+        self._full_for += 1
+        if self._full_with and in_service >= self._full_with and self._full_for < _LOOK_AGAIN:
+            return True
+        self._full_with = 0
+        return False

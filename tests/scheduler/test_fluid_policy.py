@@ -1,0 +1,131 @@
+"""`fluid` as a pure object: who enters, what an iteration computes, who is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+from scheduler.law import ServiceTimeLaw
+from scheduler.mix import Lengths
+from scheduler.pace import Pace
+from scheduler.policies import UNKNOWN_TYPE, QueueView, Snapshot, Waiting, make_policy
+from scheduler.targets import survival_of
+from scheduler.thresholds import Thresholds
+
+LAW = ServiceTimeLaw(0.004, 4e-7, 6e-5, 6e-5, 0.011)
+PACE = Pace(
+    law=LAW, survival=survival_of(Lengths.point(500, 100)), kv_limit_tokens=100_000, iteration_s=0.05, ttft_s=2.0,
+    queue_requests=5, prompt_flow_tokens=200.0,
+)
+
+
+@dataclass
+class Resident:
+    request_id: str
+    stage: int
+    kv_tokens: int
+    type_name: str = UNKNOWN_TYPE
+
+
+def crowd(count: int, stage: int = 50) -> list[Resident]:
+    return [Resident(f"r{number}", stage, 500 + stage) for number in range(count)]
+
+
+def snapshot(running=(), waiting=(), *, now_s=0.0, backlog=0):
+    heads = [Waiting(prompt, since_s) for prompt, since_s in waiting]
+    views = {UNKNOWN_TYPE: QueueView(len(heads), heads[0].since_s, lambda: iter(heads))} if heads else {}
+    return Snapshot(
+        now_s=now_s, waiting=views, released=0, running=list(running), prompt_backlog_tokens=backlog,
+        kv_used_tokens=sum(resident.kv_tokens for resident in running), kv_capacity_tokens=100_000,
+    )
+
+
+def decide(*args, pace=PACE, policy=None, **fields):
+    return (policy or make_policy(Thresholds(policy="fluid", pace=pace))).decide(snapshot(*args, **fields))
+
+
+def entering(decision):
+    return decision.admit.get(UNKNOWN_TYPE, 0)
+
+
+def test_an_idle_replica_admits_at_once():
+    assert entering(decide((), [(500, 0.0)])) == 1
+    hopeless = replace(PACE, kv_limit_tokens=1, iteration_s=0.001)
+    assert entering(decide((), [(500, 0.0)], pace=hopeless)) == 1  # alone it harms nobody
+
+
+def test_at_light_load_everybody_enters_whose_prompt_has_time():
+    assert entering(decide(crowd(5), [(200, 0.0)] * 3)) == 3
+    assert decide(crowd(5), [(200, 0.0)] * 3).refuse_newest == 0
+
+
+def test_an_iteration_never_computes_more_than_its_time_allows():
+    for count in (1, 20, 60):
+        running = crowd(count)
+        budget = decide(running).token_budget
+        prompts = budget - count
+        kv = sum(resident.kv_tokens for resident in running)
+        assert LAW.iteration_s(prompts, count, kv + prompts) <= PACE.iteration_s * (1 + 1e-9)
+    assert decide(crowd(300)).token_budget == 300 + 16  # everybody's decode, and prompts under way still get on
+
+
+def test_nobody_enters_while_prompts_under_way_fill_the_iteration():
+    assert entering(decide(crowd(5), [(200, 0.0)], backlog=10_000)) == 0
+    assert entering(decide(crowd(5), [(200, 0.0)], backlog=0)) == 1
+
+
+def test_a_full_replica_admits_nobody_until_somebody_leaves():
+    policy = make_policy(Thresholds(policy="fluid", pace=PACE))
+    full = crowd(170, stage=1)
+    assert entering(decide(full, [(500, 0.0)], policy=policy)) == 0
+    assert entering(decide(full, [(500, 0.0)], policy=policy)) == 0
+    assert entering(decide(crowd(20, stage=1), [(500, 0.0)], policy=policy)) == 1
+
+
+def test_time_makes_room_too():
+    """Nobody has left, but all have grown old: they end soon."""
+    policy = make_policy(Thresholds(policy="fluid", pace=replace(PACE, iteration_s=None, kv_limit_tokens=30_100)))
+    assert entering(decide(crowd(48, stage=1), [(500, 0.0)], policy=policy)) == 0
+    later = [entering(decide(crowd(48, stage=98), [(300, 0.0)], policy=policy)) for _ in range(9)]
+    assert max(later) == 1
+
+
+def test_who_is_too_late_is_refused_and_the_next_one_enters():
+    decision = decide(crowd(5), [(500, 0.0), (500, 0.1), (500, 2.5)], now_s=2.6)
+    assert (decision.refuse_oldest, entering(decision)) == (2, 1)
+
+
+def test_a_long_prompt_is_late_earlier():
+    fits = decide(crowd(60), [(100, 0.0)], now_s=1.7)
+    too_long = decide(crowd(60), [(40_000, 0.0)], now_s=1.7)
+    assert (fits.refuse_oldest, too_long.refuse_oldest) == (0, 1)
+
+
+def test_a_queue_longer_than_useful_is_cut_at_its_end():
+    decision = decide(crowd(170, stage=1), [(500, 0.0)] * 9)
+    assert (entering(decision), decision.refuse_oldest, decision.refuse_newest) == (0, 0, 4)
+
+
+def test_without_targets_nobody_is_refused_and_no_budget_is_set():
+    free = replace(PACE, iteration_s=None, ttft_s=None, queue_requests=None)
+    decision = decide(crowd(400, stage=1), [(500, 0.0)] * 50, pace=free, now_s=1000.0)
+    assert (decision.refuse_oldest, decision.refuse_newest, decision.token_budget) == (0, 0, None)
+    assert entering(decision) == 0
+
+
+def test_without_a_pace_the_gate_is_open():
+    decision = decide(crowd(400), [(500, 0.0)] * 50, pace=None)
+    assert (decision.refuse_oldest, decision.refuse_newest, decision.token_budget) == (0, 0, None)
+    assert entering(decision) == 50
+
+
+def test_the_cap_holds_as_well():
+    policy = make_policy(Thresholds(policy="fluid", pace=PACE, max_in_service=6))
+    assert entering(decide(crowd(5), [(100, 0.0)] * 3, policy=policy)) == 1
+
+
+@pytest.mark.parametrize("bad", [{"survival": ((0, 1.0), (0, 0.5))}, {"kv_limit_tokens": 0}, {"iteration_s": 0.0}])
+def test_a_pace_that_cannot_be_is_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        replace(PACE, **bad)
