@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from simulator.config import parse_settings, simulation_config
+from simulator.config import options_from, simulation_config
 from simulator.contenders import CONTENDERS
 
 app = typer.Typer()
@@ -77,7 +77,7 @@ def simulate(
     options = {name: value for name, value in given.items() if value is not None}
     if workload is not None:
         options.setdefault("requests", _DEFAULT_REQUESTS)
-    config = simulation_config(options | parse_settings(settings or []))
+    config = simulation_config(options | options_from(settings or []))
     with err.status("loading vLLM"):
         from simulator.run import simulate as run
     with _requests_bar(config.workload.requests) as progress:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from scheduler.profiles import load_profile
-from scheduler.validation import describe
+from scheduler.targets import Targets
+from scheduler.validation import describe, parse_settings
 from simulator.contenders import CONTENDERS
 from simulator.workload import WorkloadConfig
 
@@ -22,12 +22,17 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Targets(_Strict):
+class Slo(_Strict):
     """Seconds within which a request counts as good: to its first token, per further token (mean), and end to end."""
 
     ttft_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     tpot_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     latency_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @property
+    def promised(self) -> Targets:
+        """The targets as the solver takes them."""
+        return Targets(self.ttft_s, self.tpot_s, self.latency_s)
 
 
 class SimulationConfig(_Strict):
@@ -37,8 +42,9 @@ class SimulationConfig(_Strict):
     max_num_batched_tokens; None is the contender's own, 2 048 for most. cap: most requests in service; max_num_seqs:
     the engine's own limit. declare_lengths: clients tell how long their answers will be; None: where the policy asks
     for it. give_up_s: a client leaves when it has no first token after so long. counts: WAIT's and Nested WAIT's are
-    solved for the load, or follow from `cap` alone as in the paper's experiments. thresholds: fields of `Thresholds`
-    that replace these. window: fractions of the arrival order between which requests are measured.
+    solved for the load, or follow from `cap` alone as in the paper's experiments. period_s: the controller solves
+    thresholds anew so often, from what the replica has seen; None: once, from the workload itself. thresholds: fields
+    of `Thresholds` that replace these. window: fractions of the arrival order between which requests are measured.
     """
 
     workload: WorkloadConfig
@@ -55,9 +61,11 @@ class SimulationConfig(_Strict):
     declare_lengths: bool | None = None
     give_up_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     overflow_probability: float = Field(default=0.01, gt=0, lt=1)
+    period_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    law_error: float = Field(default=0.0, ge=0)
     counts: Literal["solved", "by_cap"] = "solved"
     thresholds: dict[str, Any] = Field(default_factory=dict)
-    slo: Targets = Field(default_factory=Targets)
+    slo: Slo = Field(default_factory=Slo)
     window: tuple[float, float] = (0.3, 0.9)
 
     @field_validator("policy")
@@ -81,8 +89,8 @@ class SimulationConfig(_Strict):
         return window
 
 
-_THRESHOLD_FIELDS = ("mode", "types", "segments", "max_hold_s", "max_in_service")
-_PARTS = {"workload": WorkloadConfig, "slo": Targets}
+_THRESHOLD_FIELDS = ("mode", "types", "segments", "max_hold_s", "max_in_service", "pace")
+_PARTS = {"workload": WorkloadConfig, "slo": Slo}
 
 
 def simulation_config(options: dict[str, Any]) -> SimulationConfig:
@@ -109,22 +117,16 @@ def simulation_config(options: dict[str, Any]) -> SimulationConfig:
         raise SimulationError(describe(error, SimulationConfig)) from error
 
 
-def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """`key=value` texts as options; values are YAML.
+def options_from(settings: list[str]) -> dict[str, Any]:
+    """`KEY=VALUE` texts as options.
 
     Raises:
         SimulationError: for a text without `=` and for a value that is no YAML.
     """
-    options = {}
-    for setting in settings:
-        key, separator, value = setting.partition("=")
-        if not key or not separator:
-            raise SimulationError(f"{setting!r} is not KEY=VALUE")
-        try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise SimulationError(f"the value of {key} is not YAML: {getattr(error, 'problem', error)}") from error
-    return options
+    try:
+        return parse_settings(settings)
+    except ValueError as error:
+        raise SimulationError(str(error)) from error
 
 
 def _place_of(name: str) -> tuple[str, str]:
@@ -134,13 +136,13 @@ def _place_of(name: str) -> tuple[str, str]:
     if plain in WorkloadConfig.model_fields:
         return "workload", plain
     target = plain.removeprefix("slo_").removeprefix("slo.")
-    if target != plain and target in Targets.model_fields:
+    if target != plain and target in Slo.model_fields:
         return "slo", target
     if plain in SimulationConfig.model_fields and plain not in _PARTS:
         return "", plain
     known = [
         *(field for field in SimulationConfig.model_fields if field not in _PARTS), *WorkloadConfig.model_fields,
-        *(f"slo_{field}" for field in Targets.model_fields), *_THRESHOLD_FIELDS,
+        *(f"slo_{field}" for field in Slo.model_fields), *_THRESHOLD_FIELDS,
     ]
     close = difflib.get_close_matches(plain, known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"

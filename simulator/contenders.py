@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from simulator.doors import Door, dynamo_busy, llm_d_utilisation, queued_tokens
+
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -20,7 +22,7 @@ class Contender:
     """scheduler: where its class is, "module:Class". policy: the policy our scheduler runs, None for others.
 
     token_budget: tokens an iteration unless the user says otherwise; engine_args: vLLM settings it cannot do without.
-    declares: its clients declare output lengths. about: one line for people.
+    declares: its clients declare output lengths. door: the rule before the engine. about: one line for people.
     """
 
     about: str
@@ -29,6 +31,7 @@ class Contender:
     token_budget: int = DEFAULT_TOKEN_BUDGET
     engine_args: dict[str, Any] = field(default_factory=dict)
     declares: bool = False
+    door: Door | None = None
 
     def scheduler_class(self) -> type[Scheduler]:
         """The class itself; importing it imports vLLM."""
@@ -49,8 +52,13 @@ CONTENDERS: dict[str, Contender] = {
         "simulator.baselines:VllmV0Scheduler", token_budget=4096,
         engine_args={"enable_chunked_prefill": False, "watermark": 0.01},
     ),
+    "vllm-watermark": Contender("V1 with 5 % of memory kept free", _VLLM, engine_args={"watermark": 0.05}),
+    "vllm-queue": Contender("V1 with max_num_queued_tokens = target TTFT × prefill rate", _VLLM, door=queued_tokens),
+    "llm-d": Contender("V1 behind llm-d's utilisation rule (queue 5, KV 0.8)", _VLLM, door=llm_d_utilisation),
+    "dynamo": Contender("V1 behind Dynamo's busy thresholds (KV 0.85, prefill 10 000)", _VLLM, door=dynamo_busy),
     "sarathi": Contender("chunked prefill with 512 tokens an iteration (Sarathi)", _VLLM, token_budget=512),
     "fcfs": Contender("our scheduler with open gates and, if asked for, a cap", _OURS, policy="fcfs"),
     "wait": Contender("WAIT with solved thresholds; clients declare lengths", _OURS, policy="wait", declares=True),
+    "fluid": Contender("as many requests within the targets as the hardware allows", _OURS, policy="fluid"),
     "nested-wait": Contender("Nested WAIT with solved thresholds; lengths unknown", _OURS, policy="nested_wait"),
 }

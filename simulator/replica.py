@@ -14,6 +14,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from scheduler.law import ServiceTimeLaw
 from scheduler.vllm_scheduler import HeadraceScheduler, batch_work
+from simulator.doors import Door, Load
 from simulator.in_process import iteration_results, make_request
 from simulator.results import IterationRow, RequestRow
 from simulator.workload import SimRequest
@@ -63,14 +64,18 @@ class VirtualReplica:
     """A scheduler with its requests, iterations in flight, and virtual clock `now_s`.
 
     It keeps `depth` iterations under way: 2 with asynchronous scheduling (one runs, the next is scheduled already),
-    else 1. `give_up_s`: a request without its first token after so long is given up by its client.
+    else 1. `give_up_s`: a request without its first token after so long is given up by its client. `door`: a rule that
+    may turn requests away when they arrive, knowing the target `ttft_s`.
     """
 
     def __init__(
-        self, index: int, scheduler: Scheduler, law: ServiceTimeLaw, sink: Sink, *, give_up_s: float | None = None
+        self, index: int, scheduler: Scheduler, law: ServiceTimeLaw, sink: Sink, *, give_up_s: float | None = None,
+        door: Door | None = None, ttft_s: float | None = None,
     ) -> None:
         self.index, self.scheduler, self.now_s, self.totals = index, scheduler, 0.0, Totals()
         self._law, self._sink, self._give_up_s = law, sink, give_up_s
+        self._door, self._ttft_s = door, ttft_s
+        self._prefilling: dict[str, int] = {}
         self._depth = 2 if scheduler.scheduler_config.async_scheduling else 1
         self.headrace = scheduler if isinstance(scheduler, HeadraceScheduler) else None
         if self.headrace:
@@ -93,11 +98,15 @@ class VirtualReplica:
     ) -> None:
         """A request reaches the engine now; `declared` are the arguments in which its client states the length."""
         self.now_s = max(self.now_s, request.arrival_s)
+        if self._door and not self._door(self._load()):
+            self._turn_away(number, request)
+            return
         made = make_request(
             str(number), request.prompt_tokens, request.output_tokens, arrival_s=request.arrival_s,
             max_model_len=self.scheduler.max_model_len, declared=declared,
         )
         live = self._live[made.request_id] = _Live(number, made, request.arrival_s, request.type_name)
+        self._prefilling[made.request_id] = request.prompt_tokens
         if self._give_up_s is not None:
             self._without_token.append(live)
         self.scheduler.add_request(made)
@@ -172,6 +181,7 @@ class VirtualReplica:
         self._nothing_more = False
         for live in executing.first_tokens:
             live.first_token_s = executing.ends_s
+            self._prefilling.pop(live.request.request_id, None)
         self.scheduler.update_from_output(executing.output, iteration_results(executing.output, executing.silent))
 
     def _sleep(self, until_s: float) -> bool:
@@ -211,6 +221,7 @@ class VirtualReplica:
     def left(self, request: Request) -> None:
         """A request leaves the engine, finished or given up."""
         live = self._live.pop(request.request_id)
+        self._prefilling.pop(request.request_id, None)
         self._catching_up.pop(request.request_id, None)
         completed = request.num_output_tokens > 0
         self.totals.rejected += not completed
@@ -220,6 +231,23 @@ class VirtualReplica:
                 first_token_s=live.first_token_s, finished_s=self.now_s if completed else None,
                 prompt_tokens=request.num_prompt_tokens, output_tokens=request.num_output_tokens,
                 preemptions=request.num_preemptions, outcome="completed" if completed else "rejected",
+            )
+        )
+
+    def _load(self) -> Load:
+        scheduler = self.scheduler
+        return Load(
+            waiting=len(scheduler.waiting) + len(scheduler.skipped_waiting), law=self._law, ttft_s=self._ttft_s,
+            prefill_tokens=sum(self._prefilling.values()), kv_used_fraction=scheduler.kv_cache_manager.usage,
+        )
+
+    def _turn_away(self, number: int, request: SimRequest) -> None:
+        self.totals.rejected += 1
+        self._sink.request(
+            RequestRow(
+                index=number, replica=self.index, type=request.type_name, arrival_s=request.arrival_s,
+                first_token_s=None, finished_s=None, prompt_tokens=request.prompt_tokens, output_tokens=0,
+                preemptions=0, outcome="rejected",
             )
         )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from replicas.routing_stats import RoutingStats, best_first
-from scheduler.messages import Report
+from scheduler.messages import Apply, Report
 from scheduler.mix import Lengths, WorkloadMix
 from scheduler.profiles import load_profile
+from scheduler.replica_model import ReplicaModel, materially_different
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS
+from scheduler.targets import Targets
 from scheduler.thresholds import EngineLimits, Thresholds, parse_thresholds, thresholds_as_dict
 from scheduler.tuning import mix_by_length, tune, tune_by_cap
 from simulator.config import SimulationConfig, SimulationError, simulation_config
@@ -78,12 +82,23 @@ class _Fleet:
         contender, profile = CONTENDERS[config.policy], load_profile(config.profile)
         self._declares = contender.declares if config.declare_lengths is None else config.declare_lengths
         self.replicas = [
-            VirtualReplica(index, _scheduler(config, thresholds), profile.law, writer, give_up_s=config.give_up_s)
+            VirtualReplica(
+                index, _scheduler(config, thresholds), profile.law, writer, give_up_s=config.give_up_s,
+                door=contender.door, ttft_s=config.slo.ttft_s,
+            )
             for index in range(config.replicas)
         ]
         self._rng = random.Random(config.workload.seed)
         self._stats: dict[int, RoutingStats] = {}
         self._stats_due_s = ROUTING_STATS_PERIOD_S
+        self._controllers: list[_Controller] = []
+        self._control_due_s = 0.0
+        self._period_s = config.period_s or math.inf
+        if config.period_s is not None and contender.policy:
+            configured, tuning = Thresholds(policy=contender.policy), _Tuning(config)
+            self._controllers = [
+                _Controller(replica, ReplicaModel(tuning, profile.law, configured)) for replica in self.replicas
+            ]
 
     def arrive(self, number: int, request: SimRequest) -> None:
         """Let everything happen that comes before this arrival, then hand the request to a replica."""
@@ -92,6 +107,11 @@ class _Fleet:
                 self._advance(self._stats_due_s)
                 self._report()
                 self._stats_due_s += ROUTING_STATS_PERIOD_S
+        while self._controllers and self._control_due_s <= request.arrival_s:
+            self._advance(self._control_due_s)
+            for controller in self._controllers:
+                controller.one_pass()
+            self._control_due_s += self._period_s
         self._advance(request.arrival_s)
         declared = {EXPECTED_OUTPUT_TOKENS: request.output_tokens} if self._declares else None
         self._route().submit(number, request, declared=declared)
@@ -118,6 +138,40 @@ class _Fleet:
             replica.index: RoutingStats.from_telemetry(replica.headrace.telemetry(Report(cursor=None)))
             for replica in self.replicas if replica.headrace
         }
+
+
+@dataclass(frozen=True)
+class _Tuning:
+    """What the controller is told, as in serving."""
+
+    config: SimulationConfig
+    window_s: float = 30.0
+    min_finished: int = 20
+    validity_s: float = 1e9
+
+    @property
+    def overflow_probability(self) -> float:
+        return self.config.overflow_probability
+
+    @property
+    def targets(self) -> Targets:
+        return self.config.slo.promised
+
+
+class _Controller:
+    """The shipped controller's model of one replica, fed with that replica's own telemetry."""
+
+    def __init__(self, replica: VirtualReplica, model: ReplicaModel) -> None:
+        assert replica.headrace is not None
+        self._engine, self._model = replica.headrace, model
+
+    def one_pass(self) -> None:
+        """Collect, solve, push, as `cluster.controller.ControlLoop` does."""
+        self._model.observe(self._engine.telemetry(Report(cursor=self._model.cursor)))
+        proposed = self._model.propose().thresholds
+        in_force = self._engine.in_force.current().thresholds
+        if materially_different(proposed, in_force):
+            self._engine.in_force.offer(Apply(thresholds=proposed.with_version(in_force.version + 1)))
 
 
 def _scheduler(config: SimulationConfig, thresholds: Thresholds | None) -> Any:
@@ -171,7 +225,10 @@ def _thresholds(config: SimulationConfig, workload: Workload) -> Thresholds:
 def _tuned(config: SimulationConfig, configured: Thresholds, mix: WorkloadMix, limits: EngineLimits) -> Thresholds:
     if config.counts == "solved":
         law = load_profile(config.profile).law
-        return tune(configured, mix, law, limits, overflow_probability=config.overflow_probability).thresholds
+        return tune(
+            configured, mix, law, limits, overflow_probability=config.overflow_probability, targets=config.slo.promised,
+            law_error=config.law_error,
+        ).thresholds
     if config.cap is None:
         raise SimulationError("counts = 'by_cap': give a cap too, from which they follow")
     return tune_by_cap(configured, mix, config.cap)

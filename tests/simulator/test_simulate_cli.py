@@ -101,7 +101,7 @@ def test_a_thousand_requests_unless_told_otherwise(headrace):
         (("--set", "cap"), "'cap' is not KEY=VALUE"),
         (("--set", "cap=many"), "cap = 'many'"),
         (("--set", "types=["), "the value of types is not YAML"),
-        (("--set", "give_up_s=.inf"), "give_up_s = inf"),
+        (("--set", "give_up_s=.inf"), "the value of give_up_s is not YAML that JSON can carry"),
         (("--trace", "x.csv"), "give exactly one of them"),
         (("--workload", "p40"), "workload.lengths = 'p40'"),
         (("--rate", "-1"), "workload.rate_rps = -1.0"),
