@@ -76,10 +76,7 @@ class ControllerConfig(_Strict):
 
 
 def _thresholds(value: Any) -> Any:
-    thresholds = parse_thresholds(value) if isinstance(value, dict) else value
-    if isinstance(thresholds, Thresholds) and thresholds.policy == "fluid":
-        raise ValueError("policy 'fluid' is for `headrace simulate` so far; allowed: fcfs, wait, nested_wait")
-    return thresholds
+    return parse_thresholds(value) if isinstance(value, dict) else value
 
 
 class AppConfig(_Strict):
@@ -114,9 +111,8 @@ class AppConfig(_Strict):
 
     @field_validator("thresholds")
     @classmethod
-    def _serving_mode(cls, thresholds: Thresholds) -> Thresholds:
-        if thresholds.mode != "serving":
-            raise ValueError("mode = 'strict' may strand requests and is for simulation only; allowed: serving")
+    def _for_serving(cls, thresholds: Thresholds) -> Thresholds:
+        thresholds.check_serves()
         return thresholds
 
 

@@ -104,7 +104,5 @@ class ThresholdsInForce:
 
     def _check(self, thresholds: Thresholds) -> None:
         thresholds.check_fits(self.limits)
-        if thresholds.mode == "strict" and not self._allow_strict:
-            raise InvalidThresholds(
-                "mode", "strict", "serving; the strict rule may strand requests and is for simulation only"
-            )
+        if not self._allow_strict:
+            thresholds.check_serves()

@@ -15,7 +15,8 @@ EXPECTED_OUTPUT_TOKENS = "expected_output_tokens"
 
 class SchedulerSettings(BaseModel):
     """thresholds: in force until others are pushed; channel: the control endpoint (None: no live control);
-    allow_strict: let the paper's literal rule run, which may strand requests (simulation only)."""
+    allow_strict: let run what is for simulation only, the paper's literal rule, which may strand requests, and
+    `fluid`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -60,12 +60,13 @@ def solve_pace(
     """
     z = float(norm.isf(miss_probability))
     lengths = mix.merged().lengths
-    tpot_s = _tpot_s(targets, lengths)
-    iteration_s = None if tpot_s is None else tpot_s / (1 + z * law_error)
+    iteration_s = None if targets.tpot_s is None else targets.tpot_s / (1 + z * law_error)
     kv_limit = limits.kv_capacity_tokens - limits.block_tokens
     fluid = solve_fluid(mix, law, kv_limit)
     by_memory = fluid.critical_rate_scale * mix.rate_rps
-    by_pace = math.inf if iteration_s is None else _capacity_rps(lengths, law, iteration_s)
+    # With every iteration filled, the time beyond the fixed part is what the work of the arrivals can have.
+    filled = 1.0 if iteration_s is None else max(0.0, iteration_s - law.d0_s) / iteration_s
+    by_pace = math.inf if iteration_s is None else filled * mix.rate_rps / fluid.load
     capacity = min(by_memory, by_pace)
     load = mix.rate_rps / capacity if capacity > 0 else math.inf
     wait_s = None if targets.ttft_s is None else _useful_wait_s(targets.ttft_s, load)
@@ -84,20 +85,6 @@ def survival_of(lengths: Lengths) -> tuple[tuple[int, float], ...]:
     marks = {lengths.output_quantile(q) for q in np.linspace(0, 1, _SURVIVAL_POINTS)}
     at = sorted({0} | marks | {mark - 1 for mark in marks})
     return tuple((x, lengths.survival(x)) for x in at)
-
-
-def _tpot_s(targets: Targets, lengths: Lengths) -> float | None:
-    return targets.tpot_s
-
-
-def _capacity_rps(lengths: Lengths, law: ServiceTimeLaw, iteration_s: float) -> float:
-    """Requests per second when every iteration is filled to `iteration_s`: time beyond the fixed part, by the work."""
-    work_s = (
-        law.d1_s_per_kv_token * lengths.kv_token_iterations
-        + law.d2_s_per_prefill_token * lengths.mean_prompt_tokens
-        + law.d3_s_per_decode_token * lengths.mean_output_tokens
-    )
-    return max(0.0, iteration_s - law.d0_s) / iteration_s / work_s
 
 
 def _useful_wait_s(ttft_s: float, load: float) -> float:

@@ -185,6 +185,17 @@ class Thresholds:
             allowed = f"an integer from 1 to max_num_batched_tokens = {most}"
             _require(self.token_budget <= most, "token_budget", self.token_budget, allowed)
 
+    def check_serves(self) -> None:
+        """Raise InvalidThresholds when these are for simulation only."""
+        _require(
+            self.mode != "strict", "mode", self.mode,
+            "serving; the strict rule may strand requests and is for simulation only",
+        )
+        _require(
+            self.policy != "fluid", "policy", self.policy,
+            "fcfs, wait, nested_wait; fluid is for simulation only so far",
+        )
+
     def with_version(self, version: int) -> Thresholds:
         """The same thresholds under another version."""
         return replace(self, version=version)

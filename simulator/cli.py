@@ -133,5 +133,3 @@ def _summary_table(summary: dict[str, Any]) -> Table:
     for key, value in summary.items():
         table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
     return table
-
-

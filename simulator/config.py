@@ -68,6 +68,11 @@ class SimulationConfig(_Strict):
     slo: Slo = Field(default_factory=Slo)
     window: tuple[float, float] = (0.3, 0.9)
 
+    @property
+    def declares(self) -> bool:
+        """Whether clients tell how long their answers will be."""
+        return CONTENDERS[self.policy].declares if self.declare_lengths is None else self.declare_lengths
+
     @field_validator("policy")
     @classmethod
     def _policy_exists(cls, name: str) -> str:
@@ -90,7 +95,7 @@ class SimulationConfig(_Strict):
 
 
 _THRESHOLD_FIELDS = ("mode", "types", "segments", "max_hold_s", "max_in_service", "pace")
-_PARTS = {"workload": WorkloadConfig, "slo": Slo}
+_PARTS = ("workload", "slo")
 
 
 def simulation_config(options: dict[str, Any]) -> SimulationConfig:

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -16,10 +16,8 @@ from scheduler.law import ServiceTimeLaw
 from scheduler.vllm_scheduler import HeadraceScheduler, batch_work
 from simulator.doors import Door, Load
 from simulator.in_process import iteration_results, make_request
-from simulator.results import IterationRow, RequestRow
+from simulator.results import COMPLETED, REJECTED, IterationRow, RequestRow
 from simulator.workload import SimRequest
-
-_AnyScheduler = TypeVar("_AnyScheduler", bound=Scheduler)
 
 
 class Sink(Protocol):
@@ -230,15 +228,18 @@ class VirtualReplica:
                 index=live.number, replica=self.index, type=live.type_name, arrival_s=live.arrival_s,
                 first_token_s=live.first_token_s, finished_s=self.now_s if completed else None,
                 prompt_tokens=request.num_prompt_tokens, output_tokens=request.num_output_tokens,
-                preemptions=request.num_preemptions, outcome="completed" if completed else "rejected",
+                preemptions=request.num_preemptions, outcome=COMPLETED if completed else REJECTED,
             )
         )
 
+    @property
+    def _waiting(self) -> int:
+        return len(self.scheduler.waiting) + len(self.scheduler.skipped_waiting)
+
     def _load(self) -> Load:
-        scheduler = self.scheduler
         return Load(
-            waiting=len(scheduler.waiting) + len(scheduler.skipped_waiting), law=self._law, ttft_s=self._ttft_s,
-            prefill_tokens=sum(self._prefilling.values()), kv_used_fraction=scheduler.kv_cache_manager.usage,
+            waiting=self._waiting, law=self._law, ttft_s=self._ttft_s,
+            prefill_tokens=sum(self._prefilling.values()), kv_used_fraction=self.scheduler.kv_cache_manager.usage,
         )
 
     def _turn_away(self, number: int, request: SimRequest) -> None:
@@ -247,7 +248,7 @@ class VirtualReplica:
             RequestRow(
                 index=number, replica=self.index, type=request.type_name, arrival_s=request.arrival_s,
                 first_token_s=None, finished_s=None, prompt_tokens=request.prompt_tokens, output_tokens=0,
-                preemptions=0, outcome="rejected",
+                preemptions=0, outcome=REJECTED,
             )
         )
 
@@ -260,7 +261,7 @@ class VirtualReplica:
             decode_tokens=work.decode_tokens, kv_read_tokens=work.kv_tokens,
             kv_used_tokens=round(usage * scheduler.cache_config.num_gpu_blocks * scheduler.block_size),
             batch_size=work.batch_size, in_service=len(scheduler.running),
-            waiting=len(scheduler.waiting) + len(scheduler.skipped_waiting),
+            waiting=self._waiting,
             held=gauges.held if gauges else 0, sitting_out=gauges.sitting_out if gauges else 0,
             max_in_service=thresholds.max_in_service if thresholds else scheduler.max_num_running_reqs,
             token_budget=(thresholds and thresholds.token_budget) or scheduler.max_num_scheduled_tokens,

@@ -80,7 +80,7 @@ class _Fleet:
 
     def __init__(self, config: SimulationConfig, thresholds: Thresholds | None, writer: RunWriter) -> None:
         contender, profile = CONTENDERS[config.policy], load_profile(config.profile)
-        self._declares = contender.declares if config.declare_lengths is None else config.declare_lengths
+        self._declares = config.declares
         self.replicas = [
             VirtualReplica(
                 index, _scheduler(config, thresholds), profile.law, writer, give_up_s=config.give_up_s,
@@ -236,13 +236,12 @@ def _tuned(config: SimulationConfig, configured: Thresholds, mix: WorkloadMix, l
 
 def _mix(config: SimulationConfig, workload: Workload) -> WorkloadMix:
     """The workload as one replica sees it: its first requests, by type if their lengths are declared."""
-    contender = CONTENDERS[config.policy]
-    declares = contender.declares if config.declare_lengths is None else config.declare_lengths
     sample = [(r.prompt_tokens, r.output_tokens) for r in islice(workload.requests(), _SAMPLED_REQUESTS)]
     if not sample:
         raise SimulationError("the workload holds no request that fits the engine")
     rate_rps = workload.mix().rate_rps / config.replicas
-    if declares and contender.policy == "wait":  # as in serving, no other policy looks at what clients declare
+    # As in serving, no other policy looks at what clients declare.
+    if config.declares and CONTENDERS[config.policy].policy == "wait":
         return mix_by_length(sample, 0, None, rate_rps=rate_rps, longest=config.max_model_len)
     return mix_by_length([], len(sample), Lengths.from_pairs(sample), rate_rps=rate_rps, longest=config.max_model_len)
 

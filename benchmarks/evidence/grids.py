@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,11 +13,35 @@ from typing import Any
 
 from rich.console import Console
 
+from scheduler.fluid import FluidEquilibrium, solve_fluid
+from scheduler.profiles import load_profile
 from simulator.run import simulate_options
 from simulator.sweep import PointResult, SweepPlan, SweepPoint, run_points
+from simulator.workload import WorkloadConfig, open_workload
 
 CONSOLE = Console(stderr=True)
 Cells = dict[tuple[Any, ...], list[dict[str, Any]]]
+
+
+def arguments(description: str | None, runs: str) -> argparse.ArgumentParser:
+    """The options that every page's command has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/evidence"))
+    parser.add_argument("--runs", type=Path, default=Path(runs))
+    parser.add_argument("--quick", action="store_true")
+    return parser
+
+
+def slug(name: str) -> str:
+    """A title as a part of file names."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def fluid_of(lengths: str, profile: str) -> FluidEquilibrium:
+    """The equilibrium of one request a second; its critical rate scale is the capacity in requests/s."""
+    mix = open_workload(WorkloadConfig(lengths=lengths, requests=1, rate_rps=1.0)).mix()
+    loaded = load_profile(profile)
+    return solve_fluid(mix, loaded.law, loaded.kv_capacity_tokens)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ it their rows are left out. --quick is for tests of this script and too small to
 
 from __future__ import annotations
 
-import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-from grids import Cells, Grid, best, by, mean_of, run_grids
+from grids import Cells, Grid, arguments, best, by, mean_of, run_grids, slug
 from paper_tables import PROFILE
 
 from scheduler.mix import WorkloadMix
@@ -61,11 +60,8 @@ CASES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/evidence"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/overload"))
+    parser = arguments(__doc__, "runs/overload")
     parser.add_argument("--traces", type=Path)
-    parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     cases = [case for case in CASES if "trace" not in case.source or args.traces]
     grids: dict[str, Grid] = {}
@@ -126,10 +122,6 @@ def grids_of(case: Case, mix: WorkloadMix, bound: float, traces: Path | None, sh
             axes = {"cap": caps, "token_budget": list(ORACLE_BUDGETS)}
             grids[f"{name}-{load:g}-static"] = Grid(at | {"policy": "vllm", "give_up_s": 2.5}, axes, seeds=(1,))
     return grids
-
-
-def slug(name: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
 def section(case: Case, bound: float, results: dict[str, list[PointResult]]) -> str:

@@ -8,21 +8,15 @@ this script and too small to conclude anything.
 
 from __future__ import annotations
 
-import argparse
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-from grids import Cells, Grid, best, by, mean_of, run_grids, with_spread
+from grids import Cells, Grid, arguments, best, by, fluid_of, mean_of, run_grids, with_spread
 
-from scheduler.fluid import solve_fluid
-from scheduler.mix import WorkloadMix
-from scheduler.profiles import load_profile
 from simulator.sweep import PointResult
-from simulator.workload import WorkloadConfig, open_workload
 
 COMMAND = "python benchmarks/evidence/paper_tables.py"
 PROFILE = "a100-llama2-7b"
@@ -66,11 +60,7 @@ TABLES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/evidence"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/paper"))
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
+    args = arguments(__doc__, "runs/paper").parse_args()
     seeds, share = ([1], 0.02) if args.quick else ([1, 2, 3], 1.0)
     grids = {name: grid for table in TABLES for name, grid in grids_of(table, seeds, share).items()}
     results = run_grids(args.runs, grids)
@@ -128,16 +118,15 @@ def row(table: Table, plain: Cells, capped: Cells, rate: float) -> str:
 
 def capacity_line(base: dict[str, Any]) -> str:
     """What the fluid model says of the workload under this law, and under the paper's own two-term law."""
-    mix = open_workload(WorkloadConfig(lengths=base["lengths"], requests=1, rate_rps=1.0)).mix()
+    ours, published = (capacity(base["lengths"], profile) for profile in (PROFILE, "a100-llama2-7b-paper"))
     return (
-        f"Fluid capacity: {capacity(mix, PROFILE)} under the law used here, "
-        f"{capacity(mix, 'a100-llama2-7b-paper')} under the paper's own two-term law, in which prefill is free."
+        f"Fluid capacity: {ours} under the law used here, "
+        f"{published} under the paper's own two-term law, in which prefill is free."
     )
 
 
-def capacity(mix: WorkloadMix, profile: str) -> str:
-    loaded = load_profile(profile)
-    fluid = solve_fluid(mix, loaded.law, loaded.kv_capacity_tokens)
+def capacity(lengths: str, profile: str) -> str:
+    fluid = fluid_of(lengths, profile)
     return f"{fluid.critical_rate_scale:.2f} /s ({fluid.limit})"
 
 

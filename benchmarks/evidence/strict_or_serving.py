@@ -7,7 +7,6 @@ Runs that are in --runs already are kept. --quick is for tests of this script an
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +14,10 @@ from typing import Any, NamedTuple
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import numpy as np
-from grids import Cells, Grid, by, mean_of, run_grids
+from grids import Cells, Grid, arguments, by, fluid_of, mean_of, run_grids, slug
 from paper_tables import PROFILE
 
-from scheduler.fluid import solve_fluid
-from scheduler.profiles import load_profile
 from simulator.figures import Line, RatePanel, draw_against_rate
-from simulator.workload import WorkloadConfig, open_workload
 
 COMMAND = "python benchmarks/evidence/strict_or_serving.py"
 LOADS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.05)
@@ -46,13 +42,9 @@ CASES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/evidence"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/strict"))
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
+    args = arguments(__doc__, "runs/strict").parse_args()
     loads = LOADS[1::3] if args.quick else LOADS
-    capacities = {name: capacity_rps(case.lengths) for name, case in CASES.items()}
+    capacities = {name: fluid_of(case.lengths, PROFILE).critical_rate_scale for name, case in CASES.items()}
     grids = {
         f"{slug(name)}-{rule}": grid_of(name, rule, loads, capacities[name], 0.03 if args.quick else 1.0)
         for name in CASES for rule in RULES
@@ -69,13 +61,6 @@ def main() -> None:
     (args.out / "strict-or-serving.md").write_text(text)
 
 
-def capacity_rps(lengths: str) -> float:
-    """The rate at which the fluid model meets its limit."""
-    mix = open_workload(WorkloadConfig(lengths=lengths, requests=1, rate_rps=1.0)).mix()
-    profile = load_profile(PROFILE)
-    return solve_fluid(mix, profile.law, profile.kv_capacity_tokens).critical_rate_scale
-
-
 def grid_of(name: str, rule: str, loads: tuple[float, ...], capacity: float, share: float) -> Grid:
     case = CASES[name]
     base: dict[str, Any] = {"lengths": case.lengths, "requests": max(30, round(case.requests * share))}
@@ -84,10 +69,6 @@ def grid_of(name: str, rule: str, loads: tuple[float, ...], capacity: float, sha
         base["mode"] = rule
         base |= {"counts": "by_cap", "cap": case.cap} if case.cap else {}
     return Grid(base, {"rate_rps": [round(load * capacity, 2) for load in loads]}, seeds=(1,))
-
-
-def slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name.lower()).replace("--", "-")
 
 
 def draw(stem: Path, name: str, cells: dict[str, Cells]) -> None:

@@ -892,7 +892,7 @@ def fluid_pace(**fields):
 
 def test_fluid_refuses_the_useless_end_of_the_queue_and_tells_their_clients():
     pace = fluid_pace(ttft_s=5.0, queue_requests=2, kv_limit_tokens=400)
-    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    engine = Engine(thresholds={"policy": "fluid", "pace": pace}, settings={"allow_strict": True})
     add_many(engine, 8, "r", prompt=100, output=50)
     engine.launch()
     engine.deliver()
@@ -908,7 +908,8 @@ def test_fluid_refuses_the_useless_end_of_the_queue_and_tells_their_clients():
 
 
 def test_fluid_never_lets_memory_overflow_and_serves_everybody_without_targets():
-    engine = Engine(blocks=64, thresholds={"policy": "fluid", "pace": fluid_pace(kv_limit_tokens=63 * BLOCK)})
+    thresholds = {"policy": "fluid", "pace": fluid_pace(kv_limit_tokens=63 * BLOCK)}
+    engine = Engine(blocks=64, thresholds=thresholds, settings={"allow_strict": True})
     add_many(engine, 30, "r", prompt=60, output=50)
     engine.run()
     assert len(engine.finished) == 30
@@ -917,8 +918,8 @@ def test_fluid_never_lets_memory_overflow_and_serves_everybody_without_targets()
 
 def test_fluid_keeps_the_iteration_within_its_time():
     law = ServiceTimeLaw(0.004, 1e-6, 1e-4, 1e-4)
-    engine = Engine(blocks=1024, thresholds={"policy": "fluid", "pace": fluid_pace(
-        kv_limit_tokens=1023 * BLOCK, iteration_s=0.02)})
+    thresholds = {"policy": "fluid", "pace": fluid_pace(kv_limit_tokens=1023 * BLOCK, iteration_s=0.02)}
+    engine = Engine(blocks=1024, thresholds=thresholds, settings={"allow_strict": True})
     add_many(engine, 60, "r", prompt=90, output=50)
     engine.run()
     slowest = max(
