@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from scheduler.profiles import load_profile
+from scheduler.replica_model import MIN_FINISHED, WINDOW_S
 from scheduler.targets import NO_TARGETS, Targets
 from scheduler.thresholds import Thresholds, parse_thresholds
 from scheduler.validation import describe
@@ -62,8 +63,8 @@ class ControllerConfig(_Strict):
     enabled: bool = True
     period_s: float = Field(default=5.0, gt=0, le=3600, allow_inf_nan=False)
     profile: str = "a100-llama2-7b"
-    min_finished: int = Field(default=20, ge=1)
-    window_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    min_finished: int = Field(default=MIN_FINISHED, ge=1)
+    window_s: float = Field(default=WINDOW_S, gt=0, allow_inf_nan=False)
     validity_s: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     overflow_probability: float = Field(default=0.01, gt=0, lt=1)
     targets: Targets = NO_TARGETS

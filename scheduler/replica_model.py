@@ -26,6 +26,8 @@ from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 from scheduler.tuning import mix_by_length, tune
 
 KEPT_LENGTHS = 2000
+WINDOW_S, MIN_FINISHED = 60.0, 20
+"""What a controller is told of `Tuning` unless its configuration says otherwise."""
 _SETTLED_PACE, _SETTLED_SURVIVAL = 0.05, 0.02
 _LEAST_RATE_RPS = 1e-3
 _SETTLED = 0.10

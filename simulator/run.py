@@ -17,7 +17,7 @@ from replicas.routing_stats import RoutingStats, best_first
 from scheduler.messages import Apply, Report
 from scheduler.mix import Lengths, WorkloadMix
 from scheduler.profiles import load_profile
-from scheduler.replica_model import ReplicaModel, materially_different
+from scheduler.replica_model import MIN_FINISHED, WINDOW_S, ReplicaModel, materially_different
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS
 from scheduler.targets import Targets
 from scheduler.thresholds import EngineLimits, Thresholds, parse_thresholds, thresholds_as_dict
@@ -142,11 +142,11 @@ class _Fleet:
 
 @dataclass(frozen=True)
 class _Tuning:
-    """What the controller is told, as in serving."""
+    """What the controller is told, by its own defaults; thresholds do not lapse, as it never falls silent."""
 
     config: SimulationConfig
-    window_s: float = 30.0
-    min_finished: int = 20
+    window_s: float = WINDOW_S
+    min_finished: int = MIN_FINISHED
     validity_s: float = 1e9
 
     @property
