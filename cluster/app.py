@@ -8,6 +8,7 @@ that Ray leaves open for them.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from ray import serve
@@ -22,7 +23,7 @@ from cluster.config import AppConfig, ModelConfig
 from cluster.controller import ControllerKeeper
 from replicas.no_download import NoDownload
 from replicas.server import HeadraceServer
-from router.auth import guard
+from router.auth import Keyring, guard
 from router.errors import speak_openai
 from router.ingress import ADMIN_ENDPOINTS, HEALTH_ENDPOINTS, HeadraceIngress
 from router.request_router import FluidSlackRouter
@@ -41,10 +42,14 @@ def build(args: AppConfig) -> Application:
     options: dict[str, Any] = HeadraceIngress.get_deployment_options([config])
     # One ingress process: it only passes bytes on, and every one more costs memory and a control connection.
     options |= {"autoscaling_config": None, "num_replicas": 1, "max_ongoing_requests": 4 * args.max_ongoing_requests}
-    keeper = ControllerKeeper(args.controller, args.thresholds) if args.controller.enabled else None
+    keeper = ControllerKeeper(args.tuning, args.thresholds) if args.controller.enabled else None
+    keys = Keyring(args.tenants)
     ingress = make_fastapi_ingress(
         HeadraceIngress,
-        endpoint_map={**HEALTH_ENDPOINTS, **guard({**ADMIN_ENDPOINTS, **DEFAULT_ENDPOINTS})},
+        endpoint_map={
+            **HEALTH_ENDPOINTS, **guard(ADMIN_ENDPOINTS, keys.require_operator),
+            **guard(DEFAULT_ENDPOINTS, keys.require_user),
+        },
         app=speak_openai(init()),
     )
     return serve.deployment(ingress, **options).bind(
@@ -57,7 +62,10 @@ def build(args: AppConfig) -> Application:
 
 def llm_config(args: AppConfig) -> LLMConfig:
     """Ray Serve LLM's description of the replicas: our server, our scheduler, our request router."""
-    settings = {"thresholds": thresholds_as_dict(args.thresholds)}
+    settings = {
+        "thresholds": thresholds_as_dict(args.thresholds), "profile": args.controller.profile,
+        "targets": asdict(args.targets), "overflow_probability": args.controller.overflow_probability,
+    }
     accelerator = args.accelerator
     return LLMConfig(
         model_loading_config={"model_id": args.model.id, "model_source": _source(args.model)},

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from router.tenants import TenantConfig
 from scheduler.profiles import load_profile
 from scheduler.replica_model import MIN_FINISHED, WINDOW_S
 from scheduler.targets import NO_TARGETS, Targets
@@ -22,6 +23,7 @@ from scheduler.validation import describe
 
 APP_NAME = "headrace"
 IMPORT_PATH = "cluster.app:build"
+DEFAULT_POLICY = "fluid"
 _OURS_TO_SET = ("scheduler_cls", "additional_config", "model", "async_scheduling")
 _WITHOUT_VLLM = {"engine": "unchecked"}
 
@@ -57,8 +59,8 @@ class AcceleratorConfig(_Strict):
 class ControllerConfig(_Strict):
     """The central controller. period_s: seconds between two solutions; profile: the service-time law to start from;
     min_finished: finished requests to see before a replica's thresholds are touched; window_s: seconds of arrivals that
-    count; validity_s: how long pushed thresholds stay in force without the controller; targets: seconds that the policy
-    `fluid` keeps requests within (ttft_s, tpot_s, latency_s)."""
+    count; validity_s: how long pushed thresholds stay in force without the controller; overflow_probability: accepted
+    chance that memory overflows or that a request misses its time per token."""
 
     enabled: bool = True
     period_s: float = Field(default=5.0, gt=0, le=3600, allow_inf_nan=False)
@@ -67,7 +69,6 @@ class ControllerConfig(_Strict):
     window_s: float = Field(default=WINDOW_S, gt=0, allow_inf_nan=False)
     validity_s: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     overflow_probability: float = Field(default=0.01, gt=0, lt=1)
-    targets: Targets = NO_TARGETS
 
     @field_validator("profile")
     @classmethod
@@ -76,23 +77,32 @@ class ControllerConfig(_Strict):
         return name
 
 
+class TuningConfig(ControllerConfig):
+    """The controller's configuration together with what it tunes for."""
+
+    targets: Targets = NO_TARGETS
+
+
 def _thresholds(value: Any) -> Any:
-    return parse_thresholds(value) if isinstance(value, dict) else value
+    return parse_thresholds({"policy": DEFAULT_POLICY} | value) if isinstance(value, dict) else value
 
 
 class AppConfig(_Strict):
     """Arguments of the Serve application.
 
-    replicas: how many engines; engine: vLLM engine arguments by their own names; thresholds: what a replica runs with
-    until the controller speaks; env: environment variables of the replicas.
+    targets: what requests are to be kept within (seconds: ttft_s, tpot_s, latency_s), each optional; replicas: how many
+    engines; engine: vLLM engine arguments by their own names; thresholds: what a replica runs with until the controller
+    speaks; tenants: who shares the replicas, by API key; env: environment variables of the replicas.
     """
 
     model: ModelConfig
     replicas: int = Field(default=1, ge=1, le=1024)
     accelerator: AcceleratorConfig
     engine: dict[str, Any] = Field(default_factory=dict)
-    thresholds: Annotated[Thresholds, BeforeValidator(_thresholds)] = Field(default_factory=Thresholds)
+    targets: Targets = NO_TARGETS
+    thresholds: Annotated[Thresholds, BeforeValidator(_thresholds)] = Thresholds(policy=DEFAULT_POLICY)
     controller: ControllerConfig = Field(default_factory=ControllerConfig)
+    tenants: tuple[TenantConfig, ...] = ()
     env: dict[str, str] = Field(default_factory=dict)
     max_ongoing_requests: int = Field(default=1024, ge=1)
 
@@ -115,6 +125,21 @@ class AppConfig(_Strict):
     def _for_serving(cls, thresholds: Thresholds) -> Thresholds:
         thresholds.check_serves()
         return thresholds
+
+    @field_validator("tenants")
+    @classmethod
+    def _tenants_differ(cls, tenants: tuple[TenantConfig, ...]) -> tuple[TenantConfig, ...]:
+        for field in ("name", "api_key_env"):
+            values = [getattr(tenant, field) for tenant in tenants]
+            twice = next((value for value in values if values.count(value) > 1), None)
+            if twice is not None:
+                raise ValueError(f"two tenants have {field} = {twice!r}; each needs its own")
+        return tenants
+
+    @property
+    def tuning(self) -> TuningConfig:
+        """What the controller is told."""
+        return TuningConfig(**self.controller.model_dump(), targets=self.targets)
 
 
 class RayConfig(_Strict):

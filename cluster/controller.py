@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from cluster.config import ControllerConfig
+from cluster.config import TuningConfig
 from replicas.calls import ReplicaUnavailable, call_replica, replica_ids
 from scheduler.fluid import finite_or_none
 from scheduler.messages import Ack
@@ -56,7 +56,7 @@ class Event:
 class ControlLoop:
     """One pass after another over all replicas of one application; the actor below only keeps it running."""
 
-    def __init__(self, app_name: str, config: ControllerConfig, configured: Thresholds) -> None:
+    def __init__(self, app_name: str, config: TuningConfig, configured: Thresholds) -> None:
         self._app_name, self._config, self._configured = app_name, config, configured
         self._profile = load_profile(config.profile)
         self._replicas: dict[str, _Replica] = {}
@@ -156,7 +156,7 @@ def _replica_state(entry: _Replica) -> dict[str, Any]:
 class ControllerActor:
     """The Ray actor around a `ControlLoop`."""
 
-    def __init__(self, app_name: str, config: ControllerConfig, configured: Thresholds) -> None:
+    def __init__(self, app_name: str, config: TuningConfig, configured: Thresholds) -> None:
         self._loop = ControlLoop(app_name, config, configured)
         self._config = config
         self._task: asyncio.Task[None] | None = None
@@ -186,7 +186,7 @@ class ControllerActor:
 class ControllerKeeper:
     """How an ingress replica makes sure that there is a controller; any number of them may try at once."""
 
-    config: ControllerConfig
+    config: TuningConfig
     configured: Thresholds
 
     @property

@@ -33,7 +33,9 @@ class HeadraceServer(LLMServer):
         _open_channel_at(self._endpoint, llm_config)
         self._channel = ChannelClient(self._endpoint)
         self._last_stats: tuple[float, RoutingStats] | None = None
-        await super().__init__(llm_config, **kwargs)
+        from replicas.engine import HeadraceEngine  # imports vLLM, which whoever only deploys need not wait for
+
+        await super().__init__(llm_config, **({"engine_cls": HeadraceEngine} | kwargs))
 
     async def apply_thresholds(self, thresholds: Thresholds, automatic: bool = True) -> Ack:
         """Offer thresholds to the engine; the Ack names the version in force now, taken or not."""

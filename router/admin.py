@@ -52,6 +52,11 @@ def plan_update(update: ThresholdsUpdate, telemetry: Mapping[str, Telemetry | Ex
     return {name: _planned(update, name, report) for name, report in targets.items()}
 
 
+def _check_pace(thresholds: Thresholds) -> None:
+    if thresholds.policy == "fluid" and thresholds.pace is None:
+        raise AdminError(400, "thresholds.pace is missing: the controller solves it; send auto = true instead")
+
+
 def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception) -> Thresholds:
     if not isinstance(report, Telemetry):
         raise AdminError(503, f"replica {name} does not answer: {report}")
@@ -64,10 +69,10 @@ def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception)
     try:
         wanted = parse_thresholds(update.thresholds)
         wanted.check_fits(report.limits)
-        if wanted.mode != "serving":
-            raise InvalidThresholds("mode", wanted.mode, "serving; strict may strand requests, for simulation only")
+        wanted.check_serves()
     except InvalidThresholds as error:
         raise AdminError(400, f"replica {name}: {error}") from error
+    _check_pace(wanted)
     if "version" not in update.thresholds:
         wanted = wanted.with_version(in_force.version + 1)
     elif wanted.version <= in_force.version:

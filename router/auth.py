@@ -1,46 +1,79 @@
-"""The API key: when `HEADRACE_API_KEY` is set, `/v1/*` and `/admin/*` ask for it as OpenAI clients send it."""
+"""API keys as OpenAI clients send them: the operator's, and one for each tenant.
+
+When `HEADRACE_API_KEY` is set, `/v1/*` and `/admin/*` ask for it. Tenants are configured by name, weight and the
+environment variable that holds their key; a tenant's key opens `/v1/*` alone and says whose a request is. With tenants,
+`/admin/*` is shut unless there is an operator's key.
+"""
 
 import hmac
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
+
+from router.tenants import TenantConfig
 
 API_KEY_VARIABLE = "HEADRACE_API_KEY"
 
 Endpoints = dict[str, Callable[[FastAPI], Callable[..., Any]]]
 
 
-def require_api_key(request: Request) -> None:
-    """Refuse a request without `Authorization: Bearer <key>` (HTTP 401); no key configured means no check."""
-    expected = os.environ.get(API_KEY_VARIABLE)
-    if not expected:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), expected.encode()):
-        raise HTTPException(401, "invalid or missing API key; send it as 'Authorization: Bearer KEY'")
+class Keyring:
+    """Who may do what. Keys are read from the environment at every request, so that they can be changed in place."""
+
+    def __init__(self, tenants: Sequence[TenantConfig] = ()) -> None:
+        self._tenants = tenants
+
+    def require_operator(self, request: Request) -> None:
+        """Refuse whoever does not send the operator's key (HTTP 401); open when no key at all is configured."""
+        expected = os.environ.get(API_KEY_VARIABLE)
+        if expected or self._tenants:
+            _require(bool(expected) and _same(_given(request), expected or ""))
+
+    def require_user(self, request: Request) -> None:
+        """Refuse whoever sends no key that is known, and write down the tenant of who does."""
+        given, operator = _given(request), os.environ.get(API_KEY_VARIABLE)
+        # Every key is compared, so that the time taken does not tell which one was nearly right.
+        found = [tenant for tenant in self._tenants if _same(given, os.environ.get(tenant.api_key_env, ""))]
+        is_operator = _same(given, operator or "")
+        request.state.tenant = found[0] if found else None
+        _require(bool(found) or is_operator or not (operator or self._tenants))
+
+
+def guard(endpoints: Endpoints, check: Callable[[Request], None]) -> Endpoints:
+    """The same endpoints, each behind `check`."""
+
+    def behind_key(register: Callable[[FastAPI], Callable[..., Any]]) -> Callable[[FastAPI], Callable[..., Any]]:
+        return lambda app: register(_Guarded(app, check))  # type: ignore[arg-type]  # quacks like the app for routes
+
+    return {name: behind_key(register) for name, register in endpoints.items()}
 
 
 class _Guarded:
-    """A FastAPI app whose routes all check the key; Ray's endpoint maps call `app.get`, `app.post`, `app.put`."""
+    """A FastAPI app whose routes are all checked; Ray's endpoint maps call `app.get`, `app.post`, `app.put`."""
 
-    def __init__(self, app: FastAPI) -> None:
-        self._app = app
+    def __init__(self, app: FastAPI, check: Callable[[Request], None]) -> None:
+        self._app, self._check = app, check
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         add_route = getattr(self._app, method)
 
         def guarded(path: str, **options: Any) -> Any:
-            return add_route(path, dependencies=[Depends(require_api_key)], **options)
+            return add_route(path, dependencies=[Depends(self._check)], **options)
 
         return guarded
 
 
-def guard(endpoints: Endpoints) -> Endpoints:
-    """The same endpoints, each behind the API key."""
+def _given(request: Request) -> str:
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    return given if scheme.lower() == "bearer" else ""
 
-    def behind_key(register: Callable[[FastAPI], Callable[..., Any]]) -> Callable[[FastAPI], Callable[..., Any]]:
-        return lambda app: register(_Guarded(app))  # type: ignore[arg-type]  # quacks like the app for routes
 
-    return {name: behind_key(register) for name, register in endpoints.items()}
+def _same(given: str, expected: str) -> bool:
+    return bool(expected) and hmac.compare_digest(given.encode(), expected.encode())
+
+
+def _require(allowed: bool) -> None:
+    if not allowed:
+        raise HTTPException(401, "invalid or missing API key; send it as 'Authorization: Bearer KEY'")

@@ -1,11 +1,18 @@
-"""Errors in OpenAI's form. The fence around the non-public name of Ray Serve LLM that carries them."""
+"""Errors in OpenAI's form, a refusal among them.
+
+The fence around the non-public name of Ray Serve LLM that carries them.
+"""
 
 from __future__ import annotations
+
+from http import HTTPStatus
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 from starlette.exceptions import HTTPException
+
+from scheduler.refusal import Refusal
 
 
 def bad_request(message: str) -> OpenAIHTTPException:
@@ -16,15 +23,30 @@ def bad_request(message: str) -> OpenAIHTTPException:
 def error_body(status_code: int, message: str) -> dict[str, dict[str, object]]:
     """The body of an error as OpenAI clients read it."""
     kind = "invalid_request_error" if status_code < 500 else "server_error"
+    if status_code == HTTPStatus.TOO_MANY_REQUESTS:
+        kind = "rate_limit_error"
     return {"error": {"message": message, "type": kind, "param": None, "code": status_code}}
 
 
 def speak_openai(app: FastAPI) -> FastAPI:
     """Give plain HTTP errors (an unknown model or path, a missing key) OpenAI's form too."""
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(OpenAIHTTPException, _openai_error)
     return app
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, headers=error.headers)
+
+
+async def _openai_error(request: Request, error: Exception) -> JSONResponse:
+    """What Ray raises for an answer that is an error; a refusal says when to come again."""
+    assert isinstance(error, OpenAIHTTPException)
+    refusal = Refusal.from_text(error.message)
+    if refusal and error.status_code == HTTPStatus.TOO_MANY_REQUESTS:
+        body = error_body(error.status_code, refusal.text)
+        return JSONResponse(body, error.status_code, headers={"Retry-After": str(refusal.retry_after_s)})
+    body = error_body(error.status_code, error.message)
+    body["error"]["type"] = error.type
+    return JSONResponse(body, error.status_code)

@@ -25,6 +25,7 @@ from replicas.localhost import listen_where_the_node_does
 from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
 from router.declared_length import move_declared_length
 from router.errors import error_body
+from router.tenants import sign
 from scheduler.messages import Ack, Telemetry
 from scheduler.thresholds import Thresholds
 
@@ -80,6 +81,7 @@ class HeadraceIngress(OpenAiIngress):
         self, *, body: Any, call_method: str, raw_request: Request | None = None
     ) -> AsyncGenerator[Any, None]:
         move_declared_length(body)
+        sign(body, getattr(raw_request.state, "tenant", None) if raw_request is not None else None)
         async for response in super()._get_response(body=body, call_method=call_method, raw_request=raw_request):
             yield response
 

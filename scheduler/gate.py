@@ -9,14 +9,15 @@ Costs O(1) per request and per decision: nothing scans the queue. Source: `vllm.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy, create_request_queue
 from vllm.v1.request import Request
 
+from scheduler.fair_queue import NOBODY_IN_PARTICULAR, OUTPUT_PRICE, FairQueue, Tenant, TenantLedger
 from scheduler.policies import QueueView, Waiting
 
 Classify = Callable[[Request], str]
@@ -25,7 +26,8 @@ Classify = Callable[[Request], str]
 class GatedQueue(RequestQueue):
     """A RequestQueue whose closed part is sorted by type.
 
-    Within a type the engine's own order holds (arrival, or priority); `classify` names a request's type, `clock` tells
+    Within a type the order is that of `FairQueue`: by weight among tenants, then by vLLM's priority and by age. `order`
+    is the engine's own, for the open part. `classify` names a request's type, `tenant_of` its tenant, `clock` tells
     since when it waits, `on_release` hears how many seconds each was held.
     """
 
@@ -35,12 +37,14 @@ class GatedQueue(RequestQueue):
         classify: Classify,
         clock: Callable[[], float],
         on_release: Callable[[float], None],
+        tenant_of: Callable[[Request], Tenant] = lambda request: NOBODY_IN_PARTICULAR,
     ) -> None:
         self._order, self._classify, self._clock, self._on_release = order, classify, clock, on_release
         self._open = create_request_queue(order)
-        self._closed: dict[str, RequestQueue] = {}
+        self._ledger = TenantLedger(tenant_of)
+        self._closed: dict[str, FairQueue] = {}
+        self._by_age: dict[str, OrderedDict[str, tuple[Request, float]]] = {}
         self._since_s: dict[str, float] = {}
-        self._oldest: dict[str, deque[tuple[str, float]]] = {}
         self._type_of: dict[str, str] = {}
 
     # What a policy needs to know and to do.
@@ -48,21 +52,26 @@ class GatedQueue(RequestQueue):
     def views(self) -> dict[str, QueueView]:
         """The closed queues that are not empty, by type."""
         return {
-            name: QueueView(len(queue), self._oldest_since_s(name), partial(self._heads, queue))
+            name: QueueView(
+                len(queue), next(iter(self._by_age[name].values()))[1], partial(self._waiting, queue),
+                partial(self._aged, name),
+            )
             for name, queue in self._closed.items() if queue
         }
 
-    def _heads(self, queue: RequestQueue) -> Iterator[Waiting]:
-        return (Waiting(request.num_prompt_tokens, self._since_s[request.request_id]) for request in queue)
+    def _waiting(self, queue: FairQueue) -> Iterator[Waiting]:
+        return (Waiting(r.num_prompt_tokens, self._since_s[r.request_id], r.request_id) for r in queue)
 
-    def oldest(self, type_name: str, count: int) -> list[Request]:
-        """The first `count` requests of a type, left in place."""
-        return list(islice(self._closed.get(type_name, ()), count))
+    def _aged(self, name: str) -> Iterator[Waiting]:
+        return (
+            Waiting(request.num_prompt_tokens, since_s, request_id)
+            for request_id, (request, since_s) in self._by_age[name].items()
+        )
 
-    def newest(self, type_name: str, count: int) -> list[Request]:
-        """The last `count` requests of a type, left in place."""
+    def last(self, type_name: str, count: int) -> list[Request]:
+        """The `count` requests of a type that are farthest from their turn, left in place."""
         queue = self._closed.get(type_name)
-        return list(islice(reversed(queue), count)) if queue and count else []
+        return queue.last(count) if queue and count else []
 
     def release(self, type_name: str, count: int) -> None:
         """Let the first `count` requests of a type through; fewer when fewer wait."""
@@ -70,8 +79,8 @@ class GatedQueue(RequestQueue):
         now_s = self._clock()
         for _ in range(min(count, len(queue) if queue else 0)):
             assert queue is not None
-            request = queue.pop_request()
-            self._on_release(now_s - self._since_s.pop(request.request_id))
+            request = queue.pop()
+            self._on_release(now_s - self._leave(type_name, request))
             self._open.add_request(request)
 
     @property
@@ -88,35 +97,37 @@ class GatedQueue(RequestQueue):
         """The type under which a request came in; None once forgotten."""
         return self._type_of.get(request_id)
 
-    def forget(self, request_id: str) -> None:
-        """Drop what is remembered of a request that has left the engine."""
-        self._type_of.pop(request_id, None)
+    def forget(self, request: Request) -> None:
+        """Drop what is remembered of a request that has left the engine; its tenant is charged for the answer."""
+        self._type_of.pop(request.request_id, None)
+        if request.num_output_tokens:
+            self._ledger.charge(self._ledger.of(request), OUTPUT_PRICE * request.num_output_tokens)
 
     def reclassify(self, requests: Iterable[Request]) -> None:
         """Sort everything anew after a change of policy: the held, the let through, and `requests` (in service)."""
-        held = [request for queue in self._closed.values() for request in queue]
-        held.sort(key=lambda request: self._since_s[request.request_id])
-        self._closed, self._oldest = {}, {}
-        for request in held:
-            self._hold(request, self._since_s[request.request_id])
+        held = [entry for by_age in self._by_age.values() for entry in by_age.values()]
+        held.sort(key=lambda entry: entry[1])
+        for queue in self._closed.values():
+            queue.clear()
+        self._closed, self._by_age = {}, {}
+        for request, since_s in held:
+            self._hold(request, since_s)
         for request in chain(requests, self._open):
             self._type_of[request.request_id] = self._classify(request)
 
     def _hold(self, request: Request, since_s: float) -> None:
         name = self._classify(request)
         if name not in self._closed:
-            self._closed[name], self._oldest[name] = create_request_queue(self._order), deque()
-        self._closed[name].add_request(request)
-        self._oldest[name].append((request.request_id, since_s))
+            self._closed[name], self._by_age[name] = FairQueue(self._ledger), OrderedDict()
+        self._closed[name].add(request)
+        self._by_age[name][request.request_id] = (request, since_s)
         self._type_of[request.request_id] = name
         self._since_s[request.request_id] = since_s
 
-    def _oldest_since_s(self, name: str) -> float:
-        # The head of a priority queue need not be the oldest; those who left are dropped from this list lazily.
-        order = self._oldest[name]
-        while self._since_s.get(order[0][0]) != order[0][1]:
-            order.popleft()
-        return order[0][1]
+    def _leave(self, name: str, request: Request) -> float:
+        """Forget that a request waits; since when it did."""
+        del self._by_age[name][request.request_id]
+        return self._since_s.pop(request.request_id)
 
     # vLLM's side: RequestQueue.
 
@@ -150,9 +161,11 @@ class GatedQueue(RequestQueue):
     def remove_requests(self, requests: Iterable[Request]) -> None:
         """Take requests out, wherever they wait; those that do not wait here are left alone, as vLLM expects."""
         requests = list(requests)
-        held = [request for request in requests if self._since_s.pop(request.request_id, None) is not None]
+        held = [request for request in requests if request.request_id in self._since_s]
         for request in held:
-            self._closed[self._type_of[request.request_id]].remove_request(request)
+            name = self._type_of[request.request_id]
+            self._closed[name].remove(request)
+            self._leave(name, request)
         if len(held) < len(requests):
             self._open.remove_requests(requests)
 

@@ -65,11 +65,15 @@ class Gauges:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counters:
-    """Totals since the engine started; `hold_s` is the time all released requests spent held at the gate."""
+    """Totals since the engine started; `hold_s` is the time all released requests spent held at the gate.
+
+    `aborted` counts those that clients or the server cut short, and with them the `refused`.
+    """
 
     arrivals: int = 0
     finished: int = 0
     aborted: int = 0
+    refused: int = 0
     preemptions: int = 0
     iterations: int = 0
     held: int = 0

@@ -6,21 +6,29 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from scheduler.targets import NO_TARGETS, Targets
 from scheduler.thresholds import Thresholds, parse_thresholds
 
 SETTINGS_KEY = "headrace"
 EXPECTED_OUTPUT_TOKENS = "expected_output_tokens"
 """The key under which a request declares its output length (`SamplingParams.extra_args`, OpenAI `vllm_xargs`)."""
 
+TENANT, TENANT_WEIGHT = "headrace_tenant", "headrace_weight"
+"""Under which keys of the same place the ingress says whose a request is, and that tenant's weight."""
+
 
 class SchedulerSettings(BaseModel):
-    """thresholds: in force until others are pushed; channel: the control endpoint (None: no live control);
-    allow_strict: let run what is for simulation only, the paper's literal rule, which may strand requests, and
-    `fluid`."""
+    """thresholds: in force until others are pushed; profile, targets, overflow_probability: from which the policy
+    `fluid` solves its first pace, when the thresholds hold none (see `cold_thresholds`); channel: the control endpoint
+    (None: no live control); allow_strict: let run what is for simulation only, the paper's literal rule, which may
+    strand requests."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     thresholds: Thresholds = Field(default_factory=Thresholds)
+    profile: str | None = None
+    targets: Targets = NO_TARGETS
+    overflow_probability: float = Field(default=0.01, gt=0, lt=1)
     channel: str | None = None
     allow_strict: bool = False
 

@@ -74,6 +74,7 @@ def solve_pace(
         law=law, survival=survival_of(lengths), kv_limit_tokens=kv_limit, block_tokens=limits.block_tokens,
         overflow_z=z, iteration_s=iteration_s, ttft_s=targets.ttft_s,
         prompt_flow_tokens=capacity * lengths.mean_prompt_tokens * (iteration_s or 0.0),
+        capacity_rps=capacity if math.isfinite(capacity) else 0.0,
         queue_requests=None if wait_s is None else max(1, round(capacity * wait_s)),
     )
     binding = "nothing" if load < 1 else "memory" if by_memory <= by_pace else "TPOT target"

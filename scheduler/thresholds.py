@@ -191,10 +191,6 @@ class Thresholds:
             self.mode != "strict", "mode", self.mode,
             "serving; the strict rule may strand requests and is for simulation only",
         )
-        _require(
-            self.policy != "fluid", "policy", self.policy,
-            "fcfs, wait, nested_wait; fluid is for simulation only so far",
-        )
 
     def with_version(self, version: int) -> Thresholds:
         """The same thresholds under another version."""

@@ -15,10 +15,12 @@ from scheduler.fluid import FluidEquilibrium, solve_fluid
 from scheduler.law import ServiceTimeLaw
 from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.solver import Infeasible, SegmentChain, nested_wait_thresholds, resident_cap, wait_thresholds
+from scheduler.survival import cold_lengths
 from scheduler.targets import NO_TARGETS, Targets, solve_pace
 from scheduler.thresholds import UNKNOWN_TYPE, EngineLimits, SegmentThreshold, Thresholds, TypeThreshold
 
 MOST_TYPES = 4
+LEAST_RATE_RPS = 1e-3
 _MOST_SEGMENTS = 4
 _LENGTH_GRID = tuple(sorted(int(base * 2**power) for power in range(28) for base in (16, 24)))
 
@@ -51,6 +53,17 @@ def tune(
     equilibrium = solver.equilibrium
     reason = f"{_in_words(equilibrium, mix.rate_rps)}; {solved.reason}; cap {cap} from memory"
     return Tuned(replace(solved, reason=reason), equilibrium)
+
+
+def cold_thresholds(
+    configured: Thresholds, law: ServiceTimeLaw, limits: EngineLimits, *, overflow_probability: float, targets: Targets
+) -> Thresholds:
+    """`configured` as an engine starts with it: `fluid` with a pace from the profile's law and a guess of lengths."""
+    if configured.policy != "fluid" or configured.pace is not None:
+        return configured
+    mix = WorkloadMix((RequestType(UNKNOWN_TYPE, LEAST_RATE_RPS, cold_lengths(limits.max_model_len)),))
+    tuned = tune(configured, mix, law, limits, overflow_probability=overflow_probability, targets=targets)
+    return replace(tuned.thresholds, reason="nothing measured yet: from the profile and the targets")
 
 
 def tune_by_cap(configured: Thresholds, mix: WorkloadMix, cap: int, *, margin: float = 0.05) -> Thresholds:

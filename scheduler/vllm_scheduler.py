@@ -27,18 +27,21 @@ from vllm.v1.request import Request, RequestStatus
 
 from scheduler.channel import ChannelServer, engine_id
 from scheduler.control import InForce, ThresholdsInForce
+from scheduler.fair_queue import NOBODY_IN_PARTICULAR, Tenant
 from scheduler.gate import GatedQueue
 from scheduler.messages import Gauges, InService, Report, Telemetry
 from scheduler.policies import UNKNOWN_TYPE, Resident, Snapshot
+from scheduler.profiles import load_profile
 from scheduler.recorder import Recorder
-from scheduler.settings import EXPECTED_OUTPUT_TOKENS, SchedulerSettings
-from scheduler.thresholds import EngineLimits
+from scheduler.refusal import Refusal
+from scheduler.settings import EXPECTED_OUTPUT_TOKENS, TENANT, TENANT_WEIGHT, SchedulerSettings
+from scheduler.thresholds import EngineLimits, Thresholds
+from scheduler.tuning import cold_thresholds
 
 logger = init_logger(f"vllm.headrace.{__name__}")  # below vLLM's logger, so that its handlers and level apply
 
-
-REFUSED = "refused: the replica is too busy to answer in time"
-"""The stop reason of a request that the policy refuses before its first token."""
+TOO_LATE = "the first token could not come within its target any more"
+TOO_MANY = "as many requests wait as can be answered in time"
 
 
 class BatchWork(NamedTuple):
@@ -69,12 +72,13 @@ class HeadraceScheduler(AsyncScheduler):
         settings = SchedulerSettings.from_additional_config(self.vllm_config.additional_config)
         self.clock: Callable[[], float] = time.monotonic
         self.recorder = Recorder()
+        limits = self._limits()
         self.in_force = ThresholdsInForce(
-            settings.thresholds, self._limits(), lambda: self.clock(), allow_strict=settings.allow_strict
+            _first_thresholds(settings, limits), limits, lambda: self.clock(), allow_strict=settings.allow_strict
         )
         self._engine_id = engine_id()
         self._obeyed: InForce = self.in_force.current()
-        self.gate = GatedQueue(self.policy, self._classify, lambda: self.clock(), self.recorder.released)
+        self.gate = GatedQueue(self.policy, self._classify, lambda: self.clock(), self.recorder.released, tenant_of)
         self.waiting = self.gate
         self._most_running = self.max_num_running_reqs
         self._most_tokens = self.max_num_scheduled_tokens
@@ -84,7 +88,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._executing: deque[tuple[SchedulerOutput, float, BatchWork]] = deque()
         self._last_output_s = 0.0
         self._more_to_run = False
-        self._refused: list[Request] = []
+        self._refused: list[tuple[Request, str]] = []
         self._everyone_runs = False
         self._channel: ChannelServer | None = None
         if settings.channel:
@@ -100,10 +104,12 @@ class HeadraceScheduler(AsyncScheduler):
             self._obey(obeyed)
         now_s = self.clock()
         decision = obeyed.policy.decide(self._snapshot(now_s))
-        self._refuse(self.gate.oldest(UNKNOWN_TYPE, decision.refuse_oldest))
+        if decision.refuse:
+            self._refuse([self.requests[name] for name in decision.refuse], TOO_LATE, decision.drain_s)
         for type_name, count in decision.admit.items():
             self.gate.release(type_name, count)
-        self._refuse(self.gate.newest(UNKNOWN_TYPE, decision.refuse_newest))
+        if decision.refuse_last:
+            self._refuse(self.gate.last(UNKNOWN_TYPE, decision.refuse_last), TOO_MANY, decision.drain_s)
 
         aside = self._set_aside(decision.sit_out)
         self.max_num_running_reqs = self._most_running - len(aside)
@@ -120,11 +126,12 @@ class HeadraceScheduler(AsyncScheduler):
         self._after_schedule(output, len(aside))
         return output
 
-    def _refuse(self, requests: list[Request]) -> None:
+    def _refuse(self, requests: list[Request], reason: str, drain_s: float) -> None:
         """End requests that have not cost anything yet; their clients hear of it with the iteration's outputs."""
-        if requests:
-            self.finish_requests([request.request_id for request in requests], RequestStatus.FINISHED_ABORTED)
-            self._refused += requests
+        text = Refusal.for_drain_time(reason, drain_s).text
+        self.recorder.totals.refused += len(requests)
+        self.finish_requests([request.request_id for request in requests], RequestStatus.FINISHED_ABORTED)
+        self._refused += [(request, text) for request in requests]
 
     def _obey(self, in_force: InForce) -> None:
         self._obeyed = in_force
@@ -187,8 +194,8 @@ class HeadraceScheduler(AsyncScheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if executed:
             self._more_to_run = bool(self.running)
-        for request in self._refused:
-            answer = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ABORT, stop_reason=REFUSED)
+        for request, text in self._refused:
+            answer = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ABORT, stop_reason=text)
             outputs.setdefault(request.client_index, EngineCoreOutputs(outputs=[])).outputs.append(answer)
         self._refused = []
         return outputs
@@ -211,7 +218,7 @@ class HeadraceScheduler(AsyncScheduler):
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         aborted = request.status == RequestStatus.FINISHED_ABORTED
         self.recorder.finished(self.clock(), request.num_prompt_tokens, request.num_output_tokens, aborted=aborted)
-        self.gate.forget(request.request_id)
+        self.gate.forget(request)
         return super()._free_request(request, delay_free_blocks)
 
     def known_output_tokens(self, request: Request) -> int | None:
@@ -266,6 +273,21 @@ class HeadraceScheduler(AsyncScheduler):
             max_num_batched_tokens=self.max_num_scheduled_tokens,
             max_model_len=self.max_model_len,
         )
+
+
+def _first_thresholds(settings: SchedulerSettings, limits: EngineLimits) -> Thresholds:
+    if settings.profile is None:
+        return settings.thresholds
+    return cold_thresholds(
+        settings.thresholds, load_profile(settings.profile).law, limits, targets=settings.targets,
+        overflow_probability=settings.overflow_probability,
+    )
+
+
+def tenant_of(request: Request) -> Tenant:
+    """Whose a request is, as the ingress wrote it down."""
+    extra = (request.sampling_params and request.sampling_params.extra_args) or {}
+    return Tenant(str(extra[TENANT]), float(extra.get(TENANT_WEIGHT, 1.0))) if TENANT in extra else NOBODY_IN_PARTICULAR
 
 
 def batch_work(output: SchedulerOutput, requests: Mapping[str, Request]) -> BatchWork:

@@ -38,6 +38,7 @@ class Waiting(NamedTuple):
 
     prompt_tokens: int
     since_s: float
+    request_id: str = ""
 
 
 def _nobody() -> Iterator[Waiting]:
@@ -48,12 +49,14 @@ def _nobody() -> Iterator[Waiting]:
 class QueueView:
     """The requests of one type that wait at the gate: how many, and since when the oldest does (clock seconds).
 
-    `heads` goes through them from the head of the queue; a policy takes no more of them than it may admit.
+    `heads` goes through them from the head of the queue, `aged` from the oldest on; a policy takes no more of them than
+    it may admit or refuse.
     """
 
     length: int
     oldest_since_s: float
     heads: Callable[[], Iterator[Waiting]] = field(default=_nobody, compare=False)
+    aged: Callable[[], Iterator[Waiting]] = field(default=_nobody, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +89,17 @@ _NOBODY: frozenset[str] = frozenset()
 class Decision:
     """How many of each type may enter (from the head of its queue), and who sits this iteration out (request ids).
 
-    token_budget: tokens of this iteration (None: the thresholds' own). refuse_oldest, refuse_newest: how many are
-    refused from the head of the unknown type's queue before anybody enters, and from its tail afterwards.
+    token_budget: tokens of this iteration (None: the thresholds' own). refuse: who is refused before anybody enters
+    (request ids); refuse_last: how many of the unknown type are refused afterwards, those farthest from their turn;
+    drain_s: seconds after which those who wait will have been served, for who is refused.
     """
 
     admit: Mapping[str, int] = field(default_factory=dict)
     sit_out: Collection[str] = _NOBODY
     token_budget: int | None = None
-    refuse_oldest: int = 0
-    refuse_newest: int = 0
+    refuse: Collection[str] = _NOBODY
+    refuse_last: int = 0
+    drain_s: float = 0.0
 
 
 class Policy(ABC):

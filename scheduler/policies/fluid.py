@@ -12,6 +12,7 @@ When not to use it: with output lengths that change faster than the survival est
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 
@@ -46,8 +47,9 @@ class Fluid(Policy):
         late = self._paced.too_late(view, snapshot.now_s, room)
         admitted = self._paced.admitted(view, late, seats, snapshot, room)
         return Decision(
-            admit={UNKNOWN_TYPE: admitted} if admitted else {}, token_budget=budget, refuse_oldest=late,
-            refuse_newest=self._paced.useless(view.length - late - admitted),
+            admit={UNKNOWN_TYPE: admitted} if admitted else {}, token_budget=budget, refuse=late,
+            refuse_last=self._paced.useless(view.length - len(late) - admitted),
+            drain_s=self._paced.drain_s(view.length),
         )
 
 
@@ -73,24 +75,24 @@ class _Paced:
         left_s = pace.iteration_s - decode_s - law.d1_s_per_kv_token * snapshot.kv_used_tokens
         return max(_SMALLEST_CHUNK, left_s / per_token_s)
 
-    def too_late(self, view: QueueView, now_s: float, room: float) -> int:
-        """How many at the head have waited for so long that their first token would come too late."""
+    def too_late(self, view: QueueView, now_s: float, room: float) -> frozenset[str]:
+        """Who has waited for so long that the first token would come too late; the oldest are looked at first."""
         pace = self._pace
         if pace.ttft_s is None:
-            return 0
+            return frozenset()
         iteration_s = pace.iteration_s or pace.law.shortest_iteration_s
         chunk = max(room, pace.prompt_flow_tokens)
-        late = 0
-        for waiting in view.heads():
+        late = []
+        for waiting in view.aged():
             # The iteration under way has to end, and the one after it is composed already.
             first_token_s = iteration_s * (2 + math.ceil(waiting.prompt_tokens / chunk))
             if now_s - waiting.since_s + first_token_s <= pace.ttft_s:
                 break
-            late += 1
-        return late
+            late.append(waiting.request_id)
+        return frozenset(late)
 
-    def admitted(self, view: QueueView, late: int, seats: int, snapshot: Snapshot, room: float) -> int:
-        """How many enter, after the `late` ones: while there is time for their prompts and room for their growth."""
+    def admitted(self, view: QueueView, late: Collection[str], seats: int, snapshot: Snapshot, room: float) -> int:
+        """How many enter, the `late` ones left out: while there is time for their prompts and room for their growth."""
         prompts = room - snapshot.prompt_backlog_tokens
         if not seats or (prompts <= 0 and snapshot.running) or self._still_full(len(snapshot.running)):
             return 0
@@ -99,8 +101,8 @@ class _Paced:
         kv = np.fromiter((r.kv_tokens for r in residents), float, len(residents))
         self._projection.reset(stages, kv)
         admitted = 0
-        for place, waiting in enumerate(view.heads()):
-            if place < late:
+        for waiting in view.heads():
+            if waiting.request_id in late:
                 continue
             if admitted >= seats or (prompts <= 0 and admitted + len(residents)):
                 break
@@ -111,6 +113,10 @@ class _Paced:
             prompts -= waiting.prompt_tokens
             admitted += 1
         return admitted
+
+    def drain_s(self, waiting: int) -> float:
+        """Seconds in which the fluid model serves so many."""
+        return waiting / self._pace.capacity_rps if self._pace.capacity_rps else 0.0
 
     def useless(self, waiting: int) -> int:
         """How many at the tail lengthen the queue for nothing."""

@@ -11,6 +11,8 @@ import yaml
 
 from cluster import config as config_module
 from cluster.config import ConfigError, load_config
+from scheduler.targets import Targets
+from scheduler.thresholds import Thresholds
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -58,7 +60,7 @@ def test_three_configurations_are_shipped() -> None:
 def test_shipped_configurations_load_and_listen_on_this_machine_only(path: Path) -> None:
     config = load_config(path)
     assert config.base_url == "http://127.0.0.1:8000"
-    assert config.application.args.thresholds.policy == "nested_wait"
+    assert config.application.args.thresholds.policy == "fluid"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -77,7 +79,32 @@ def test_defaults(tmp_path: Path) -> None:
     assert (config.http_options.host, config.http_options.port) == ("127.0.0.1", 8000)
     assert config.ray.address == "local"
     assert config.application.args.controller.enabled
-    assert config.application.args.thresholds.policy == "fcfs"
+    assert config.application.args.thresholds.policy == "fluid"
+    assert config.application.args.targets == Targets()
+
+
+def test_thresholds_that_name_no_policy_are_those_of_fluid(tmp_path: Path) -> None:
+    path = tmp_path / "held.yaml"
+    path.write_text(yaml.safe_dump(with_value((*ARGS, "thresholds"), {"max_hold_s": 0.5})))
+    assert load_config(path).application.args.thresholds == Thresholds(policy="fluid", max_hold_s=0.5)
+
+
+def test_targets_reach_the_engine_and_the_controller(tmp_path: Path) -> None:
+    path = tmp_path / "targets.yaml"
+    path.write_text(yaml.safe_dump(with_value((*ARGS, "targets"), {"ttft_s": 2, "tpot_s": 0.1})))
+    args = load_config(path).application.args
+    assert args.tuning.targets == Targets(2, 0.1)
+    assert args.tuning.period_s == args.controller.period_s
+    for wrong, said in (({"ttft_s": 0}, "ttft_s"), ({"tpot": 1}, "tpot")):
+        assert said in complaint(tmp_path, (*ARGS, "targets"), wrong)
+
+
+def test_tenants_need_names_and_keys_of_their_own(tmp_path: Path) -> None:
+    red = {"name": "red", "api_key_env": "KEY_OF_RED"}
+    said = complaint(tmp_path, (*ARGS, "tenants"), [red, red | {"name": "blue"}])
+    assert "two tenants have api_key_env = 'KEY_OF_RED'" in said
+    assert "two tenants have name = 'red'" in complaint(tmp_path, (*ARGS, "tenants"), [red, red])
+    assert "weight" in complaint(tmp_path, (*ARGS, "tenants"), [red | {"weight": -1}])
 
 
 def test_a_wildcard_host_is_reached_over_loopback(tmp_path: Path) -> None:

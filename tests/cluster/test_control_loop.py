@@ -13,13 +13,13 @@ import pytest
 from synthetic_engine import LIMITS, SyntheticEngine
 
 from cluster import controller as controller_module
-from cluster.config import ControllerConfig
+from cluster.config import TuningConfig
 from cluster.controller import ControllerKeeper, ControlLoop
 from replicas.calls import ReplicaUnavailable
 from scheduler.messages import Ack, Apply
 from scheduler.thresholds import SegmentThreshold, Thresholds, parse_thresholds
 
-CONFIG = ControllerConfig(
+CONFIG = TuningConfig(
     profile="a100-llama2-7b-paper", min_finished=20, window_s=60.0, validity_s=120.0, period_s=5.0
 )
 CONFIGURED = Thresholds(policy="nested_wait", max_hold_s=0.25)

@@ -39,6 +39,11 @@ EVERYTHING: Values = {
     "model": {"id": "llama", "source": "/models/llama"},
     "replicas": 3,
     "gpu": {"type": "H100", "product": "NVIDIA-H100-80GB-HBM3"},
+    "targets": {"ttftSeconds": 3, "tpotSeconds": 0.08, "latencySeconds": None},
+    "tenants": [
+        {"name": "red", "weight": 3, "secretName": "keys", "secretKey": "red"},
+        {"name": "blue", "secretName": "keys", "secretKey": "blue"},
+    ],
     "policy": {"name": "wait", "maxHoldSeconds": 1},
     "controller": {"enabled": False, "periodSeconds": 0.5, "profile": "a100-llama2-7b-paper"},
     "engine": {
@@ -175,7 +180,9 @@ def test_default_serve_config_is_the_whole_agreed_config(chart: Chart) -> None:
                         "gpu_memory_utilization": 0.9,
                         "dtype": "auto",
                     },
-                    "thresholds": {"policy": "nested_wait", "max_hold_s": 0.25},
+                    "targets": {},
+                    "tenants": [],
+                    "thresholds": {"policy": "fluid", "max_hold_s": 0.25},
                     "controller": {"enabled": True, "period_s": 5.0, "profile": "a100-llama2-7b"},
                 },
             }
@@ -200,6 +207,11 @@ def test_values_reach_the_serve_config(chart: Chart) -> None:
             "kv_cache_dtype": "fp8",
             "limit_mm_per_prompt": {"image": 0},
         },
+        "targets": {"ttft_s": 3, "tpot_s": 0.08},
+        "tenants": [
+            {"name": "red", "weight": 3, "api_key_env": "HEADRACE_TENANT_KEY_0"},
+            {"name": "blue", "weight": 1, "api_key_env": "HEADRACE_TENANT_KEY_1"},
+        ],
         "thresholds": {"policy": "wait", "max_hold_s": 1},
         "controller": {"enabled": False, "period_s": 0.5, "profile": "a100-llama2-7b-paper"},
     }
@@ -208,7 +220,14 @@ def test_values_reach_the_serve_config(chart: Chart) -> None:
     assert serve_config(service)["http_options"] == {"host": "0.0.0.0", "port": 8080}
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "wait", "nested_wait"])
+def test_a_tenants_key_comes_from_its_secret_wherever_the_ingress_runs(chart: Chart) -> None:
+    for container in containers(ray_service(chart, EVERYTHING)):
+        variables = environment(container)
+        for index, key in enumerate(("red", "blue")):
+            assert variables[f"HEADRACE_TENANT_KEY_{index}"] == reference("keys", key)
+
+
+@pytest.mark.parametrize("policy", ["fluid", "fcfs", "wait", "nested_wait"])
 def test_each_policy_is_accepted(chart: Chart, policy: str) -> None:
     service = ray_service(chart, {"policy": {"name": policy}})
     assert app_args(service)["thresholds"] == {"policy": policy, "max_hold_s": 0.25}
@@ -407,6 +426,9 @@ def test_misspelt_key_in_an_optional_structure_is_rejected(chart: Chart, values:
         ("replicas", 1.5),
         ("replicas", "2"),
         ("replicas", None),
+        ("targets.ttftSeconds", 0),
+        ("targets.tpotSeconds", "fast"),
+        ("tenants", "red"),
         ("policy.name", "lifo"),
         ("policy.maxHoldSeconds", -0.1),
         ("policy.maxHoldSeconds", 61),

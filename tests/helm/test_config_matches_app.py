@@ -12,6 +12,7 @@ from helm_python import Chart
 
 from cluster import config as config_module
 from cluster.config import AppConfig, ClusterConfig
+from scheduler.targets import Targets
 
 CHART = Path(__file__).resolve().parents[2] / "helm" / "headrace"
 ENGINE_ARGUMENTS = ["max_model_len", "max_num_seqs", "gpu_memory_utilization", "dtype", "enforce_eager"]
@@ -44,6 +45,10 @@ def serve_config(chart: Chart, values: dict[str, Any] | None) -> dict[str, Any]:
         {"gpu": {"type": ""}},
         {"policy": {"name": "fcfs", "maxHoldSeconds": 0}},
         {"policy": {"name": "wait", "maxHoldSeconds": 60}},
+        {"targets": {"ttftSeconds": 3, "tpotSeconds": 0.08}},
+        {"targets": {"latencySeconds": 20.5}},
+        {"tenants": [{"name": "a", "weight": 3, "secretName": "s", "secretKey": "k"},
+                     {"name": "b", "secretName": "s", "secretKey": "l"}]},
         {"replicas": 1024},
         {"controller": {"enabled": False, "periodSeconds": 3600, "profile": "a100-llama2-7b-paper"}},
         {"controller": {"periodSeconds": 0.001}},
@@ -70,11 +75,14 @@ def test_the_chart_s_default_is_the_shipped_gpu_configuration(chart: Chart) -> N
     assert args.model.model_dump() == shipped["model"]
     assert args.accelerator.type == shipped["accelerator"]["type"]
     assert args.controller.profile == shipped["controller"]["profile"]
-    assert args.thresholds.policy == shipped["thresholds"]["policy"]
+    assert args.thresholds.policy == "fluid"
 
 
 def test_every_key_of_the_chart_is_a_key_of_the_application(chart: Chart) -> None:
     args = serve_config(chart, None)["applications"][0]["args"]
     assert args.keys() <= AppConfig.model_fields.keys()
+    targets = {"ttftSeconds": 3, "tpotSeconds": 0.08, "latencySeconds": 9}
+    args = serve_config(chart, {"targets": targets})["applications"][0]["args"]
+    assert AppConfig.model_validate(args).targets == Targets(3, 0.08, 9)
     for key in ("model", "accelerator", "controller"):
         assert args[key].keys() <= AppConfig.model_fields[key].annotation.model_fields.keys()  # type: ignore[union-attr]

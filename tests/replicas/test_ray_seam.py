@@ -171,7 +171,6 @@ def test_every_endpoint_but_health_asks_for_the_key(monkeypatch: pytest.MonkeyPa
 
     from cluster import app as application
     from cluster.config import load_config
-    from router.auth import require_api_key
 
     captured: dict[str, Any] = {}
 
@@ -193,12 +192,13 @@ def test_every_endpoint_but_health_asks_for_the_key(monkeypatch: pytest.MonkeyPa
     for name, register in captured.items():
         assert callable(getattr(application.HeadraceIngress, name))
         register(api)(handler)
-    guarded = {
-        route.path: any(dependency.dependency is require_api_key for dependency in route.dependencies)  # type: ignore[attr-defined]
+    asked = {
+        route.path: [dependency.dependency.__name__ for dependency in route.dependencies]  # type: ignore[attr-defined]
         for route in api.routes
     }
-    assert {path for path, asks in guarded.items() if not asks} == {"/healthz", "/readyz"}
-    assert guarded.keys() >= {"/v1/chat/completions", "/v1/models", "/admin/state", "/admin/thresholds"}
+    assert {path for path, asks in asked.items() if not asks} == {"/healthz", "/readyz"}
+    assert all(asked[path] == ["require_operator"] for path in ("/admin/state", "/admin/thresholds"))
+    assert all(asked[path] == ["require_user"] for path in ("/v1/chat/completions", "/v1/models"))
 
 
 # replicas/server.py

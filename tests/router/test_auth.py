@@ -2,36 +2,86 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 
-from router.auth import API_KEY_VARIABLE, guard
+from router.auth import API_KEY_VARIABLE, Keyring, guard
+from router.tenants import TenantConfig, sign
 
 KEY = "sk-of-this-test"
 GUARDED = [("GET", "/admin/state"), ("PUT", "/admin/thresholds"), ("POST", "/v1/chat/completions")]
 
 
-@pytest.fixture
-def client() -> TestClient:
-    app = FastAPI()
+def client_with(*tenants: TenantConfig) -> TestClient:
+    app, keys = FastAPI(), Keyring(tenants)
 
     async def echo(request: Request) -> dict[str, Any]:
         return {"path": request.url.path}
 
-    guarded = guard(
-        {
-            "state": lambda app: app.get("/admin/state"),
-            "put": lambda app: app.put("/admin/thresholds", status_code=202),
-            "chat": lambda app: app.post("/v1/chat/completions"),
-        }
-    )
-    for register in guarded.values():
+    async def whose(request: Request) -> dict[str, Any]:
+        body = SimpleNamespace(vllm_xargs={"headrace_tenant": "forged", "mine": 1})
+        sign(body, request.state.tenant)
+        return {"path": request.url.path} | ({"xargs": body.vllm_xargs} if tenants else {})
+
+    admin = {
+        "state": lambda app: app.get("/admin/state"),
+        "put": lambda app: app.put("/admin/thresholds", status_code=202),
+    }
+    for register in guard(admin, keys.require_operator).values():
         register(app)(echo)
+    for register in guard({"chat": lambda app: app.post("/v1/chat/completions")}, keys.require_user).values():
+        register(app)(whose)
     app.get("/healthz")(echo)
     return TestClient(app)
+
+
+@pytest.fixture
+def client() -> TestClient:
+    return client_with()
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    """Two tenants with keys of their own."""
+    monkeypatch.setenv("KEY_OF_RED", "sk-red")
+    monkeypatch.setenv("KEY_OF_BLUE", "sk-blue")
+    red, blue = TenantConfig(name="red", weight=3, api_key_env="KEY_OF_RED"), TenantConfig(
+        name="blue", api_key_env="KEY_OF_BLUE")
+    return client_with(red, blue)
+
+
+def chat(client: TestClient, key: str | None) -> Any:
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    return client.post("/v1/chat/completions", headers=headers)
+
+
+def test_a_tenants_key_says_whose_a_request_is_and_clients_cannot(
+    shared: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(API_KEY_VARIABLE, KEY)
+    assert chat(shared, "sk-red").json()["xargs"] == {"mine": 1, "headrace_tenant": "red", "headrace_weight": 3.0}
+    assert chat(shared, "sk-blue").json()["xargs"]["headrace_tenant"] == "blue"
+    assert chat(shared, KEY).json()["xargs"] == {"mine": 1}
+
+
+def test_a_tenants_key_opens_nothing_else(shared: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
+    assert shared.get("/admin/state", headers={"Authorization": "Bearer sk-red"}).status_code == 401
+    assert shared.get("/admin/state").status_code == 401, "with tenants and no operator's key it is shut"
+    monkeypatch.setenv(API_KEY_VARIABLE, KEY)
+    assert shared.get("/admin/state", headers={"Authorization": "Bearer sk-red"}).status_code == 401
+    assert shared.get("/admin/state", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+
+
+def test_with_tenants_every_request_needs_a_key(shared: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
+    assert [chat(shared, key).status_code for key in (None, "", "sk-green", "sk-red")] == [401, 401, 401, 200]
+    monkeypatch.delenv("KEY_OF_RED")
+    assert chat(shared, "").status_code == chat(shared, "sk-red").status_code == 401, "a key that is not set opens none"
 
 
 def test_without_a_configured_key_everything_is_open(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,13 +177,3 @@ def test_of_equal_versions_offered_at_once_exactly_one_wins(in_force):
 def test_acks_name_growing_versions(in_force):
     versions = [in_force.offer(Apply(thresholds=_wait(0, n=n))).version_in_force for n in range(1, 6)]
     assert all(later > earlier for earlier, later in itertools.pairwise(versions))
-
-
-def test_fluid_is_refused_unless_allowed(clock):
-    in_force = ThresholdsInForce(CONFIGURED, LIMITS, clock)
-    ack = in_force.offer(Apply(thresholds=Thresholds(version=1, policy="fluid"), automatic=False))
-    assert not ack.accepted
-    assert ack.code == "invalid"
-    assert "for simulation only" in ack.reason
-    allowed = ThresholdsInForce(CONFIGURED, LIMITS, clock, allow_strict=True)
-    assert allowed.offer(Apply(thresholds=Thresholds(version=1, policy="fluid"))).accepted

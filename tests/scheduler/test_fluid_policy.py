@@ -33,8 +33,10 @@ def crowd(count: int, stage: int = 50) -> list[Resident]:
 
 
 def snapshot(running=(), waiting=(), *, now_s=0.0, backlog=0):
-    heads = [Waiting(prompt, since_s) for prompt, since_s in waiting]
-    views = {UNKNOWN_TYPE: QueueView(len(heads), heads[0].since_s, lambda: iter(heads))} if heads else {}
+    heads = [Waiting(prompt, since_s, f"w{place}") for place, (prompt, since_s) in enumerate(waiting)]
+    aged = sorted(heads, key=lambda each: each.since_s)
+    view = aged and QueueView(len(heads), aged[0].since_s, lambda: iter(heads), lambda: iter(aged))
+    views = {UNKNOWN_TYPE: view} if view else {}
     return Snapshot(
         now_s=now_s, waiting=views, released=0, running=list(running), prompt_backlog_tokens=backlog,
         kv_used_tokens=sum(resident.kv_tokens for resident in running), kv_capacity_tokens=100_000,
@@ -57,7 +59,7 @@ def test_an_idle_replica_admits_at_once():
 
 def test_at_light_load_everybody_enters_whose_prompt_has_time():
     assert entering(decide(crowd(5), [(200, 0.0)] * 3)) == 3
-    assert decide(crowd(5), [(200, 0.0)] * 3).refuse_newest == 0
+    assert decide(crowd(5), [(200, 0.0)] * 3).refuse_last == 0
 
 
 def test_an_iteration_never_computes_more_than_its_time_allows():
@@ -93,30 +95,42 @@ def test_time_makes_room_too():
 
 def test_who_is_too_late_is_refused_and_the_next_one_enters():
     decision = decide(crowd(5), [(500, 0.0), (500, 0.1), (500, 2.5)], now_s=2.6)
-    assert (decision.refuse_oldest, entering(decision)) == (2, 1)
+    assert (set(decision.refuse), entering(decision)) == ({"w0", "w1"}, 1)
 
 
 def test_a_long_prompt_is_late_earlier():
     fits = decide(crowd(60), [(100, 0.0)], now_s=1.7)
     too_long = decide(crowd(60), [(40_000, 0.0)], now_s=1.7)
-    assert (fits.refuse_oldest, too_long.refuse_oldest) == (0, 1)
+    assert (len(fits.refuse), len(too_long.refuse)) == (0, 1)
+
+
+def test_whoever_is_late_is_refused_wherever_the_turn_order_puts_them():
+    """With tenants or priorities the oldest need not be at the head."""
+    decision = decide(crowd(5), [(200, 2.5), (200, 0.0), (200, 2.5)], now_s=2.6)
+    assert (set(decision.refuse), entering(decision)) == ({"w1"}, 2)
+
+
+def test_the_refused_are_told_how_long_the_queue_takes_to_drain():
+    pace = replace(PACE, capacity_rps=3.0)
+    assert decide(crowd(170, stage=1), [(500, 0.0)] * 9, pace=pace).drain_s == pytest.approx(3.0)
+    assert decide(crowd(170, stage=1), [(500, 0.0)] * 9).drain_s == 0.0  # not known
 
 
 def test_a_queue_longer_than_useful_is_cut_at_its_end():
     decision = decide(crowd(170, stage=1), [(500, 0.0)] * 9)
-    assert (entering(decision), decision.refuse_oldest, decision.refuse_newest) == (0, 0, 4)
+    assert (entering(decision), len(decision.refuse), decision.refuse_last) == (0, 0, 4)
 
 
 def test_without_targets_nobody_is_refused_and_no_budget_is_set():
     free = replace(PACE, iteration_s=None, ttft_s=None, queue_requests=None)
     decision = decide(crowd(400, stage=1), [(500, 0.0)] * 50, pace=free, now_s=1000.0)
-    assert (decision.refuse_oldest, decision.refuse_newest, decision.token_budget) == (0, 0, None)
+    assert (len(decision.refuse), decision.refuse_last, decision.token_budget) == (0, 0, None)
     assert entering(decision) == 0
 
 
 def test_without_a_pace_the_gate_is_open():
     decision = decide(crowd(400), [(500, 0.0)] * 50, pace=None)
-    assert (decision.refuse_oldest, decision.refuse_newest, decision.token_budget) == (0, 0, None)
+    assert (len(decision.refuse), decision.refuse_last, decision.token_budget) == (0, 0, None)
     assert entering(decision) == 50
 
 

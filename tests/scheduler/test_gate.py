@@ -142,7 +142,7 @@ def test_age_survives_a_request_id_used_again(gate):
     gate.now_s = 1.0
     gate.add(request("b"))
     gate.queue.remove_request(a)
-    gate.queue.forget("a")
+    gate.queue.forget(a)
     gate.now_s = 2.0
     gate.add(request("a"))
     assert gate.queue.views() == {"short": QueueView(2, 1.0)}, "b has waited since 1.0"
@@ -190,6 +190,6 @@ def test_nothing_is_remembered_of_the_forgotten(gate):
         gate.add(each)
         gate.queue.release("short", 1)
         gate.queue.pop_request()
-        gate.queue.forget(each.request_id)
+        gate.queue.forget(each)
     assert gate.queue.type_of("r7") is None
     assert not gate.queue._type_of and not gate.queue._since_s

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_engine import LIMITS, PAPER, SyntheticEngine
 
-from cluster.config import ControllerConfig
+from cluster.config import TuningConfig
 from scheduler.fluid import solve_fluid
 from scheduler.law import ServiceTimeLaw
 from scheduler.mix import Lengths, RequestType, WorkloadMix
@@ -27,7 +27,7 @@ from scheduler.thresholds import (
 )
 from scheduler.tuning import MOST_TYPES
 
-CONFIG = ControllerConfig(profile="a100-llama2-7b-paper", min_finished=20, window_s=60.0, validity_s=120.0)
+CONFIG = TuningConfig(profile="a100-llama2-7b-paper", min_finished=20, window_s=60.0, validity_s=120.0)
 WAIT, NESTED = Thresholds(policy="wait"), Thresholds(policy="nested_wait")
 
 

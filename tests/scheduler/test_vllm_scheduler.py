@@ -12,9 +12,10 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from scheduler.channel import ChannelClient, new_endpoint, remove_endpoint
 from scheduler.law import ServiceTimeLaw
 from scheduler.messages import Arrival, Finished, Report
-from scheduler.settings import SchedulerSettings
+from scheduler.refusal import Refusal
+from scheduler.settings import TENANT, TENANT_WEIGHT, SchedulerSettings
 from scheduler.thresholds import InvalidThresholds, Thresholds
-from scheduler.vllm_scheduler import REFUSED, _in_admission_order, _RequestAsResident, batch_work
+from scheduler.vllm_scheduler import TOO_MANY, _in_admission_order, _RequestAsResident, batch_work
 
 
 def wait(n=8, **fields):
@@ -824,7 +825,7 @@ def test_telemetry_cursor_gives_only_what_is_new():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"threshold": {}}, r"headrace\.threshold = \{\}.*keys are thresholds, channel, allow_strict"),
+        ({"threshold": {}}, r"headrace\.threshold = \{\}.*keys are thresholds, profile, .*allow_strict"),
         ({"allow_strict": "perhaps"}, r"headrace\.allow_strict = 'perhaps'"),
         ({"channel": 5}, r"headrace\.channel = 5"),
         ({"thresholds": {"max_hold_s": -1.0}}, r"thresholds\.max_hold_s = -1\.0"),
@@ -891,13 +892,14 @@ def fluid_pace(**fields):
 
 
 def test_fluid_refuses_the_useless_end_of_the_queue_and_tells_their_clients():
-    pace = fluid_pace(ttft_s=5.0, queue_requests=2, kv_limit_tokens=400)
-    engine = Engine(thresholds={"policy": "fluid", "pace": pace}, settings={"allow_strict": True})
+    pace = fluid_pace(ttft_s=5.0, queue_requests=2, kv_limit_tokens=400, capacity_rps=1.0)
+    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
     add_many(engine, 8, "r", prompt=100, output=50)
     engine.launch()
     engine.deliver()
     refused = [answer for answer in engine.answers if answer.finish_reason is not None]
-    assert {(str(answer.finish_reason), answer.stop_reason) for answer in refused} == {("abort", REFUSED)}
+    told = Refusal(TOO_MANY, 8).text
+    assert {(str(answer.finish_reason), answer.stop_reason) for answer in refused} == {("abort", told)}
     assert all(answer.new_token_ids == [] for answer in refused)
     # The oldest are served, the next two wait, and who came last is refused.
     served = len(engine.running)
@@ -909,7 +911,7 @@ def test_fluid_refuses_the_useless_end_of_the_queue_and_tells_their_clients():
 
 def test_fluid_never_lets_memory_overflow_and_serves_everybody_without_targets():
     thresholds = {"policy": "fluid", "pace": fluid_pace(kv_limit_tokens=63 * BLOCK)}
-    engine = Engine(blocks=64, thresholds=thresholds, settings={"allow_strict": True})
+    engine = Engine(blocks=64, thresholds=thresholds)
     add_many(engine, 30, "r", prompt=60, output=50)
     engine.run()
     assert len(engine.finished) == 30
@@ -919,7 +921,7 @@ def test_fluid_never_lets_memory_overflow_and_serves_everybody_without_targets()
 def test_fluid_keeps_the_iteration_within_its_time():
     law = ServiceTimeLaw(0.004, 1e-6, 1e-4, 1e-4)
     thresholds = {"policy": "fluid", "pace": fluid_pace(kv_limit_tokens=1023 * BLOCK, iteration_s=0.02)}
-    engine = Engine(blocks=1024, thresholds=thresholds, settings={"allow_strict": True})
+    engine = Engine(blocks=1024, thresholds=thresholds)
     add_many(engine, 60, "r", prompt=90, output=50)
     engine.run()
     slowest = max(
@@ -927,3 +929,41 @@ def test_fluid_keeps_the_iteration_within_its_time():
     )
     assert slowest <= 0.02
     assert len(engine.finished) == 60
+
+
+def test_of_two_tenants_in_an_overload_each_is_served_by_its_weight():
+    pace = fluid_pace(ttft_s=0.5, queue_requests=12, kv_limit_tokens=900)
+    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    for round_ in range(900):
+        for tenant, weight in (("big", 3), ("small", 1)):
+            if round_ % 3 == 0:
+                extra = {TENANT: tenant, TENANT_WEIGHT: weight}
+                engine.add(f"{tenant}{round_}", prompt=100, output=50, extra_args=extra)
+        engine.step()
+    under_way = dict(engine.first_scheduled)
+    engine.run()
+    refused = {name for answer in engine.answers if answer.stop_reason for name in [answer.request_id]}
+    served = [sum(name.startswith(tenant) for name in under_way) for tenant in ("big", "small")]
+    assert served[0] / served[1] == pytest.approx(3, rel=0.15)
+    assert refused and not refused & under_way.keys()
+    assert telemetry(engine).counters.refused == len(refused)
+
+
+def test_the_urgent_enter_first_and_the_others_are_refused_first():
+    pace = fluid_pace(ttft_s=5.0, queue_requests=2, kv_limit_tokens=400)
+    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    add_many(engine, 6, "later", prompt=100, output=50, priority=1)
+    add_many(engine, 2, "urgent", prompt=100, output=50)
+    engine.launch()
+    assert engine.running[:2] == ["urgent0", "urgent1"]
+    engine.deliver()
+    assert all(answer.request_id.startswith("later") for answer in engine.answers if answer.stop_reason)
+
+
+def test_fluid_starts_with_a_pace_from_the_profile_and_the_targets():
+    settings = {"profile": "a100-llama2-7b", "targets": {"ttft_s": 2.0, "tpot_s": 0.05}}
+    engine = Engine(thresholds={"policy": "fluid"}, settings=settings)
+    in_force = telemetry(engine).thresholds
+    assert in_force.pace.ttft_s == 2.0 and 0 < in_force.pace.iteration_s < 0.05
+    assert "from the profile" in in_force.reason
+    assert Engine(thresholds={"policy": "fluid"}).scheduler.in_force.current().thresholds.pace is None

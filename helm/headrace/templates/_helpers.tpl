@@ -68,6 +68,9 @@ app.kubernetes.io/component: {{ .component }}
 {{- if eq .component "worker" -}}
 {{- $env = append $env (dict "name" "HF_HOME" "value" .root.Values.modelCache.mountPath) -}}
 {{- end -}}
+{{- range $index, $tenant := .root.Values.tenants -}}
+{{- $env = append $env (dict "name" (printf "HEADRACE_TENANT_KEY_%d" $index) "valueFrom" (dict "secretKeyRef" (dict "name" $tenant.secretName "key" $tenant.secretKey))) -}}
+{{- end -}}
 {{- $env = concat $env .root.Values.env -}}
 {{- if $env -}}
 {{- toYaml $env -}}
@@ -114,11 +117,23 @@ app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 {{- /* All interfaces: requests arrive from other pods. */ -}}
 {{- $http := dict "host" "0.0.0.0" "port" $values.service.port -}}
+{{- $targets := dict -}}
+{{- range $name, $seconds := dict "ttft_s" $values.targets.ttftSeconds "tpot_s" $values.targets.tpotSeconds "latency_s" $values.targets.latencySeconds -}}
+{{- if not (kindIs "invalid" $seconds) -}}
+{{- $_ := set $targets $name $seconds -}}
+{{- end -}}
+{{- end -}}
+{{- $tenants := list -}}
+{{- range $index, $tenant := $values.tenants -}}
+{{- $tenants = append $tenants (dict "name" $tenant.name "weight" (default 1 $tenant.weight) "api_key_env" (printf "HEADRACE_TENANT_KEY_%d" $index)) -}}
+{{- end -}}
 {{- $args := dict
   "model" (dict "id" $values.model.id "source" $values.model.source)
   "replicas" $values.replicas
   "accelerator" $accelerator
   "engine" $engine
+  "targets" $targets
+  "tenants" $tenants
   "thresholds" (dict "policy" $values.policy.name "max_hold_s" $values.policy.maxHoldSeconds)
   "controller" (dict
     "enabled" $values.controller.enabled

@@ -1,0 +1,32 @@
+"""Tenants: who shares the replicas, and how a request carries whose it is to the engine's scheduler."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from scheduler.settings import TENANT, TENANT_WEIGHT
+
+
+class TenantConfig(BaseModel):
+    """One tenant: of two whose requests wait, each is served in proportion to its weight.
+
+    api_key_env: the environment variable of the ingress that holds the tenant's key; keys stand in no configuration.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
+def sign(body: Any, tenant: TenantConfig | None) -> None:
+    """Write into an OpenAI request whose it is, for the engine's scheduler; what a client wrote there is dropped."""
+    if not hasattr(body, "vllm_xargs"):
+        return  # embeddings and the like
+    xargs = {key: value for key, value in (body.vllm_xargs or {}).items() if key not in (TENANT, TENANT_WEIGHT)}
+    if tenant is not None:
+        xargs |= {TENANT: tenant.name, TENANT_WEIGHT: tenant.weight}
+    body.vllm_xargs = xargs or None

@@ -1,0 +1,50 @@
+"""Errors as OpenAI clients read them, a refusal with the time to come again."""
+
+from __future__ import annotations
+
+import pytest
+from fastapi import FastAPI, HTTPException
+from fastapi.testclient import TestClient
+from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
+
+from router.errors import speak_openai
+from scheduler.refusal import Refusal
+
+
+@pytest.fixture
+def app() -> FastAPI:
+    return speak_openai(FastAPI())
+
+
+def answer_to(app: FastAPI, error: Exception):
+    @app.get("/")
+    async def fail() -> None:
+        raise error
+
+    return TestClient(app).get("/")
+
+
+def test_a_refusal_is_429_with_retry_after(app: FastAPI) -> None:
+    refusal = Refusal("as many requests wait as can be answered in time", 4)
+    error = OpenAIHTTPException(status_code=429, message=refusal.text, type="Too Many Requests")
+    response = answer_to(app, error)
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "4"
+    assert response.json()["error"] == {
+        "message": refusal.text, "type": "rate_limit_error", "param": None, "code": 429,
+    }
+
+
+def test_other_errors_of_the_engine_keep_their_status_words_and_type(app: FastAPI) -> None:
+    error = OpenAIHTTPException(status_code=400, message="max_tokens is too large", type="BadRequestError")
+    response = answer_to(app, error)
+    assert response.status_code == 400 and "retry-after" not in response.headers
+    assert response.json()["error"]["message"] == "max_tokens is too large"
+    assert response.json()["error"]["type"] == "BadRequestError"
+
+
+def test_plain_http_errors_speak_openai_too(app: FastAPI) -> None:
+    response = answer_to(app, HTTPException(404, "no such model"))
+    assert response.json() == {
+        "error": {"message": "no such model", "type": "invalid_request_error", "param": None, "code": 404},
+    }
