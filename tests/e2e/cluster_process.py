@@ -32,7 +32,7 @@ def free_port() -> int:
 class ClusterProcess:
     """The local configuration on a free port, in the foreground of a child process."""
 
-    def __init__(self, folder: Path, **changes: Any) -> None:
+    def __init__(self, folder: Path, *, env: dict[str, str] | None = None, **changes: Any) -> None:
         config = yaml.safe_load((CHECKOUT / "configs" / "local.yaml").read_text())
         self.port = free_port()
         config["http_options"]["port"] = self.port
@@ -45,11 +45,13 @@ class ClusterProcess:
         self.config.write_text(yaml.safe_dump(config))
         self.log = folder / "up.log"
         self.url = f"http://127.0.0.1:{self.port}"
-        self.http = httpx.Client(base_url=self.url, timeout=60.0, trust_env=False)
+        key = (env or {}).get("HEADRACE_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.http = httpx.Client(base_url=self.url, timeout=60.0, trust_env=False, headers=headers)
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [HEADRACE, "up", str(self.config)], cwd=CHECKOUT, stdout=log, stderr=log, start_new_session=True,
-                env=os.environ | {"HF_HUB_OFFLINE": "1"},
+                env=os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {}),
             )
 
     def wait_until_ready(self) -> None:

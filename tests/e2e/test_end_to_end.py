@@ -68,7 +68,7 @@ def automatic_again(cluster: ClusterProcess) -> Iterator[None]:
     """Every test leaves the cluster untouched by operators."""
     yield
     if cluster.process.poll() is None:
-        cluster.put({"thresholds": {"policy": "nested_wait"}})
+        cluster.put({"thresholds": {"policy": "fcfs"}})
         cluster.put({"auto": True})
 
 
