@@ -12,6 +12,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from bench import cli as bench_cli
+from bench.client import ServerError
+from bench.config import BenchError
 from cluster import render
 from cluster.client import DEFAULT_URL, AdminClient, AdminRefused, AdminUnavailable
 from cluster.config import ClusterConfig, ConfigError, load_config
@@ -26,6 +29,7 @@ model_app = typer.Typer(help="The bundled model.", no_args_is_help=True)
 app.add_typer(thresholds_app, name="thresholds")
 app.add_typer(model_app, name="model")
 app.add_typer(simulator_cli.app)
+app.add_typer(bench_cli.app)
 
 out = Console()
 err = Console(stderr=True)
@@ -42,9 +46,9 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vllm is imported
     try:
         app()
-    except (ConfigError, PlanError, SimulationError) as error:
+    except (ConfigError, PlanError, SimulationError, BenchError) as error:
         _fail(error, 2)
-    except (AdminUnavailable, AdminRefused) as error:
+    except (AdminUnavailable, AdminRefused, ServerError) as error:
         _fail(error, 1)
 
 
