@@ -68,9 +68,13 @@ class TokenStream:
             self._count(so_far)
 
     def _count(self, tokens: int) -> None:
-        if (surplus := len(self.token_s) - tokens) > 0:
-            del self.token_s[max(tokens - 1, 0) : -1 if tokens else None]  # the first and the last keep their times
-        self.token_s.extend([self._latest_s] * -surplus)
+        """Make the tokens so many; when there were fewer than events, the first and the last keep their times."""
+        missing = tokens - len(self.token_s)
+        if missing < 0 and tokens > 1:
+            self.token_s[tokens - 1] = self.token_s[-1]
+        del self.token_s[tokens:]
+        self.token_s.extend([self._latest_s] * missing)
+
 
 
 def _reported(error: Any) -> StreamError:
