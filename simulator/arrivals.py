@@ -57,21 +57,32 @@ def parse_arrivals(text: str) -> ArrivalProcess:
     if name not in _PROCESSES:
         raise ValueError(f"arrivals is {text!r}; the processes are: {', '.join(_usage(known) for known in _PROCESSES)}")
     make, required, optional = _PROCESSES[name]
-    values: dict[str, float] = {}
-    for part in given.split(",") if given else ():
-        key, _, value = (piece.strip() for piece in part.partition("="))
-        if key not in required + optional or key in values:
-            raise ValueError(f"arrivals {text!r}, at {part.strip()!r}: write {_usage(name)}, each key once")
-        try:
-            values[key] = float(value)
-        except ValueError:
-            raise ValueError(f"arrivals {text!r}: {key} is {value!r}; it must be a number") from None
-    if missing := [key for key in required if key not in values]:
-        raise ValueError(f"arrivals {text!r}: {', '.join(missing)} missing; write {_usage(name)}")
+    values = named_numbers(f"arrivals {text!r}", given, required, optional, _usage(name))
     try:
         return make(text, **values)
     except ValueError as error:
         raise ValueError(f"arrivals {text!r}: {error}") from None
+
+
+def named_numbers(
+    what: str, given: str, required: tuple[str, ...], optional: tuple[str, ...], usage: str
+) -> dict[str, float]:
+    """The numbers of a text like `at=60,factor=3`, by key; `what` and `usage` are for its errors.
+
+    Raises ValueError for a key that is unknown, given twice or missing, and for a value that is no number.
+    """
+    values: dict[str, float] = {}
+    for part in given.split(",") if given else ():
+        key, _, value = (piece.strip() for piece in part.partition("="))
+        if key not in required + optional or key in values:
+            raise ValueError(f"{what}, at {part.strip()!r}: write {usage}, each key once")
+        try:
+            values[key] = float(value)
+        except ValueError:
+            raise ValueError(f"{what}: {key} is {value!r}; it must be a number") from None
+    if missing := [key for key in required if key not in values]:
+        raise ValueError(f"{what}: {', '.join(missing)} missing; write {usage}")
+    return values
 
 
 def _exponential(rng: np.random.Generator, n: int) -> Array:

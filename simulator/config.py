@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from scheduler.profiles import load_profile
 from scheduler.targets import Targets
 from scheduler.validation import describe, parse_settings
 from simulator.contenders import CONTENDERS
+from simulator.slowdown import parse_slowdown
 from simulator.workload import WorkloadConfig
 
 
@@ -45,6 +46,8 @@ class SimulationConfig(_Strict):
     solved for the load, or follow from `cap` alone as in the paper's experiments. period_s: the controller solves
     thresholds anew so often, from what the replica has seen; None: once, from the workload itself. thresholds: fields
     of `Thresholds` that replace these. window: fractions of the arrival order between which requests are measured.
+    slowdown: when the first replica is slow, see `simulator.slowdown.parse_slowdown`. until_decided: end the run once
+    no measured request that is under way can meet the targets; the others' latencies are then not known.
     """
 
     workload: WorkloadConfig
@@ -67,6 +70,8 @@ class SimulationConfig(_Strict):
     thresholds: dict[str, Any] = Field(default_factory=dict)
     slo: Slo = Field(default_factory=Slo)
     window: tuple[float, float] = (0.3, 0.9)
+    slowdown: str | None = None
+    until_decided: bool = False
 
     @property
     def declares(self) -> bool:
@@ -85,6 +90,20 @@ class SimulationConfig(_Strict):
     def _profile_exists(cls, name: str) -> str:
         load_profile(name)
         return name
+
+    @field_validator("slowdown")
+    @classmethod
+    def _slowdown_is_one(cls, slowdown: str | None) -> str | None:
+        if slowdown is not None:
+            parse_slowdown(slowdown)
+        return slowdown
+
+    @model_validator(mode="after")
+    def _decisions_come(self) -> Self:
+        targets = self.slo
+        if self.until_decided and targets.latency_s is None and (targets.ttft_s is None or targets.tpot_s is None):
+            raise ValueError("until_decided needs slo_ttft_s and slo_tpot_s, or slo_latency_s; nothing ends it without")
+        return self
 
     @field_validator("window")
     @classmethod

@@ -1,19 +1,23 @@
-"""Request lengths from a short text: fixed lengths, weighted mixes, the lmsys-chat-1m generator, shifts over time."""
+"""Request lengths from a short text: fixed or lognormal lengths, a trace's, weighted mixes, shifts over time."""
 
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
+from scipy.special import ndtr, ndtri
 
 from scheduler.mix import Lengths
+from simulator.traces import BadRow, open_trace, sample_rows
 
-_EXAMPLES = "examples: p512d20 | 0.7:p512d20+0.3:p512d50 | lmsys | p512d20; 300s: p512d50"
+_EXAMPLES = "examples: p512d20 | 0.7:p512d20+0.3:p512d50 | lmsys | p2500~0.5d300~1 | @FILE.csv | p512d20; 300s: p512d50"
 _POINT = re.compile(r"p0*([1-9]\d{0,8})d0*([1-9]\d{0,8})", re.ASCII)
+_LOGNORMAL = re.compile(r"p([1-9]\d{0,5})~(\d+(?:\.\d+)?)d([1-9]\d{0,5})~(\d+(?:\.\d+)?)", re.ASCII)
+_LOGNORMAL_POINTS = 200
 _SHIFT = re.compile(r"(\d+(?:\.\d+)?)\s*s", re.ASCII)
 _LMSYS_LONGEST_TOKENS = 499
 
@@ -134,6 +138,8 @@ def parse_lengths(text: str) -> LengthSource:
     p512d20                       every prompt has 512 tokens, every output 20
     0.7:p512d20+0.3:p512d50       a mix; weights > 0, scaled to sum to 1
     lmsys                         see `lmsys_lengths`
+    p2500~0.5d300~1.2             lognormal prompts of mean 2500 and coefficient of variation 0.5, outputs likewise
+    @FILE                         a trace's joint lengths, see `simulator.traces.open_trace`; no + ; or : in its path
     MIX; 300s: MIX; 900s: MIX     another mix for requests that arrive from these times on
 
     Raises ValueError naming the piece that is wrong.
@@ -178,9 +184,19 @@ def _weight(piece: str, weight: str, text: str) -> float:
 def _component(piece: str, weight: float, name: str, text: str) -> Component:
     if name == "lmsys":
         return Component(name, weight, lmsys_lengths())
+    if name.startswith("@"):
+        try:
+            return Component(f"@{Path(name[1:]).stem}", weight, trace_lengths(name[1:]))
+        except (ValueError, OSError) as error:
+            raise _error(piece, text, f"{error}") from error
+    if spread := _LOGNORMAL.fullmatch(name):
+        prompt, prompt_cv, output, output_cv = map(float, spread.groups())
+        return Component(name, weight, lognormal_lengths(prompt, prompt_cv, output, output_cv))
     point = _POINT.fullmatch(name)
     if not point:
-        raise _error(piece, text, "lengths are pPROMPTdOUTPUT with integers >= 1, or lmsys")
+        raise _error(
+            piece, text, "lengths are pPROMPTdOUTPUT with integers >= 1, pMEAN~CVdMEAN~CV, lmsys, or @ and a trace file"
+        )
     return Component(f"p{point[1]}d{point[2]}", weight, Lengths.point(int(point[1]), int(point[2])))
 
 
@@ -207,6 +223,33 @@ def lmsys_lengths() -> Lengths:
     tokens = np.arange(1, _LMSYS_LONGEST_TOKENS + 1)
     prompt_tokens, output_tokens = np.meshgrid(tokens, tokens, indexing="ij")
     return Lengths(prompt_tokens.ravel(), output_tokens.ravel(), np.outer(prompt, output).ravel())
+
+
+@lru_cache
+def lognormal_lengths(prompt_mean: float, prompt_cv: float, output_mean: float, output_cv: float) -> Lengths:
+    """Independent lognormal prompts and outputs of these means (tokens) and coefficients of variation.
+
+    Each is represented by 200 equally likely values, the middle quantiles, rounded to integers >= 1.
+    """
+    middles = ndtri((np.arange(_LOGNORMAL_POINTS) + 0.5) / _LOGNORMAL_POINTS)
+
+    def tokens(mean: float, cv: float) -> NDArray[np.int64]:
+        variance = math.log1p(cv**2)
+        values = mean * np.exp(math.sqrt(variance) * middles - variance / 2)
+        return np.asarray(np.maximum(1, np.rint(values)), dtype=np.int64)
+
+    prompts, outputs = np.meshgrid(tokens(prompt_mean, prompt_cv), tokens(output_mean, output_cv), indexing="ij")
+    return Lengths(prompts.ravel(), outputs.ravel(), np.ones(prompts.size))
+
+
+@lru_cache
+def trace_lengths(path: str) -> Lengths:
+    """The joint lengths of a trace's usable rows. Raises ValueError and OSError as `open_trace` does."""
+    rows = (row for row in open_trace(path).rows() if not isinstance(row, BadRow))
+    sample = sample_rows(rows, np.random.default_rng(0))
+    if not sample.rows:
+        raise ValueError(f"{path} has no usable row")
+    return sample.lengths()
 
 
 def _cumulative(weights: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -78,6 +78,14 @@ def summarise(
     }
 
 
+def window_of(requests: int, window: tuple[float, float]) -> range:
+    """Which of so many requests, by the order of their arrival, are measured (see `summarise`)."""
+    if requests < LEAST_REQUESTS_FOR_A_WINDOW:
+        return range(requests)
+    first = int(requests * window[0])
+    return range(first, max(int(requests * window[1]), first + 1))
+
+
 def request_delays_s(
     requests: pa.Table | Path, *, from_s: float = -math.inf, to_s: float = math.inf
 ) -> dict[str, Floats]:
@@ -115,13 +123,8 @@ def _is(column: pa.ChunkedArray, value: str) -> Mask:
 
 
 def _in_window(index: NDArray[np.int64], window: tuple[float, float]) -> Mask:
-    n = len(index)
-    if n < LEAST_REQUESTS_FOR_A_WINDOW:
-        return np.ones(n, dtype=np.bool_)
-    first = int(n * window[0])
-    last = max(int(n * window[1]) - 1, first)
-    in_arrival_order = np.sort(index)
-    return np.asarray((index >= in_arrival_order[first]) & (index <= in_arrival_order[last]))
+    measured = np.sort(index)[(places := window_of(len(index), window)).start : places.stop]
+    return np.isin(index, measured)
 
 
 def _delays_s(read: ReadColumn, chosen: Mask) -> dict[str, Floats]:

@@ -13,10 +13,12 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from scheduler.law import ServiceTimeLaw
+from scheduler.targets import Targets
 from scheduler.vllm_scheduler import HeadraceScheduler, batch_work
 from simulator.doors import Door, Load
 from simulator.in_process import iteration_results, make_request
-from simulator.results import COMPLETED, REJECTED, IterationRow, RequestRow
+from simulator.results import COMPLETED, REJECTED, UNFINISHED, IterationRow, RequestRow
+from simulator.slowdown import Slowdown
 from simulator.workload import SimRequest
 
 
@@ -49,6 +51,17 @@ class _Live:
     type_name: str
     first_token_s: float | None = None
 
+    def can_meet(self, now_s: float, targets: Targets) -> bool:
+        """Whether this request, not over yet, may still end within the targets."""
+        ttft_s = (now_s if self.first_token_s is None else self.first_token_s) - self.arrival_s
+        if targets.ttft_s is not None and ttft_s > targets.ttft_s:
+            return False
+        if targets.latency_s is not None and now_s - self.arrival_s > targets.latency_s:
+            return False
+        if targets.tpot_s is None or self.first_token_s is None:
+            return True
+        return bool(now_s - self.first_token_s <= targets.tpot_s * (self.request.max_tokens - 1))
+
 
 @dataclass(slots=True)
 class _Executing:
@@ -63,16 +76,16 @@ class VirtualReplica:
 
     It keeps `depth` iterations under way: 2 with asynchronous scheduling (one runs, the next is scheduled already),
     else 1. `give_up_s`: a request without its first token after so long is given up by its client. `door`: a rule that
-    may turn requests away when they arrive, knowing the target `ttft_s`.
+    may turn requests away when they arrive, knowing the target `ttft_s`. `slowdown`: when its device is slow.
     """
 
     def __init__(
         self, index: int, scheduler: Scheduler, law: ServiceTimeLaw, sink: Sink, *, give_up_s: float | None = None,
-        door: Door | None = None, ttft_s: float | None = None,
+        door: Door | None = None, ttft_s: float | None = None, slowdown: Slowdown | None = None,
     ) -> None:
         self.index, self.scheduler, self.now_s, self.totals = index, scheduler, 0.0, Totals()
         self._law, self._sink, self._give_up_s = law, sink, give_up_s
-        self._door, self._ttft_s = door, ttft_s
+        self._door, self._ttft_s, self._slowdown = door, ttft_s, slowdown
         self._prefilling: dict[str, int] = {}
         self._depth = 2 if scheduler.scheduler_config.async_scheduling else 1
         self.headrace = scheduler if isinstance(scheduler, HeadraceScheduler) else None
@@ -130,6 +143,16 @@ class VirtualReplica:
         self.advance(math.inf)
         return [live.number for live in self._live.values()]
 
+    def undecided(self, measured: range, now_s: float, targets: Targets) -> bool:
+        """Whether a request numbered in `measured` is under way and may still meet the targets."""
+        return any(live.number in measured and live.can_meet(now_s, targets) for live in self._live.values())
+
+    def leave_unfinished(self) -> int:
+        """Write down the requests that are under way as unfinished; the run ends here. Returns how many."""
+        for live in self._live.values():
+            self._sink.request(self._request_row(live, UNFINISHED))
+        return len(self._live)
+
     # One iteration.
 
     def _launch(self) -> bool:
@@ -146,6 +169,8 @@ class VirtualReplica:
         work = self.headrace.latest_work if self.headrace else batch_work(output, self.scheduler.requests)
         seconds = self._law.iteration_s(work.prefill_tokens, work.decode_tokens, work.kv_tokens)
         starts_s = max(self.now_s, self._device_free_s)
+        if self._slowdown:
+            seconds *= self._slowdown.factor_at(starts_s)
         self._device_free_s = starts_s + seconds
         self._in_flight.append(_Executing(output, silent, first_tokens, self._device_free_s))
 
@@ -223,13 +248,15 @@ class VirtualReplica:
         self._catching_up.pop(request.request_id, None)
         completed = request.num_output_tokens > 0
         self.totals.rejected += not completed
-        self._sink.request(
-            RequestRow(
-                index=live.number, replica=self.index, type=live.type_name, arrival_s=live.arrival_s,
-                first_token_s=live.first_token_s, finished_s=self.now_s if completed else None,
-                prompt_tokens=request.num_prompt_tokens, output_tokens=request.num_output_tokens,
-                preemptions=request.num_preemptions, outcome=COMPLETED if completed else REJECTED,
-            )
+        self._sink.request(self._request_row(live, COMPLETED if completed else REJECTED))
+
+    def _request_row(self, live: _Live, outcome: str) -> RequestRow:
+        request = live.request
+        return RequestRow(
+            index=live.number, replica=self.index, type=live.type_name, arrival_s=live.arrival_s,
+            first_token_s=live.first_token_s, finished_s=self.now_s if outcome == COMPLETED else None,
+            prompt_tokens=request.num_prompt_tokens, output_tokens=request.num_output_tokens,
+            preemptions=request.num_preemptions, outcome=outcome,
         )
 
     @property

@@ -20,10 +20,12 @@ import pyarrow.parquet as pq
 
 REQUESTS_FILE = "requests.parquet"
 ITERATIONS_FILE = "iterations.parquet"
+CONTROL_FILE = "control.parquet"
 METADATA_KEY = b"headrace"
 ROWS_PER_GROUP = 65_536
 COMPLETED = "completed"
 REJECTED = "rejected"
+UNFINISHED = "unfinished"
 
 _NAME = pa.dictionary(pa.int32(), pa.string())
 
@@ -61,11 +63,30 @@ ITERATION_SCHEMA = pa.schema(
     ]
 )
 
+CONTROL_SCHEMA = pa.schema(
+    [
+        pa.field("replica", pa.int16(), nullable=False),
+        pa.field("at_s", pa.float64(), nullable=False),
+        pa.field("applied", pa.bool_(), nullable=False),
+        pa.field("version", pa.int32(), nullable=False),
+        pa.field("rate_rps", pa.float64(), nullable=False),
+        pa.field("max_in_service", pa.int32()),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("iteration_s", pa.float64()),
+        pa.field("full_iteration_s", pa.float64()),
+        pa.field("prompt_flow_tokens", pa.float64()),
+        pa.field("mean_output_tokens", pa.float64()),
+        pa.field("kv_limit_tokens", pa.int64()),
+        pa.field("queue_requests", pa.int64()),
+    ]
+)
+
 
 class RequestRow(NamedTuple):
     """One request. Times are virtual seconds; `index` counts arrivals; `preemptions` is how often it lost its KV cache.
 
-    `outcome` is "completed", or "rejected" for a request refused before any token (both later times are then None).
+    `outcome` is "completed", "rejected" for a request refused before any token (both later times are then None), or
+    "unfinished" for one under way when the run was ended.
     """
 
     index: int  # type: ignore[assignment]  # the column's name hides tuple's method, which nobody needs here
@@ -99,6 +120,30 @@ class IterationRow(NamedTuple):
     token_budget: int | None
 
 
+class ControlRow(NamedTuple):
+    """One pass of the controller over a replica: the thresholds in force after it, and why.
+
+    applied: it has just put them in force, as `version`. rate_rps: its estimate of arrivals. Of a pace (else None):
+    iteration_s, prompt_flow_tokens, kv_limit_tokens and queue_requests (see `scheduler.pace.Pace`); full_iteration_s:
+    its law's seconds for an iteration of that flow, 100 decodes and all of that memory; mean_output_tokens: of its
+    survival.
+    """
+
+    replica: int
+    at_s: float
+    applied: bool
+    version: int
+    rate_rps: float
+    max_in_service: int | None
+    reason: str
+    iteration_s: float | None = None
+    full_iteration_s: float | None = None
+    prompt_flow_tokens: float | None = None
+    mean_output_tokens: float | None = None
+    kv_limit_tokens: int | None = None
+    queue_requests: int | None = None
+
+
 class RunError(ValueError):
     """A folder that should hold a run does not; the message says which and why."""
 
@@ -112,7 +157,8 @@ class RunWriter:
 
     The files appear under their final names, replacing an older run's, only when `close` succeeds; leaving the block
     without it discards everything. `folder` None keeps nothing: rows only live to be summarised. With `iterations`
-    False (or no folder) iteration rows are dropped; `wants_iterations` says so to who would build them.
+    False (or no folder) iteration rows are dropped; `wants_iterations` says so to who would build them. The passes of
+    a controller are few, and kept with the iterations.
 
     Raises:
         ValueError: a row that does not fit its schema (names the field), or a header or summary that JSON cannot carry.
@@ -129,6 +175,8 @@ class RunWriter:
         place.mkdir(parents=True, exist_ok=True)
         self._requests = _PartialFile(place / f".{REQUESTS_FILE}.rows", REQUEST_SCHEMA)
         self.wants_iterations = iterations and folder is not None
+        self._place = place
+        self._control: _PartialFile | None = None  # most runs have no controller
         self._iterations = (
             _PartialFile(place / f".{ITERATIONS_FILE}.partial", ITERATION_SCHEMA) if self.wants_iterations else None
         )
@@ -136,6 +184,14 @@ class RunWriter:
     def request(self, row: Sequence[Any]) -> None:
         """Add one request, fields in the order of RequestRow."""
         self._requests.append(row)
+
+    def control(self, row: Sequence[Any]) -> None:
+        """Add one pass of the controller, fields in the order of ControlRow."""
+        if not self.wants_iterations:
+            return
+        if self._control is None:
+            self._control = _PartialFile(self._place / f".{CONTROL_FILE}.partial", CONTROL_SCHEMA)
+        self._control.append(row)
 
     def iteration(self, row: Sequence[Any]) -> None:
         """Add one iteration, fields in the order of IterationRow."""
@@ -165,15 +221,17 @@ class RunWriter:
         iterations = self._iterations.finish(metadata) if self._iterations is not None else None
         # requests.parquet is what makes a folder a run, so it goes first and comes last.
         (self._folder / REQUESTS_FILE).unlink(missing_ok=True)
-        if iterations is not None:
-            iterations.replace(self._folder / ITERATIONS_FILE)
-        else:
-            (self._folder / ITERATIONS_FILE).unlink(missing_ok=True)
+        passes = self._control.finish(metadata) if self._control is not None else None
+        for file, name in ((iterations, ITERATIONS_FILE), (passes, CONTROL_FILE)):
+            if file is not None:
+                file.replace(self._folder / name)
+            else:
+                (self._folder / name).unlink(missing_ok=True)
         requests.replace(self._folder / REQUESTS_FILE)
 
     def discard(self) -> None:
         """Remove what is not published."""
-        for file in (self._requests, self._iterations):
+        for file in (self._requests, self._iterations, self._control):
             if file is not None:
                 file.discard()
         if self._scratch is not None:
@@ -271,6 +329,11 @@ class Run:
         if not self.has_iterations:
             raise RunError(f"{self.folder} was written without iterations")
         return _read(self.folder / ITERATIONS_FILE, ITERATION_SCHEMA, columns)
+
+    def control(self) -> pa.Table:
+        """One row a pass of the controller, all of CONTROL_SCHEMA's columns; no row without a controller."""
+        path = self.folder / CONTROL_FILE
+        return _read(path, CONTROL_SCHEMA, None) if path.is_file() else CONTROL_SCHEMA.empty_table()
 
 
 def read_run(folder: Path) -> Run:

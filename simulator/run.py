@@ -6,7 +6,6 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,23 +13,24 @@ from typing import Any
 from pydantic import ValidationError
 
 from replicas.routing_stats import RoutingStats, best_first
-from scheduler.messages import Apply, Report
+from scheduler.messages import Report
 from scheduler.mix import Lengths, WorkloadMix
 from scheduler.profiles import load_profile
-from scheduler.replica_model import MIN_FINISHED, WINDOW_S, ReplicaModel, materially_different
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS
-from scheduler.targets import Targets
 from scheduler.thresholds import EngineLimits, Thresholds, parse_thresholds, thresholds_as_dict
 from scheduler.tuning import mix_by_length, tune, tune_by_cap
 from simulator.config import SimulationConfig, SimulationError, simulation_config
 from simulator.contenders import CONTENDERS
-from simulator.measure import summarise
+from simulator.controller import VirtualController
+from simulator.measure import summarise, window_of
 from simulator.replica import Totals, VirtualReplica
 from simulator.results import RunWriter, versions
+from simulator.slowdown import parse_slowdown
 from simulator.workload import SimRequest, Workload, open_workload
 
 ROUTING_STATS_PERIOD_S = 1.0
 """How often a replica tells the routers of its room, as in serving."""
+_LOOK_EVERY_S = 1.0
 _SAMPLED_REQUESTS = 2000
 _PROGRESS_EVERY = 50
 
@@ -63,8 +63,8 @@ def simulate(
             fleet.arrive(number, request)
             if progress and number % _PROGRESS_EVERY == 0:
                 progress(number, total)
-        stranded = fleet.finish()
-        summary = _summary(config, workload, fleet, stranded, writer)
+        fleet.finish()
+        summary = _summary(config, workload, fleet, writer)
         summary["wall_s"] = time.perf_counter() - begun_s
         writer.close(summary)
     return summary
@@ -80,24 +80,26 @@ class _Fleet:
 
     def __init__(self, config: SimulationConfig, thresholds: Thresholds | None, writer: RunWriter) -> None:
         contender, profile = CONTENDERS[config.policy], load_profile(config.profile)
-        self._declares = config.declares
+        self._config, self._declares, self._arrived = config, config.declares, 0
+        self.stranded, self.unfinished = 0, 0
+        slowdown = parse_slowdown(config.slowdown) if config.slowdown else None
         self.replicas = [
             VirtualReplica(
                 index, _scheduler(config, thresholds), profile.law, writer, give_up_s=config.give_up_s,
-                door=contender.door, ttft_s=config.slo.ttft_s,
+                door=contender.door, ttft_s=config.slo.ttft_s, slowdown=None if index else slowdown,
             )
             for index in range(config.replicas)
         ]
         self._rng = random.Random(config.workload.seed)
         self._stats: dict[int, RoutingStats] = {}
         self._stats_due_s = ROUTING_STATS_PERIOD_S
-        self._controllers: list[_Controller] = []
-        self._control_due_s = 0.0
+        self._controllers: list[VirtualController] = []
+        self._control_due_s = self._latest_s = 0.0
         self._period_s = config.period_s or math.inf
         if config.period_s is not None and contender.policy:
-            configured, tuning = Thresholds(policy=contender.policy), _Tuning(config)
+            configured = Thresholds(policy=contender.policy)
             self._controllers = [
-                _Controller(replica, ReplicaModel(tuning, profile.law, configured)) for replica in self.replicas
+                VirtualController(replica, config, profile.law, configured, writer) for replica in self.replicas
             ]
 
     def arrive(self, number: int, request: SimRequest) -> None:
@@ -113,12 +115,24 @@ class _Fleet:
                 controller.one_pass()
             self._control_due_s += self._period_s
         self._advance(request.arrival_s)
+        self._arrived, self._latest_s = number + 1, request.arrival_s
         declared = {EXPECTED_OUTPUT_TOKENS: request.output_tokens} if self._declares else None
         self._route().submit(number, request, declared=declared)
 
-    def finish(self) -> list[int]:
-        """Run everything to its end; the numbers of the requests that never end."""
-        return [number for replica in self.replicas for number in replica.finish()]
+    def finish(self) -> None:
+        """Run everything to its end, or until the measured requests are decided if that is asked for."""
+        if self._config.until_decided:
+            self._decide()
+            self.unfinished = sum(replica.leave_unfinished() for replica in self.replicas)
+        else:
+            self.stranded = sum(len(replica.finish()) for replica in self.replicas)
+
+    def _decide(self) -> None:
+        measured, targets = window_of(self._arrived, self._config.window), self._config.slo.promised
+        now_s = self._latest_s
+        while any(replica.undecided(measured, now_s, targets) for replica in self.replicas):
+            now_s += _LOOK_EVERY_S
+            self._advance(now_s)
 
     def _advance(self, until_s: float) -> None:
         for replica in self.replicas:
@@ -138,40 +152,6 @@ class _Fleet:
             replica.index: RoutingStats.from_telemetry(replica.headrace.telemetry(Report(cursor=None)))
             for replica in self.replicas if replica.headrace
         }
-
-
-@dataclass(frozen=True)
-class _Tuning:
-    """What the controller is told, by its own defaults; thresholds do not lapse, as it never falls silent."""
-
-    config: SimulationConfig
-    window_s: float = WINDOW_S
-    min_finished: int = MIN_FINISHED
-    validity_s: float = 1e9
-
-    @property
-    def overflow_probability(self) -> float:
-        return self.config.overflow_probability
-
-    @property
-    def targets(self) -> Targets:
-        return self.config.slo.promised
-
-
-class _Controller:
-    """The shipped controller's model of one replica, fed with that replica's own telemetry."""
-
-    def __init__(self, replica: VirtualReplica, model: ReplicaModel) -> None:
-        assert replica.headrace is not None
-        self._engine, self._model = replica.headrace, model
-
-    def one_pass(self) -> None:
-        """Collect, solve, push, as `cluster.controller.ControlLoop` does."""
-        self._model.observe(self._engine.telemetry(Report(cursor=self._model.cursor)))
-        proposed = self._model.propose().thresholds
-        in_force = self._engine.in_force.current().thresholds
-        if materially_different(proposed, in_force):
-            self._engine.in_force.offer(Apply(thresholds=proposed.with_version(in_force.version + 1)))
 
 
 def _scheduler(config: SimulationConfig, thresholds: Thresholds | None) -> Any:
@@ -254,7 +234,7 @@ def _with_longest(config: SimulationConfig) -> Any:
 
 
 def _summary(
-    config: SimulationConfig, workload: Workload, fleet: _Fleet, stranded: list[int], writer: RunWriter
+    config: SimulationConfig, workload: Workload, fleet: _Fleet, writer: RunWriter
 ) -> dict[str, Any]:
     slo = config.slo
     measured = summarise(
@@ -264,7 +244,7 @@ def _summary(
     totals = [replica.totals for replica in fleet.replicas]
     return {
         "policy": config.policy, "workload": workload.name, "rate_rps": workload.mix().rate_rps, **measured,
-        "stranded": len(stranded),
+        "stranded": fleet.stranded, "unfinished": fleet.unfinished,
         "preemptions": _sum(totals, "preemptions"), "recomputed_tokens": _sum(totals, "recomputed_tokens"),
         "kv_peak_fraction": max(total.kv_peak_fraction for total in totals),
         "iterations": _sum(totals, "iterations"), "virtual_s": max(replica.now_s for replica in fleet.replicas),

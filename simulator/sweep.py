@@ -144,7 +144,7 @@ def run_points(
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be >= 1")
-    results = {point.name: kept for point in points if (kept := _kept(out, point))}
+    results = {point.name: kept for point in points if (kept := kept_run(out, point))}
     todo = [point for point in points if point.name not in results]
     # Closing the generator is what ends the workers when this loop is interrupted.
     with _bar(console) as bar, closing(_run_all(todo, out, run_point, workers)) as ended:
@@ -157,7 +157,8 @@ def run_points(
     return [results[point.name] for point in points]
 
 
-def _kept(out: Path, point: SweepPoint) -> PointResult | None:
+def kept_run(out: Path, point: SweepPoint) -> PointResult | None:
+    """The point's run if it is in `out` already, whole and of the same options."""
     folder = out / point.name
     try:
         if json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8")) != json.loads(json.dumps(point.options)):

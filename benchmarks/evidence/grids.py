@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from rich.console import Console
 from scheduler.fluid import FluidEquilibrium, solve_fluid
 from scheduler.profiles import load_profile
 from simulator.run import simulate_options
-from simulator.sweep import PointResult, SweepPlan, SweepPoint, run_points
+from simulator.sweep import PointResult, SweepPlan, SweepPoint, kept_run, run_points
 from simulator.workload import WorkloadConfig, open_workload
 
 CONSOLE = Console(stderr=True)
@@ -29,6 +31,9 @@ def arguments(description: str | None, runs: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("docs/evidence"))
     parser.add_argument("--runs", type=Path, default=Path(runs))
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0 runs nothing")
+    parser.add_argument("--only", type=re.compile, help="run only groups of this name (a regular expression)")
+    parser.add_argument("--again", type=re.compile, help="drop the runs of groups of this name and run them anew")
     return parser
 
 
@@ -53,8 +58,36 @@ class Grid:
     seeds: Sequence[int] = (1, 2, 3)
 
 
-def run_grids(out: Path, grids: Mapping[str, Grid]) -> dict[str, list[PointResult]]:
-    """All points of all grids, by grid; runs that are in `out` already are kept. Ends the program when one fails."""
+@dataclass(frozen=True)
+class Choice:
+    """Which groups of runs to work on: in how many processes (0: none is run), only these, and these anew."""
+
+    workers: int
+    only: re.Pattern[str] | None = None
+    again: re.Pattern[str] | None = None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Choice:
+        """What the command line asks for."""
+        return cls(args.workers, args.only, args.again)
+
+    def drops(self, group: str) -> bool:
+        """Whether the group's runs are to be thrown away first."""
+        return self.workers > 0 and self.again is not None and bool(self.again.search(group)) and self.runs(group)
+
+    def runs(self, group: str) -> bool:
+        """Whether the group's missing runs are to be made."""
+        return self.workers > 0 and (self.only is None or bool(self.only.search(group)))
+
+
+def run_grids(
+    out: Path, grids: Mapping[str, Grid], choice: Choice | None = None
+) -> dict[str, list[PointResult]]:
+    """The points of all grids, by grid; runs that are in `out` already are kept. Ends the program when one fails.
+
+    With a `choice`, points that are not chosen and not there are left out of the result.
+    """
+    choice = choice or Choice(os.cpu_count() or 1)
     points = {
         name: [
             SweepPoint(f"{name}/{point.name}", point.options)
@@ -62,13 +95,20 @@ def run_grids(out: Path, grids: Mapping[str, Grid]) -> dict[str, list[PointResul
         ]
         for name, grid in grids.items()
     }
-    everything = [point for several in points.values() for point in several]
-    results = run_points(everything, out, simulate_options, os.cpu_count() or 1, CONSOLE)
+    for name in filter(choice.drops, points):
+        shutil.rmtree(out / name, ignore_errors=True)
+    wanted = [
+        point for name, several in points.items() for point in several
+        if choice.runs(name) or kept_run(out, point) is not None
+    ]
+    results = run_points(wanted, out, simulate_options, max(1, choice.workers), CONSOLE)
     failed = [result for result in results if result.error]
     if failed:
         raise SystemExit("\n".join(f"{result.name}: {result.error}" for result in failed))
     by_name = {result.name: result for result in results}
-    return {name: [by_name[point.name] for point in several] for name, several in points.items()}
+    return {
+        name: [by_name[point.name] for point in several if point.name in by_name] for name, several in points.items()
+    }
 
 
 def by(results: Iterable[PointResult], *keys: str) -> Cells:

@@ -1,61 +1,108 @@
 """Goodput below, at and beyond capacity: `fluid` beside vLLM and the rules others ship, docs/evidence/overload.md.
 
     python benchmarks/evidence/overload.py [--out docs/evidence] [--runs runs/overload] [--traces FOLDER] [--quick]
+                                           [--workers N] [--only REGEX] [--again REGEX]
 
-Runs that are in --runs already are kept. --traces is a folder with azure_conv_2023.csv and lmsys_lengths.csv; without
-it their rows are left out. --quick is for tests of this script and too small to conclude anything.
+Runs that are in --runs already are kept; --again fluid makes those of `fluid` anew, --workers 0 only writes the page.
+--traces is a folder with azure_conv_2023.csv and lmsys_lengths.csv; without it their rows are left out. --quick is for
+tests of this script and too small to conclude anything.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-from grids import Cells, Grid, arguments, best, by, mean_of, run_grids, slug
-from paper_tables import PROFILE
+from grids import Choice, Grid, arguments, run_grids, slug
+from overload_page import page
+from promises import (
+    PERIOD_S,
+    PROFILE,
+    TOKEN_BUDGETS,
+    Promised,
+    Runs,
+    bound_rps,
+    resident,
+    static_grid,
+    static_neighbours,
+)
 
-from scheduler.mix import WorkloadMix
-from scheduler.profiles import load_profile
-from scheduler.targets import Targets, solve_pace
-from scheduler.thresholds import EngineLimits
-from simulator.sweep import PointResult
-from simulator.workload import WorkloadConfig, open_workload
+LOADS = (0.3, 0.5, 0.7, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0)
+FREE_LOADS = (0.9, 1.0, 1.1)
+REFINED_LOADS = (2.0,)
+SEEDS = (1, 2, 3)
+SEEDED_FROM = 0.9
+"""Below this load every request is served in time whatever the seed, and one is run."""
+SHIPPED_LOADS = (0.7, 1.0, 1.2, 1.5, 2.0, 3.0)
+"""Below these the rules that others ship refuse nobody, and are plain vLLM."""
 
-COMMAND = "python benchmarks/evidence/overload.py --traces FOLDER"
-TTFT_S = 3.0
-LOADS = (0.7, 1.0, 1.2, 2.0, 3.0)
-CONTENDERS = ("vllm", "vllm-queue", "dynamo", "llm-d", "fluid")
-PERIOD_S = 5.0
-ORACLE_LOADS = (2.0,)
-ORACLE_CAPS = (0.7, 0.8, 0.9)
-ORACLE_BUDGETS = (512, 1024, 2048)
+
+@dataclass(frozen=True)
+class Contender:
+    """Who competes, at which loads; `options` are its own. early: its runs end once the measured requests are decided;
+    it is too slow there to work off what is left."""
+
+    name: str
+    loads: tuple[float, ...]
+    options: dict[str, Any]
+    early: bool = False
+
+
+STRICT = {"mode": "strict", "counts": "by_cap"}
+CONTENDERS = (
+    Contender("vllm", LOADS, {"policy": "vllm"}),
+    Contender("vllm-queue", SHIPPED_LOADS, {"policy": "vllm-queue"}),
+    Contender("vllm-watermark", (1.0, 1.2, 2.0), {"policy": "vllm-watermark"}, early=True),
+    Contender("dynamo", SHIPPED_LOADS, {"policy": "dynamo"}),
+    Contender("llm-d", SHIPPED_LOADS, {"policy": "llm-d"}),
+    Contender("strict-wait", (0.7, 2.0), {"policy": "wait"} | STRICT, early=True),
+    Contender("strict-nested-wait", (0.7, 2.0), {"policy": "nested-wait"} | STRICT, early=True),
+    Contender("fluid", LOADS, {"policy": "fluid", "period_s": PERIOD_S}),
+)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One workload with its target per token and how many virtual seconds of arrivals a run has.
+    """A workload with how many virtual seconds of arrivals a run has, and at which loads.
 
-    Long answers at high loads take plain vLLM an hour of virtual time to work off, hence fewer `loads`.
+    static: where the oracle searches, among which `budgets`. early: beyond this load every run of others ends once the
+    measured requests are decided. free: also run without targets. named: part of what the policy was made for. seeds:
+    of `fluid` from load 0.9 on.
     """
 
-    name: str
-    source: dict[str, str]
-    tpot_s: float
+    promised: Promised
     arrivals_s: float
     loads: tuple[float, ...] = LOADS
+    static: tuple[float, ...] = (1.2, 2.0, 3.0)
+    budgets: tuple[int, ...] = TOKEN_BUDGETS
+    early: float = 3.0
+    free: bool = False
+    named: bool = True
+    seeds: tuple[int, ...] = SEEDS
+    contenders: tuple[str, ...] = field(default=tuple(contender.name for contender in CONTENDERS))
 
 
+AZURE, LMSYS = {"trace": "azure_conv_2023.csv"}, {"trace": "lmsys_lengths.csv"}
+FEW = ("vllm", "dynamo", "llm-d", "fluid")
 CASES = (
-    Case("p512d20, 80 ms", {"lengths": "p512d20"}, 0.08, 120),
-    Case("0.7 p512d20 + 0.3 p512d50, 80 ms", {"lengths": "0.7:p512d20+0.3:p512d50"}, 0.08, 120),
-    Case("p512d1000, 80 ms", {"lengths": "p512d1000"}, 0.08, 600, loads=(0.7, 1.0, 1.2)),
-    Case("Azure conversation, 80 ms", {"trace": "azure_conv_2023.csv"}, 0.08, 300),
-    Case("Azure conversation, 50 ms", {"trace": "azure_conv_2023.csv"}, 0.05, 300),
-    Case("lmsys lengths, 50 ms", {"trace": "lmsys_lengths.csv"}, 0.05, 120),
+    Case(Promised("p512d20, 80 ms", {"lengths": "p512d20"}, 0.08), 120, free=True),
+    Case(Promised("0.7 p512d20 + 0.3 p512d50, 80 ms", {"lengths": "0.7:p512d20+0.3:p512d50"}, 0.08), 120),
+    Case(Promised("p512d1000, 80 ms", {"lengths": "p512d1000"}, 0.08), 600, budgets=(1024,), early=1.2, free=True, seeds=(1,)),
+    Case(Promised("Azure conversation, 80 ms", AZURE, 0.08), 300, free=True),
+    Case(Promised("Azure conversation, 50 ms", AZURE, 0.05), 300),
+    Case(Promised("lmsys lengths, 50 ms", LMSYS, 0.05), 120, budgets=(512, 1024), free=True),
+    Case(
+        Promised("long prompts, heavy-tailed answers, 80 ms", {"lengths": "p2500~0.3d300~1.2"}, 0.08), 600,
+        loads=(0.7, 1.0, 1.2, 2.0), static=(1.2, 2.0), early=1.2, named=False, contenders=FEW,
+    ),
+    Case(
+        Promised("long prompts, short answers, 80 ms", {"lengths": "p1400~0.5d28~0.8"}, 0.08), 200,
+        loads=(0.7, 1.0, 1.2, 2.0), static=(1.2, 2.0), early=1.2, named=False, contenders=FEW,
+    ),
 )
 
 
@@ -63,120 +110,58 @@ def main() -> None:
     parser = arguments(__doc__, "runs/overload")
     parser.add_argument("--traces", type=Path)
     args = parser.parse_args()
-    cases = [case for case in CASES if "trace" not in case.source or args.traces]
-    grids: dict[str, Grid] = {}
-    bounds = {}
+    cases = [case for case in CASES if "trace" not in case.promised.source or args.traces]
+    bounds, grids, refinements = {}, {}, {}
     for case in cases:
-        mix = mix_of(case, args.traces)
-        bounds[case.name] = bound_rps(mix, case.tpot_s)
-        grids |= grids_of(case, mix, bounds[case.name], args.traces, 0.05 if args.quick else 1.0)
-    results = run_grids(args.runs, grids)
+        mix = case.promised.mix(args.traces)
+        bound = bounds[case.promised.name] = bound_rps(mix, case.promised.tpot_s)
+        seats = resident(mix, bound, case.promised.tpot_s)
+        for load in case.loads:
+            requests = max(30, round(round(load * bound, 2) * case.arrivals_s * (0.05 if args.quick else 1.0)))
+            at = {"rate_rps": round(load * bound, 2), "requests": requests}
+            group = f"{slug(case.promised.name)}-{load:g}"
+            options = case.promised.options(args.traces) | at
+            grids |= contenders_at(case, load, group, options, seats)
+            if load in case.static:
+                grids[f"{group}-static"] = static_grid(options, seats, case.budgets)
+            if load in case.static and load in REFINED_LOADS:
+                refinements[f"{group}-static"] = options
+        if case.free:
+            grids |= without_targets(case, bound, case.promised.lengths_of(args.traces), args.quick)
+    runs: Runs = run_grids(args.runs, grids, choice := Choice.of(args))
+    around = {k: v for name, at in refinements.items() for k, v in static_neighbours(at, name, runs[name]).items()}
+    runs = {**runs, **run_grids(args.runs, around, choice)}
     args.out.mkdir(parents=True, exist_ok=True)
-    sections = [section(case, bounds[case.name], results) for case in cases]
-    (args.out / "overload.md").write_text(PAGE.format(command=COMMAND, sections="\n".join(sections)))
+    (args.out / "overload.md").write_text(page(cases, CONTENDERS, bounds, runs))
 
 
-def source_of(case: Case, traces: Path | None) -> dict[str, Any]:
-    if "trace" in case.source:
-        assert traces is not None
-        return {"trace": str(traces / case.source["trace"])}
-    return dict(case.source)
-
-
-def mix_of(case: Case, traces: Path | None) -> WorkloadMix:
-    config = WorkloadConfig(**source_of(case, traces), requests=1, rate_rps=1.0, max_total_tokens=4096)
-    return open_workload(config).mix()
-
-
-def limits() -> EngineLimits:
-    return EngineLimits(
-        kv_capacity_tokens=load_profile(PROFILE).kv_capacity_tokens, block_tokens=16, max_num_seqs=512,
-        max_num_batched_tokens=2048, max_model_len=4096,
-    )
-
-
-def bound_rps(mix: WorkloadMix, tpot_s: float) -> float:
-    """The fluid model's capacity with every iteration within the target."""
-    return solve_pace(mix, load_profile(PROFILE).law, limits(), Targets(TTFT_S, tpot_s), law_error=0.0).capacity_rps
-
-
-def resident(mix: WorkloadMix, bound: float, tpot_s: float) -> float:
-    """Requests in service at that capacity: Little's law over l' + 1 iterations."""
-    return bound * tpot_s * (mix.merged().lengths.mean_output_tokens + 1)
-
-
-def grids_of(case: Case, mix: WorkloadMix, bound: float, traces: Path | None, share: float) -> dict[str, Grid]:
-    """Every contender at every load, and a grid of static settings at some."""
-    base = source_of(case, traces) | {"profile": PROFILE, "slo_ttft_s": TTFT_S, "slo_tpot_s": case.tpot_s}
-    name = slug(case.name)
+def contenders_at(case: Case, load: float, group: str, options: dict[str, Any], seats: float) -> dict[str, Grid]:
+    """Every contender that runs at this load."""
     grids = {}
-    for load in case.loads:
-        rate = round(load * bound, 2)
-        at = base | {"rate_rps": rate, "requests": max(30, round(rate * case.arrivals_s * share))}
-        for contender in CONTENDERS:
-            own = {"period_s": PERIOD_S} if contender == "fluid" else {}
-            grids[f"{name}-{load:g}-{contender}"] = Grid(at | own | {"policy": contender}, {}, seeds=(1,))
-        if load in ORACLE_LOADS:
-            seats = resident(mix, bound, case.tpot_s)
-            caps: list[Any] = sorted({max(1, round(share_ * seats)) for share_ in ORACLE_CAPS})
-            axes = {"cap": caps, "token_budget": list(ORACLE_BUDGETS)}
-            grids[f"{name}-{load:g}-static"] = Grid(at | {"policy": "vllm", "give_up_s": 2.5}, axes, seeds=(1,))
+    for contender in CONTENDERS:
+        if contender.name not in case.contenders or load not in contender.loads:
+            continue
+        own = dict(contender.options)
+        if "counts" in own:
+            own["cap"] = max(1, round(seats))
+        if contender.name != "fluid" and (contender.early or load > case.early):
+            own["until_decided"] = True
+        seeds = case.seeds if contender.name == "fluid" and load >= SEEDED_FROM else SEEDS[:1]
+        grids[f"{group}-{contender.name}"] = Grid(options | own, {}, seeds)
     return grids
 
 
-def section(case: Case, bound: float, results: dict[str, list[PointResult]]) -> str:
-    """One workload's table."""
-    name = slug(case.name)
-    head = "| load | " + " | ".join((*CONTENDERS, "best static")) + " | fluid: p50 TTFT | fluid: preemptions |"
-    rows = []
-    for load in case.loads:
-        cells: dict[str, Cells] = {
-            contender: by(results[f"{name}-{load:g}-{contender}"], "policy") for contender in CONTENDERS
-        }
-        row = [f"{load:g}"]
-        row += [f"{mean_of(cells[contender][contender,], 'goodput_rps'):.2f}" for contender in CONTENDERS]
-        row.append(static_cell(results.get(f"{name}-{load:g}-static")))
-        fluid = cells["fluid"]["fluid",]
-        row += [f"{mean_of(fluid, 'ttft_p50_s'):.2f} s", f"{mean_of(fluid, 'preemptions'):.0f}"]
-        rows.append("| " + " | ".join(row) + " |")
-    ruler = "|---" * (len(CONTENDERS) + 4) + "|"
-    return "\n".join([f"## {case.name}", "", f"Fluid bound {bound:.2f} /s.", "", head, ruler, *rows, ""])
-
-
-def static_cell(results: list[PointResult] | None) -> str:
-    if results is None:
-        return "–"
-    cells = by(results, "cap", "token_budget")
-    cap, budget = best(cells, "goodput_rps", max)
-    return f"{mean_of(cells[cap, budget], 'goodput_rps'):.2f} (cap {cap}, budget {budget})"
-
-
-PAGE = """# Goodput below, at and beyond capacity
-
-Made by `{command}` (the folder has azure_conv_2023.csv and
-lmsys_lengths.csv; without it only the synthetic workloads are run). Goodput in requests/s: those that arrived in the
-central window and met both targets, TTFT ≤ 3 s and the mean time per output token named. Poisson arrivals at multiples
-of the fluid bound, the capacity with every iteration within the target; one seed; profile `a100-llama2-7b`, 137 000 KV
-tokens, vLLM's real scheduler with asynchronous scheduling.
-
-`vllm-queue` is V1 with max_num_queued_tokens = target TTFT × prefill rate, `dynamo` and `llm-d` are their rules at
-documented defaults, with always fresh statistics. `fluid` has the targets and nothing else: its controller starts from
-the profile's law and a guess of lengths, and re-solves every 5 s from the replica's own telemetry. "Best static" is an
-oracle: the best of 9 pairs of cap and token budget with clients that leave after 2.5 s, for that workload and load.
-
-{sections}
-## What it says
-
-- Beyond capacity plain vLLM and the rules at their defaults serve next to nobody in time: they bound queues or memory,
-  neither of which is what a target per token needs. On p512d1000, where memory and target coincide, they do well.
-- `fluid` stays within 3 % of the fluid bound at its peak on every workload, and from 1.2 to 3 times capacity within 5 %
-  of that peak, but for the Azure conversation at 80 ms and 1.2, where it is 6 % below: there the queue is allowed to be
-  long and arrivals vary most.
-- It is level with the oracle on the synthetic workloads and lmsys lengths, 1 % above it on the Azure conversation at
-  80 ms and 7 % at 50 ms. A static cap with the right token budget is a strong opponent; finding the pair takes a search
-  for every workload and target.
-- Below capacity it admits at once: at 0.7 its mean latency is that of plain vLLM or less.
-"""
+def without_targets(case: Case, bound: float, lengths: dict[str, Any], quick: bool) -> dict[str, Grid]:
+    """Plain vLLM and `fluid`, which is told no target, around capacity."""
+    grids = {}
+    for load in FREE_LOADS:
+        rate = round(load * bound, 2)
+        at = {"profile": PROFILE, "rate_rps": rate}
+        at["requests"] = max(30, round(rate * case.arrivals_s * (0.05 if quick else 1.0)))
+        for policy, own in (("vllm", {}), ("fluid", {"period_s": PERIOD_S})):
+            name = f"{slug(case.promised.name)}-{load:g}-{policy}-without-targets"
+            grids[name] = Grid(lengths | at | own | {"policy": policy}, {}, SEEDS[:1])
+    return grids
 
 
 if __name__ == "__main__":

@@ -1,0 +1,130 @@
+"""What the pages about targets share: workloads with their targets, the fluid bound, and the best static setting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grids import Grid, mean_of
+from paper_tables import PROFILE
+
+from scheduler.mix import WorkloadMix
+from scheduler.profiles import load_profile
+from scheduler.targets import Targets, solve_pace
+from scheduler.thresholds import EngineLimits
+from simulator.sweep import PointResult
+from simulator.workload import WorkloadConfig, open_workload
+
+TTFT_S = 3.0
+PERIOD_S = 5.0
+CAP_SHARES = (0.7, 0.8, 0.9)
+TOKEN_BUDGETS = (512, 1024, 2048)
+GIVE_UP_S = 2.5
+OTHER_GIVE_UPS_S = (1.0, 2.0)
+NEXT_CAPS = (0.94, 1.06)
+
+Runs = Mapping[str, list[PointResult]]
+
+
+@dataclass(frozen=True)
+class Promised:
+    """A workload (`lengths`, or `trace`: a file's name in the traces' folder) with its target per further token."""
+
+    name: str
+    source: dict[str, str]
+    tpot_s: float
+
+    def lengths_of(self, traces: Path | None) -> dict[str, Any]:
+        """The workload as options of a simulation."""
+        if "trace" in self.source:
+            assert traces is not None
+            return {"trace": str(traces / self.source["trace"])}
+        return dict(self.source)
+
+    def mix(self, traces: Path | None) -> WorkloadMix:
+        """Lengths at one request a second."""
+        config = WorkloadConfig(**self.lengths_of(traces), requests=1, rate_rps=1.0, max_total_tokens=4096)
+        return open_workload(config).mix()
+
+    def options(self, traces: Path | None) -> dict[str, Any]:
+        """Options of every run."""
+        targets = {"slo_ttft_s": TTFT_S, "slo_tpot_s": self.tpot_s}
+        return self.lengths_of(traces) | {"profile": PROFILE} | targets
+
+
+def bound_rps(mix: WorkloadMix, tpot_s: float) -> float:
+    """The fluid model's capacity with every iteration within the target."""
+    profile = load_profile(PROFILE)
+    limits = EngineLimits(
+        kv_capacity_tokens=profile.kv_capacity_tokens, block_tokens=16, max_num_seqs=512,
+        max_num_batched_tokens=2048, max_model_len=4096,
+    )
+    return solve_pace(mix, profile.law, limits, Targets(TTFT_S, tpot_s), law_error=0.0).capacity_rps
+
+
+def resident(mix: WorkloadMix, bound: float, tpot_s: float) -> float:
+    """Requests in service at that capacity: Little's law over l' + 1 iterations."""
+    return bound * tpot_s * (mix.merged().lengths.mean_output_tokens + 1)
+
+
+def static_grid(at: dict[str, Any], seats: float, budgets: tuple[int, ...] = TOKEN_BUDGETS) -> Grid:
+    """The oracle's grid for a run `at`: caps around the fluid's requests in service, and token budgets."""
+    caps: list[Any] = sorted({max(1, round(share * seats)) for share in CAP_SHARES})
+    return Grid(at | {"policy": "vllm", "give_up_s": GIVE_UP_S}, {"cap": caps, "token_budget": list(budgets)}, (1,))
+
+
+def static_neighbours(at: dict[str, Any], name: str, grid: list[PointResult]) -> dict[str, Grid]:
+    """Around the grid's best pair: other times after which clients leave, and caps between the grid's."""
+    if not grid:
+        return {}
+    chosen = best_static(grid).options
+    pair = at | {"policy": "vllm", "token_budget": chosen["token_budget"]}
+    caps: list[Any] = sorted({max(1, round(chosen["cap"] * share)) for share in NEXT_CAPS} - {chosen["cap"]})
+    return {
+        f"{name}-wait": Grid(pair | {"cap": chosen["cap"]}, {"give_up_s": list(OTHER_GIVE_UPS_S)}, (1,)),
+        f"{name}-cap": Grid(pair | {"give_up_s": GIVE_UP_S}, {"cap": caps}, (1,)),
+    }
+
+
+def static_of(runs: Runs, name: str) -> PointResult | None:
+    """The oracle's choice among all static settings that were run, None when none was."""
+    several = [result for part in ("", "-wait", "-cap") for result in runs.get(f"{name}{part}", [])]
+    return best_static(several) if several else None
+
+
+def best_static(results: list[PointResult]) -> PointResult:
+    """The run of the highest goodput."""
+    return max(results, key=lambda result: goodput(result.summary))
+
+
+def static_in_words(result: PointResult) -> str:
+    """What an operator would have set."""
+    options = result.options
+    return f"cap {options['cap']}, budget {options['token_budget']}, {options['give_up_s']:g} s"
+
+
+def goodput(summary: dict[str, Any] | None) -> float:
+    """Requests/s within the targets; nobody is 0."""
+    return float((summary or {}).get("goodput_rps") or 0.0)
+
+
+def summaries(runs: Runs, group: str, seeds: tuple[int, ...] | None = None) -> list[dict[str, Any]]:
+    """The summaries of a group's runs, of these seeds only if they are given."""
+    return [
+        result.summary for result in runs.get(group, [])
+        if result.summary and (seeds is None or result.options["seed"] in seeds)
+    ]
+
+
+def ratio(
+    runs: Runs, ours: str, theirs: str, key: str, combine: Callable[[list[dict[str, Any]], str], float] = mean_of
+) -> float | None:
+    """Our group's measure over theirs, on the seeds that both have; None when there is no such seed."""
+    seeds = {r.options["seed"] for r in runs.get(ours, [])} & {r.options["seed"] for r in runs.get(theirs, [])}
+    both = [summaries(runs, group, tuple(seeds)) for group in (ours, theirs)]
+    if not seeds:
+        return None
+    below = combine(both[1], key)
+    return combine(both[0], key) / below if below else None
