@@ -33,6 +33,7 @@ def arguments(description: str | None, runs: str) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0 runs nothing")
     parser.add_argument("--only", type=re.compile, help="run only groups of this name (a regular expression)")
+    parser.add_argument("--seeds", type=int, help="run no seed beyond this one")
     parser.add_argument("--again", type=re.compile, help="drop the runs of groups of this name and run them anew")
     return parser
 
@@ -60,24 +61,26 @@ class Grid:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which groups of runs to work on: in how many processes (0: none is run), only these, and these anew."""
+    """Which runs to work on: in how many processes (0: none is run), only these groups, seeds, and what anew."""
 
     workers: int
     only: re.Pattern[str] | None = None
+    seeds: int | None = None
     again: re.Pattern[str] | None = None
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Choice:
         """What the command line asks for."""
-        return cls(args.workers, args.only, args.again)
+        return cls(args.workers, args.only, args.seeds, args.again)
 
     def drops(self, group: str) -> bool:
         """Whether the group's runs are to be thrown away first."""
         return self.workers > 0 and self.again is not None and bool(self.again.search(group)) and self.runs(group)
 
-    def runs(self, group: str) -> bool:
-        """Whether the group's missing runs are to be made."""
-        return self.workers > 0 and (self.only is None or bool(self.only.search(group)))
+    def runs(self, group: str, seed: int = 0) -> bool:
+        """Whether the group's missing runs, those of this seed, are to be made."""
+        seeded = self.seeds is None or seed <= self.seeds
+        return self.workers > 0 and seeded and (self.only is None or bool(self.only.search(group)))
 
 
 def run_grids(
@@ -99,7 +102,7 @@ def run_grids(
         shutil.rmtree(out / name, ignore_errors=True)
     wanted = [
         point for name, several in points.items() for point in several
-        if choice.runs(name) or kept_run(out, point) is not None
+        if choice.runs(name, point.options.get("seed", 0)) or kept_run(out, point) is not None
     ]
     results = run_points(wanted, out, simulate_options, max(1, choice.workers), CONSOLE)
     failed = [result for result in results if result.error]

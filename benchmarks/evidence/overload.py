@@ -91,7 +91,10 @@ FEW = ("vllm", "dynamo", "llm-d", "fluid")
 CASES = (
     Case(Promised("p512d20, 80 ms", {"lengths": "p512d20"}, 0.08), 120, free=True),
     Case(Promised("0.7 p512d20 + 0.3 p512d50, 80 ms", {"lengths": "0.7:p512d20+0.3:p512d50"}, 0.08), 120),
-    Case(Promised("p512d1000, 80 ms", {"lengths": "p512d1000"}, 0.08), 600, budgets=(1024,), early=1.2, free=True, seeds=(1,)),
+    Case(
+        Promised("p512d1000, 80 ms", {"lengths": "p512d1000"}, 0.08), 600, budgets=(1024,), early=1.2, free=True,
+        seeds=(1,),
+    ),
     Case(Promised("Azure conversation, 80 ms", AZURE, 0.08), 300, free=True),
     Case(Promised("Azure conversation, 50 ms", AZURE, 0.05), 300),
     Case(Promised("lmsys lengths, 50 ms", LMSYS, 0.05), 120, budgets=(512, 1024), free=True),

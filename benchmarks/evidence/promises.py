@@ -69,9 +69,12 @@ def resident(mix: WorkloadMix, bound: float, tpot_s: float) -> float:
     return bound * tpot_s * (mix.merged().lengths.mean_output_tokens + 1)
 
 
-def static_grid(at: dict[str, Any], seats: float, budgets: tuple[int, ...] = TOKEN_BUDGETS) -> Grid:
+def static_grid(
+    at: dict[str, Any], seats: float, budgets: tuple[int, ...] = TOKEN_BUDGETS,
+    shares: tuple[float, ...] = CAP_SHARES,
+) -> Grid:
     """The oracle's grid for a run `at`: caps around the fluid's requests in service, and token budgets."""
-    caps: list[Any] = sorted({max(1, round(share * seats)) for share in CAP_SHARES})
+    caps: list[Any] = sorted({max(1, round(share * seats)) for share in shares})
     return Grid(at | {"policy": "vllm", "give_up_s": GIVE_UP_S}, {"cap": caps, "token_budget": list(budgets)}, (1,))
 
 
