@@ -36,6 +36,16 @@ POLICIES: dict[str, dict[str, Any]] = {
         "policy": "nested_wait",
         "segments": [{"end_output_tokens": 1000, "n": 8}, {"end_output_tokens": 2000, "n": 4}],
     },
+    # A replica whose memory is full, so that it looks at everybody again and again, and nobody is late or useless.
+    "fluid": {
+        "policy": "fluid",
+        "pace": {
+            "law": {"d0_s": 4e-3, "d1_s_per_kv_token": 4e-7, "d2_s_per_prefill_token": 6e-5,
+                    "d3_s_per_decode_token": 6e-5, "floor_s": 0.011},
+            "survival": [[0, 1.0], *([100 * n, 1.0 - n / 10] for n in range(1, 11))], "kv_limit_tokens": 1,
+            "iteration_s": 0.05, "ttft_s": 1e6, "queue_requests": 1_000_000, "prompt_flow_tokens": 200.0,
+        },
+    },
 }
 
 
@@ -48,7 +58,8 @@ def main() -> None:
     plain_us: list[float] = []
     result: dict[str, Any] = {"running": args.running, "waiting": args.waiting, "schedule_us": {}, "ratio": {}}
     for name, thresholds in POLICIES.items():
-        ours = loaded(HeadraceScheduler, args, thresholds | {"max_in_service": args.running})
+        cap = {} if name == "fluid" else {"max_in_service": args.running}
+        ours = loaded(HeadraceScheduler, args, thresholds | cap)
         plain = loaded(AsyncScheduler, args, None)  # anew, so that both have the same tokens behind them
         pairs = [(step_us(ours), step_us(plain)) for _ in range(args.rounds)]
         ratios = sorted(a / b for a, b in pairs)
@@ -69,10 +80,14 @@ def loaded(cls: type[AsyncScheduler], args: argparse.Namespace, thresholds: dict
     engine = Engine(
         cls, blocks=16 * args.running, thresholds=thresholds, max_num_seqs=args.running, max_num_batched_tokens=8192
     )
+    if thresholds is not None:
+        engine.apply({"version": 1, "policy": "fcfs", "max_in_service": args.running})
     for index in range(args.running + args.waiting):
         engine.add(f"r{index}", prompt=32, output=900)
     while len(engine.scheduler.running) < args.running:
         engine.step()
+    if thresholds is not None:
+        engine.apply(thresholds | {"version": 2})
     for _ in range(5):
         engine.step()
     return engine

@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 
+from scheduler.law import ServiceTimeLaw
 from scheduler.pace import Pace
 
 POLICY_NAMES = ("fcfs", "wait", "nested_wait", "fluid")
@@ -27,6 +28,7 @@ LONGEST_HOLD_S = 60.0
 UNKNOWN_TYPE = "unknown"
 """The type of a request whose output length nobody declared."""
 _LONGEST_SHOWN = 200
+_NO_SUCH_FIELD = ("unexpected_keyword_argument", "extra_forbidden")
 
 # What is sent must have the very type: a "8" or a true in place of a number is a mistake and not a number.
 Count = Annotated[int, Strict()]
@@ -233,14 +235,17 @@ def _require(condition: bool, field: str, value: object, allowed: str) -> None:
 
 
 def _as_invalid(error: ValidationError) -> InvalidThresholds:
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    first = next((one for one in errors if one["type"] in _NO_SUCH_FIELD), errors[0])
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InvalidThresholds):
         return cause
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        entries: dict[object, type] = {"types": TypeThreshold, "segments": SegmentThreshold}
-        holder = entries[first["loc"][0]] if len(first["loc"]) > 1 else Thresholds
+    if first["type"] in _NO_SUCH_FIELD:
+        parts: dict[object, type] = {
+            "types": TypeThreshold, "segments": SegmentThreshold, "pace": Pace, "law": ServiceTimeLaw,
+        }
+        holder = next((parts[part] for part in reversed(first["loc"][:-1]) if part in parts), Thresholds)
         known = [known_field.name for known_field in fields(holder)]
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from vllm.logger import init_logger
@@ -30,7 +30,7 @@ from scheduler.control import InForce, ThresholdsInForce
 from scheduler.fair_queue import NOBODY_IN_PARTICULAR, Tenant
 from scheduler.gate import GatedQueue
 from scheduler.messages import Gauges, InService, Report, Telemetry
-from scheduler.policies import UNKNOWN_TYPE, Resident, Snapshot
+from scheduler.policies import UNKNOWN_TYPE, Resident, Residents, Snapshot
 from scheduler.profiles import load_profile
 from scheduler.recorder import Recorder
 from scheduler.refusal import Refusal
@@ -317,11 +317,7 @@ class _RequestAsResident:
 
     @property
     def stage(self) -> int:
-        request = self._request
-        if request.is_prefill_chunk:
-            return 0
-        stage: int = request.num_output_tokens + request.num_output_placeholders
-        return stage
+        return _stage(self._request)
 
     @property
     def kv_tokens(self) -> int:
@@ -330,7 +326,7 @@ class _RequestAsResident:
         return tokens
 
 
-class _Residents(Sequence[Resident]):
+class _Residents(Residents):
     """The running requests as residents, made only when a policy looks at them."""
 
     __slots__ = ("_gate", "_running")
@@ -347,6 +343,19 @@ class _Residents(Sequence[Resident]):
 
     def __iter__(self) -> Iterator[Resident]:
         return (self[index] for index in range(len(self._running)))
+
+    def stages(self) -> list[int]:
+        return [_stage(request) for request in self._running]
+
+    def kv_tokens(self) -> list[int]:
+        return [request.num_tokens + request.num_output_placeholders for request in self._running]
+
+
+def _stage(request: Request) -> int:
+    if request.is_prefill_chunk:
+        return 0
+    stage: int = request.num_output_tokens + request.num_output_placeholders
+    return stage
 
 
 def _in_admission_order(running: list[Request], aside: list[tuple[int, Request]]) -> list[Request]:

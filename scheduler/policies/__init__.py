@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scheduler.policies.base import Decision, Policy, QueueView, Resident, Snapshot, Waiting
+from scheduler.policies.base import Decision, Policy, QueueView, Resident, Residents, Snapshot, Waiting
 from scheduler.policies.fcfs import Fcfs
 from scheduler.policies.fluid import Fluid
 from scheduler.policies.nested_wait import NestedWait
@@ -17,4 +17,6 @@ def make_policy(thresholds: Thresholds) -> Policy:
     return _POLICIES[thresholds.policy](thresholds)
 
 
-__all__ = ["UNKNOWN_TYPE", "Decision", "Policy", "QueueView", "Resident", "Snapshot", "Waiting", "make_policy"]
+__all__ = [
+    "UNKNOWN_TYPE", "Decision", "Policy", "QueueView", "Resident", "Residents", "Snapshot", "Waiting", "make_policy",
+]

@@ -33,6 +33,28 @@ class Resident(Protocol):
         """KV tokens it holds once its prompt is computed: prompt and output so far."""
 
 
+class Residents(Sequence[Resident]):
+    """Requests in service; whole columns of them cost far less than one object each."""
+
+    @abstractmethod
+    def stages(self) -> list[int]:
+        """`Resident.stage` of all."""
+
+    @abstractmethod
+    def kv_tokens(self) -> list[int]:
+        """`Resident.kv_tokens` of all."""
+
+
+def stages_of(residents: Sequence[Resident]) -> list[int]:
+    """The stages of all."""
+    return residents.stages() if isinstance(residents, Residents) else [one.stage for one in residents]
+
+
+def kv_tokens_of(residents: Sequence[Resident]) -> list[int]:
+    """The KV tokens of all."""
+    return residents.kv_tokens() if isinstance(residents, Residents) else [one.kv_tokens for one in residents]
+
+
 class Waiting(NamedTuple):
     """A request that waits at the gate, since a clock second."""
 

@@ -17,7 +17,7 @@ from collections.abc import Collection
 import numpy as np
 
 from scheduler.pace import Pace
-from scheduler.policies.base import Decision, Policy, QueueView, Snapshot
+from scheduler.policies.base import Decision, Policy, QueueView, Snapshot, kv_tokens_of, stages_of
 from scheduler.projection import Projection
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
@@ -97,9 +97,7 @@ class _Paced:
         if not seats or (prompts <= 0 and snapshot.running) or self._still_full(len(snapshot.running)):
             return 0
         residents = snapshot.running
-        stages = np.fromiter((r.stage for r in residents), int, len(residents))
-        kv = np.fromiter((r.kv_tokens for r in residents), float, len(residents))
-        self._projection.reset(stages, kv)
+        self._projection.reset(np.array(stages_of(residents), int), np.array(kv_tokens_of(residents), float))
         admitted = 0
         for waiting in view.heads():
             if waiting.request_id in late:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 
-from scheduler.policies.base import Resident, Snapshot
+from scheduler.policies.base import Snapshot, stages_of
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
 
@@ -39,10 +39,9 @@ class Segments:
         if not self._queue_at:
             return set()
         queues: dict[int, list[str]] = {}
-        for resident in snapshot.running:
-            index = self._boundary_of(resident)
-            if index is not None:
-                queues.setdefault(index, []).append(resident.request_id)
+        for place, stage in enumerate(stages_of(snapshot.running)):
+            if stage in self._queue_at and (resident := snapshot.running[place]).type_name == UNKNOWN_TYPE:
+                queues.setdefault(self._queue_at[stage], []).append(resident.request_id)
         self._forget_all_but(queues)
 
         held: set[str] = set()
@@ -89,9 +88,6 @@ class Segments:
     def _segment_entered_next(self, stage: int) -> int:
         """The segment (from 0) that the next token of a request at `stage` belongs to; past the end, the last."""
         return min(bisect_left(self._ends, stage + 1), len(self._ends) - 1)
-
-    def _boundary_of(self, resident: Resident) -> int | None:
-        return self._queue_at.get(resident.stage) if resident.type_name == UNKNOWN_TYPE else None
 
     def _forget_all_but(self, queues: dict[int, list[str]]) -> None:
         if self._held_since_s:

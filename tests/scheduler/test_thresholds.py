@@ -209,3 +209,12 @@ def test_same_rule_looks_only_at_what_decides():
 def test_with_version_changes_only_the_version():
     value = Thresholds(version=3, policy="wait", reason="r")
     assert value.with_version(7) == replace(value, version=7)
+
+
+@pytest.mark.parametrize(
+    ("pace", "field"),
+    [({"kv_limit": 1}, "pace.kv_limit"), ({"law": {"d0": 1}}, "pace.law.d0"), ({}, "pace.law")],
+)
+def test_a_mistake_within_the_pace_is_named(pace, field):
+    with pytest.raises(InvalidThresholds, match=field.replace(".", r"\.")):
+        parse_thresholds({"policy": "fluid", "pace": pace})
