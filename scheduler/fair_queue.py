@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import chain, islice
+from typing import TYPE_CHECKING
 
-from vllm.v1.request import Request
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
 
 OUTPUT_PRICE = 2.0
 """Prompt tokens that one output token counts for."""
