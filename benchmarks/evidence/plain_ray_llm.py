@@ -1,0 +1,95 @@
+"""Plain Ray Serve LLM with the engine settings of a Headrace configuration, in the foreground until Ctrl-C.
+
+    python benchmarks/evidence/plain_ray_llm.py CLUSTER.yaml METRICS_PORT
+
+The other stack of real_engine.py: Ray's own `build_openai_app`, server, ingress and request router, vLLM's own
+scheduler. Ray is started as `headrace up` starts it, and also shows vLLM's metrics, at METRICS_PORT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# Read when ray is imported; `headrace up` sets the same.
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # keeps Ray's own services on 127.0.0.1
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+os.environ.setdefault("RAYLLM_ENABLE_WORKER_PROCESS_SETUP_HOOK", "0")
+
+import httpx
+
+import cluster.app
+from cluster.config import AppConfig, load_config
+from cluster.launch import Launcher, LaunchError
+from replicas.no_download import NoDownload
+
+READY_TIMEOUT_S = 300.0
+
+
+class PlainLauncher(Launcher):
+    """Starts and stops as `headrace up` does; what it deploys is Ray's."""
+
+    metrics_port: int
+
+    def _connect(self, ray: Any) -> None:
+        ray.init(
+            address="local", num_cpus=self._config.ray.num_cpus, include_dashboard=False, log_to_driver=False,
+            logging_level="ERROR", _metrics_export_port=self.metrics_port,
+            _system_config={"metrics_report_interval_ms": 1000},
+        )
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{self._config.base_url}/v1/models", trust_env=False).json().get("data"):
+                    return
+            time.sleep(0.5)
+        raise LaunchError("Ray Serve LLM did not get ready")
+
+
+def build(args: AppConfig) -> Any:
+    """`ray.serve.llm`'s own application."""
+    from ray.serve.llm import LLMConfig, build_openai_app
+
+    config = LLMConfig(
+        model_loading_config={"model_id": args.model.id, "model_source": args.model.source},
+        accelerator_config={"kind": args.accelerator.kind},
+        engine_kwargs={**args.engine, "async_scheduling": True},
+        deployment_config={
+            "num_replicas": args.replicas, "max_ongoing_requests": args.max_ongoing_requests,
+            "health_check_timeout_s": 60.0, "ray_actor_options": {"num_cpus": args.accelerator.cpus},
+        },
+        runtime_env={"env_vars": args.env},
+        callback_config={"callback_class": NoDownload},  # the model is a folder
+        log_engine_metrics=True,
+    )
+    one_process = {"autoscaling_config": None, "num_replicas": 1, "max_ongoing_requests": 4 * args.max_ongoing_requests}
+    return build_openai_app({"llm_configs": [config], "ingress_deployment_config": one_process})
+
+
+def main() -> None:
+    config = load_config(Path(sys.argv[1]))
+    cluster.app.build = build
+    launcher = PlainLauncher(config, progress=print)
+    launcher.metrics_port = int(sys.argv[2])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        launcher.start()
+        print(f"ready at {config.base_url}", flush=True)
+        launcher.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        launcher.stop()
+
+
+if __name__ == "__main__":
+    main()
