@@ -56,6 +56,38 @@ def test_a_shift_changes_the_mix_from_its_time_on():
     assert set(name[4:]) <= {"p3d3", "p3d4"}
 
 
+def test_lognormal_lengths_have_the_means_and_the_spread_asked_for():
+    prompt, output, name = draw("p2500~0.5d300~1.2", 200_000)
+    assert set(name) == {"p2500~0.5d300~1.2"}
+    assert prompt.mean() == pytest.approx(2500, rel=0.01)
+    assert output.mean() == pytest.approx(300, rel=0.03)
+    assert prompt.std() / prompt.mean() == pytest.approx(0.5, rel=0.05)
+    assert output.std() / output.mean() == pytest.approx(1.2, rel=0.1)
+    assert np.median(output) == pytest.approx(300 / np.sqrt(1 + 1.2**2), rel=0.02)
+    assert abs(np.corrcoef(prompt, output)[0, 1]) < 0.01
+
+
+def test_a_trace_s_joint_lengths_before_and_after_a_shift(tmp_path):
+    path = tmp_path / "some.csv"
+    path.write_text("num_prefill_tokens,num_decode_tokens\n10,1\n20,2\n20,2\n0,5\n")
+    arrival_s = np.repeat([0.0, 60.0, 120.0], 3000)
+    prompt, output, name = draw(f"@{path}; 60s: p7d7; 120s: 0.5:@{path}+0.5:p7d7", arrival_s=arrival_s)
+    assert set(zip(prompt[:3000], output[:3000], strict=True)) == {(10, 1), (20, 2)}, "the row without a prompt is none"
+    assert np.mean(prompt[:3000] == 20) == pytest.approx(2 / 3, abs=0.03)
+    assert set(name[:3000]) == {"@some"}
+    assert set(prompt[3000:6000]) == {7}
+    assert np.mean(name[6000:] == "@some") == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("content", [None, "a,b\n1,2\n", "num_prefill_tokens,num_decode_tokens\n0,1\n"])
+def test_a_trace_that_gives_no_lengths_is_named(content, tmp_path):
+    path = tmp_path / "some.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=r"at '@.*some\.csv'"):
+        parse_lengths(f"p1d1; 5s: @{path}")
+
+
 def test_types_of_a_shifting_source_are_weighted_by_time():
     source = parse_lengths("p1d1; 30s: 0.5:p1d1+0.5:p2d2; 100s: p3d3")
     assert {t.name: t.weight for t in source.types(50.0)} == pytest.approx({"p1d1": 0.8, "p2d2": 0.2})

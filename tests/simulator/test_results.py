@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from simulator import results
-from simulator.results import IterationRow, RequestRow, RunError, RunWriter, read_run, versions
+from simulator.results import ControlRow, IterationRow, RequestRow, RunError, RunWriter, read_run, versions
 
 HEADER = {"config": {"policy": "wait", "workload": {"rate_rps": 2.0}}, "versions": {"python": "3.11"}}
 SUMMARY = {"goodput_rps": 1.5, "latency_p99_s": None}
@@ -48,6 +48,7 @@ def test_round_trip(tmp_path):
 def test_rows_have_the_schemas_fields():
     assert RequestRow._fields == tuple(results.REQUEST_SCHEMA.names)
     assert IterationRow._fields == tuple(results.ITERATION_SCHEMA.names)
+    assert ControlRow._fields == tuple(results.CONTROL_SCHEMA.names)
 
 
 def test_each_file_carries_the_whole_header(tmp_path):
