@@ -94,6 +94,7 @@ SCENARIOS = (
 def main() -> None:
     parser = arguments(__doc__, "runs/change")
     parser.add_argument("--traces", type=Path)
+    Choice.options(parser)
     args = parser.parse_args()
     scenarios = [one for one in SCENARIOS if args.traces or "traces" not in str(one.options)]
     grids: dict[str, Grid] = {}

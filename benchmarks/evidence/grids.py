@@ -31,10 +31,6 @@ def arguments(description: str | None, runs: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("docs/evidence"))
     parser.add_argument("--runs", type=Path, default=Path(runs))
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0 runs nothing")
-    parser.add_argument("--only", type=re.compile, help="run only groups of this name (a regular expression)")
-    parser.add_argument("--seeds", type=int, help="run no seed beyond this one")
-    parser.add_argument("--again", type=re.compile, help="drop the runs of groups of this name and run them anew")
     return parser
 
 
@@ -68,6 +64,14 @@ class Choice:
     seeds: int | None = None
     again: re.Pattern[str] | None = None
 
+    @staticmethod
+    def options(parser: argparse.ArgumentParser) -> None:
+        """Let a command line choose; a group's name is in its runs' folder."""
+        parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0 runs nothing")
+        parser.add_argument("--only", type=re.compile, help="run only groups of this name (a regular expression)")
+        parser.add_argument("--seeds", type=int, help="run no seed beyond this one")
+        parser.add_argument("--again", type=re.compile, help="drop the runs of groups of this name and run them anew")
+
     @classmethod
     def of(cls, args: argparse.Namespace) -> Choice:
         """What the command line asks for."""
@@ -83,9 +87,7 @@ class Choice:
         return self.workers > 0 and seeded and (self.only is None or bool(self.only.search(group)))
 
 
-def run_grids(
-    out: Path, grids: Mapping[str, Grid], choice: Choice | None = None
-) -> dict[str, list[PointResult]]:
+def run_grids(out: Path, grids: Mapping[str, Grid], choice: Choice | None = None) -> dict[str, list[PointResult]]:
     """The points of all grids, by grid; runs that are in `out` already are kept. Ends the program when one fails.
 
     With a `choice`, points that are not chosen and not there are left out of the result.

@@ -112,6 +112,7 @@ CASES = (
 def main() -> None:
     parser = arguments(__doc__, "runs/overload")
     parser.add_argument("--traces", type=Path)
+    Choice.options(parser)
     args = parser.parse_args()
     cases = [case for case in CASES if "trace" not in case.promised.source or args.traces]
     bounds, grids, refinements = {}, {}, {}
