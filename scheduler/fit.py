@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import nnls
 
 from scheduler.law import ServiceTimeLaw, Tokens, require_number
+from scheduler.margin import PUBLISHED_MAPE, Fluctuation
 
 MIN_RECORDS = 32
 """Fewest records to fit a law from, or to judge one by."""
@@ -19,6 +20,8 @@ MIN_RECORDS = 32
 _Array = NDArray[np.float64]
 _TERMS = ("floor_s", "d0_s", "d2_s_per_prefill_token", "d3_s_per_decode_token", "d1_s_per_kv_token")
 _LARGEST_CONDITION = 1e3
+_NO_VARIANCE = 1e-20
+_PUBLISHED_STD = Fluctuation.from_mape(PUBLISHED_MAPE).std
 _FLOOR_ROUNDS = 30
 _FLOOR_MIN_RECORDS = 8
 _FLOOR_MIN_GAIN = 0.05
@@ -165,8 +168,11 @@ class OnlineLaw:
     """The law of a running engine: recursive least squares that forgets old iterations exponentially.
 
     prior: the law to start from. forgetting: weight that a record keeps with every newer one, in (0, 1]; 0.998 looks
-    back over some 500 iterations, fewer while predictions are clearly off to one side. prior_records: how many records
-    the prior is worth, > 0. Not in the paper, which fits its law offline.
+    back over some 500 iterations. prior_records: how many records the prior is worth, > 0. Not in the paper, which
+    fits its law offline.
+
+    An engine that changes its speed is found by CUSUM over the relative errors (Page 1954): the whole law is scaled to
+    the speed since the change, is worth no more than a prior again, and errors made meanwhile are not held against it.
 
     Terms are measured in units of their present size and records in units of their prediction, so errors are relative
     and what was learned keeps its worth when the engine's speed changes. A prior without a floor stays without one.
@@ -181,10 +187,13 @@ class OnlineLaw:
     """The base time never falls below this share of the prior's."""
     _SMALLEST_UNITS = np.array([1, 1, 1e-3, 1e-3, 1e-5])
     """Shares of the base time, plausible sizes of `_TERMS`, from which a term that is near 0 can grow."""
-    _DRIFT_MEMORY = 0.95
-    _DRIFT_LIMIT = 0.5
-    """Mean of recent errors, in standard deviations, that means a changed engine; about 3 sigma for 40 records."""
-    _DRIFT_SPEEDUP = 10
+    _CUSUM_SLACK, _CUSUM_BOUND, _CUSUM_LIMIT = 0.5, 3.0, 20.0
+    """Page's test for a change of speed, in standard deviations. No record counts for more than the bound, so fewer
+    than 8 never are a change; a lasting one of one standard deviation shows after 40. With independent errors a false
+    alarm comes once in some 10^9 records (Siegmund's approximation), which leaves room for correlated ones."""
+    _LEAST_SPREAD = 0.002
+    _LARGEST_CHANGE = 3.0
+    """A larger change of speed is followed in several steps."""
 
     def __init__(self, prior: ServiceTimeLaw, *, forgetting: float = 0.998, prior_records: float = 50.0) -> None:
         if not 0 < forgetting <= 1:
@@ -198,8 +207,11 @@ class OnlineLaw:
         # Information never falls below a twentieth of the prior's. That bounds the covariance in directions that recent
         # records do not excite; without it, forgetting alone would let it grow without limit.
         self._least_information = 0.05 * self._information
-        self._sums = np.zeros(7)
-        self._drift = 0.0
+        self._sums = np.zeros(8)
+        self._last_error = 0.0
+        self._faster = self._slower = 0.0
+        self._since_quiet: list[float] = []
+        self._sums_when_quiet = self._sums.copy()
         self.law = prior
         """The present law, always a valid one."""
         self.records = 0
@@ -216,40 +228,63 @@ class OnlineLaw:
         self.records += 1
         predicted_s = self.law.iteration_s(*tokens)
         error = min(seconds / predicted_s - 1, self._LARGEST_ERROR)
-        forgetting = self._forgetting_now(error)
-        self._judge(predicted_s, error, forgetting)
+        self._judge(predicted_s, error)
+        if self._has_changed_speed(seconds / predicted_s):
+            self._follow_speed()
+            return
 
         units = np.maximum(self._coefficients, self._SMALLEST_UNITS * self.law.shortest_iteration_s)
         features = _features(tokens, _is_at_floor(self.law, tokens)) * units / predicted_s
         # Absurd token counts must not make a term look known for ever.
         weight = min(1.0, self._LARGEST_FEATURE / float(features.max()))
         features *= weight
-        self._information *= forgetting
-        self._information += (1 - forgetting) * self._least_information + np.outer(features, features)
+        self._information *= self._forgetting
+        self._information += (1 - self._forgetting) * self._least_information + np.outer(features, features)
         self._coefficients += units * np.linalg.solve(self._information, features) * (error * weight)
         np.maximum(self._coefficients, 0, out=self._coefficients)
         self._coefficients[self._base_term] = max(self._coefficients[self._base_term], self._smallest_base_s)
         self.law = _law(self._coefficients) or self.law
 
-    def _forgetting_now(self, error: float) -> float:
-        """Faster than the set forgetting while recent errors lean to one side, which a lone outlier cannot cause."""
-        spread = self.relative_error_std
-        if not spread:
-            return self._forgetting
-        bounded = min(max(error / spread, -3.0), 3.0)
-        self._drift = self._DRIFT_MEMORY * self._drift + (1 - self._DRIFT_MEMORY) * bounded
-        return self._forgetting**self._DRIFT_SPEEDUP if abs(self._drift) > self._DRIFT_LIMIT else self._forgetting
+    def _has_changed_speed(self, ratio: float) -> bool:
+        """Page's test, with what was measured over what was predicted; a lone outlier cannot trigger it."""
+        known = self.relative_error_std
+        spread = max(_PUBLISHED_STD if known is None else known, self._LEAST_SPREAD)
+        error = min(max((ratio - 1) / spread, -self._CUSUM_BOUND), self._CUSUM_BOUND)
+        self._slower = max(0.0, self._slower + error - self._CUSUM_SLACK)
+        self._faster = max(0.0, self._faster - error - self._CUSUM_SLACK)
+        if not self._slower and not self._faster:
+            self._since_quiet.clear()
+            self._sums_when_quiet = self._sums.copy()
+            return False
+        self._since_quiet.append(ratio)
+        return max(self._slower, self._faster) > self._CUSUM_LIMIT
 
-    def _judge(self, predicted_s: float, error: float, forgetting: float) -> None:
+    def _follow_speed(self) -> None:
+        """Scale the law to the speed since the change, and judge it as before the change."""
+        factor = float(np.median(self._since_quiet[-MIN_RECORDS:]))
+        factor = min(max(factor, 1 / self._LARGEST_CHANGE), self._LARGEST_CHANGE)
+        self._coefficients *= factor
+        self._coefficients[self._base_term] = max(self._coefficients[self._base_term], self._smallest_base_s)
+        self.law = _law(self._coefficients) or self.law
+        self._information *= min(1.0, float(np.trace(20 * self._least_information) / np.trace(self._information)))
+        self._sums = self._sums_when_quiet * np.array([1, 1, 1, 1, factor, factor**2, factor**2, 1])
+        self._slower = self._faster = 0.0
+        self._since_quiet.clear()
+
+    def _judge(self, predicted_s: float, error: float) -> None:
         """Add one prediction, made before the record was learned from, to the running sums."""
         counted_s = predicted_s * (1 + error)
         residual_s = counted_s - predicted_s
         share = min(abs(residual_s) / counted_s, 1.0) if counted_s > 0 else 1.0
-        self._sums *= forgetting
-        self._sums += (1.0, error, error**2, share, counted_s, counted_s**2, residual_s**2)
+        self._sums *= self._forgetting
+        self._sums += (1.0, error, error**2, share, counted_s, counted_s**2, residual_s**2, error * self._last_error)
+        self._last_error = error
 
     def _means(self) -> list[float] | None:
-        return (self._sums[1:] / self._sums[0]).tolist() if self.records >= MIN_RECORDS else None
+        if self.records < MIN_RECORDS or not self._sums[0]:
+            return None
+        means: list[float] = (self._sums[1:] / self._sums[0]).tolist()
+        return means
 
     @property
     def mape(self) -> float | None:
@@ -262,6 +297,22 @@ class OnlineLaw:
         """Standard deviation of (measured − predicted) / predicted of recent predictions; None before 32 records."""
         means = self._means()
         return None if means is None else math.sqrt(max(means[1] - means[0] ** 2, 0.0))
+
+    @property
+    def fluctuation(self) -> Fluctuation:
+        """How recent iterations strayed from their predictions; before 32 records, as a published law's did."""
+        means = self._means()
+        if means is None:
+            return Fluctuation.from_mape(PUBLISHED_MAPE)
+        variance = max(means[1] - means[0] ** 2, 0.0)
+        correlation = (means[6] - means[0] ** 2) / variance if variance > _NO_VARIANCE else 0.0
+        return Fluctuation(means[0], math.sqrt(variance), min(max(correlation, -1.0), 1.0), float(self._sums[0]))
+
+    @property
+    def iteration_time_s(self) -> tuple[float, float] | None:
+        """Mean and standard deviation of recent iterations' seconds; None before 32 records."""
+        means = self._means()
+        return None if means is None else (means[3], math.sqrt(max(means[4] - means[3] ** 2, 0.0)))
 
     @property
     def r2(self) -> float | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,9 +101,14 @@ class Lengths:
         return self.prompt_tokens + self.output_tokens / 2
 
     @cached_property
+    def kv_token_iterations_each(self) -> NDArray[np.float64]:
+        """w = (l'+1)(l + l'/2) of each pair: KV-token-iterations of one request over its life."""
+        return np.asarray((self.output_tokens + 1) * self._mean_life_kv_tokens)
+
+    @cached_property
     def kv_token_iterations(self) -> float:
-        """E[w], w = (l'+1)(l + l'/2): KV-token-iterations of one request over its life."""
-        return float(self.weights @ ((self.output_tokens + 1) * self._mean_life_kv_tokens))
+        """E[w]."""
+        return float(self.weights @ self.kv_token_iterations_each)
 
     @cached_property
     def mean_resident_kv_tokens(self) -> float:
@@ -141,12 +147,20 @@ class Lengths:
         """P(output > output_tokens)."""
         return float(self._tails[0, self._exceeded(output_tokens)])
 
+    def survivals(self, output_tokens: NDArray[Any]) -> NDArray[np.float64]:
+        """`survival` of each entry."""
+        return np.asarray(self._tails[0, np.searchsorted(self._output_support, output_tokens, side="right")])
+
     def output_quantile(self, q: float) -> int:
         """Smallest output length x with P(output <= x) >= q; q in [0, 1], else ValueError."""
         if not 0 <= q <= 1:
             raise ValueError(f"q is {q!r}; it must be between 0 and 1")
+        return int(self.output_quantiles(np.array([q]))[0])
+
+    def output_quantiles(self, q: NDArray[np.float64]) -> NDArray[np.int64]:
+        """`output_quantile` of each entry, all in [0, 1]."""
         # The tolerance absorbs rounding in the summed weights.
-        return int(self._output_support[np.searchsorted(1 - self._tails[0, 1:], q - 1e-12)])
+        return np.asarray(self._output_support[np.searchsorted(1 - self._tails[0, 1:], q - 1e-12)])
 
     def mean_prompt_tokens_beyond(self, output_tokens: float) -> float:
         """E[l | output > output_tokens]; ValueError when no request is that long."""

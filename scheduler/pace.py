@@ -5,13 +5,15 @@ Solved by the controller, obeyed by the engine between two iterations; a part of
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, ClassVar
 
+import numpy as np
 from pydantic import ConfigDict, Strict
 
-from scheduler.law import ServiceTimeLaw, require_number
+from scheduler.law import Seconds, ServiceTimeLaw, Tokens, require_number
 
 Real = Annotated[float, Strict()]
 Count = Annotated[int, Strict()]
@@ -62,3 +64,20 @@ class Pace:
         require_number("capacity_rps", self.capacity_rps)
         if self.queue_requests is not None and self.queue_requests < 1:
             raise ValueError(f"queue_requests is {self.queue_requests}; it must be >= 1, or null for any number")
+
+    def room_tokens(self, busy_s: float) -> float:
+        """Prompt tokens for which an iteration has time beside `busy_s` of other work; infinite without a target."""
+        per_token_s = self.law.d2_s_per_prefill_token + self.law.d1_s_per_kv_token
+        if self.iteration_s is None or per_token_s == 0:
+            return math.inf
+        return (self.iteration_s - busy_s) / per_token_s
+
+    def first_token_s(self, prompt_tokens: Tokens, room_tokens: float) -> Seconds:
+        """Seconds until a request that enters now has its first token, with so much room for prompts an iteration.
+
+        The iteration under way has to end, and the one after it is composed already.
+        """
+        if self.iteration_s is None:
+            return 2 * self.law.shortest_iteration_s + self.law.iteration_s(prompt_tokens, 0.0, prompt_tokens)
+        iterations = 2 + np.ceil(prompt_tokens / max(room_tokens, self.prompt_flow_tokens, 1.0))
+        return self.iteration_s * iterations

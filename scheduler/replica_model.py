@@ -1,35 +1,35 @@
 """What the controller knows of one replica, and the thresholds that follow from it. No Ray, no vLLM, no clock.
 
-Fed with telemetry, it keeps the service-time law (refined online from the profile's), the arrival rate over a window
-and the lengths of finished requests; asked, it solves the fluid model and says what it would put in force, and why.
+Fed with telemetry, it keeps the service-time law (refined online from the profile's) and a `Watch` of arrivals and
+answers; asked, it solves the fluid model and says what it would put in force, and why.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from scheduler.estimates import ArrivalRates, mean_estimate
 from scheduler.fit import OnlineLaw
 from scheduler.fluid import FluidEquilibrium
+from scheduler.forecast import Forecast
 from scheduler.law import ServiceTimeLaw
-from scheduler.messages import Arrival, Telemetry
+from scheduler.messages import Telemetry
 from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.pace import Pace
-from scheduler.survival import cold_lengths, product_limit
-from scheduler.targets import Targets
+from scheduler.survival import cold_lengths, mean_of, product_limit
+from scheduler.targets import Promise, Targets
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
-from scheduler.tuning import mix_by_length, tune
+from scheduler.tuning import LEAST_RATE_RPS, mix_by_length, tune
+from scheduler.watch import Watch, stratified
 
-KEPT_LENGTHS = 2000
 WINDOW_S, MIN_FINISHED = 60.0, 20
 """What a controller is told of `Tuning` unless its configuration says otherwise."""
-_SETTLED_PACE, _SETTLED_SURVIVAL = 0.05, 0.02
-_LEAST_RATE_RPS = 1e-3
+_SETTLED_PACE = 0.05
 _SETTLED = 0.10
 """Thresholds closer than this (relatively) to those in force are left alone: estimates jitter, engines should not."""
 
@@ -57,11 +57,15 @@ class Tuning(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """The thresholds a replica should run with, the equilibrium behind them (None: too little is known), and why."""
+    """The thresholds a replica should run with, the equilibrium behind them (None: too little is known), and why.
+
+    forecast: what `fluid` expects and how sure it is; None under another policy and without telemetry.
+    """
 
     thresholds: Thresholds
     equilibrium: FluidEquilibrium | None
     reason: str
+    forecast: Forecast | None = None
 
 
 class ReplicaModel:
@@ -70,106 +74,126 @@ class ReplicaModel:
     def __init__(self, config: Tuning, law: ServiceTimeLaw, configured: Thresholds) -> None:
         self._config = config
         self._configured = configured
+        self._watch = Watch(config.window_s, config.min_finished)
         self.law = OnlineLaw(law)
         self.cursor = 0
         self.telemetry: Telemetry | None = None
         self._engine_id = ""
-        self._watched_since_s = 0.0
-        self._arrivals: deque[Arrival] = deque()
-        self._finished: deque[tuple[int, int]] = deque(maxlen=KEPT_LENGTHS)
 
     def observe(self, telemetry: Telemetry) -> None:
         """Take in one report. A report seen before changes nothing; a restarted engine starts the window anew."""
         if telemetry.engine_id != self._engine_id:
             self._engine_id, self.cursor = telemetry.engine_id, 0
-            self._arrivals.clear()
-            oldest = telemetry.arrivals[0].at_s if telemetry.arrivals else telemetry.clock_s
-            self._watched_since_s = max(oldest, telemetry.clock_s - self._config.window_s)
+            self._watch.restart(telemetry)
         for iteration in telemetry.iterations:
             if iteration.seq > self.cursor:
                 self.law.update(
                     iteration.prefill_tokens, iteration.decode_tokens, iteration.kv_tokens, iteration.seconds
                 )
-        self._arrivals.extend(arrival for arrival in telemetry.arrivals if arrival.seq > self.cursor)
-        self._finished.extend(
-            (done.prompt_tokens, done.output_tokens)
-            for done in telemetry.finished
-            if done.seq > self.cursor and not done.aborted and done.output_tokens > 0
-        )
-        while self._arrivals and self._arrivals[0].at_s < telemetry.clock_s - self._config.window_s:
-            self._arrivals.popleft()
+        self._watch.observe(telemetry, self.cursor)
         self.cursor = max(self.cursor, telemetry.cursor)
         self.telemetry = telemetry
 
     @property
+    def rates(self) -> ArrivalRates:
+        """What arrives, in all and by type, with intervals."""
+        return self._watch.rates
+
+    @property
     def rate_rps(self) -> float:
-        """Arrivals per second over the window (or since watching began, when that is shorter)."""
-        if self.telemetry is None:
-            return 0.0
-        watched_s = min(self._config.window_s, self.telemetry.clock_s - self._watched_since_s)
-        return len(self._arrivals) / max(watched_s, 1.0)
+        """Arrivals per second since they are alike, at most over the window."""
+        return self._watch.rates.total.value if self.telemetry else 0.0
 
     @property
     def finished_seen(self) -> int:
-        """Finished requests whose lengths are known."""
-        return len(self._finished)
+        """Finished requests whose lengths are known, and alike."""
+        return self._watch.finished_count
 
     def propose(self) -> Proposal:
         """The thresholds for what is known now; the configured ones while that is too little."""
         if self.telemetry is None:
             return Proposal(self._configured, None, "no telemetry yet: the configured thresholds")
         if self._configured.policy == "fluid":
-            return self._solved(self._mix_for_pace())
-        if len(self._finished) < self._config.min_finished:
+            return self._paced()
+        if self.finished_seen < self._config.min_finished:
             reason = (
-                f"{len(self._finished)} finished requests seen, {self._config.min_finished} needed: "
+                f"{self.finished_seen} finished requests seen, {self._config.min_finished} needed: "
                 "the configured thresholds"
             )
             return Proposal(self._configured, None, reason)
-        if not self._arrivals:
+        if not self._watch.arrivals:
             reason = f"no arrivals in the last {self._config.window_s:g} s: the configured thresholds"
             return Proposal(self._configured, None, reason)
-        return self._solved(self._mix())
-
-    def _solved(self, mix: WorkloadMix) -> Proposal:
-        assert self.telemetry is not None
         tuned = tune(
-            self._configured, mix, self.law.law, self.telemetry.limits,
-            overflow_probability=self._config.overflow_probability, targets=self._config.targets,
-            law_error=self._law_error(mix),
+            self._configured, self._mix(), self.law.law, self.telemetry.limits,
+            overflow_probability=self._config.overflow_probability,
         )
         thresholds = replace(tuned.thresholds, valid_for_s=self._config.validity_s)
         return Proposal(thresholds, tuned.equilibrium, thresholds.reason)
 
-    def _law_error(self, mix: WorkloadMix) -> float:
-        """Relative standard error of a request's mean iteration: a normal error's, averaged over its iterations."""
-        return math.sqrt(math.pi / 2 / mix.merged().lengths.mean_output_tokens) * (self.law.mape or 0.0)
-
-    def _mix_for_pace(self) -> WorkloadMix:
+    def _paced(self) -> Proposal:
         """All requests as of unknown length; a pace always has an answer, if need be from a guess."""
-        known = len(self._finished) >= self._config.min_finished
-        lengths = self._lengths() if known else cold_lengths(self._longest)
-        return WorkloadMix((RequestType(UNKNOWN_TYPE, max(self.rate_rps, _LEAST_RATE_RPS), lengths),))
+        assert self.telemetry is not None
+        rates, cold = self._watch.rates, self.finished_seen < self._config.min_finished
+        answers = self._watch.answers(guessed=_guesses(self._longest) if cold else ())
+        lengths = product_limit(answers, self._longest)
+        samples = float(answers.ended.sum())
+        lengths = stratified(lengths, [one.prompt_tokens for one in self._watch.arrivals], rates)
+        tuned = tune(
+            self._configured, WorkloadMix((RequestType(UNKNOWN_TYPE, max(self.rate_rps, LEAST_RATE_RPS), lengths),)),
+            self.law.law, self.telemetry.limits, overflow_probability=self._config.overflow_probability,
+            targets=self._config.targets, fluctuation=self.law.fluctuation, dispersion=rates.dispersion,
+            cold=cold,
+        )
+        assert tuned.promise is not None
+        thresholds = replace(tuned.thresholds, valid_for_s=self._config.validity_s)
+        forecast = self._forecast(tuned.promise, lengths, samples, cold=cold)
+        return Proposal(thresholds, tuned.equilibrium, thresholds.reason, forecast)
+
+    def _forecast(self, promise: Promise, lengths: Lengths, samples: float, *, cold: bool) -> Forecast:
+        assert self.telemetry is not None
+        rates, strays, now_s = self._watch.rates, self.law.fluctuation, self.telemetry.clock_s
+        times, since_s = self.law.iteration_time_s, self._watch.answers_since_s
+        return Forecast(
+            binding=promise.binding, goodput_rps=promise.goodput_rps, capacity_rps=promise.capacity_rps,
+            load=promise.load, miss_probability=self._config.overflow_probability, in_time=promise.in_time,
+            tpot_margin=promise.tpot_margin, tpot_s=promise.tpot_s, ttft_s=promise.pace.ttft_s,
+            queue_requests=promise.pace.queue_requests, rate_rps=rates.total, rate_by_type_rps=rates.by_type,
+            rate_since_s=now_s - rates.since_s, dispersion=rates.dispersion,
+            prompt_tokens=mean_of(lengths.prompt_tokens, lengths.weights, samples),
+            output_tokens=mean_of(lengths.output_tokens, lengths.weights, samples), survival_samples=samples,
+            survival_since_s=now_s - since_s if math.isfinite(since_s) else None,
+            law_error_std=strays.std_estimate, law_error_correlation=strays.correlation,
+            iteration_s=mean_estimate(*times, strays.iterations) if times else None,
+            iteration_std_s=times[1] if times else None, cold=cold,
+        )
 
     def _mix(self) -> WorkloadMix:
-        """The window's arrivals by type; without `wait`, which alone looks at declared lengths, one unknown type."""
+        """The arrivals by type; without `wait`, which alone looks at declared lengths, one unknown type."""
+        arrivals = self._watch.arrivals
         declared = [
             (arrival.prompt_tokens, arrival.known_output_tokens)
-            for arrival in self._arrivals
+            for arrival in arrivals
             if arrival.known_output_tokens is not None and self._configured.policy == "wait"
         ]
-        unknown = len(self._arrivals) - len(declared)
-        return mix_by_length(declared, unknown, self._lengths(), rate_rps=self.rate_rps, longest=self._longest)
-
-    def _lengths(self) -> Lengths:
-        in_service = self.telemetry.in_service if self.telemetry else ()
-        running = [(one.prompt_tokens, one.output_tokens) for one in in_service]
-        return product_limit(list(self._finished), running, self._longest)
+        # A moment without arrivals is no reason to solve for none.
+        rate_rps = self.rate_rps or self._watch.rates.total.high / 2
+        lengths = product_limit(self._watch.answers(), self._longest)
+        return mix_by_length(
+            declared, len(arrivals) - len(declared), lengths, rate_rps=rate_rps, longest=self._longest
+        )
 
     @property
     def _longest(self) -> int:
         assert self.telemetry is not None
         return self.telemetry.limits.max_model_len
+
+
+def _guesses(longest: int) -> list[tuple[int, int]]:
+    """A few pairs of `cold_lengths`, which stand for finished requests until there are enough."""
+    tokens = np.unique(cold_lengths(longest).output_tokens)
+    # A step coprime to their number goes through all prompts, in no relation to the outputs.
+    return [(int(tokens[(7 * place) % len(tokens)]), int(output)) for place, output in enumerate(tokens)]
 
 
 def materially_different(proposed: Thresholds, in_force: Thresholds) -> bool:
@@ -186,18 +210,27 @@ def materially_different(proposed: Thresholds, in_force: Thresholds) -> bool:
 
 
 def _same_pace(new: Pace, old: Pace) -> bool:
-    """True when a new pace would make hardly a difference: its numbers within a twentieth, its survival within 0.02."""
+    """True when a new pace would make hardly a difference.
+
+    Its times and its survival are within a twentieth; its queue and its prompt flow, which follow from estimates of
+    arrivals and so move most, within a tenth (or one request).
+    """
     if new.kv_limit_tokens != old.kv_limit_tokens or new.ttft_s != old.ttft_s:
         return False
-    load = (new.prompt_flow_tokens, 100.0, float(new.kv_limit_tokens))
+    load = (old.prompt_flow_tokens, 100.0, float(old.kv_limit_tokens))
+    times, flow = (_SETTLED_PACE, 0.0), (_SETTLED, 0.0)
     numbers = (
-        (new.iteration_s, old.iteration_s), (new.queue_requests, old.queue_requests),
-        (new.prompt_flow_tokens, old.prompt_flow_tokens), (new.law.iteration_s(*load), old.law.iteration_s(*load)),
+        (new.iteration_s, old.iteration_s, times), (new.law.iteration_s(*load), old.law.iteration_s(*load), times),
+        (new.prompt_flow_tokens, old.prompt_flow_tokens, flow), (new.queue_requests, old.queue_requests, (_SETTLED, 1)),
     )
-    if any((a is None) != (b is None) or abs((a or 0) - (b or 0)) > _SETTLED_PACE * (b or 1) for a, b in numbers):
-        return False
+    for now, before, (share, least) in numbers:
+        if now is None or before is None:
+            if now is not before:
+                return False
+        elif abs(now - before) > max(least, share * before):
+            return False
     at = [x for x, _ in (*new.survival, *old.survival)]
-    return float(np.max(np.abs(_survival_at(new, at) - _survival_at(old, at)))) <= _SETTLED_SURVIVAL
+    return float(np.max(np.abs(_survival_at(new, at) - _survival_at(old, at)))) <= _SETTLED_PACE
 
 
 def _survival_at(pace: Pace, at: list[int]) -> NDArray[np.float64]:

@@ -13,40 +13,53 @@ import numpy as np
 
 from scheduler.fluid import FluidEquilibrium, solve_fluid
 from scheduler.law import ServiceTimeLaw
+from scheduler.margin import EXACT, PUBLISHED_MAPE, Fluctuation
 from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.solver import Infeasible, SegmentChain, nested_wait_thresholds, resident_cap, wait_thresholds
 from scheduler.survival import cold_lengths
-from scheduler.targets import NO_TARGETS, Targets, solve_pace
+from scheduler.targets import NO_TARGETS, Promise, Targets, solve_pace
 from scheduler.thresholds import UNKNOWN_TYPE, EngineLimits, SegmentThreshold, Thresholds, TypeThreshold
 
 MOST_TYPES = 4
 LEAST_RATE_RPS = 1e-3
+"""Stands for the rate while none is known."""
 _MOST_SEGMENTS = 4
 _LENGTH_GRID = tuple(sorted(int(base * 2**power) for power in range(28) for base in (16, 24)))
 
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """Thresholds for a workload, with the equilibrium behind them; `thresholds.reason` says why in words."""
+    """Thresholds for a workload, with the equilibrium behind them; `thresholds.reason` says why in words.
+
+    promise: what `fluid` promises; None under another policy.
+    """
 
     thresholds: Thresholds
     equilibrium: FluidEquilibrium
+    promise: Promise | None = None
 
 
 def tune(
     configured: Thresholds, mix: WorkloadMix, law: ServiceTimeLaw, limits: EngineLimits, *,
-    overflow_probability: float, targets: Targets = NO_TARGETS, law_error: float = 0.0,
+    overflow_probability: float, targets: Targets = NO_TARGETS, fluctuation: Fluctuation = EXACT,
+    dispersion: float = 1.0, cold: bool = False,
 ) -> Tuned:
     """Solve the fluid model for `mix` and fill in what `configured.policy` needs: a pace, or counts and a cap.
 
-    targets and law_error concern `fluid` alone, see `solve_pace`. The type named `UNKNOWN_TYPE` holds the requests
-    whose output length nobody declared; they follow segments.
+    targets, fluctuation and dispersion concern `fluid` alone, see `solve_pace`. The type named `UNKNOWN_TYPE` holds
+    the requests whose output length nobody declared; they follow segments.
+    cold: lengths are guessed, so nobody is refused for the sake of a capacity that is a guess too; who is too late is.
     """
     solver = _Solver(mix, law, limits, overflow_probability)
     if configured.policy == "fluid":
-        promise = solve_pace(mix, law, limits, targets, law_error=law_error, miss_probability=overflow_probability)
-        reason = f"{mix.rate_rps:.2f} requests/s of {promise.capacity_rps:.2f} possible; {promise.binding} binds"
-        return Tuned(replace(configured, pace=promise.pace, reason=reason), solver.equilibrium)
+        promise = solve_pace(
+            mix, law, limits, targets, fluctuation=fluctuation, miss_probability=overflow_probability,
+            dispersion=dispersion,
+        )
+        if cold:
+            promise = replace(promise, pace=replace(promise.pace, queue_requests=None))
+        reason = _promise_in_words(promise, mix.rate_rps) + ("; lengths are guessed so far" if cold else "")
+        return Tuned(replace(configured, pace=promise.pace, reason=reason), solver.equilibrium, promise)
     cap = resident_cap(mix, limits.kv_capacity_tokens, overflow_probability=overflow_probability)
     cap = max(1, min(cap, limits.seats))
     solved = solver.solve(replace(configured, types=(), segments=(), max_in_service=cap))
@@ -56,14 +69,21 @@ def tune(
 
 
 def cold_thresholds(
-    configured: Thresholds, law: ServiceTimeLaw, limits: EngineLimits, *, overflow_probability: float, targets: Targets
+    configured: Thresholds, law: ServiceTimeLaw, limits: EngineLimits, targets: Targets, *, overflow_probability: float,
 ) -> Thresholds:
-    """`configured` as an engine starts with it: `fluid` with a pace from the profile's law and a guess of lengths."""
+    """What an engine under `fluid` runs with until the controller has seen something of it; others as configured.
+
+    The pace of the profile's law, of lengths of which nothing is known (`cold_lengths`) and of a law's published error.
+    Nobody is refused but who is too late.
+    """
     if configured.policy != "fluid" or configured.pace is not None:
         return configured
     mix = WorkloadMix((RequestType(UNKNOWN_TYPE, LEAST_RATE_RPS, cold_lengths(limits.max_model_len)),))
-    tuned = tune(configured, mix, law, limits, overflow_probability=overflow_probability, targets=targets)
-    return replace(tuned.thresholds, reason="nothing measured yet: from the profile and the targets")
+    tuned = tune(
+        configured, mix, law, limits, overflow_probability=overflow_probability, targets=targets,
+        fluctuation=Fluctuation.from_mape(PUBLISHED_MAPE), cold=True,
+    )
+    return replace(tuned.thresholds, reason="nothing seen yet: a pace from the profile and the targets")
 
 
 def tune_by_cap(configured: Thresholds, mix: WorkloadMix, cap: int, *, margin: float = 0.05) -> Thresholds:
@@ -198,6 +218,15 @@ def _group_bounds(outputs: list[int]) -> list[int]:
 
 def _bound_of(request_type: RequestType, *, last: bool) -> int | None:
     return None if last else int(request_type.name.removeprefix("output<="))
+
+
+def _promise_in_words(promise: Promise, rate_rps: float) -> str:
+    pace, said = promise.pace, f"{rate_rps:.2f} requests/s of {promise.capacity_rps:.2f} possible"
+    if pace.iteration_s is not None:
+        said += f", iterations up to {1000 * pace.iteration_s:.1f} ms"
+    if pace.queue_requests is not None:
+        said += f", queue up to {pace.queue_requests}"
+    return f"{said}; {promise.binding} binds; {promise.goodput_rps:.2f}/s expected in time"
 
 
 def _in_words(equilibrium: FluidEquilibrium, rate_rps: float) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from replicas.routing_stats import RoutingStats, best_first
+from scheduler.margin import Fluctuation
 from scheduler.messages import Report
 from scheduler.mix import Lengths, WorkloadMix
 from scheduler.profiles import load_profile
@@ -207,7 +208,7 @@ def _tuned(config: SimulationConfig, configured: Thresholds, mix: WorkloadMix, l
         law = load_profile(config.profile).law
         return tune(
             configured, mix, law, limits, overflow_probability=config.overflow_probability, targets=config.slo.promised,
-            law_error=config.law_error,
+            fluctuation=Fluctuation.from_mape(config.law_error),
         ).thresholds
     if config.cap is None:
         raise SimulationError("counts = 'by_cap': give a cap too, from which they follow")

@@ -61,7 +61,7 @@ def bound_rps(mix: WorkloadMix, tpot_s: float) -> float:
         kv_capacity_tokens=profile.kv_capacity_tokens, block_tokens=16, max_num_seqs=512,
         max_num_batched_tokens=2048, max_model_len=4096,
     )
-    return solve_pace(mix, profile.law, limits, Targets(TTFT_S, tpot_s), law_error=0.0).capacity_rps
+    return solve_pace(mix, profile.law, limits, Targets(TTFT_S, tpot_s)).capacity_rps
 
 
 def resident(mix: WorkloadMix, bound: float, tpot_s: float) -> float:

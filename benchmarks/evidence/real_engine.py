@@ -101,7 +101,8 @@ def configuration(args: argparse.Namespace, port: int) -> dict[str, Any]:
         "accelerator": {"kind": "cpu"},
         "engine": ENGINE,
         "thresholds": {"policy": args.policy},
-        "controller": {"period_s": 5.0, "profile": PROFILE} | ({"targets": targets} if targets else {}),
+        "targets": targets,
+        "controller": {"period_s": 5.0, "profile": PROFILE},
         "env": {
             "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",

@@ -68,25 +68,17 @@ class _Paced:
         Never less than a small chunk, so that whoever has entered gets on.
         """
         pace, law = self._pace, self._pace.law
-        per_token_s = law.d2_s_per_prefill_token + law.d1_s_per_kv_token
-        if pace.iteration_s is None or per_token_s == 0:
-            return math.inf
-        decode_s = law.d0_s + law.d3_s_per_decode_token * len(snapshot.running)
-        left_s = pace.iteration_s - decode_s - law.d1_s_per_kv_token * snapshot.kv_used_tokens
-        return max(_SMALLEST_CHUNK, left_s / per_token_s)
+        busy_s = law.d0_s + law.d3_s_per_decode_token * len(snapshot.running)
+        return max(_SMALLEST_CHUNK, pace.room_tokens(busy_s + law.d1_s_per_kv_token * snapshot.kv_used_tokens))
 
     def too_late(self, view: QueueView, now_s: float, room: float) -> frozenset[str]:
         """Who has waited for so long that the first token would come too late; the oldest are looked at first."""
         pace = self._pace
         if pace.ttft_s is None:
             return frozenset()
-        iteration_s = pace.iteration_s or pace.law.shortest_iteration_s
-        chunk = max(room, pace.prompt_flow_tokens)
         late = []
         for waiting in view.aged():
-            # The iteration under way has to end, and the one after it is composed already.
-            first_token_s = iteration_s * (2 + math.ceil(waiting.prompt_tokens / chunk))
-            if now_s - waiting.since_s + first_token_s <= pace.ttft_s:
+            if now_s - waiting.since_s + pace.first_token_s(waiting.prompt_tokens, room) <= pace.ttft_s:
                 break
             late.append(waiting.request_id)
         return frozenset(late)

@@ -249,3 +249,37 @@ def test_online_parameters_are_checked():
             OnlineLaw(GPU, prior_records=prior_records)
     feed(online := OnlineLaw(GPU, forgetting=1.0, prior_records=1.0), GPU, 300)
     assert worst_error(online.law, GPU) < 0.03
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0, 3.0])
+def test_a_change_of_speed_is_followed_at_once_and_not_held_against_the_law(factor):
+    online = OnlineLaw(GPU)
+    feed(online, GPU, 1000)
+    before = online.fluctuation
+    changed = ServiceTimeLaw(*(factor * getattr(GPU, name) for name in ServiceTimeLaw.__slots__))
+    feed(online, changed, 60, seed=5)
+    assert worst_error(online.law, changed) < 0.1
+    assert online.fluctuation.std < 1.5 * before.std
+    assert abs(online.fluctuation.mean) < 0.02
+
+
+def test_fluctuation_is_what_the_iterations_show():
+    online = OnlineLaw(GPU)
+    assert online.fluctuation.std == pytest.approx(0.019 * math.sqrt(math.pi / 2))
+    feed(online, GPU, 1500, noise=0.03)
+    strays = online.fluctuation
+    assert strays.std_estimate.covers(0.03)
+    assert abs(strays.correlation) < 0.15
+    assert 400 < strays.iterations <= 500
+    mean_s, std_s = online.iteration_time_s
+    assert 0 < std_s < mean_s
+
+
+def test_errors_that_resemble_the_last_ones_show():
+    online, error = OnlineLaw(GPU), 0.0
+    generator = np.random.default_rng(6)
+    for _ in range(1500):
+        error = 0.8 * error + 0.6 * 0.02 * generator.standard_normal()
+        tokens = (int(generator.integers(0, 500)), 80, int(generator.integers(10_000, 90_000)))
+        online.update(*tokens, GPU.iteration_s(*tokens) * (1 + error))
+    assert online.fluctuation.correlation > 0.5

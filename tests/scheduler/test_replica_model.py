@@ -15,6 +15,7 @@ from cluster.config import TuningConfig
 from scheduler.fluid import solve_fluid
 from scheduler.law import ServiceTimeLaw
 from scheduler.mix import Lengths, RequestType, WorkloadMix
+from scheduler.pace import Pace
 from scheduler.replica_model import Proposal, ReplicaModel, materially_different
 from scheduler.solver import WaitSolution, resident_cap, wait_thresholds
 from scheduler.thresholds import (
@@ -113,9 +114,16 @@ def test_rate_is_over_the_time_watched_then_over_the_window() -> None:
     engine.traffic([(58, 147)], every_s=0.25, seconds=120)
     model.observe(engine.report(model.cursor))
     assert model.rate_rps == pytest.approx(4.0, rel=0.01)
-    engine.now_s += 30  # half of the window passes without a request
+
+
+def test_silence_after_traffic_is_a_change_and_not_half_the_rate() -> None:
+    engine, model = SyntheticEngine(), model_of()
+    engine.traffic([(58, 147)], every_s=0.25, seconds=60)
+    model.observe(engine.report())
+    engine.now_s += 30
     model.observe(engine.report(model.cursor))
-    assert model.rate_rps == pytest.approx(2.0, rel=0.02)
+    assert model.rate_rps < 0.1
+    assert model.propose().equilibrium is not None
 
 
 def test_a_window_without_arrivals_brings_the_configured_thresholds_back() -> None:
@@ -379,3 +387,27 @@ def nested(*counts: int, cap: int | None = 100, first_end: int = 32, **changes: 
 )
 def test_only_changes_beyond_noise_are_material(proposed: Thresholds, in_force: Thresholds, different: bool) -> None:
     assert materially_different(proposed, in_force) is different
+
+
+PACE = Pace(
+    law=ServiceTimeLaw(0.004, 4e-7, 6e-5, 6e-5, 0.011), survival=((0, 1.0), (99, 1.0), (100, 0.0)),
+    kv_limit_tokens=100_000, iteration_s=0.05, ttft_s=2.0, queue_requests=20, prompt_flow_tokens=200.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "different"),
+    [
+        ({}, False), ({"iteration_s": 0.052}, False), ({"iteration_s": 0.053}, True), ({"iteration_s": None}, True),
+        ({"queue_requests": 22}, False), ({"queue_requests": 23}, True), ({"queue_requests": None}, True),
+        ({"prompt_flow_tokens": 219.0}, False), ({"prompt_flow_tokens": 221.0}, True),
+        ({"law": replace(PACE.law, d1_s_per_kv_token=4.2e-7)}, False),
+        ({"law": replace(PACE.law, d1_s_per_kv_token=5e-7)}, True),
+        ({"survival": ((0, 1.0), (50, 0.96), (99, 0.96), (100, 0.0))}, False),
+        ({"survival": ((0, 1.0), (50, 0.9), (99, 0.9), (100, 0.0))}, True),
+        ({"ttft_s": 2.5}, True), ({"kv_limit_tokens": 99_000}, True),
+    ],
+)
+def test_a_pace_is_left_alone_while_it_would_make_hardly_a_difference(changes: dict[str, Any], different: bool) -> None:
+    new, old = (Thresholds(policy="fluid", pace=pace) for pace in (replace(PACE, **changes), PACE))
+    assert materially_different(new, old) is different

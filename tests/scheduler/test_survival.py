@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from scheduler.mix import Lengths
-from scheduler.survival import product_limit
+from scheduler.survival import Answers, cold_lengths, have_changed
+from scheduler.survival import product_limit as limit
+
+
+def product_limit(finished, running, longest):
+    return limit(Answers.of(finished, running), longest)
 
 
 def test_without_running_requests_it_is_the_finished_ones() -> None:
@@ -52,3 +57,62 @@ def test_prompts_stay_with_their_outputs() -> None:
 def test_nothing_finished_is_an_error() -> None:
     with pytest.raises(ValueError, match="finished is empty"):
         product_limit([], [(1, 2)], 4096)
+
+
+def watched(generator, mean, *, from_s, until_s, changes_at_s=None, later_mean=None):
+    """Geometric answers, begun at a steady rate long before, seen by who watches from then until then."""
+    begun = np.sort(generator.uniform(0, until_s, round(0.4 * until_s)))
+    outputs = generator.geometric(1 / mean, begun.size)
+    if changes_at_s is not None:
+        outputs = np.where(begun > changes_at_s, generator.geometric(1 / later_mean, begun.size), outputs)
+    seen = begun + outputs > from_s
+    begun, outputs = begun[seen], outputs[seen]
+    ended = begun + outputs <= until_s
+    now = np.where(ended, outputs, np.floor(until_s - begun)).astype(np.int64)
+    entry = np.floor(np.maximum(0.0, from_s - begun))
+    inside = now > entry
+    return Answers(np.full(inside.sum(), 50), now[inside], ended[inside], entry[inside])
+
+
+def test_who_was_under_way_when_watching_began_counts_only_from_then_on() -> None:
+    """A short window sees mostly long answers; without late entry they would all count."""
+    generator = np.random.default_rng(1)
+    seen = [watched(generator, 300, from_s=3000, until_s=3300) for _ in range(30)]
+    naive = [Answers(a.prompt_tokens, a.output_tokens, a.ended, np.zeros(a.entry.size)) for a in seen]
+    for x in (100, 300, 600):
+        truth = (1 - 1 / 300) ** x
+        assert np.mean([limit(a, 8192).survival(x) for a in seen]) == pytest.approx(truth, abs=0.03)
+    assert np.mean([limit(a, 8192).survival(300) for a in naive]) > 0.5 > 0.37
+
+
+def test_alike_answers_are_not_taken_for_a_change() -> None:
+    generator, alarms = np.random.default_rng(2), 0
+    for _ in range(200):
+        earlier = watched(generator, 300, from_s=1500, until_s=2400)
+        later = watched(generator, 300, from_s=2400, until_s=2800)
+        alarms += have_changed(earlier, later)
+    assert alarms <= 3
+
+
+@pytest.mark.parametrize("later_mean", [100, 900])
+def test_other_answers_are_a_change(later_mean: int) -> None:
+    generator, found = np.random.default_rng(3), 0
+    for _ in range(20):
+        earlier = watched(generator, 300, from_s=1500, until_s=2400)
+        later = watched(generator, 300, from_s=2400, until_s=2900, changes_at_s=2400, later_mean=later_mean)
+        found += have_changed(earlier, later)
+    assert found >= 18
+
+
+def test_too_few_answers_are_no_change() -> None:
+    few = Answers.of([(10, 5)] * 19, [])
+    many = Answers.of([(10, 500)] * 200, [])
+    assert not have_changed(few, many)
+    assert not have_changed(many, few)
+
+
+def test_of_what_nothing_is_known_every_order_of_magnitude_is_as_likely() -> None:
+    lengths = cold_lengths(10_000)
+    assert [lengths.survival(x) for x in (10, 100, 1000)] == pytest.approx([0.75, 0.5, 0.25], abs=0.051)
+    assert lengths.max_total_tokens < 20_000
+    assert cold_lengths(1) == Lengths.point(1, 1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.fluid import solve_fluid
 from scheduler.law import ServiceTimeLaw
+from scheduler.margin import Fluctuation
 from scheduler.mix import Lengths, WorkloadMix
 from scheduler.targets import Targets, solve_pace, survival_of
 from scheduler.thresholds import EngineLimits
@@ -21,7 +23,7 @@ CONVERSATION = Lengths.from_pairs([(300, 100), (900, 200), (1500, 400)])
 
 def promise(rate_rps: float, lengths: Lengths = CONVERSATION, **targets: float):
     mix = WorkloadMix.from_lengths(lengths, rate_rps)
-    return solve_pace(mix, LAW, LIMITS, Targets(**targets), law_error=0.0)
+    return solve_pace(mix, LAW, LIMITS, Targets(**targets))
 
 
 @given(st.floats(0.03, 0.2))
@@ -44,16 +46,49 @@ def test_a_tighter_target_serves_less():
 def test_the_law_s_own_error_is_kept_free():
     mix = WorkloadMix.from_lengths(CONVERSATION, 1.0)
     sure, unsure = (
-        solve_pace(mix, LAW, LIMITS, Targets(tpot_s=0.08), law_error=error).pace.iteration_s for error in (0.0, 0.05)
+        solve_pace(mix, LAW, LIMITS, Targets(tpot_s=0.08), fluctuation=Fluctuation(std=std)) for std in (0.0, 0.5)
     )
-    assert sure == 0.08
-    assert unsure == pytest.approx(0.08 / (1 + 2.326 * 0.05), rel=1e-3)
+    assert sure.pace.iteration_s == 0.08
+    assert unsure.tpot_margin > 0.05
+    assert unsure.pace.iteration_s == pytest.approx(0.08 / (1 + unsure.tpot_margin))
 
 
 def test_what_binds_is_named():
     assert promise(1.0, tpot_s=0.08).binding == "nothing"
     assert promise(30.0, tpot_s=0.08).binding == "TPOT target"
     assert promise(30.0).binding == "memory"
+    assert promise(0.5, tpot_s=0.08, ttft_s=0.3).binding == "TTFT target"
+    assert promise(30.0, tpot_s=0.08, ttft_s=3.0).binding == "TPOT target"
+
+
+def test_whoever_cannot_be_in_time_is_not_counted_as_goodput():
+    solved = promise(1.0, tpot_s=0.08, ttft_s=0.3)
+    assert 0 < solved.in_time < 1
+    assert solved.goodput_rps == pytest.approx(solved.in_time)
+    assert promise(1.0, tpot_s=0.08, ttft_s=3.0).goodput_rps == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("tpot_s", [None, 0.08])
+@pytest.mark.parametrize("ttft_s", [None, 2.0])
+@pytest.mark.parametrize("latency_s", [6.0, 15.0, 60.0])
+def test_a_latency_is_kept_by_all_whose_length_allows_it(latency_s, ttft_s, tpot_s):
+    solved = promise(1.0, latency_s=latency_s, ttft_s=ttft_s, tpot_s=tpot_s)
+    first_s, each_s = solved.pace.ttft_s, solved.pace.iteration_s
+    assert ttft_s is None or first_s <= ttft_s
+    assert tpot_s is None or each_s <= tpot_s
+    lasts_s = first_s + (CONVERSATION.output_tokens - 1) * each_s
+    kept = float(CONVERSATION.weights @ (lasts_s <= latency_s * (1 + 1e-9)))
+    assert kept == pytest.approx(solved.in_time)
+    assert kept > 0
+
+
+def test_the_latency_that_most_can_keep_is_chosen():
+    """Everybody at light load; at a high one, the many short answers at the expense of a few endless ones."""
+    lengths = Lengths(np.array([100, 100]), np.array([50, 3000]), np.array([0.95, 0.05]))
+    assert promise(0.1, lengths, latency_s=60.0).in_time == pytest.approx(1.0)
+    assert promise(100.0, lengths, latency_s=60.0).in_time == pytest.approx(0.95)
+    loose, tight = (promise(100.0, lengths, latency_s=s).goodput_rps for s in (60.0, 5.0))
+    assert tight <= loose
 
 
 def test_without_targets_nothing_limits_but_memory():

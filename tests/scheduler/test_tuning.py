@@ -8,6 +8,7 @@ from scheduler.fluid import solve_fluid
 from scheduler.law import ServiceTimeLaw
 from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.solver import resident_cap
+from scheduler.targets import Targets
 from scheduler.thresholds import (
     UNKNOWN_TYPE,
     EngineLimits,
@@ -17,7 +18,7 @@ from scheduler.thresholds import (
     parse_thresholds,
     thresholds_as_dict,
 )
-from scheduler.tuning import MOST_TYPES, mix_by_length, tune, tune_by_cap
+from scheduler.tuning import MOST_TYPES, cold_thresholds, mix_by_length, tune, tune_by_cap
 
 LAW = ServiceTimeLaw(d0_s=0.0112, d1_s_per_kv_token=4.24e-7)
 LIMITS = EngineLimits(
@@ -225,3 +226,22 @@ def test_counts_of_segments_follow_from_a_cap_and_survival():
     thresholds = tune_by_cap(Thresholds(policy="nested_wait"), mix, 330)
     assert [(s.end_output_tokens, s.n) for s in thresholds.segments] == [(10, 20), (20, 11)]
     assert thresholds.max_in_service == 330
+
+
+def test_an_engine_starts_with_a_pace_from_profile_and_targets():
+    targets = Targets(ttft_s=3.0, tpot_s=0.08)
+    cold = cold_thresholds(Thresholds(policy="fluid", max_hold_s=0.5), LAW, LIMITS, targets, overflow_probability=0.01)
+    assert cold.max_hold_s == 0.5
+    assert cold.pace is not None
+    assert cold.pace.iteration_s < 0.08  # a law nobody has checked yet
+    assert cold.pace.ttft_s == 3.0
+    assert cold.pace.queue_requests is None  # what could be served is a guess
+    assert cold.pace.kv_limit_tokens < LIMITS.kv_capacity_tokens
+    cold.check_fits(LIMITS)
+    assert parse_thresholds(thresholds_as_dict(cold)) == cold
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "wait", "nested_wait"])
+def test_other_policies_start_as_configured(policy):
+    configured = Thresholds(policy=policy)
+    assert cold_thresholds(configured, LAW, LIMITS, Targets(), overflow_probability=0.01) is configured

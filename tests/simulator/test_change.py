@@ -36,7 +36,7 @@ def capacity_rps(lengths):
     )
     mix = open_workload(WorkloadConfig(lengths=lengths, requests=1, rate_rps=1.0)).mix()
     law = load_profile("a100-llama2-7b").law
-    return solve_pace(mix, law, limits, Targets(TTFT_S, TPOT_S), law_error=0.0).capacity_rps
+    return solve_pace(mix, law, limits, Targets(TTFT_S, TPOT_S)).capacity_rps
 
 
 class Followed(NamedTuple):
