@@ -134,7 +134,7 @@ def test_version_is_the_installed_one(headrace: Any) -> None:
 def test_help_lists_every_command() -> None:
     result = CliRunner().invoke(cli.app, ["--help"])
     assert result.exit_code == 0
-    for command in ("up", "down", "status", "thresholds", "plan", "doctor", "model"):
+    for command in ("up", "down", "status", "thresholds", "plan", "bench", "doctor", "model"):
         assert f" {command} " in result.stdout
     nested = CliRunner().invoke(cli.app, ["thresholds", "--help"]).stdout
     for command in ("get", "set", "pin", "auto"):
