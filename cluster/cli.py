@@ -143,6 +143,13 @@ def status(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     _show(state, as_json, render.status_tables)
 
 
+@app.command()
+def events(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+    """The latest changes of thresholds: when, where, why; with --json also the old and the new values."""
+    state = AdminClient(url).state()
+    _show({"events": state["events"]}, as_json, render.events_table)
+
+
 @thresholds_app.command("get")
 def thresholds_get(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     """Thresholds in force by replica."""

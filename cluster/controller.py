@@ -132,6 +132,7 @@ class ControlLoop:
 def _replica_state(entry: _Replica) -> dict[str, Any]:
     law = entry.model.law
     equilibrium = entry.proposal.equilibrium if entry.proposal else None
+    forecast = entry.proposal.forecast if entry.proposal else None
     fluid = None
     if equilibrium is not None:
         fluid = {
@@ -149,6 +150,7 @@ def _replica_state(entry: _Replica) -> dict[str, Any]:
         "finished_seen": entry.model.finished_seen,
         "law": asdict(law.law) | {"r2": law.r2, "mape": law.mape, "records": law.records},
         "fluid": fluid,
+        "forecast": forecast.as_dict() if forecast else None,
         "decision": entry.note,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 from rich import box
@@ -19,7 +20,7 @@ def plain(text: str) -> str:
 def status_tables(state: dict[str, Any]) -> Iterator[Any]:
     """`headrace status`."""
     table = Table(title=f"{state['application']}: replicas", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for column in ("replica", "ver", "policy", "tuning", "running", "waiting", "held", "KV", "preempted"):
+    for column in ("replica", "ver", "policy", "tuning", "running", "waiting", "held", "KV", "preempted", "refused"):
         table.add_column(column, no_wrap=True)
     for name, replica in state["replicas"].items():
         if not replica["reachable"]:
@@ -29,10 +30,13 @@ def status_tables(state: dict[str, Any]) -> Iterator[Any]:
         table.add_row(
             name, str(thresholds["version"]), thresholds["policy"], "pinned" if thresholds["pinned"] else "auto",
             _of(replica["in_service"], thresholds["max_in_service"]), str(replica["waiting"]), str(replica["held"]),
-            f"{replica['kv_used_fraction']:.0%}", str(replica["preemptions"]),
+            f"{replica['kv_used_fraction']:.0%}", str(replica["preemptions"]), str(replica["counters"]["refused"]),
         )
     yield table
     yield _fluid_table(state["replicas"])
+    forecasts = {name: replica.get("forecast") for name, replica in state["replicas"].items()}
+    if any(forecasts.values()):
+        yield _forecast_table({name: forecast for name, forecast in forecasts.items() if forecast})
     for name, replica in state["replicas"].items():
         yield Text(f"{name}: {replica.get('decision', 'not reachable')}")
     controller = state["controller"]
@@ -53,6 +57,34 @@ def _fluid_table(replicas: dict[str, Any]) -> Table:
             _number(fluid.get("kv_capacity_tokens"), ".0f"), _number(law.get("r2"), ".3f"),
         )
     return table
+
+
+def _forecast_table(forecasts: dict[str, Any]) -> Table:
+    table = Table(title="within the targets", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for column in ("replica", "arrive /s", "good /s", "possible /s", "binds", "iteration", "queue", "known from"):
+        table.add_column(column, no_wrap=True)
+    for name, forecast in forecasts.items():
+        known = "a guess" if forecast["cold"] else f"{forecast['survival_samples']:.0f} answers"
+        table.add_row(
+            name, _interval(forecast["rate_rps"], ".2f"), _number(forecast["goodput_rps"], ".2f"),
+            _number(forecast["capacity_rps"], ".2f"), forecast["binding"],
+            _interval(forecast["iteration_s"], ".3f", " s"),
+            "any" if forecast["queue_requests"] is None else str(forecast["queue_requests"]), known,
+        )
+    return table
+
+
+def events_table(state: dict[str, Any]) -> Iterator[Any]:
+    """`headrace events`, the newest last."""
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for column in ("at", "replica", "version", "taken"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("reason")
+    for event in state["events"]:
+        at = datetime.fromtimestamp(event["at_unix_s"], UTC).astimezone().isoformat(" ", "seconds")
+        versions = f"{event['old_version']} → {event['new_version']}"
+        table.add_row(at, event["replica"], versions, "yes" if event["accepted"] else "no", plain(event["reason"]))
+    yield table if state["events"] else Text("no change of thresholds yet")
 
 
 def thresholds_table(result: dict[str, Any]) -> Iterator[Any]:
@@ -131,6 +163,13 @@ def _of(value: int, most: int | None) -> str:
 
 def _or_engine(value: int | None) -> str:
     return "engine's own" if value is None else str(value)
+
+
+def _interval(estimate: dict[str, float] | None, form: str, unit: str = "") -> str:
+    """An estimate with half the width of its interval."""
+    if estimate is None or estimate["low"] is None or estimate["high"] is None:
+        return _number(estimate and estimate["value"], form, unit)
+    return f"{estimate['value']:{form}} ± {(estimate['high'] - estimate['low']) / 2:{form}}{unit}"
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

@@ -92,7 +92,8 @@ class HeadraceIngress(OpenAiIngress):
         replicas = {}
         for name, report in telemetry.items():
             if isinstance(report, Telemetry):
-                empty = {"law": None, "fluid": None, "decision": controller.get("reason", "not seen yet")}
+                unknown: dict[str, Any] = dict.fromkeys(("law", "fluid", "forecast"))
+                empty = unknown | {"decision": controller.get("reason", "not seen yet")}
                 replicas[name] = {"reachable": True} | telemetry_as_dict(report) | known.get(name, empty)
             else:
                 replicas[name] = {"reachable": False, "reason": str(report)}

@@ -82,9 +82,13 @@ class Server:
             "rate_rps": 4.25, "finished_seen": 200, "law": {"d0_s": 0.01, "r2": 0.987},
             "fluid": {"load": 0.4125, "iteration_time_s": 0.01907, "memory_tokens": 18554.2,
                       "kv_capacity_tokens": 137000},
+            "forecast": {
+                "binding": "TPOT target", "goodput_rps": 3.75, "capacity_rps": 3.8, "queue_requests": 9, "cold": False,
+                "rate_rps": {"value": 4.25, "low": 4.0, "high": 4.5}, "iteration_s": None, "survival_samples": 198.0,
+            },
             "decision": "settled [for now]",
         }
-        unknown = {"law": None, "fluid": None, "decision": "not seen yet"}
+        unknown = {"law": None, "fluid": None, "forecast": None, "decision": "not seen yet"}
         return {
             "application": "headrace", "at_unix_s": 1.7e9,
             "replicas": {
@@ -93,7 +97,10 @@ class Server:
                 "gone": {"reachable": False, "reason": "did not answer [telemetry]"},
             },
             "controller": {"alive": False, "reason": "the controller does not answer"},
-            "events": [],
+            "events": [
+                {"at_unix_s": 1.7e9, "replica": "left", "old_version": 3, "new_version": 4, "accepted": True,
+                 "reason": "1.20 requests/s of 3.40 possible [nothing binds]", "old": {}, "new": {"version": 4}},
+            ],
         }
 
     def in_force(self, name: str) -> Thresholds:
@@ -134,7 +141,7 @@ def test_version_is_the_installed_one(headrace: Any) -> None:
 def test_help_lists_every_command() -> None:
     result = CliRunner().invoke(cli.app, ["--help"])
     assert result.exit_code == 0
-    for command in ("up", "down", "status", "thresholds", "plan", "bench", "doctor", "model"):
+    for command in ("up", "down", "status", "events", "thresholds", "plan", "bench", "doctor", "model"):
         assert f" {command} " in result.stdout
     nested = CliRunner().invoke(cli.app, ["thresholds", "--help"]).stdout
     for command in ("get", "set", "pin", "auto"):
@@ -295,9 +302,21 @@ def test_status_shows_replicas_equilibrium_and_a_dead_controller(server: Server,
     for part in ("4.25", "0.019 s", "18554", "137000", "0.987"):
         assert part in fluid
     assert "left: settled [for now]" in out
+    (promise,) = [line for line in lines if "left" in line and "TPOT target" in line]
+    for part in ("4.25 ± 0.25", "3.75", "3.80", "198 answers"):
+        assert part in promise
     assert "not reachable: did not answer [telemetry]" in out
     assert "controller: the controller does not answer" in out
     assert "running" not in lines[-1]
+
+
+def test_events_name_the_replica_the_versions_and_the_reason(server: Server, headrace: Any) -> None:
+    code, out, _ = headrace("events")
+    assert code == 0
+    (event,) = [line for line in out.splitlines() if "left" in line]
+    for part in ("2023-11-1", "3 → 4", "yes", "1.20 requests/s of 3.40 possible [nothing binds]"):
+        assert part in event
+    assert json.loads(headrace("events", "--json")[1])["events"][0]["new"] == {"version": 4}
 
 
 def test_status_shows_a_living_controller() -> None:

@@ -17,6 +17,7 @@ from cluster.config import TuningConfig
 from cluster.controller import ControllerKeeper, ControlLoop
 from replicas.calls import ReplicaUnavailable
 from scheduler.messages import Ack, Apply
+from scheduler.targets import Targets
 from scheduler.thresholds import SegmentThreshold, Thresholds, parse_thresholds
 
 CONFIG = TuningConfig(
@@ -337,6 +338,23 @@ def test_state_is_plain_json(cluster: Cluster, every_s: float) -> None:
     assert state["replicas"]["a"]["rate_rps"] == pytest.approx(1 / every_s, rel=0.01)
     assert state["replicas"]["a"]["law"]["d0_s"] == 0.0112
     assert state["replicas"]["c"]["fluid"] is None
+
+
+def test_state_says_what_binds_and_what_is_expected_to_be_good(cluster: Cluster) -> None:
+    cluster.add("a")
+    config = CONFIG.model_copy(update={"targets": Targets(ttft_s=3.0, tpot_s=0.1)})
+    loop = ControlLoop("headrace", config, Thresholds(policy="fluid"))
+    one_pass(loop)
+    cluster.traffic(every_s=0.25)
+    one_pass(loop)
+    state = loop.state()
+    assert json.loads(json.dumps(state, allow_nan=False)) == state
+    forecast = state["replicas"]["a"]["forecast"]
+    assert forecast["binding"] in ("memory", "TPOT target", "TTFT target", "nothing")
+    assert 0 < forecast["goodput_rps"] <= forecast["capacity_rps"]
+    assert forecast["rate_rps"]["low"] <= 4 <= forecast["rate_rps"]["high"]
+    event = state["events"][-1]
+    assert event["old"] != event["new"] and forecast["binding"] in event["reason"]
 
 
 def test_the_list_of_events_is_bounded(cluster: Cluster) -> None:
