@@ -15,8 +15,8 @@ _Replica = TypeVar("_Replica")
 
 @dataclass(frozen=True, slots=True)
 class RoutingStats:
-    """seats: requests that may be in service at once (the fluid cap, or the engine's own limit); occupied: those in
-    service and waiting; kv_used_fraction: share of the KV cache in use."""
+    """seats: requests that may be in service at once (the cap, what a pace has in service at capacity, or the engine's
+    own limit); occupied: those in service and waiting; kv_used_fraction: share of the KV cache in use."""
 
     seats: int
     occupied: int
@@ -25,9 +25,13 @@ class RoutingStats:
     @classmethod
     def from_telemetry(cls, telemetry: Telemetry) -> RoutingStats:
         """The stats of one engine."""
-        limits, gauges = telemetry.limits, telemetry.gauges
+        thresholds, gauges = telemetry.thresholds, telemetry.gauges
+        most = telemetry.limits.max_num_seqs
+        # A replica that is slow, or has long answers, is full with fewer than another.
+        paced = thresholds.pace.in_service_at_capacity if thresholds.pace else None
+        seats = most if paced is None else min(most, max(1, round(paced)))
         return cls(
-            seats=telemetry.thresholds.max_in_service or limits.max_num_seqs,
+            seats=thresholds.max_in_service or seats,
             occupied=gauges.in_service + gauges.waiting,
             kv_used_fraction=telemetry.kv_used_fraction,
         )

@@ -65,6 +65,15 @@ class Pace:
         if self.queue_requests is not None and self.queue_requests < 1:
             raise ValueError(f"queue_requests is {self.queue_requests}; it must be >= 1, or null for any number")
 
+    @property
+    def in_service_at_capacity(self) -> float | None:
+        """Requests in service when the replica is full, by Little's law over l' + 1 iterations; None: not known."""
+        if self.iteration_s is None or not self.capacity_rps:
+            return None
+        lengths, survival = zip(*self.survival, strict=True)
+        mean_output = float(np.trapezoid(survival, lengths)) + survival[0] / 2  # Σ P(l' > x), linear between its points
+        return float(self.capacity_rps * self.iteration_s * (mean_output + 1))
+
     def room_tokens(self, busy_s: float) -> float:
         """Prompt tokens for which an iteration has time beside `busy_s` of other work; infinite without a target."""
         per_token_s = self.law.d2_s_per_prefill_token + self.law.d1_s_per_kv_token

@@ -206,7 +206,9 @@ def test_the_controller_tunes_from_what_it_sees(cluster: ClusterProcess) -> None
     replica = next(r for r in state["replicas"].values() if r["fluid"])
     assert replica["law"]["records"] > 32
     assert replica["fluid"]["load"] > 0
-    assert replica["thresholds"]["max_in_service"] >= 1
+    assert replica["thresholds"]["pace"]["capacity_rps"] > 0
+    assert replica["forecast"]["rate_rps"]["high"] > 0
+    assert replica["forecast"]["binding"] in ("memory", "nothing"), "no targets are set"
 
 
 def test_serving_goes_on_without_the_controller_and_a_new_one_takes_over(cluster: ClusterProcess) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from replicas.routing_stats import RoutingStats, best_first
+from scheduler.law import ServiceTimeLaw
 from scheduler.messages import Counters, Gauges, Telemetry
+from scheduler.pace import Pace
 from scheduler.thresholds import EngineLimits, Thresholds
 
 LIMITS = EngineLimits(
@@ -27,6 +29,19 @@ def telemetry(thresholds: Thresholds) -> Telemetry:
 def test_seats_are_the_cap_in_force_or_the_engine_s_own(cap: int | None, seats: int) -> None:
     stats = RoutingStats.from_telemetry(telemetry(Thresholds(max_in_service=cap)))
     assert stats == RoutingStats(seats=seats, occupied=9, kv_used_fraction=0.25)
+
+
+@pytest.mark.parametrize(
+    ("fields", "seats"),
+    [({"capacity_rps": 2.0, "iteration_s": 0.05}, 10), ({"capacity_rps": 1.0, "iteration_s": 0.05}, 5),
+     ({"capacity_rps": 200.0, "iteration_s": 0.05}, 64), ({"capacity_rps": 2.0}, 64), ({"iteration_s": 0.05}, 64)],
+)
+def test_under_a_pace_seats_are_what_it_has_in_service_at_capacity(fields: dict[str, float], seats: int) -> None:
+    """Little's law: half the capacity, half the seats, so that a slow replica counts as full sooner."""
+    pace = Pace(
+        law=ServiceTimeLaw(0.01, 1e-6), survival=((0, 1.0), (98, 1.0), (99, 0.0)), kv_limit_tokens=1000, **fields,
+    )
+    assert RoutingStats.from_telemetry(telemetry(Thresholds(policy="fluid", pace=pace))).seats == seats
 
 
 def test_slack_is_the_share_of_free_seats() -> None:
