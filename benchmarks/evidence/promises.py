@@ -10,10 +10,12 @@ from typing import Any
 from grids import Grid, mean_of
 from paper_tables import PROFILE
 
-from scheduler.mix import WorkloadMix
+from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.profiles import load_profile
 from scheduler.targets import Targets, solve_pace
 from scheduler.thresholds import EngineLimits
+from simulator.config import simulation_config
+from simulator.measure import window_of
 from simulator.sweep import PointResult
 from simulator.workload import WorkloadConfig, open_workload
 
@@ -62,6 +64,16 @@ def bound_rps(mix: WorkloadMix, tpot_s: float) -> float:
         max_num_batched_tokens=2048, max_model_len=4096,
     )
     return solve_pace(mix, profile.law, limits, Targets(TTFT_S, tpot_s)).capacity_rps
+
+
+def bound_of_run(result: PointResult) -> float:
+    """The fluid bound for the lengths of the very requests that a run measures."""
+    config = simulation_config(result.options)
+    requests = list(open_workload(config.workload.model_copy(update={"max_total_tokens": 4096})).requests())
+    measured = window_of(len(requests), config.window)
+    lengths = Lengths.from_pairs((r.prompt_tokens, r.output_tokens) for r in requests[measured.start : measured.stop])
+    assert config.slo.tpot_s is not None
+    return bound_rps(WorkloadMix((RequestType("all", 1.0, lengths),)), config.slo.tpot_s)
 
 
 def resident(mix: WorkloadMix, bound: float, tpot_s: float) -> float:
