@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grids import mean_of, with_spread
-from promises import Runs, goodput, static_in_words, static_of, summaries
+from promises import Runs, goodput, static_cell, static_of, summaries
 
 from simulator.results import read_run
 from simulator.settling import PARAMETERS, settling
@@ -36,7 +36,7 @@ def goodput_row(one: Scenario, contenders: Sequence[str], rate: float, runs: Run
         several = summaries(runs, f"{one.name}-{name}")
         row.append(with_spread(several, "goodput_rps") if several else "–")
     best, ours = static_of(runs, f"{one.name}-static"), summaries(runs, f"{one.name}-fluid", seeds=(1,))
-    row.append(f"{goodput(best.summary):.2f} ({static_in_words(best)})" if best else "–")
+    row.append(static_cell(runs, f"{one.name}-static"))
     row.append(f"{goodput(ours[0]) / goodput(best.summary):.3f}" if best and ours else "–")
     row.append(f"{mean_of(ours, 'preemptions'):.0f}" if ours else "–")
     return f"| {' | '.join(row)} |"
@@ -69,8 +69,8 @@ has a range, mean and range over three. Capacity is the fluid bound.
 `fluid` has the targets and nothing else; its controller starts from the profile's law and a guess of lengths and
 re-solves every 5 s. "Best static" is an oracle: the best single setting for that very run, of a grid of caps (around
 the requests in service of each workload of the scenario, and between them), token budgets (512 and 1 024) and, for the
-best of these, times after which clients leave (1, 2, 2.5 s) and caps 6 % beside it. Required: `fluid` over it at least
-{required:.2f}.
+best of these, times after which clients leave (1, 2, 2.5 s) and caps 6 % beside it; "of 9" says how many of
+these settings were run. Required: `fluid` over it at least {required:.2f}.
 
 | scenario | rate /s | {contenders} | best static | fluid / static | fluid: preemptions |
 {ruler}

@@ -103,9 +103,14 @@ def static_neighbours(at: dict[str, Any], name: str, grid: list[PointResult]) ->
     }
 
 
+def statics(runs: Runs, name: str) -> list[PointResult]:
+    """All static settings that were run."""
+    return [result for part in ("", "-wait", "-cap") for result in runs.get(f"{name}{part}", [])]
+
+
 def static_of(runs: Runs, name: str) -> PointResult | None:
-    """The oracle's choice among all static settings that were run, None when none was."""
-    several = [result for part in ("", "-wait", "-cap") for result in runs.get(f"{name}{part}", [])]
+    """The oracle's choice among them, None when none was run."""
+    several = statics(runs, name)
     return best_static(several) if several else None
 
 
@@ -114,10 +119,14 @@ def best_static(results: list[PointResult]) -> PointResult:
     return max(results, key=lambda result: goodput(result.summary))
 
 
-def static_in_words(result: PointResult) -> str:
-    """What an operator would have set."""
-    options = result.options
-    return f"cap {options['cap']}, budget {options['token_budget']}, {options['give_up_s']:g} s"
+def static_cell(runs: Runs, name: str) -> str:
+    """The oracle's goodput, what an operator would have set, and of how many settings that is the best."""
+    best = static_of(runs, name)
+    if best is None:
+        return "–"
+    chosen, tried = best.options, len(statics(runs, name))
+    setting = f"cap {chosen['cap']}, budget {chosen['token_budget']}, {chosen['give_up_s']:g} s; of {tried}"
+    return f"{goodput(best.summary):.2f} ({setting})"
 
 
 def goodput(summary: dict[str, Any] | None) -> float:
