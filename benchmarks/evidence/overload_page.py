@@ -283,12 +283,13 @@ READING = """\
 - A static cap with the right token budget is a strong opponent, if somebody searches for the pair for every workload,
   target and load. **No policy that serves in the order of arrival can beat it by much at 80 ms:** the oracle reaches
   97 % of the fluid bound on the Azure conversation, and what it loses are its late requests (2 %) and the fixed part
-  of shorter iterations (1 %). At 50 ms, where fluctuations weigh more, there is more to win. **On lmsys lengths the oracle is
-  ahead by 1 %**, within what chance decides.
+  of shorter iterations (1 %). At 50 ms, where fluctuations weigh more, there is more to win. **On lmsys lengths the
+  oracle is ahead by 1 %**, within what chance decides.
 - Where goodput in requests/s differs by less than 3 % on the traces, the difference is chance: which requests happen
   to be served decides about their mean length. "Own bound" takes out the part that the arrivals cause. By that
-  measure `fluid` is between 0.98 and 1.02 of what is possible beyond capacity, wherever it was run; its dip at 1.2 against its own peak
-  on the Azure conversation is a window of longer answers (237 tokens on average; at 2 the window has 217).
+  measure `fluid` is between 0.98 and 1.02 of what is possible beyond capacity, wherever it was run; its dip at 1.2
+  against its own peak on the Azure conversation is a window of longer answers (237 tokens on average; at 2 the window
+  has 217).
 - Below capacity it admits at once, and its mean latency is that of plain vLLM or less. **Its p99 TTFT is up to a
   fifth above plain vLLM's on the Azure conversation at 0.5 to 0.7:** it computes long prompts in several iterations,
   so that none exceeds the time per token, although those in service have time in hand there. Plain vLLM with 768
