@@ -37,14 +37,32 @@ def useful_queue(
     # Erlang's recursion for the share of arrivals that find every place taken, as one over it.
     one_over_blocked, needed = 1.0, math.inf
     for place in range(1, residents + places + 1):
-        share = min(place / residents, 1.0)
-        served_rps = capacity_rps * share / (slowdown + (1 - slowdown) * share)
+        served_rps = capacity_rps * _share_served(min(place / residents, 1.0), slowdown)
         one_over_blocked = 1.0 + one_over_blocked * served_rps / rate_rps
         if place >= residents and enough * one_over_blocked >= 1.0:
             needed = (place - residents) * max(variability, 0.0)
             break
     at_once = float(poisson.ppf(1 - miss_probability, admitted_per_iteration))
     return max(1, math.ceil(min(max(needed, at_once), most_requests)))
+
+
+def full_probability(*, rate_rps: float, capacity_rps: float, in_service: float, slowdown: float) -> float:
+    """How often that chain, with as long a queue as it takes, has all `in_service` places taken; from 0 to 1."""
+    load = rate_rps / capacity_rps if capacity_rps > 0 else math.inf
+    if load >= 1:
+        return 1.0
+    residents = max(1, round(in_service))
+    weight = total = 1.0
+    for place in range(1, residents + 1):
+        weight *= load / _share_served(place / residents, slowdown)
+        total += weight
+    full = weight / (1 - load)  # the states with a queue are a geometric series
+    return full / (total - weight + full)
+
+
+def _share_served(occupied: float, slowdown: float) -> float:
+    """Of its capacity, what a replica delivers with this share of its requests in service."""
+    return occupied / (slowdown + (1 - slowdown) * occupied)
 
 
 def fixed_share(law: ServiceTimeLaw, iteration_s: float) -> float:

@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from itertools import islice
 
 import numpy as np
 
+from scheduler.headway import Headway
 from scheduler.pace import Pace
 from scheduler.policies.base import Decision, Policy, QueueView, Snapshot, kv_tokens_of, stages_of
 from scheduler.projection import Projection
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
 _SMALLEST_CHUNK = 16
+_LOOK_AHEAD = 4
 _LOOK_AGAIN = 8
 """Iterations after which a full replica is looked at anew, though nobody has left."""
 
@@ -59,17 +62,26 @@ class _Paced:
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
         self._projection = Projection(pace)
+        self._headway = None if pace.iteration_s is None else Headway(pace.iteration_s, pace.credit_s)
         self._full_with = 0
         self._full_for = 0
 
     def prompt_room(self, snapshot: Snapshot) -> float:
         """Prompt tokens for which the coming iteration has time beside everybody's decode; infinite without a target.
 
-        Never less than a small chunk, so that whoever has entered gets on.
+        Never less than a small chunk, so that whoever has entered gets on. More than the promise allows, when prompts
+        want it and everybody in service is ahead of theirs.
         """
         pace, law = self._pace, self._pace.law
         busy_s = law.d0_s + law.d3_s_per_decode_token * len(snapshot.running)
-        return max(_SMALLEST_CHUNK, pace.room_tokens(busy_s + law.d1_s_per_kv_token * snapshot.kv_used_tokens))
+        busy_s += law.d1_s_per_kv_token * snapshot.kv_used_tokens
+        room = pace.room_tokens(busy_s)
+        if self._headway is not None:
+            self._headway.started(snapshot.now_s)
+            wanted_s = pace.seconds_of(snapshot.prompt_backlog_tokens + _first_prompts(snapshot) - max(room, 0.0))
+            if wanted_s > 0:
+                room = pace.room_tokens(busy_s - self._headway.spare_s(np.array(stages_of(snapshot.running)), wanted_s))
+        return max(_SMALLEST_CHUNK, room)
 
     def too_late(self, view: QueueView, now_s: float, room: float) -> frozenset[str]:
         """Who has waited for so long that the first token would come too late; the oldest are looked at first."""
@@ -119,3 +131,9 @@ class _Paced:
             return True
         self._full_with = 0
         return False
+
+
+def _first_prompts(snapshot: Snapshot) -> int:
+    """Prompt tokens of the first few who wait: what the coming iteration could begin with."""
+    view = snapshot.waiting.get(UNKNOWN_TYPE)
+    return sum(waiting.prompt_tokens for waiting in islice(view.heads(), _LOOK_AHEAD)) if view else 0
