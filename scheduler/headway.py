@@ -2,7 +2,6 @@
 
 A promise per output token is about a request's mean, so iterations that were shorter than promised leave time over.
 A request that has had s tokens in e seconds is (s − 1)·promised − e ahead; whoever is least ahead decides.
-A replica that hardly ever fills gives credit: who has just begun will catch up with the short iterations to come.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ class Headway:
     When everybody is well ahead, at light load, prompts are computed as fast as the engine can.
     """
 
-    def __init__(self, promised_s: float, credit_s: float = 0.0) -> None:
-        self._promised_s, self._credit_s = promised_s, credit_s
+    def __init__(self, promised_s: float) -> None:
+        self._promised_s = promised_s
         self._starts_s = np.zeros(2 * _KEPT)
         self._count = 0
         self._lent_s = 0.0
@@ -47,6 +46,6 @@ class Headway:
             iterations = np.clip(np.unique(decoding) - 1 - _IN_FLIGHT, 0, self._count - 1)
             taken_s = self._starts_s[self._count - 1] - self._starts_s[self._count - 1 - iterations]
             ahead_s = float(np.min(iterations * self._promised_s - taken_s))
-            most_s = min(most_s, ahead_s + self._credit_s - self._lent_s)
+            most_s = min(most_s, ahead_s - self._lent_s)
         self._lent_s = max(0.0, most_s)
         return self._lent_s

@@ -27,9 +27,8 @@ class Pace:
     kv_limit_tokens: memory that admitted requests may grow into, given out in blocks of block_tokens. overflow_z:
     standard deviations of that growth kept free beside its mean. ttft_s: the target for the first token.
     queue_requests: how many waiting requests are of use (None: any number). prompt_flow_tokens: prompt tokens that an
-    iteration computes at capacity; capacity_rps: requests per second served then (0: not known). credit_s: by how
-    much a request may fall behind its time per token, since even a short answer will catch up at the load there is.
-    Raises ValueError for values out of range.
+    iteration computes at capacity; capacity_rps: requests per second served then (0: not known). Raises ValueError for
+    values out of range.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -44,7 +43,6 @@ class Pace:
     queue_requests: Count | None = None
     prompt_flow_tokens: Real = 0.0
     capacity_rps: Real = 0.0
-    credit_s: Real = 0.0
 
     def __post_init__(self) -> None:
         lengths, survival = [x for x, _ in self.survival], [p for _, p in self.survival]
@@ -64,7 +62,6 @@ class Pace:
         require_number("overflow_z", self.overflow_z)
         require_number("prompt_flow_tokens", self.prompt_flow_tokens)
         require_number("capacity_rps", self.capacity_rps)
-        require_number("credit_s", self.credit_s)
         if self.queue_requests is not None and self.queue_requests < 1:
             raise ValueError(f"queue_requests is {self.queue_requests}; it must be >= 1, or null for any number")
 

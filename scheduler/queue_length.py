@@ -46,20 +46,6 @@ def useful_queue(
     return max(1, math.ceil(min(max(needed, at_once), most_requests)))
 
 
-def full_probability(*, rate_rps: float, capacity_rps: float, in_service: float, slowdown: float) -> float:
-    """How often that chain, with as long a queue as it takes, has all `in_service` places taken; from 0 to 1."""
-    load = rate_rps / capacity_rps if capacity_rps > 0 else math.inf
-    if load >= 1:
-        return 1.0
-    residents = max(1, round(in_service))
-    weight = total = 1.0
-    for place in range(1, residents + 1):
-        weight *= load / _share_served(place / residents, slowdown)
-        total += weight
-    full = weight / (1 - load)  # the states with a queue are a geometric series
-    return full / (total - weight + full)
-
-
 def _share_served(occupied: float, slowdown: float) -> float:
     """Of its capacity, what a replica delivers with this share of its requests in service."""
     return occupied / (slowdown + (1 - slowdown) * occupied)

@@ -29,7 +29,6 @@ from scheduler.watch import Watch, stratified
 
 WINDOW_S, MIN_FINISHED = 60.0, 20
 """What a controller is told of `Tuning` unless its configuration says otherwise."""
-_SETTLED_CREDIT = 0.5
 _SETTLED_PACE = 0.05
 _SETTLED = 0.10
 """Thresholds closer than this (relatively) to those in force are left alone: estimates jitter, engines should not."""
@@ -222,8 +221,7 @@ def _same_pace(new: Pace, old: Pace) -> bool:
     times, flow = (_SETTLED_PACE, 0.0), (_SETTLED, 0.0)
     numbers = (
         (new.iteration_s, old.iteration_s, times), (new.law.iteration_s(*load), old.law.iteration_s(*load), times),
-        (new.prompt_flow_tokens, old.prompt_flow_tokens, flow), (new.credit_s, old.credit_s, (_SETTLED_CREDIT, 0.0)),
-        (new.queue_requests, old.queue_requests, (_SETTLED, 1)),
+        (new.prompt_flow_tokens, old.prompt_flow_tokens, flow), (new.queue_requests, old.queue_requests, (_SETTLED, 1)),
     )
     for now, before, (share, least) in numbers:
         if now is None or before is None:

@@ -17,7 +17,7 @@ from scheduler.law import ServiceTimeLaw, require_number
 from scheduler.margin import EXACT, Fluctuation, tpot_margin
 from scheduler.mix import Lengths, WorkloadMix
 from scheduler.pace import Pace
-from scheduler.queue_length import fixed_share, full_probability, useful_queue
+from scheduler.queue_length import fixed_share, useful_queue
 from scheduler.thresholds import EngineLimits
 
 _SURVIVAL_POINTS = 48
@@ -91,7 +91,6 @@ def solve_pace(
         prompt_flow_tokens=capacity * lengths.mean_prompt_tokens * (iteration_s or 0.0),
         capacity_rps=capacity if math.isfinite(capacity) else 0.0,
     )
-    pace = replace(pace, credit_s=_credit_s(pace, mix.rate_rps, lengths, fluid, miss_probability))
     soon = 1.0
     if within.ttft_s is not None:
         spare_s = within.ttft_s - _first_token_s(pace, lengths, fluid, load)
@@ -161,26 +160,6 @@ def _first_token_s(pace: Pace, lengths: Lengths, fluid: FluidEquilibrium, load: 
     decode_load = (fluid.load - fluid.prefill_load) * min(1.0, 1.0 / load)
     room = pace.room_tokens(pace.law.d0_s + decode_load * (pace.iteration_s or 0.0))
     return np.asarray(pace.first_token_s(lengths.prompt_tokens, room), dtype=np.float64)
-
-
-def _credit_s(
-    pace: Pace, rate_rps: float, lengths: Lengths, fluid: FluidEquilibrium, miss_probability: float
-) -> float:
-    """What all but `miss_probability` of answers are long enough to catch up; 0 if the replica is full more often.
-
-    After the long iteration itself come iterations of the equilibrium's length.
-    """
-    iteration_s, in_service = pace.iteration_s, pace.in_service_at_capacity
-    if iteration_s is None or in_service is None or fluid.iteration_time_s >= iteration_s:
-        return 0.0
-    full = full_probability(
-        rate_rps=rate_rps, capacity_rps=pace.capacity_rps, in_service=in_service,
-        slowdown=fixed_share(pace.law, iteration_s),
-    )
-    if full > miss_probability:
-        return 0.0
-    to_come = max(0, lengths.output_quantile(miss_probability) - 2)
-    return to_come * (iteration_s - fluid.iteration_time_s)
 
 
 def _queue_requests(

@@ -62,7 +62,7 @@ class _Paced:
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
         self._projection = Projection(pace)
-        self._headway = None if pace.iteration_s is None else Headway(pace.iteration_s, pace.credit_s)
+        self._headway = None if pace.iteration_s is None else Headway(pace.iteration_s)
         self._full_with = 0
         self._full_for = 0
 

@@ -10,9 +10,9 @@ from scheduler.headway import Headway
 PROMISED_S = 0.1
 
 
-def after(*durations_s, credit_s=0.0):
+def after(*durations_s):
     """Iterations of these durations have run; the next one is about to be composed."""
-    headway, now_s = Headway(PROMISED_S, credit_s), 0.0
+    headway, now_s = Headway(PROMISED_S), 0.0
     headway.started(now_s)
     for duration_s in durations_s:
         now_s += duration_s
@@ -30,9 +30,8 @@ def test_whoever_is_least_ahead_decides():
     assert spare(after(*[0.04] * 10), 12, 4) == pytest.approx(0.12)
 
 
-def test_who_has_just_begun_lends_nothing_without_credit():
+def test_who_has_just_begun_lends_nothing():
     assert spare(after(*[0.04] * 10), 12, 1) == 0.0
-    assert spare(after(*[0.04] * 10, credit_s=0.05), 12, 1) == pytest.approx(0.05)
 
 
 def test_what_was_lent_to_the_iteration_that_runs_is_not_lent_again():

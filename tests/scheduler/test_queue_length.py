@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.queue_length import full_probability, useful_queue
+from scheduler.queue_length import useful_queue
 
 BASE = {
     "capacity_rps": 10.0, "in_service": 20.0, "slowdown": 0.1, "variability": 1.0, "admitted_per_iteration": 0.5,
@@ -69,19 +69,3 @@ def test_the_promised_share_of_capacity_is_delivered_by_a_simulated_replica(rate
 
     assert delivered(places) == pytest.approx(1 - miss, abs=0.006)
     assert places == 0 or delivered(places // 3) < 1 - miss + 0.003
-
-
-@given(st.floats(0.01, 9.99), st.floats(0.01, 9.99), st.floats(0.0, 1.0), st.integers(1, 200))
-def test_a_higher_rate_fills_a_replica_more_often(one_rps, other_rps, slowdown, in_service):
-    chain = {"capacity_rps": 10.0, "in_service": float(in_service), "slowdown": slowdown}
-    low, high = (full_probability(rate_rps=rate, **chain) for rate in sorted((one_rps, other_rps)))
-    assert 0 <= low <= high * (1 + 1e-9) <= 1 + 1e-6
-
-
-def test_how_often_a_replica_is_full_is_erlangs_formula_where_speed_follows_the_number_in_service():
-    """slowdown = 1: every request is served at a rate of its own, the M/M/n queue; n = 1: full is busy."""
-    alone = full_probability(rate_rps=4.0, capacity_rps=10.0, in_service=1.0, slowdown=1.0)
-    assert alone == pytest.approx(0.4)
-    two = full_probability(rate_rps=10.0, capacity_rps=20.0, in_service=2.0, slowdown=1.0)
-    assert two == pytest.approx(1 / 3)  # Erlang's C for two servers with one busy on average
-    assert full_probability(rate_rps=10.0, capacity_rps=10.0, in_service=5.0, slowdown=0.2) == 1.0

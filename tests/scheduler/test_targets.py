@@ -107,12 +107,3 @@ def test_a_queue_is_of_less_use_the_more_arrives():
 def test_survival_holds_at_every_length_of_few():
     points = dict(survival_of(Lengths.from_pairs([(1, 5), (1, 5), (1, 9), (1, 20)])))
     assert points == {0: 1.0, 4: 1.0, 5: 0.5, 8: 0.5, 9: 0.25, 19: 0.25, 20: 0.0}
-
-
-def test_credit_is_given_only_by_a_replica_that_is_hardly_ever_full():
-    light, near, beyond = (promise(rate_rps, tpot_s=0.08) for rate_rps in (1.0, 4.5, 20.0))
-    assert light.pace.credit_s > 0 and near.load < 1
-    assert near.pace.credit_s == beyond.pace.credit_s == 0.0
-    one_token = Lengths.from_pairs([(300, 1), (300, 1000)])
-    assert promise(0.5, one_token, tpot_s=0.08).pace.credit_s == 0.0, "who has one token cannot catch up"
-    assert promise(1.0).pace.credit_s == 0.0, "no target, no credit"
