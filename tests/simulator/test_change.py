@@ -19,7 +19,7 @@ from scheduler.thresholds import EngineLimits
 from simulator.config import simulation_config
 from simulator.results import read_run
 from simulator.run import simulate
-from simulator.settling import SETTLED, settling
+from simulator.settling import PARAMETERS, SETTLED, settling
 from simulator.workload import WorkloadConfig, open_workload
 
 PERIOD_S, PERIODS = 5.0, 3
@@ -83,24 +83,19 @@ def followed(scenario):
 
 
 ONCE_KNOWN = {"step": WINDOW_S, "mix": SERVICE_S, "slow": 0.0}
-PROMPTS = "prompt lengths are averaged over the last 2000 finished requests"
-LAW = "the law's terms, refined one iteration at a time, go on trading against each other"
+# As the rate after a shift of the mix is known better, a queue of five becomes one of three, once and much later.
+SETTLING = {"step": PARAMETERS, "mix": PARAMETERS[:2], "slow": PARAMETERS}
 
 
-def not_yet(scenario, reason):
-    return pytest.param(scenario, marks=pytest.mark.xfail(reason=reason, raises=AssertionError, strict=False))
-
-
-@pytest.mark.parametrize("scenario", ["step", not_yet("mix", PROMPTS), not_yet("slow", LAW)])
+@pytest.mark.parametrize("scenario", ["step", "mix", "slow"])
 @pytest.mark.parametrize(("from_s", "to_s"), [(FROM_S, TO_S), (TO_S, END_S)], ids=["there", "and back"])
 def test_the_pace_settles_within_three_periods_of_what_it_can_know_and_does_not_cycle(scenario, from_s, to_s):
     known_s = from_s + ONCE_KNOWN[scenario]
-    settled = settling(followed(scenario).history, known_s, to_s)
+    settled = settling(followed(scenario).history, known_s, to_s, SETTLING[scenario])
     assert settled.passes <= PERIODS
     assert settled.swing <= SETTLED
 
 
-@pytest.mark.xfail(reason="the arrival rate is averaged over a window of 60 s", raises=AssertionError, strict=False)
 @pytest.mark.parametrize(("from_s", "to_s"), [(FROM_S, TO_S), (TO_S, END_S)], ids=["there", "and back"])
 def test_a_step_of_the_rate_is_followed_within_three_periods(from_s, to_s):
     assert settling(followed("step").history, from_s, to_s).passes <= PERIODS
