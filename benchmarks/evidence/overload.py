@@ -29,6 +29,8 @@ from promises import (
     resident,
     static_grid,
     static_neighbours,
+    static_seeds,
+    statics,
 )
 
 LOADS = (0.3, 0.5, 0.7, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0)
@@ -135,6 +137,9 @@ def main() -> None:
     runs: Runs = run_grids(args.runs, grids, choice := Choice.of(args))
     around = {k: v for name, at in refinements.items() for k, v in static_neighbours(at, name, runs[name]).items()}
     runs = {**runs, **run_grids(args.runs, around, choice)}
+    oracles = [name for name in grids if name.endswith("-static")]
+    again = {k: v for name in oracles for k, v in static_seeds(name, statics(runs, name), SEEDS).items()}
+    runs = {**runs, **run_grids(args.runs, again, choice)}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "overload.md").write_text(page(cases, CONTENDERS, bounds, runs))
 

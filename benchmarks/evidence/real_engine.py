@@ -3,7 +3,7 @@
     python benchmarks/evidence/real_engine.py --model .models/SmolLM2-135M-Instruct [--policy fluid] [--quick]
 
 Brings up one stack after the other in turns, with the same engine settings and a KV cache small enough to bind, and
-sends each the same requests with `headrace bench` at half, at once and at twice the capacity that the fluid model finds
+sends each the same requests with `headrace bench` at once and at twice the capacity that the fluid model finds
 from the profile. About 20 minutes on two cores; --quick, one load for a few seconds, about 4. Needs a quiet machine.
 """
 
@@ -36,18 +36,18 @@ HERE = Path(__file__).resolve()
 HEADRACE = Path(sys.executable).with_name("headrace")
 HEADRACE_STACK, PLAIN_STACK = "Headrace", "Ray Serve LLM"
 STACKS = (HEADRACE_STACK, PLAIN_STACK)
-LOADS, QUICK_LOADS = (0.5, 1.0, 2.0), (1.0,)
-LENGTHS = "0.5:p32d64+0.5:p32d128"
+LOADS, QUICK_LOADS = (1.0, 2.0), (1.0,)
+LENGTHS = "0.5:p64d64+0.5:p64d128"
 TARGETS = Targets(ttft_s=5.0, tpot_s=0.2)
 PROFILE = "cpu-smollm2"
-BLOCK_TOKENS, BLOCKS = 32, 32
+BLOCK_TOKENS, BLOCKS = 32, 64
 ENGINE = {
     "max_model_len": 512, "max_num_seqs": 32, "max_num_batched_tokens": 512, "block_size": BLOCK_TOKENS,
     "num_gpu_blocks_override": BLOCKS, "dtype": "float32", "enforce_eager": True, "enable_prefix_caching": False,
 }
 READY_TIMEOUT_S, STOP_TIMEOUT_S = 420.0, 90.0
 TIMEOUT_S = 40.0  # more than a good request of the longest answers takes
-WARM_UP_REQUESTS = 4
+WARM_UP_REQUESTS = 24  # more than the controller wants to see before it trusts their lengths
 METRICS_DELAY_S = 5.0  # Ray's metrics may be so old
 SHOWN = ("goodput_rps", "completed", "rejected", "timed_out", "failed", "preemptions", "ttft_p50_s", "tpot_p50_s")
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--policy", default="fluid")
-    parser.add_argument("--seconds", type=float, default=36.0, help="of arrivals at each load")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of arrivals at each load")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="one repeat of 8 s at 1×; for a try-out")
     parser.add_argument("--out", type=Path, default=Path("docs/evidence"))
@@ -120,7 +120,7 @@ def measure(args: argparse.Namespace, stack: str, repeat: int, capacity_rps: flo
     """One row a load, all on one start of the stack."""
     rows = []
     with running(args, stack) as (url, preemptions):
-        bench(url, ["--rate", "1", "--requests", str(WARM_UP_REQUESTS)])
+        bench(url, ["--rate", f"{capacity_rps:.4f}", "--requests", str(WARM_UP_REQUESTS)])
         time.sleep(METRICS_DELAY_S)
         for load in args.loads:
             before = preemptions()
