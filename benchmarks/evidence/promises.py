@@ -124,7 +124,8 @@ def static_seeds(name: str, tried: list[PointResult], seeds: tuple[int, ...]) ->
     if not tried:
         return {}
     chosen = dict(best_static(tried).options)
-    others = tuple(seed for seed in seeds if seed != chosen.pop("seed"))
+    own = chosen.pop("seed")
+    others = tuple(seed for seed in seeds if seed != own)
     return {f"{name}-seeds": Grid(chosen, {}, others)} if others else {}
 
 
