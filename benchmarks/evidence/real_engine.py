@@ -266,10 +266,10 @@ Goodput of Headrace divided by that of Ray Serve LLM, repeat by repeat:
 {ratios}
 
 Beyond capacity the plain stack takes everybody in and answers next to nobody in time; Headrace refuses about half
-before they cost anything, answers the others, and preempts nobody. Its goodput at 2× is 0.83 of that at 1×, short of the 0.9
-that was aimed at: the time per token of those it serves lies at the target instead of below it, so that every second
-or third misses by a few milliseconds. Client, HTTP and engine share two cores here, and the law's error is many times
-that of a GPU. The profile's capacity is the engine's alone, hence above what the whole stack reaches.
+before they cost anything, answers the others, and preempts nobody. Its goodput at 2× is 0.83 of that at 1×, short of
+the 0.9 that was aimed at: the time per token of those it serves lies at the target instead of below it, so that every
+second or third misses by a few milliseconds. Client, HTTP and engine share two cores here, and the law's error is many
+times that of a GPU. The profile's capacity is the engine's alone, hence above what the whole stack reaches.
 """
 
 
