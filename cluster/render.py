@@ -61,14 +61,13 @@ def _fluid_table(replicas: dict[str, Any]) -> Table:
 
 def _forecast_table(forecasts: dict[str, Any]) -> Table:
     table = Table(title="within the targets", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for column in ("replica", "arrive /s", "good /s", "possible /s", "binds", "iteration", "queue", "known from"):
+    for column in ("replica", "arrive /s", "good /s", "possible /s", "binds", "queue", "known from"):
         table.add_column(column, no_wrap=True)
     for name, forecast in forecasts.items():
         known = "a guess" if forecast["cold"] else f"{forecast['survival_samples']:.0f} answers"
         table.add_row(
             name, _interval(forecast["rate_rps"], ".2f"), _number(forecast["goodput_rps"], ".2f"),
             _number(forecast["capacity_rps"], ".2f"), forecast["binding"],
-            _interval(forecast["iteration_s"], ".3f", " s"),
             "any" if forecast["queue_requests"] is None else str(forecast["queue_requests"]), known,
         )
     return table
