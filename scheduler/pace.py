@@ -70,9 +70,13 @@ class Pace:
         """Requests in service when the replica is full, by Little's law over l' + 1 iterations; None: not known."""
         if self.iteration_s is None or not self.capacity_rps:
             return None
+        return self.capacity_rps * self.iteration_s * (self.mean_output_tokens + 1)
+
+    @property
+    def mean_output_tokens(self) -> float:
+        """Of the answers that the survival foresees: Σ P(l' > x), linear between its points."""
         lengths, survival = zip(*self.survival, strict=True)
-        mean_output = float(np.trapezoid(survival, lengths)) + survival[0] / 2  # Σ P(l' > x), linear between its points
-        return float(self.capacity_rps * self.iteration_s * (mean_output + 1))
+        return float(np.trapezoid(survival, lengths) + survival[0] / 2)
 
     def room_tokens(self, busy_s: float) -> float:
         """Prompt tokens for which an iteration has time beside `busy_s` of other work; infinite without a target."""

@@ -329,10 +329,11 @@ class _RequestAsResident:
 class _Residents(Residents):
     """The running requests as residents, made only when a policy looks at them."""
 
-    __slots__ = ("_gate", "_running")
+    __slots__ = ("_gate", "_running", "_stages")
 
     def __init__(self, running: list[Request], gate: GatedQueue) -> None:
         self._running, self._gate = running, gate
+        self._stages: list[int] | None = None  # a policy may ask for them more than once
 
     def __len__(self) -> int:
         return len(self._running)
@@ -345,7 +346,9 @@ class _Residents(Residents):
         return (self[index] for index in range(len(self._running)))
 
     def stages(self) -> list[int]:
-        return [_stage(request) for request in self._running]
+        if self._stages is None:
+            self._stages = [_stage(request) for request in self._running]
+        return self._stages
 
     def kv_tokens(self) -> list[int]:
         return [request.num_tokens + request.num_output_placeholders for request in self._running]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from scheduler.law import ServiceTimeLaw
 from scheduler.messages import Apply, Report
 from scheduler.pace import Pace
@@ -74,15 +72,10 @@ class VirtualController:
             return row
         return row._replace(
             iteration_s=pace.iteration_s, full_iteration_s=_full_iteration_s(pace),
-            prompt_flow_tokens=pace.prompt_flow_tokens, mean_output_tokens=_mean_output_tokens(pace),
+            prompt_flow_tokens=pace.prompt_flow_tokens, mean_output_tokens=pace.mean_output_tokens,
             kv_limit_tokens=pace.kv_limit_tokens, queue_requests=pace.queue_requests,
         )
 
 
 def _full_iteration_s(pace: Pace) -> float:
     return pace.law.iteration_s(pace.prompt_flow_tokens, 100.0, float(pace.kv_limit_tokens))
-
-
-def _mean_output_tokens(pace: Pace) -> float:
-    lengths, survival = zip(*pace.survival, strict=True)
-    return float(np.trapezoid(survival, lengths))
