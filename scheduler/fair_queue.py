@@ -120,6 +120,12 @@ class FairQueue:
             return list(islice(_backwards(next(iter(self._levels.values()))), count))
         return list(self)[-count:][::-1] if count else []
 
+    def backwards(self) -> Iterator[Request]:
+        """All requests, the one farthest from its turn first."""
+        if len(self._levels) == 1:
+            return _backwards(next(iter(self._levels.values())))
+        return reversed(list(self))
+
     def __iter__(self) -> Iterator[Request]:
         """Everybody in the order of their turns, if nobody else comes."""
         if len(self._levels) == 1:

@@ -23,12 +23,17 @@ from scheduler.policies import QueueView, Waiting
 Classify = Callable[[Request], str]
 
 
+def _plainly(request: Request, since_s: float) -> Waiting:
+    return Waiting(request.num_prompt_tokens, since_s, request.request_id)
+
+
 class GatedQueue(RequestQueue):
     """A RequestQueue whose closed part is sorted by type.
 
     Within a type the order is that of `FairQueue`: by weight among tenants, then by vLLM's priority and by age. `order`
     is the engine's own, for the open part. `classify` names a request's type, `tenant_of` its tenant, `clock` tells
-    since when it waits, `on_release` hears how many seconds each was held.
+    since when it waits, `on_release` hears how many seconds each was held, `describe` says of a request that waits since
+    a clock second what a policy may know of it.
     """
 
     def __init__(
@@ -38,7 +43,11 @@ class GatedQueue(RequestQueue):
         clock: Callable[[], float],
         on_release: Callable[[float], None],
         tenant_of: Callable[[Request], Tenant] = lambda request: NOBODY_IN_PARTICULAR,
+        describe: Callable[[Request, float], Waiting] = _plainly,
     ) -> None:
+        self._describe = describe
+        self._tokens: dict[str, int] = {}
+        self._tokens_of: dict[str, int] = {}
         self._order, self._classify, self._clock, self._on_release = order, classify, clock, on_release
         self._open = create_request_queue(order)
         self._ledger = TenantLedger(tenant_of)
@@ -54,19 +63,19 @@ class GatedQueue(RequestQueue):
         return {
             name: QueueView(
                 len(queue), next(iter(self._by_age[name].values()))[1], partial(self._waiting, queue),
-                partial(self._aged, name),
+                partial(self._aged, name), partial(self._tail, queue), self._tokens[name],
             )
             for name, queue in self._closed.items() if queue
         }
 
     def _waiting(self, queue: FairQueue) -> Iterator[Waiting]:
-        return (Waiting(r.num_prompt_tokens, self._since_s[r.request_id], r.request_id) for r in queue)
+        return (self._describe(request, self._since_s[request.request_id]) for request in queue)
+
+    def _tail(self, queue: FairQueue) -> Iterator[Waiting]:
+        return (self._describe(request, self._since_s[request.request_id]) for request in queue.backwards())
 
     def _aged(self, name: str) -> Iterator[Waiting]:
-        return (
-            Waiting(request.num_prompt_tokens, since_s, request_id)
-            for request_id, (request, since_s) in self._by_age[name].items()
-        )
+        return (self._describe(request, since_s) for request, since_s in self._by_age[name].values())
 
     def last(self, type_name: str, count: int) -> list[Request]:
         """The `count` requests of a type that are farthest from their turn, left in place."""
@@ -87,6 +96,10 @@ class GatedQueue(RequestQueue):
     def held(self) -> int:
         """Requests behind the gate."""
         return len(self._since_s)
+
+    def released_requests(self) -> Iterator[Request]:
+        """Requests let through that the engine has not taken up yet."""
+        return iter(self._open)
 
     @property
     def released(self) -> int:
@@ -119,14 +132,18 @@ class GatedQueue(RequestQueue):
         name = self._classify(request)
         if name not in self._closed:
             self._closed[name], self._by_age[name] = FairQueue(self._ledger), OrderedDict()
+            self._tokens[name] = 0
         self._closed[name].add(request)
         self._by_age[name][request.request_id] = (request, since_s)
         self._type_of[request.request_id] = name
         self._since_s[request.request_id] = since_s
+        tokens = self._tokens_of[request.request_id] = self._describe(request, since_s).tokens_to_compute
+        self._tokens[name] += tokens
 
     def _leave(self, name: str, request: Request) -> float:
         """Forget that a request waits; since when it did."""
         del self._by_age[name][request.request_id]
+        self._tokens[name] -= self._tokens_of.pop(request.request_id)
         return self._since_s.pop(request.request_id)
 
     # vLLM's side: RequestQueue.

@@ -36,13 +36,21 @@ class Arrival(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """One request that left the engine; `aborted` when the client or the server cut it short."""
+    """One request that left the engine; `aborted` when the client or the server cut it short.
+
+    cached_tokens: of its prompt, those that the prefix cache held; shared_tokens: of these, those in blocks that other
+    requests held as well. ttft_s, tpot_s: as the engine saw them (None: no token, or a single one).
+    """
 
     seq: int
     at_s: float
     prompt_tokens: int
     output_tokens: int
     aborted: bool
+    cached_tokens: int = 0
+    shared_tokens: int = 0
+    ttft_s: float | None = None
+    tpot_s: float | None = None
 
 
 class InService(NamedTuple):

@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vllm.logger import init_logger
@@ -30,7 +31,8 @@ from scheduler.control import InForce, ThresholdsInForce
 from scheduler.fair_queue import NOBODY_IN_PARTICULAR, Tenant
 from scheduler.gate import GatedQueue
 from scheduler.messages import Gauges, InService, Report, Telemetry
-from scheduler.policies import UNKNOWN_TYPE, Resident, Residents, Snapshot
+from scheduler.policies import UNKNOWN_TYPE, Resident, Residents, Snapshot, Waiting
+from scheduler.prefix_hits import PrefixHits
 from scheduler.profiles import load_profile
 from scheduler.recorder import Recorder
 from scheduler.refusal import Refusal
@@ -51,6 +53,21 @@ class BatchWork(NamedTuple):
     decode_tokens: int
     kv_tokens: int
     batch_size: int
+
+
+@dataclass(slots=True)
+class Life:
+    """What is remembered of a request until it leaves: clock seconds, declared lengths, prompt tokens found cached.
+
+    expected, most: output tokens (infinite: not declared); first_token_s: NaN until it is out.
+    """
+
+    arrived_s: float
+    expected: float
+    most: float
+    first_token_s: float = math.nan
+    cached_tokens: int = 0
+    shared_tokens: int = 0
 
 
 class HeadraceScheduler(AsyncScheduler):
@@ -78,7 +95,12 @@ class HeadraceScheduler(AsyncScheduler):
         )
         self._engine_id = engine_id()
         self._obeyed: InForce = self.in_force.current()
-        self.gate = GatedQueue(self.policy, self._classify, lambda: self.clock(), self.recorder.released, tenant_of)
+        self._prefixes = PrefixHits(self.kv_cache_manager, self.block_size, self.cache_config.enable_prefix_caching)
+        self._lives: dict[str, Life] = {}
+        self._awaiting_first_token: dict[str, Request] = {}
+        self.gate = GatedQueue(
+            self.policy, self._classify, lambda: self.clock(), self.recorder.released, tenant_of, self._describe
+        )
         self.waiting = self.gate
         self._most_running = self.max_num_running_reqs
         self._most_tokens = self.max_num_scheduled_tokens
@@ -117,12 +139,17 @@ class HeadraceScheduler(AsyncScheduler):
         budget = (self._budget_can_split and asked) or self._most_tokens
         # Every running request gets its decode token, however small the budget is set.
         self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, len(self.running)))
+        self._prefixes.step()
         try:
             output = super().schedule(throttle_prefills)
             self.latest_work = batch_work(output, self.requests)
         finally:
             self.running = _in_admission_order(self.running, aside)
             self.max_num_running_reqs = self._most_running
+        for new in output.scheduled_new_reqs:
+            life = self._lives[new.req_id]
+            life.cached_tokens = new.num_computed_tokens
+            life.shared_tokens = min(self._prefixes.shared_at_release(new.req_id), life.cached_tokens)
         self._after_schedule(output, len(aside))
         return output
 
@@ -145,13 +172,38 @@ class HeadraceScheduler(AsyncScheduler):
             now_s=now_s,
             waiting=self.gate.views(),
             released=self.gate.released + len(self.skipped_waiting),
-            running=_Residents(self.running, self.gate),
+            running=_Residents(self.running, self.gate, self._lives),
             kv_used_tokens=round(self.kv_cache_manager.usage * capacity),
             kv_capacity_tokens=capacity,
-            prompt_backlog_tokens=sum(
-                [request.num_tokens - request.num_computed_tokens for request in self._inflight_prefills]
-            ),
+            prompt_backlog_tokens=self._prompt_backlog(),
+            released_requests=self._released_requests(),
+            kv_read_tokens=self.latest_work.kv_tokens if self.running else 0,
+            slots=self._most_running - self.num_waiting_for_streaming_input,
+            most_tokens=self._most_tokens,
+            latest=self.recorder.latest_iteration,
         )
+
+    def _released_requests(self) -> Sequence[Resident]:
+        """The requests let through the gate that do not run, or not yet."""
+        if not self.gate.released and not self.skipped_waiting:
+            return ()
+        return _Residents([*self.gate.released_requests(), *self.skipped_waiting], self.gate, self._lives)
+
+    def _prompt_backlog(self) -> int:
+        """Prompt tokens left to compute of the requests that run and of those let through."""
+        tokens = sum([request.num_tokens - request.num_computed_tokens for request in self._inflight_prefills])
+        if self.gate.released or self.skipped_waiting:
+            tokens += sum(
+                self._describe(request, 0.0).tokens_to_compute + request.num_output_tokens
+                for request in (*self.gate.released_requests(), *self.skipped_waiting)
+            )
+        return tokens
+
+    def _describe(self, request: Request, since_s: float) -> Waiting:
+        """What a policy may know of a request that waits."""
+        life = self._lives[request.request_id]
+        cached, shared = self._prefixes.of(request)
+        return Waiting(request.num_prompt_tokens, since_s, request.request_id, cached, shared, life.expected, life.most)
 
     def _set_aside(self, sit_out: Collection[str]) -> list[tuple[int, Request]]:
         """Take requests out of `running` for one iteration; they keep their KV. Returns them with their places."""
@@ -192,6 +244,8 @@ class HeadraceScheduler(AsyncScheduler):
             self._last_output_s = now_s
             self.recorder.iteration(now_s, seconds, *work)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self._awaiting_first_token:
+            self._note_first_tokens()
         if executed:
             self._more_to_run = bool(self.running)
         for request, text in self._refused:
@@ -206,7 +260,19 @@ class HeadraceScheduler(AsyncScheduler):
         """A new request waits at the gate; it is counted with the length its client declared."""
         if request.request_id not in self.requests:
             self.recorder.arrival(self.clock(), request.num_prompt_tokens, self.known_output_tokens(request))
+            self._lives[request.request_id] = self._life(request)
+            self._awaiting_first_token[request.request_id] = request
         super().add_request(request)
+
+    def _life(self, request: Request) -> Life:
+        expected, most = self._declared_lengths(request)
+        return Life(self.clock(), math.inf if expected is None else expected, math.inf if most is None else most)
+
+    def _note_first_tokens(self) -> None:
+        now_s = self.clock()
+        for name in [name for name, request in self._awaiting_first_token.items() if request.num_output_tokens]:
+            self._lives[name].first_token_s = now_s
+            del self._awaiting_first_token[name]
 
     def _enqueue_waiting_request(self, request: Request) -> None:
         # vLLM would put a request whose grammar compiles straight among the skipped, past the gate.
@@ -216,8 +282,16 @@ class HeadraceScheduler(AsyncScheduler):
             self.waiting.add_request(request)
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
-        aborted = request.status == RequestStatus.FINISHED_ABORTED
-        self.recorder.finished(self.clock(), request.num_prompt_tokens, request.num_output_tokens, aborted=aborted)
+        aborted, now_s = request.status == RequestStatus.FINISHED_ABORTED, self.clock()
+        life, outputs = self._lives.pop(request.request_id), request.num_output_tokens
+        first_s = now_s if math.isnan(life.first_token_s) else life.first_token_s
+        self.recorder.finished(
+            now_s, request.num_prompt_tokens, outputs, aborted=aborted, cached_tokens=life.cached_tokens,
+            shared_tokens=life.shared_tokens, ttft_s=first_s - life.arrived_s if outputs else None,
+            tpot_s=(now_s - first_s) / (outputs - 1) if outputs > 1 else None,
+        )
+        self._awaiting_first_token.pop(request.request_id, None)
+        self._prefixes.forget(request.request_id)
         self.gate.forget(request)
         return super()._free_request(request, delay_free_blocks)
 
@@ -226,15 +300,20 @@ class HeadraceScheduler(AsyncScheduler):
 
         A `max_tokens` that only fills the model's context up is vLLM's default and no declaration.
         """
+        expected, most = self._declared_lengths(request)
+        return most if expected is None else expected
+
+    def _declared_lengths(self, request: Request) -> tuple[int | None, int | None]:
+        """The output length a client expects, and the most it allows when that is less than the context."""
         params = request.sampling_params
         if params is None:
-            return None
+            return None, None
         declared = (params.extra_args or {}).get(EXPECTED_OUTPUT_TOKENS)
-        max_tokens: int = params.max_tokens
+        most: int = params.max_tokens
+        bound = most if most < self.max_model_len - request.num_prompt_tokens else None
         if isinstance(declared, int | float) and 1 <= declared < math.inf:
-            return min(int(declared), max_tokens)
-        whole_context = self.max_model_len - request.num_prompt_tokens
-        return max_tokens if max_tokens < whole_context else None
+            return min(int(declared), most), bound
+        return None, bound
 
     def _classify(self, request: Request) -> str:
         return self._obeyed.policy.classify(request.num_prompt_tokens, self.known_output_tokens(request))
@@ -329,10 +408,10 @@ class _RequestAsResident:
 class _Residents(Residents):
     """The running requests as residents, made only when a policy looks at them."""
 
-    __slots__ = ("_gate", "_running", "_stages")
+    __slots__ = ("_gate", "_lives", "_running", "_stages")
 
-    def __init__(self, running: list[Request], gate: GatedQueue) -> None:
-        self._running, self._gate = running, gate
+    def __init__(self, running: list[Request], gate: GatedQueue, lives: Mapping[str, Life]) -> None:
+        self._running, self._gate, self._lives = running, gate, lives
         self._stages: list[int] | None = None  # a policy may ask for them more than once
 
     def __len__(self) -> int:
@@ -352,6 +431,18 @@ class _Residents(Residents):
 
     def kv_tokens(self) -> list[int]:
         return [request.num_tokens + request.num_output_placeholders for request in self._running]
+
+    def shared_kv_tokens(self) -> list[int]:
+        return [self._lives[request.request_id].shared_tokens for request in self._running]
+
+    def first_token_s(self) -> list[float]:
+        return [self._lives[request.request_id].first_token_s for request in self._running]
+
+    def expected_output_tokens(self) -> list[float]:
+        return [self._lives[request.request_id].expected for request in self._running]
+
+    def most_output_tokens(self) -> list[float]:
+        return [self._lives[request.request_id].most for request in self._running]
 
 
 def _stage(request: Request) -> int:
