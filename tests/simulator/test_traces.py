@@ -30,7 +30,7 @@ def write(tmp_path):
 
 
 def good(path, *args):
-    return [row[1:] for row in open_trace(path, *args).rows() if isinstance(row, TraceRow)]
+    return [row[1:4] for row in open_trace(path, *args).rows() if isinstance(row, TraceRow)]
 
 
 def bad(path, *args):
