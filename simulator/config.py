@@ -43,9 +43,10 @@ class SimulationConfig(_Strict):
     max_num_batched_tokens; None is the contender's own, 2 048 for most. cap: most requests in service; max_num_seqs:
     the engine's own limit. prefix_caching: vLLM's enable_prefix_caching. declare_lengths: clients tell how long their
     answers will be; None: where the policy asks for it. give_up_s: a client leaves when it has no first token after so
-    long. counts: WAIT's and Nested WAIT's are solved for the load, or follow from `cap` alone as in the paper's experiments. period_s: the controller solves
-    thresholds anew so often, from what the replica has seen; None: once, from the workload itself. thresholds: fields
-    of `Thresholds` that replace these. window: fractions of the arrival order between which requests are measured.
+    long. counts: WAIT's and Nested WAIT's are solved for the load, or follow from `cap` alone as in the paper's
+    experiments. period_s: the controller solves thresholds anew so often, from what the replica has seen; None: once,
+    from the workload itself. thresholds: fields of `Thresholds` that replace these. window: fractions of the arrival
+    order between which requests are measured.
     slowdown: when the first replica is slow, see `simulator.slowdown.parse_slowdown`. until_decided: end the run once
     no measured request that is under way can meet the targets; the others' latencies are then not known.
     """

@@ -293,9 +293,9 @@ def latencies_by_hand(config):
     ids=["synthetic", "azure"],
 )
 def test_synchronous_runs_equal_vllm_s_own_scheduler_driven_by_hand(options, tmp_path):
-    config = simulation_config(options | {"async_scheduling": False, "max_total_tokens": 4096})
-    run = run_of(options | {"async_scheduling": False, "max_total_tokens": 4096}, tmp_path)
-    by_hand, preemptions = latencies_by_hand(config)
+    options = options | {"async_scheduling": False, "prefix_caching": False, "max_total_tokens": 4096}
+    run = run_of(options, tmp_path)
+    by_hand, preemptions = latencies_by_hand(simulation_config(options))
     rows = run.requests().to_pylist()
     assert {row["index"]: row["finished_s"] - row["arrival_s"] for row in rows} == by_hand
     assert run.summary["preemptions"] == preemptions > 0
