@@ -134,9 +134,10 @@ class HeadraceScheduler(AsyncScheduler):
         self._refused += [(request, text) for request in requests]
 
     def _obey(self, in_force: InForce) -> None:
+        before, thresholds = self._obeyed.thresholds, in_force.thresholds
         self._obeyed = in_force
-        self.gate.reclassify([*self.running, *self.skipped_waiting])
-        thresholds = in_force.thresholds
+        if not thresholds.classifies_like(before):
+            self.gate.reclassify([*self.running, *self.skipped_waiting])
         logger.debug("Headrace: thresholds version %d in force: %s", thresholds.version, thresholds.reason)
 
     def _snapshot(self, now_s: float) -> Snapshot:
@@ -192,6 +193,7 @@ class HeadraceScheduler(AsyncScheduler):
             self._last_output_s = now_s
             self.recorder.iteration(now_s, seconds, *work)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self.gate.settle()
         if executed:
             self._more_to_run = bool(self.running)
         for request, text in self._refused:

@@ -10,6 +10,7 @@ from engine_harness import BLOCK, MAX_MODEL_LEN, STEP_S, Engine
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from scheduler.channel import ChannelClient, new_endpoint, remove_endpoint
+from scheduler.fair_queue import _Account
 from scheduler.law import ServiceTimeLaw
 from scheduler.messages import Arrival, Finished, Report
 from scheduler.refusal import Refusal
@@ -959,6 +960,71 @@ def test_of_two_tenants_in_an_overload_each_is_served_by_its_weight():
     assert served[0] / served[1] == pytest.approx(3, rel=0.15)
     assert refused and not refused & under_way.keys()
     assert telemetry(engine).counters.refused == len(refused)
+
+
+def of_tenant(name):
+    return {TENANT: name}
+
+
+@pytest.mark.parametrize("pushed", [
+    {"max_in_service": 1, "max_hold_s": 0.1}, {"max_in_service": 1, "valid_for_s": 0.015}, wait(1, max_in_service=1),
+])
+def test_a_push_of_thresholds_changes_no_tenants_turn(pushed):
+    """Tenant a pays for a long answer when thresholds are pushed, iteration after iteration."""
+    orders = []
+    for push in (False, True):
+        engine = Engine(thresholds={"max_in_service": 1})
+        engine.add("a-long", output=60, extra_args=of_tenant("a"))
+        engine.step()
+        for number in range(6):
+            for name in "ba":
+                engine.add(f"{name}{number}", output=2, extra_args=of_tenant(name))
+        while engine.scheduler.gate.held:
+            if push:
+                assert engine.apply({"version": 0} | pushed).accepted
+            engine.step()
+        orders.append("".join(name[0] for name in engine.first_scheduled if "-" not in name))
+    assert orders[0] == orders[1] == "bbbbababaaaa"
+
+
+def test_a_push_that_leaves_the_types_as_they_are_sorts_nothing_anew(monkeypatch):
+    engine = Engine(thresholds=wait(8))
+    sorted_anew = []
+    monkeypatch.setattr(engine.scheduler.gate, "reclassify", sorted_anew.append)
+    engine.apply(wait(8, version=1, token_budget=100))
+    engine.step()
+    assert not sorted_anew
+    engine.apply(wait(9, version=2))
+    engine.step()
+    assert len(sorted_anew) == 1
+
+
+def test_long_answers_of_one_tenant_are_paid_for_while_they_run():
+    """Ten answers of 400 tokens of a run; of the short ones that then wait, b's enter until a's are paid for."""
+    engine = Engine(blocks=1024, thresholds={"max_in_service": 12})
+    for number in range(10):
+        engine.add(f"a-long{number}", output=400, extra_args=of_tenant("a"))
+    engine.add("b-long", output=400, extra_args=of_tenant("b"))
+    engine.steps(50)
+    for number in range(10):
+        for name in "ba":
+            engine.add(f"{name}{number}", prompt=100, output=1, extra_args=of_tenant(name))
+    while len(engine.finished) < 10:
+        engine.step()
+    assert set(engine.finished) == {f"b{number}" for number in range(10)}
+    engine.run()
+    assert len(engine.finished) == 31
+
+
+def test_with_one_tenant_an_iteration_counts_no_tokens(monkeypatch):
+    engine = Engine()
+    add_many(engine, 8, output=20)
+    engine.steps(3)
+    monkeypatch.setattr(_Account, "charge_outputs", None)
+    engine.steps(3)
+    engine.add("other", extra_args=of_tenant("other"))
+    with pytest.raises(TypeError):
+        engine.steps(2)
 
 
 def test_the_urgent_enter_first_and_the_others_are_refused_first():
