@@ -47,11 +47,17 @@ class Recorder:
         self._append(self._arrivals, Arrival(self._next(), at_s, prompt_tokens, known_output_tokens))
         self.totals.arrivals += 1
 
-    def finished(self, at_s: float, prompt_tokens: int, output_tokens: int, *, aborted: bool) -> None:
-        """One request that left the engine."""
-        self._append(self._finished, Finished(self._next(), at_s, prompt_tokens, output_tokens, aborted))
-        self.totals.finished += 1
-        self.totals.aborted += aborted
+    def finished(
+        self, at_s: float, prompt_tokens: int, output_tokens: int, *, aborted: bool, rejected: bool = False
+    ) -> None:
+        """One request that left the engine: rejected, else aborted, else completed."""
+        self._append(self._finished, Finished(self._next(), at_s, prompt_tokens, output_tokens, aborted or rejected))
+        if rejected:
+            self.totals.rejected += 1
+        elif aborted:
+            self.totals.aborted += 1
+        else:
+            self.totals.completed += 1
 
     def released(self, held_s: float) -> None:
         """One request let through the gate after `held_s` seconds."""

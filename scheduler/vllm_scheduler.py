@@ -42,6 +42,7 @@ logger = init_logger(f"vllm.headrace.{__name__}")  # below vLLM's logger, so tha
 
 TOO_LATE = "the first token could not come within its target any more"
 TOO_MANY = "as many requests wait as can be answered in time"
+_CUT_SHORT = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
 
 
 class BatchWork(NamedTuple):
@@ -89,6 +90,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._last_output_s = 0.0
         self._more_to_run = False
         self._refused: list[tuple[Request, str]] = []
+        self._rejecting: set[str] = set()
         self._everyone_runs = False
         self._channel: ChannelServer | None = None
         if settings.channel:
@@ -129,7 +131,7 @@ class HeadraceScheduler(AsyncScheduler):
     def _refuse(self, requests: list[Request], reason: str, drain_s: float) -> None:
         """End requests that have not cost anything yet; their clients hear of it with the iteration's outputs."""
         text = Refusal.for_drain_time(reason, drain_s).text
-        self.recorder.totals.refused += len(requests)
+        self._rejecting = {request.request_id for request in requests}  # counted as such when they are freed
         self.finish_requests([request.request_id for request in requests], RequestStatus.FINISHED_ABORTED)
         self._refused += [(request, text) for request in requests]
 
@@ -218,8 +220,11 @@ class HeadraceScheduler(AsyncScheduler):
             self.waiting.add_request(request)
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
-        aborted = request.status == RequestStatus.FINISHED_ABORTED
-        self.recorder.finished(self.clock(), request.num_prompt_tokens, request.num_output_tokens, aborted=aborted)
+        self.recorder.finished(
+            self.clock(), request.num_prompt_tokens, request.num_output_tokens, aborted=request.status in _CUT_SHORT,
+            rejected=request.request_id in self._rejecting,
+        )
+        self._rejecting.discard(request.request_id)
         self.gate.forget(request)
         return super()._free_request(request, delay_free_blocks)
 

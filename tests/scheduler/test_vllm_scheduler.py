@@ -3,11 +3,15 @@
 import asyncio
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from engine_harness import BLOCK, MAX_MODEL_LEN, STEP_S, Engine
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.request import RequestStatus
 
 from scheduler.channel import ChannelClient, new_endpoint, remove_endpoint
 from scheduler.fair_queue import _Account
@@ -374,7 +378,7 @@ def test_every_request_finishes_whatever_the_thresholds(name):
         assert scheduler.kv_cache_manager.usage == 0.0 and not scheduler.requests and not scheduler.running
         assert len(scheduler.waiting) == 0 and not scheduler.gate._type_of and not scheduler.gate._since_s
         counters = telemetry(engine).counters
-        assert (counters.arrivals, counters.finished, counters.aborted) == (40, 40, len(aborted))
+        assert (counters.arrivals, counters.completed, counters.aborted) == (40, 40 - len(aborted), len(aborted))
         assert not scheduler._executing, "every iteration was recorded"
 
 
@@ -777,7 +781,7 @@ def test_finished_and_in_service_lengths():
     engine.abort("b")
     now = telemetry(engine)
     assert [(f.prompt_tokens, f.output_tokens, f.aborted) for f in now.finished] == [(32, 3, False), (40, 5, True)]
-    assert now.in_service == () and (now.counters.finished, now.counters.aborted) == (2, 1)
+    assert now.in_service == () and (now.counters.completed, now.counters.aborted) == (1, 1)
 
 
 def test_gauges_tell_memory_in_tokens():
@@ -959,7 +963,40 @@ def test_of_two_tenants_in_an_overload_each_is_served_by_its_weight():
     served = [sum(name.startswith(tenant) for name in under_way) for tenant in ("big", "small")]
     assert served[0] / served[1] == pytest.approx(3, rel=0.15)
     assert refused and not refused & under_way.keys()
-    assert telemetry(engine).counters.refused == len(refused)
+    assert telemetry(engine).counters.rejected == len(refused)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(
+    st.tuples(
+        st.integers(0, 4), st.integers(1, 300), st.integers(1, 30), st.booleans(),
+        st.sampled_from([RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR]),
+    ),
+    min_size=10, max_size=40,
+))
+def test_counters_add_up_after_every_step(steps):
+    """Arrivals, aborts, errors, rejections and completions at random; each request is counted under one name."""
+    pace = fluid_pace(ttft_s=0.08, queue_requests=4, kv_limit_tokens=900, capacity_rps=10.0)
+    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    arrived = cut_short = 0
+    for arrivals, prompt, output, cuts, status in steps:
+        for _ in range(arrivals):
+            engine.add(f"r{arrived}", prompt=prompt, output=output)
+            arrived += 1
+        victim = next(iter(engine.scheduler.requests), None)
+        if cuts and victim is not None:
+            engine.scheduler.finish_requests(victim, status)
+            engine.requests.pop(victim)
+            cut_short += 1
+        engine.step()
+        rejected = {answer.request_id for answer in engine.answers if answer.stop_reason}
+        rejected |= {request.request_id for request, _ in engine.scheduler._refused}  # not told yet
+        counters = telemetry(engine).counters
+        assert counters == replace(
+            counters, arrivals=arrived, completed=len(engine.finished), aborted=cut_short, rejected=len(rejected)
+        )
+        freed_late = sum(request.is_finished() for request in engine.scheduler.requests.values())
+        assert counters.in_flight == len(engine.scheduler.requests) - freed_late
 
 
 def of_tenant(name):
