@@ -133,7 +133,9 @@ def _within_latency(
     """
     if targets.latency_s is None:
         return _Within(targets.ttft_s, targets.tpot_s)
-    latency_s, prompt_share = targets.latency_s, fluid.prefill_load / fluid.load
+    # Tokens after the first take time also where prompts alone have a price.
+    prompt_share = min(fluid.prefill_load / fluid.load, 0.9) if fluid.load else 0.0
+    latency_s = targets.latency_s
     longest = np.unique(lengths.output_quantiles(np.linspace(0, 1, _SURVIVAL_POINTS))).astype(np.float64)
     tpot_s = latency_s * (1 - prompt_share) / (longest - 1 + _PIPELINE_ITERATIONS)
     ttft_s = latency_s * prompt_share + _PIPELINE_ITERATIONS * tpot_s
@@ -152,7 +154,10 @@ def _within_latency(
 
 def _by_pace(law: ServiceTimeLaw, iteration_s: float, work_s: float) -> float:
     """Requests/s with every iteration filled: the time beyond the fixed part is what their work can have."""
-    return max(0.0, iteration_s - law.d0_s) / iteration_s / work_s
+    share = max(0.0, iteration_s - law.d0_s) / iteration_s
+    if work_s > 0:
+        return share / work_s
+    return math.inf if share else 0.0  # work that takes no time is done at any rate, in an iteration that can be
 
 
 def _first_token_s(pace: Pace, lengths: Lengths, fluid: FluidEquilibrium, load: float) -> Floats:
