@@ -267,9 +267,13 @@ class FairQueue:
 
     def last(self, count: int) -> list[Request]:
         """The `count` requests that are farthest from their turn, the very last first."""
+        return list(islice(self.backwards(), count))
+
+    def backwards(self) -> Iterator[Request]:
+        """All requests, the one farthest from its turn first."""
         if len(self._tenants) == 1:
-            return list(islice(reversed(next(iter(self._tenants.values()))), count))
-        return list(islice(self._by_turns(backwards=True), count))
+            return reversed(next(iter(self._tenants.values())))
+        return self._by_turns(backwards=True)
 
     def __iter__(self) -> Iterator[Request]:
         """All requests in the order of their turns, if no other comes."""

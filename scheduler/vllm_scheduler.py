@@ -115,7 +115,7 @@ class HeadraceScheduler(AsyncScheduler):
 
         aside = self._set_aside(decision.sit_out)
         self.max_num_running_reqs = self._most_running - len(aside)
-        asked = decision.token_budget or obeyed.thresholds.token_budget
+        asked = min(filter(None, (decision.token_budget, obeyed.thresholds.token_budget)), default=None)
         budget = (self._budget_can_split and asked) or self._most_tokens
         # Every running request gets its decode token, however small the budget is set.
         self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, len(self.running)))

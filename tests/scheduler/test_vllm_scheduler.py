@@ -999,6 +999,16 @@ def test_counters_add_up_after_every_step(steps):
         assert counters.in_flight == len(engine.scheduler.requests) - freed_late
 
 
+@pytest.mark.parametrize("token_budget", [100, 400])
+def test_an_operator_s_token_budget_bounds_that_of_fluid_and_does_not_replace_it(token_budget):
+    """At 0.1 ms a token, an iteration of 20 ms has time for some 150 tokens of prompts once requests decode."""
+    pace = fluid_pace(kv_limit_tokens=1023 * BLOCK, iteration_s=2 * STEP_S)
+    engine = Engine(blocks=1024, thresholds={"policy": "fluid", "pace": pace, "token_budget": token_budget})
+    add_many(engine, 8, prompt=480, output=20)
+    computed = [sum(batch.values()) for batch in engine.steps(20)]
+    assert max(computed) == token_budget and max(computed[2:]) < 300
+
+
 def of_tenant(name):
     return {TENANT: name}
 
