@@ -4,7 +4,8 @@ vLLM's scheduler takes requests from `self.waiting` for as long as the queue is 
 everything that waits, so that totals, aborts and metrics stay vLLM's own, but is truthy only for what a policy has let
 through. Requests that vLLM itself puts back (preempted, skipped) were let through before and never wait here again.
 
-Costs O(1) per request and per decision: nothing scans the queue. Source: `vllm.v1.core.sched.request_queue`.
+Costs per request are those of `FairQueue`, and per decision O(types): only `reclassify` goes through the whole queue.
+Source: `vllm.v1.core.sched.request_queue`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from itertools import chain
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy, create_request_queue
 from vllm.v1.request import Request
 
-from scheduler.fair_queue import NOBODY_IN_PARTICULAR, OUTPUT_PRICE, FairQueue, Tenant, TenantLedger
+from scheduler.fair_queue import NOBODY_IN_PARTICULAR, FairQueue, Tenant, TenantLedger
 from scheduler.policies import QueueView, Waiting
 
 Classify = Callable[[Request], str]
@@ -111,34 +112,35 @@ class GatedQueue(RequestQueue):
         return self._type_of.get(request_id)
 
     def forget(self, request: Request) -> None:
-        """Drop what is remembered of a request that has left the engine; its tenant is charged for the answer."""
+        """Drop what is remembered of a request that has left the engine."""
         self._type_of.pop(request.request_id, None)
-        if request.num_output_tokens:
-            self._ledger.charge(self._ledger.of(request), OUTPUT_PRICE * request.num_output_tokens)
+        self._ledger.end(request)
+
+    def settle(self) -> None:
+        """Charge each tenant for the output tokens of the iteration that has just ended."""
+        self._ledger.settle()
 
     def reclassify(self, requests: Iterable[Request]) -> None:
-        """Sort everything anew after a change of policy: the held, the let through, and `requests` (in service)."""
-        held = [entry for by_age in self._by_age.values() for entry in by_age.values()]
-        held.sort(key=lambda entry: entry[1])
-        for queue in self._closed.values():
-            queue.clear()
+        """Sort all anew by type: the held, the let through, and `requests` (in service). No tenant's turn changes."""
+        held = [self._by_age[self._type_of[name]][name] for name in self._since_s]
         self._closed, self._by_age = {}, {}
         for request, since_s in held:
-            self._hold(request, since_s)
+            self._hold(request, since_s).move_in(request)
         for request in chain(requests, self._open):
             self._type_of[request.request_id] = self._classify(request)
 
-    def _hold(self, request: Request, since_s: float) -> None:
+    def _hold(self, request: Request, since_s: float) -> FairQueue:
+        """Write down that a request waits since then; the queue in which it has to wait."""
         name = self._classify(request)
         if name not in self._closed:
             self._closed[name], self._by_age[name] = FairQueue(self._ledger), OrderedDict()
             self._tokens[name] = 0
-        self._closed[name].add(request)
         self._by_age[name][request.request_id] = (request, since_s)
         self._type_of[request.request_id] = name
         self._since_s[request.request_id] = since_s
         tokens = self._tokens_of[request.request_id] = self._describe(request, since_s).tokens_to_compute
         self._tokens[name] += tokens
+        return self._closed[name]
 
     def _leave(self, name: str, request: Request) -> float:
         """Forget that a request waits; since when it did."""
@@ -153,7 +155,7 @@ class GatedQueue(RequestQueue):
         if request.request_id in self._type_of:
             self._open.add_request(request)
         else:
-            self._hold(request, self._clock())
+            self._hold(request, self._clock()).add(request)
 
     def pop_request(self) -> Request:
         """The next request of the open part."""

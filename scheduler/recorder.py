@@ -48,16 +48,21 @@ class Recorder:
         self.totals.arrivals += 1
 
     def finished(
-        self, at_s: float, prompt_tokens: int, output_tokens: int, *, aborted: bool, cached_tokens: int = 0,
-        shared_tokens: int = 0, ttft_s: float | None = None, tpot_s: float | None = None,
+        self, at_s: float, prompt_tokens: int, output_tokens: int, *, aborted: bool, rejected: bool = False,
+        cached_tokens: int = 0, shared_tokens: int = 0, ttft_s: float | None = None, tpot_s: float | None = None,
     ) -> None:
-        """One request that left the engine."""
+        """One request that left the engine: rejected, else aborted, else completed."""
         record = Finished(
-            self._next(), at_s, prompt_tokens, output_tokens, aborted, cached_tokens, shared_tokens, ttft_s, tpot_s
+            self._next(), at_s, prompt_tokens, output_tokens, aborted or rejected, cached_tokens, shared_tokens, ttft_s,
+            tpot_s,
         )
         self._append(self._finished, record)
-        self.totals.finished += 1
-        self.totals.aborted += aborted
+        if rejected:
+            self.totals.rejected += 1
+        elif aborted:
+            self.totals.aborted += 1
+        else:
+            self.totals.completed += 1
 
     def released(self, held_s: float) -> None:
         """One request let through the gate after `held_s` seconds."""

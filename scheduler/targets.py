@@ -194,7 +194,7 @@ class _Capacity:
     def _by_time(self, iteration_s: float) -> float:
         """Requests/s with every iteration filled: the time beyond the fixed part is what their work can have."""
         return min(
-            max(0.0, 1 - fixed_s / iteration_s) / work_s if work_s else math.inf
+            max(0.0, 1 - fixed_s / iteration_s) / work_s if work_s else math.inf if fixed_s < iteration_s else 0.0
             for fixed_s, work_s in self._branches
         )
 

@@ -44,6 +44,7 @@ logger = init_logger(f"vllm.headrace.{__name__}")  # below vLLM's logger, so tha
 
 TOO_LATE = "the first token could not come within its target any more"
 TOO_MANY = "as many requests wait as can be answered in time"
+_CUT_SHORT = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
 
 
 class BatchWork(NamedTuple):
@@ -111,6 +112,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._last_output_s = 0.0
         self._more_to_run = False
         self._refused: list[tuple[Request, str]] = []
+        self._rejecting: set[str] = set()
         self._everyone_runs = False
         self._channel: ChannelServer | None = None
         if settings.channel:
@@ -135,7 +137,7 @@ class HeadraceScheduler(AsyncScheduler):
 
         aside = self._set_aside(decision.sit_out)
         self.max_num_running_reqs = self._most_running - len(aside)
-        asked = decision.token_budget or obeyed.thresholds.token_budget
+        asked = min(filter(None, (decision.token_budget, obeyed.thresholds.token_budget)), default=None)
         budget = (self._budget_can_split and asked) or self._most_tokens
         # Every running request gets its decode token, however small the budget is set.
         self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, len(self.running)))
@@ -156,14 +158,15 @@ class HeadraceScheduler(AsyncScheduler):
     def _refuse(self, requests: list[Request], reason: str, drain_s: float) -> None:
         """End requests that have not cost anything yet; their clients hear of it with the iteration's outputs."""
         text = Refusal.for_drain_time(reason, drain_s).text
-        self.recorder.totals.refused += len(requests)
+        self._rejecting = {request.request_id for request in requests}  # counted as such when they are freed
         self.finish_requests([request.request_id for request in requests], RequestStatus.FINISHED_ABORTED)
         self._refused += [(request, text) for request in requests]
 
     def _obey(self, in_force: InForce) -> None:
+        before, thresholds = self._obeyed.thresholds, in_force.thresholds
         self._obeyed = in_force
-        self.gate.reclassify([*self.running, *self.skipped_waiting])
-        thresholds = in_force.thresholds
+        if not thresholds.classifies_like(before):
+            self.gate.reclassify([*self.running, *self.skipped_waiting])
         logger.debug("Headrace: thresholds version %d in force: %s", thresholds.version, thresholds.reason)
 
     def _snapshot(self, now_s: float) -> Snapshot:
@@ -246,6 +249,7 @@ class HeadraceScheduler(AsyncScheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self._awaiting_first_token:
             self._note_first_tokens()
+        self.gate.settle()
         if executed:
             self._more_to_run = bool(self.running)
         for request, text in self._refused:
@@ -282,14 +286,16 @@ class HeadraceScheduler(AsyncScheduler):
             self.waiting.add_request(request)
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
-        aborted, now_s = request.status == RequestStatus.FINISHED_ABORTED, self.clock()
-        life, outputs = self._lives.pop(request.request_id), request.num_output_tokens
+        now_s, outputs = self.clock(), request.num_output_tokens
+        life = self._lives.pop(request.request_id, None) or self._life(request)
         first_s = now_s if math.isnan(life.first_token_s) else life.first_token_s
         self.recorder.finished(
-            now_s, request.num_prompt_tokens, outputs, aborted=aborted, cached_tokens=life.cached_tokens,
+            now_s, request.num_prompt_tokens, outputs, aborted=request.status in _CUT_SHORT,
+            rejected=request.request_id in self._rejecting, cached_tokens=life.cached_tokens,
             shared_tokens=life.shared_tokens, ttft_s=first_s - life.arrived_s if outputs else None,
             tpot_s=(now_s - first_s) / (outputs - 1) if outputs > 1 else None,
         )
+        self._rejecting.discard(request.request_id)
         self._awaiting_first_token.pop(request.request_id, None)
         self._prefixes.forget(request.request_id)
         self.gate.forget(request)
