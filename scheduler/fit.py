@@ -216,6 +216,8 @@ class OnlineLaw:
         """The present law, always a valid one."""
         self.records = 0
         """Records used."""
+        self.changes = 0
+        """Changes of the engine's speed found."""
         self.ignored = 0
         """Records left out: token counts that are not between 0 and 1e9, times that are not finite and > 0."""
 
@@ -263,6 +265,7 @@ class OnlineLaw:
         """Scale the law to the speed since the change, and judge it as before the change."""
         factor = float(np.median(self._since_quiet[-MIN_RECORDS:]))
         factor = min(max(factor, 1 / self._LARGEST_CHANGE), self._LARGEST_CHANGE)
+        self.changes += 1
         self._coefficients *= factor
         self._coefficients[self._base_term] = max(self._coefficients[self._base_term], self._smallest_base_s)
         self.law = _law(self._coefficients) or self.law

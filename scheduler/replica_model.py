@@ -21,6 +21,7 @@ from scheduler.law import ServiceTimeLaw
 from scheduler.messages import Telemetry
 from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.pace import Pace
+from scheduler.realised import RealisedMargin
 from scheduler.survival import cold_lengths, mean_of, product_limit
 from scheduler.targets import Promise, Targets
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
@@ -76,6 +77,8 @@ class ReplicaModel:
         self._configured = configured
         self._watch = Watch(config.window_s, config.min_finished)
         self.law = OnlineLaw(law)
+        self._realised = RealisedMargin()
+        self._changes = 0
         self.cursor = 0
         self.telemetry: Telemetry | None = None
         self._engine_id = ""
@@ -90,9 +93,22 @@ class ReplicaModel:
                 self.law.update(
                     iteration.prefill_tokens, iteration.decode_tokens, iteration.kv_tokens, iteration.seconds
                 )
+        self._observe_finished(telemetry)
         self._watch.observe(telemetry, self.cursor)
         self.cursor = max(self.cursor, telemetry.cursor)
         self.telemetry = telemetry
+
+    def _observe_finished(self, telemetry: Telemetry) -> None:
+        """What requests got beside the plan; while lengths and law are guesses, there is no plan to keep."""
+        pace = telemetry.thresholds.pace
+        if pace is None or pace.token_s is None or pace.cold:
+            return
+        if self.law.changes != self._changes:
+            self._changes = self.law.changes
+            self._realised.forget()
+        for done in telemetry.finished:
+            if done.seq > self.cursor and done.tpot_s is not None and not done.aborted:
+                self._realised.observe(done.tpot_s, pace.token_s)
 
     @property
     def rates(self) -> ArrivalRates:
@@ -144,6 +160,7 @@ class ReplicaModel:
             self.law.law, self.telemetry.limits, overflow_probability=self._config.overflow_probability,
             targets=self._config.targets, fluctuation=self.law.fluctuation, dispersion=rates.dispersion,
             cold=cold, reuse=self._watch.prefix_reuse,
+            realised_margin=self._realised.margin(self._config.overflow_probability),
         )
         assert tuned.promise is not None
         thresholds = replace(tuned.thresholds, valid_for_s=self._config.validity_s)
@@ -191,9 +208,10 @@ class ReplicaModel:
 
 def _guesses(longest: int) -> list[tuple[int, int]]:
     """A few pairs of `cold_lengths`, which stand for finished requests until there are enough."""
-    tokens = np.unique(cold_lengths(longest).output_tokens)
+    lengths = cold_lengths(longest)
+    prompts, outputs = np.unique(lengths.prompt_tokens), np.unique(lengths.output_tokens)
     # A step coprime to their number goes through all prompts, in no relation to the outputs.
-    return [(int(tokens[(7 * place) % len(tokens)]), int(output)) for place, output in enumerate(tokens)]
+    return [(int(prompts[(7 * place) % len(prompts)]), int(output)) for place, output in enumerate(outputs)]
 
 
 def materially_different(proposed: Thresholds, in_force: Thresholds) -> bool:

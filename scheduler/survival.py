@@ -27,13 +27,17 @@ Floats = NDArray[np.float64]
 
 
 def cold_lengths(longest: int) -> Lengths:
-    """Lengths for a replica that has seen nothing: Jeffreys' prior of a scale, log-uniform from 1 to `longest`.
+    """Lengths for a replica that has seen nothing: P(output >= x) = 1/x, prompts log-uniform from 1 to `longest`.
 
-    Every order of magnitude is as likely as any other; prompts and answers are independent.
+    With this prior an output of x tokens is as likely to double as not, and a new one counts for little: a guess closes
+    no gate, what has been produced does. Prompts and outputs are independent.
     """
-    marks = np.exp((np.arange(_GUESSES) + 0.5) / _GUESSES * math.log(longest))
-    tokens = np.clip(np.round(marks), 1, longest).astype(np.int64)
-    prompts, outputs = np.meshgrid(tokens, tokens, indexing="ij")
+    shares = (np.arange(_GUESSES) + 0.5) / _GUESSES
+    prompt_tokens, output_tokens = (
+        np.clip(np.round(marks), 1, longest).astype(np.int64)
+        for marks in (np.exp(shares * math.log(longest)), 1 / (1 - shares))
+    )
+    prompts, outputs = np.meshgrid(prompt_tokens, output_tokens, indexing="ij")
     return Lengths(prompts.ravel(), outputs.ravel(), np.ones(prompts.size))
 
 

@@ -47,7 +47,8 @@ class SimulationConfig(_Strict):
     experiments. period_s: the controller solves thresholds anew so often, from what the replica has seen; None: once,
     from the workload itself. thresholds: fields of `Thresholds` that replace these. window: fractions of the arrival
     order between which requests are measured.
-    slowdown: when the first replica is slow, see `simulator.slowdown.parse_slowdown`. until_decided: end the run once
+    slowdown: when the first replica is slow, see `simulator.slowdown.parse_slowdown`. iteration_noise: relative standard
+    deviation of iterations around what the law says (lognormal, of mean 1). until_decided: end the run once
     no measured request that is under way can meet the targets; the others' latencies are then not known.
     """
 
@@ -73,6 +74,7 @@ class SimulationConfig(_Strict):
     slo: Slo = Field(default_factory=Slo)
     window: tuple[float, float] = (0.3, 0.9)
     slowdown: str | None = None
+    iteration_noise: float = Field(default=0.0, ge=0, le=2)
     until_decided: bool = False
 
     @property

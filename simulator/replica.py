@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,13 +77,15 @@ class VirtualReplica:
 
     It keeps `depth` iterations under way: 2 with asynchronous scheduling (one runs, the next is scheduled already),
     else 1. `give_up_s`: a request without its first token after so long is given up by its client. `door`: a rule that
-    may turn requests away when they arrive, knowing the target `ttft_s`. `slowdown`: when its device is slow.
+    may turn requests away when they arrive, knowing the target `ttft_s`. `slowdown`: when its device is slow; `noise`: a factor for each iteration's time.
     """
 
     def __init__(
         self, index: int, scheduler: Scheduler, law: ServiceTimeLaw, sink: Sink, *, give_up_s: float | None = None,
         door: Door | None = None, ttft_s: float | None = None, slowdown: Slowdown | None = None,
+        noise: Callable[[], float] | None = None,
     ) -> None:
+        self._noise = noise
         self.index, self.scheduler, self.now_s, self.totals = index, scheduler, 0.0, Totals()
         self._law, self._sink, self._give_up_s = law, sink, give_up_s
         self._door, self._ttft_s, self._slowdown = door, ttft_s, slowdown
@@ -176,6 +178,8 @@ class VirtualReplica:
         starts_s = max(self.now_s, self._device_free_s)
         if self._slowdown:
             seconds *= self._slowdown.factor_at(starts_s)
+        if self._noise:
+            seconds *= self._noise()
         self._device_free_s = starts_s + seconds
         self._in_flight.append(_Executing(output, silent, first_tokens, self._device_free_s))
 

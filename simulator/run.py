@@ -88,6 +88,7 @@ class _Fleet:
             VirtualReplica(
                 index, _scheduler(config, thresholds), profile.law, writer, give_up_s=config.give_up_s,
                 door=contender.door, ttft_s=config.slo.ttft_s, slowdown=None if index else slowdown,
+                noise=_noise(config, index) if config.iteration_noise else None,
             )
             for index in range(config.replicas)
         ]
@@ -153,6 +154,12 @@ class _Fleet:
             replica.index: RoutingStats.from_telemetry(replica.headrace.telemetry(Report(cursor=None)))
             for replica in self.replicas if replica.headrace
         }
+
+
+def _noise(config: SimulationConfig, index: int) -> Callable[[], float]:
+    """Lognormal factors of mean 1 with the configured relative standard deviation, the same for the same seed."""
+    rng, sigma = random.Random(f"{config.workload.seed}:{index}"), math.sqrt(math.log1p(config.iteration_noise**2))
+    return lambda: math.exp(rng.gauss(-sigma * sigma / 2, sigma))
 
 
 def _scheduler(config: SimulationConfig, thresholds: Thresholds | None) -> Any:
