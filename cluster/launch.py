@@ -12,6 +12,7 @@ import socket
 import tempfile
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from cluster.model import BUNDLED_MODEL_NAME, is_prepared, prepare_bundled_model
 
 READY_TIMEOUT_S = 600.0
 _SHUTDOWN_GRACE_S = 10.0
-_CHECKOUT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parent.parent
 
 
 class LaunchError(RuntimeError):
@@ -145,7 +146,7 @@ class Launcher:
             LaunchError: it cannot be reached.
         """
         self._say(f"joining the Ray cluster at {self._config.ray.address}")
-        runtime_env = {"working_dir": str(_CHECKOUT)} | self._config.application.runtime_env
+        runtime_env = _our_code(_ROOT) | self._config.application.runtime_env
         try:
             ray.init(
                 address=self._config.ray.address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR"
@@ -188,6 +189,16 @@ class Launcher:
                         return
                 time.sleep(0.5)
         raise LaunchError(f"{self._config.base_url}/readyz did not answer within {READY_TIMEOUT_S:g} s")
+
+
+def _our_code(root: Path) -> dict[str, str]:
+    """What the cluster's machines need to import us: this checkout. An installed package lies among all others, which
+    Ray must not be sent; the machines have it installed as well."""
+    try:
+        project = tomllib.loads((root / "pyproject.toml").read_text()).get("project", {})
+    except (OSError, ValueError):
+        return {}
+    return {"working_dir": str(root)} if project.get("name") == "headrace" else {}
 
 
 def _bind_ray_to_localhost() -> None:

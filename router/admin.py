@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict
 from scheduler.messages import Telemetry
 from scheduler.thresholds import InvalidThresholds, Thresholds, parse_thresholds, thresholds_as_dict
 
+_OF_ONE_UPDATE = ("version", "valid_for_s", "pinned", "reason")
+"""Fields that say how thresholds came into force, and not how requests are scheduled."""
+
 
 class AdminError(ValueError):
     """A control request that cannot be carried out, with the HTTP status that says so."""
@@ -21,8 +24,9 @@ class AdminError(ValueError):
 
 
 class ThresholdsUpdate(BaseModel):
-    """thresholds: the new ones, whole (a missing `version` means one more than in force); pin: stop automatic tuning
-    (the default when thresholds are given); auto: resume it; replica: one replica's id, or all when missing."""
+    """thresholds: the new ones, whole when they name a policy, else a change of the fields they name (a missing
+    `version` means one more than in force); pin: stop automatic tuning (the default when thresholds are given); auto:
+    resume it; replica: one replica's id, or all when missing."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -66,8 +70,12 @@ def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception)
         # A pin holds until it is lifted; what resumes tuning keeps the values until the controller speaks.
         return replace(in_force, pinned=pinned, valid_for_s=None, version=in_force.version + 1,
                        reason="pinned by an operator" if pinned else "automatic tuning resumed by an operator")
+    given = update.thresholds
+    if "policy" not in given:
+        in_force_now = thresholds_as_dict(in_force)
+        given = {field: value for field, value in in_force_now.items() if field not in _OF_ONE_UPDATE} | given
     try:
-        wanted = parse_thresholds(update.thresholds)
+        wanted = parse_thresholds(given)
         wanted.check_fits(report.limits)
         wanted.check_serves()
     except InvalidThresholds as error:

@@ -4,7 +4,7 @@ vLLM's scheduler takes requests from `self.waiting` for as long as the queue is 
 everything that waits, so that totals, aborts and metrics stay vLLM's own, but is truthy only for what a policy has let
 through. Requests that vLLM itself puts back (preempted, skipped) were let through before and never wait here again.
 
-Costs per request are those of `FairQueue`, and per decision O(types): only `reclassify` goes through the whole queue.
+Behind the gate a request costs what `FairQueue` says, and a policy's view O(types): only `reclassify` goes through all.
 Source: `vllm.v1.core.sched.request_queue`.
 """
 

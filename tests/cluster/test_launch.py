@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -66,6 +67,45 @@ def test_a_taken_port_stops_the_launch_before_ray_starts() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(launch.LaunchError, match=rf"port {port} on 127\.0\.0\.1 is taken; .*http_options\.port"):
             launch.Launcher(config_for(port=port), progress=lambda _: None).start()
+
+
+class JoinedRay:
+    """Stands for Ray: keeps what it was asked to ship."""
+
+    def __init__(self) -> None:
+        self.runtime_env: dict[str, Any] = {}
+
+    def init(self, *, runtime_env: dict[str, Any], **_: Any) -> None:
+        self.runtime_env = runtime_env
+
+
+@pytest.mark.parametrize(
+    ("pyproject", "ships"),
+    [('[project]\nname = "headrace"', True), (None, False), ('[project]\nname = "other"', False), ("not TOML", False)],
+)
+def test_a_checkout_is_shipped_and_site_packages_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pyproject: str | None, ships: bool
+) -> None:
+    """From a pip install our folder's parent is site-packages: gigabytes, and not ours."""
+    package = tmp_path / "cluster"
+    package.mkdir()
+    source = Path(launch.__file__).read_text()
+    (package / "launch.py").write_text(source)
+    if pyproject is not None:
+        (tmp_path / "pyproject.toml").write_text(pyproject)
+    spec = importlib.util.spec_from_file_location("elsewhere", package / "launch.py")
+    assert spec is not None and spec.loader is not None
+    elsewhere = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(elsewhere)
+    ray = JoinedRay()
+    elsewhere.Launcher(config_for(), progress=lambda _: None).join(ray)
+    assert ray.runtime_env == ({"working_dir": str(tmp_path)} if ships else {})
+
+
+def test_the_tests_run_from_a_checkout() -> None:
+    ray = JoinedRay()
+    launch.Launcher(config_for(), progress=lambda _: None).join(ray)
+    assert (Path(ray.runtime_env["working_dir"]) / "scheduler" / "vllm_scheduler.py").is_file()
 
 
 # The model.

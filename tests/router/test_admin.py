@@ -10,7 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
+from scheduler.law import ServiceTimeLaw
 from scheduler.messages import Counters, Gauges, Telemetry
+from scheduler.pace import Pace
 from scheduler.thresholds import EngineLimits, Thresholds, TypeThreshold
 
 LIMITS = EngineLimits(
@@ -42,6 +44,19 @@ def test_setting_replaces_the_whole_pins_and_counts_the_version_on() -> None:
     planned = plan_update(update(thresholds=wanted), {"a": report(), "b": report(replace(IN_FORCE, version=11))})
     expected = Thresholds(policy="fcfs", max_in_service=8, pinned=True, reason="set by an operator")
     assert planned == {"a": replace(expected, version=8), "b": replace(expected, version=12)}
+
+
+def test_setting_without_a_policy_changes_the_named_fields_alone() -> None:
+    pace = Pace(law=ServiceTimeLaw(0.01, 1e-6), survival=((0, 1.0), (99, 0.0)), kv_limit_tokens=1000, ttft_s=3.0)
+    fluid = Thresholds(version=3, policy="fluid", pace=pace, valid_for_s=120.0, reason="solved", token_budget=256)
+    telemetry = {"a": report(fluid), "b": report()}
+    planned = plan_update(update(thresholds={"max_in_service": 16}), telemetry)
+    set_by_operator = {"max_in_service": 16, "pinned": True, "valid_for_s": None, "reason": "set by an operator"}
+    assert planned == {
+        "a": replace(fluid, version=4, **set_by_operator), "b": replace(IN_FORCE, version=8, **set_by_operator),
+    }
+    back = plan_update(update(thresholds={"token_budget": None}), telemetry)
+    assert (back["a"].token_budget, back["a"].policy, back["a"].pace) == (None, "fluid", pace)
 
 
 def test_setting_without_a_pin_leaves_tuning_on() -> None:

@@ -62,12 +62,6 @@ def test_a_law_may_leave_any_of_its_terms_out(present, floor_alone, rate_rps, ta
     )
 
 
-def test_without_work_an_iteration_shorter_than_the_fixed_part_serves_nothing():
-    mix = WorkloadMix.from_lengths(CONVERSATION, 1.0)
-    solved = solve_pace(mix, ServiceTimeLaw(0.01, 0.0), LIMITS, Targets(tpot_s=0.005))
-    assert solved.capacity_rps == solved.goodput_rps == 0.0
-
-
 def test_a_tighter_target_serves_less():
     capacities = [promise(1.0, tpot_s=tpot_s).capacity_rps for tpot_s in (0.02, 0.04, 0.08)]
     assert capacities == sorted(capacities)

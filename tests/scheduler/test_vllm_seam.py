@@ -10,7 +10,9 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy, create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from scheduler.gate import GatedQueue
 from scheduler.vllm_scheduler import HeadraceScheduler
@@ -56,7 +58,6 @@ def test_nothing_but_the_known_methods_is_overridden():
         ("schedule", "token_budget = self.max_num_scheduled_tokens"),
         ("schedule", "num_running = len(self.running)"),
         ("schedule", ">= self.max_num_running_reqs"),
-        ("schedule", "num_running = len(self.running)"),
         ("schedule", "while (self.waiting or self.skipped_waiting) and token_budget > 0:"),
         ("schedule", "self.running.append(request)"),
         ("schedule", "preempted_req = self.running.pop()"),
@@ -70,6 +71,7 @@ def test_nothing_but_the_known_methods_is_overridden():
         ("get_request_counts", "len(self.waiting)"),
         ("make_stats", "len(self.waiting)"),
         ("update_from_output", "self.running = remove_all(self.running"),
+        ("update_from_output", "outputs[request.client_index].append("),
     ],
 )
 def test_what_we_set_or_replace_is_still_used(method, reads):
@@ -105,16 +107,41 @@ def test_request_attributes_we_read():
     for attribute in (
         "request_id", "status", "num_prompt_tokens", "num_output_tokens", "num_output_placeholders",
         "is_prefill_chunk", "num_computed_tokens", "num_preemptions", "max_tokens", "sampling_params", "priority",
-        "arrival_time",
+        "arrival_time", "num_tokens", "client_index",
     ):
         assert hasattr(request, attribute), attribute
     assert hasattr(request.sampling_params, "extra_args")
+    engine.steps(4)
+    assert request.num_tokens == request.num_prompt_tokens + request.num_output_tokens > request.num_prompt_tokens
+    assert request.client_index == 0, "one API server"
+
+
+def test_prompts_in_progress_are_where_we_count_them():
+    engine = Engine(AsyncScheduler)
+    request = engine.add("long", prompt=600)
+    assert engine.scheduler._inflight_prefills == set()
+    engine.step()
+    assert engine.scheduler._inflight_prefills == {request} and request.num_computed_tokens == 512
+    engine.steps(2)
+    assert engine.scheduler._inflight_prefills == set()
+
+
+def test_an_answer_of_ours_is_made_as_vllm_makes_its_own():
+    answer = EngineCoreOutput("r", [], finish_reason=FinishReason.ABORT, stop_reason="why")
+    assert (answer.request_id, answer.new_token_ids, answer.finished) == ("r", [], True)
+    assert answer.stop_reason == "why" and str(answer.finish_reason) == "abort"
+    outputs = EngineCoreOutputs(outputs=[])
+    outputs.outputs.append(answer)
+    sent = MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(outputs))
+    assert [one.stop_reason for one in sent.outputs] == ["why"]
+    source = inspect.getsource(Scheduler.update_from_output)
+    assert "client_index: EngineCoreOutputs(outputs=outs)" in source, "a dict by client"
 
 
 def test_request_statuses_we_name():
     names = {status.name for status in RequestStatus}
     assert {
-        "WAITING", "RUNNING", "PREEMPTED", "FINISHED_ABORTED", "WAITING_FOR_STREAMING_REQ",
+        "WAITING", "RUNNING", "PREEMPTED", "FINISHED_ABORTED", "FINISHED_ERROR", "WAITING_FOR_STREAMING_REQ",
         "WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR",
     } <= names
 
