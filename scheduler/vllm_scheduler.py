@@ -35,6 +35,7 @@ from scheduler.profiles import load_profile
 from scheduler.recorder import Recorder
 from scheduler.refusal import Refusal
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS, TENANT, TENANT_WEIGHT, SchedulerSettings
+from scheduler.support import EngineSetup, require_supported
 from scheduler.thresholds import EngineLimits, Thresholds
 from scheduler.tuning import cold_thresholds
 
@@ -60,21 +61,27 @@ class HeadraceScheduler(AsyncScheduler):
     one before the first request.
 
     Raises:
-        ValueError: the settings have an unknown key or a value out of range; the message names it.
+        ValueError: the settings have an unknown key or a value out of range, which the message names; or the policy is
+            wrong with one of vLLM's settings, and the message says what to do (`scheduler.support`).
     """
 
     running: list[Request]
     max_num_running_reqs: int
     max_num_scheduled_tokens: int
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        settings = SchedulerSettings.from_additional_config(self.vllm_config.additional_config)
+    num_spec_tokens: int
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        settings = SchedulerSettings.from_additional_config(vllm_config.additional_config)
+        setup = EngineSetup.from_vllm_config(vllm_config, settings.targets)
+        require_supported(setup, settings.thresholds)  # before anything starts
+        super().__init__(vllm_config, *args, **kwargs)
         self.clock: Callable[[], float] = time.monotonic
         self.recorder = Recorder()
         limits = self._limits()
         self.in_force = ThresholdsInForce(
-            _first_thresholds(settings, limits), limits, lambda: self.clock(), allow_strict=settings.allow_strict
+            _first_thresholds(settings, limits), limits, lambda: self.clock(), allow_strict=settings.allow_strict,
+            setup=setup,
         )
         self._engine_id = engine_id()
         self._obeyed: InForce = self.in_force.current()
@@ -115,8 +122,9 @@ class HeadraceScheduler(AsyncScheduler):
         self.max_num_running_reqs = self._most_running - len(aside)
         asked = decision.token_budget or obeyed.thresholds.token_budget
         budget = (self._budget_can_split and asked) or self._most_tokens
-        # Every running request gets its decode token, however small the budget is set.
-        self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, len(self.running)))
+        # Every running request gets its decode token and its drafts, however small the budget is set.
+        least = len(self.running) * (1 + self.num_spec_tokens)
+        self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, least))
         try:
             output = super().schedule(throttle_prefills)
             self.latest_work = batch_work(output, self.requests)

@@ -14,6 +14,8 @@ from scheduler.law import ServiceTimeLaw
 from scheduler.messages import Arrival, Finished, Report
 from scheduler.refusal import Refusal
 from scheduler.settings import TENANT, TENANT_WEIGHT, SchedulerSettings
+from scheduler.support import EngineSetup, UnsupportedSetting
+from scheduler.targets import NO_TARGETS
 from scheduler.thresholds import InvalidThresholds, Thresholds
 from scheduler.vllm_scheduler import TOO_MANY, _in_admission_order, _RequestAsResident, batch_work
 
@@ -979,3 +981,67 @@ def test_fluid_starts_with_a_pace_from_the_profile_and_the_targets():
     assert in_force.pace.ttft_s == 2.0 and 0 < in_force.pace.iteration_s <= 0.05
     assert "from the profile" in in_force.reason
     assert Engine(thresholds={"policy": "fluid"}).scheduler.in_force.current().thresholds.pace is None
+
+
+# Engine settings that a policy does not go with.
+
+NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}, "async_scheduling": False}
+CONNECTOR = {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "engine_args", "says"),
+    [
+        ({"policy": "fluid"}, NGRAM, "speculative decoding is not supported with policy fluid"),
+        (nested((8, 2), (64, 1)), NGRAM, "speculative decoding is not supported with policy nested_wait"),
+        ({"policy": "fluid"}, {"pipeline_parallel_size": 2}, "pipeline parallel with a TPOT or latency target"),
+        ({"policy": "fcfs"}, {"data_parallel_size": 2}, "data_parallel_size at 1 and run as many replicas"),
+        ({"policy": "fluid"}, CONNECTOR, "KV transfer .* is not supported with policy fluid"),
+        ({"policy": "fluid"}, {"kv_offloading_size": 1.0}, "KV transfer .* is not supported with policy fluid"),
+    ],
+    ids=str,
+)
+def test_an_engine_does_not_start_with_a_setting_that_its_policy_does_not_go_with(thresholds, engine_args, says):
+    settings = {"profile": "a100-llama2-7b", "targets": {"ttft_s": 2.0, "tpot_s": 0.05}}
+    with pytest.raises(UnsupportedSetting, match=says):
+        Engine(thresholds=thresholds, settings=settings, **engine_args)
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "engine_args"),
+    [
+        ({"policy": "fcfs"}, NGRAM), (wait(2), NGRAM), ({"policy": "fcfs"}, CONNECTOR),
+        ({"policy": "fluid"}, {"pipeline_parallel_size": 2}),
+    ],
+    ids=str,
+)
+def test_an_engine_starts_with_a_setting_that_its_policy_goes_with(thresholds, engine_args):
+    Engine(thresholds=thresholds, **engine_args)
+
+
+def test_an_engine_among_several_that_share_no_experts_is_refused_though_it_is_told_it_is_alone():
+    config = Engine().scheduler.vllm_config
+    config.parallel_config.data_parallel_index = 1  # what vLLM leaves of it in the second engine's process
+    assert EngineSetup.from_vllm_config(config, NO_TARGETS).data_parallel
+
+
+def test_a_policy_that_does_not_go_with_the_engine_is_refused_live_too():
+    engine = Engine(thresholds={"policy": "fcfs"}, **NGRAM)
+    for offered in ({"policy": "fluid"}, nested((8, 2), (64, 1))):
+        ack = engine.apply(offered, automatic=False)
+        assert (ack.accepted, ack.code) == (False, "invalid") and "speculative decoding" in ack.reason
+    assert engine.apply(wait(2), automatic=False).accepted
+
+
+def test_a_small_token_budget_starves_nobody_who_runs_with_speculative_decoding():
+    engine = Engine(thresholds={"policy": "fcfs"}, **NGRAM)
+    names = add_many(engine, 20, prompt=16, output=40)
+    engine.launch()
+    engine.deliver()
+    assert engine.running == names
+    assert engine.apply({"policy": "fcfs", "token_budget": 1}).accepted
+    for _ in range(10):
+        before = {name: engine.requests[name].num_output_tokens for name in names}
+        engine.launch()
+        engine.deliver()
+        assert all(engine.requests[name].num_output_tokens > count for name, count in before.items())

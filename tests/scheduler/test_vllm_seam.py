@@ -13,6 +13,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from scheduler.gate import GatedQueue
+from scheduler.support import EngineSetup
+from scheduler.targets import NO_TARGETS
 from scheduler.vllm_scheduler import HeadraceScheduler
 
 
@@ -131,6 +133,7 @@ def test_scheduler_attributes_we_read_or_set():
     for attribute in (
         "vllm_config", "scheduler_config", "cache_config", "policy", "requests", "running", "waiting",
         "skipped_waiting", "block_size", "max_model_len", "max_num_running_reqs", "max_num_scheduled_tokens",
+        "num_spec_tokens",
     ):
         assert hasattr(scheduler, attribute), attribute
     assert isinstance(scheduler.running, list) and isinstance(scheduler.requests, dict)
@@ -139,3 +142,12 @@ def test_scheduler_attributes_we_read_or_set():
     assert isinstance(scheduler.scheduler_config.enable_chunked_prefill, bool)
     assert scheduler.cache_config.num_gpu_blocks == 256
     assert scheduler.vllm_config.additional_config == {"headrace": {}}
+
+
+def test_an_engine_is_told_what_it_does_beside_scheduling():
+    config = Engine(AsyncScheduler).scheduler.vllm_config
+    assert EngineSetup.from_vllm_config(config, NO_TARGETS) == EngineSetup()
+    assert next(iter(inspect.signature(Scheduler.__init__).parameters.items()))[0] == "self"
+    assert list(inspect.signature(Scheduler.__init__).parameters)[1] == "vllm_config"
+    independent = inspect.getsource(type(config.parallel_config).reconfigure_for_independent_dp_rank)
+    assert "data_parallel_size = 1" in independent and "data_parallel_index" not in independent.split('"""')[-1]
