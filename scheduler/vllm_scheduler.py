@@ -95,7 +95,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._executing: deque[tuple[SchedulerOutput, float, BatchWork]] = deque()
         self._last_output_s = 0.0
         self._more_to_run = False
-        self._refused: list[tuple[Request, str]] = []
+        self._refused: list[tuple[Request, Refusal]] = []
         self._everyone_runs = False
         self._channel: ChannelServer | None = None
         if settings.channel:
@@ -136,10 +136,11 @@ class HeadraceScheduler(AsyncScheduler):
 
     def _refuse(self, requests: list[Request], reason: str, drain_s: float) -> None:
         """End requests that have not cost anything yet; their clients hear of it with the iteration's outputs."""
-        text = Refusal.for_drain_time(reason, drain_s).text
         self.recorder.totals.refused += len(requests)
         self.finish_requests([request.request_id for request in requests], RequestStatus.FINISHED_ABORTED)
-        self._refused += [(request, text) for request in requests]
+        self._refused += [
+            (request, Refusal.for_drain_time(reason, drain_s, request.request_id)) for request in requests
+        ]
 
     def _obey(self, in_force: InForce) -> None:
         self._obeyed = in_force
@@ -202,8 +203,10 @@ class HeadraceScheduler(AsyncScheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if executed:
             self._more_to_run = bool(self.running)
-        for request, text in self._refused:
-            answer = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ABORT, stop_reason=text)
+        for request, refusal in self._refused:
+            answer = EngineCoreOutput(
+                request.request_id, [], finish_reason=FinishReason.ABORT, stop_reason=refusal.as_json()
+            )
             outputs.setdefault(request.client_index, EngineCoreOutputs(outputs=[])).outputs.append(answer)
         self._refused = []
         return outputs

@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 from ray.llm._internal.serve.engines.vllm import vllm_engine
+from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.openai.chat_completion import serving as chat_serving
 from vllm.entrypoints.openai.completion import serving as completion_serving
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.v1.engine import FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import RequestState
 
 from replicas.engine import HeadraceEngine, RequestRefused, errors_first, raising_refusals
 from scheduler.refusal import Refusal
@@ -22,40 +25,105 @@ from scheduler.refusal import Refusal
 REFUSAL = Refusal("busy", 3)
 
 
-def output(stop_reason: object = None) -> Any:
-    return SimpleNamespace(outputs=[SimpleNamespace(stop_reason=stop_reason)])
+def choice(stop_reason: object = None, finish_reason: str | None = None) -> Any:
+    return SimpleNamespace(stop_reason=stop_reason, finish_reason=finish_reason)
 
 
-async def given(*items: Any) -> Any:
-    for item in items:
-        yield item
+def output(*choices: Any) -> Any:
+    return SimpleNamespace(outputs=list(choices))
+
+
+REFUSED = choice(REFUSAL.as_json(), "abort")
+SERVED = choice(None, "length")
+
+
+class Given:
+    """An asynchronous generator that tells whether it has been closed."""
+
+    def __init__(self, *items: Any) -> None:
+        self.closed = False
+        self.items = self._given(items)
+
+    async def _given(self, items: tuple[Any, ...]) -> Any:
+        try:
+            for item in items:
+                yield item
+        finally:
+            self.closed = True
+
+
+def given(*items: Any) -> Any:
+    return Given(*items).items
 
 
 async def collected(generator: Any) -> list[Any]:
     return [item async for item in generator]
 
 
-def test_a_refusal_becomes_an_error_with_status_429_and_its_own_words() -> None:
+def test_a_refusal_becomes_an_error_with_status_429_that_gives_it_back() -> None:
     error = create_error_response(RequestRefused(REFUSAL)).error
-    assert (error.code, error.message) == (HTTPStatus.TOO_MANY_REQUESTS, REFUSAL.text)
-    assert Refusal.from_text(error.message) == REFUSAL
+    assert error.code == HTTPStatus.TOO_MANY_REQUESTS
+    assert Refusal.from_json(error.message) == REFUSAL
 
 
-def test_generate_raises_what_the_engine_core_refused() -> None:
-    generate = raising_refusals(lambda: given(output(REFUSAL.text)))
-    with pytest.raises(RequestRefused, match="busy; retry in 3 s"):
-        asyncio.run(collected(generate()))
+def test_a_stream_s_refusal_comes_out_of_vllms_own_event_as_it_went_in() -> None:
+    serving = GenerateBaseServing.__new__(GenerateBaseServing)
+    data = serving._convert_generation_error_to_streaming_response(RequestRefused(REFUSAL))
+    (error,) = asyncio.run(collected(errors_first(given(f"data: {data}\n\n", "data: [DONE]\n\n"))))
+    assert error.error.code == HTTPStatus.TOO_MANY_REQUESTS
+    assert Refusal.from_json(error.error.message) == REFUSAL
+
+
+def test_an_aborted_answer_says_so_where_this_looks() -> None:
+    assert str(FinishReason.ABORT) == "abort"
+    assert "finish_reason=str(finish_reason) if finished else None" in inspect.getsource(
+        RequestState._new_completion_output
+    )
+
+
+@pytest.mark.parametrize("outputs", [[output(REFUSED)], [output(REFUSED, REFUSED)]], ids=["one choice", "two choices"])
+def test_generate_raises_what_the_engine_core_refused_and_ends_the_rest(outputs: list[Any]) -> None:
+    inner = Given(*outputs, output(SERVED))
+    with pytest.raises(RequestRefused) as error:
+        asyncio.run(collected(raising_refusals(lambda: inner.items)()))
+    assert Refusal.from_json(str(error.value)) == REFUSAL
+    assert inner.closed, "what else the request has in the engine stops"
+
+
+def test_a_finished_choice_is_never_thrown_away() -> None:
+    outputs = [output(SERVED, REFUSED)]
+    assert asyncio.run(collected(raising_refusals(lambda: given(*outputs))())) == outputs
+
+
+@pytest.mark.parametrize("finish_reason", ["stop", "length", None])
+def test_a_client_s_own_stop_string_is_no_refusal(finish_reason: str | None) -> None:
+    outputs = [output(choice(REFUSAL.as_json(), finish_reason)), output(choice(REFUSAL.text, finish_reason))]
+    assert asyncio.run(collected(raising_refusals(lambda: given(*outputs))())) == outputs
 
 
 def test_other_outputs_pass_and_nothing_is_cut_after_it_has_begun() -> None:
-    outputs = [output(), output(128001), output("END"), output(REFUSAL.text)]
+    outputs = [output(choice()), output(choice(128001, "stop")), output(choice("END", "stop")), output(REFUSED)]
     assert asyncio.run(collected(raising_refusals(lambda: given(*outputs))())) == outputs
+
+
+def test_a_client_that_goes_away_ends_the_inner_generators() -> None:
+    inner = Given(output(choice()), output(choice()))
+    chunks = Given("data: 1\n\n", "data: 2\n\n")
+
+    async def leave_after_one(generator: Any) -> None:
+        await anext(generator)
+        await generator.aclose()
+
+    asyncio.run(leave_after_one(raising_refusals(lambda: inner.items)()))
+    asyncio.run(leave_after_one(errors_first(chunks.items)))
+    assert inner.closed and chunks.closed
 
 
 def test_a_stream_that_begins_with_an_error_is_that_error() -> None:
     event = 'data: {"error": {"message": "m", "type": "t", "param": null, "code": 429}}\n\n'
-    (error,) = asyncio.run(collected(errors_first(given(event, "data: [DONE]\n\n"))))
-    assert isinstance(error, ErrorResponse) and (error.error.code, error.error.message) == (429, "m")
+    inner = Given(event, "data: [DONE]\n\n")
+    (error,) = asyncio.run(collected(errors_first(inner.items)))
+    assert inner.closed and isinstance(error, ErrorResponse) and (error.error.code, error.error.message) == (429, "m")
 
 
 def test_an_error_within_a_stream_stays_where_it_is() -> None:
