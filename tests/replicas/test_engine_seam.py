@@ -84,14 +84,19 @@ def test_an_aborted_answer_says_so_where_this_looks() -> None:
 @pytest.mark.parametrize("outputs", [[output(REFUSED)], [output(REFUSED, REFUSED)]], ids=["one choice", "two choices"])
 def test_generate_raises_what_the_engine_core_refused_and_ends_the_rest(outputs: list[Any]) -> None:
     inner = Given(*outputs, output(SERVED))
-    with pytest.raises(RequestRefused) as error:
-        asyncio.run(collected(raising_refusals(lambda: inner.items)()))
-    assert Refusal.from_json(str(error.value)) == REFUSAL
-    assert inner.closed, "what else the request has in the engine stops"
+
+    async def main() -> None:
+        with pytest.raises(RequestRefused) as error:
+            await collected(raising_refusals(lambda: inner.items)())
+        assert Refusal.from_json(str(error.value)) == REFUSAL
+        assert inner.closed, "what else the request has in the engine stops at once"
+
+    asyncio.run(main())
 
 
-def test_a_finished_choice_is_never_thrown_away() -> None:
-    outputs = [output(SERVED, REFUSED)]
+@pytest.mark.parametrize("choices", [(SERVED, REFUSED), (REFUSED, SERVED)], ids=["served first", "refused first"])
+def test_a_finished_choice_is_never_thrown_away(choices: tuple[Any, ...]) -> None:
+    outputs = [output(*choices)]
     assert asyncio.run(collected(raising_refusals(lambda: given(*outputs))())) == outputs
 
 
@@ -110,20 +115,19 @@ def test_a_client_that_goes_away_ends_the_inner_generators() -> None:
     inner = Given(output(choice()), output(choice()))
     chunks = Given("data: 1\n\n", "data: 2\n\n")
 
-    async def leave_after_one(generator: Any) -> None:
-        await anext(generator)
-        await generator.aclose()
+    async def main() -> None:
+        for generator in (raising_refusals(lambda: inner.items)(), errors_first(chunks.items)):
+            await anext(generator)
+            await generator.aclose()
+        assert inner.closed and chunks.closed
 
-    asyncio.run(leave_after_one(raising_refusals(lambda: inner.items)()))
-    asyncio.run(leave_after_one(errors_first(chunks.items)))
-    assert inner.closed and chunks.closed
+    asyncio.run(main())
 
 
 def test_a_stream_that_begins_with_an_error_is_that_error() -> None:
     event = 'data: {"error": {"message": "m", "type": "t", "param": null, "code": 429}}\n\n'
-    inner = Given(event, "data: [DONE]\n\n")
-    (error,) = asyncio.run(collected(errors_first(inner.items)))
-    assert inner.closed and isinstance(error, ErrorResponse) and (error.error.code, error.error.message) == (429, "m")
+    (error,) = asyncio.run(collected(errors_first(given(event, "data: [DONE]\n\n"))))
+    assert isinstance(error, ErrorResponse) and (error.error.code, error.error.message) == (429, "m")
 
 
 def test_an_error_within_a_stream_stays_where_it_is() -> None:
