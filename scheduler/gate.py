@@ -17,6 +17,7 @@ from itertools import chain
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy, create_request_queue
 from vllm.v1.request import Request
 
+from scheduler.choices import Choices
 from scheduler.fair_queue import NOBODY_IN_PARTICULAR, OUTPUT_PRICE, FairQueue, Tenant, TenantLedger
 from scheduler.policies import QueueView, Waiting
 
@@ -46,6 +47,7 @@ class GatedQueue(RequestQueue):
         self._by_age: dict[str, OrderedDict[str, tuple[Request, float]]] = {}
         self._since_s: dict[str, float] = {}
         self._type_of: dict[str, str] = {}
+        self.choices = Choices()
 
     # What a policy needs to know and to do.
 
@@ -63,15 +65,19 @@ class GatedQueue(RequestQueue):
         return (Waiting(r.num_prompt_tokens, self._since_s[r.request_id], r.request_id) for r in queue)
 
     def _aged(self, name: str) -> Iterator[Waiting]:
+        committed = self.choices.committed
         return (
             Waiting(request.num_prompt_tokens, since_s, request_id)
-            for request_id, (request, since_s) in self._by_age[name].items()
+            for request_id, (request, since_s) in self._by_age[name].items() if request_id not in committed
         )
 
     def last(self, type_name: str, count: int) -> list[Request]:
-        """The `count` requests of a type that are farthest from their turn, left in place."""
-        queue = self._closed.get(type_name)
-        return queue.last(count) if queue and count else []
+        """The `count` requests of a type that are farthest from their turn and may be rejected, left in place."""
+        queue, committed = self._closed.get(type_name), self.choices.committed
+        if not queue or not count:
+            return []
+        farthest = queue.last(count + len(committed))
+        return [request for request in farthest if request.request_id not in committed][:count]
 
     def release(self, type_name: str, count: int) -> None:
         """Let the first `count` requests of a type through; fewer when fewer wait."""
@@ -81,7 +87,16 @@ class GatedQueue(RequestQueue):
             assert queue is not None
             request = queue.pop()
             self._on_release(now_s - self._leave(type_name, request))
+            self.choices.let_through(request.request_id)
             self._open.add_request(request)
+
+    def let_through(self, request: Request) -> None:
+        """Let one request through out of its turn."""
+        name = self._type_of[request.request_id]
+        self._closed[name].remove(request)
+        self._on_release(self._clock() - self._leave(name, request))
+        self.choices.let_through(request.request_id)
+        self._open.add_request(request)
 
     @property
     def held(self) -> int:
@@ -123,6 +138,7 @@ class GatedQueue(RequestQueue):
         self._by_age[name][request.request_id] = (request, since_s)
         self._type_of[request.request_id] = name
         self._since_s[request.request_id] = since_s
+        self.choices.hold(request.request_id)
 
     def _leave(self, name: str, request: Request) -> float:
         """Forget that a request waits; since when it did."""
@@ -166,6 +182,7 @@ class GatedQueue(RequestQueue):
             name = self._type_of[request.request_id]
             self._closed[name].remove(request)
             self._leave(name, request)
+            self.choices.leave(request.request_id)
         if len(held) < len(requests):
             self._open.remove_requests(requests)
 

@@ -26,6 +26,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
 from scheduler.channel import ChannelServer, engine_id
+from scheduler.choices import parent_of
 from scheduler.control import InForce, ThresholdsInForce
 from scheduler.fair_queue import NOBODY_IN_PARTICULAR, Tenant
 from scheduler.gate import GatedQueue
@@ -135,12 +136,22 @@ class HeadraceScheduler(AsyncScheduler):
         return output
 
     def _refuse(self, requests: list[Request], reason: str, drain_s: float) -> None:
-        """End requests that have not cost anything yet; their clients hear of it with the iteration's outputs."""
-        self.recorder.totals.refused += len(requests)
-        self.finish_requests([request.request_id for request in requests], RequestStatus.FINISHED_ABORTED)
-        self._refused += [
-            (request, Refusal.for_drain_time(reason, drain_s, request.request_id)) for request in requests
-        ]
+        """End requests that have not cost anything yet, with all their choices; those of one under way are let in."""
+        rejected: dict[str, Refusal] = {}
+        for request in requests:
+            name = request.request_id
+            if name in self.gate.choices.committed:
+                self.gate.let_through(request)
+            elif name not in rejected:
+                refusal = Refusal.for_drain_time(reason, drain_s, parent_of(name) or name)
+                rejected |= dict.fromkeys(self.gate.choices.reject(name, refusal), refusal)
+        self._reject(rejected)
+
+    def _reject(self, rejected: Mapping[str, Refusal]) -> None:
+        """End requests by id; their clients hear of it with the iteration's outputs."""
+        self.recorder.totals.refused += len(rejected)
+        self._refused += [(self.requests[name], refusal) for name, refusal in rejected.items()]
+        self.finish_requests(list(rejected), RequestStatus.FINISHED_ABORTED)
 
     def _obey(self, in_force: InForce) -> None:
         self._obeyed = in_force
@@ -218,6 +229,8 @@ class HeadraceScheduler(AsyncScheduler):
         if request.request_id not in self.requests:
             self.recorder.arrival(self.clock(), request.num_prompt_tokens, self.known_output_tokens(request))
         super().add_request(request)
+        if rejection := self.gate.choices.rejection_of(request.request_id):
+            self._reject({request.request_id: rejection})
 
     def _enqueue_waiting_request(self, request: Request) -> None:
         # vLLM would put a request whose grammar compiles straight among the skipped, past the gate.

@@ -1046,3 +1046,97 @@ def test_a_small_token_budget_starves_nobody_who_runs_with_speculative_decoding(
         engine.launch()
         engine.deliver()
         assert all(engine.requests[name].num_output_tokens > count for name, count in before.items())
+
+
+# Requests with several choices (n > 1).
+
+
+def rejections(engine):
+    """Those told of a rejection so far, by request id."""
+    told = {a.request_id: Refusal.of_answer(str(a.finish_reason), a.stop_reason) for a in engine.answers}
+    return {name: refusal for name, refusal in told.items() if refusal}
+
+
+def step_at_once(engine):
+    engine.launch()
+    engine.deliver()
+    engine.now_s += STEP_S
+
+
+def test_a_queue_that_is_too_long_loses_a_request_with_all_its_choices():
+    pace = fluid_pace(ttft_s=5.0, queue_requests=6, kv_limit_tokens=400, capacity_rps=1.0)
+    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    names = add_many(engine, 6, prompt=100, output=50)
+    choices = [f"{index}_many" for index in range(4)]
+    for name in choices:
+        engine.add(name, prompt=100, output=50)
+    step_at_once(engine)
+    served = len(engine.running)
+    assert 10 - served - 6 < 4, "fewer than four are in excess"
+    told = rejections(engine)
+    assert told.keys() == set(choices) and len(set(told.values())) == 1, "all are told the same time"
+    engine.run()
+    assert engine.finished.keys() == set(names)
+
+
+def test_a_choice_whose_sibling_was_let_through_is_served_however_late():
+    pace = fluid_pace(ttft_s=0.1, queue_requests=1, kv_limit_tokens=200)
+    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    choices = [f"{index}_many" for index in range(4)]
+    for name in choices:
+        engine.add(name, prompt=100, output=50)
+    step_at_once(engine)
+    assert 0 < len(engine.running) < 4
+    lone = add_many(engine, 3, prompt=100, output=50)
+    while engine.now_s < 0.5:
+        step_at_once(engine)
+    assert rejections(engine).keys() == set(lone), "who stands behind them is still told"
+    engine.run()
+    assert engine.finished.keys() == set(choices)
+    assert max(engine.first_scheduled[name] for name in choices) > 0.5, "it waited past the target"
+
+
+def test_a_choice_that_comes_after_a_sibling_was_rejected_is_rejected_too():
+    pace = fluid_pace(ttft_s=5.0, queue_requests=1, kv_limit_tokens=400, capacity_rps=0.1)
+    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    add_many(engine, 6, prompt=100, output=50)
+    engine.add("0_many", prompt=100, output=50)
+    step_at_once(engine)
+    before = rejections(engine)
+    assert "0_many" in before
+    engine.run()
+    engine.add("1_many", prompt=100, output=50)  # the engine is idle: it would be served at once
+    assert engine.scheduler.has_requests(), "or the engine core would not step, and it would never be told"
+    step_at_once(engine)
+    assert rejections(engine) == before | {"1_many": before["0_many"]}
+    assert "1_many" not in engine.finished and not engine.scheduler.requests
+    assert telemetry(engine).counters.refused == len(before) + 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_choices_are_rejected_or_served_as_a_whole(seed):
+    rng = random.Random(seed)
+    pace = fluid_pace(ttft_s=0.3, queue_requests=8, kv_limit_tokens=900, capacity_rps=20.0)
+    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    late, asked = [], {}
+    for number in range(60):
+        asked[f"p{number}"] = [f"{index}_p{number}" for index in range(rng.randint(1, 5))]
+        for name in asked[f"p{number}"]:
+            if rng.random() < 0.2:
+                late.append(name)
+            else:
+                engine.add(name, prompt=rng.randint(50, 100), output=rng.randint(2, 50))
+        for _ in range(rng.randint(0, 6)):
+            step_at_once(engine)
+        while late and rng.random() < 0.5:
+            engine.add(late.pop(), prompt=100, output=10)
+    for name in late:
+        engine.add(name, prompt=100, output=10)
+    while engine.scheduler.has_requests():
+        step_at_once(engine)
+    told = rejections(engine)
+    whole = {parent: {name in told for name in names} for parent, names in asked.items()}
+    assert all(len(outcomes) == 1 for outcomes in whole.values())
+    assert {True} in whole.values() and {False} in whole.values(), "some of both"
+    assert engine.finished.keys() | told.keys() == {name for names in asked.values() for name in names}
+    assert not engine.scheduler.gate.choices.committed and not engine.scheduler.gate.choices._waiting
