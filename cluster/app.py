@@ -66,6 +66,7 @@ def llm_config(args: AppConfig) -> LLMConfig:
     settings = {
         "thresholds": thresholds_as_dict(args.thresholds), "profile": args.controller.profile,
         "targets": asdict(args.targets), "overflow_probability": args.controller.overflow_probability,
+        "trust_tenants": True,  # requests reach a replica through our ingress only, which signs each of them
     }
     accelerator = args.accelerator
     setup = EngineSetup.from_engine_args(args.engine, args.targets)

@@ -13,7 +13,6 @@ upgrade moves any of it.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -22,20 +21,22 @@ from typing import Any, NamedTuple
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
 from scheduler.channel import ChannelServer, engine_id
 from scheduler.choices import parent_of
+from scheduler.client_input import declared_output_tokens, tenant_of
 from scheduler.control import InForce, ThresholdsInForce
-from scheduler.fair_queue import NOBODY_IN_PARTICULAR, Tenant
+from scheduler.fair_queue import NOBODY_IN_PARTICULAR
 from scheduler.gate import GatedQueue
 from scheduler.messages import Gauges, InService, Report, Telemetry
 from scheduler.policies import UNKNOWN_TYPE, Resident, Residents, Snapshot
 from scheduler.profiles import load_profile
 from scheduler.recorder import Recorder
 from scheduler.refusal import Refusal
-from scheduler.settings import EXPECTED_OUTPUT_TOKENS, TENANT, TENANT_WEIGHT, SchedulerSettings
+from scheduler.settings import SchedulerSettings
 from scheduler.support import EngineSetup, require_supported
 from scheduler.thresholds import EngineLimits, Thresholds
 from scheduler.tuning import cold_thresholds
@@ -86,7 +87,10 @@ class HeadraceScheduler(AsyncScheduler):
         )
         self._engine_id = engine_id()
         self._obeyed: InForce = self.in_force.current()
-        self.gate = GatedQueue(self.policy, self._classify, lambda: self.clock(), self.recorder.released, tenant_of)
+        self.gate = GatedQueue(
+            self.policy, self._classify, lambda: self.clock(), self.recorder.released,
+            tenant_of if settings.trust_tenants else lambda request: NOBODY_IN_PARTICULAR,
+        )
         self.waiting = self.gate
         self._most_running = self.max_num_running_reqs
         self._most_tokens = self.max_num_scheduled_tokens
@@ -226,6 +230,8 @@ class HeadraceScheduler(AsyncScheduler):
 
     def add_request(self, request: Request) -> None:
         """A new request waits at the gate; it is counted with the length its client declared."""
+        if self.policy is not SchedulingPolicy.PRIORITY:
+            request.priority = 0  # the client's; only vLLM's own policy "priority" lets it order requests
         if request.request_id not in self.requests:
             self.recorder.arrival(self.clock(), request.num_prompt_tokens, self.known_output_tokens(request))
         super().add_request(request)
@@ -253,10 +259,10 @@ class HeadraceScheduler(AsyncScheduler):
         params = request.sampling_params
         if params is None:
             return None
-        declared = (params.extra_args or {}).get(EXPECTED_OUTPUT_TOKENS)
+        declared = declared_output_tokens(request)
         max_tokens: int = params.max_tokens
-        if isinstance(declared, int | float) and 1 <= declared < math.inf:
-            return min(int(declared), max_tokens)
+        if declared is not None:
+            return min(declared, max_tokens)
         whole_context = self.max_model_len - request.num_prompt_tokens
         return max_tokens if max_tokens < whole_context else None
 
@@ -306,12 +312,6 @@ def _first_thresholds(settings: SchedulerSettings, limits: EngineLimits) -> Thre
         settings.thresholds, load_profile(settings.profile).law, limits, targets=settings.targets,
         overflow_probability=settings.overflow_probability,
     )
-
-
-def tenant_of(request: Request) -> Tenant:
-    """Whose a request is, as the ingress wrote it down."""
-    extra = (request.sampling_params and request.sampling_params.extra_args) or {}
-    return Tenant(str(extra[TENANT]), float(extra.get(TENANT_WEIGHT, 1.0))) if TENANT in extra else NOBODY_IN_PARTICULAR
 
 
 def batch_work(output: SchedulerOutput, requests: Mapping[str, Request]) -> BatchWork:

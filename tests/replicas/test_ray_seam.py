@@ -156,6 +156,7 @@ def test_shipped_engine_arguments_are_vllm_s(path: Path) -> None:
     config = llm_config(args)
     assert config.engine_kwargs["scheduler_cls"] == SCHEDULER
     assert config.engine_kwargs["additional_config"]["headrace"]["thresholds"]["policy"] == args.thresholds.policy
+    assert config.engine_kwargs["additional_config"]["headrace"]["trust_tenants"], "our ingress signs every request"
     assert config.deployment_config["num_replicas"] == args.replicas
 
 

@@ -748,6 +748,8 @@ def test_idle_iterations_are_not_recorded():
         ({"max_tokens": 50, "extra_args": {"expected_output_tokens": -3}}, 50),
         ({"max_tokens": 50, "extra_args": {"expected_output_tokens": "7"}}, 50),
         ({"max_tokens": 50, "extra_args": {"expected_output_tokens": None}}, 50),
+        ({"max_tokens": 50, "extra_args": {"expected_output_tokens": True}}, 50),
+        ({"max_tokens": 50, "extra_args": {"expected_output_tokens": [7]}}, 50),
         ({"max_tokens": 50, "extra_args": {"expected_output_tokens": math.nan}}, 50),
         ({"max_tokens": 50, "extra_args": {"expected_output_tokens": math.inf}}, 50),
         ({"max_tokens": 50, "extra_args": {"expected_output_tokens": 1e300}}, 50),
@@ -948,7 +950,7 @@ def test_prompts_take_the_time_that_those_in_service_have_over():
 
 def test_of_two_tenants_in_an_overload_each_is_served_by_its_weight():
     pace = fluid_pace(ttft_s=0.5, queue_requests=12, kv_limit_tokens=900)
-    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    engine = Engine(thresholds={"policy": "fluid", "pace": pace}, settings={"trust_tenants": True})
     for round_ in range(900):
         for tenant, weight in (("big", 3), ("small", 1)):
             if round_ % 3 == 0:
@@ -966,7 +968,7 @@ def test_of_two_tenants_in_an_overload_each_is_served_by_its_weight():
 
 def test_the_urgent_enter_first_and_the_others_are_refused_first():
     pace = fluid_pace(ttft_s=5.0, queue_requests=2, kv_limit_tokens=400)
-    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    engine = Engine(thresholds={"policy": "fluid", "pace": pace}, scheduling_policy="priority")
     add_many(engine, 6, "later", prompt=100, output=50, priority=1)
     add_many(engine, 2, "urgent", prompt=100, output=50)
     engine.launch()
@@ -1140,3 +1142,57 @@ def test_choices_are_rejected_or_served_as_a_whole(seed):
     assert {True} in whole.values() and {False} in whole.values(), "some of both"
     assert engine.finished.keys() | told.keys() == {name for names in asked.values() for name in names}
     assert not engine.scheduler.gate.choices.committed and not engine.scheduler.gate.choices._waiting
+
+
+# What clients say of their requests.
+
+NONSENSE = [
+    0, -1, 1e300, 10**400, math.nan, math.inf, -math.inf, True, "x", "3", "", "n" * 1000, None, [], [1], {"a": 1},
+]
+
+
+@pytest.mark.parametrize("trust_tenants", [False, True])
+def test_no_value_that_a_client_writes_raises_in_the_engine_s_loop(trust_tenants):
+    engine = Engine(thresholds={"policy": "fcfs"}, settings={"trust_tenants": trust_tenants}, blocks=1024)
+    for place, value in enumerate(NONSENSE):
+        engine.add(f"name{place}", extra_args={TENANT: value})
+        engine.add(f"weight{place}", extra_args={TENANT: "team", TENANT_WEIGHT: value})
+        engine.add(f"length{place}", extra_args={"expected_output_tokens": value})
+    engine.add("no arguments at all", extra_args=None)
+    engine.run()
+    assert len(engine.finished) == 3 * len(NONSENSE) + 1
+
+
+@pytest.mark.parametrize(
+    ("trust_tenants", "first"), [(False, ["a0", "a1", "a2", "a3"]), (True, ["a0", "b0", "b1", "b2"])]
+)
+def test_a_client_cannot_give_itself_a_weight_unless_an_ingress_signs_requests(trust_tenants, first):
+    engine = Engine(thresholds={"policy": "fcfs", "max_in_service": 1}, settings={"trust_tenants": trust_tenants})
+    add_many(engine, 4, "a", extra_args={TENANT: "a", TENANT_WEIGHT: 1})
+    add_many(engine, 4, "b", extra_args={TENANT: "b", TENANT_WEIGHT: 1000})
+    engine.run()
+    assert sorted(engine.first_scheduled, key=engine.first_scheduled.__getitem__)[:4] == first
+
+
+@pytest.mark.parametrize(("scheduling_policy", "first"), [("fcfs", "polite"), ("priority", "pushy")])
+def test_a_client_jumps_the_queue_by_priority_only_where_the_operator_lets_priorities_count(scheduling_policy, first):
+    engine = Engine(thresholds={"policy": "fcfs", "max_in_service": 1}, scheduling_policy=scheduling_policy)
+    engine.add("busy", output=4)
+    engine.step()
+    engine.add("polite", priority=0)
+    engine.add("pushy", priority=-(2**31))
+    engine.run()
+    assert sorted(engine.finished, key=engine.finished_s.__getitem__)[1] == first
+
+
+def test_a_late_choice_that_a_policy_wants_rejected_all_the_same_is_let_in():
+    engine = Engine(thresholds={"policy": "fcfs", "max_in_service": 1})
+    add_many(engine, 2, "")  # ids "0", "1"
+    engine.add("0_many")
+    engine.add("1_many")
+    scheduler = engine.scheduler
+    scheduler.gate.let_through(engine.requests["0_many"])
+    scheduler._refuse([engine.requests["1_many"], engine.requests["1"]], TOO_MANY, 1.0)
+    assert scheduler.gate.released == 2
+    engine.run()
+    assert engine.finished.keys() == {"0", "0_many", "1_many"} and rejections(engine).keys() == {"1"}
