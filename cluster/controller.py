@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from ray.actor import ActorHandle
 from cluster.config import TuningConfig
 from replicas.calls import ReplicaUnavailable, call_replica, replica_ids
 from scheduler.fluid import finite_or_none
-from scheduler.messages import Ack
+from scheduler.messages import Ack, Telemetry
 from scheduler.profiles import load_profile
 from scheduler.replica_model import Proposal, ReplicaModel, materially_different
 from scheduler.thresholds import Thresholds, thresholds_as_dict
@@ -33,10 +34,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Replica:
+    """What is known of one replica; `cursor` is up to where its records were read, `shown` what `state` says of it."""
+
     model: ReplicaModel
-    proposal: Proposal | None = None
+    cursor: int = 0
+    shown: dict[str, Any] = field(default_factory=dict)
     pushed_at_s: float = 0.0
     note: str = ""
+
+    def learn(self, telemetry: Telemetry, fresh: Callable[[], ReplicaModel]) -> Proposal:
+        """Take a report in and solve; not on an event loop. A model that fails on a report is replaced by a fresh one,
+        which reads on after it: records that no model can read are not read again."""
+        try:
+            self.model.observe(telemetry)
+        except Exception:
+            self.model = fresh()
+            raise
+        finally:
+            self.cursor = telemetry.cursor
+        proposal = self.model.propose()
+        self.shown = _shown(self.model, proposal)
+        return proposal
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +82,41 @@ class ControlLoop:
         self.passes = 0
 
     async def one_pass(self) -> None:
-        """Collect, solve, push; a replica that does not answer is left as it is and the others go on."""
-        found = replica_ids(self._app_name)
-        self._replicas = {
-            name: self._replicas.get(name) or _Replica(self._new_model()) for name in found
-        }
-        await asyncio.gather(*(self._tune(name, found[name], entry) for name, entry in self._replicas.items()))
+        """Collect, solve, push; a replica that does not answer, or whose model fails, does not stop the others.
+
+        Solving runs in a thread, one replica after the other, so that questions to this process find an answer
+        meanwhile.
+        """
+        found = await asyncio.to_thread(replica_ids, self._app_name)
+        self._replicas = {name: self._replicas.get(name) or self._new_replica() for name in found}
+        solving = asyncio.Lock()
+        await asyncio.gather(
+            *(self._tune_alone(name, found[name], entry, solving) for name, entry in self._replicas.items())
+        )
         self.passes += 1
 
     def _new_model(self) -> ReplicaModel:
         return ReplicaModel(self._config, self._profile.law, self._configured)
 
-    async def _tune(self, name: str, actor_name: str, entry: _Replica) -> None:
+    def _new_replica(self) -> _Replica:
+        model = self._new_model()
+        return _Replica(model, shown=_shown(model, None))
+
+    async def _tune_alone(self, name: str, actor_name: str, entry: _Replica, solving: asyncio.Lock) -> None:
         try:
-            telemetry = await call_replica(actor_name, "telemetry", cursor=entry.model.cursor)
+            await self._tune(name, actor_name, entry, solving)
         except ReplicaUnavailable as error:
             entry.note = str(error)
-            return
-        entry.model.observe(telemetry)
-        entry.proposal = proposal = entry.model.propose()
+        except Exception as error:
+            note = f"not tuned: {error!r}"
+            if note != entry.note:  # the same failure every few seconds is told once
+                logger.exception("replica %s is not tuned", name)
+            entry.note = note
+
+    async def _tune(self, name: str, actor_name: str, entry: _Replica, solving: asyncio.Lock) -> None:
+        telemetry: Telemetry = await call_replica(actor_name, "telemetry", cursor=entry.cursor)
+        async with solving:
+            proposal = await asyncio.to_thread(entry.learn, telemetry, self._new_model)
         in_force = telemetry.thresholds
         if in_force.pinned:
             entry.note = f"pinned by an operator at version {in_force.version}"
@@ -103,11 +137,7 @@ class ControlLoop:
     async def _push(
         self, name: str, actor_name: str, entry: _Replica, old: Thresholds, new: Thresholds, changed: bool
     ) -> None:
-        try:
-            ack: Ack = await call_replica(actor_name, "apply_thresholds", thresholds=new, automatic=True)
-        except ReplicaUnavailable as error:
-            entry.note = str(error)
-            return
+        ack: Ack = await call_replica(actor_name, "apply_thresholds", thresholds=new, automatic=True)
         entry.note = new.reason if ack.accepted else f"refused: {ack.reason}"
         if ack.accepted:
             entry.pushed_at_s = time.monotonic()
@@ -124,15 +154,15 @@ class ControlLoop:
         return {
             "passes": self.passes,
             "period_s": self._config.period_s,
-            "replicas": {name: _replica_state(entry) for name, entry in self._replicas.items()},
+            "replicas": {name: entry.shown | {"decision": entry.note} for name, entry in self._replicas.items()},
             "events": [asdict(event) for event in self.events],
         }
 
 
-def _replica_state(entry: _Replica) -> dict[str, Any]:
-    law = entry.model.law
-    equilibrium = entry.proposal.equilibrium if entry.proposal else None
-    forecast = entry.proposal.forecast if entry.proposal else None
+def _shown(model: ReplicaModel, proposal: Proposal | None) -> dict[str, Any]:
+    law = model.law
+    equilibrium = proposal.equilibrium if proposal else None
+    forecast = proposal.forecast if proposal else None
     fluid = None
     if equilibrium is not None:
         fluid = {
@@ -146,12 +176,11 @@ def _replica_state(entry: _Replica) -> dict[str, Any]:
             "limit": equilibrium.limit,
         }
     return {
-        "rate_rps": entry.model.rate_rps,
-        "finished_seen": entry.model.finished_seen,
+        "rate_rps": model.rate_rps,
+        "finished_seen": model.finished_seen,
         "law": asdict(law.law) | {"r2": law.r2, "mape": law.mape, "records": law.records},
         "fluid": fluid,
         "forecast": forecast.as_dict() if forecast else None,
-        "decision": entry.note,
     }
 
 

@@ -20,7 +20,7 @@ def plain(text: str) -> str:
 def status_tables(state: dict[str, Any]) -> Iterator[Any]:
     """`headrace status`."""
     table = Table(title=f"{state['application']}: replicas", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for column in ("replica", "ver", "policy", "tuning", "running", "waiting", "held", "KV", "preempted", "refused"):
+    for column in ("replica", "ver", "policy", "tuning", "running", "waiting", "held", "KV", "preempted", "rejected"):
         table.add_column(column, no_wrap=True)
     for name, replica in state["replicas"].items():
         if not replica["reachable"]:
@@ -30,7 +30,7 @@ def status_tables(state: dict[str, Any]) -> Iterator[Any]:
         table.add_row(
             name, str(thresholds["version"]), thresholds["policy"], "pinned" if thresholds["pinned"] else "auto",
             _of(replica["in_service"], thresholds["max_in_service"]), str(replica["waiting"]), str(replica["held"]),
-            f"{replica['kv_used_fraction']:.0%}", str(replica["preemptions"]), str(replica["counters"]["refused"]),
+            f"{replica['kv_used_fraction']:.0%}", str(replica["preemptions"]), str(replica["counters"]["rejected"]),
         )
     yield table
     yield _fluid_table(state["replicas"])

@@ -30,9 +30,15 @@ class ReplicaUnavailable(RuntimeError):
 
 
 def replica_ids(app_name: str) -> dict[str, str]:
-    """The live replicas of an application's model servers: actor name by replica id, in a stable order."""
+    """The live replicas of an application's model servers: actor name by replica id, in a stable order.
+
+    What is remembered of replicas that are gone is dropped. Asks the cluster, so not on an event loop.
+    """
     found: dict[str, str] = {}
-    for actor in ray.util.list_named_actors(all_namespaces=True):
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    for gone in set(_owed_answers) - {actor["name"] for actor in actors}:
+        _owed_answers.pop(gone, None)
+    for actor in actors:
         name = actor["name"]
         if actor["namespace"] != SERVE_NAMESPACE or not ReplicaID.is_full_id_str(name):
             continue

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from scheduler.messages import Telemetry
 
 _KEY = "headrace"
+logger = logging.getLogger(__name__)
 _Replica = TypeVar("_Replica")
 
 
@@ -43,6 +46,7 @@ class RoutingStats:
         try:
             return cls(**raw) if isinstance(raw, dict) else None
         except TypeError:  # a replica of another version during a rolling upgrade
+            _warn_once(", ".join(sorted(map(str, raw or ()))))
             return None
 
     def as_dict(self) -> dict[str, Any]:
@@ -52,6 +56,14 @@ class RoutingStats:
     def slack(self, ongoing: int) -> float:
         """Free seats as a share of all, given the router's own, fresher count of ongoing requests; may be negative."""
         return (self.seats - max(self.occupied, ongoing)) / self.seats
+
+
+@lru_cache(maxsize=16)
+def _warn_once(reported: str) -> None:
+    logger.warning(
+        "a replica reports its room as %s, and not as %s: another version? It is ranked last",
+        reported or "nothing", ", ".join(field.name for field in fields(RoutingStats)),
+    )
 
 
 def best_first(

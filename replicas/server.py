@@ -8,6 +8,7 @@ configured thresholds.
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from typing import Any
 
@@ -22,6 +23,7 @@ from scheduler.settings import SETTINGS_KEY
 from scheduler.thresholds import Thresholds
 
 _STALE_STATS_S = 30.0
+logger = logging.getLogger(__name__)
 
 
 class HeadraceServer(LLMServer):
@@ -33,6 +35,7 @@ class HeadraceServer(LLMServer):
         _open_channel_at(self._endpoint, llm_config)
         self._channel = ChannelClient(self._endpoint)
         self._last_stats: tuple[float, RoutingStats] | None = None
+        self._engine_silent = False
         from replicas.engine import HeadraceEngine  # imports vLLM, which whoever only deploys need not wait for
 
         await super().__init__(llm_config, **({"engine_cls": HeadraceEngine} | kwargs))
@@ -58,8 +61,12 @@ class HeadraceServer(LLMServer):
         try:
             telemetry = await self._channel.report(cursor=None, timeout_s=1.0)
             self._last_stats = (time.monotonic(), RoutingStats.from_telemetry(telemetry))
-        except ChannelClosed:
-            pass  # the latest known stats serve a while longer, then routers treat this replica as unknown
+            self._engine_silent = False
+        except ChannelClosed as error:
+            # The latest known stats serve a while longer, then routers treat this replica as unknown.
+            if not self._engine_silent:
+                logger.warning("no routing stats from the engine: %s", error)
+            self._engine_silent = True
         if self._last_stats and time.monotonic() - self._last_stats[0] < _STALE_STATS_S:
             stats |= self._last_stats[1].as_dict()
         return stats

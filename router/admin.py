@@ -94,6 +94,6 @@ def telemetry_as_dict(report: Telemetry) -> dict[str, Any]:
         **gauges,
         "kv_used_fraction": report.kv_used_fraction,
         "limits": limits,
-        "counters": asdict(report.counters),
+        "counters": asdict(report.counters) | {"in_flight": report.counters.in_flight},
         "preemptions": report.counters.preemptions,
     }

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import itertools
 import logging
 import os
 import shutil
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import zmq
 import zmq.asyncio
 from pydantic import TypeAdapter, ValidationError
@@ -28,7 +29,9 @@ from scheduler.messages import ACK, TELEMETRY, Ack, Apply, Report, Telemetry
 from scheduler.thresholds import InvalidThresholds, Thresholds, parse_thresholds, thresholds_as_dict
 
 _QUESTION: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
-_FOLDER = "headrace-engine"
+_FOLDER = "headrace-channel"
+_locks: dict[str, int] = {}
+"""By endpoint that this process made: the descriptor of its folder, which holds the lock."""
 _LARGEST_QUESTION_BYTES = 1 << 20
 logger = logging.getLogger(__name__)
 
@@ -40,18 +43,37 @@ class ChannelClosed(RuntimeError):
 def new_endpoint() -> str:
     """A fresh private endpoint on this machine, in a folder only this user may enter.
 
-    Folders of processes that were killed before they could remove theirs are swept away on the occasion.
+    The folder is locked for as long as this process lives. Those that no living process holds are swept away on the
+    occasion: the lock tells also where the folder for temporary files is shared and process ids are not.
     """
-    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}-*-*"):
-        owner = folder.name.split("-")[2]
-        if owner.isdecimal() and folder.stat().st_uid == os.getuid() and not psutil.pid_exists(int(owner)):
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}-*"):
+        _remove_unless_held(folder)
+    # Under its final name a folder has its lock already, or a replica that starts at the same time would take it away.
+    nascent = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}-"))
+    lock = os.open(nascent, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = nascent.rename(nascent.with_name(nascent.name.removeprefix(".")))
+    endpoint = f"ipc://{folder}/engine"
+    _locks[endpoint] = lock
+    return endpoint
+
+
+def _remove_unless_held(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # held, gone already, or another user's
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
-    return f"ipc://{tempfile.mkdtemp(prefix=f'{_FOLDER}-{os.getpid()}-')}/engine"
+        finally:
+            os.close(descriptor)
 
 
 def remove_endpoint(endpoint: str) -> None:
     """Remove what `new_endpoint` made; absent files are fine."""
     shutil.rmtree(Path(endpoint.removeprefix("ipc://")).parent, ignore_errors=True)
+    lock = _locks.pop(endpoint, None)
+    if lock is not None:
+        os.close(lock)
 
 
 class ChannelServer:
@@ -193,5 +215,5 @@ class ChannelClient:
 
 
 def engine_id() -> str:
-    """A name for this life of this engine: a restarted engine gets another."""
-    return f"{os.uname().nodename}:{os.getpid()}"
+    """A new name, for one life of one engine: a restarted engine gets another, also under the same process id."""
+    return str(uuid.uuid4())

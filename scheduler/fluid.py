@@ -47,7 +47,23 @@ class FluidEquilibrium:
     limit: Literal["memory", "compute"]
 
 
-def solve_fluid(mix: WorkloadMix, law: ServiceTimeLaw, kv_capacity_tokens: int) -> FluidEquilibrium:
+@dataclass(frozen=True, slots=True)
+class PrefixReuse:
+    """What the prefix cache saves of the prompts, as shares of their tokens (0 to 1).
+
+    computed: those that the engine computes; private: those in KV blocks that no other running request holds.
+    """
+
+    computed: float = 1.0
+    private: float = 1.0
+
+
+NO_REUSE = PrefixReuse()
+
+
+def solve_fluid(
+    mix: WorkloadMix, law: ServiceTimeLaw, kv_capacity_tokens: int, reuse: PrefixReuse = NO_REUSE
+) -> FluidEquilibrium:
     """The fluid equilibrium of `mix` on one replica.
 
     With the work that arrives per second, Λ_W KV-token-iterations, Λ_l prefill and Λ_o decode tokens,
@@ -56,21 +72,22 @@ def solve_fluid(mix: WorkloadMix, law: ServiceTimeLaw, kv_capacity_tokens: int) 
 
     ΔT* solves ΔT = max(floor, d0 + (d2 Λ_l + d3 Λ_o) ΔT) + d1 Λ_W ΔT. With floor = d2 = d3 = 0 this is the paper's
     equilibrium. A demand that is unstable or does not fit is a result with a reason. Raises ValueError when every
-    rate is zero and for a capacity below one token.
+    rate is zero and for a capacity below one token. With `reuse`, Λ_l counts computed prompt tokens, Λ_W in ΔT* all
+    that attention reads, and Λ_W in M* private ones.
     """
     require_number("kv_capacity_tokens", kv_capacity_tokens, allow_zero=False)
     rates_rps = [t.rate_rps for t in mix.types]
     if mix.rate_rps == 0:
         raise ValueError("rate_rps is 0 for every type; at least one must be > 0")
 
-    flow = _stage_tokens(rates_rps, mix)
+    flow = _stage_tokens(rates_rps, mix, reuse)
     kv_load = law.d1_s_per_kv_token * flow.kv_tokens
     prefill_load = law.d2_s_per_prefill_token * flow.prefill_tokens
     load = kv_load + prefill_load + law.d3_s_per_decode_token * flow.decode_tokens
     stable = load < 1
     iteration_time_s = max(law.floor_s / (1 - kv_load), law.d0_s / (1 - load)) if stable else math.inf
-    memory_tokens = flow.kv_tokens * iteration_time_s
-    critical, limit = _critical_rate(flow.kv_tokens, load, kv_load, law, kv_capacity_tokens)
+    memory_tokens = flow.memory_tokens * iteration_time_s
+    critical, limit = _critical_rate(flow.memory_tokens, load, kv_load, law, kv_capacity_tokens)
 
     reason = None
     if mix.max_total_tokens > kv_capacity_tokens:
@@ -121,19 +138,21 @@ class _StageTokens:
     kv_tokens: float
     prefill_tokens: float
     decode_tokens: float
+    memory_tokens: float
 
 
-def _stage_tokens(per_stage: Sequence[float], mix: WorkloadMix) -> _StageTokens:
+def _stage_tokens(per_stage: Sequence[float], mix: WorkloadMix, reuse: PrefixReuse = NO_REUSE) -> _StageTokens:
     """Tokens of a batch with n_j prompts per stage; with rates for n_j, the tokens that arrive per second."""
     if len(per_stage) != len(mix.types):
         raise ValueError(f"per_stage has {len(per_stage)} entries; the mix has {len(mix.types)} types")
-    kv = prefill = decode = 0.0
+    kv = prefill = decode = memory = 0.0
     for count, request_type in zip(per_stage, mix.types, strict=True):
         lengths = request_type.lengths
         kv += count * lengths.kv_token_iterations
-        prefill += count * lengths.mean_prompt_tokens
+        prefill += count * lengths.mean_prompt_tokens * reuse.computed
+        memory += count * (lengths.kv_token_iterations - (1 - reuse.private) * lengths.prompt_token_iterations)
         decode += count * lengths.mean_output_tokens
-    return _StageTokens(kv, prefill, decode)
+    return _StageTokens(kv, prefill, decode, memory)
 
 
 def _critical_rate(

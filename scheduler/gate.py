@@ -4,7 +4,8 @@ vLLM's scheduler takes requests from `self.waiting` for as long as the queue is 
 everything that waits, so that totals, aborts and metrics stay vLLM's own, but is truthy only for what a policy has let
 through. Requests that vLLM itself puts back (preempted, skipped) were let through before and never wait here again.
 
-Costs O(1) per request and per decision: nothing scans the queue. Source: `vllm.v1.core.sched.request_queue`.
+Costs per request are those of `FairQueue`, and per decision O(types): only `reclassify` goes through the whole queue.
+Source: `vllm.v1.core.sched.request_queue`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy, cre
 from vllm.v1.request import Request
 
 from scheduler.choices import Choices
-from scheduler.fair_queue import NOBODY_IN_PARTICULAR, OUTPUT_PRICE, FairQueue, Tenant, TenantLedger
+from scheduler.fair_queue import NOBODY_IN_PARTICULAR, FairQueue, Tenant, TenantLedger
 from scheduler.policies import QueueView, Waiting
 
 Classify = Callable[[Request], str]
+
+
+def _plainly(request: Request, since_s: float) -> Waiting:
+    return Waiting(request.num_prompt_tokens, since_s, request.request_id)
 
 
 class GatedQueue(RequestQueue):
@@ -29,7 +34,8 @@ class GatedQueue(RequestQueue):
 
     Within a type the order is that of `FairQueue`: by weight among tenants, then by vLLM's priority and by age. `order`
     is the engine's own, for the open part. `classify` names a request's type, `tenant_of` its tenant, `clock` tells
-    since when it waits, `on_release` hears how many seconds each was held.
+    since when it waits, `on_release` hears how many seconds each was held, `describe` says of a request that waits since
+    a clock second what a policy may know of it.
     """
 
     def __init__(
@@ -39,7 +45,11 @@ class GatedQueue(RequestQueue):
         clock: Callable[[], float],
         on_release: Callable[[float], None],
         tenant_of: Callable[[Request], Tenant] = lambda request: NOBODY_IN_PARTICULAR,
+        describe: Callable[[Request, float], Waiting] = _plainly,
     ) -> None:
+        self._describe = describe
+        self._tokens: dict[str, int] = {}
+        self._tokens_of: dict[str, int] = {}
         self._order, self._classify, self._clock, self._on_release = order, classify, clock, on_release
         self._open = create_request_queue(order)
         self._ledger = TenantLedger(tenant_of)
@@ -56,19 +66,26 @@ class GatedQueue(RequestQueue):
         return {
             name: QueueView(
                 len(queue), next(iter(self._by_age[name].values()))[1], partial(self._waiting, queue),
-                partial(self._aged, name),
+                partial(self._aged, name), partial(self._tail, queue), self._tokens[name],
             )
             for name, queue in self._closed.items() if queue
         }
 
     def _waiting(self, queue: FairQueue) -> Iterator[Waiting]:
-        return (Waiting(r.num_prompt_tokens, self._since_s[r.request_id], r.request_id) for r in queue)
+        return (self._describe(request, self._since_s[request.request_id]) for request in queue)
+
+    def _tail(self, queue: FairQueue) -> Iterator[Waiting]:
+        committed = self.choices.committed
+        return (
+            self._describe(request, self._since_s[request.request_id]) for request in queue.backwards()
+            if request.request_id not in committed
+        )
 
     def _aged(self, name: str) -> Iterator[Waiting]:
         committed = self.choices.committed
         return (
-            Waiting(request.num_prompt_tokens, since_s, request_id)
-            for request_id, (request, since_s) in self._by_age[name].items() if request_id not in committed
+            self._describe(request, since_s) for request_id, (request, since_s) in self._by_age[name].items()
+            if request_id not in committed
         )
 
     def last(self, type_name: str, count: int) -> list[Request]:
@@ -93,7 +110,7 @@ class GatedQueue(RequestQueue):
     def let_through(self, request: Request) -> None:
         """Let one request through out of its turn."""
         name = self._type_of[request.request_id]
-        self._closed[name].remove(request)
+        self._closed[name].take(request)
         self._on_release(self._clock() - self._leave(name, request))
         self.choices.let_through(request.request_id)
         self._open.add_request(request)
@@ -102,6 +119,10 @@ class GatedQueue(RequestQueue):
     def held(self) -> int:
         """Requests behind the gate."""
         return len(self._since_s)
+
+    def released_requests(self) -> Iterator[Request]:
+        """Requests let through that the engine has not taken up yet."""
+        return iter(self._open)
 
     @property
     def released(self) -> int:
@@ -113,36 +134,41 @@ class GatedQueue(RequestQueue):
         return self._type_of.get(request_id)
 
     def forget(self, request: Request) -> None:
-        """Drop what is remembered of a request that has left the engine; its tenant is charged for the answer."""
+        """Drop what is remembered of a request that has left the engine."""
         self._type_of.pop(request.request_id, None)
-        if request.num_output_tokens:
-            self._ledger.charge(self._ledger.of(request), OUTPUT_PRICE * request.num_output_tokens)
+        self._ledger.end(request)
+
+    def settle(self) -> None:
+        """Charge each tenant for the output tokens of the iteration that has just ended."""
+        self._ledger.settle()
 
     def reclassify(self, requests: Iterable[Request]) -> None:
-        """Sort everything anew after a change of policy: the held, the let through, and `requests` (in service)."""
-        held = [entry for by_age in self._by_age.values() for entry in by_age.values()]
-        held.sort(key=lambda entry: entry[1])
-        for queue in self._closed.values():
-            queue.clear()
+        """Sort all anew by type: the held, the let through, and `requests` (in service). No tenant's turn changes."""
+        held = [self._by_age[self._type_of[name]][name] for name in self._since_s]
         self._closed, self._by_age = {}, {}
         for request, since_s in held:
-            self._hold(request, since_s)
+            self._hold(request, since_s).move_in(request)
         for request in chain(requests, self._open):
             self._type_of[request.request_id] = self._classify(request)
 
-    def _hold(self, request: Request, since_s: float) -> None:
+    def _hold(self, request: Request, since_s: float) -> FairQueue:
+        """Write down that a request waits since then; the queue in which it has to wait."""
         name = self._classify(request)
         if name not in self._closed:
             self._closed[name], self._by_age[name] = FairQueue(self._ledger), OrderedDict()
-        self._closed[name].add(request)
+            self._tokens[name] = 0
         self._by_age[name][request.request_id] = (request, since_s)
         self._type_of[request.request_id] = name
         self._since_s[request.request_id] = since_s
         self.choices.hold(request.request_id)
+        tokens = self._tokens_of[request.request_id] = self._describe(request, since_s).tokens_to_compute
+        self._tokens[name] += tokens
+        return self._closed[name]
 
     def _leave(self, name: str, request: Request) -> float:
         """Forget that a request waits; since when it did."""
         del self._by_age[name][request.request_id]
+        self._tokens[name] -= self._tokens_of.pop(request.request_id)
         return self._since_s.pop(request.request_id)
 
     # vLLM's side: RequestQueue.
@@ -152,7 +178,7 @@ class GatedQueue(RequestQueue):
         if request.request_id in self._type_of:
             self._open.add_request(request)
         else:
-            self._hold(request, self._clock())
+            self._hold(request, self._clock()).add(request)
 
     def pop_request(self) -> Request:
         """The next request of the open part."""

@@ -36,13 +36,21 @@ class Arrival(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """One request that left the engine; `aborted` when the client or the server cut it short."""
+    """One request that left the engine; `aborted` when it was cut short: its output tokens are no whole answer.
+
+    cached_tokens: of its prompt, those that the prefix cache held; shared_tokens: of these, those in blocks that other
+    requests held as well. ttft_s, tpot_s: as the engine saw them (None: no token, or a single one).
+    """
 
     seq: int
     at_s: float
     prompt_tokens: int
     output_tokens: int
     aborted: bool
+    cached_tokens: int = 0
+    shared_tokens: int = 0
+    ttft_s: float | None = None
+    tpot_s: float | None = None
 
 
 class InService(NamedTuple):
@@ -67,17 +75,23 @@ class Gauges:
 class Counters:
     """Totals since the engine started; `hold_s` is the time all released requests spent held at the gate.
 
-    `aborted` counts those that clients or the server cut short, and with them the `refused`.
+    Each request that arrived is in one of four: completed, aborted (cut short by its client, the server or an error),
+    rejected (before it had cost anything), or still in flight. A request here is one choice: `n` > 1 counts n times.
     """
 
     arrivals: int = 0
-    finished: int = 0
+    completed: int = 0
     aborted: int = 0
-    refused: int = 0
+    rejected: int = 0
     preemptions: int = 0
     iterations: int = 0
     held: int = 0
     hold_s: float = 0.0
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that wait or are in service."""
+        return self.arrivals - self.completed - self.aborted - self.rejected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

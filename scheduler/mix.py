@@ -111,6 +111,11 @@ class Lengths:
         return float(self.weights @ self.kv_token_iterations_each)
 
     @cached_property
+    def prompt_token_iterations(self) -> float:
+        """E[(l'+1) l]: of the KV-token-iterations, those of prompt tokens."""
+        return float(self.weights @ ((self.output_tokens + 1) * self.prompt_tokens))
+
+    @cached_property
     def mean_resident_kv_tokens(self) -> float:
         """E[w] / E[l'+1]: mean KV of a resident request seen at a random iteration (long lives are seen more often)."""
         return self.kv_token_iterations / (self.mean_output_tokens + 1)

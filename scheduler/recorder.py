@@ -47,16 +47,32 @@ class Recorder:
         self._append(self._arrivals, Arrival(self._next(), at_s, prompt_tokens, known_output_tokens))
         self.totals.arrivals += 1
 
-    def finished(self, at_s: float, prompt_tokens: int, output_tokens: int, *, aborted: bool) -> None:
-        """One request that left the engine."""
-        self._append(self._finished, Finished(self._next(), at_s, prompt_tokens, output_tokens, aborted))
-        self.totals.finished += 1
-        self.totals.aborted += aborted
+    def finished(
+        self, at_s: float, prompt_tokens: int, output_tokens: int, *, aborted: bool, rejected: bool = False,
+        cached_tokens: int = 0, shared_tokens: int = 0, ttft_s: float | None = None, tpot_s: float | None = None,
+    ) -> None:
+        """One request that left the engine: rejected, else aborted, else completed."""
+        record = Finished(
+            self._next(), at_s, prompt_tokens, output_tokens, aborted or rejected, cached_tokens, shared_tokens, ttft_s,
+            tpot_s,
+        )
+        self._append(self._finished, record)
+        if rejected:
+            self.totals.rejected += 1
+        elif aborted:
+            self.totals.aborted += 1
+        else:
+            self.totals.completed += 1
 
     def released(self, held_s: float) -> None:
         """One request let through the gate after `held_s` seconds."""
         self.totals.held += 1
         self.totals.hold_s += held_s
+
+    @property
+    def latest_iteration(self) -> Iteration | None:
+        """The latest executed step; None before the first."""
+        return self._iterations[-1] if self._iterations else None
 
     def counters(self) -> Counters:
         """The totals, frozen."""

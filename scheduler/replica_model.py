@@ -143,7 +143,7 @@ class ReplicaModel:
             self._configured, WorkloadMix((RequestType(UNKNOWN_TYPE, max(self.rate_rps, LEAST_RATE_RPS), lengths),)),
             self.law.law, self.telemetry.limits, overflow_probability=self._config.overflow_probability,
             targets=self._config.targets, fluctuation=self.law.fluctuation, dispersion=rates.dispersion,
-            cold=cold,
+            cold=cold, reuse=self._watch.prefix_reuse,
         )
         assert tuned.promise is not None
         thresholds = replace(tuned.thresholds, valid_for_s=self._config.validity_s)
@@ -157,7 +157,7 @@ class ReplicaModel:
         return Forecast(
             binding=promise.binding, goodput_rps=promise.goodput_rps, capacity_rps=promise.capacity_rps,
             load=promise.load, miss_probability=self._config.overflow_probability, in_time=promise.in_time,
-            tpot_margin=promise.tpot_margin, tpot_s=promise.tpot_s, ttft_s=promise.pace.ttft_s,
+            tpot_margin=promise.tpot_margin, tpot_s=promise.tpot_s, ttft_s=promise.pace.first_token_limit_s,
             queue_requests=promise.pace.queue_requests, rate_rps=rates.total, rate_by_type_rps=rates.by_type,
             rate_since_s=now_s - rates.since_s, dispersion=rates.dispersion,
             prompt_tokens=mean_of(lengths.prompt_tokens, lengths.weights, samples),
@@ -215,13 +215,16 @@ def _same_pace(new: Pace, old: Pace) -> bool:
     Its times and its survival are within a twentieth; its queue and its prompt flow, which follow from estimates of
     arrivals and so move most, within a tenth (or one request).
     """
-    if new.kv_limit_tokens != old.kv_limit_tokens or new.ttft_s != old.ttft_s:
+    targets = ("kv_limit_tokens", "ttft_s", "tpot_s", "latency_s", "pipeline_depth", "cold")
+    if any(getattr(new, name) != getattr(old, name) for name in targets):
         return False
     load = (old.prompt_flow_tokens, 100.0, float(old.kv_limit_tokens))
     times, flow = (_SETTLED_PACE, 0.0), (_SETTLED, 0.0)
     numbers = (
         (new.iteration_s, old.iteration_s, times), (new.law.iteration_s(*load), old.law.iteration_s(*load), times),
         (new.prompt_flow_tokens, old.prompt_flow_tokens, flow), (new.queue_requests, old.queue_requests, (_SETTLED, 1)),
+        (new.capacity_rps, old.capacity_rps, flow), (new.steady_s, old.steady_s, flow),
+        (new.first_token_within_s, old.first_token_within_s, flow), (new.tokens_per_step, old.tokens_per_step, times),
     )
     for now, before, (share, least) in numbers:
         if now is None or before is None:

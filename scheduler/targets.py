@@ -1,6 +1,7 @@
-"""From targets to a pace: what one replica can promise, and what binds it.
+"""From targets to the parameters of `fluid`: what one replica can promise, and what limits it.
 
-Source: the fluid equilibrium of arXiv 2504.11320 with the longest iteration fixed by a target instead of by the load.
+Source: the fluid equilibrium of arXiv 2504.11320 with the longest iteration fixed by a target instead of by the load,
+and with the engine's slots as a constraint beside memory and time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from scheduler.fluid import FluidEquilibrium, solve_fluid
+from scheduler.fluid import NO_REUSE, FluidEquilibrium, PrefixReuse, solve_fluid
 from scheduler.law import ServiceTimeLaw, require_number
 from scheduler.margin import EXACT, Fluctuation, tpot_margin
 from scheduler.mix import Lengths, WorkloadMix
@@ -25,6 +26,11 @@ _PIPELINE_ITERATIONS = 3
 """A prompt's own iteration, the one under way and the one composed already."""
 _QUEUE_SHARE = 0.1
 """Of the miss probability, what a queue that runs dry may cost; the rest is for iterations that stray from the law."""
+_LARGEST_MARGIN = 0.5
+"""A model whose errors ask for more says nothing any more about the hardware."""
+_ITERATION_TIMES = 32
+_WAIT_SHARE = 0.9
+"""A wait within a latency target may cost the other tenth of the requests that would have been in time without it."""
 Floats = NDArray[np.float64]
 
 
@@ -47,12 +53,28 @@ NO_TARGETS = Targets()
 
 
 @dataclass(frozen=True, slots=True)
-class Promise:
-    """A pace with the rate it can serve, and which of memory, TPOT target, TTFT target or nothing binds.
+class Steps:
+    """How output tokens and iterations go together, as measured.
 
-    in_time: share of requests whose lengths allow them to meet every target. tpot_margin: how far, relative to them,
-    iterations stay below `tpot_s`, the TPOT target. A latency target counts as the TPOT and TTFT targets that follow
-    from it.
+    tokens: output tokens that a request gains in an iteration that advances it; computed: tokens computed for it then;
+    depth: iterations from one of its steps to the next (pipeline stages).
+    """
+
+    tokens: float = 1.0
+    computed: float = 1.0
+    depth: int = 1
+
+
+ONE_TOKEN_A_STEP = Steps()
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """The parameters for `fluid`, the capacity they give, and the bottleneck.
+
+    binding: memory, slots, TPOT target, TTFT target, latency target or nothing. in_time: share of requests whose lengths
+    allow them to meet every target. tpot_margin: how far, relative to them, iterations stay below `tpot_s`, the TPOT
+    target.
     """
 
     pace: Pace
@@ -63,47 +85,56 @@ class Promise:
     in_time: float
     tpot_margin: float
     tpot_s: float | None
+    equilibrium: FluidEquilibrium
 
 
 def solve_pace(
     mix: WorkloadMix, law: ServiceTimeLaw, limits: EngineLimits, targets: Targets, *,
     fluctuation: Fluctuation = EXACT, miss_probability: float = 0.01, dispersion: float = 1.0,
+    reuse: PrefixReuse = NO_REUSE, steps: Steps = ONE_TOKEN_A_STEP, realised_margin: float = 0.0,
 ) -> Promise:
-    """The pace for `mix` on one replica.
+    """The parameters for `mix` on one replica.
 
     fluctuation: of iterations under the law; the longest iteration stays so far below the TPOT target that all but
-    `miss_probability` of requests meet it. dispersion: of the arrivals, the variance of their counts over its mean.
+    `miss_probability` of requests meet it. realised_margin: the margin that the latest requests would have needed, if
+    that is more. dispersion: of the arrivals, the variance of their counts over its mean.
     """
     lengths = mix.merged().lengths
+    capacity = _Capacity(mix, law, limits, reuse, steps)
     margin = tpot_margin(lengths, fluctuation, (1 - _QUEUE_SHARE) * miss_probability)
-    kv_limit = limits.kv_capacity_tokens - limits.block_tokens
-    fluid = solve_fluid(mix, law, kv_limit)
-    by_memory = fluid.critical_rate_scale * mix.rate_rps
-    work_s = fluid.load / mix.rate_rps
-    within = _within_latency(lengths, fluid, law, targets, mix.rate_rps, by_memory, margin)
-    iteration_s = None if within.tpot_s is None else within.tpot_s / (1 + margin)
-    by_pace = math.inf if iteration_s is None else _by_pace(law, iteration_s, work_s)
-    capacity = min(by_memory, by_pace)
-    load = mix.rate_rps / capacity if capacity > 0 else math.inf
+    margin = min(max(margin, realised_margin), _LARGEST_MARGIN)
+    token_s = None if targets.tpot_s is None else targets.tpot_s / (1 + margin)
+    within = capacity.within_latency(token_s, targets, margin)
+    iteration_s = within.iteration_s
+    served_rps, limit = capacity.at(iteration_s)
+    load = mix.rate_rps / served_rps if served_rps > 0 else math.inf
+    steady_s = capacity.iteration_s(min(mix.rate_rps, served_rps), iteration_s)
     pace = Pace(
-        law=law, survival=survival_of(lengths), kv_limit_tokens=kv_limit, block_tokens=limits.block_tokens,
-        overflow_z=-float(ndtri(miss_probability)), iteration_s=iteration_s, ttft_s=within.ttft_s,
-        prompt_flow_tokens=capacity * lengths.mean_prompt_tokens * (iteration_s or 0.0),
-        capacity_rps=capacity if math.isfinite(capacity) else 0.0,
+        law=law, survival=survival_of(lengths), kv_limit_tokens=capacity.kv_limit_tokens,
+        block_tokens=limits.block_tokens, overflow_z=-float(ndtri(miss_probability)), iteration_s=iteration_s,
+        tpot_s=targets.tpot_s, ttft_s=targets.ttft_s, latency_s=targets.latency_s,
+        first_token_within_s=within.first_token_s, miss_probability=miss_probability,
+        prompt_flow_tokens=served_rps * lengths.mean_prompt_tokens * reuse.computed * (iteration_s or 0.0)
+        if math.isfinite(served_rps) else 0.0,
+        capacity_rps=served_rps if math.isfinite(served_rps) else 0.0, steady_s=steady_s,
+        tokens_per_step=steps.tokens, computed_per_step=steps.computed, pipeline_depth=steps.depth,
     )
     soon = 1.0
-    if within.ttft_s is not None:
-        spare_s = within.ttft_s - _first_token_s(pace, lengths, fluid, load)
+    if within.first_token_s is not None:
+        spare_s = within.first_token_s - capacity.first_token_s(pace, load)
         soon = float(lengths.weights @ (spare_s >= 0))
-        queue = _queue_requests(pace, mix.rate_rps, capacity, lengths, spare_s, miss_probability, dispersion)
-        pace = replace(pace, queue_requests=queue)
-    # Whose first token cannot be in time is refused, and takes no capacity.
+        pace = replace(pace, queue_requests=capacity.queue_requests(pace, spare_s, miss_probability, dispersion))
+    # Requests whose first token cannot be in time are rejected, and take no capacity.
     if load * soon >= 1:
-        binding = "memory" if by_memory <= by_pace else "TPOT target"
+        binding = limit
+    elif 1 - soon > miss_probability:
+        binding = "TTFT target" if targets.ttft_s is not None else "latency target"
     else:
-        binding = "TTFT target" if 1 - soon > miss_probability else "nothing"
-    goodput = min(mix.rate_rps * soon, capacity) * within.share
-    return Promise(pace, capacity, load, binding, goodput, soon * within.share, margin, within.tpot_s)
+        binding = "nothing"
+    goodput = min(mix.rate_rps * soon, served_rps) * within.share
+    return Promise(
+        pace, served_rps, load, binding, goodput, soon * within.share, margin, targets.tpot_s, capacity.fluid
+    )
 
 
 def survival_of(lengths: Lengths) -> tuple[tuple[int, float], ...]:
@@ -115,75 +146,146 @@ def survival_of(lengths: Lengths) -> tuple[tuple[int, float], ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Within:
-    """Targets for the first token and per further token, and the share of requests that meet the latency with them."""
+    """The longest iteration and the time for the first token that the targets leave, and the share of requests whose
+    lengths allow them to meet a latency target with these."""
 
-    ttft_s: float | None
-    tpot_s: float | None
+    iteration_s: float | None
+    first_token_s: float | None
     share: float = 1.0
 
 
-def _within_latency(
-    lengths: Lengths, fluid: FluidEquilibrium, law: ServiceTimeLaw, targets: Targets, rate_rps: float,
-    by_memory: float, margin: float,
-) -> _Within:
-    """The targets per token that a latency target leaves: a request of l' tokens takes ttft + (l' − 1)·tpot.
+class _Capacity:
+    """What one replica can serve of a mix, by memory, by slots and by time."""
 
-    Every quantile of l' could be the longest answer to be in time; the one with the most goodput is. Without a TTFT
-    target the first token's part of the latency is what its prompt is of a request's work.
-    """
-    if targets.latency_s is None:
-        return _Within(targets.ttft_s, targets.tpot_s)
-    latency_s, prompt_share = targets.latency_s, fluid.prefill_load / fluid.load
-    longest = np.unique(lengths.output_quantiles(np.linspace(0, 1, _SURVIVAL_POINTS))).astype(np.float64)
-    tpot_s = latency_s * (1 - prompt_share) / (longest - 1 + _PIPELINE_ITERATIONS)
-    ttft_s = latency_s * prompt_share + _PIPELINE_ITERATIONS * tpot_s
-    if targets.ttft_s is not None and targets.ttft_s < latency_s:
-        late = ttft_s > targets.ttft_s
-        ttft_s = np.where(late, targets.ttft_s, ttft_s)
-        tpot_s = np.where(late, (latency_s - targets.ttft_s) / np.maximum(longest - 1, 1), tpot_s)
-    if targets.tpot_s is not None:
-        tpot_s = np.minimum(tpot_s, targets.tpot_s)
-    share = 1.0 - lengths.survivals(1 + (latency_s - ttft_s) / tpot_s + 1e-9)
-    by_pace = np.array([_by_pace(law, p / (1 + margin), fluid.load / rate_rps) for p in tpot_s])
-    goodput = np.minimum(np.minimum(by_pace, by_memory), rate_rps) * share
-    best = int(np.argmax(goodput))
-    return _Within(float(ttft_s[best]), float(tpot_s[best]), float(share[best]))
+    def __init__(
+        self, mix: WorkloadMix, law: ServiceTimeLaw, limits: EngineLimits, reuse: PrefixReuse, steps: Steps
+    ) -> None:
+        self._law, self._reuse, self._steps, self._rate_rps = law, reuse, steps, mix.rate_rps
+        self._lengths = mix.merged().lengths
+        self.kv_limit_tokens = limits.kv_capacity_tokens - limits.block_tokens
+        self._slots = limits.seats
+        self.fluid = solve_fluid(mix, law, self.kv_limit_tokens, reuse)
+        # Seconds of work that one request brings, in all, and of it what comes on top of the floor.
+        decode = self._lengths.mean_output_tokens * law.d3_s_per_decode_token
+        self._kv_work_s = self.fluid.kv_load / mix.rate_rps / steps.tokens
+        self._prefill_work_s = self.fluid.prefill_load / mix.rate_rps
+        self._work_s = self._kv_work_s + self._prefill_work_s + decode * steps.computed / steps.tokens
+        self._life = self._lengths.mean_output_tokens / steps.tokens + 1
+        self._by_memory = self.fluid.critical_rate_scale * mix.rate_rps * (steps.tokens if steps.tokens > 1 else 1.0)
+        self._branches = ((law.d0_s, self._work_s), (law.floor_s, self._kv_work_s))
 
+    @property
+    def _alone_s(self) -> float:
+        """An iteration of one request: no target can ask for less."""
+        steps = self._steps
+        return self._law.iteration_s(0.0, steps.computed, float(self._lengths.mean_resident_kv_tokens))
 
-def _by_pace(law: ServiceTimeLaw, iteration_s: float, work_s: float) -> float:
-    """Requests/s with every iteration filled: the time beyond the fixed part is what their work can have."""
-    return max(0.0, iteration_s - law.d0_s) / iteration_s / work_s
+    def at(self, iteration_s: float | None) -> tuple[float, str]:
+        """Requests/s with iterations of at most so long, and what limits them."""
+        by_slots = min(
+            (self._slots / (fixed_s * self._life * self._steps.depth + self._slots * work_s)
+             for fixed_s, work_s in self._branches if fixed_s or work_s), default=math.inf,
+        )
+        by_time = math.inf if iteration_s is None else self._by_time(iteration_s)
+        limits = {"memory": self._by_memory, "slots": by_slots, "TPOT target": by_time}
+        limit = min(limits, key=lambda name: limits[name])
+        return limits[limit], limit
 
+    def _by_time(self, iteration_s: float) -> float:
+        """Requests/s with every iteration filled: the time beyond the fixed part is what their work can have."""
+        return min(
+            max(0.0, 1 - fixed_s / iteration_s) / work_s if work_s else math.inf if fixed_s < iteration_s else 0.0
+            for fixed_s, work_s in self._branches
+        )
 
-def _first_token_s(pace: Pace, lengths: Lengths, fluid: FluidEquilibrium, load: float) -> Floats:
-    """Seconds to the first token of each of `lengths` without a wait, beside the decodes that are served at `load`."""
-    decode_load = (fluid.load - fluid.prefill_load) * min(1.0, 1.0 / load)
-    room = pace.room_tokens(pace.law.d0_s + decode_load * (pace.iteration_s or 0.0))
-    return np.asarray(pace.first_token_s(lengths.prompt_tokens, room), dtype=np.float64)
+    def iteration_s(self, rate_rps: float, most_s: float | None) -> float:
+        """The equilibrium's iteration time when so many requests/s are served; 0: no such equilibrium is known."""
+        times = [fixed_s / (1 - rate_rps * work_s) for fixed_s, work_s in self._branches if rate_rps * work_s < 1]
+        if len(times) < len(self._branches) or not math.isfinite(rate_rps):
+            return most_s or 0.0
+        return max(times) if most_s is None else min(max(times), most_s)
 
+    def within_latency(self, token_s: float | None, targets: Targets, margin: float) -> _Within:
+        """The iteration time with the most requests in time: (first token) + (l' − 1)·(time per token) <= latency.
 
-def _queue_requests(
-    pace: Pace, rate_rps: float, capacity_rps: float, lengths: Lengths, spare_s: Floats, miss_probability: float,
-    dispersion: float,
-) -> int:
-    """How many waiting requests are of use, at the least one; those that cannot be in time do not count."""
-    law, kv = pace.law, lengths.mean_resident_kv_tokens
-    in_service = pace.kv_limit_tokens / kv
-    iteration_s = pace.iteration_s
-    if iteration_s is None:
-        iteration_s = law.iteration_s(0.0, in_service, float(pace.kv_limit_tokens))
-    in_service = min(in_service, capacity_rps * iteration_s * (lengths.mean_output_tokens + 1))
-    work_s = (
-        law.d1_s_per_kv_token * lengths.kv_token_iterations_each
-        + law.d2_s_per_prefill_token * lengths.prompt_tokens + law.d3_s_per_decode_token * lengths.output_tokens
-    )
-    mean_s = float(lengths.weights @ work_s)
-    work_variation = float(lengths.weights @ (work_s - mean_s) ** 2) / mean_s**2 if mean_s > 0 else 0.0
-    in_time = spare_s >= 0
-    spare = float(np.average(spare_s[in_time], weights=lengths.weights[in_time])) if in_time.any() else 0.0
-    return useful_queue(
-        rate_rps=rate_rps, capacity_rps=capacity_rps, in_service=in_service,
-        slowdown=fixed_share(law, iteration_s), admitted_per_iteration=capacity_rps * iteration_s,
-        variability=(rate_rps * dispersion + capacity_rps * work_variation) / (rate_rps + capacity_rps),
-        miss_probability=_QUEUE_SHARE * miss_probability, most_requests=capacity_rps * spare,
-    )
+        Up to capacity the load decides about the iteration time, and nothing is held back; beyond it, shorter
+        iterations serve fewer requests but more of the long ones in time.
+        """
+        longest_s = None if token_s is None else max(self._iteration_of(token_s), self._alone_s)
+        if targets.latency_s is None:
+            return _Within(longest_s, targets.ttft_s)
+        natural_s = self.iteration_s(min(self._rate_rps, 0.999 * self.at(longest_s)[0]), longest_s)
+        candidates: list[float | None] = [longest_s]
+        if natural_s > self._alone_s:
+            candidates += np.geomspace(self._alone_s, natural_s, _ITERATION_TIMES)[:-1].tolist()
+        best, best_rps = _Within(longest_s, targets.ttft_s), -1.0
+        for candidate in candidates:
+            served_rps = min(self._rate_rps, self.at(candidate)[0])
+            iteration_s = self.iteration_s(min(served_rps, 0.999 * self.at(candidate)[0]), candidate)
+            share = self._share_in_time(targets.latency_s, iteration_s * (1 + margin), 0.0)
+            if served_rps * share > best_rps * (1 + 1e-3):
+                best_rps = served_rps * share
+                wait_s = self._longest_wait_s(targets.latency_s, iteration_s * (1 + margin), share)
+                if targets.ttft_s is not None:
+                    wait_s = min(wait_s, targets.ttft_s)
+                best = _Within(candidate, wait_s, share)
+        return best
+
+    def _iteration_of(self, token_s: float) -> float:
+        return token_s * self._steps.tokens / self._steps.depth
+
+    def _share_in_time(self, latency_s: float, iteration_s: float, wait_s: float) -> float:
+        """Share of requests in time when each waits so long and every iteration takes so long."""
+        token_s = iteration_s * self._steps.depth / self._steps.tokens
+        prefill_s = self._lengths.mean_prompt_tokens * self._reuse.computed * self._law.d2_s_per_prefill_token
+        left_s = latency_s - wait_s - _PIPELINE_ITERATIONS * iteration_s - prefill_s
+        return 1.0 - self._lengths.survival(1 + left_s / token_s + 1e-9) if left_s >= 0 else 0.0
+
+    def _longest_wait_s(self, latency_s: float, iteration_s: float, share: float) -> float:
+        """The longest wait for a first token that leaves nearly as many requests in time as none."""
+        waits = np.linspace(0.0, latency_s, 64)
+        good = [self._share_in_time(latency_s, iteration_s, wait_s) >= _WAIT_SHARE * share for wait_s in waits]
+        wait_s = float(waits[max(index for index, fine in enumerate(good) if fine)])
+        return max(wait_s, latency_s / 20) + _PIPELINE_ITERATIONS * iteration_s
+
+    def first_token_s(self, pace: Pace, load: float) -> Floats:
+        """Seconds to the first token of each of the lengths without a wait, beside the decodes served at `load`."""
+        iteration_s = pace.iteration_s
+        prompts = np.asarray(self._lengths.prompt_tokens * self._reuse.computed, dtype=np.float64)
+        if iteration_s is None:
+            own_s = pace.law.iteration_s(prompts, 0.0, prompts)
+            return np.asarray(2 * pace.law.shortest_iteration_s + own_s, dtype=np.float64)
+        decode_s = (self._work_s - self._prefill_work_s) * self._rate_rps * min(1.0, 1.0 / load) * iteration_s
+        prompt_s = pace.prefill_s(1.0)
+        room = (iteration_s - pace.law.d0_s - decode_s) / prompt_s if prompt_s else math.inf
+        iterations = 2 + np.ceil(prompts / max(room, pace.prompt_flow_tokens, 1.0))
+        return np.asarray(iteration_s * iterations, dtype=np.float64)
+
+    def queue_requests(
+        self, pace: Pace, spare_s: Floats, miss_probability: float, dispersion: float
+    ) -> int | None:
+        """How many waiting requests are of use, at the least one; those that cannot be in time do not count."""
+        law, lengths, served_rps = self._law, self._lengths, pace.capacity_rps
+        if not served_rps:
+            return None
+        most = pace.kv_limit_tokens / lengths.mean_resident_kv_tokens
+        iteration_s = pace.iteration_s
+        if iteration_s is None:
+            iteration_s = law.iteration_s(0.0, min(most, float(self._slots)), float(pace.kv_limit_tokens))
+        running = min(most, float(self._slots), served_rps * iteration_s * self._life * self._steps.depth)
+        work_s = (
+            law.d1_s_per_kv_token * lengths.kv_token_iterations_each / self._steps.tokens
+            + law.d2_s_per_prefill_token * lengths.prompt_tokens * self._reuse.computed
+            + law.d3_s_per_decode_token * lengths.output_tokens * self._steps.computed / self._steps.tokens
+        )
+        mean_s = float(lengths.weights @ work_s)
+        work_variation = float(lengths.weights @ (work_s - mean_s) ** 2) / mean_s**2 if mean_s > 0 else 0.0
+        in_time = spare_s >= 0
+        spare = float(np.average(spare_s[in_time], weights=lengths.weights[in_time])) if in_time.any() else 0.0
+        rate_rps = self._rate_rps
+        return useful_queue(
+            rate_rps=rate_rps, capacity_rps=served_rps, in_service=running,
+            slowdown=fixed_share(law, iteration_s), admitted_per_iteration=served_rps * iteration_s,
+            variability=(rate_rps * dispersion + served_rps * work_variation) / (rate_rps + served_rps),
+            miss_probability=_QUEUE_SHARE * miss_probability, most_requests=served_rps * spare,
+        )

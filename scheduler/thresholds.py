@@ -205,6 +205,10 @@ class Thresholds:
 
         return rule(self) == rule(other)
 
+    def classifies_like(self, other: Thresholds) -> bool:
+        """True when both give every request the same type: what else differs moves no waiting request."""
+        return (self.policy, self.types, self.segments) == (other.policy, other.types, other.segments)
+
 
 _ADAPTER: TypeAdapter[Thresholds] = TypeAdapter(Thresholds)
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from scheduler.fluid import FluidEquilibrium, solve_fluid
+from scheduler.fluid import NO_REUSE, FluidEquilibrium, PrefixReuse, solve_fluid
 from scheduler.law import ServiceTimeLaw
 from scheduler.margin import EXACT, PUBLISHED_MAPE, Fluctuation
 from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.solver import Infeasible, SegmentChain, nested_wait_thresholds, resident_cap, wait_thresholds
 from scheduler.survival import cold_lengths
-from scheduler.targets import NO_TARGETS, Promise, Targets, solve_pace
+from scheduler.targets import NO_TARGETS, ONE_TOKEN_A_STEP, Promise, Steps, Targets, solve_pace
 from scheduler.thresholds import UNKNOWN_TYPE, EngineLimits, SegmentThreshold, Thresholds, TypeThreshold
 
 MOST_TYPES = 4
@@ -42,24 +42,25 @@ class Tuned:
 def tune(
     configured: Thresholds, mix: WorkloadMix, law: ServiceTimeLaw, limits: EngineLimits, *,
     overflow_probability: float, targets: Targets = NO_TARGETS, fluctuation: Fluctuation = EXACT,
-    dispersion: float = 1.0, cold: bool = False,
+    dispersion: float = 1.0, cold: bool = False, reuse: PrefixReuse = NO_REUSE, steps: Steps = ONE_TOKEN_A_STEP,
+    realised_margin: float = 0.0,
 ) -> Tuned:
     """Solve the fluid model for `mix` and fill in what `configured.policy` needs: a pace, or counts and a cap.
 
-    targets, fluctuation and dispersion concern `fluid` alone, see `solve_pace`. The type named `UNKNOWN_TYPE` holds
+    targets and what follows them concern `fluid` alone, see `solve_pace`. The type named `UNKNOWN_TYPE` holds
     the requests whose output length nobody declared; they follow segments.
-    cold: lengths are guessed, so nobody is refused for the sake of a capacity that is a guess too; who is too late is.
+    cold: lengths are a prior, so no request is rejected for the sake of a capacity that is a guess too.
     """
-    solver = _Solver(mix, law, limits, overflow_probability)
     if configured.policy == "fluid":
         promise = solve_pace(
             mix, law, limits, targets, fluctuation=fluctuation, miss_probability=overflow_probability,
-            dispersion=dispersion,
+            dispersion=dispersion, reuse=reuse, steps=steps, realised_margin=realised_margin,
         )
         if cold:
-            promise = replace(promise, pace=replace(promise.pace, queue_requests=None))
+            promise = replace(promise, pace=replace(promise.pace, queue_requests=None, cold=True))
         reason = _promise_in_words(promise, mix.rate_rps) + ("; lengths are guessed so far" if cold else "")
-        return Tuned(replace(configured, pace=promise.pace, reason=reason), solver.equilibrium, promise)
+        return Tuned(replace(configured, pace=promise.pace, reason=reason), promise.equilibrium, promise)
+    solver = _Solver(mix, law, limits, overflow_probability)
     cap = resident_cap(mix, limits.kv_capacity_tokens, overflow_probability=overflow_probability)
     cap = max(1, min(cap, limits.seats))
     solved = solver.solve(replace(configured, types=(), segments=(), max_in_service=cap))

@@ -13,9 +13,11 @@ upgrade moves any of it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vllm.logger import init_logger
@@ -32,7 +34,8 @@ from scheduler.control import InForce, ThresholdsInForce
 from scheduler.fair_queue import NOBODY_IN_PARTICULAR
 from scheduler.gate import GatedQueue
 from scheduler.messages import Gauges, InService, Report, Telemetry
-from scheduler.policies import UNKNOWN_TYPE, Resident, Residents, Snapshot
+from scheduler.policies import UNKNOWN_TYPE, Resident, Residents, Snapshot, Waiting
+from scheduler.prefix_hits import PrefixHits
 from scheduler.profiles import load_profile
 from scheduler.recorder import Recorder
 from scheduler.refusal import Refusal
@@ -45,6 +48,7 @@ logger = init_logger(f"vllm.headrace.{__name__}")  # below vLLM's logger, so tha
 
 TOO_LATE = "the first token could not come within its target any more"
 TOO_MANY = "as many requests wait as can be answered in time"
+_CUT_SHORT = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
 
 
 class BatchWork(NamedTuple):
@@ -54,6 +58,21 @@ class BatchWork(NamedTuple):
     decode_tokens: int
     kv_tokens: int
     batch_size: int
+
+
+@dataclass(slots=True)
+class Life:
+    """What is remembered of a request until it leaves: clock seconds, declared lengths, prompt tokens found cached.
+
+    expected, most: output tokens (infinite: not declared); first_token_s: NaN until it is out.
+    """
+
+    arrived_s: float
+    expected: float
+    most: float
+    first_token_s: float = math.nan
+    cached_tokens: int = 0
+    shared_tokens: int = 0
 
 
 class HeadraceScheduler(AsyncScheduler):
@@ -70,7 +89,6 @@ class HeadraceScheduler(AsyncScheduler):
     running: list[Request]
     max_num_running_reqs: int
     max_num_scheduled_tokens: int
-
     num_spec_tokens: int
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -87,9 +105,12 @@ class HeadraceScheduler(AsyncScheduler):
         )
         self._engine_id = engine_id()
         self._obeyed: InForce = self.in_force.current()
+        self._prefixes = PrefixHits(self.kv_cache_manager, self.block_size, self.cache_config.enable_prefix_caching)
+        self._lives: dict[str, Life] = {}
+        self._awaiting_first_token: dict[str, Request] = {}
         self.gate = GatedQueue(
             self.policy, self._classify, lambda: self.clock(), self.recorder.released,
-            tenant_of if settings.trust_tenants else lambda request: NOBODY_IN_PARTICULAR,
+            tenant_of if settings.trust_tenants else lambda request: NOBODY_IN_PARTICULAR, self._describe,
         )
         self.waiting = self.gate
         self._most_running = self.max_num_running_reqs
@@ -101,6 +122,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._last_output_s = 0.0
         self._more_to_run = False
         self._refused: list[tuple[Request, Refusal]] = []
+        self._rejecting: set[str] = set()
         self._everyone_runs = False
         self._channel: ChannelServer | None = None
         if settings.channel:
@@ -125,17 +147,22 @@ class HeadraceScheduler(AsyncScheduler):
 
         aside = self._set_aside(decision.sit_out)
         self.max_num_running_reqs = self._most_running - len(aside)
-        asked = decision.token_budget or obeyed.thresholds.token_budget
+        asked = min(filter(None, (decision.token_budget, obeyed.thresholds.token_budget)), default=None)
         budget = (self._budget_can_split and asked) or self._most_tokens
         # Every running request gets its decode token and its drafts, however small the budget is set.
         least = len(self.running) * (1 + self.num_spec_tokens)
         self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, least))
+        self._prefixes.step()
         try:
             output = super().schedule(throttle_prefills)
             self.latest_work = batch_work(output, self.requests)
         finally:
             self.running = _in_admission_order(self.running, aside)
             self.max_num_running_reqs = self._most_running
+        for new in output.scheduled_new_reqs:
+            life = self._lives[new.req_id]
+            life.cached_tokens = new.num_computed_tokens
+            life.shared_tokens = min(self._prefixes.shared_at_release(new.req_id), life.cached_tokens)
         self._after_schedule(output, len(aside))
         return output
 
@@ -153,14 +180,15 @@ class HeadraceScheduler(AsyncScheduler):
 
     def _reject(self, rejected: Mapping[str, Refusal]) -> None:
         """End requests by id; their clients hear of it with the iteration's outputs."""
-        self.recorder.totals.refused += len(rejected)
+        self._rejecting |= rejected.keys()  # counted as such when they are freed
         self._refused += [(self.requests[name], refusal) for name, refusal in rejected.items()]
         self.finish_requests(list(rejected), RequestStatus.FINISHED_ABORTED)
 
     def _obey(self, in_force: InForce) -> None:
+        before, thresholds = self._obeyed.thresholds, in_force.thresholds
         self._obeyed = in_force
-        self.gate.reclassify([*self.running, *self.skipped_waiting])
-        thresholds = in_force.thresholds
+        if not thresholds.classifies_like(before):
+            self.gate.reclassify([*self.running, *self.skipped_waiting])
         logger.debug("Headrace: thresholds version %d in force: %s", thresholds.version, thresholds.reason)
 
     def _snapshot(self, now_s: float) -> Snapshot:
@@ -169,13 +197,38 @@ class HeadraceScheduler(AsyncScheduler):
             now_s=now_s,
             waiting=self.gate.views(),
             released=self.gate.released + len(self.skipped_waiting),
-            running=_Residents(self.running, self.gate),
+            running=_Residents(self.running, self.gate, self._lives),
             kv_used_tokens=round(self.kv_cache_manager.usage * capacity),
             kv_capacity_tokens=capacity,
-            prompt_backlog_tokens=sum(
-                [request.num_tokens - request.num_computed_tokens for request in self._inflight_prefills]
-            ),
+            prompt_backlog_tokens=self._prompt_backlog(),
+            released_requests=self._released_requests(),
+            kv_read_tokens=self.latest_work.kv_tokens if self.running else 0,
+            slots=self._most_running - self.num_waiting_for_streaming_input,
+            most_tokens=self._most_tokens,
+            latest=self.recorder.latest_iteration,
         )
+
+    def _released_requests(self) -> Sequence[Resident]:
+        """The requests let through the gate that do not run, or not yet."""
+        if not self.gate.released and not self.skipped_waiting:
+            return ()
+        return _Residents([*self.gate.released_requests(), *self.skipped_waiting], self.gate, self._lives)
+
+    def _prompt_backlog(self) -> int:
+        """Prompt tokens left to compute of the requests that run and of those let through."""
+        tokens = sum([request.num_tokens - request.num_computed_tokens for request in self._inflight_prefills])
+        if self.gate.released or self.skipped_waiting:
+            tokens += sum(
+                self._describe(request, 0.0).tokens_to_compute + request.num_output_tokens
+                for request in (*self.gate.released_requests(), *self.skipped_waiting)
+            )
+        return tokens
+
+    def _describe(self, request: Request, since_s: float) -> Waiting:
+        """What a policy may know of a request that waits."""
+        life = self._lives[request.request_id]
+        cached, shared = self._prefixes.of(request)
+        return Waiting(request.num_prompt_tokens, since_s, request.request_id, cached, shared, life.expected, life.most)
 
     def _set_aside(self, sit_out: Collection[str]) -> list[tuple[int, Request]]:
         """Take requests out of `running` for one iteration; they keep their KV. Returns them with their places."""
@@ -216,6 +269,9 @@ class HeadraceScheduler(AsyncScheduler):
             self._last_output_s = now_s
             self.recorder.iteration(now_s, seconds, *work)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self._awaiting_first_token:
+            self._note_first_tokens()
+        self.gate.settle()
         if executed:
             self._more_to_run = bool(self.running)
         for request, refusal in self._refused:
@@ -234,9 +290,21 @@ class HeadraceScheduler(AsyncScheduler):
             request.priority = 0  # the client's; only vLLM's own policy "priority" lets it order requests
         if request.request_id not in self.requests:
             self.recorder.arrival(self.clock(), request.num_prompt_tokens, self.known_output_tokens(request))
+            self._lives[request.request_id] = self._life(request)
+            self._awaiting_first_token[request.request_id] = request
         super().add_request(request)
         if rejection := self.gate.choices.rejection_of(request.request_id):
             self._reject({request.request_id: rejection})
+
+    def _life(self, request: Request) -> Life:
+        expected, most = self._declared_lengths(request)
+        return Life(self.clock(), math.inf if expected is None else expected, math.inf if most is None else most)
+
+    def _note_first_tokens(self) -> None:
+        now_s = self.clock()
+        for name in [name for name, request in self._awaiting_first_token.items() if request.num_output_tokens]:
+            self._lives[name].first_token_s = now_s
+            del self._awaiting_first_token[name]
 
     def _enqueue_waiting_request(self, request: Request) -> None:
         # vLLM would put a request whose grammar compiles straight among the skipped, past the gate.
@@ -246,8 +314,18 @@ class HeadraceScheduler(AsyncScheduler):
             self.waiting.add_request(request)
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
-        aborted = request.status == RequestStatus.FINISHED_ABORTED
-        self.recorder.finished(self.clock(), request.num_prompt_tokens, request.num_output_tokens, aborted=aborted)
+        now_s, outputs = self.clock(), request.num_output_tokens
+        life = self._lives.pop(request.request_id, None) or self._life(request)
+        first_s = now_s if math.isnan(life.first_token_s) else life.first_token_s
+        self.recorder.finished(
+            now_s, request.num_prompt_tokens, outputs, aborted=request.status in _CUT_SHORT,
+            rejected=request.request_id in self._rejecting, cached_tokens=life.cached_tokens,
+            shared_tokens=life.shared_tokens, ttft_s=first_s - life.arrived_s if outputs else None,
+            tpot_s=(now_s - first_s) / (outputs - 1) if outputs > 1 else None,
+        )
+        self._rejecting.discard(request.request_id)
+        self._awaiting_first_token.pop(request.request_id, None)
+        self._prefixes.forget(request.request_id)
         self.gate.forget(request)
         return super()._free_request(request, delay_free_blocks)
 
@@ -256,15 +334,18 @@ class HeadraceScheduler(AsyncScheduler):
 
         A `max_tokens` that only fills the model's context up is vLLM's default and no declaration.
         """
+        expected, most = self._declared_lengths(request)
+        return most if expected is None else expected
+
+    def _declared_lengths(self, request: Request) -> tuple[int | None, int | None]:
+        """The output length a client expects, and the most it allows when that is less than the context."""
         params = request.sampling_params
         if params is None:
-            return None
+            return None, None
         declared = declared_output_tokens(request)
-        max_tokens: int = params.max_tokens
-        if declared is not None:
-            return min(declared, max_tokens)
-        whole_context = self.max_model_len - request.num_prompt_tokens
-        return max_tokens if max_tokens < whole_context else None
+        most: int = params.max_tokens
+        bound = most if most < self.max_model_len - request.num_prompt_tokens else None
+        return (None if declared is None else min(declared, most)), bound
 
     def _classify(self, request: Request) -> str:
         return self._obeyed.policy.classify(request.num_prompt_tokens, self.known_output_tokens(request))
@@ -353,10 +434,10 @@ class _RequestAsResident:
 class _Residents(Residents):
     """The running requests as residents, made only when a policy looks at them."""
 
-    __slots__ = ("_gate", "_running", "_stages")
+    __slots__ = ("_gate", "_lives", "_running", "_stages")
 
-    def __init__(self, running: list[Request], gate: GatedQueue) -> None:
-        self._running, self._gate = running, gate
+    def __init__(self, running: list[Request], gate: GatedQueue, lives: Mapping[str, Life]) -> None:
+        self._running, self._gate, self._lives = running, gate, lives
         self._stages: list[int] | None = None  # a policy may ask for them more than once
 
     def __len__(self) -> int:
@@ -376,6 +457,18 @@ class _Residents(Residents):
 
     def kv_tokens(self) -> list[int]:
         return [request.num_tokens + request.num_output_placeholders for request in self._running]
+
+    def shared_kv_tokens(self) -> list[int]:
+        return [self._lives[request.request_id].shared_tokens for request in self._running]
+
+    def first_token_s(self) -> list[float]:
+        return [self._lives[request.request_id].first_token_s for request in self._running]
+
+    def expected_output_tokens(self) -> list[float]:
+        return [self._lives[request.request_id].expected for request in self._running]
+
+    def most_output_tokens(self) -> list[float]:
+        return [self._lives[request.request_id].most for request in self._running]
 
 
 def _stage(request: Request) -> int:

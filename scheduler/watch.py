@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from scheduler.estimates import ArrivalRates, arrival_rates
+from scheduler.fluid import NO_REUSE, PrefixReuse
 from scheduler.messages import Arrival, Finished, Telemetry
 from scheduler.mix import Lengths
 from scheduler.survival import Answers, have_changed
@@ -24,6 +25,7 @@ _SPLITS = (0.25, 0.5, 0.75)
 _RECENT = (1.5, 3.0, 6.0)
 """And how many of the latest ones are set against all the others, in units of the fewest that count."""
 _MOST_MARKS = 2048
+_REUSED = ("cached_tokens", "shared_tokens")
 _LONGEST = 2**31
 
 
@@ -112,6 +114,15 @@ class Watch:
     def finished(self) -> list[tuple[int, int]]:
         """(prompt, output) tokens of the answers that ended since they are alike."""
         return [(int(p), int(o)) for p, o in self._ended[self._alike]]
+
+    @property
+    def prefix_reuse(self) -> PrefixReuse:
+        """What the prefix cache saved of the prompts of the latest finished requests."""
+        prompts = sum(done.prompt_tokens for done in self._finished)
+        if not prompts:
+            return NO_REUSE
+        cached, shared = (sum(getattr(done, name) for done in self._finished) for name in _REUSED)
+        return PrefixReuse(computed=1 - cached / prompts, private=1 - shared / prompts)
 
     @property
     def finished_count(self) -> int:

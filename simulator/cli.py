@@ -39,7 +39,9 @@ def simulate(
     workload: Annotated[
         str | None, typer.Option(help="Lengths: p512d20, 0.7:p512d20+0.3:p512d50, lmsys; 'A; 300s: B' changes.")
     ] = None,
-    trace: Annotated[Path | None, typer.Option(help="Trace: CSV, Parquet or ShareGPT JSON; not --workload.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Trace: CSV, Parquet, ShareGPT JSON, Mooncake JSONL; not --workload.")
+    ] = None,
     rate: Annotated[float | None, typer.Option(help="Requests per second.")] = None,
     arrivals: Annotated[
         str, typer.Option(help="poisson, gamma:cv=3, onoff:on=10,off=20, diurnal:period=3600,amplitude=0.8, "
@@ -62,6 +64,7 @@ def simulate(
     slo_tpot: Annotated[float | None, typer.Option(help="Target: mean seconds per further token.")] = None,
     slo_latency: Annotated[float | None, typer.Option(help="Target: seconds end to end.")] = None,
     replicas: Annotated[int, typer.Option(help="Replicas behind the request router.", min=1)] = 1,
+    prefix_caching: Annotated[bool, typer.Option(help="Compute what prompts share once, as vLLM does.")] = True,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE, any other option: mode=strict, max_num_seqs=256, …")
     ] = None,
@@ -73,6 +76,7 @@ def simulate(
         "lengths": workload, "trace": trace, "rate_rps": rate, "arrivals": arrivals, "requests": requests, "seed": seed,
         "policy": policy, "profile": profile, "kv_tokens": kv_tokens, "token_budget": token_budget, "cap": cap,
         "slo_ttft_s": slo_ttft, "slo_tpot_s": slo_tpot, "slo_latency_s": slo_latency, "replicas": replicas,
+        "prefix_caching": prefix_caching,
     }
     options = {name: value for name, value in given.items() if value is not None}
     if workload is not None:

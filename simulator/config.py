@@ -41,11 +41,12 @@ class SimulationConfig(_Strict):
 
     profile: the service-time law and KV capacity (`kv_tokens` overrides the latter). token_budget: vLLM's
     max_num_batched_tokens; None is the contender's own, 2 048 for most. cap: most requests in service; max_num_seqs:
-    the engine's own limit. declare_lengths: clients tell how long their answers will be; None: where the policy asks
-    for it. give_up_s: a client leaves when it has no first token after so long. counts: WAIT's and Nested WAIT's are
-    solved for the load, or follow from `cap` alone as in the paper's experiments. period_s: the controller solves
-    thresholds anew so often, from what the replica has seen; None: once, from the workload itself. thresholds: fields
-    of `Thresholds` that replace these. window: fractions of the arrival order between which requests are measured.
+    the engine's own limit. prefix_caching: vLLM's enable_prefix_caching. declare_lengths: clients tell how long their
+    answers will be; None: where the policy asks for it. give_up_s: a client leaves when it has no first token after so
+    long. counts: WAIT's and Nested WAIT's are solved for the load, or follow from `cap` alone as in the paper's
+    experiments. period_s: the controller solves thresholds anew so often, from what the replica has seen; None: once,
+    from the workload itself. thresholds: fields of `Thresholds` that replace these. window: fractions of the arrival
+    order between which requests are measured.
     slowdown: when the first replica is slow, see `simulator.slowdown.parse_slowdown`. until_decided: end the run once
     no measured request that is under way can meet the targets; the others' latencies are then not known.
     """
@@ -60,6 +61,7 @@ class SimulationConfig(_Strict):
     max_model_len: int = Field(default=4096, ge=2)
     block_tokens: int = Field(default=16, ge=1)
     async_scheduling: bool = True
+    prefix_caching: bool = True
     replicas: int = Field(default=1, ge=1, le=1024)
     declare_lengths: bool | None = None
     give_up_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)

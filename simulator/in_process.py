@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,8 @@ import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -38,9 +40,10 @@ _MODEL = {
     "intermediate_size": 128, "num_attention_heads": _HEADS, "num_hidden_layers": 2, "num_key_value_heads": _HEADS,
     "vocab_size": 1000, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
 }
-_PROMPT_TOKEN, _TOKEN = 7, 5
+_NOT_ASKED_FOR = [5]
 
 _AnyScheduler = TypeVar("_AnyScheduler", bound=Scheduler)
+BlockHasher = Callable[[Request], list[Any]]
 
 
 @functools.cache
@@ -80,6 +83,24 @@ def make_scheduler(
     return scheduler
 
 
+def block_hasher_of(scheduler: Scheduler) -> BlockHasher | None:
+    """What hashes the blocks of this scheduler's requests, for `make_request`; None without prefix caching."""
+    cache = scheduler.cache_config
+    if not cache.enable_prefix_caching:
+        return None
+    hasher: BlockHasher = get_request_block_hasher(
+        scheduler.block_size, _hash_function(cache.prefix_caching_hash_algo)
+    )
+    return hasher
+
+
+@functools.cache  # the first block's parent hash is set once for the process
+def _hash_function(name: str) -> Callable[[Any], bytes]:
+    function: Callable[[Any], bytes] = get_hash_fn_by_name(name)
+    init_none_hash(function)
+    return function
+
+
 @functools.cache
 def _undeclared(max_model_len: int) -> SamplingParams:
     """What a client sends that says nothing of its answer's length; one object serves all requests."""
@@ -87,28 +108,36 @@ def _undeclared(max_model_len: int) -> SamplingParams:
 
 
 def make_request(
-    request_id: str, prompt_tokens: int, output_tokens: int, *, arrival_s: float, max_model_len: int,
-    declared: dict[str, Any] | None = None,
+    request_id: str, prompt_token_ids: list[int], output_tokens: int, *, arrival_s: float, max_model_len: int,
+    declared: dict[str, Any] | None = None, block_hasher: BlockHasher | None = None,
 ) -> Request:
-    """A request that ends after `output_tokens`; `declared` are the extra arguments in which its client says so."""
+    """A request that ends after `output_tokens`; `declared` are the extra arguments in which its client says so.
+
+    `block_hasher` is `block_hasher_of` its scheduler.
+    """
     params = _undeclared(max_model_len)
     if declared:
         params = SamplingParams(max_tokens=max_model_len, ignore_eos=True, extra_args=declared)
     request = Request(
-        request_id=request_id, prompt_token_ids=[_PROMPT_TOKEN] * prompt_tokens, sampling_params=params,
-        pooling_params=None, arrival_time=arrival_s,
+        request_id=request_id, prompt_token_ids=prompt_token_ids, sampling_params=params, pooling_params=None,
+        arrival_time=arrival_s, block_hasher=block_hasher,
     )
     # The length is the model's to know: vLLM's own stop check sees it here, a scheduler reads the client's parameters.
     request.max_tokens = output_tokens
     return request
 
 
-def iteration_results(output: SchedulerOutput, silent: Collection[str]) -> ModelRunnerOutput:
-    """What the model answers to a scheduled iteration: one token a request, none for the `silent` ones."""
+def iteration_results(
+    output: SchedulerOutput, silent: Collection[str], answers: Mapping[str, list[int]] | None = None
+) -> ModelRunnerOutput:
+    """What the model answers to a scheduled iteration: one token a request, none for the `silent` ones.
+
+    `answers`: by request, that token in a list; a request that is not in it, as it has left meanwhile, gets any.
+    """
     names = list(output.num_scheduled_tokens)
     place = dict(zip(names, range(len(names)), strict=True))
-    one = [_TOKEN]
-    sampled = [one] * len(names)
+    answers = answers or {}
+    sampled = [answers.get(name, _NOT_ASKED_FOR) for name in names]
     for name in silent:
         sampled[place[name]] = []
     return ModelRunnerOutput(req_ids=names, req_id_to_index=place, sampled_token_ids=sampled)

@@ -98,8 +98,11 @@ class LengthSource:
                 lengths[component.name] = component.lengths
         return tuple(Component(name, weight[name], lengths[name]) for name in self.names if weight[name] > 0)
 
-    def limited(self, max_total_tokens: int | None = None, min_output_tokens: int = 1) -> "LengthSource":
-        """The same source, given that prompt + output <= max_total_tokens and output >= min_output_tokens.
+    def limited(
+        self, max_total_tokens: int | None = None, min_output_tokens: int = 1, max_prompt_tokens: int | None = None
+    ) -> "LengthSource":
+        """The same source, given that prompt + output <= max_total_tokens, prompt <= max_prompt_tokens and
+        output >= min_output_tokens.
 
         What is left of each phase is scaled up to weight 1. Raises ValueError when nothing is left of one.
         """
@@ -108,7 +111,7 @@ class LengthSource:
         for phase in self.phases:
             kept = []
             for component in phase.components:
-                fits = _fits(component.lengths, max_total_tokens, min_output_tokens)
+                fits = _fits(component.lengths, max_total_tokens, min_output_tokens, max_prompt_tokens)
                 if fits.all():
                     kept.append(component)
                     continue
@@ -120,16 +123,20 @@ class LengthSource:
             if not kept:
                 raise ValueError(
                     f"no request of {'+'.join(c.name for c in phase.components)} is left: max_total_tokens is "
-                    f"{max_total_tokens} and min_output_tokens is {min_output_tokens}"
+                    f"{max_total_tokens}, max_prompt_tokens is {max_prompt_tokens} and min_output_tokens is "
+                    f"{min_output_tokens}"
                 )
             phases.append(_phase(phase.start_s, kept))
         return LengthSource(tuple(phases), left_out)
 
 
-def _fits(lengths: Lengths, max_total_tokens: int | None, min_output_tokens: int) -> NDArray[np.bool_]:
+def _fits(
+    lengths: Lengths, max_total_tokens: int | None, min_output_tokens: int, max_prompt_tokens: int | None
+) -> NDArray[np.bool_]:
     total_tokens = lengths.prompt_tokens + lengths.output_tokens
     longest = lengths.max_total_tokens if max_total_tokens is None else max_total_tokens
-    return (total_tokens <= longest) & (lengths.output_tokens >= min_output_tokens)
+    fits = (total_tokens <= longest) & (lengths.output_tokens >= min_output_tokens)
+    return fits if max_prompt_tokens is None else fits & (lengths.prompt_tokens <= max_prompt_tokens)
 
 
 def parse_lengths(text: str) -> LengthSource:

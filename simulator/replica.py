@@ -16,7 +16,8 @@ from scheduler.law import ServiceTimeLaw
 from scheduler.targets import Targets
 from scheduler.vllm_scheduler import HeadraceScheduler, batch_work
 from simulator.doors import Door, Load
-from simulator.in_process import iteration_results, make_request
+from simulator.in_process import block_hasher_of, iteration_results, make_request
+from simulator.prompts import answer_token_id, prompt_token_ids
 from simulator.results import COMPLETED, REJECTED, UNFINISHED, IterationRow, RequestRow
 from simulator.slowdown import Slowdown
 from simulator.workload import SimRequest
@@ -86,6 +87,8 @@ class VirtualReplica:
         self.index, self.scheduler, self.now_s, self.totals = index, scheduler, 0.0, Totals()
         self._law, self._sink, self._give_up_s = law, sink, give_up_s
         self._door, self._ttft_s, self._slowdown = door, ttft_s, slowdown
+        self._block_hasher = block_hasher_of(scheduler)
+        self._answers: dict[str, list[int]] = {}
         self._prefilling: dict[str, int] = {}
         self._depth = 2 if scheduler.scheduler_config.async_scheduling else 1
         self.headrace = scheduler if isinstance(scheduler, HeadraceScheduler) else None
@@ -113,9 +116,11 @@ class VirtualReplica:
             self._turn_away(number, request)
             return
         made = make_request(
-            str(number), request.prompt_tokens, request.output_tokens, arrival_s=request.arrival_s,
-            max_model_len=self.scheduler.max_model_len, declared=declared,
+            str(number), prompt_token_ids(request.pieces, request.prompt_tokens, number), request.output_tokens,
+            arrival_s=request.arrival_s, max_model_len=self.scheduler.max_model_len, declared=declared,
+            block_hasher=self._block_hasher,
         )
+        self._answers[made.request_id] = [answer_token_id(request.answer, number)]
         live = self._live[made.request_id] = _Live(number, made, request.arrival_s, request.type_name)
         self._prefilling[made.request_id] = request.prompt_tokens
         if self._give_up_s is not None:
@@ -205,7 +210,8 @@ class VirtualReplica:
         for live in executing.first_tokens:
             live.first_token_s = executing.ends_s
             self._prefilling.pop(live.request.request_id, None)
-        self.scheduler.update_from_output(executing.output, iteration_results(executing.output, executing.silent))
+        results = iteration_results(executing.output, executing.silent, self._answers)
+        self.scheduler.update_from_output(executing.output, results)
 
     def _sleep(self, until_s: float) -> bool:
         """Nothing runs: pass the time until a hold ends. False when none does before `until_s`."""
@@ -244,6 +250,7 @@ class VirtualReplica:
     def left(self, request: Request) -> None:
         """A request leaves the engine, finished or given up."""
         live = self._live.pop(request.request_id)
+        del self._answers[request.request_id]
         self._prefilling.pop(request.request_id, None)
         self._catching_up.pop(request.request_id, None)
         completed = request.num_output_tokens > 0

@@ -166,7 +166,7 @@ def _scheduler(config: SimulationConfig, thresholds: Thresholds | None) -> Any:
             block_tokens=limits.block_tokens, max_model_len=limits.max_model_len,
             additional_config={"headrace": settings}, max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens, async_scheduling=config.async_scheduling,
-            **contender.engine_args,
+            enable_prefix_caching=config.prefix_caching, **contender.engine_args,
         )
     except ValueError as error:
         said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)

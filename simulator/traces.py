@@ -1,4 +1,4 @@
-"""Request traces on disk, read row by row: CSV and Parquet in three column layouts, and ShareGPT's JSON."""
+"""Request traces on disk, read row by row: CSV and Parquet in three column layouts, ShareGPT's and Mooncake's JSON."""
 
 import csv
 import json
@@ -17,23 +17,27 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from scheduler.mix import Lengths, token_count
+from simulator.prompts import Piece, Pieces
 
-TraceFormat = Literal["auto", "headrace", "azure", "burstgpt", "sharegpt", "parquet"]
+TraceFormat = Literal["auto", "headrace", "azure", "burstgpt", "sharegpt", "mooncake", "parquet"]
 
 _BATCH_ROWS = 8192
 _CHUNK_CHARACTERS = 1 << 16
 _LONGEST_ENTRY_CHARACTERS = 1 << 26
 _LONGEST_MESSAGE = 200
+MOONCAKE_BLOCK_TOKENS = 512
 _BETWEEN_ENTRIES = re.compile(r"[\s,]*")
 
 
 class TraceRow(NamedTuple):
-    """One request: where it stands in the file, when it came (from any origin; None: not known), its lengths."""
+    """One request: where it stands in the file, when it came (from any origin; None: not known), its lengths, and what
+    its prompt is made of (None: the file does not say)."""
 
     where: str
     timestamp_s: float | None
     prompt_tokens: int
     output_tokens: int
+    pieces: Pieces | None = None
 
 
 class BadRow(NamedTuple):
@@ -87,8 +91,10 @@ def open_trace(path: str | Path, trace_format: TraceFormat = "auto", tokenizer: 
     burstgpt   CSV with Timestamp in seconds, Request tokens, Response tokens; 0 response tokens is a failed request
     sharegpt   JSON array of {"conversations": [{"from": "human" or "gpt", "value": text}, …]}; every gpt turn right
                after a human turn is a request of their two lengths
+    mooncake   JSON lines with timestamp in milliseconds, input_length, output_length and hash_ids: a number for each
+               512 tokens of the prompt (the last may be fewer), equal where requests share a prefix
     parquet    Parquet with one of the three column layouts
-    auto       by the file's suffix (.parquet, .pq, .json) or else by the CSV's first line
+    auto       by the file's suffix (.parquet, .pq, .json, .jsonl) or else by the CSV's first line
 
     Other columns are ignored, and Parquet may be named by its layout if its suffix says it is Parquet. `tokenizer` is
     a folder that transformers can read, for sharegpt only; without one a token is taken to be 4 bytes of UTF-8.
@@ -101,6 +107,8 @@ def open_trace(path: str | Path, trace_format: TraceFormat = "auto", tokenizer: 
         return _open_sharegpt(path, tokenizer)
     if tokenizer is not None:
         raise ValueError(f"tokenizer is {str(tokenizer)!r}; {path} is no sharegpt trace, it counts tokens")
+    if trace_format == "mooncake" or (trace_format == "auto" and path.suffix == ".jsonl"):
+        return _open_mooncake(path)
     is_parquet = trace_format == "parquet" or path.suffix in (".parquet", ".pq")
     columns = _parquet_columns(path) if is_parquet else _csv_columns(path)
     layout = _layout(path, columns, trace_format)
@@ -213,6 +221,50 @@ def _cells(column: Any) -> list[str]:
     return ["" if value is None else str(value) for value in values]
 
 
+def _open_mooncake(path: Path) -> Trace:
+    with _open_text(path) as file:
+        first = file.readline()
+    row = _mooncake_row("line 1", first)
+    if isinstance(row, BadRow) and not first.lstrip().startswith("{"):
+        raise ValueError(f"{path} is not a mooncake trace, which has a JSON object on every line: {row.message}")
+    return Trace(path, "mooncake", True, (), lambda: _mooncake_rows(path))
+
+
+def _mooncake_rows(path: Path) -> Iterator[TraceRow | BadRow]:
+    with _open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _mooncake_row(f"line {number}", line)
+
+
+def _mooncake_row(where: str, line: str) -> TraceRow | BadRow:
+    try:
+        entry = json.loads(line)
+        if not isinstance(entry, dict):
+            raise ValueError("it is no JSON object")
+        prompt_tokens = token_count("input_length", str(entry.get("input_length")))
+        output_tokens = token_count("output_length", str(entry.get("output_length")))
+        timestamp = entry.get("timestamp")
+        if isinstance(timestamp, bool) or not isinstance(timestamp, int | float) or not math.isfinite(timestamp):
+            raise ValueError(f"timestamp is {timestamp!r}; it must be a number of milliseconds")
+        pieces = _mooncake_pieces(entry.get("hash_ids"), prompt_tokens)
+    except ValueError as error:  # JSONDecodeError is one
+        return _bad_row(where, str(error))
+    return TraceRow(where, timestamp / 1000, prompt_tokens, output_tokens, pieces)
+
+
+def _mooncake_pieces(hash_ids: object, prompt_tokens: int) -> Pieces:
+    blocks, last_tokens = divmod(prompt_tokens - 1, MOONCAKE_BLOCK_TOKENS)
+    whole = isinstance(hash_ids, list) and all(type(number) is int and number >= 0 for number in hash_ids)
+    if not isinstance(hash_ids, list) or not whole or len(hash_ids) != blocks + 1:
+        raise ValueError(
+            f"hash_ids must be {blocks + 1} integers >= 0 for input_length {prompt_tokens}, one for each "
+            f"{MOONCAKE_BLOCK_TOKENS} tokens"
+        )
+    sizes = [MOONCAKE_BLOCK_TOKENS] * blocks + [last_tokens + 1]
+    return tuple(map(Piece, hash_ids, sizes))
+
+
 def _open_sharegpt(path: Path, tokenizer: str | Path | None) -> Trace:
     with _open_text(path) as file:
         if not file.read(_CHUNK_CHARACTERS).lstrip().startswith("["):
@@ -287,12 +339,16 @@ def _conversation_rows(where: str, entry: object, tokens: Callable[[str], int]) 
 
 @dataclass(frozen=True)
 class TraceSample:
-    """At most a million of a trace's rows, as two int32 arrays of one size; `rows` and `span_s` are of all its rows."""
+    """At most a million of a trace's rows, as two int32 arrays of one size; `rows` and `span_s` are of all its rows.
+
+    `pieces` are what their prompts are made of, one entry a row; empty where the trace does not say.
+    """
 
     prompt_tokens: NDArray[np.int32]
     output_tokens: NDArray[np.int32]
     rows: int
     span_s: float
+    pieces: Sequence[Pieces] = ()
 
     def lengths(self) -> Lengths:
         """The joint distribution of the sampled lengths."""
@@ -303,6 +359,7 @@ class TraceSample:
 def sample_rows(rows: Iterator[TraceRow], rng: np.random.Generator, most: int = 1_000_000) -> TraceSample:
     """Keep `most` rows, every one with the same chance (reservoir sampling); all of them if there are fewer."""
     prompt_tokens, output_tokens = np.empty((2, most), np.int32)
+    pieces: list[Pieces] = []
     seen, first_s, last_s = 0, None, None
     while block := list(islice(rows, _BATCH_ROWS)):
         position = np.arange(seen, seen + len(block))
@@ -310,7 +367,11 @@ def sample_rows(rows: Iterator[TraceRow], rng: np.random.Generator, most: int = 
         kept = place < most
         prompt_tokens[place[kept]] = np.array([row.prompt_tokens for row in block])[kept]
         output_tokens[place[kept]] = np.array([row.output_tokens for row in block])[kept]
+        if block[0].pieces is not None:
+            pieces += [()] * (min(seen + len(block), most) - len(pieces))
+            for index in np.flatnonzero(kept).tolist():
+                pieces[place[index]] = block[index].pieces or ()
         first_s, last_s = block[0].timestamp_s if not seen else first_s, block[-1].timestamp_s
         seen += len(block)
     span_s = last_s - first_s if first_s is not None and last_s is not None else 0.0
-    return TraceSample(prompt_tokens[:seen], output_tokens[:seen], seen, span_s)
+    return TraceSample(prompt_tokens[:seen], output_tokens[:seen], seen, span_s, pieces)

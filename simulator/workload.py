@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from scheduler.mix import RequestType, WorkloadMix
 from simulator.arrivals import parse_arrivals
 from simulator.lengths import parse_lengths
+from simulator.prompts import Pieces
 from simulator.traces import BadRow, Trace, TraceFormat, TraceRow, TraceSample, open_trace, sample_rows
 
 _BAD_ROW_MESSAGES = 20
@@ -24,13 +25,16 @@ _BAD_ROW_MESSAGES = 20
 class SimRequest(NamedTuple):
     """One request of a workload.
 
-    `type_name` is the component of a spec ("p512d20", "lmsys"), or "all" for a trace.
+    `type_name` is the component of a spec ("p512d20", "lmsys"), or "all" for a trace. `pieces` are what its prompt is
+    made of (None: nothing that any other has), `answer` the piece that its answer becomes in later prompts.
     """
 
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
     type_name: str
+    pieces: Pieces | None = None
+    answer: int | None = None
 
 
 class WorkloadConfig(BaseModel):
@@ -39,8 +43,9 @@ class WorkloadConfig(BaseModel):
     Either `lengths` (see `simulator.lengths.parse_lengths`) or `trace` (see `simulator.traces.open_trace`).
     `arrivals` is a process (see `simulator.arrivals.parse_arrivals`) of mean rate `rate_rps`, or "replay" for the
     trace's own times, which `rate_rps` then stretches to that mean rate. `requests` None is the whole trace.
-    Requests of more than `max_total_tokens` (prompt + output; no replica could run them) and of less than
-    `min_output_tokens` are left out before anything else, so they do not lower the rate of a process.
+    Requests of more than `max_total_tokens` (prompt + output; no replica could run them), with prompts of more than
+    `max_prompt_tokens` and of less than `min_output_tokens` are left out before anything else, so they do not lower the
+    rate of a process.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +59,7 @@ class WorkloadConfig(BaseModel):
     requests: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     max_total_tokens: Annotated[int, Field(ge=2)] | None = None
+    max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     min_output_tokens: Annotated[int, Field(ge=1)] = 1
 
     @model_validator(mode="after")
@@ -108,6 +114,7 @@ class _Tally:
     rows_read: int = 0
     bad_rows: int = 0
     too_long: int = 0
+    long_prompts: int = 0
     too_short: int = 0
     messages: list[str] = field(default_factory=list)
 
@@ -117,13 +124,14 @@ class _Tally:
             self.messages.append(message)
 
     def notes(self, file: str, config: WorkloadConfig) -> tuple[str, ...]:
-        left_out = self.bad_rows + self.too_long + self.too_short
+        left_out = self.bad_rows + self.too_long + self.long_prompts + self.too_short
         if not left_out:
             return ()
         messages = self.messages + ["…"] * (self.bad_rows > len(self.messages))
         reasons = (
             (self.bad_rows, f"bad: {'; '.join(messages)}"),
             (self.too_long, f"longer than {config.max_total_tokens} tokens"),
+            (self.long_prompts, f"with prompts of more than {config.max_prompt_tokens} tokens"),
             (self.too_short, f"with fewer than {config.min_output_tokens} output tokens"),
         )
         described = "; ".join(f"{count} {reason}" for count, reason in reasons if count)
@@ -172,6 +180,11 @@ class Workload(ABC):
         return self._tally.too_long
 
     @property
+    def long_prompts(self) -> int:
+        """Rows with prompts of more than max_prompt_tokens, but not more than max_total_tokens."""
+        return self._tally.long_prompts
+
+    @property
     def too_short(self) -> int:
         """Rows of less than min_output_tokens, but at least 1."""
         return self._tally.too_short
@@ -193,7 +206,9 @@ class _Synthetic(Workload):
     def __init__(self, config: WorkloadConfig) -> None:
         assert config.lengths is not None
         super().__init__(config, config.lengths.strip())
-        self._source = parse_lengths(config.lengths).limited(config.max_total_tokens, config.min_output_tokens)
+        self._source = parse_lengths(config.lengths).limited(
+            config.max_total_tokens, config.min_output_tokens, config.max_prompt_tokens
+        )
 
     def requests(self) -> Iterator[SimRequest]:
         assert self.config.requests is not None
@@ -212,6 +227,8 @@ class _Synthetic(Workload):
 
     def notes(self) -> tuple[str, ...]:
         limits = f"max_total_tokens {self.config.max_total_tokens}, min_output_tokens {self.config.min_output_tokens}"
+        if self.config.max_prompt_tokens is not None:
+            limits += f", max_prompt_tokens {self.config.max_prompt_tokens}"
         return tuple(f"{share:.1%} of {name} left out ({limits})" for name, share in self._source.left_out.items())
 
 
@@ -223,7 +240,7 @@ class _TraceWorkload(Workload):
     def _rows(self) -> Iterator[TraceRow]:
         """One pass over the trace: the rows that become requests. Starts a new tally."""
         tally = self._tally = _Tally()
-        longest = self.config.max_total_tokens or math.inf
+        longest, longest_prompt = self.config.max_total_tokens or math.inf, self.config.max_prompt_tokens or math.inf
         latest_s = -math.inf
         for row in self._trace.rows():
             tally.rows_read += 1
@@ -237,6 +254,8 @@ class _TraceWorkload(Workload):
                 latest_s = row.timestamp_s
             if row.prompt_tokens + row.output_tokens > longest:
                 tally.too_long += 1
+            elif row.prompt_tokens > longest_prompt:
+                tally.long_prompts += 1
             elif row.output_tokens < self.config.min_output_tokens:
                 tally.too_short += 1
             else:
@@ -257,7 +276,11 @@ class _TraceWorkload(Workload):
 
 
 class _Resampled(_TraceWorkload):
-    """Lengths from the rows of a trace in random order, each row once before any comes again; arrivals of a process."""
+    """The rows of a trace, each once before any comes again; arrivals of a process.
+
+    They come in random order, those whose prompts share text in the file's from a random one on: who shares what with
+    whom, and how soon after, is part of such a trace.
+    """
 
     def __init__(self, config: WorkloadConfig, trace: Trace) -> None:
         super().__init__(config, trace)
@@ -266,13 +289,17 @@ class _Resampled(_TraceWorkload):
     def requests(self) -> Iterator[SimRequest]:
         rng = np.random.default_rng(self._length_seed)
         prompt_tokens, output_tokens = self._sample.prompt_tokens, self._sample.output_tokens
+        pieces, rows = self._sample.pieces, prompt_tokens.size
+        first = int(rng.integers(rows)) if pieces else 0
         order = np.empty(0, np.intp)
         for arrival_s in self._arrivals(self.config.requests or self._sample.rows):
-            epochs = math.ceil((arrival_s.size - order.size) / prompt_tokens.size)
-            order = np.concatenate([order, *(rng.permutation(prompt_tokens.size) for _ in range(epochs))])
+            epochs = math.ceil((arrival_s.size - order.size) / rows)
+            epoch = (lambda: (np.arange(rows) + first) % rows) if pieces else (lambda: rng.permutation(rows))
+            order = np.concatenate([order, *(epoch() for _ in range(epochs))])
             row, order = order[: arrival_s.size], order[arrival_s.size :]
             columns = arrival_s, prompt_tokens[row], output_tokens[row]
-            yield from map(SimRequest, *(column.tolist() for column in columns), repeat("all"))
+            shared = [pieces[index] for index in row] if pieces else repeat(None)
+            yield from map(SimRequest, *(column.tolist() for column in columns), repeat("all"), shared)
 
     def mix(self) -> WorkloadMix:
         assert self.config.rate_rps is not None
@@ -299,7 +326,8 @@ class _Replay(_TraceWorkload):
         for number, row in enumerate(islice(self._rows(), self.config.requests), 1):
             assert row.timestamp_s is not None
             first_s = row.timestamp_s if number == 1 else first_s
-            yield SimRequest((row.timestamp_s - first_s) * stretch, row.prompt_tokens, row.output_tokens, "all")
+            arrival_s = (row.timestamp_s - first_s) * stretch
+            yield SimRequest(arrival_s, row.prompt_tokens, row.output_tokens, "all", row.pieces)
         if not number:
             raise self._no_usable_row()
         if number < (self.config.requests or 0):

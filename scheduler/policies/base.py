@@ -6,11 +6,13 @@ A policy may keep state between calls, and only through them.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
 
+from scheduler.messages import Iteration
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
 
@@ -30,7 +32,7 @@ class Resident(Protocol):
 
     @property
     def kv_tokens(self) -> int:
-        """KV tokens it holds once its prompt is computed: prompt and output so far."""
+        """KV tokens that an iteration reads for it once its prompt is computed: prompt and output so far."""
 
 
 class Residents(Sequence[Resident]):
@@ -44,6 +46,22 @@ class Residents(Sequence[Resident]):
     def kv_tokens(self) -> list[int]:
         """`Resident.kv_tokens` of all."""
 
+    def shared_kv_tokens(self) -> list[int]:
+        """Of those, the tokens in cached blocks that other requests held already when each was admitted."""
+        return [0] * len(self)
+
+    def first_token_s(self) -> list[float]:
+        """Clock second of each first output token; NaN while it is not out."""
+        return [math.nan] * len(self)
+
+    def expected_output_tokens(self) -> list[float]:
+        """The output length that each client declared; infinite when it declared none."""
+        return [math.inf] * len(self)
+
+    def most_output_tokens(self) -> list[float]:
+        """The longest output that each request may have (its max_tokens); infinite when only the context bounds it."""
+        return [math.inf] * len(self)
+
 
 def stages_of(residents: Sequence[Resident]) -> list[int]:
     """The stages of all."""
@@ -56,11 +74,24 @@ def kv_tokens_of(residents: Sequence[Resident]) -> list[int]:
 
 
 class Waiting(NamedTuple):
-    """A request that waits at the gate, since a clock second."""
+    """A request that waits at the gate, since a clock second.
+
+    cached_tokens: of its prompt, those that the prefix cache holds, which need not be computed. shared_tokens: of the
+    cached ones, those in blocks that running requests hold, which add no memory. Declared lengths as in `Residents`.
+    """
 
     prompt_tokens: int
     since_s: float
     request_id: str = ""
+    cached_tokens: int = 0
+    shared_tokens: int = 0
+    expected_output_tokens: float = math.inf
+    most_output_tokens: float = math.inf
+
+    @property
+    def tokens_to_compute(self) -> int:
+        """Prompt tokens that the engine will compute."""
+        return self.prompt_tokens - self.cached_tokens
 
 
 def _nobody() -> Iterator[Waiting]:
@@ -71,23 +102,30 @@ def _nobody() -> Iterator[Waiting]:
 class QueueView:
     """The requests of one type that wait at the gate: how many, and since when the oldest does (clock seconds).
 
-    `heads` goes through them from the head of the queue, `aged` from the oldest on; a policy takes no more of them than
-    it may admit or refuse.
+    `heads` goes through them from the head of the queue, `aged` from the oldest on, `tail` from the one farthest from
+    its turn; a policy takes no more of them than it may admit or refuse. tokens_to_compute: prompt tokens of all of
+    them, less what the prefix cache held when each arrived.
     """
 
     length: int
     oldest_since_s: float
     heads: Callable[[], Iterator[Waiting]] = field(default=_nobody, compare=False)
     aged: Callable[[], Iterator[Waiting]] = field(default=_nobody, compare=False)
+    tail: Callable[[], Iterator[Waiting]] = field(default=_nobody, compare=False)
+    tokens_to_compute: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """The state of one engine just before an iteration.
 
-    waiting: the gate's queues by type, empty ones left out; released: requests already let through the gate that the
-    engine has not taken up yet; running: the requests in service, oldest first; KV in tokens; prompt_backlog_tokens:
-    what is left to compute of the prompts of those in service.
+    waiting: the gate's queues by type, empty ones left out; released: requests already let through the gate that do not
+    run (not taken up yet, preempted, or unable to start: a grammar compiles, adapters are full); released_requests: the
+    same, one by one; running: the requests in service, oldest first. KV in tokens: kv_used_tokens is what is allocated
+    (shared blocks once), kv_read_tokens what the running requests' attention reads (None: the same).
+    prompt_backlog_tokens: what is left to compute of the prompts of those running and released. slots: most requests
+    that may run at once; most_tokens: most tokens in an iteration (None: no such limit). latest: the latest executed
+    iteration.
     """
 
     now_s: float
@@ -97,6 +135,11 @@ class Snapshot:
     kv_used_tokens: int
     kv_capacity_tokens: int
     prompt_backlog_tokens: int = 0
+    released_requests: Sequence[Resident] = ()
+    kv_read_tokens: int | None = None
+    slots: int | None = None
+    most_tokens: int | None = None
+    latest: Iteration | None = None
 
     @property
     def idle(self) -> bool:

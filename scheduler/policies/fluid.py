@@ -1,11 +1,11 @@
 """`fluid`: as many requests within their targets as the hardware allows.
 
-Decides: a request enters as soon as every iteration to come stays within the time per output token that was promised,
-with the growth of everybody's KV cache foreseen from the survival of output lengths, and memory within its limit. An
-iteration computes as many prompt tokens as the rest of that time allows. A request that cannot have its first token in
-time is refused before it costs anything, and so is one that would only lengthen a queue that is long enough already.
-Without targets nothing is refused and only memory limits who enters.
-Parameters: `pace` (without one the gate is open), `max_in_service` (optional).
+Decides: a request is admitted while a slot is free, memory holds what all admitted requests will grow into, and every
+iteration to come stays within the planned time, both at the stated probability. An iteration computes as many prompt
+tokens as the rest of that time allows, and more where the running requests can spare it. A request whose first token
+cannot be in time is rejected, when it arrives if that can be foreseen, and so is one that would only lengthen a queue
+that is long enough already. Without targets no request is rejected, and only memory and slots limit admission.
+Parameters: `pace` (without one only slots limit admission), `max_in_service` (optional).
 When not to use it: with output lengths that change faster than the survival estimate follows.
 """
 
@@ -17,123 +17,185 @@ from itertools import islice
 
 import numpy as np
 
-from scheduler.headway import Headway
 from scheduler.pace import Pace
-from scheduler.policies.base import Decision, Policy, QueueView, Snapshot, kv_tokens_of, stages_of
-from scheduler.projection import Projection
+from scheduler.policies.base import Decision, Policy, QueueView, Residents, Snapshot, Waiting, stages_of
+from scheduler.policies.batch_projection import BatchProjection, Columns
+from scheduler.policies.first_token import FirstToken
+from scheduler.policies.tpot_slack import TpotSlack
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
 _SMALLEST_CHUNK = 16
-_LOOK_AHEAD = 4
+_HEADS = 4
+"""Waiting requests whose prompts the coming iteration could begin with."""
 _LOOK_AGAIN = 8
-"""Iterations after which a full replica is looked at anew, though nobody has left."""
+"""Iterations after which a full replica is looked at anew, though no request has left."""
+_SPEED_MEMORY = 0.8
+_SLACK_SHARE = 0.5
+"""Of the miss probability, what prompts may cost that use the running requests' slack."""
 
 
 class Fluid(Policy):
-    """Admission, token budget and refusals from the state and a pace."""
+    """Admission, token budget and rejections from the state and the fluid parameters."""
 
     name = "fluid"
 
     def __init__(self, thresholds: Thresholds) -> None:
         super().__init__(thresholds)
-        self._paced = _Paced(thresholds.pace) if thresholds.pace else None
+        self._admission = _Admission(thresholds.pace) if thresholds.pace else None
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        """Refuse who is too late, admit from the head, refuse who would wait for nothing, set the budget."""
-        view, seats = snapshot.waiting.get(UNKNOWN_TYPE), self.seats(snapshot)
-        if self._paced is None:
-            return Decision(admit={UNKNOWN_TYPE: seats}) if seats else Decision()
-        room = self._paced.prompt_room(snapshot)
-        budget = len(snapshot.running) + int(room) if math.isfinite(room) else None
+        """Reject what is too late, admit from the head, reject what cannot be in time at the tail, set the budget."""
+        view, slots = snapshot.waiting.get(UNKNOWN_TYPE), self._free_slots(snapshot)
+        if self._admission is None:
+            return Decision(admit={UNKNOWN_TYPE: slots}) if slots else Decision()
+        admission = self._admission
+        admission.observe(snapshot)
+        room = admission.prompt_room(snapshot, view)
+        budget = None
+        if math.isfinite(room):
+            budget = math.ceil(len(snapshot.running) * admission.pace.computed_per_step) + int(room)
         if not view:
             return Decision(token_budget=budget)
-        late = self._paced.too_late(view, snapshot.now_s, room)
-        admitted = self._paced.admitted(view, late, seats, snapshot, room)
+        first = admission.first_token(snapshot, room)
+        late = first.too_late(view, snapshot.now_s)
+        admitted, tokens = admission.admitted(view, late, slots, snapshot, room)
+        beyond = first.beyond_limit(
+            view, snapshot.now_s, waiting=view.length - len(late) - admitted, tokens=view.tokens_to_compute - tokens,
+            running=len(snapshot.running) + snapshot.released + admitted, full=admission.is_full or admitted == slots,
+        )
         return Decision(
-            admit={UNKNOWN_TYPE: admitted} if admitted else {}, token_budget=budget, refuse=late,
-            refuse_last=self._paced.useless(view.length - len(late) - admitted),
-            drain_s=self._paced.drain_s(view.length),
+            admit={UNKNOWN_TYPE: admitted} if admitted else {}, token_budget=budget, refuse=late, refuse_last=beyond,
+            drain_s=first.drain_s(view.length),
         )
 
+    def _free_slots(self, snapshot: Snapshot) -> int:
+        """Requests that may be admitted: beyond the engine's slots they would queue where none is rejected."""
+        allowed = self.seats(snapshot)
+        if snapshot.slots is None:
+            return allowed
+        return max(0, min(allowed, snapshot.slots - len(snapshot.running) - snapshot.released))
 
-class _Paced:
-    """The decisions under one pace."""
+
+class _Admission:
+    """The decisions under one set of parameters."""
 
     def __init__(self, pace: Pace) -> None:
-        self._pace = pace
-        self._projection = Projection(pace)
-        self._headway = None if pace.iteration_s is None else Headway(pace.iteration_s)
+        self.pace = pace
+        self._projection = BatchProjection(pace)
+        self._slack = None if pace.token_s is None else TpotSlack(pace.token_s, self._projection.survives)
+        self._speed = 0.0
+        self._seen = 0
         self._full_with = 0
         self._full_for = 0
 
-    def prompt_room(self, snapshot: Snapshot) -> float:
-        """Prompt tokens for which the coming iteration has time beside everybody's decode; infinite without a target.
+    @property
+    def is_full(self) -> bool:
+        """Whether the latest look found no memory or time for one more request."""
+        return self._full_with > 0
 
-        Never less than a small chunk, so that whoever has entered gets on. More than the promise allows, when prompts
-        want it and everybody in service is ahead of theirs.
+    def observe(self, snapshot: Snapshot) -> None:
+        """While the iteration-time model is a guess, correct it by the iterations measured so far."""
+        latest = snapshot.latest
+        if not self.pace.cold or latest is None or latest.seq == self._seen:
+            return
+        self._seen = latest.seq
+        predicted_s = self.pace.law.iteration_s(
+            float(latest.prefill_tokens), float(latest.decode_tokens), float(latest.kv_tokens)
+        )
+        ratio = latest.seconds / predicted_s
+        self._speed = ratio if not self._speed else _SPEED_MEMORY * self._speed + (1 - _SPEED_MEMORY) * ratio
+
+    @property
+    def _iteration_s(self) -> float | None:
+        """The planned time of an iteration in the model's seconds; before any measurement a guess closes no gate."""
+        if self.pace.iteration_s is None or not self.pace.cold:
+            return self.pace.iteration_s
+        if not self._speed:
+            return None
+        return max(self.pace.iteration_s / self._speed, self.pace.decode_iteration_s(1.0, 1.0))
+
+    def prompt_room(self, snapshot: Snapshot, view: QueueView | None) -> float:
+        """Prompt tokens for which the coming iteration has time beside every decode; infinite without a target.
+
+        At least a small chunk, so that prefills always progress. More than planned when prefills want it and the running
+        requests have slack.
         """
-        pace, law = self._pace, self._pace.law
-        busy_s = law.d0_s + law.d3_s_per_decode_token * len(snapshot.running)
-        busy_s += law.d1_s_per_kv_token * snapshot.kv_used_tokens
-        room = pace.room_tokens(busy_s)
-        if self._headway is not None:
-            self._headway.started(snapshot.now_s)
-            wanted_s = pace.seconds_of(snapshot.prompt_backlog_tokens + _first_prompts(snapshot) - max(room, 0.0))
-            if wanted_s > 0:
-                room = pace.room_tokens(busy_s - self._headway.spare_s(np.array(stages_of(snapshot.running)), wanted_s))
+        pace, running, limit_s = self.pace, len(snapshot.running), self._iteration_s
+        if limit_s is None:
+            return math.inf
+        read = snapshot.kv_used_tokens if snapshot.kv_read_tokens is None else snapshot.kv_read_tokens
+        room = pace.prompt_tokens_within(limit_s, running, read)
+        assert self._slack is not None
+        wanted_s = 0.0
+        if room < snapshot.kv_capacity_tokens:
+            ahead = list(islice(view.heads(), _HEADS)) if view else []
+            wanted = snapshot.prompt_backlog_tokens + sum(waiting.tokens_to_compute for waiting in ahead)
+            wanted_s = pace.prefill_s(wanted - max(room, 0.0))
+        busy_s = max(pace.decode_iteration_s(float(running), float(read)), pace.steady_s)
+        gain_s = (limit_s - busy_s) * pace.pipeline_depth / pace.tokens_per_step
+        if wanted_s <= 0 or gain_s <= 0 or (self.is_full and view):
+            self._slack.nothing_lent()
+        else:
+            prompts = min(len(ahead), _HEADS) + (snapshot.prompt_backlog_tokens > 0)
+            spare_s = self._slack.spare_s(
+                np.array(stages_of(snapshot.running)), _first_token_s(snapshot), snapshot.now_s, wanted_s, gain_s=gain_s,
+                misses=_SLACK_SHARE * pace.miss_probability * prompts,
+            )
+            room = pace.prompt_tokens_within(limit_s + spare_s, running, read)
         return max(_SMALLEST_CHUNK, room)
 
-    def too_late(self, view: QueueView, now_s: float, room: float) -> frozenset[str]:
-        """Who has waited for so long that the first token would come too late; the oldest are looked at first."""
-        pace = self._pace
-        if pace.ttft_s is None:
-            return frozenset()
-        late = []
-        for waiting in view.aged():
-            if now_s - waiting.since_s + pace.first_token_s(waiting.prompt_tokens, room) <= pace.ttft_s:
-                break
-            late.append(waiting.request_id)
-        return frozenset(late)
+    def first_token(self, snapshot: Snapshot, room: float) -> FirstToken:
+        """When first tokens will come, from the state and the room for prompts."""
+        return FirstToken.of(self.pace, snapshot, room)
 
-    def admitted(self, view: QueueView, late: Collection[str], seats: int, snapshot: Snapshot, room: float) -> int:
-        """How many enter, the `late` ones left out: while there is time for their prompts and room for their growth."""
+    def admitted(
+        self, view: QueueView, late: Collection[str], slots: int, snapshot: Snapshot, room: float
+    ) -> tuple[int, int]:
+        """How many are admitted, the `late` ones left out, and the prompt tokens to compute of those.
+
+        While there is a slot, time for their prompts and room for their growth. An idle engine takes the first.
+        """
         prompts = room - snapshot.prompt_backlog_tokens
-        if not seats or (prompts <= 0 and snapshot.running) or self._still_full(len(snapshot.running)):
-            return 0
-        residents = snapshot.running
-        self._projection.reset(np.array(stages_of(residents), int), np.array(kv_tokens_of(residents), float))
-        admitted = 0
+        taken = len(snapshot.running) + snapshot.released
+        if not slots or (prompts <= 0 and taken) or self._still_full(taken):
+            return 0, 0
+        self._reset_projection(snapshot)
+        admitted = tokens = 0
         for waiting in view.heads():
             if waiting.request_id in late:
                 continue
-            if admitted >= seats or (prompts <= 0 and admitted + len(residents)):
+            if admitted >= slots or (prompts <= 0 and admitted + taken):
                 break
-            if admitted + len(residents) and not self._projection.fits(waiting.prompt_tokens):
-                self._full_with, self._full_for = admitted + len(residents), 0
+            if admitted + taken and not self._fits(waiting):
+                self._full_with, self._full_for = admitted + taken, 0
                 break
-            self._projection.add(waiting.prompt_tokens)
-            prompts -= waiting.prompt_tokens
+            self._projection.add(waiting)
+            prompts -= waiting.tokens_to_compute
+            tokens += waiting.tokens_to_compute
             admitted += 1
-        return admitted
+        return admitted, tokens
 
-    def drain_s(self, waiting: int) -> float:
-        """Seconds in which the fluid model serves so many."""
-        return waiting / self._pace.capacity_rps if self._pace.capacity_rps else 0.0
+    def _fits(self, waiting: Waiting) -> bool:
+        return self._projection.fits(waiting, self._iteration_s)
 
-    def useless(self, waiting: int) -> int:
-        """How many at the tail lengthen the queue for nothing."""
-        return 0 if self._pace.queue_requests is None else max(0, waiting - self._pace.queue_requests)
+    def _reset_projection(self, snapshot: Snapshot) -> None:
+        columns = Columns(snapshot.running)
+        allocated = float(columns.kv.sum() - columns.shared.sum())
+        if snapshot.released_requests:
+            columns = columns.joined(Columns(snapshot.released_requests))
+        # What is allocated beyond the requests' own blocks is shared, and stays for as long as any of them runs.
+        shared = max(0.0, snapshot.kv_used_tokens - allocated) if columns.shared.any() else 0.0
+        self._projection.reset(columns, shared)
 
-    def _still_full(self, in_service: int) -> bool:
-        """True when nothing fitted a moment ago and nobody has left since; spares looking at everybody again."""
+    def _still_full(self, taken: int) -> bool:
+        """True when none fitted a moment ago and no request has left since; spares looking at all of them again."""
         self._full_for += 1
-        if self._full_with and in_service >= self._full_with and self._full_for < _LOOK_AGAIN:
+        if self._full_with and taken >= self._full_with and self._full_for < _LOOK_AGAIN:
             return True
         self._full_with = 0
         return False
 
 
-def _first_prompts(snapshot: Snapshot) -> int:
-    """Prompt tokens of the first few who wait: what the coming iteration could begin with."""
-    view = snapshot.waiting.get(UNKNOWN_TYPE)
-    return sum(waiting.prompt_tokens for waiting in islice(view.heads(), _LOOK_AHEAD)) if view else 0
+def _first_token_s(snapshot: Snapshot) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    running = snapshot.running
+    return np.array(running.first_token_s() if isinstance(running, Residents) else [math.nan] * len(running))

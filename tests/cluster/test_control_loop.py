@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from cluster.config import TuningConfig
 from cluster.controller import ControllerKeeper, ControlLoop
 from replicas.calls import ReplicaUnavailable
 from scheduler.messages import Ack, Apply
+from scheduler.replica_model import Proposal, ReplicaModel
 from scheduler.targets import Targets
 from scheduler.thresholds import SegmentThreshold, Thresholds, parse_thresholds
 
@@ -212,6 +214,87 @@ def test_an_unreachable_replica_does_not_stop_the_others(cluster: Cluster) -> No
     cluster.unreachable = set()
     one_pass(loop)
     assert [name for name, _, _ in cluster.offered] == ["b", "a"]
+
+
+def test_a_replica_whose_model_fails_does_not_stop_the_others(cluster: Cluster) -> None:
+    """One record that cannot be: the replica's note says so, the others are tuned, and it is again after the record."""
+    poisoned = cluster.add("a")
+    for name in "bc":
+        cluster.add(name)
+    loop = new_loop()
+    cluster.traffic()
+    poisoned.iterate(0, 1, 100, None)  # type: ignore[arg-type]
+    one_pass(loop)
+    assert [name for name, _, _ in cluster.offered] == ["b", "c"]
+    assert "TypeError" in decision(loop, "a")
+    assert loop.passes == 1
+
+    cluster.traffic()
+    one_pass(loop)
+    assert [name for name, _, _ in cluster.offered] == ["b", "c", "a"]
+    assert "TypeError" not in decision(loop, "a")
+
+
+def test_a_solver_that_fails_forgets_nothing(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster.add("a")
+    cluster.traffic()
+    loop = new_loop()
+    with monkeypatch.context() as failing:
+        failing.setattr(ReplicaModel, "propose", lambda model: 1 / 0)
+        one_pass(loop)
+        assert "ZeroDivisionError" in decision(loop, "a")
+    one_pass(loop)
+    assert cluster.in_force("a").version == 1
+
+
+def test_a_failure_in_the_push_is_told_too(cluster: Cluster) -> None:
+    cluster.add("a")
+    cluster.add("b")
+    cluster.traffic()
+
+    def fails(name: str) -> None:
+        if name == "a":
+            raise KeyError("of another version")
+
+    cluster.before_apply = fails
+    loop = new_loop()
+    one_pass(loop)
+    assert [name for name, _, _ in cluster.offered] == ["b"]
+    assert "of another version" in decision(loop, "a")
+
+
+def test_while_a_pass_solves_the_state_can_be_read(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster.add("a")
+    cluster.add("b")
+    cluster.traffic()
+    loop, propose, begun, read = new_loop(), ReplicaModel.propose, threading.Event(), threading.Event()
+    threads: list[str] = []
+
+    def slow(model: ReplicaModel) -> Proposal:
+        begun.set()
+        assert read.wait(5.0), "the event loop was held up"
+        return propose(model)
+
+    def listed(app_name: str) -> dict[str, str]:
+        threads.append(threading.current_thread().name)
+        return cluster.replica_ids(app_name)
+
+    monkeypatch.setattr(ReplicaModel, "propose", slow)
+    monkeypatch.setattr(controller_module, "replica_ids", listed)
+
+    async def main() -> dict[str, Any]:
+        running = asyncio.create_task(loop.one_pass())
+        while not begun.is_set():
+            await asyncio.sleep(0)
+        state = loop.state()
+        read.set()
+        await running
+        return state
+
+    during = asyncio.run(main())
+    assert during["replicas"]["a"]["fluid"] is None
+    assert [name for name, _, _ in cluster.offered] == ["a", "b"]
+    assert threads != [threading.main_thread().name]
 
 
 def test_a_vanished_replica_is_forgotten_and_a_new_one_is_taken_in(cluster: Cluster) -> None:

@@ -105,7 +105,7 @@ def test_forty_streams_survive_ten_changes_of_thresholds(cluster: ClusterProcess
     assert answers == plain_answers
     replicas = cluster.state()["replicas"].values()
     assert sum(replica["preemptions"] for replica in replicas) == 0
-    assert all(replica["counters"]["finished"] > 0 for replica in replicas), "one replica did nothing"
+    assert all(replica["counters"]["completed"] > 0 for replica in replicas), "one replica did nothing"
 
 
 async def _stream(client: AsyncOpenAI, prompt: dict[str, Any]) -> str:

@@ -82,7 +82,7 @@ def test_a_burst_is_answered_whole_or_refused_before_its_first_token(cluster: Cl
             assert answer.json()["usage"]["completion_tokens"] == ANSWER_TOKENS
 
     (replica,) = cluster.state()["replicas"].values()
-    assert replica["counters"]["refused"] == statuses[429]
+    assert replica["counters"]["rejected"] == statuses[429]
     assert replica["preemptions"] == 0
     served = {name: sum(answer.is_success for answer in given) for name, given in by_tenant.items()}
     assert served["red"] > served["blue"] > 0, served

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import importlib
 import inspect
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,17 @@ def test_replicas_are_found_by_their_actors(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ray.util, "list_named_actors", lambda all_namespaces: [*others, *ours])
     assert replica_ids("headrace") == {"aa": ours[1]["name"], "zz": ours[0]["name"]}
     assert list(replica_ids("headrace")) == ["aa", "zz"]
+
+
+def test_what_a_replica_owed_is_forgotten_when_it_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from replicas import calls
+
+    gone, busy = "SERVE_REPLICA::headrace#m#gone", "SERVE_REPLICA::headrace#m#busy"
+    monkeypatch.setattr(calls, "_owed_answers", {gone: object(), busy: object()})
+    named = [{"name": busy, "namespace": "serve"}]
+    monkeypatch.setattr(ray.util, "list_named_actors", lambda all_namespaces: named)
+    calls.replica_ids("headrace")
+    assert calls._owed_answers.keys() == {busy}
 
 
 def test_a_replica_actor_takes_pickled_metadata_and_keyword_arguments() -> None:
@@ -228,6 +241,34 @@ def test_the_server_has_what_headrace_overrides_and_calls() -> None:
     assert HeadraceServer.__name__ == name_in("replicas.calls", "SERVER_CLASS")
     assert parameters(HeadraceServer.telemetry)["cursor"].default == 0
     assert list(parameters(HeadraceServer.apply_thresholds)) == ["self", "thresholds", "automatic"]
+
+
+def test_a_silent_engine_is_told_of_once_and_its_last_stats_serve_on(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from replicas import server as server_module
+    from replicas.routing_stats import RoutingStats
+    from replicas.server import HeadraceServer
+    from scheduler.channel import ChannelClosed
+
+    class Silent:
+        async def report(self, **_: Any) -> Any:
+            raise ChannelClosed("the engine did not answer")
+
+    async def nothing(self: Any) -> dict[str, Any]:
+        return {}
+
+    monkeypatch.setattr(name_in("ray.serve.llm.deployment", "LLMServer"), "record_routing_stats", nothing)
+    monkeypatch.setattr(HeadraceServer, "__del__", lambda self: None)
+    warnings: list[str] = []
+    monkeypatch.setattr(server_module.logger, "warning", lambda text, error: warnings.append(text % error))
+    server = object.__new__(HeadraceServer)
+    server._channel, server._engine_silent = Silent(), False
+    last = RoutingStats(seats=8, occupied=2, kv_used_fraction=0.5)
+    server._last_stats = (time.monotonic(), last)
+    for _ in range(3):
+        assert RoutingStats.from_dict(asyncio.run(server.record_routing_stats())) == last
+    assert warnings == ["no routing stats from the engine: the engine did not answer"]
 
 
 # router/request_router.py

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from replicas import routing_stats
 from replicas.routing_stats import RoutingStats, best_first
 from scheduler.law import ServiceTimeLaw
 from scheduler.messages import Counters, Gauges, Telemetry
@@ -64,6 +65,14 @@ def test_stats_survive_the_way_through_serve() -> None:
 )
 def test_what_is_not_ours_is_unknown(reported: dict[str, Any]) -> None:
     assert RoutingStats.from_dict(reported) is None
+
+
+def test_a_replica_of_another_version_is_named_in_the_log_once(caplog: pytest.LogCaptureFixture) -> None:
+    routing_stats._warn_once.cache_clear()
+    for _ in range(3):
+        assert RoutingStats.from_dict({"headrace": {"seats": 1, "of_another_version": 1}}) is None
+    (record,) = caplog.records
+    assert "of_another_version, seats" in record.getMessage()
 
 
 def ranked(

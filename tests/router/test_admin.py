@@ -23,7 +23,7 @@ def report(thresholds: Thresholds = IN_FORCE, **limits: int) -> Telemetry:
     return Telemetry(
         engine_id="engine", clock_s=1.0, cursor=0, limits=replace(LIMITS, **limits), thresholds=thresholds,
         from_config=False, gauges=Gauges(in_service=5, waiting=2, held=1, kv_used_tokens=4000),
-        counters=Counters(preemptions=3, finished=9),
+        counters=Counters(preemptions=3, arrivals=14, completed=9, aborted=2, rejected=1),
     )
 
 
@@ -151,6 +151,8 @@ def test_a_replica_s_state_is_plain_json_with_its_use_of_memory() -> None:
     assert json.loads(json.dumps(state, allow_nan=False)) == state
     assert state["kv_used_fraction"] == 0.25
     assert (state["in_service"], state["waiting"], state["held"], state["preemptions"]) == (5, 2, 1, 3)
+    ways = ("completed", "aborted", "rejected", "in_flight")
+    assert [state["counters"][name] for name in ("arrivals", *ways)] == [14, 9, 2, 1, 2]
     assert state["thresholds"]["types"] == [
         {"name": "short", "n": 3, "max_prompt_tokens": None, "max_output_tokens": 50}
     ]

@@ -4,12 +4,17 @@ import asyncio
 import contextlib
 import json
 import stat
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import zmq
 import zmq.asyncio
 
+from scheduler import channel
 from scheduler.channel import ChannelClient, ChannelClosed, ChannelServer, engine_id, new_endpoint, remove_endpoint
 from scheduler.control import ThresholdsInForce
 from scheduler.messages import Arrival, Counters, Gauges, InService, Iteration, Telemetry
@@ -404,5 +409,52 @@ def test_closing_frees_the_endpoint_for_the_next(endpoint):
             asyncio.run(main())
 
 
-def test_engine_id_is_this_process():
-    assert engine_id() == engine_id() and ":" in engine_id()
+def test_every_life_of_an_engine_has_its_own_name():
+    assert engine_id() != engine_id()
+
+
+@pytest.fixture
+def temporary_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_replicas_that_start_together_all_get_an_endpoint_and_sweep_once(temporary_files):
+    stale = [temporary_files / f"{channel._FOLDER}-{4_000_000 + number}-x{number}" for number in range(300)]
+    for folder in stale:
+        folder.mkdir()
+        (folder / "engine").touch()
+    with ThreadPoolExecutor(8) as starting:
+        endpoints = list(starting.map(lambda _: new_endpoint(), range(8)))
+    assert len(set(endpoints)) == 8 and not any(folder.exists() for folder in stale)
+    assert all(Path(endpoint.removeprefix("ipc://")).parent.is_dir() for endpoint in endpoints)
+    for endpoint in endpoints:
+        remove_endpoint(endpoint)
+    assert not list(temporary_files.iterdir())
+
+
+ANOTHER_REPLICA = """
+import sys, tempfile
+tempfile.tempdir = sys.argv[1]
+from scheduler import channel
+from scheduler.channel import ChannelServer, new_endpoint
+endpoint = new_endpoint()
+server = ChannelServer(endpoint, None, None)
+print(endpoint, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_living_neighbour_keeps_its_socket_and_a_killed_one_is_swept(temporary_files, monkeypatch):
+    """Its process id says nothing: the neighbour may count processes in a namespace of its own."""
+    monkeypatch.setattr("psutil.pid_exists", lambda pid: False)
+    command = [sys.executable, "-c", ANOTHER_REPLICA, str(temporary_files)]
+    root = Path(channel.__file__).parent.parent
+    with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as neighbour:
+        socket = Path(neighbour.stdout.readline().strip().removeprefix("ipc://"))
+        remove_endpoint(new_endpoint())
+        assert socket.is_socket()
+        neighbour.kill()
+        neighbour.wait()
+        remove_endpoint(new_endpoint())
+        assert not socket.parent.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import islice
 
 import pytest
 from hypothesis import given, settings
@@ -91,6 +92,173 @@ def test_the_last_are_those_farthest_from_their_turn():
     assert "b5" in names(queue.last(1))
     alone = queue_of(request("x"), request("low", priority=5), request("y"))
     assert names(alone.last(2)) == ["low", "y"] and alone.last(0) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 400), st.integers(-1, 1)), max_size=30),
+    st.integers(0, 35), st.integers(0, 5),
+)
+def test_the_last_are_the_listed_order_from_its_end(arrivals, count, served):
+    queue = queue_of(*(
+        request(f"{tenant}{number}", tenant, weight=ord(tenant) - 96, prompt=prompt, priority=priority)
+        for number, (tenant, prompt, priority) in enumerate(arrivals)
+    ))
+    popped(queue, min(served, len(queue)))
+    assert names(queue.last(count)) == names(queue)[::-1][:count]
+
+
+class Looked:
+    """A request that counts how often the length of any prompt is read."""
+
+    priority = 0
+    reads = 0
+
+    def __init__(self, name, tenant):
+        self.request_id, self.tenant = name, tenant
+
+    @property
+    def num_prompt_tokens(self):
+        Looked.reads += 1
+        return 100
+
+
+def test_next_and_last_of_long_queues_are_found_without_going_through_them():
+    ledger = TenantLedger(lambda each: Tenant(each.tenant, 1.0))
+    queue = FairQueue(ledger)
+    for number in range(3000):
+        queue.add(Looked(str(number), "abc"[number % 3]))
+    Looked.reads = 0
+    assert names(queue.last(2)) == ["2999", "2998"]
+    assert [queue.pop().request_id for _ in range(3)] == ["0", "1", "2"]
+    assert names(islice(queue, 2)) == ["3", "4"]
+    assert Looked.reads < 50
+
+
+# The ledger.
+
+
+class Answering:
+    """A request in service, with the output tokens it has so far."""
+
+    priority = 0
+
+    def __init__(self, name, tenant, *, prompt=100):
+        self.request_id, self.tenant, self.num_prompt_tokens, self.num_output_tokens = name, tenant, prompt, 0
+
+
+class Desk:
+    """A queue and its ledger; `serve` lets the next one in, `produce` adds output tokens and settles."""
+
+    def __init__(self):
+        self.ledger = TenantLedger(lambda each: Tenant(each.tenant, 1.0))
+        self.queue = FairQueue(self.ledger)
+        self.in_service = {}
+
+    def add(self, *names, prompt=100):
+        for name in names:
+            self.queue.add(Answering(name, name[0], prompt=prompt))
+
+    def serve(self):
+        each = self.queue.pop()
+        self.in_service[each.request_id] = each
+        return each.request_id
+
+    def produce(self, tokens, *names):
+        for name in names:
+            self.in_service[name].num_output_tokens += tokens
+        self.ledger.settle()
+
+    def end(self, *names):
+        for name in names:
+            self.ledger.end(self.in_service.pop(name))
+        self.ledger.settle()
+
+
+def test_an_answer_is_paid_for_while_it_is_produced():
+    desk = Desk()
+    desk.add("a0", "b0", "a1", "a2", "b1", "b2")
+    assert [desk.serve(), desk.serve()] == ["a0", "b0"]
+    desk.produce(40, "a0")
+    desk.produce(10, "a0")
+    assert desk.ledger.counter("a") - desk.ledger.counter("b") == 2 * 50
+    assert [desk.serve() for _ in range(4)] == ["b1", "a1", "b2", "a2"], "a has had a prompt's worth more"
+    desk.in_service["a0"].num_output_tokens += 5
+    desk.end("a0")
+    assert desk.ledger.counter("a") == 3 * 100 + 2 * 55, "nothing is charged twice or left out"
+
+
+def test_what_a_tenant_got_while_it_was_alone_is_not_held_against_it():
+    desk = Desk()
+    desk.add("a0", "a1")
+    desk.serve()
+    desk.produce(1000, "a0")
+    desk.add("b0", "a2")
+    desk.produce(0)
+    assert [desk.serve() for _ in range(3)] == ["a1", "b0", "a2"]
+    desk.produce(7, "a0")
+    assert desk.ledger.counter("a") == 300 + 2 * 7
+
+
+def test_an_aborted_request_raises_no_level():
+    desk = Desk()
+    desk.add("a0", "b0", "b1")
+    for _ in range(2):
+        desk.serve()
+    desk.produce(500, "a0")
+    late = Answering("a1", "a")
+    desk.queue.add(late)
+    desk.queue.remove(next(each for each in desk.queue if each.request_id == "b1"))
+    desk.queue.remove(late)
+    desk.add("b2", "a2")
+    assert [desk.serve(), desk.serve()] == ["b2", "a2"], "a owes its long answer still"
+
+
+def test_tenants_that_are_gone_are_forgotten():
+    """Ten thousand names, each used once while others wait, or alone."""
+    desk = Desk()
+    most = 0
+    for number in range(10_000):
+        busy = number % 400 < 200
+        if busy and not desk.queue:
+            desk.queue.add(Answering(f"waiting{number}", "steady"))
+            desk.queue.add(Answering(f"more{number}", "steady"))
+        desk.queue.add(Answering(f"r{number}", f"t{number}"))
+        while len(desk.queue) > busy:
+            name = desk.serve()
+            desk.produce(number % 7, name)
+            desk.end(name)
+        most = max(most, len(desk.ledger))
+    assert most <= 260
+
+
+def test_a_tenant_that_still_owes_is_remembered_and_comes_back_owing():
+    desk = Desk()
+    desk.add("a0", "b0")
+    desk.serve(), desk.serve()
+    desk.produce(200, "a0")
+    desk.end("a0", "b0")
+    desk.add("b1", "a1", "b2", "b3", "b4")
+    assert [desk.serve() for _ in range(5)] == ["b1", "b2", "b3", "b4", "a1"]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 3), st.integers(1, 300)), max_size=60))
+def test_forgetting_changes_no_turn(events):
+    """The same events with and without a ledger that forgets: the same requests are served in the same order."""
+    forgets, remembers = Desk(), Desk()
+    remembers.ledger._forget_gone = lambda: None
+    for desk in (forgets, remembers):
+        desk.order = []
+        for number, (tenant, kind, tokens) in enumerate(events):
+            if kind < 2:
+                desk.add(f"{tenant}{number}", prompt=tokens)
+            elif kind == 2 and desk.queue:
+                desk.order.append(desk.serve())
+                desk.produce(tokens, desk.order[-1])
+            elif desk.in_service:
+                desk.end(next(iter(desk.in_service)))
+    assert forgets.order == remembers.order
 
 
 def test_a_removed_request_is_gone_and_costs_its_tenant_nothing():

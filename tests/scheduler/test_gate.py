@@ -5,6 +5,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 from vllm.v1.request import Request
 
+from scheduler.fair_queue import Tenant
 from scheduler.gate import GatedQueue
 from scheduler.policies import QueueView
 
@@ -171,6 +172,22 @@ def test_reclassify_sorts_the_held_anew_and_keeps_their_age(gate):
     gate.queue.release("short", 3)
     assert gate.pop_all() == ["a", "b", "d"], "by age, whatever their type was before"
     assert gate.holds == [2.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("short", [10, 1000])
+def test_reclassify_changes_no_tenants_turn(short):
+    """Tenant a has been served 400 tokens more; sorting anew, into the same queue or another, forgets none of it."""
+    gate = Gate()
+    gate.queue = GatedQueue(
+        SchedulingPolicy.FCFS, gate.classify, lambda: 0.0, gate.holds.append,
+        lambda each: Tenant(each.request_id[0], 1.0),
+    )
+    gate.add(*(request(f"{tenant}{number}", prompt=100) for number in range(6) for tenant in "ab"))
+    gate.queue._ledger.charge(Tenant("a", 1.0), 400)
+    gate.short = short
+    gate.queue.reclassify([])
+    gate.queue.release("long" if short < 100 else "short", 12)
+    assert "".join(name[0] for name in gate.pop_all()) == "bbbbababaaaa"
 
 
 def test_reclassify_names_the_type_of_those_let_through_and_in_service_too(gate):

@@ -85,14 +85,25 @@ def test_memory_is_bounded_and_totals_are_not():
     _iterate(recorder, 1000)
     assert [len(kind) for kind in recorder.since(0)[:3]] == [8, 8, 8]
     counters = recorder.counters()
-    assert (counters.arrivals, counters.finished, counters.aborted, counters.iterations) == (1000, 1000, 1000, 1000)
+    assert (counters.arrivals, counters.completed, counters.aborted, counters.iterations) == (1000, 0, 1000, 1000)
 
 
-def test_totals_of_aborts_and_holds():
+def test_every_request_is_counted_under_one_name():
     recorder = Recorder()
+    for _ in range(10):
+        recorder.arrival(0.0, 1, None)
     recorder.finished(0.0, 1, 1, aborted=False)
     recorder.finished(0.0, 1, 1, aborted=True)
+    recorder.finished(0.0, 1, 0, aborted=True, rejected=True)
+    recorder.finished(0.0, 1, 0, aborted=True, rejected=True)
+    counters = recorder.counters()
+    assert (counters.completed, counters.aborted, counters.rejected, counters.in_flight) == (1, 1, 2, 6)
+    assert [record.aborted for record in recorder.since(0)[2]] == [False, True, True, True], "no whole answers"
+
+
+def test_totals_of_holds():
+    recorder = Recorder()
     recorder.released(0.25)
     recorder.released(0.5)
     counters = recorder.counters()
-    assert (counters.finished, counters.aborted, counters.held, counters.hold_s) == (2, 1, 2, 0.75)
+    assert (counters.held, counters.hold_s) == (2, 0.75)

@@ -11,8 +11,10 @@ from scheduler.fluid import solve_fluid
 from scheduler.law import ServiceTimeLaw
 from scheduler.margin import Fluctuation
 from scheduler.mix import Lengths, WorkloadMix
+from scheduler.policies import Snapshot, make_policy
 from scheduler.targets import Targets, solve_pace, survival_of
-from scheduler.thresholds import EngineLimits
+from scheduler.thresholds import EngineLimits, Thresholds
+from scheduler.tuning import cold_thresholds
 
 LAW = ServiceTimeLaw(0.0034, 4.5e-7, 6.47e-5, 6.47e-5, 0.0112)
 LIMITS = EngineLimits(
@@ -35,6 +37,35 @@ def test_at_capacity_the_fluid_s_iteration_is_the_target(tpot_s):
             WorkloadMix.from_lengths(CONVERSATION, 1.0), LAW, LIMITS.kv_capacity_tokens - 16
         ).critical_rate_scale * (1 + 1e-9)
     assert fluid.iteration_time_s <= tpot_s * (1 + 1e-6)
+
+
+@given(
+    st.tuples(*(st.booleans() for _ in range(4))), st.booleans(), st.sampled_from([1e-3, 1.0, 50.0]),
+    st.tuples(*(st.sampled_from([None, value]) for value in (2.0, 0.08, 15.0))),
+)
+def test_a_law_may_leave_any_of_its_terms_out(present, floor_alone, rate_rps, targets):
+    """What costs no time binds nothing: the solution is finite, and an engine starts with it."""
+    per_token = [full if kept else 0.0 for full, kept in zip((4.5e-7, 6.47e-5, 6.47e-5), present, strict=False)]
+    law = ServiceTimeLaw(0.0 if floor_alone else 0.0034, *per_token, 0.0112 if floor_alone or present[3] else 0.0)
+    ttft_s, tpot_s, latency_s = targets
+    mix = WorkloadMix.from_lengths(CONVERSATION, rate_rps)
+    solved = solve_pace(mix, law, LIMITS, Targets(ttft_s, tpot_s, latency_s))
+    assert 0 < solved.capacity_rps < np.inf and 0 <= solved.goodput_rps <= rate_rps * (1 + 1e-9)
+    full = solve_pace(mix, LAW, LIMITS, Targets(ttft_s, tpot_s))
+    if latency_s is None:
+        assert solved.capacity_rps >= full.capacity_rps * (1 - 1e-9), "cheaper work, no less of it"
+    cold = cold_thresholds(
+        Thresholds(policy="fluid"), law, LIMITS, Targets(ttft_s, tpot_s, latency_s), overflow_probability=0.01
+    )
+    make_policy(cold).decide(
+        Snapshot(now_s=0.0, waiting={}, released=0, running=(), kv_used_tokens=0, kv_capacity_tokens=137_000)
+    )
+
+
+def test_without_work_an_iteration_shorter_than_the_fixed_part_serves_nothing():
+    mix = WorkloadMix.from_lengths(CONVERSATION, 1.0)
+    solved = solve_pace(mix, ServiceTimeLaw(0.01, 0.0), LIMITS, Targets(tpot_s=0.005))
+    assert solved.capacity_rps == solved.goodput_rps == 0.0
 
 
 def test_a_tighter_target_serves_less():

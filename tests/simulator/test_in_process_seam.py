@@ -13,7 +13,7 @@ from vllm.v1.request import Request, RequestStatus
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS
 from scheduler.vllm_scheduler import HeadraceScheduler
 from simulator.baselines import VllmV0Scheduler
-from simulator.in_process import iteration_results, make_request, make_scheduler
+from simulator.in_process import block_hasher_of, iteration_results, make_request, make_scheduler
 from simulator.replica import watch
 
 BLOCK = 16
@@ -26,7 +26,10 @@ def scheduler_of(scheduler_cls=Scheduler, *, blocks=65, **engine_args):
 
 
 def add(scheduler, name, prompt=32, output=4, declared=None):
-    request = make_request(name, prompt, output, arrival_s=0.0, max_model_len=MAX_MODEL_LEN, declared=declared)
+    request = make_request(
+        name, [7] * prompt if isinstance(prompt, int) else prompt, output, arrival_s=0.0, max_model_len=MAX_MODEL_LEN,
+        declared=declared, block_hasher=block_hasher_of(scheduler),
+    )
     scheduler.add_request(request)
     return request
 
@@ -135,7 +138,7 @@ def test_a_scheduler_knows_of_the_length_only_what_was_declared(declared, known)
 
 
 def test_requests_and_outputs_have_what_we_read():
-    request = make_request("r", 3, 2, arrival_s=1.5, max_model_len=MAX_MODEL_LEN)
+    request = make_request("r", [7] * 3, 2, arrival_s=1.5, max_model_len=MAX_MODEL_LEN)
     assert isinstance(request, Request)
     assert (request.status, request.arrival_time) == (RequestStatus.WAITING, 1.5)
     assert (request.num_computed_tokens, request.num_preemptions, request.is_prefill_chunk) == (0, 0, False)
@@ -229,3 +232,36 @@ def test_everyone_who_leaves_is_told_once(scheduler_cls):
     assert watching.gone[1:] == [("late", 0, "FINISHED_ABORTED"), ("running", 2, "FINISHED_ABORTED")]
     iterate(scheduler)
     assert [request.request_id for request in scheduler.running] == ["waiting"]
+
+
+# The prefix cache.
+
+
+@pytest.mark.parametrize("scheduler_cls", [Scheduler, AsyncScheduler, HeadraceScheduler, VllmV0Scheduler])
+def test_without_prefix_caching_no_block_is_hashed(scheduler_cls):
+    scheduler = scheduler_of(scheduler_cls)
+    assert block_hasher_of(scheduler) is None
+    assert add(scheduler, "r", prompt=64).block_hashes == []
+
+
+@pytest.mark.parametrize("scheduler_cls", [Scheduler, AsyncScheduler, HeadraceScheduler])
+def test_blocks_of_equal_tokens_are_computed_once_and_their_number_is_told(scheduler_cls):
+    scheduler = scheduler_of(scheduler_cls, enable_prefix_caching=True)
+    add(scheduler, "first", prompt=[1] * 40 + [2] * 40, output=20)
+    iterate(scheduler)
+    add(scheduler, "second", prompt=[1] * 40 + [3] * 40, output=20)
+    output = iterate(scheduler)
+    assert output.num_scheduled_tokens["second"] == 80 - 2 * BLOCK, "the third block differs"
+    assert {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs} == {"second": 2 * BLOCK}
+
+
+def test_answers_enter_the_cache_with_the_tokens_they_were_given():
+    scheduler = scheduler_of(AsyncScheduler, enable_prefix_caching=True)
+    add(scheduler, "turn", prompt=[1] * 40, output=30)
+    while scheduler.requests:
+        output = scheduler.schedule()
+        scheduler.update_from_output(output, iteration_results(output, [], {"turn": [9]}))
+    add(scheduler, "next", prompt=[1] * 40 + [9] * 30 + [4] * 10)
+    assert scheduler.schedule().num_scheduled_tokens == {"next": 80 - 4 * BLOCK}
+    add(scheduler, "other", prompt=[1] * 40 + [8] * 30 + [4] * 10)
+    assert scheduler.schedule().num_scheduled_tokens["other"] == 80 - 2 * BLOCK

@@ -1,0 +1,195 @@
+"""What the admitted requests will grow into: memory and iteration time over the iterations to come.
+
+Output lengths are unknown, so a request that has produced s tokens is still there h tokens later with probability
+S(s + h)/S(s), S the survival of output lengths. Source: the survival probabilities of arXiv 2504.11320's Nested WAIT,
+taken over every stage instead of a few segments.
+
+Cost: requests are counted into buckets of stages, so that one look at N of them takes O(N) additions and some products
+of a bucket-by-horizon table, whatever the longest answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scheduler.pace import Pace
+from scheduler.policies.base import Resident, Residents, Waiting, kv_tokens_of, stages_of
+
+_HORIZON_RATIO, _STAGE_RATIO = 1.3, 1.1
+"""Ratios of neighbouring horizons and stages: between two of them, survival changes little."""
+_OVERRUN = 0.1
+"""Chance that an answer goes on beyond the length its client expected."""
+Floats = NDArray[np.float64]
+
+
+class Columns:
+    """The admitted requests as arrays: stage, KV tokens read, of which shared, and declared lengths (output tokens)."""
+
+    __slots__ = ("expected", "kv", "most", "shared", "stages")
+
+    def __init__(self, requests: Sequence[Resident]) -> None:
+        self.stages = np.array(stages_of(requests), dtype=np.int64)
+        self.kv: Floats = np.array(kv_tokens_of(requests), dtype=np.float64)
+        if isinstance(requests, Residents):
+            self.shared: Floats = np.array(requests.shared_kv_tokens(), dtype=np.float64)
+            self.expected: Floats = np.array(requests.expected_output_tokens(), dtype=np.float64)
+            self.most: Floats = np.array(requests.most_output_tokens(), dtype=np.float64)
+        else:
+            self.shared = np.zeros(len(self.stages))
+            self.expected = self.most = np.full(len(self.stages), math.inf)
+
+    def joined(self, other: Columns) -> Columns:
+        """These and others."""
+        both = Columns([])
+        for name in self.__slots__:
+            setattr(both, name, np.concatenate([getattr(self, name), getattr(other, name)]))
+        return both
+
+    @property
+    def some_declared(self) -> NDArray[np.bool_]:
+        """Which requests have a bound on their length."""
+        return np.asarray(np.isfinite(self.expected) | np.isfinite(self.most))
+
+
+class BatchProjection:
+    """Requests, memory and iteration time at a grid of output tokens ahead: expected values and variances.
+
+    `reset` takes all admitted requests, `fits` and `add` one newcomer at a time.
+    """
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        lengths, survival = (np.array(column, dtype=float) for column in zip(*pace.survival, strict=True))
+        longest = max(2.0, float(lengths[-1]))
+        self._ahead = _geometric(longest, _HORIZON_RATIO)
+        self._edges = np.unique(np.concatenate([_geometric(longest, _STAGE_RATIO), lengths]))
+        self._stays = _staying(self._edges, self._ahead, lengths, survival)
+        self._d1 = pace.law.d1_s_per_kv_token / pace.pipeline_depth
+        self._d3 = pace.law.d3_s_per_decode_token * pace.computed_per_step / pace.pipeline_depth
+        self.reset(Columns([]), 0.0)
+
+    def reset(self, requests: Columns, shared_tokens: float) -> None:
+        """Start from the admitted requests; shared_tokens: memory in blocks that count for no single one of them."""
+        self._shared_tokens = shared_tokens
+        self._requests: Floats = np.zeros_like(self._ahead)
+        self._memory, self._memory_variance = self._requests.copy(), self._requests.copy()
+        self._read, self._time_variance = self._requests.copy(), self._requests.copy()
+        place = np.searchsorted(self._edges, requests.stages, side="right") - 1
+        declared = requests.some_declared
+        if declared.any():
+            self._add_each(
+                self._declared_stays(
+                    self._stays[place[declared]], requests.expected[declared] - requests.stages[declared],
+                    requests.most[declared] - requests.stages[declared],
+                ),
+                requests.kv[declared], requests.kv[declared] - requests.shared[declared],
+            )
+            others = ~declared
+            self._add_bucketed(place[others], requests.kv[others], requests.shared[others])
+        else:
+            self._add_bucketed(place, requests.kv, requests.shared)
+
+    def survives(self, stages: NDArray[np.int64], tokens: Floats) -> Floats:
+        """P(at least so many more tokens | this many so far) of each request, from the nearest stage and horizon."""
+        place = np.searchsorted(self._edges, stages, side="right") - 1
+        ahead = np.minimum(np.searchsorted(self._ahead, tokens), len(self._ahead) - 1)
+        return np.asarray(self._stays[place, ahead], dtype=np.float64)
+
+    def fits(self, waiting: Waiting, iteration_s: float | None) -> bool:
+        """Whether one more request keeps memory within its limit, and every iteration to come within `iteration_s`.
+
+        Both with the probability that `overflow_z` stands for. None: iterations may take any time.
+        """
+        pace = self._pace
+        stays = self._newcomer(waiting)
+        doubt = stays * (1 - stays)
+        private, read = waiting.prompt_tokens - waiting.shared_tokens + self._ahead, waiting.prompt_tokens + self._ahead
+        requests = self._requests + stays
+        # A last block is rarely full, and the next one is allocated early.
+        memory = self._memory + stays * private + requests * pace.block_tokens + self._shared_tokens
+        spread = np.sqrt(self._memory_variance + doubt * private**2)
+        if float(np.max(memory + pace.overflow_z * spread)) > pace.kv_limit_tokens:
+            return False
+        if iteration_s is None:
+            return True
+        seconds = pace.decode_iteration_s(requests, self._read + stays * read)
+        spread_s = np.sqrt(self._time_variance + doubt * (self._d3 + self._d1 * read) ** 2)
+        return float(np.max(seconds + pace.overflow_z * spread_s)) <= iteration_s
+
+    def add(self, waiting: Waiting) -> None:
+        """A newcomer is admitted."""
+        self._add_each(
+            self._newcomer(waiting)[None, :], np.array([float(waiting.prompt_tokens)]),
+            np.array([float(waiting.prompt_tokens - waiting.shared_tokens)]),
+        )
+
+    def _newcomer(self, waiting: Waiting) -> Floats:
+        if math.isinf(waiting.expected_output_tokens) and math.isinf(waiting.most_output_tokens):
+            return np.asarray(self._stays[0])
+        return np.asarray(self._declared_stays(
+            self._stays[:1], np.array([waiting.expected_output_tokens]), np.array([waiting.most_output_tokens])
+        )[0])
+
+    def _declared_stays(self, stays: Floats, expected: Floats, most: Floats) -> Floats:
+        """Survival of requests whose length is expected (it may be overrun) or bounded, in tokens from now on."""
+        known = np.isfinite(expected)[:, None] & (expected[:, None] > 0)
+        until = self._ahead < expected[:, None]
+        stays = np.where(known, np.where(until, 1.0, _OVERRUN * stays), stays)
+        return np.where(self._ahead < np.maximum(most, 1.0)[:, None], stays, 0.0)
+
+    def _add_each(self, stays: Floats, kv: Floats, private: Floats) -> None:
+        """Requests one by one: their survival (a row each), KV tokens read and private."""
+        doubt = stays * (1 - stays)
+        read, memory = kv[:, None] + self._ahead, private[:, None] + self._ahead
+        self._requests = self._requests + stays.sum(axis=0)
+        self._read = self._read + (stays * read).sum(axis=0)
+        self._memory = self._memory + (stays * memory).sum(axis=0)
+        self._memory_variance = self._memory_variance + (doubt * memory**2).sum(axis=0)
+        self._time_variance = self._time_variance + (doubt * (self._d3 + self._d1 * read) ** 2).sum(axis=0)
+
+    def _add_bucketed(self, place: NDArray[np.int64], kv: Floats, shared: Floats) -> None:
+        """Requests by bucket of stages: the sums of `_add_each`, with powers of the KV tokens expanded."""
+        if not place.size:
+            return
+        size, ahead, private = len(self._edges), self._ahead, kv - shared
+
+        def sums(values: Floats | None) -> Floats:
+            return np.bincount(place, values, minlength=size).astype(np.float64)
+
+        count, kv_sum, private_sum, private_square = sums(None), sums(kv), sums(private), sums(private**2)
+        work = self._d3 + self._d1 * kv
+        work_sum, work_square = sums(work), sums(work**2)
+        doubt = self._stays * (1 - self._stays)
+        requests, doubted = count @ self._stays, count @ doubt
+        self._requests = self._requests + requests
+        self._read = self._read + kv_sum @ self._stays + requests * ahead
+        self._memory = self._memory + private_sum @ self._stays + requests * ahead
+        self._memory_variance = (
+            self._memory_variance + private_square @ doubt + 2 * ahead * (private_sum @ doubt) + ahead**2 * doubted
+        )
+        step = self._d1 * ahead
+        self._time_variance = (
+            self._time_variance + work_square @ doubt + 2 * step * (work_sum @ doubt) + step**2 * doubted
+        )
+
+
+def _geometric(longest: float, ratio: float) -> Floats:
+    """Whole numbers from 0 to `longest`, each at most `ratio` times the one before (or one more)."""
+    steps = math.ceil(math.log(longest) / math.log(ratio)) + 1
+    return np.unique(np.round(np.concatenate([[0.0], np.geomspace(1.0, longest, steps)])))
+
+
+def _staying(stages: Floats, ahead: Floats, lengths: Floats, survival: Floats) -> Floats:
+    """P(still there after h more | there at s), one row a stage and one column a horizon.
+
+    A request longer than every observed output is assumed to end next.
+    """
+    later = np.interp(stages[:, None] + ahead, lengths, survival, right=0.0)
+    now = np.interp(stages, lengths, survival, right=0.0)[:, None]
+    stays = np.divide(later, now, out=np.zeros_like(later), where=now > 0)
+    stays[:, 0] = 1.0
+    return stays

@@ -1,0 +1,117 @@
+"""When the first tokens of waiting requests will come, and which requests are rejected because that is too late.
+
+A request's wait is the longer of two: until the prompts ahead of it are computed, and until so many running requests
+have ended that it is its turn. The first is known but for the room that iterations leave; the second is a sum of
+intervals between departures, whose mean is 1/capacity and whose variance is in the parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import islice
+
+from scheduler.pace import Pace
+from scheduler.policies.base import QueueView, Snapshot, Waiting
+
+_ITERATIONS_UNDER_WAY = 2
+"""A newcomer's own iteration is composed while one runs and one more is queued with asynchronous scheduling."""
+_COLD_SHARE = 0.5
+"""Of the TTFT target: how long a request waits at a cold engine before it is rejected."""
+_SURE = 2.33
+"""Standard deviations of the wait that a newcomer must have time for."""
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """The present rates: seconds of an iteration, prompt tokens per second, and tokens ahead of any newcomer."""
+
+    pace: Pace
+    iteration_s: float
+    prompt_tokens_per_s: float
+    backlog_tokens: int
+
+    @classmethod
+    def of(cls, pace: Pace, snapshot: Snapshot, room: float) -> FirstToken:
+        """From the state of the engine and the prompt tokens for which the coming iteration has time."""
+        running = len(snapshot.running)
+        read = float(snapshot.kv_used_tokens if snapshot.kv_read_tokens is None else snapshot.kv_read_tokens)
+        most = math.inf if snapshot.most_tokens is None else max(1.0, float(snapshot.most_tokens - running))
+        chunk = min(max(room, pace.prompt_flow_tokens), most)
+        if math.isinf(chunk):
+            return cls(pace, pace.law.shortest_iteration_s, math.inf, snapshot.prompt_backlog_tokens)
+        seconds = pace.law.iteration_s(chunk, float(running), read)
+        if pace.iteration_s is not None and not pace.cold:
+            seconds = max(seconds, pace.iteration_s) if room <= chunk else seconds
+        return cls(pace, seconds, chunk / seconds, snapshot.prompt_backlog_tokens)
+
+    def own_s(self, waiting: Waiting, ahead_tokens: float = 0.0) -> float:
+        """Seconds from the head of the queue to the first token, behind so many more prompt tokens."""
+        tokens = self.backlog_tokens + ahead_tokens + waiting.tokens_to_compute
+        under_way_s = (_ITERATIONS_UNDER_WAY + self.pace.pipeline_depth - 1) * self.iteration_s
+        if math.isinf(self.prompt_tokens_per_s):
+            return under_way_s + self.pace.prefill_s(tokens)
+        return under_way_s + max(tokens / self.prompt_tokens_per_s, self.iteration_s)
+
+    def too_late(self, view: QueueView, now_s: float) -> frozenset[str]:
+        """Requests that have waited so long that their first token would be late; the oldest are looked at first."""
+        limit_s = self.pace.first_token_limit_s
+        if limit_s is None:
+            return frozenset()
+        late = []
+        for waiting in view.aged():
+            waited_s = now_s - waiting.since_s
+            if self.pace.cold:
+                if waited_s <= _COLD_SHARE * limit_s:
+                    break
+            elif waited_s + self.own_s(waiting) <= self._limit_s(waiting, limit_s):
+                break
+            late.append(waiting.request_id)
+        return frozenset(late)
+
+    def _limit_s(self, waiting: Waiting, limit_s: float) -> float:
+        """A declared length leaves the first token what a latency target has beyond the rest of the answer."""
+        pace = self.pace
+        if pace.latency_s is None or math.isinf(waiting.expected_output_tokens):
+            return limit_s
+        token_s = pace.steady_s or pace.token_s or self.iteration_s
+        rest_s = pace.latency_s - (waiting.expected_output_tokens - 1) * token_s
+        return rest_s if pace.ttft_s is None else min(pace.ttft_s, rest_s)
+
+    def beyond_limit(
+        self, view: QueueView, now_s: float, *, waiting: int, tokens: int, running: int, full: bool
+    ) -> int:
+        """How many requests at the tail are rejected: beyond the queue limit, or unlikely to be in time.
+
+        waiting, tokens: requests that go on waiting, and their prompt tokens to compute; running: admitted ones; full:
+        none enters before another leaves.
+        """
+        pace, limit_s = self.pace, self.pace.first_token_limit_s
+        beyond = 0 if pace.queue_requests is None else max(0, waiting - pace.queue_requests)
+        if limit_s is None or pace.cold or waiting <= 0:
+            return beyond
+        at_capacity = pace.in_service_at_capacity
+        free = 0.0 if full or at_capacity is None else max(0.0, at_capacity - running)
+        left = waiting
+        for place, request in enumerate(islice(view.tail(), waiting)):
+            tokens -= request.tokens_to_compute
+            left = waiting - place - 1
+            if place < beyond:
+                continue
+            wait_s = self._departures_s(left + 1 - free) if left else 0.0
+            own_s = self.own_s(request)
+            in_time_s = max(wait_s + own_s, self.own_s(request, tokens))
+            if now_s - request.since_s + in_time_s <= self._limit_s(request, limit_s):
+                break
+            beyond = place + 1
+        return beyond
+
+    def _departures_s(self, departures: float) -> float:
+        """Seconds until so many running requests have ended, all but surely."""
+        if departures <= 0 or not self.pace.capacity_rps:
+            return 0.0
+        return (departures + _SURE * math.sqrt(self.pace.variability * departures)) / self.pace.capacity_rps
+
+    def drain_s(self, waiting: int) -> float:
+        """Seconds in which the fluid model serves so many."""
+        return waiting / self.pace.capacity_rps if self.pace.capacity_rps else 0.0

@@ -1,0 +1,62 @@
+"""TPOT slack of the running requests, which a long prefill may use.
+
+A TPOT target bounds a request's mean time per token, so iterations shorter than the target build up slack: a request
+with s tokens, e seconds after its first one, has (s − 1)·target − e. An iteration may exceed the target by the smallest
+slack of all at no cost. It may exceed it by more where the requests that fall behind catch up before they are likely to
+end; what that costs is the expected number of requests that end too early.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Survives = Callable[[NDArray[np.int64], Floats], Floats]
+_SHARES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1)
+
+
+class TpotSlack:
+    """What the coming iteration may take beyond `token_s`, the time per token that is planned (seconds)."""
+
+    def __init__(self, token_s: float, survives: Survives) -> None:
+        self._token_s, self._survives = token_s, survives
+        self._lent_s = 0.0
+
+    def nothing_lent(self) -> None:
+        """The coming iteration takes no more than planned."""
+        self._lent_s = 0.0
+
+    def spare_s(
+        self, stages: NDArray[np.int64], first_token_s: Floats, now_s: float, wanted_s: float, *, gain_s: float,
+        misses: float,
+    ) -> float:
+        """Seconds, at most `wanted_s`, beyond the plan.
+
+        stages: output tokens of the running requests, 0 while in prefill; first_token_s: when the first one came (NaN:
+        not yet). gain_s: seconds that a later token regains, 0 at capacity. misses: expected number of requests that
+        `wanted_s` may cost their target; less in proportion for less.
+        """
+        decoding = stages > 0
+        tokens, since_s = stages[decoding], first_token_s[decoding]
+        slack_s = np.where(np.isnan(since_s), 0.0, (tokens - 1) * self._token_s - (now_s - since_s))
+        # What the iteration under way was lent is not in these times yet; its token is counted already.
+        slack_s = slack_s - self._token_s * (~np.isnan(since_s)) - self._lent_s
+        self._lent_s = self._most_s(tokens, slack_s, wanted_s, gain_s, misses)
+        return self._lent_s
+
+    def _most_s(
+        self, tokens: NDArray[np.int64], slack_s: Floats, wanted_s: float, gain_s: float, misses: float
+    ) -> float:
+        if not tokens.size:
+            return wanted_s
+        if gain_s > 0:
+            for share in _SHARES:
+                behind_s = np.maximum(share * wanted_s - slack_s, 0.0)
+                late = behind_s > 0
+                ends = 1.0 - self._survives(tokens[late], np.ceil(behind_s[late] / gain_s))
+                if float(ends.sum()) <= share * misses:
+                    return share * wanted_s
+        return float(min(wanted_s, max(0.0, slack_s.min())))

@@ -1,0 +1,51 @@
+"""What the prefix cache holds of a waiting request's prompt, asked of vLLM's own block manager and remembered briefly.
+
+Part of the fence around vLLM's non-public surface (`KVCacheManager.get_computed_blocks`, `KVCacheBlock.ref_cnt`):
+`tests/scheduler/test_vllm_seam.py` fails when an upgrade moves it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.request import Request
+
+_ASK_AGAIN = 16
+"""Iterations after which a prompt is looked up anew: the cache changes, and a lookup walks all blocks of a prompt."""
+
+
+class PrefixHits:
+    """Cached prompt tokens of waiting requests, and which of them are in blocks that other requests hold.
+
+    A cached block that no request holds is free to be evicted: the request that takes it up adds memory.
+    """
+
+    def __init__(self, kv_cache_manager: Any, block_tokens: int, enabled: bool | None) -> None:
+        self._manager, self._block_tokens, self._enabled = kv_cache_manager, block_tokens, bool(enabled)
+        self._step = 0
+        self._known: dict[str, tuple[int, int, int]] = {}
+
+    def step(self) -> None:
+        """Another iteration is scheduled."""
+        self._step += 1
+
+    def of(self, request: Request) -> tuple[int, int]:
+        """(cached, shared) prompt tokens of a request that has not been computed yet."""
+        if not self._enabled:
+            return 0, 0
+        known = self._known.get(request.request_id)
+        if known is not None and self._step - known[0] < _ASK_AGAIN:
+            return known[1], known[2]
+        blocks, cached, _ = self._manager.get_computed_blocks(request)
+        held = sum(1 for block in blocks.blocks[0] if block.ref_cnt > 0) if cached else 0
+        self._known[request.request_id] = (self._step, cached, min(held * self._block_tokens, cached))
+        return cached, min(held * self._block_tokens, cached)
+
+    def shared_at_release(self, request_id: str) -> int:
+        """The shared tokens last seen of a request that now runs; it waits no more."""
+        known = self._known.pop(request_id, None)
+        return known[2] if known else 0
+
+    def forget(self, request_id: str) -> None:
+        """A request has left."""
+        self._known.pop(request_id, None)
