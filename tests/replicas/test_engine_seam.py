@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from copy import copy
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,11 @@ from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.openai.chat_completion import serving as chat_serving
 from vllm.entrypoints.openai.completion import serving as completion_serving
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.v1.engine import FinishReason
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.output_processor import RequestState
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
+from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from replicas.engine import HeadraceEngine, RequestRefused, errors_first, raising_refusals
 from scheduler.refusal import Refusal
@@ -98,6 +101,44 @@ def test_generate_raises_what_the_engine_core_refused_and_ends_the_rest(outputs:
 def test_a_finished_choice_is_never_thrown_away(choices: tuple[Any, ...]) -> None:
     outputs = [output(*choices)]
     assert asyncio.run(collected(raising_refusals(lambda: given(*outputs))())) == outputs
+
+
+def collector_of_two_choices(kind: RequestOutputKind, *answers: EngineCoreOutput) -> RequestOutputCollector:
+    """vLLM's own way from the engine core's answers to what `generate` yields."""
+    processor = OutputProcessor(None, log_stats=False)
+    request = EngineCoreRequest(
+        request_id="p-ab", prompt_token_ids=[1], mm_features=None, pooling_params=None, arrival_time=0.0,
+        sampling_params=SamplingParams(n=2, output_kind=kind, detokenize=False), lora_request=None, cache_salt=None,
+        data_parallel_rank=None, external_req_id="p",
+    )
+    parent, collector = ParentRequest(request), RequestOutputCollector(kind, request.request_id)
+    for index in range(2):
+        child = copy(request)
+        child.request_id, child.sampling_params = parent.get_child_info(index)
+        processor.add_request(child, None, parent, index, collector)
+    processor.process_outputs(list(answers))
+    return collector
+
+
+def rejected_choice(index: int) -> EngineCoreOutput:
+    return EngineCoreOutput(
+        f"{index}_p-ab", [], finish_reason=FinishReason.ABORT, stop_reason=REFUSAL.as_json()
+    )
+
+
+@pytest.mark.parametrize("kind", list(RequestOutputKind), ids=str)
+def test_vllm_hands_on_a_request_whose_choices_are_all_rejected_as_one(kind: RequestOutputKind) -> None:
+    collector = collector_of_two_choices(kind, rejected_choice(0), rejected_choice(1))
+    with pytest.raises(RequestRefused):
+        asyncio.run(collected(raising_refusals(lambda: given(collector.get_nowait()))()))
+
+
+@pytest.mark.parametrize("kind", list(RequestOutputKind), ids=str)
+def test_vllm_hands_on_a_finished_choice_beside_a_rejected_one(kind: RequestOutputKind) -> None:
+    served = EngineCoreOutput("1_p-ab", [5, 6], finish_reason=FinishReason.LENGTH)
+    collector = collector_of_two_choices(kind, rejected_choice(0), served)
+    (passed,) = asyncio.run(collected(raising_refusals(lambda: given(collector.get_nowait()))()))
+    assert [list(one.token_ids) for one in passed.outputs] == [[], [5, 6]]
 
 
 @pytest.mark.parametrize("finish_reason", ["stop", "length", None])
