@@ -26,6 +26,8 @@ _PIPELINE_ITERATIONS = 3
 """A prompt's own iteration, the one under way and the one composed already."""
 _QUEUE_SHARE = 0.1
 """Of the miss probability, what a queue that runs dry may cost; the rest is for iterations that stray from the law."""
+_LEAST_MARGIN = 0.002
+"""Even an exact model is off by a few tokens: requests whose last token is under way are counted once more."""
 _LARGEST_MARGIN = 0.5
 """A model whose errors ask for more says nothing any more about the hardware."""
 _ITERATION_TIMES = 32
@@ -102,7 +104,7 @@ def solve_pace(
     lengths = mix.merged().lengths
     capacity = _Capacity(mix, law, limits, reuse, steps)
     margin = tpot_margin(lengths, fluctuation, (1 - _QUEUE_SHARE) * miss_probability)
-    margin = min(max(margin, realised_margin), _LARGEST_MARGIN)
+    margin = min(max(margin, realised_margin, _LEAST_MARGIN), _LARGEST_MARGIN)
     token_s = None if targets.tpot_s is None else targets.tpot_s / (1 + margin)
     within = capacity.within_latency(token_s, targets, margin)
     iteration_s = within.iteration_s
@@ -117,7 +119,7 @@ def solve_pace(
         prompt_flow_tokens=served_rps * lengths.mean_prompt_tokens * reuse.computed * (iteration_s or 0.0)
         if math.isfinite(served_rps) else 0.0,
         capacity_rps=served_rps if math.isfinite(served_rps) else 0.0, steady_s=steady_s,
-        tokens_per_step=steps.tokens, computed_per_step=steps.computed, pipeline_depth=steps.depth,
+        most_running=capacity.most_running(iteration_s), tokens_per_step=steps.tokens, computed_per_step=steps.computed, pipeline_depth=steps.depth,
     )
     soon = 1.0
     if within.first_token_s is not None:
@@ -204,6 +206,15 @@ class _Capacity:
         if len(times) < len(self._branches) or not math.isfinite(rate_rps):
             return most_s or 0.0
         return max(times) if most_s is None else min(max(times), most_s)
+
+    def most_running(self, iteration_s: float | None) -> float:
+        """Requests of mean size that memory, slots and an iteration without prompts hold."""
+        law, kv = self._law, self._lengths.mean_resident_kv_tokens
+        most = min(float(self._slots), self.kv_limit_tokens / kv)
+        each_s = (law.d3_s_per_decode_token * self._steps.computed + law.d1_s_per_kv_token * kv) / self._steps.depth
+        if iteration_s is None or not each_s:
+            return most
+        return min(most, max(1.0, (iteration_s - law.d0_s) / each_s))
 
     def within_latency(self, token_s: float | None, targets: Targets, margin: float) -> _Within:
         """The iteration time with the most requests in time: (first token) + (l' − 1)·(time per token) <= latency.

@@ -202,7 +202,7 @@ class HeadraceScheduler(AsyncScheduler):
             kv_capacity_tokens=capacity,
             prompt_backlog_tokens=self._prompt_backlog(),
             released_requests=self._released_requests(),
-            kv_read_tokens=self.latest_work.kv_tokens if self.running else 0,
+            kv_read_tokens=sum([request.num_computed_tokens for request in self.running]) + len(self.running),
             slots=self._most_running - self.num_waiting_for_streaming_input,
             most_tokens=self._most_tokens,
             latest=self.recorder.latest_iteration,

@@ -18,7 +18,7 @@ _ITERATIONS_UNDER_WAY = 2
 """A newcomer's own iteration is composed while one runs and one more is queued with asynchronous scheduling."""
 _COLD_SHARE = 0.5
 """Of the TTFT target: how long a request waits at a cold engine before it is rejected."""
-_SURE = 2.33
+_SURE = 1.0
 """Standard deviations of the wait that a newcomer must have time for."""
 
 
@@ -90,8 +90,7 @@ class FirstToken:
         beyond = 0 if pace.queue_requests is None else max(0, waiting - pace.queue_requests)
         if limit_s is None or pace.cold or waiting <= 0:
             return beyond
-        at_capacity = pace.in_service_at_capacity
-        free = 0.0 if full or at_capacity is None else max(0.0, at_capacity - running)
+        free = 0.0 if full else max(0.0, (pace.most_running or math.inf) - running)
         left = waiting
         for place, request in enumerate(islice(view.tail(), waiting)):
             tokens -= request.tokens_to_compute

@@ -51,14 +51,12 @@ class Fluid(Policy):
         admission = self._admission
         admission.observe(snapshot)
         room = admission.prompt_room(snapshot, view)
-        budget = None
-        if math.isfinite(room):
-            budget = math.ceil(len(snapshot.running) * admission.pace.computed_per_step) + int(room)
         if not view:
-            return Decision(token_budget=budget)
+            return Decision(token_budget=admission.budget(snapshot, room))
         first = admission.first_token(snapshot, room)
         late = first.too_late(view, snapshot.now_s)
-        admitted, tokens = admission.admitted(view, late, slots, snapshot, room)
+        admitted, tokens, cached = admission.admitted(view, late, slots, snapshot, room)
+        budget = admission.budget(snapshot, room, cached)
         beyond = first.beyond_limit(
             view, snapshot.now_s, waiting=view.length - len(late) - admitted, tokens=view.tokens_to_compute - tokens,
             running=len(snapshot.running) + snapshot.released + admitted, full=admission.is_full or admitted == slots,
@@ -144,23 +142,32 @@ class _Admission:
             room = pace.prompt_tokens_within(limit_s + spare_s, running, read)
         return max(_SMALLEST_CHUNK, room)
 
+    def budget(self, snapshot: Snapshot, room: float, cached_tokens: int = 0) -> int | None:
+        """Tokens of the coming iteration; prompts that are found cached are read though not computed."""
+        if math.isinf(room):
+            return None
+        prompt_s = self.pace.prefill_s(1.0)
+        read = cached_tokens * self.pace.law.d1_s_per_kv_token / prompt_s if prompt_s else 0.0
+        decodes = math.ceil(len(snapshot.running) * self.pace.computed_per_step)
+        return decodes + int(max(_SMALLEST_CHUNK, room - read))
+
     def first_token(self, snapshot: Snapshot, room: float) -> FirstToken:
         """When first tokens will come, from the state and the room for prompts."""
         return FirstToken.of(self.pace, snapshot, room)
 
     def admitted(
         self, view: QueueView, late: Collection[str], slots: int, snapshot: Snapshot, room: float
-    ) -> tuple[int, int]:
-        """How many are admitted, the `late` ones left out, and the prompt tokens to compute of those.
+    ) -> tuple[int, int, int]:
+        """How many are admitted, the `late` ones left out, and of these the prompt tokens to compute and the cached.
 
         While there is a slot, time for their prompts and room for their growth. An idle engine takes the first.
         """
         prompts = room - snapshot.prompt_backlog_tokens
         taken = len(snapshot.running) + snapshot.released
         if not slots or (prompts <= 0 and taken) or self._still_full(taken):
-            return 0, 0
+            return 0, 0, 0
         self._reset_projection(snapshot)
-        admitted = tokens = 0
+        admitted = tokens = cached = 0
         for waiting in view.heads():
             if waiting.request_id in late:
                 continue
@@ -172,8 +179,9 @@ class _Admission:
             self._projection.add(waiting)
             prompts -= waiting.tokens_to_compute
             tokens += waiting.tokens_to_compute
+            cached += waiting.cached_tokens
             admitted += 1
-        return admitted, tokens
+        return admitted, tokens, cached
 
     def _fits(self, waiting: Waiting) -> bool:
         return self._projection.fits(waiting, self._iteration_s)
