@@ -28,6 +28,7 @@ from router.errors import speak_openai
 from router.ingress import ADMIN_ENDPOINTS, HEALTH_ENDPOINTS, HeadraceIngress
 from router.request_router import FluidSlackRouter
 from scheduler.settings import SETTINGS_KEY
+from scheduler.support import EngineSetup
 from scheduler.thresholds import thresholds_as_dict
 
 SCHEDULER = "scheduler.vllm_scheduler.HeadraceScheduler"
@@ -65,8 +66,10 @@ def llm_config(args: AppConfig) -> LLMConfig:
     settings = {
         "thresholds": thresholds_as_dict(args.thresholds), "profile": args.controller.profile,
         "targets": asdict(args.targets), "overflow_probability": args.controller.overflow_probability,
+        "trust_tenants": True,  # requests reach a replica through our ingress only, which signs each of them
     }
     accelerator = args.accelerator
+    setup = EngineSetup.from_engine_args(args.engine, args.targets)
     return LLMConfig(
         model_loading_config={"model_id": args.model.id, "model_source": _source(args.model)},
         accelerator_config={"kind": accelerator.kind},
@@ -75,7 +78,8 @@ def llm_config(args: AppConfig) -> LLMConfig:
         engine_kwargs={
             **args.engine,
             "scheduler_cls": SCHEDULER,
-            "async_scheduling": True,
+            # Not every speculator can be scheduled ahead; vLLM knows which, and refuses to be told.
+            **({} if setup.speculative_decoding else {"async_scheduling": True}),
             "additional_config": {SETTINGS_KEY: settings},
         },
         deployment_config={

@@ -9,14 +9,24 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from router.tenants import TenantConfig
 from scheduler.profiles import load_profile
 from scheduler.replica_model import MIN_FINISHED, WINDOW_S
+from scheduler.support import EngineSetup, require_supported
 from scheduler.targets import NO_TARGETS, Targets
 from scheduler.thresholds import Thresholds, parse_thresholds
 from scheduler.validation import describe
@@ -135,6 +145,12 @@ class AppConfig(_Strict):
             if twice is not None:
                 raise ValueError(f"two tenants have {field} = {twice!r}; each needs its own")
         return tenants
+
+    @model_validator(mode="after")
+    def _supported(self) -> Self:
+        setup = EngineSetup.from_engine_args(self.engine, self.targets, controller=self.controller.enabled)
+        require_supported(setup, self.thresholds)
+        return self
 
     @property
     def tuning(self) -> TuningConfig:

@@ -1,8 +1,8 @@
 """`HeadraceEngine`: Ray's vLLM engine, whose refusals and early errors become errors with an HTTP status.
 
-The engine core answers a refused request with an empty output. vLLM's OpenAI layer would pass that on as a success with
-no text, and reports errors of a stream inside the stream, with status 200. Here a request that fails before its first
-token fails as a whole.
+The engine core answers a rejected request with an empty output. vLLM's OpenAI layer would pass that on as a success
+with no text, and reports errors of a stream inside the stream, with status 200. Here a request that fails before its
+first token fails as a whole.
 
 This module is the fence around the non-public surface of Ray Serve LLM's engine and of vLLM's OpenAI layer that this
 needs: `tests/replicas/test_engine_seam.py` fails when an upgrade moves any of it.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
@@ -29,13 +30,14 @@ Outputs = AsyncGenerator[Any, None]
 class RequestRefused(GenerationError, GracefulHTTPError, VLLMClientError):
     """A refusal on its way through vLLM's OpenAI layer.
 
-    Each base is what one of its paths looks for: streams report a GenerationError without a traceback in the log, the
-    others take the status of a GracefulHTTPError, and Ray's engine answers a VLLMClientError instead of failing.
+    Its message is the marked object, the only part of an error that every path passes on as it is. Each base is what
+    one of the paths looks for: streams report a GenerationError without a traceback in the log, the others take the
+    status of a GracefulHTTPError, and Ray's engine answers a VLLMClientError instead of failing.
     """
 
     def __init__(self, refusal: Refusal) -> None:
-        Exception.__init__(self, refusal.text)  # the bases' own want different arguments
-        self.message = refusal.text
+        Exception.__init__(self, refusal.as_json())  # the bases' own want different arguments
+        self.message = refusal.as_json()
         self.status_code = self.http_status = HTTPStatus.TOO_MANY_REQUESTS
 
 
@@ -49,41 +51,50 @@ class HeadraceEngine(VLLMEngine):
 
     async def chat(self, *args: Any, **kwargs: Any) -> Outputs:
         """Ray's own; an error before the first token is yielded as an ErrorResponse."""
-        async for chunk in errors_first(super().chat(*args, **kwargs)):
-            yield chunk
+        async with aclosing(errors_first(super().chat(*args, **kwargs))) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def completions(self, *args: Any, **kwargs: Any) -> Outputs:
         """Ray's own; an error before the first token is yielded as an ErrorResponse."""
-        async for chunk in errors_first(super().completions(*args, **kwargs)):
-            yield chunk
+        async with aclosing(errors_first(super().completions(*args, **kwargs))) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
 
 def raising_refusals(generate: Callable[..., Outputs]) -> Callable[..., Outputs]:
-    """`AsyncLLM.generate`, raising `RequestRefused` where the engine core refused the request.
+    """`AsyncLLM.generate`, raising `RequestRefused` where the engine core rejected the request: all of its choices.
 
-    One of several choices that is refused when another has begun ends as aborted instead: nothing is cut.
+    The engine core rejects or serves the choices of a request as a whole. Should one be rejected though another was
+    served, it ends as aborted, and no finished choice is thrown away.
     """
 
     @functools.wraps(generate)
     async def generating(*args: Any, **kwargs: Any) -> Outputs:
         begun = False
-        async for output in generate(*args, **kwargs):
-            refusals = [Refusal.from_text(choice.stop_reason) for choice in output.outputs]
-            if not begun and (refusal := next(filter(None, refusals), None)):
-                raise RequestRefused(refusal)
-            begun = True
-            yield output
+        async with aclosing(generate(*args, **kwargs)) as outputs:  # closed at once, or other choices would run on
+            async for output in outputs:
+                if not begun and (refusal := _refusal_of(output)):
+                    raise RequestRefused(refusal)
+                begun = True
+                yield output
 
     return generating
+
+
+def _refusal_of(output: Any) -> Refusal | None:
+    refusals = [Refusal.of_answer(choice.finish_reason, choice.stop_reason) for choice in output.outputs]
+    return refusals[0] if refusals and all(refusals) else None
 
 
 async def errors_first(chunks: Outputs) -> Outputs:
     """The same chunks; a stream whose first event is an error becomes that one ErrorResponse."""
     first = True
-    async for chunk in chunks:
-        if first and isinstance(chunk, str) and chunk.startswith(_ERROR_EVENT):
-            error = json.loads(chunk.removeprefix("data: "))["error"]
-            yield ErrorResponse(error=ErrorInfo(**error))
-            return
-        first = False
-        yield chunk
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            if first and isinstance(chunk, str) and chunk.startswith(_ERROR_EVENT):
+                error = json.loads(chunk.removeprefix("data: "))["error"]
+                yield ErrorResponse(error=ErrorInfo(**error))
+                return
+            first = False
+            yield chunk

@@ -41,10 +41,10 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _openai_error(request: Request, error: Exception) -> JSONResponse:
-    """What Ray raises for an answer that is an error; a refusal says when to come again."""
+    """What Ray raises for an answer that is an error; a rejection says when to come again."""
     assert isinstance(error, OpenAIHTTPException)
-    refusal = Refusal.from_text(error.message)
-    if refusal and error.status_code == HTTPStatus.TOO_MANY_REQUESTS:
+    refusal = Refusal.from_json(error.message) if error.status_code == HTTPStatus.TOO_MANY_REQUESTS else None
+    if refusal:
         body = error_body(error.status_code, refusal.text)
         return JSONResponse(body, error.status_code, headers={"Retry-After": str(refusal.retry_after_s)})
     body = error_body(error.status_code, error.message)

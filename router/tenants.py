@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from scheduler.settings import TENANT, TENANT_WEIGHT
+from scheduler.settings import LARGEST_TENANT_WEIGHT, LONGEST_TENANT_NAME, TENANT, TENANT_WEIGHT
 
 
 class TenantConfig(BaseModel):
@@ -17,8 +17,8 @@ class TenantConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Annotated[str, Field(min_length=1, max_length=64)]
-    weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+    name: Annotated[str, Field(min_length=1, max_length=LONGEST_TENANT_NAME)]
+    weight: Annotated[float, Field(gt=0, le=LARGEST_TENANT_WEIGHT, allow_inf_nan=False)] = 1.0
     api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 from scheduler.messages import Ack, Apply
 from scheduler.policies import Policy, make_policy
+from scheduler.support import EngineSetup, UnsupportedSetting, require_supported
 from scheduler.thresholds import EngineLimits, InvalidThresholds, Thresholds
 
 
@@ -30,15 +31,20 @@ class InForce:
 class ThresholdsInForce:
     """Takes newer, valid, fitting thresholds; falls back to the configured ones when the latest are not renewed.
 
+    `setup` tells what the engine does beside scheduling, which some policies do not go with.
+
     Raises:
         InvalidThresholds: from the constructor, when the configured thresholds do not fit the engine.
+        UnsupportedSetting: likewise, when their policy does not go with an engine setting.
     """
 
     def __init__(
-        self, configured: Thresholds, limits: EngineLimits, clock: Callable[[], float], *, allow_strict: bool = False
+        self, configured: Thresholds, limits: EngineLimits, clock: Callable[[], float], *, allow_strict: bool = False,
+        setup: EngineSetup | None = None,
     ) -> None:
         self.limits = limits
         self._allow_strict = allow_strict
+        self._setup = setup or EngineSetup()
         self._clock = clock
         self._lock = threading.Lock()
         self._check(configured)
@@ -98,7 +104,7 @@ class ThresholdsInForce:
             return refuse("pinned", reason)
         try:
             self._check(offered)
-        except InvalidThresholds as error:
+        except (InvalidThresholds, UnsupportedSetting) as error:
             return refuse("invalid", str(error))
         return None
 
@@ -106,3 +112,4 @@ class ThresholdsInForce:
         thresholds.check_fits(self.limits)
         if not self._allow_strict:
             thresholds.check_serves()
+        require_supported(self._setup, thresholds)

@@ -249,9 +249,13 @@ class FairQueue:
             raise IndexError("no request waits")
         name = min(self._tenants, key=lambda name: (_turn(self._ledger.counter(name)), name))
         request = next(iter(self._tenants[name]))
+        self.take(request)
+        return request
+
+    def take(self, request: Request) -> None:
+        """A request enters whose turn it need not be, charged to its tenant."""
         self._move_out(request)
         self._ledger.serve(request)
-        return request
 
     def remove(self, request: Request) -> None:
         """A request no longer waits."""

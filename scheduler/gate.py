@@ -18,6 +18,7 @@ from itertools import chain
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy, create_request_queue
 from vllm.v1.request import Request
 
+from scheduler.choices import Choices
 from scheduler.fair_queue import NOBODY_IN_PARTICULAR, FairQueue, Tenant, TenantLedger
 from scheduler.policies import QueueView, Waiting
 
@@ -56,6 +57,7 @@ class GatedQueue(RequestQueue):
         self._by_age: dict[str, OrderedDict[str, tuple[Request, float]]] = {}
         self._since_s: dict[str, float] = {}
         self._type_of: dict[str, str] = {}
+        self.choices = Choices()
 
     # What a policy needs to know and to do.
 
@@ -73,15 +75,26 @@ class GatedQueue(RequestQueue):
         return (self._describe(request, self._since_s[request.request_id]) for request in queue)
 
     def _tail(self, queue: FairQueue) -> Iterator[Waiting]:
-        return (self._describe(request, self._since_s[request.request_id]) for request in queue.backwards())
+        committed = self.choices.committed
+        return (
+            self._describe(request, self._since_s[request.request_id]) for request in queue.backwards()
+            if request.request_id not in committed
+        )
 
     def _aged(self, name: str) -> Iterator[Waiting]:
-        return (self._describe(request, since_s) for request, since_s in self._by_age[name].values())
+        committed = self.choices.committed
+        return (
+            self._describe(request, since_s) for request_id, (request, since_s) in self._by_age[name].items()
+            if request_id not in committed
+        )
 
     def last(self, type_name: str, count: int) -> list[Request]:
-        """The `count` requests of a type that are farthest from their turn, left in place."""
-        queue = self._closed.get(type_name)
-        return queue.last(count) if queue and count else []
+        """The `count` requests of a type that are farthest from their turn and may be rejected, left in place."""
+        queue, committed = self._closed.get(type_name), self.choices.committed
+        if not queue or not count:
+            return []
+        farthest = queue.last(count + len(committed))
+        return [request for request in farthest if request.request_id not in committed][:count]
 
     def release(self, type_name: str, count: int) -> None:
         """Let the first `count` requests of a type through; fewer when fewer wait."""
@@ -91,7 +104,16 @@ class GatedQueue(RequestQueue):
             assert queue is not None
             request = queue.pop()
             self._on_release(now_s - self._leave(type_name, request))
+            self.choices.let_through(request.request_id)
             self._open.add_request(request)
+
+    def let_through(self, request: Request) -> None:
+        """Let one request through out of its turn."""
+        name = self._type_of[request.request_id]
+        self._closed[name].take(request)
+        self._on_release(self._clock() - self._leave(name, request))
+        self.choices.let_through(request.request_id)
+        self._open.add_request(request)
 
     @property
     def held(self) -> int:
@@ -138,6 +160,7 @@ class GatedQueue(RequestQueue):
         self._by_age[name][request.request_id] = (request, since_s)
         self._type_of[request.request_id] = name
         self._since_s[request.request_id] = since_s
+        self.choices.hold(request.request_id)
         tokens = self._tokens_of[request.request_id] = self._describe(request, since_s).tokens_to_compute
         self._tokens[name] += tokens
         return self._closed[name]
@@ -185,6 +208,7 @@ class GatedQueue(RequestQueue):
             name = self._type_of[request.request_id]
             self._closed[name].remove(request)
             self._leave(name, request)
+            self.choices.leave(request.request_id)
         if len(held) < len(requests):
             self._open.remove_requests(requests)
 

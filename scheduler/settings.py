@@ -15,13 +15,15 @@ EXPECTED_OUTPUT_TOKENS = "expected_output_tokens"
 
 TENANT, TENANT_WEIGHT = "headrace_tenant", "headrace_weight"
 """Under which keys of the same place the ingress says whose a request is, and that tenant's weight."""
+LONGEST_TENANT_NAME, LARGEST_TENANT_WEIGHT = 64, 1000.0
 
 
 class SchedulerSettings(BaseModel):
     """thresholds: in force until others are pushed; profile, targets, overflow_probability: from which the policy
     `fluid` solves its first pace, when the thresholds hold none (see `cold_thresholds`); channel: the control endpoint
     (None: no live control); allow_strict: let run what is for simulation only, the paper's literal rule, which may
-    strand requests."""
+    strand requests; trust_tenants: every request comes through an ingress that writes its tenant itself, so that it is
+    believed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -31,6 +33,7 @@ class SchedulerSettings(BaseModel):
     overflow_probability: float = Field(default=0.01, gt=0, lt=1)
     channel: str | None = None
     allow_strict: bool = False
+    trust_tenants: bool = False
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> SchedulerSettings:

@@ -24,6 +24,8 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
             lines.append(f"{key}: {message}")
         elif item["type"] == "missing":
             lines.append(f"{key}: this key is required")
+        elif item["type"] == "value_error" and isinstance(item["input"], dict):
+            lines.append(f"{key}: {message}")  # several keys that do not go together; the message names them
         else:
             lines.append(f"{key} = {item['input']!r}: {message}")
     return "\n  ".join(lines)

@@ -23,12 +23,15 @@ from typing import Any, NamedTuple
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
 from scheduler.channel import ChannelServer, engine_id
+from scheduler.choices import parent_of
+from scheduler.client_input import declared_output_tokens, tenant_of
 from scheduler.control import InForce, ThresholdsInForce
-from scheduler.fair_queue import NOBODY_IN_PARTICULAR, Tenant
+from scheduler.fair_queue import NOBODY_IN_PARTICULAR
 from scheduler.gate import GatedQueue
 from scheduler.messages import Gauges, InService, Report, Telemetry
 from scheduler.policies import UNKNOWN_TYPE, Resident, Residents, Snapshot, Waiting
@@ -36,7 +39,8 @@ from scheduler.prefix_hits import PrefixHits
 from scheduler.profiles import load_profile
 from scheduler.recorder import Recorder
 from scheduler.refusal import Refusal
-from scheduler.settings import EXPECTED_OUTPUT_TOKENS, TENANT, TENANT_WEIGHT, SchedulerSettings
+from scheduler.settings import SchedulerSettings
+from scheduler.support import EngineSetup, require_supported
 from scheduler.thresholds import EngineLimits, Thresholds
 from scheduler.tuning import cold_thresholds
 
@@ -78,21 +82,26 @@ class HeadraceScheduler(AsyncScheduler):
     one before the first request.
 
     Raises:
-        ValueError: the settings have an unknown key or a value out of range; the message names it.
+        ValueError: the settings have an unknown key or a value out of range, which the message names; or the policy is
+            wrong with one of vLLM's settings, and the message says what to do (`scheduler.support`).
     """
 
     running: list[Request]
     max_num_running_reqs: int
     max_num_scheduled_tokens: int
+    num_spec_tokens: int
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        settings = SchedulerSettings.from_additional_config(self.vllm_config.additional_config)
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        settings = SchedulerSettings.from_additional_config(vllm_config.additional_config)
+        setup = EngineSetup.from_vllm_config(vllm_config, settings.targets)
+        require_supported(setup, settings.thresholds)  # before anything starts
+        super().__init__(vllm_config, *args, **kwargs)
         self.clock: Callable[[], float] = time.monotonic
         self.recorder = Recorder()
         limits = self._limits()
         self.in_force = ThresholdsInForce(
-            _first_thresholds(settings, limits), limits, lambda: self.clock(), allow_strict=settings.allow_strict
+            _first_thresholds(settings, limits), limits, lambda: self.clock(), allow_strict=settings.allow_strict,
+            setup=setup,
         )
         self._engine_id = engine_id()
         self._obeyed: InForce = self.in_force.current()
@@ -100,7 +109,8 @@ class HeadraceScheduler(AsyncScheduler):
         self._lives: dict[str, Life] = {}
         self._awaiting_first_token: dict[str, Request] = {}
         self.gate = GatedQueue(
-            self.policy, self._classify, lambda: self.clock(), self.recorder.released, tenant_of, self._describe
+            self.policy, self._classify, lambda: self.clock(), self.recorder.released,
+            tenant_of if settings.trust_tenants else lambda request: NOBODY_IN_PARTICULAR, self._describe,
         )
         self.waiting = self.gate
         self._most_running = self.max_num_running_reqs
@@ -111,7 +121,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._executing: deque[tuple[SchedulerOutput, float, BatchWork]] = deque()
         self._last_output_s = 0.0
         self._more_to_run = False
-        self._refused: list[tuple[Request, str]] = []
+        self._refused: list[tuple[Request, Refusal]] = []
         self._rejecting: set[str] = set()
         self._everyone_runs = False
         self._channel: ChannelServer | None = None
@@ -139,8 +149,9 @@ class HeadraceScheduler(AsyncScheduler):
         self.max_num_running_reqs = self._most_running - len(aside)
         asked = min(filter(None, (decision.token_budget, obeyed.thresholds.token_budget)), default=None)
         budget = (self._budget_can_split and asked) or self._most_tokens
-        # Every running request gets its decode token, however small the budget is set.
-        self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, len(self.running)))
+        # Every running request gets its decode token and its drafts, however small the budget is set.
+        least = len(self.running) * (1 + self.num_spec_tokens)
+        self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, least))
         self._prefixes.step()
         try:
             output = super().schedule(throttle_prefills)
@@ -156,11 +167,22 @@ class HeadraceScheduler(AsyncScheduler):
         return output
 
     def _refuse(self, requests: list[Request], reason: str, drain_s: float) -> None:
-        """End requests that have not cost anything yet; their clients hear of it with the iteration's outputs."""
-        text = Refusal.for_drain_time(reason, drain_s).text
-        self._rejecting = {request.request_id for request in requests}  # counted as such when they are freed
-        self.finish_requests([request.request_id for request in requests], RequestStatus.FINISHED_ABORTED)
-        self._refused += [(request, text) for request in requests]
+        """End requests that have not cost anything yet, with all their choices; those of one under way are let in."""
+        rejected: dict[str, Refusal] = {}
+        for request in requests:
+            name = request.request_id
+            if name in self.gate.choices.committed:
+                self.gate.let_through(request)
+            elif name not in rejected:
+                refusal = Refusal.for_drain_time(reason, drain_s, parent_of(name) or name)
+                rejected |= dict.fromkeys(self.gate.choices.reject(name, refusal), refusal)
+        self._reject(rejected)
+
+    def _reject(self, rejected: Mapping[str, Refusal]) -> None:
+        """End requests by id; their clients hear of it with the iteration's outputs."""
+        self._rejecting |= rejected.keys()  # counted as such when they are freed
+        self._refused += [(self.requests[name], refusal) for name, refusal in rejected.items()]
+        self.finish_requests(list(rejected), RequestStatus.FINISHED_ABORTED)
 
     def _obey(self, in_force: InForce) -> None:
         before, thresholds = self._obeyed.thresholds, in_force.thresholds
@@ -252,8 +274,10 @@ class HeadraceScheduler(AsyncScheduler):
         self.gate.settle()
         if executed:
             self._more_to_run = bool(self.running)
-        for request, text in self._refused:
-            answer = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ABORT, stop_reason=text)
+        for request, refusal in self._refused:
+            answer = EngineCoreOutput(
+                request.request_id, [], finish_reason=FinishReason.ABORT, stop_reason=refusal.as_json()
+            )
             outputs.setdefault(request.client_index, EngineCoreOutputs(outputs=[])).outputs.append(answer)
         self._refused = []
         return outputs
@@ -262,11 +286,15 @@ class HeadraceScheduler(AsyncScheduler):
 
     def add_request(self, request: Request) -> None:
         """A new request waits at the gate; it is counted with the length its client declared."""
+        if self.policy is not SchedulingPolicy.PRIORITY:
+            request.priority = 0  # the client's; only vLLM's own policy "priority" lets it order requests
         if request.request_id not in self.requests:
             self.recorder.arrival(self.clock(), request.num_prompt_tokens, self.known_output_tokens(request))
             self._lives[request.request_id] = self._life(request)
             self._awaiting_first_token[request.request_id] = request
         super().add_request(request)
+        if rejection := self.gate.choices.rejection_of(request.request_id):
+            self._reject({request.request_id: rejection})
 
     def _life(self, request: Request) -> Life:
         expected, most = self._declared_lengths(request)
@@ -314,12 +342,10 @@ class HeadraceScheduler(AsyncScheduler):
         params = request.sampling_params
         if params is None:
             return None, None
-        declared = (params.extra_args or {}).get(EXPECTED_OUTPUT_TOKENS)
+        declared = declared_output_tokens(request)
         most: int = params.max_tokens
         bound = most if most < self.max_model_len - request.num_prompt_tokens else None
-        if isinstance(declared, int | float) and 1 <= declared < math.inf:
-            return min(int(declared), most), bound
-        return None, bound
+        return (None if declared is None else min(declared, most)), bound
 
     def _classify(self, request: Request) -> str:
         return self._obeyed.policy.classify(request.num_prompt_tokens, self.known_output_tokens(request))
@@ -367,12 +393,6 @@ def _first_thresholds(settings: SchedulerSettings, limits: EngineLimits) -> Thre
         settings.thresholds, load_profile(settings.profile).law, limits, targets=settings.targets,
         overflow_probability=settings.overflow_probability,
     )
-
-
-def tenant_of(request: Request) -> Tenant:
-    """Whose a request is, as the ingress wrote it down."""
-    extra = (request.sampling_params and request.sampling_params.extra_args) or {}
-    return Tenant(str(extra[TENANT]), float(extra.get(TENANT_WEIGHT, 1.0))) if TENANT in extra else NOBODY_IN_PARTICULAR
 
 
 def batch_work(output: SchedulerOutput, requests: Mapping[str, Request]) -> BatchWork:

@@ -22,7 +22,8 @@ MINIMAL: dict[str, Any] = {
 }
 ENGINE_ARGUMENTS = [  # some of vLLM's, whose import takes half a minute; the real list is compared in test_ray_seam.py
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "dtype", "enforce_eager",
-    "model", "scheduler_cls", "additional_config", "async_scheduling",
+    "model", "scheduler_cls", "additional_config", "async_scheduling", "data_parallel_size", "pipeline_parallel_size",
+    "speculative_config", "kv_transfer_config",
 ]
 
 Key = tuple[str | int, ...]
@@ -247,3 +248,49 @@ def test_what_is_no_configuration_is_said_so(tmp_path: Path, content: bytes, sai
         load_config(path)
     assert str(path) in str(error.value)
     assert said in str(error.value)
+
+
+NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"engine": {"data_parallel_size": 2}}, "leave data_parallel_size at 1 and run as many replicas"),
+        ({"engine": {"pipeline_parallel_size": 2}, "targets": {"tpot_s": 0.1}}, "use tensor_parallel_size instead"),
+        ({"engine": NGRAM}, "speculative decoding is not supported with policy fluid"),
+        ({"engine": NGRAM, "thresholds": {"policy": "nested_wait"}}, "take policy fcfs or wait without segments"),
+        ({"engine": {"kv_transfer_config": {"kv_role": "kv_both"}}}, "leave kv_transfer_config"),
+        ({"controller": {"enabled": False}, "targets": {"ttft_s": 3.0}}, "leave controller.enabled at true"),
+    ],
+    ids=str,
+)
+def test_an_engine_setting_that_the_policy_does_not_go_with_is_refused(
+    tmp_path: Path, args: dict[str, Any], said: str
+) -> None:
+    data = copy.deepcopy(MINIMAL)
+    data["applications"][0]["args"] |= args
+    path = tmp_path / "unsupported.yaml"
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert said in str(error.value)
+    assert "'source': 'org/m'" not in str(error.value), "the sentence stands alone"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"engine": {"pipeline_parallel_size": 2}, "targets": {"ttft_s": 3.0}},
+        {"engine": NGRAM, "thresholds": {"policy": "fcfs"}},
+        {"engine": {"kv_transfer_config": {"kv_role": "kv_both"}}, "thresholds": {"policy": "wait"}},
+        {"controller": {"enabled": False}},
+    ],
+    ids=str,
+)
+def test_an_engine_setting_that_the_policy_goes_with_is_taken(tmp_path: Path, args: dict[str, Any]) -> None:
+    data = copy.deepcopy(MINIMAL)
+    data["applications"][0]["args"] |= args
+    path = tmp_path / "supported.yaml"
+    path.write_text(yaml.safe_dump(data))
+    assert load_config(path).application.args.model.id == "m"

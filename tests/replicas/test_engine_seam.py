@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from copy import copy
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,15 @@ from typing import Any
 import pytest
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 from ray.llm._internal.serve.engines.vllm import vllm_engine
+from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.openai.chat_completion import serving as chat_serving
 from vllm.entrypoints.openai.completion import serving as completion_serving
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
+from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from replicas.engine import HeadraceEngine, RequestRefused, errors_first, raising_refusals
 from scheduler.refusal import Refusal
@@ -22,34 +28,141 @@ from scheduler.refusal import Refusal
 REFUSAL = Refusal("busy", 3)
 
 
-def output(stop_reason: object = None) -> Any:
-    return SimpleNamespace(outputs=[SimpleNamespace(stop_reason=stop_reason)])
+def choice(stop_reason: object = None, finish_reason: str | None = None) -> Any:
+    return SimpleNamespace(stop_reason=stop_reason, finish_reason=finish_reason)
 
 
-async def given(*items: Any) -> Any:
-    for item in items:
-        yield item
+def output(*choices: Any) -> Any:
+    return SimpleNamespace(outputs=list(choices))
+
+
+REFUSED = choice(REFUSAL.as_json(), "abort")
+SERVED = choice(None, "length")
+
+
+class Given:
+    """An asynchronous generator that tells whether it has been closed."""
+
+    def __init__(self, *items: Any) -> None:
+        self.closed = False
+        self.items = self._given(items)
+
+    async def _given(self, items: tuple[Any, ...]) -> Any:
+        try:
+            for item in items:
+                yield item
+        finally:
+            self.closed = True
+
+
+def given(*items: Any) -> Any:
+    return Given(*items).items
 
 
 async def collected(generator: Any) -> list[Any]:
     return [item async for item in generator]
 
 
-def test_a_refusal_becomes_an_error_with_status_429_and_its_own_words() -> None:
+def test_a_refusal_becomes_an_error_with_status_429_that_gives_it_back() -> None:
     error = create_error_response(RequestRefused(REFUSAL)).error
-    assert (error.code, error.message) == (HTTPStatus.TOO_MANY_REQUESTS, REFUSAL.text)
-    assert Refusal.from_text(error.message) == REFUSAL
+    assert error.code == HTTPStatus.TOO_MANY_REQUESTS
+    assert Refusal.from_json(error.message) == REFUSAL
 
 
-def test_generate_raises_what_the_engine_core_refused() -> None:
-    generate = raising_refusals(lambda: given(output(REFUSAL.text)))
-    with pytest.raises(RequestRefused, match="busy; retry in 3 s"):
-        asyncio.run(collected(generate()))
+def test_a_stream_s_refusal_comes_out_of_vllms_own_event_as_it_went_in() -> None:
+    serving = GenerateBaseServing.__new__(GenerateBaseServing)
+    data = serving._convert_generation_error_to_streaming_response(RequestRefused(REFUSAL))
+    (error,) = asyncio.run(collected(errors_first(given(f"data: {data}\n\n", "data: [DONE]\n\n"))))
+    assert error.error.code == HTTPStatus.TOO_MANY_REQUESTS
+    assert Refusal.from_json(error.error.message) == REFUSAL
+
+
+def test_an_aborted_answer_says_so_where_this_looks() -> None:
+    assert str(FinishReason.ABORT) == "abort"
+    assert "finish_reason=str(finish_reason) if finished else None" in inspect.getsource(
+        RequestState._new_completion_output
+    )
+
+
+@pytest.mark.parametrize("outputs", [[output(REFUSED)], [output(REFUSED, REFUSED)]], ids=["one choice", "two choices"])
+def test_generate_raises_what_the_engine_core_refused_and_ends_the_rest(outputs: list[Any]) -> None:
+    inner = Given(*outputs, output(SERVED))
+
+    async def main() -> None:
+        with pytest.raises(RequestRefused) as error:
+            await collected(raising_refusals(lambda: inner.items)())
+        assert Refusal.from_json(str(error.value)) == REFUSAL
+        assert inner.closed, "what else the request has in the engine stops at once"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("choices", [(SERVED, REFUSED), (REFUSED, SERVED)], ids=["served first", "refused first"])
+def test_a_finished_choice_is_never_thrown_away(choices: tuple[Any, ...]) -> None:
+    outputs = [output(*choices)]
+    assert asyncio.run(collected(raising_refusals(lambda: given(*outputs))())) == outputs
+
+
+def collector_of_two_choices(kind: RequestOutputKind, *answers: EngineCoreOutput) -> RequestOutputCollector:
+    """vLLM's own way from the engine core's answers to what `generate` yields."""
+    processor = OutputProcessor(None, log_stats=False)
+    request = EngineCoreRequest(
+        request_id="p-ab", prompt_token_ids=[1], mm_features=None, pooling_params=None, arrival_time=0.0,
+        sampling_params=SamplingParams(n=2, output_kind=kind, detokenize=False), lora_request=None, cache_salt=None,
+        data_parallel_rank=None, external_req_id="p",
+    )
+    parent, collector = ParentRequest(request), RequestOutputCollector(kind, request.request_id)
+    for index in range(2):
+        child = copy(request)
+        child.request_id, child.sampling_params = parent.get_child_info(index)
+        processor.add_request(child, None, parent, index, collector)
+    processor.process_outputs(list(answers))
+    return collector
+
+
+def rejected_choice(index: int) -> EngineCoreOutput:
+    return EngineCoreOutput(
+        f"{index}_p-ab", [], finish_reason=FinishReason.ABORT, stop_reason=REFUSAL.as_json()
+    )
+
+
+@pytest.mark.parametrize("kind", list(RequestOutputKind), ids=str)
+def test_vllm_hands_on_a_request_whose_choices_are_all_rejected_as_one(kind: RequestOutputKind) -> None:
+    collector = collector_of_two_choices(kind, rejected_choice(0), rejected_choice(1))
+    with pytest.raises(RequestRefused):
+        asyncio.run(collected(raising_refusals(lambda: given(collector.get_nowait()))()))
+
+
+@pytest.mark.parametrize("kind", list(RequestOutputKind), ids=str)
+def test_vllm_hands_on_a_finished_choice_beside_a_rejected_one(kind: RequestOutputKind) -> None:
+    served = EngineCoreOutput("1_p-ab", [5, 6], finish_reason=FinishReason.LENGTH)
+    collector = collector_of_two_choices(kind, rejected_choice(0), served)
+    (passed,) = asyncio.run(collected(raising_refusals(lambda: given(collector.get_nowait()))()))
+    assert [list(one.token_ids) for one in passed.outputs] == [[], [5, 6]]
+
+
+@pytest.mark.parametrize("finish_reason", ["stop", "length", None])
+def test_a_client_s_own_stop_string_is_no_refusal(finish_reason: str | None) -> None:
+    outputs = [output(choice(REFUSAL.as_json(), finish_reason)), output(choice(REFUSAL.text, finish_reason))]
+    assert asyncio.run(collected(raising_refusals(lambda: given(*outputs))())) == outputs
 
 
 def test_other_outputs_pass_and_nothing_is_cut_after_it_has_begun() -> None:
-    outputs = [output(), output(128001), output("END"), output(REFUSAL.text)]
+    outputs = [output(choice()), output(choice(128001, "stop")), output(choice("END", "stop")), output(REFUSED)]
     assert asyncio.run(collected(raising_refusals(lambda: given(*outputs))())) == outputs
+
+
+def test_a_client_that_goes_away_ends_the_inner_generators() -> None:
+    inner = Given(output(choice()), output(choice()))
+    chunks = Given("data: 1\n\n", "data: 2\n\n")
+
+    async def main() -> None:
+        for generator in (raising_refusals(lambda: inner.items)(), errors_first(chunks.items)):
+            await anext(generator)
+            await generator.aclose()
+        assert inner.closed and chunks.closed
+
+    asyncio.run(main())
 
 
 def test_a_stream_that_begins_with_an_error_is_that_error() -> None:

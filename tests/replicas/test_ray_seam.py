@@ -169,7 +169,18 @@ def test_shipped_engine_arguments_are_vllm_s(path: Path) -> None:
     config = llm_config(args)
     assert config.engine_kwargs["scheduler_cls"] == SCHEDULER
     assert config.engine_kwargs["additional_config"]["headrace"]["thresholds"]["policy"] == args.thresholds.policy
+    assert config.engine_kwargs["additional_config"]["headrace"]["trust_tenants"], "our ingress signs every request"
     assert config.deployment_config["num_replicas"] == args.replicas
+
+
+def test_vllm_decides_which_speculators_are_scheduled_ahead() -> None:
+    from cluster.app import llm_config
+    from cluster.config import AppConfig
+
+    args: dict[str, Any] = {"model": {"id": "m", "source": "org/m"}, "accelerator": {"kind": "cpu"}}
+    speculating = {"engine": {"speculative_config": {"method": "ngram"}}, "thresholds": {"policy": "fcfs"}}
+    assert llm_config(AppConfig.model_validate(args)).engine_kwargs["async_scheduling"] is True
+    assert "async_scheduling" not in llm_config(AppConfig.model_validate(args | speculating)).engine_kwargs
 
 
 def test_the_scheduler_is_where_the_engine_looks_for_it() -> None:

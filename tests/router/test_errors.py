@@ -26,13 +26,21 @@ def answer_to(app: FastAPI, error: Exception):
 
 def test_a_refusal_is_429_with_retry_after(app: FastAPI) -> None:
     refusal = Refusal("as many requests wait as can be answered in time", 4)
-    error = OpenAIHTTPException(status_code=429, message=refusal.text, type="Too Many Requests")
+    error = OpenAIHTTPException(status_code=429, message=refusal.as_json(), type="Too Many Requests")
     response = answer_to(app, error)
     assert response.status_code == 429
     assert response.headers["retry-after"] == "4"
     assert response.json()["error"] == {
         "message": refusal.text, "type": "rate_limit_error", "param": None, "code": 429,
     }
+
+
+def test_only_a_429_that_the_engine_marked_is_a_refusal() -> None:
+    for status, message in ((400, Refusal("x", 9).as_json()), (429, "refused: by the user; retry in 60 s")):
+        error = OpenAIHTTPException(status_code=status, message=message, type="t")
+        response = answer_to(speak_openai(FastAPI()), error)
+        assert (response.status_code, response.json()["error"]["message"]) == (status, message)
+        assert "retry-after" not in response.headers
 
 
 def test_other_errors_of_the_engine_keep_their_status_words_and_type(app: FastAPI) -> None:

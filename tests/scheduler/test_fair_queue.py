@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
+from scheduler.client_input import tenant_of
 from scheduler.fair_queue import FairQueue, Tenant, TenantLedger
 from scheduler.settings import TENANT, TENANT_WEIGHT
-from scheduler.vllm_scheduler import tenant_of
 
 
 def request(name, tenant=None, *, weight=1.0, prompt=100, priority=0):

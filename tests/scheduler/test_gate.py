@@ -210,3 +210,22 @@ def test_nothing_is_remembered_of_the_forgotten(gate):
         gate.queue.forget(each)
     assert gate.queue.type_of("r7") is None
     assert not gate.queue._type_of and not gate.queue._since_s
+
+
+def test_a_request_let_through_out_of_its_turn_is_like_any_other(gate):
+    a, b, c = request("a"), request("0_b"), request("1_b")
+    gate.add(a, b, c)
+    gate.now_s = 0.25
+    gate.queue.let_through(b)
+    assert gate.pop_all() == ["0_b"] and gate.holds == [0.25]
+    assert names(gate.queue) == ["a", "1_b"] and gate.queue.held == 2
+
+
+def test_a_choice_whose_sibling_was_let_through_is_not_among_those_to_reject(gate):
+    gate.add(request("0_b"), request("a"), request("1_b"), request("2_b"))
+    assert [each.request_id for each in gate.queue.last("short", 2)] == ["2_b", "1_b"]
+    gate.queue.release("short", 1)
+    assert [each.request_id for each in gate.queue.last("short", 2)] == ["a"]
+    view = gate.queue.views()["short"]
+    assert [waiting.request_id for waiting in view.aged()] == ["a"]
+    assert [waiting.request_id for waiting in view.heads()] == ["a", "1_b", "2_b"], "it waits for its turn"

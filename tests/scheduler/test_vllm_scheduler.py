@@ -20,6 +20,8 @@ from scheduler.messages import Arrival, Finished, Report
 from scheduler.policies.fcfs import Fcfs
 from scheduler.refusal import Refusal
 from scheduler.settings import TENANT, TENANT_WEIGHT, SchedulerSettings
+from scheduler.support import EngineSetup, UnsupportedSetting
+from scheduler.targets import NO_TARGETS
 from scheduler.thresholds import InvalidThresholds, Thresholds
 from scheduler.vllm_scheduler import TOO_MANY, _in_admission_order, _RequestAsResident, batch_work
 
@@ -752,6 +754,8 @@ def test_idle_iterations_are_not_recorded():
         ({"max_tokens": 50, "extra_args": {"expected_output_tokens": -3}}, 50),
         ({"max_tokens": 50, "extra_args": {"expected_output_tokens": "7"}}, 50),
         ({"max_tokens": 50, "extra_args": {"expected_output_tokens": None}}, 50),
+        ({"max_tokens": 50, "extra_args": {"expected_output_tokens": True}}, 50),
+        ({"max_tokens": 50, "extra_args": {"expected_output_tokens": [7]}}, 50),
         ({"max_tokens": 50, "extra_args": {"expected_output_tokens": math.nan}}, 50),
         ({"max_tokens": 50, "extra_args": {"expected_output_tokens": math.inf}}, 50),
         ({"max_tokens": 50, "extra_args": {"expected_output_tokens": 1e300}}, 50),
@@ -904,8 +908,9 @@ def test_fluid_refuses_the_useless_end_of_the_queue_and_tells_their_clients():
     engine.launch()
     engine.deliver()
     refused = [answer for answer in engine.answers if answer.finish_reason is not None]
-    told = Refusal(TOO_MANY, 8).text
-    assert {(str(answer.finish_reason), answer.stop_reason) for answer in refused} == {("abort", told)}
+    for answer in refused:
+        told = Refusal.of_answer(str(answer.finish_reason), answer.stop_reason)
+        assert told == Refusal.for_drain_time(TOO_MANY, 8.0, answer.request_id)
     assert all(answer.new_token_ids == [] for answer in refused)
     # The oldest are served, the next two wait, and who came last is refused.
     served = len(engine.running)
@@ -951,7 +956,7 @@ def test_prompts_take_the_time_that_those_in_service_have_over():
 
 def test_of_two_tenants_in_an_overload_each_is_served_by_its_weight():
     pace = fluid_pace(ttft_s=0.5, queue_requests=12, kv_limit_tokens=900)
-    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    engine = Engine(thresholds={"policy": "fluid", "pace": pace}, settings={"trust_tenants": True})
     for round_ in range(900):
         for tenant, weight in (("big", 3), ("small", 1)):
             if round_ % 3 == 0:
@@ -1020,7 +1025,7 @@ def test_a_push_of_thresholds_changes_no_tenants_turn(pushed):
     """Tenant a pays for a long answer when thresholds are pushed, iteration after iteration."""
     orders = []
     for push in (False, True):
-        engine = Engine(thresholds={"max_in_service": 1})
+        engine = Engine(thresholds={"max_in_service": 1}, settings={"trust_tenants": True})
         engine.add("a-long", output=60, extra_args=of_tenant("a"))
         engine.step()
         for number in range(6):
@@ -1048,7 +1053,7 @@ def test_a_push_that_leaves_the_types_as_they_are_sorts_nothing_anew(monkeypatch
 
 def test_long_answers_of_one_tenant_are_paid_for_while_they_run():
     """Ten answers of 400 tokens of a run; of the short ones that then wait, b's enter until a's are paid for."""
-    engine = Engine(blocks=1024, thresholds={"max_in_service": 12})
+    engine = Engine(blocks=1024, thresholds={"max_in_service": 12}, settings={"trust_tenants": True})
     for number in range(10):
         engine.add(f"a-long{number}", output=400, extra_args=of_tenant("a"))
     engine.add("b-long", output=400, extra_args=of_tenant("b"))
@@ -1064,7 +1069,7 @@ def test_long_answers_of_one_tenant_are_paid_for_while_they_run():
 
 
 def test_with_one_tenant_an_iteration_counts_no_tokens(monkeypatch):
-    engine = Engine()
+    engine = Engine(settings={"trust_tenants": True})
     add_many(engine, 8, output=20)
     engine.steps(3)
     monkeypatch.setattr(_Account, "charge_outputs", None)
@@ -1076,7 +1081,7 @@ def test_with_one_tenant_an_iteration_counts_no_tokens(monkeypatch):
 
 def test_the_urgent_enter_first_and_the_others_are_refused_first():
     pace = fluid_pace(ttft_s=5.0, queue_requests=2, kv_limit_tokens=400)
-    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    engine = Engine(thresholds={"policy": "fluid", "pace": pace}, scheduling_policy="priority")
     add_many(engine, 6, "later", prompt=100, output=50, priority=1)
     add_many(engine, 2, "urgent", prompt=100, output=50)
     engine.launch()
@@ -1092,3 +1097,215 @@ def test_fluid_starts_with_a_pace_from_the_profile_and_the_targets():
     assert in_force.pace.ttft_s == 2.0 and 0 < in_force.pace.iteration_s <= 0.05
     assert "from the profile" in in_force.reason
     assert Engine(thresholds={"policy": "fluid"}).scheduler.in_force.current().thresholds.pace is None
+
+
+# Engine settings that a policy does not go with.
+
+NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}, "async_scheduling": False}
+CONNECTOR = {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "engine_args", "says"),
+    [
+        ({"policy": "fluid"}, NGRAM, "speculative decoding is not supported with policy fluid"),
+        (nested((8, 2), (64, 1)), NGRAM, "speculative decoding is not supported with policy nested_wait"),
+        ({"policy": "fluid"}, {"pipeline_parallel_size": 2}, "pipeline parallel with a TPOT or latency target"),
+        ({"policy": "fcfs"}, {"data_parallel_size": 2}, "data_parallel_size at 1 and run as many replicas"),
+        ({"policy": "fluid"}, CONNECTOR, "KV transfer .* is not supported with policy fluid"),
+        ({"policy": "fluid"}, {"kv_offloading_size": 1.0}, "KV transfer .* is not supported with policy fluid"),
+    ],
+    ids=str,
+)
+def test_an_engine_does_not_start_with_a_setting_that_its_policy_does_not_go_with(thresholds, engine_args, says):
+    settings = {"profile": "a100-llama2-7b", "targets": {"ttft_s": 2.0, "tpot_s": 0.05}}
+    with pytest.raises(UnsupportedSetting, match=says):
+        Engine(thresholds=thresholds, settings=settings, **engine_args)
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "engine_args"),
+    [
+        ({"policy": "fcfs"}, NGRAM), (wait(2), NGRAM), ({"policy": "fcfs"}, CONNECTOR),
+        ({"policy": "fluid"}, {"pipeline_parallel_size": 2}),
+    ],
+    ids=str,
+)
+def test_an_engine_starts_with_a_setting_that_its_policy_goes_with(thresholds, engine_args):
+    Engine(thresholds=thresholds, **engine_args)
+
+
+def test_an_engine_among_several_that_share_no_experts_is_refused_though_it_is_told_it_is_alone():
+    config = Engine().scheduler.vllm_config
+    config.parallel_config.data_parallel_index = 1  # what vLLM leaves of it in the second engine's process
+    assert EngineSetup.from_vllm_config(config, NO_TARGETS).data_parallel
+
+
+def test_a_policy_that_does_not_go_with_the_engine_is_refused_live_too():
+    engine = Engine(thresholds={"policy": "fcfs"}, **NGRAM)
+    for offered in ({"policy": "fluid"}, nested((8, 2), (64, 1))):
+        ack = engine.apply(offered, automatic=False)
+        assert (ack.accepted, ack.code) == (False, "invalid") and "speculative decoding" in ack.reason
+    assert engine.apply(wait(2), automatic=False).accepted
+
+
+def test_a_small_token_budget_starves_nobody_who_runs_with_speculative_decoding():
+    engine = Engine(thresholds={"policy": "fcfs"}, **NGRAM)
+    names = add_many(engine, 20, prompt=16, output=40)
+    engine.launch()
+    engine.deliver()
+    assert engine.running == names
+    assert engine.apply({"policy": "fcfs", "token_budget": 1}).accepted
+    for _ in range(10):
+        before = {name: engine.requests[name].num_output_tokens for name in names}
+        engine.launch()
+        engine.deliver()
+        assert all(engine.requests[name].num_output_tokens > count for name, count in before.items())
+
+
+# Requests with several choices (n > 1).
+
+
+def rejections(engine):
+    """Those told of a rejection so far, by request id."""
+    told = {a.request_id: Refusal.of_answer(str(a.finish_reason), a.stop_reason) for a in engine.answers}
+    return {name: refusal for name, refusal in told.items() if refusal}
+
+
+def step_at_once(engine):
+    engine.launch()
+    engine.deliver()
+    engine.now_s += STEP_S
+
+
+def test_a_queue_that_is_too_long_loses_a_request_with_all_its_choices():
+    pace = fluid_pace(ttft_s=5.0, queue_requests=6, kv_limit_tokens=400)
+    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    names = add_many(engine, 6, prompt=100, output=50)
+    choices = [f"{index}_many" for index in range(4)]
+    for name in choices:
+        engine.add(name, prompt=100, output=50)
+    step_at_once(engine)
+    served = len(engine.running)
+    assert 10 - served - 6 < 4, "fewer than four are in excess"
+    told = rejections(engine)
+    assert told.keys() == set(choices) and len(set(told.values())) == 1, "all are told the same time"
+    engine.run()
+    assert engine.finished.keys() == set(names)
+
+
+def test_a_choice_whose_sibling_was_let_through_is_served_however_late():
+    pace = fluid_pace(ttft_s=0.5, queue_requests=1, kv_limit_tokens=200)
+    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    choices = [f"{index}_many" for index in range(4)]
+    for name in choices:
+        engine.add(name, prompt=100, output=50)
+    step_at_once(engine)
+    assert 0 < len(engine.running) < 4
+    lone = add_many(engine, 3, prompt=100, output=50)
+    while engine.now_s < 1.0:
+        step_at_once(engine)
+    assert rejections(engine).keys() == set(lone), "who stands behind them is still told"
+    engine.run()
+    assert engine.finished.keys() == set(choices)
+    assert max(engine.first_scheduled[name] for name in choices) > 1.0, "it waited past the target"
+
+
+def test_a_choice_that_comes_after_a_sibling_was_rejected_is_rejected_too():
+    pace = fluid_pace(ttft_s=5.0, queue_requests=1, kv_limit_tokens=400, capacity_rps=0.1)
+    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    add_many(engine, 6, prompt=100, output=50)
+    engine.add("0_many", prompt=100, output=50)
+    step_at_once(engine)
+    before = rejections(engine)
+    assert "0_many" in before
+    engine.run()
+    engine.add("1_many", prompt=100, output=50)  # the engine is idle: it would be served at once
+    assert engine.scheduler.has_requests(), "or the engine core would not step, and it would never be told"
+    step_at_once(engine)
+    assert rejections(engine) == before | {"1_many": before["0_many"]}
+    assert "1_many" not in engine.finished and not engine.scheduler.requests
+    assert telemetry(engine).counters.rejected == len(before) + 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_choices_are_rejected_or_served_as_a_whole(seed):
+    rng = random.Random(seed)
+    pace = fluid_pace(ttft_s=0.3, queue_requests=8, kv_limit_tokens=900, capacity_rps=20.0)
+    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    late, asked = [], {}
+    for number in range(60):
+        asked[f"p{number}"] = [f"{index}_p{number}" for index in range(rng.randint(1, 5))]
+        for name in asked[f"p{number}"]:
+            if rng.random() < 0.2:
+                late.append(name)
+            else:
+                engine.add(name, prompt=rng.randint(50, 100), output=rng.randint(2, 50))
+        for _ in range(rng.randint(0, 6)):
+            step_at_once(engine)
+        while late and rng.random() < 0.5:
+            engine.add(late.pop(), prompt=100, output=10)
+    for name in late:
+        engine.add(name, prompt=100, output=10)
+    while engine.scheduler.has_requests():
+        step_at_once(engine)
+    told = rejections(engine)
+    whole = {parent: {name in told for name in names} for parent, names in asked.items()}
+    assert all(len(outcomes) == 1 for outcomes in whole.values())
+    assert {True} in whole.values() and {False} in whole.values(), "some of both"
+    assert engine.finished.keys() | told.keys() == {name for names in asked.values() for name in names}
+    assert not engine.scheduler.gate.choices.committed and not engine.scheduler.gate.choices._waiting
+
+
+# What clients say of their requests.
+
+NONSENSE = [
+    0, -1, 1e300, 10**400, math.nan, math.inf, -math.inf, True, "x", "3", "", "n" * 1000, None, [], [1], {"a": 1},
+]
+
+
+@pytest.mark.parametrize("trust_tenants", [False, True])
+def test_no_value_that_a_client_writes_raises_in_the_engine_s_loop(trust_tenants):
+    engine = Engine(thresholds={"policy": "fcfs"}, settings={"trust_tenants": trust_tenants}, blocks=1024)
+    for place, value in enumerate(NONSENSE):
+        engine.add(f"name{place}", extra_args={TENANT: value})
+        engine.add(f"weight{place}", extra_args={TENANT: "team", TENANT_WEIGHT: value})
+        engine.add(f"length{place}", extra_args={"expected_output_tokens": value})
+    engine.add("no arguments at all", extra_args=None)
+    engine.run()
+    assert len(engine.finished) == 3 * len(NONSENSE) + 1
+
+
+@pytest.mark.parametrize(
+    ("trust_tenants", "first"), [(False, ["a0", "a1", "a2", "a3"]), (True, ["a0", "b0", "b1", "b2"])]
+)
+def test_a_client_cannot_give_itself_a_weight_unless_an_ingress_signs_requests(trust_tenants, first):
+    engine = Engine(thresholds={"policy": "fcfs", "max_in_service": 1}, settings={"trust_tenants": trust_tenants})
+    add_many(engine, 4, "a", extra_args={TENANT: "a", TENANT_WEIGHT: 1})
+    add_many(engine, 4, "b", extra_args={TENANT: "b", TENANT_WEIGHT: 1000})
+    engine.run()
+    assert sorted(engine.first_scheduled, key=engine.first_scheduled.__getitem__)[:4] == first
+
+
+@pytest.mark.parametrize(("scheduling_policy", "first"), [("fcfs", "polite"), ("priority", "pushy")])
+def test_a_client_jumps_the_queue_by_priority_only_where_the_operator_lets_priorities_count(scheduling_policy, first):
+    engine = Engine(thresholds={"policy": "fcfs", "max_in_service": 1}, scheduling_policy=scheduling_policy)
+    engine.add("busy", output=4)
+    engine.step()
+    engine.add("polite", priority=0)
+    engine.add("pushy", priority=-(2**31))
+    engine.run()
+    assert sorted(engine.finished, key=engine.finished_s.__getitem__)[1] == first
+
+
+def test_a_late_choice_that_a_policy_wants_rejected_all_the_same_is_let_in():
+    engine = Engine(thresholds={"policy": "fcfs", "max_in_service": 1})
+    add_many(engine, 2, "")  # ids "0", "1"
+    engine.add("0_many")
+    engine.add("1_many")
+    scheduler = engine.scheduler
+    scheduler.gate.let_through(engine.requests["0_many"])
+    scheduler._refuse([engine.requests["1_many"], engine.requests["1"]], TOO_MANY, 1.0)
+    assert scheduler.gate.released == 2
+    engine.run()
+    assert engine.finished.keys() == {"0", "0_many", "1_many"} and rejections(engine).keys() == {"1"}

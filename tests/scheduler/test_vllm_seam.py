@@ -6,15 +6,21 @@ from dataclasses import fields
 import pytest
 import vllm
 from engine_harness import Engine
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy, create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.request import RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from scheduler.choices import parent_of
 from scheduler.gate import GatedQueue
+from scheduler.support import EngineSetup
+from scheduler.targets import NO_TARGETS
 from scheduler.vllm_scheduler import HeadraceScheduler
 
 
@@ -158,6 +164,7 @@ def test_scheduler_attributes_we_read_or_set():
     for attribute in (
         "vllm_config", "scheduler_config", "cache_config", "policy", "requests", "running", "waiting",
         "skipped_waiting", "block_size", "max_model_len", "max_num_running_reqs", "max_num_scheduled_tokens",
+        "num_spec_tokens",
     ):
         assert hasattr(scheduler, attribute), attribute
     assert isinstance(scheduler.running, list) and isinstance(scheduler.requests, dict)
@@ -166,3 +173,25 @@ def test_scheduler_attributes_we_read_or_set():
     assert isinstance(scheduler.scheduler_config.enable_chunked_prefill, bool)
     assert scheduler.cache_config.num_gpu_blocks == 256
     assert scheduler.vllm_config.additional_config == {"headrace": {}}
+
+
+def test_an_engine_is_told_what_it_does_beside_scheduling():
+    config = Engine(AsyncScheduler).scheduler.vllm_config
+    assert EngineSetup.from_vllm_config(config, NO_TARGETS) == EngineSetup()
+    assert next(iter(inspect.signature(Scheduler.__init__).parameters.items()))[0] == "self"
+    assert list(inspect.signature(Scheduler.__init__).parameters)[1] == "vllm_config"
+    independent = inspect.getsource(type(config.parallel_config).reconfigure_for_independent_dp_rank)
+    assert "data_parallel_size = 1" in independent and "data_parallel_index" not in independent.split('"""')[-1]
+
+
+def test_a_choice_s_id_tells_its_request():
+    request = EngineCoreRequest(
+        request_id="cmpl-7-0-a1b2c3d4", prompt_token_ids=[1], mm_features=None, sampling_params=SamplingParams(n=12),
+        pooling_params=None, arrival_time=0.0, lora_request=None, cache_salt=None, data_parallel_rank=None,
+        external_req_id="cmpl-7-0",
+    )
+    parent = ParentRequest(request)
+    for index in range(parent.n):
+        name, params = parent.get_child_info(index)
+        assert parent_of(name) == request.request_id and params.n == 1
+    assert "parent_request.get_child_info(idx)" in inspect.getsource(AsyncLLM.add_request)

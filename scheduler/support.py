@@ -1,0 +1,189 @@
+"""Which policy is right with which engine setting: one table for the code, its tests and the README.
+
+A combination that the table answers with "no" is refused before an engine starts, by the configuration and by
+`HeadraceScheduler`, and later when thresholds of another policy are offered. To lift a guard, change its cell here and
+the README's table with it (`support_matrix` prints it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from scheduler.targets import NO_TARGETS, Targets
+from scheduler.thresholds import POLICY_NAMES, Thresholds
+
+
+class UnsupportedSetting(ValueError):
+    """An engine setting under which the policy would be wrong; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSetup:
+    """What decides which policies are right on an engine; both ways of reading it stand side by side below.
+
+    controller: False where thresholds are never tuned to `targets`, which then only a guess would follow.
+    """
+
+    data_parallel: bool = False
+    pipeline_parallel: bool = False
+    speculative_decoding: bool = False
+    kv_transfer: bool = False
+    targets: Targets = NO_TARGETS
+    controller: bool = True
+
+    @classmethod
+    def from_vllm_config(cls, config: Any, targets: Targets) -> EngineSetup:
+        """Of an engine that is about to start. Source: vLLM's VllmConfig."""
+        parallel = config.parallel_config
+        return cls(
+            # An engine of several that share no experts is told it is alone; its index still tells, but for the first.
+            data_parallel=parallel.data_parallel_size > 1 or parallel.data_parallel_index > 0,
+            pipeline_parallel=parallel.pipeline_parallel_size > 1,
+            speculative_decoding=config.num_speculative_tokens > 0,
+            kv_transfer=config.kv_transfer_config is not None,
+            targets=targets,
+        )
+
+    @classmethod
+    def from_engine_args(
+        cls, engine_args: Mapping[str, Any], targets: Targets, *, controller: bool = True
+    ) -> EngineSetup:
+        """Of a configuration. Source: vLLM's AsyncEngineArgs; what only vLLM can tell shows when the engine starts."""
+        return cls(
+            data_parallel=_above_one(engine_args.get("data_parallel_size")),
+            pipeline_parallel=_above_one(engine_args.get("pipeline_parallel_size")),
+            speculative_decoding=any(engine_args.get(key) is not None for key in SPECULATIVE_ARGS),
+            kv_transfer=any(engine_args.get(key) is not None for key in KV_TRANSFER_ARGS),
+            targets=targets, controller=controller,
+        )
+
+
+SPECULATIVE_ARGS = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
+KV_TRANSFER_ARGS = ("kv_transfer_config", "kv_offloading_size")
+
+
+def _above_one(value: Any) -> bool:
+    return isinstance(value, int) and value > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """allowed: whether an engine starts; text: the table's cell."""
+
+    allowed: bool
+    text: str
+
+
+YES, NO, UNTESTED = Answer(True, "yes"), Answer(False, "no"), Answer(True, "untested")
+
+
+def _yes(note: str) -> Answer:
+    return Answer(True, f"yes; {note}")
+
+
+InUse = Callable[[EngineSetup, Thresholds], bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One row. in_use: whether a setup has the setting (None: no policy minds it); answers: by policy, `YES` unless
+    given; because, instead: the two halves of the sentence for who asks for what is not supported."""
+
+    name: str
+    in_use: InUse | None = None
+    answers: Mapping[str, Answer]
+    because: str = ""
+    instead: str = ""
+
+    def answer(self, policy: str) -> Answer:
+        """What the table says of a policy."""
+        return self.answers.get(policy, YES)
+
+
+def _all_policies(answer: Answer) -> dict[str, Answer]:
+    return dict.fromkeys(POLICY_NAMES, answer)
+
+
+def _has(field: str) -> InUse:
+    return lambda setup, thresholds: bool(getattr(setup, field))
+
+
+def _promises_tpot(setup: EngineSetup, thresholds: Thresholds) -> bool:
+    paced = thresholds.pace is not None and thresholds.pace.iteration_s is not None
+    return paced or setup.targets.tpot_s is not None or setup.targets.latency_s is not None
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting(name="tensor parallel", answers={}),
+    Setting(
+        name="data parallel within a replica", in_use=_has("data_parallel"), answers=_all_policies(NO),
+        because="only one of a replica's engines would be tuned and reported",
+        instead="leave data_parallel_size at 1 and run as many replicas",
+    ),
+    Setting(
+        name="pipeline parallel with a TPOT or latency target",
+        in_use=lambda setup, thresholds: setup.pipeline_parallel and _promises_tpot(setup, thresholds),
+        answers={
+            "wait": _yes("holds count iterations"), "nested_wait": _yes("holds count iterations"), "fluid": NO,
+        },
+        because="a request gets a token only every pipeline_parallel_size iterations, which the policy does not count",
+        instead="use tensor_parallel_size instead, leave tpot_s and latency_s out of the targets, or take policy fcfs",
+    ),
+    Setting(
+        name="pipeline parallel without such a target", in_use=_has("pipeline_parallel"),
+        answers={"wait": _yes("holds count iterations"), "nested_wait": _yes("holds count iterations")},
+    ),
+    Setting(
+        name="speculative decoding", in_use=_has("speculative_decoding"),
+        answers={"wait": _yes("without segments"), "nested_wait": NO, "fluid": NO},
+        because="the policy takes an iteration for one token of every request",
+        instead="leave speculative decoding out, or take policy fcfs or wait without segments",
+    ),
+    Setting(
+        name="KV transfer (P/D, offloading)", in_use=_has("kv_transfer"),
+        answers={"fcfs": UNTESTED, "wait": UNTESTED, "nested_wait": UNTESTED, "fluid": NO},
+        because="the policy does not see requests whose KV is still being loaded, nor prompts computed elsewhere",
+        instead="leave kv_transfer_config and kv_offloading_size out, or take policy fcfs",
+    ),
+    Setting(
+        name="targets with `controller.enabled: false`",
+        in_use=lambda setup, thresholds: setup.targets != NO_TARGETS and not setup.controller,
+        answers=_all_policies(NO),
+        because="no controller would follow the targets and the guess of a cold start would stay in force",
+        instead="leave controller.enabled at true, or leave the targets out",
+    ),
+    Setting(name="prefix caching", answers={}),
+    Setting(name="structured output", answers={}),
+    Setting(name="LoRA", answers={}),
+    Setting(name="several choices (n > 1)", answers={}),
+)
+
+
+def policy_in_effect(thresholds: Thresholds) -> str:
+    """The policy whose column counts: with segments, `wait` holds requests at boundaries as `nested_wait` does."""
+    return "nested_wait" if thresholds.policy == "wait" and thresholds.segments else thresholds.policy
+
+
+def require_supported(setup: EngineSetup, thresholds: Thresholds) -> None:
+    """Do nothing where the thresholds' policy is right on such an engine.
+
+    Raises:
+        UnsupportedSetting: in one sentence, what does not go together and what to do.
+    """
+    policy = policy_in_effect(thresholds)
+    for setting in SETTINGS:
+        if setting.in_use is None or setting.answer(policy).allowed or not setting.in_use(setup, thresholds):
+            continue
+        named = "any policy" if not any(setting.answer(name).allowed for name in POLICY_NAMES) else f"policy {policy}"
+        raise UnsupportedSetting(
+            f"{setting.name} is not supported with {named}, since {setting.because}: {setting.instead}"
+        )
+
+
+def support_matrix() -> str:
+    """The table as the README shows it, in Markdown."""
+    lines = [("", *(f"`{policy}`" for policy in POLICY_NAMES)), ("---",) * (1 + len(POLICY_NAMES))]
+    lines += [(row.name, *(row.answer(policy).text for policy in POLICY_NAMES)) for row in SETTINGS]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,0 +1,122 @@
+"""Which policy goes with which engine setting: the README's table is the code's, and every "no" in it is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scheduler.support import (
+    KV_TRANSFER_ARGS,
+    SETTINGS,
+    SPECULATIVE_ARGS,
+    EngineSetup,
+    UnsupportedSetting,
+    require_supported,
+    support_matrix,
+)
+from scheduler.targets import NO_TARGETS, Targets
+from scheduler.thresholds import POLICY_NAMES, SegmentThreshold, Thresholds
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+TPOT = Targets(tpot_s=0.05)
+SETUPS = {
+    "data parallel within a replica": EngineSetup(data_parallel=True),
+    "pipeline parallel with a TPOT or latency target": EngineSetup(pipeline_parallel=True, targets=TPOT),
+    "pipeline parallel without such a target": EngineSetup(pipeline_parallel=True, targets=Targets(ttft_s=2.0)),
+    "speculative decoding": EngineSetup(speculative_decoding=True),
+    "KV transfer (P/D, offloading)": EngineSetup(kv_transfer=True),
+    "targets with `controller.enabled: false`": EngineSetup(targets=Targets(ttft_s=2.0), controller=False),
+}
+NOTHING_OF_CONCERN = ("tensor parallel", "prefix caching", "structured output", "LoRA", "several choices (n > 1)")
+
+
+def is_refused(setup: EngineSetup, thresholds: Thresholds) -> bool:
+    try:
+        require_supported(setup, thresholds)
+    except UnsupportedSetting:
+        return True
+    return False
+
+
+def test_the_readme_shows_the_table() -> None:
+    assert support_matrix() in README.read_text(), f"put this into {README}:\n{support_matrix()}"
+
+
+def test_every_setting_is_tried_here() -> None:
+    assert [setting.name for setting in SETTINGS if setting.in_use] == list(SETUPS)
+    assert {setting.name for setting in SETTINGS if not setting.in_use} == set(NOTHING_OF_CONCERN)
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+@pytest.mark.parametrize("setting", [setting for setting in SETTINGS if setting.in_use], ids=lambda one: one.name)
+def test_a_policy_is_refused_where_the_table_says_no(setting: Any, policy: str) -> None:
+    assert is_refused(SETUPS[setting.name], Thresholds(policy=policy)) == (not setting.answer(policy).allowed)
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+def test_an_engine_without_any_of_it_takes_every_policy(policy: str) -> None:
+    require_supported(EngineSetup(targets=TPOT), Thresholds(policy=policy))
+
+
+@pytest.mark.parametrize(
+    ("setup", "policy", "what_to_do"),
+    [
+        (EngineSetup(data_parallel=True), "fcfs", "leave data_parallel_size at 1 and run as many replicas"),
+        (EngineSetup(pipeline_parallel=True, targets=TPOT), "fluid", "use tensor_parallel_size instead"),
+        (EngineSetup(pipeline_parallel=True, targets=Targets(latency_s=9.0)), "fluid", "latency_s out of the targets"),
+        (EngineSetup(speculative_decoding=True), "nested_wait", "take policy fcfs or wait without segments"),
+        (EngineSetup(kv_transfer=True), "fluid", "leave kv_transfer_config and kv_offloading_size out"),
+        (EngineSetup(targets=TPOT, controller=False), "fluid", "leave controller.enabled at true"),
+    ],
+)
+def test_a_refusal_is_one_sentence_that_says_what_to_do(setup: EngineSetup, policy: str, what_to_do: str) -> None:
+    with pytest.raises(UnsupportedSetting) as error:
+        require_supported(setup, Thresholds(policy=policy))
+    said = str(error.value)
+    assert what_to_do in said and "\n" not in said and ". " not in said
+    assert f"policy {policy}" in said or "any policy" in said
+
+
+def test_wait_with_segments_holds_at_boundaries_as_nested_wait_does() -> None:
+    segments = (SegmentThreshold(end_output_tokens=8, n=2), SegmentThreshold(end_output_tokens=64, n=1))
+    assert is_refused(EngineSetup(speculative_decoding=True), Thresholds(policy="wait", segments=segments))
+    assert not is_refused(EngineSetup(), Thresholds(policy="wait", segments=segments))
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "found"),
+    [
+        ({"data_parallel_size": 2}, "data_parallel"),
+        ({"pipeline_parallel_size": 4}, "pipeline_parallel"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}, "speculative_decoding"),
+        ({"spec_tokens": 3}, "speculative_decoding"),
+        ({"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}}, "kv_transfer"),
+        ({"kv_offloading_size": 8.0}, "kv_transfer"),
+    ],
+    ids=str,
+)
+def test_a_configuration_tells_what_it_asks_of_the_engine(engine_args: dict[str, Any], found: str) -> None:
+    expected = dataclasses.replace(EngineSetup(targets=TPOT), **{found: True})
+    assert EngineSetup.from_engine_args(engine_args, TPOT) == expected
+
+
+@pytest.mark.parametrize(
+    "engine_args",
+    [
+        {}, {"tensor_parallel_size": 8, "enable_prefix_caching": True, "enable_lora": True},
+        {"data_parallel_size": 1, "pipeline_parallel_size": 1},
+        {"speculative_config": None, "kv_transfer_config": None},
+    ],
+    ids=str,
+)
+def test_other_engine_arguments_concern_no_policy(engine_args: dict[str, Any]) -> None:
+    assert EngineSetup.from_engine_args(engine_args, NO_TARGETS) == EngineSetup()
+
+
+def test_the_engine_arguments_looked_at_are_vllm_s() -> None:
+    arguments = pytest.importorskip("vllm.engine.arg_utils", reason="vLLM is not installed").AsyncEngineArgs
+    names = {field.name for field in dataclasses.fields(arguments)}
+    assert {"data_parallel_size", "pipeline_parallel_size", *SPECULATIVE_ARGS, *KV_TRANSFER_ARGS} <= names
