@@ -57,7 +57,8 @@ class HeadraceScheduler(AsyncScheduler):
     """vLLM's asynchronous scheduler, gated by Headrace's thresholds.
 
     Settings come from `additional_config["headrace"]`, see `SchedulerSettings`. `clock` may be replaced by a virtual
-    one before the first request.
+    one before the first request. `never_refused` are ids that no refusal touches, for simulations that ask what one
+    was worth.
 
     Raises:
         ValueError: the settings have an unknown key or a value out of range; the message names it.
@@ -89,6 +90,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._last_output_s = 0.0
         self._more_to_run = False
         self._refused: list[tuple[Request, str]] = []
+        self.never_refused: set[str] = set()
         self._everyone_runs = False
         self._channel: ChannelServer | None = None
         if settings.channel:
@@ -128,6 +130,8 @@ class HeadraceScheduler(AsyncScheduler):
 
     def _refuse(self, requests: list[Request], reason: str, drain_s: float) -> None:
         """End requests that have not cost anything yet; their clients hear of it with the iteration's outputs."""
+        if self.never_refused:
+            requests = [request for request in requests if request.request_id not in self.never_refused]
         text = Refusal.for_drain_time(reason, drain_s).text
         self.recorder.totals.refused += len(requests)
         self.finish_requests([request.request_id for request in requests], RequestStatus.FINISHED_ABORTED)
