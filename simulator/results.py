@@ -44,7 +44,7 @@ REQUEST_SCHEMA = pa.schema(
         pa.field("outcome", _NAME, nullable=False),
         pa.field("rejected_s", pa.float64()),
         pa.field("cached_tokens", pa.int32()),
-        pa.field("attempts", pa.int16(), nullable=False),
+        pa.field("attempts", pa.int16()),
         pa.field("returned_s", pa.float64()),
     ]
 )
