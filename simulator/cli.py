@@ -37,7 +37,9 @@ def _profiles(incomplete: str) -> list[str]:
 @app.command()
 def simulate(
     workload: Annotated[
-        str | None, typer.Option(help="Lengths: p512d20, 0.7:p512d20+0.3:p512d50, lmsys; 'A; 300s: B' changes.")
+        str | None, typer.Option(
+            help="Lengths: p512d20, 0.7:p512d20+0.3:p512d50, lmsys; 'A; 300s: B' changes. Or sessions:turns=5,think=20."
+        )
     ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="Trace: CSV, Parquet, ShareGPT JSON, Mooncake JSONL; not --workload.")

@@ -94,7 +94,8 @@ class RequestRow(NamedTuple):
     "gave_up" for one whose client left without a token, or "unfinished" for one under way when the run was ended.
     `rejected_s` is when its client heard of the rejection; `cached_tokens` what vLLM found of its prompt in the prefix
     cache when it first ran (None: it never did). A client that comes back after a rejection makes several `attempts`:
-    what happened is that of the last one, which began at `returned_s` (None: the first one, at `arrival_s`).
+    what happened is that of the last one, which began at `returned_s` (None: the first one, at `arrival_s`). Where
+    clients were real ones, the last four are None.
     """
 
     index: int  # type: ignore[assignment]  # the column's name hides tuple's method, which nobody needs here
