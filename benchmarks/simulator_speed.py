@@ -39,9 +39,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     simulate(simulation_config({"lengths": "p512d20", "requests": 50, "rate_rps": 20.0}))  # imports and first calls
-    short = {"lengths": "p512d20", "requests": 3000, "rate_rps": 23.0, "seed": 1}
+    short = {"lengths": "p512d20", "requests": 3000, "rate_rps": 23.0, "seed": 1, "solve_once": True}
     source = {"trace": args.trace} if args.trace else {"lengths": CONVERSATION_LIKE}
-    long = source | {"requests": 20_000, "rate_rps": 4.0, "seed": 1}
+    long = source | {"requests": 20_000, "rate_rps": 4.0, "seed": 1, "solve_once": True}
     result = {
         "p512d20_3000_wall_s": {
             policy: sorted(round(wall_s(short | {"policy": policy}), 2) for _ in range(args.repeats))

@@ -79,7 +79,8 @@ class HeadraceScheduler(AsyncScheduler):
     """vLLM's asynchronous scheduler, gated by Headrace's thresholds.
 
     Settings come from `additional_config["headrace"]`, see `SchedulerSettings`. `clock` may be replaced by a virtual
-    one before the first request.
+    one before the first request. `never_refused` are ids that no refusal touches, for simulations that ask what one
+    was worth.
 
     Raises:
         ValueError: the settings have an unknown key or a value out of range, which the message names; or the policy is
@@ -123,6 +124,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._more_to_run = False
         self._refused: list[tuple[Request, Refusal]] = []
         self._rejecting: set[str] = set()
+        self.never_refused: set[str] = set()
         self._everyone_runs = False
         self._channel: ChannelServer | None = None
         if settings.channel:
@@ -171,6 +173,8 @@ class HeadraceScheduler(AsyncScheduler):
         rejected: dict[str, Refusal] = {}
         for request in requests:
             name = request.request_id
+            if name in self.never_refused:
+                continue
             if name in self.gate.choices.committed:
                 self.gate.let_through(request)
             elif name not in rejected:

@@ -37,7 +37,9 @@ def _profiles(incomplete: str) -> list[str]:
 @app.command()
 def simulate(
     workload: Annotated[
-        str | None, typer.Option(help="Lengths: p512d20, 0.7:p512d20+0.3:p512d50, lmsys; 'A; 300s: B' changes.")
+        str | None, typer.Option(
+            help="Lengths: p512d20, 0.7:p512d20+0.3:p512d50, lmsys; 'A; 300s: B' changes. Or sessions:turns=5,think=20."
+        )
     ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="Trace: CSV, Parquet, ShareGPT JSON, Mooncake JSONL; not --workload.")
@@ -65,6 +67,9 @@ def simulate(
     slo_latency: Annotated[float | None, typer.Option(help="Target: seconds end to end.")] = None,
     replicas: Annotated[int, typer.Option(help="Replicas behind the request router.", min=1)] = 1,
     prefix_caching: Annotated[bool, typer.Option(help="Compute what prompts share once, as vLLM does.")] = True,
+    solve_once: Annotated[
+        bool, typer.Option("--solve-once", help="No controller: thresholds solved once, from the workload itself.")
+    ] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE, any other option: mode=strict, max_num_seqs=256, …")
     ] = None,
@@ -76,7 +81,7 @@ def simulate(
         "lengths": workload, "trace": trace, "rate_rps": rate, "arrivals": arrivals, "requests": requests, "seed": seed,
         "policy": policy, "profile": profile, "kv_tokens": kv_tokens, "token_budget": token_budget, "cap": cap,
         "slo_ttft_s": slo_ttft, "slo_tpot_s": slo_tpot, "slo_latency_s": slo_latency, "replicas": replicas,
-        "prefix_caching": prefix_caching,
+        "prefix_caching": prefix_caching, "solve_once": solve_once or None,
     }
     options = {name: value for name, value in given.items() if value is not None}
     if workload is not None:

@@ -8,11 +8,15 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from scheduler.profiles import load_profile
-from scheduler.targets import Targets
+from scheduler.targets import NO_TARGETS, Targets
 from scheduler.validation import describe, parse_settings
+from simulator.clients import Retries
 from simulator.contenders import CONTENDERS
 from simulator.slowdown import parse_slowdown
 from simulator.workload import WorkloadConfig
+
+_SOLVED_POLICIES = ("wait", "nested_wait", "fluid")
+_SOLVED_FIELDS = frozenset(("types", "segments", "max_in_service", "pace"))
 
 
 class SimulationError(ValueError):
@@ -44,9 +48,11 @@ class SimulationConfig(_Strict):
     the engine's own limit. prefix_caching: vLLM's enable_prefix_caching. declare_lengths: clients tell how long their
     answers will be; None: where the policy asks for it. give_up_s: a client leaves when it has no first token after so
     long. counts: WAIT's and Nested WAIT's are solved for the load, or follow from `cap` alone as in the paper's
-    experiments. period_s: the controller solves thresholds anew so often, from what the replica has seen; None: once,
-    from the workload itself. thresholds: fields of `Thresholds` that replace these. window: fractions of the arrival
-    order between which requests are measured.
+    experiments. period_s: the controller solves thresholds anew so often, from what the replica has seen. solve_once:
+    there is no controller, and they are solved once, from the workload itself (see `controlled`). thresholds: fields of
+    `Thresholds` that replace these. retries: what clients do that are rejected, see `simulator.clients`; None: nothing.
+    audit: of so many rejections it is found out, each by another run, whether they were right. window: fractions of
+    the arrival order between which requests are measured.
     slowdown: when the first replica is slow, see `simulator.slowdown.parse_slowdown`. iteration_noise: relative standard
     deviation of iterations around what the law says (lognormal, of mean 1). until_decided: end the run once
     no measured request that is under way can meet the targets; the others' latencies are then not known.
@@ -67,7 +73,8 @@ class SimulationConfig(_Strict):
     declare_lengths: bool | None = None
     give_up_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     overflow_probability: float = Field(default=0.01, gt=0, lt=1)
-    period_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    period_s: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    solve_once: bool = False
     law_error: float = Field(default=0.0, ge=0)
     counts: Literal["solved", "by_cap"] = "solved"
     thresholds: dict[str, Any] = Field(default_factory=dict)
@@ -76,6 +83,19 @@ class SimulationConfig(_Strict):
     slowdown: str | None = None
     iteration_noise: float = Field(default=0.0, ge=0, le=2)
     until_decided: bool = False
+    retries: Retries | None = None
+    audit: int = Field(default=0, ge=0)
+
+    @property
+    def controlled(self) -> bool:
+        """Whether the shipped controller runs, as it does in serving.
+
+        It does for a policy whose thresholds it solves, unless `solve_once` says otherwise or any of what it would
+        solve is given: types, segments, a pace, a cap (as `cap` or as max_in_service), or counts by the cap.
+        """
+        solves = CONTENDERS[self.policy].policy in _SOLVED_POLICIES
+        given = self.cap is not None or self.counts == "by_cap" or not _SOLVED_FIELDS.isdisjoint(self.thresholds)
+        return solves and not self.solve_once and not given
 
     @property
     def declares(self) -> bool:
@@ -107,6 +127,8 @@ class SimulationConfig(_Strict):
         targets = self.slo
         if self.until_decided and targets.latency_s is None and (targets.ttft_s is None or targets.tpot_s is None):
             raise ValueError("until_decided needs slo_ttft_s and slo_tpot_s, or slo_latency_s; nothing ends it without")
+        if self.audit and targets.promised == NO_TARGETS:
+            raise ValueError("audit needs slo_ttft_s, slo_tpot_s or slo_latency_s; no rejection is wrong without")
         return self
 
     @field_validator("window")

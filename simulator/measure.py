@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from simulator.results import COMPLETED, REJECTED, REQUESTS_FILE
+from scheduler.targets import NO_TARGETS, Targets
+from simulator.results import COMPLETED, GAVE_UP, REJECTED, REQUESTS_FILE
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -42,7 +43,14 @@ def summarise(
     the window, completed, and met every target that is given; `throughput_rps` and `output_tokens_per_s` count
     requests that finished between `window_from_s` and `window_to_s`. `latency_*`, `ttft_*` and `tpot_*` (`mean_s`,
     `p50_s`, `p99_s`) are over the completed requests that arrived in the window; an answer of one token has no time
-    per output token, and meets that target. A value nobody defines is None.
+    per output token, and meets that target. A value nobody defines is None. All of a request's delays count from its
+    last attempt (`returned_s`, else `arrival_s`).
+
+    `gave_up` counts clients that left without a first token, over the whole run; they are no rejections.
+    `prefix_hit_fraction`: tokens that were found cached, of the prompt tokens of all requests that ran.
+    `served_ttft_miss_fraction` and `served_tpot_miss_fraction`: of the completed requests of the window, those that
+    missed that target; `wrong_admission_fraction`: those that missed any. `rejected_in_window`: requests of the window
+    that were rejected; `rejection_p50_s` and `rejection_p99_s`: from their last attempt to the rejection.
 
     Raises:
         ValueError: the window is not two rising fractions, or a target is not > 0.
@@ -52,6 +60,7 @@ def summarise(
     completed, rejected = _is(read("outcome"), COMPLETED), _is(read("outcome"), REJECTED)
     result: dict[str, Any] = {
         "requests": len(completed), "completed": int(completed.sum()), "rejected": int(rejected.sum()),
+        "gave_up": int(_is(read("outcome"), GAVE_UP).sum()),
     }
     in_window = _in_window(read("index").to_numpy(), window)
     arrivals_s = _floats(read("arrival_s"))[in_window]
@@ -63,11 +72,9 @@ def summarise(
     }
 
     delays_s = _delays_s(read, in_window & completed)
-    met = (
-        _meets(delays_s["latency"], slo_latency_s)
-        & _meets(delays_s["ttft"], slo_ttft_s)
-        & _meets(delays_s["tpot"], slo_tpot_s)
-    )
+    targets = Targets(slo_ttft_s, slo_tpot_s, slo_latency_s)
+    met = _met(delays_s, targets)
+    rejection_s = (_floats(read("rejected_s")) - _since_s(read))[in_window & rejected]
     finished_inside = _between(_floats(read("finished_s")), from_s, to_s) & completed
     output_tokens = int(read("output_tokens").to_numpy()[finished_inside].sum())
     return result | {
@@ -75,7 +82,28 @@ def summarise(
         "throughput_rps": _rate(int(finished_inside.sum()), to_s - from_s),
         "output_tokens_per_s": _rate(output_tokens, to_s - from_s),
         **{f"{name}_{key}": value for name in delays_s for key, value in _statistics(delays_s[name]).items()},
+        "prefix_hit_fraction": _prefix_hits(read),
+        "served_ttft_miss_fraction": _missed(_meets(delays_s["ttft"], slo_ttft_s), slo_ttft_s is not None),
+        "served_tpot_miss_fraction": _missed(_meets(delays_s["tpot"], slo_tpot_s), slo_tpot_s is not None),
+        "wrong_admission_fraction": _missed(met, targets != NO_TARGETS),
+        "rejected_in_window": int((in_window & rejected).sum()),
+        **{f"rejection_{key}": _statistics(rejection_s)[key] for key in ("p50_s", "p99_s")},
     }
+
+
+def good_requests(requests: pa.Table | Path, window: tuple[float, float], targets: Targets) -> frozenset[int]:
+    """Numbers of the requests that `summarise` counts as goodput."""
+    read = _reader(requests)
+    index = read("index").to_numpy()
+    chosen = _in_window(index, window) & _is(read("outcome"), COMPLETED)
+    return frozenset(index[chosen][_met(_delays_s(read, chosen), targets)].tolist())
+
+
+def rejected_requests(requests: pa.Table | Path, window: tuple[float, float]) -> list[int]:
+    """Numbers of the rejected requests of the window, ascending."""
+    read = _reader(requests)
+    index = read("index").to_numpy()
+    return sorted(index[_in_window(index, window) & _is(read("outcome"), REJECTED)].tolist())
 
 
 def window_of(requests: int, window: tuple[float, float]) -> range:
@@ -128,12 +156,37 @@ def _in_window(index: NDArray[np.int64], window: tuple[float, float]) -> Mask:
 
 
 def _delays_s(read: ReadColumn, chosen: Mask) -> dict[str, Floats]:
-    latency_s = (_floats(read("finished_s")) - _floats(read("arrival_s")))[chosen]
-    ttft_s = (_floats(read("first_token_s")) - _floats(read("arrival_s")))[chosen]
+    latency_s = (_floats(read("finished_s")) - _since_s(read))[chosen]
+    ttft_s = (_floats(read("first_token_s")) - _since_s(read))[chosen]
     later_tokens = _floats(read("output_tokens"))[chosen] - 1
     decoding_s = (_floats(read("finished_s")) - _floats(read("first_token_s")))[chosen]
     tpot_s = np.divide(decoding_s, later_tokens, out=np.full_like(decoding_s, np.nan), where=later_tokens > 0)
     return {"latency": latency_s, "ttft": ttft_s, "tpot": tpot_s}
+
+
+def _since_s(read: ReadColumn) -> Floats:
+    """When each request's last attempt began."""
+    returned_s = _floats(read("returned_s"))
+    return np.where(np.isnan(returned_s), _floats(read("arrival_s")), returned_s)
+
+
+def _met(delays_s: dict[str, Floats], targets: Targets) -> Mask:
+    return (
+        _meets(delays_s["latency"], targets.latency_s)
+        & _meets(delays_s["ttft"], targets.ttft_s)
+        & _meets(delays_s["tpot"], targets.tpot_s)
+    )
+
+
+def _prefix_hits(read: ReadColumn) -> float | None:
+    cached_tokens = _floats(read("cached_tokens"))
+    ran = ~np.isnan(cached_tokens)
+    prompt_tokens = float(read("prompt_tokens").to_numpy()[ran].sum())
+    return float(cached_tokens[ran].sum()) / prompt_tokens if prompt_tokens else None
+
+
+def _missed(met: Mask, promised: bool) -> float | None:
+    return 1 - float(met.mean()) if met.size and promised else None
 
 
 def _meets(seconds: Floats, target_s: float | None) -> Mask:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,12 +13,14 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from scheduler.law import ServiceTimeLaw
+from scheduler.refusal import Refusal
 from scheduler.targets import Targets
 from scheduler.vllm_scheduler import HeadraceScheduler, batch_work
+from simulator.clients import Attempt, Returns
 from simulator.doors import Door, Load
 from simulator.in_process import block_hasher_of, iteration_results, make_request
 from simulator.prompts import answer_token_id, prompt_token_ids
-from simulator.results import COMPLETED, REJECTED, UNFINISHED, IterationRow, RequestRow
+from simulator.results import COMPLETED, GAVE_UP, REJECTED, UNFINISHED, IterationRow, RequestRow
 from simulator.slowdown import Slowdown
 from simulator.workload import SimRequest
 
@@ -48,16 +50,18 @@ class Totals:
 class _Live:
     number: int
     request: Request
-    arrival_s: float
-    type_name: str
+    sent: SimRequest
+    since_s: float
+    attempt: Attempt | None = None
     first_token_s: float | None = None
+    cached_tokens: int | None = None
 
     def can_meet(self, now_s: float, targets: Targets) -> bool:
         """Whether this request, not over yet, may still end within the targets."""
-        ttft_s = (now_s if self.first_token_s is None else self.first_token_s) - self.arrival_s
+        ttft_s = (now_s if self.first_token_s is None else self.first_token_s) - self.since_s
         if targets.ttft_s is not None and ttft_s > targets.ttft_s:
             return False
-        if targets.latency_s is not None and now_s - self.arrival_s > targets.latency_s:
+        if targets.latency_s is not None and now_s - self.since_s > targets.latency_s:
             return False
         if targets.tpot_s is None or self.first_token_s is None:
             return True
@@ -77,18 +81,21 @@ class VirtualReplica:
 
     It keeps `depth` iterations under way: 2 with asynchronous scheduling (one runs, the next is scheduled already),
     else 1. `give_up_s`: a request without its first token after so long is given up by its client. `door`: a rule that
-    may turn requests away when they arrive, knowing the target `ttft_s`. `slowdown`: when its device is slow; `noise`: a factor for each iteration's time.
+    may turn requests away when they arrive, knowing the target `ttft_s`. `slowdown`: when its device is slow; `noise`:
+    a factor for each iteration's time. `returns` hears of rejections and decides who comes back; a request that does
+    has no row yet. `never_rejected` are numbers of requests that no rule may turn away.
     """
 
     def __init__(
         self, index: int, scheduler: Scheduler, law: ServiceTimeLaw, sink: Sink, *, give_up_s: float | None = None,
         door: Door | None = None, ttft_s: float | None = None, slowdown: Slowdown | None = None,
-        noise: Callable[[], float] | None = None,
+        noise: Callable[[], float] | None = None, returns: Returns | None = None, never_rejected: Collection[int] = (),
     ) -> None:
         self._noise = noise
         self.index, self.scheduler, self.now_s, self.totals = index, scheduler, 0.0, Totals()
         self._law, self._sink, self._give_up_s = law, sink, give_up_s
         self._door, self._ttft_s, self._slowdown = door, ttft_s, slowdown
+        self._returns, self._never_rejected = returns, frozenset(never_rejected)
         self._block_hasher = block_hasher_of(scheduler)
         self._answers: dict[str, list[int]] = {}
         self._prefilling: dict[str, int] = {}
@@ -96,12 +103,15 @@ class VirtualReplica:
         self.headrace = scheduler if isinstance(scheduler, HeadraceScheduler) else None
         if self.headrace:
             self.headrace.clock = lambda: self.now_s
+            self.headrace.never_refused = {str(number) for number in self._never_rejected}
         self._live: dict[str, _Live] = {}
+        self._refused: dict[str, _Live] = {}
+        self._giving_up: str | None = None
         self._in_flight: deque[_Executing] = deque()
         self._device_free_s = 0.0
         self._catching_up: dict[str, _Live] = {}
         self._without_token: deque[_Live] = deque()
-        self._nothing_more = False
+        self._nothing_more = self._stuck = False
         watch(scheduler, self)
 
     @property
@@ -109,21 +119,33 @@ class VirtualReplica:
         """Requests submitted and not over yet."""
         return len(self._live)
 
+    @property
+    def moves(self) -> bool:
+        """Whether anything will happen though nothing arrives any more."""
+        return bool(self._in_flight) or (bool(self._live) and not self._stuck)
+
     def submit(
-        self, number: int, request: SimRequest, *, declared: dict[str, Any] | None = None
+        self, number: int, request: SimRequest, *, declared: dict[str, Any] | None = None,
+        attempt: Attempt | None = None,
     ) -> None:
-        """A request reaches the engine now; `declared` are the arguments in which its client states the length."""
-        self.now_s = max(self.now_s, request.arrival_s)
-        if self._door and not self._door(self._load()):
-            self._turn_away(number, request)
-            return
+        """A request reaches the engine now; `declared` are the arguments in which its client states the length.
+
+        `attempt` says that its client was rejected before and comes back.
+        """
+        since_s = attempt.at_s if attempt else request.arrival_s
+        self.now_s, self._stuck = max(self.now_s, since_s), False
         made = make_request(
-            str(number), prompt_token_ids(request.pieces, request.prompt_tokens, number), request.output_tokens,
-            arrival_s=request.arrival_s, max_model_len=self.scheduler.max_model_len, declared=declared,
+            f"{number}.{attempt.number}" if attempt else str(number),
+            prompt_token_ids(request.pieces, request.prompt_tokens, number), request.output_tokens,
+            arrival_s=since_s, max_model_len=self.scheduler.max_model_len, declared=declared,
             block_hasher=self._block_hasher,
         )
+        live = _Live(number, made, request, since_s, attempt)
+        if self._door and number not in self._never_rejected and not self._door(self._load()):
+            self._reject(live, None)
+            return
+        self._live[made.request_id] = live
         self._answers[made.request_id] = [answer_token_id(request.answer, number)]
-        live = self._live[made.request_id] = _Live(number, made, request.arrival_s, request.type_name)
         self._prefilling[made.request_id] = request.prompt_tokens
         if self._give_up_s is not None:
             self._without_token.append(live)
@@ -138,7 +160,10 @@ class VirtualReplica:
                 if self._launch() or self._launch():  # a second try ends a standstill of held requests
                     continue
                 self._nothing_more = bool(self._in_flight)
+                if self._refused and not self._in_flight:
+                    self._tell_refused(self._update(self._empty, ()))
                 if not self._in_flight and not self._sleep(until_s):
+                    self._stuck = not any(end > self.now_s for end in self._holds_end_s())
                     return
             elif self._in_flight and self._in_flight[0].ends_s <= until_s:
                 self._deliver()
@@ -156,6 +181,8 @@ class VirtualReplica:
 
     def leave_unfinished(self) -> int:
         """Write down the requests that are under way as unfinished; the run ends here. Returns how many."""
+        for live in self._refused.values():
+            self._sink.request(self._request_row(live, REJECTED, rejected_s=self.now_s))
         for live in self._live.values():
             self._sink.request(self._request_row(live, UNFINISHED))
         return len(self._live)
@@ -169,9 +196,12 @@ class VirtualReplica:
         for name in output.preempted_req_ids or ():
             self._catching_up[name] = self._live[name]
         if not output.total_num_scheduled_tokens:
+            self._empty = output
             return False
         for new in output.scheduled_new_reqs:
-            self._catching_up[new.req_id] = self._live[new.req_id]
+            live = self._catching_up[new.req_id] = self._live[new.req_id]
+            if live.cached_tokens is None:
+                live.cached_tokens = new.num_computed_tokens
         silent, first_tokens = self._who_produces(output)
         work = self.headrace.latest_work if self.headrace else batch_work(output, self.scheduler.requests)
         seconds = self._law.iteration_s(work.prefill_tokens, work.decode_tokens, work.kv_tokens)
@@ -214,8 +244,32 @@ class VirtualReplica:
         for live in executing.first_tokens:
             live.first_token_s = executing.ends_s
             self._prefilling.pop(live.request.request_id, None)
-        results = iteration_results(executing.output, executing.silent, self._answers)
-        self.scheduler.update_from_output(executing.output, results)
+        outputs = self._update(executing.output, executing.silent)
+        if self._refused:
+            self._tell_refused(outputs)
+
+    def _update(self, output: SchedulerOutput, silent: Collection[str]) -> Any:
+        return self.scheduler.update_from_output(output, iteration_results(output, silent, self._answers))
+
+    def _tell_refused(self, outputs: Any) -> None:
+        """Clients hear of a refusal with an iteration's results, as the scheduler answers them."""
+        answers = [answer for client in outputs.values() for answer in client.outputs]
+        said = {
+            answer.request_id: Refusal.of_answer(str(answer.finish_reason), answer.stop_reason)
+            for answer in answers if answer.request_id in self._refused
+        }
+        for live in sorted((self._refused.pop(name) for name in said), key=lambda live: live.number):
+            self._reject(live, said[live.request.request_id])
+
+    def _reject(self, live: _Live, refusal: Refusal | None) -> None:
+        attempt, retry_after_s = live.attempt, refusal.retry_after_s if refusal else None
+        if self._returns and self._returns.rejected(
+            live.number, live.sent, attempt.number if attempt else 0, bool(attempt and attempt.told), self.now_s,
+            retry_after_s,
+        ):
+            return
+        self.totals.rejected += 1
+        self._sink.request(self._request_row(live, REJECTED, rejected_s=self.now_s))
 
     def _sleep(self, until_s: float) -> bool:
         """Nothing runs: pass the time until a hold ends. False when none does before `until_s`."""
@@ -230,7 +284,7 @@ class VirtualReplica:
             hold_s = self.headrace.in_force.current().thresholds.max_hold_s
             yield from (view.oldest_since_s + hold_s for view in self.headrace.gate.views().values())
         if self._give_up_s is not None and self._without_token:
-            yield self._without_token[0].arrival_s + self._give_up_s
+            yield self._without_token[0].since_s + self._give_up_s
 
     def _give_up(self) -> None:
         if self._give_up_s is None:
@@ -238,10 +292,11 @@ class VirtualReplica:
         while self._without_token:
             oldest = self._without_token[0]
             waiting = oldest.request.status == RequestStatus.WAITING
-            if waiting and self.now_s - oldest.arrival_s < self._give_up_s:
+            if waiting and self.now_s - oldest.since_s < self._give_up_s:
                 return
             self._without_token.popleft()
             if waiting:
+                self._giving_up = oldest.request.request_id
                 self.scheduler.finish_requests(oldest.request.request_id, RequestStatus.FINISHED_ABORTED)
 
     # What the scheduler tells of its requests (see `watch`).
@@ -252,22 +307,27 @@ class VirtualReplica:
         self.totals.recomputed_tokens += request.num_computed_tokens
 
     def left(self, request: Request) -> None:
-        """A request leaves the engine, finished or given up."""
+        """A request leaves the engine: finished, refused or given up."""
         live = self._live.pop(request.request_id)
         del self._answers[request.request_id]
         self._prefilling.pop(request.request_id, None)
         self._catching_up.pop(request.request_id, None)
-        completed = request.num_output_tokens > 0
-        self.totals.rejected += not completed
-        self._sink.request(self._request_row(live, COMPLETED if completed else REJECTED))
+        if request.num_output_tokens > 0:
+            self._sink.request(self._request_row(live, COMPLETED))
+        elif request.request_id == self._giving_up:
+            self._sink.request(self._request_row(live, GAVE_UP))
+        else:
+            self._refused[request.request_id] = live
 
-    def _request_row(self, live: _Live, outcome: str) -> RequestRow:
-        request = live.request
+    def _request_row(self, live: _Live, outcome: str, rejected_s: float | None = None) -> RequestRow:
+        request, attempt = live.request, live.attempt
         return RequestRow(
-            index=live.number, replica=self.index, type=live.type_name, arrival_s=live.arrival_s,
+            index=live.number, replica=self.index, type=live.sent.type_name, arrival_s=live.sent.arrival_s,
             first_token_s=live.first_token_s, finished_s=self.now_s if outcome == COMPLETED else None,
             prompt_tokens=request.num_prompt_tokens, output_tokens=request.num_output_tokens,
-            preemptions=request.num_preemptions, outcome=outcome,
+            preemptions=request.num_preemptions, outcome=outcome, rejected_s=rejected_s,
+            cached_tokens=live.cached_tokens, attempts=1 + (attempt.number if attempt else 0),
+            returned_s=attempt.at_s if attempt else None,
         )
 
     @property
@@ -278,16 +338,6 @@ class VirtualReplica:
         return Load(
             waiting=self._waiting, law=self._law, ttft_s=self._ttft_s,
             prefill_tokens=sum(self._prefilling.values()), kv_used_fraction=self.scheduler.kv_cache_manager.usage,
-        )
-
-    def _turn_away(self, number: int, request: SimRequest) -> None:
-        self.totals.rejected += 1
-        self._sink.request(
-            RequestRow(
-                index=number, replica=self.index, type=request.type_name, arrival_s=request.arrival_s,
-                first_token_s=None, finished_s=None, prompt_tokens=request.prompt_tokens, output_tokens=0,
-                preemptions=0, outcome=REJECTED,
-            )
         )
 
     def _iteration_row(self, starts_s: float, seconds: float, work: Any, usage: float) -> IterationRow:

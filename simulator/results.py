@@ -25,6 +25,7 @@ METADATA_KEY = b"headrace"
 ROWS_PER_GROUP = 65_536
 COMPLETED = "completed"
 REJECTED = "rejected"
+GAVE_UP = "gave_up"
 UNFINISHED = "unfinished"
 
 _NAME = pa.dictionary(pa.int32(), pa.string())
@@ -41,6 +42,10 @@ REQUEST_SCHEMA = pa.schema(
         pa.field("output_tokens", pa.int32(), nullable=False),
         pa.field("preemptions", pa.int16(), nullable=False),
         pa.field("outcome", _NAME, nullable=False),
+        pa.field("rejected_s", pa.float64()),
+        pa.field("cached_tokens", pa.int32()),
+        pa.field("attempts", pa.int16()),
+        pa.field("returned_s", pa.float64()),
     ]
 )
 
@@ -85,8 +90,12 @@ CONTROL_SCHEMA = pa.schema(
 class RequestRow(NamedTuple):
     """One request. Times are virtual seconds; `index` counts arrivals; `preemptions` is how often it lost its KV cache.
 
-    `outcome` is "completed", "rejected" for a request refused before any token (both later times are then None), or
-    "unfinished" for one under way when the run was ended.
+    `outcome` is "completed", "rejected" for a request refused before any token (both later times are then None),
+    "gave_up" for one whose client left without a token, or "unfinished" for one under way when the run was ended.
+    `rejected_s` is when its client heard of the rejection; `cached_tokens` what vLLM found of its prompt in the prefix
+    cache when it first ran (None: it never did). A client that comes back after a rejection makes several `attempts`:
+    what happened is that of the last one, which began at `returned_s` (None: the first one, at `arrival_s`). Where
+    clients were real ones, the last four are None.
     """
 
     index: int  # type: ignore[assignment]  # the column's name hides tuple's method, which nobody needs here
@@ -99,6 +108,10 @@ class RequestRow(NamedTuple):
     output_tokens: int
     preemptions: int
     outcome: str
+    rejected_s: float | None = None
+    cached_tokens: int | None = None
+    attempts: int = 1
+    returned_s: float | None = None
 
 
 class IterationRow(NamedTuple):

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from replicas.routing_stats import RoutingStats, best_first
 from scheduler.margin import Fluctuation
-from scheduler.messages import Report
 from scheduler.mix import Lengths, WorkloadMix
 from scheduler.profiles import load_profile
-from scheduler.settings import EXPECTED_OUTPUT_TOKENS
 from scheduler.thresholds import EngineLimits, Thresholds, parse_thresholds, thresholds_as_dict
 from scheduler.tuning import mix_by_length, tune, tune_by_cap
+from simulator.audit import audit_rejections
 from simulator.config import SimulationConfig, SimulationError, simulation_config
 from simulator.contenders import CONTENDERS
-from simulator.controller import VirtualController
-from simulator.measure import summarise, window_of
-from simulator.replica import Totals, VirtualReplica
+from simulator.fleet import Fleet, limits_of
+from simulator.measure import good_requests, summarise
+from simulator.replica import Totals
 from simulator.results import RunWriter, versions
-from simulator.slowdown import parse_slowdown
-from simulator.workload import SimRequest, Workload, open_workload
+from simulator.workload import Workload, open_workload
 
-ROUTING_STATS_PERIOD_S = 1.0
-"""How often a replica tells the routers of its room, as in serving."""
-_LOOK_EVERY_S = 1.0
 _SAMPLED_REQUESTS = 2000
 _PROGRESS_EVERY = 50
 
@@ -58,17 +48,39 @@ def simulate(
     thresholds = _thresholds(config, workload) if CONTENDERS[config.policy].policy else None
     header = {"config": _as_json(config, workload, thresholds), "versions": versions()}
     with RunWriter(folder, header) as writer:
-        fleet = _Fleet(config, thresholds, writer)
-        total = config.workload.requests
-        for number, request in enumerate(workload.requests()):
-            fleet.arrive(number, request)
-            if progress and number % _PROGRESS_EVERY == 0:
-                progress(number, total)
-        fleet.finish()
+        fleet = _run(config, workload, thresholds, writer, progress)
         summary = _summary(config, workload, fleet, writer)
+        if config.audit:
+            summary |= audit_rejections(
+                writer.written_requests(), config, lambda number: _goods_with(number, config, workload, thresholds)
+            )
         summary["wall_s"] = time.perf_counter() - begun_s
         writer.close(summary)
     return summary
+
+
+def _run(
+    config: SimulationConfig, workload: Workload, thresholds: Thresholds | None, writer: RunWriter,
+    progress: Progress | None = None, never_rejected: Collection[int] = (),
+) -> Fleet:
+    """Everything that happens, written down."""
+    fleet = Fleet(config, thresholds, writer, never_rejected)
+    total = config.workload.requests
+    for number, request in enumerate(workload.requests()):
+        fleet.arrive(number, request)
+        if progress and number % _PROGRESS_EVERY == 0:
+            progress(number, total)
+    fleet.finish()
+    return fleet
+
+
+def _goods_with(
+    number: int, config: SimulationConfig, workload: Workload, thresholds: Thresholds | None
+) -> frozenset[int]:
+    """The requests of the window that meet their targets when this one is not rejected."""
+    with RunWriter(None, {}) as writer:
+        _run(config, workload, thresholds, writer, never_rejected=(number,))
+        return good_requests(writer.written_requests(), config.window, config.slo.promised)
 
 
 def simulate_options(options: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -76,125 +88,12 @@ def simulate_options(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     return simulate(simulation_config(options), folder=folder)
 
 
-class _Fleet:
-    """The replicas of one run, and the router before them."""
-
-    def __init__(self, config: SimulationConfig, thresholds: Thresholds | None, writer: RunWriter) -> None:
-        contender, profile = CONTENDERS[config.policy], load_profile(config.profile)
-        self._config, self._declares, self._arrived = config, config.declares, 0
-        self.stranded, self.unfinished = 0, 0
-        slowdown = parse_slowdown(config.slowdown) if config.slowdown else None
-        self.replicas = [
-            VirtualReplica(
-                index, _scheduler(config, thresholds), profile.law, writer, give_up_s=config.give_up_s,
-                door=contender.door, ttft_s=config.slo.ttft_s, slowdown=None if index else slowdown,
-                noise=_noise(config, index) if config.iteration_noise else None,
-            )
-            for index in range(config.replicas)
-        ]
-        self._rng = random.Random(config.workload.seed)
-        self._stats: dict[int, RoutingStats] = {}
-        self._stats_due_s = ROUTING_STATS_PERIOD_S
-        self._controllers: list[VirtualController] = []
-        self._control_due_s = self._latest_s = 0.0
-        self._period_s = config.period_s or math.inf
-        if config.period_s is not None and contender.policy:
-            configured = Thresholds(policy=contender.policy)
-            self._controllers = [
-                VirtualController(replica, config, profile.law, configured, writer) for replica in self.replicas
-            ]
-
-    def arrive(self, number: int, request: SimRequest) -> None:
-        """Let everything happen that comes before this arrival, then hand the request to a replica."""
-        if len(self.replicas) > 1:
-            while self._stats_due_s <= request.arrival_s:
-                self._advance(self._stats_due_s)
-                self._report()
-                self._stats_due_s += ROUTING_STATS_PERIOD_S
-        while self._controllers and self._control_due_s <= request.arrival_s:
-            self._advance(self._control_due_s)
-            for controller in self._controllers:
-                controller.one_pass()
-            self._control_due_s += self._period_s
-        self._advance(request.arrival_s)
-        self._arrived, self._latest_s = number + 1, request.arrival_s
-        declared = {EXPECTED_OUTPUT_TOKENS: request.output_tokens} if self._declares else None
-        self._route().submit(number, request, declared=declared)
-
-    def finish(self) -> None:
-        """Run everything to its end, or until the measured requests are decided if that is asked for."""
-        if self._config.until_decided:
-            self._decide()
-            self.unfinished = sum(replica.leave_unfinished() for replica in self.replicas)
-        else:
-            self.stranded = sum(len(replica.finish()) for replica in self.replicas)
-
-    def _decide(self) -> None:
-        measured, targets = window_of(self._arrived, self._config.window), self._config.slo.promised
-        now_s = self._latest_s
-        while any(replica.undecided(measured, now_s, targets) for replica in self.replicas):
-            now_s += _LOOK_EVERY_S
-            self._advance(now_s)
-
-    def _advance(self, until_s: float) -> None:
-        for replica in self.replicas:
-            replica.advance(until_s)
-
-    def _route(self) -> VirtualReplica:
-        if len(self.replicas) == 1:
-            return self.replicas[0]
-        ranked = best_first(
-            self.replicas, lambda replica: self._stats.get(replica.index), lambda replica: replica.ongoing,
-            self._rng.shuffle,
-        )
-        return ranked[0]
-
-    def _report(self) -> None:
-        self._stats = {
-            replica.index: RoutingStats.from_telemetry(replica.headrace.telemetry(Report(cursor=None)))
-            for replica in self.replicas if replica.headrace
-        }
-
-
-def _noise(config: SimulationConfig, index: int) -> Callable[[], float]:
-    """Lognormal factors of mean 1 with the configured relative standard deviation, the same for the same seed."""
-    rng, sigma = random.Random(f"{config.workload.seed}:{index}"), math.sqrt(math.log1p(config.iteration_noise**2))
-    return lambda: math.exp(rng.gauss(-sigma * sigma / 2, sigma))
-
-
-def _scheduler(config: SimulationConfig, thresholds: Thresholds | None) -> Any:
-    from simulator.in_process import make_scheduler
-
-    contender, limits = CONTENDERS[config.policy], _limits(config)
-    settings = {"thresholds": thresholds_as_dict(thresholds), "allow_strict": True} if thresholds else {}
-    try:
-        return make_scheduler(
-            contender.scheduler_class(), blocks=limits.kv_capacity_tokens // limits.block_tokens,
-            block_tokens=limits.block_tokens, max_model_len=limits.max_model_len,
-            additional_config={"headrace": settings}, max_num_seqs=limits.max_num_seqs,
-            max_num_batched_tokens=limits.max_num_batched_tokens, async_scheduling=config.async_scheduling,
-            enable_prefix_caching=config.prefix_caching, **contender.engine_args,
-        )
-    except ValueError as error:
-        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise SimulationError(f"the engine refuses its settings: {said.removeprefix('Value error, ')}") from error
-
-
-def _limits(config: SimulationConfig) -> EngineLimits:
-    contender, profile = CONTENDERS[config.policy], load_profile(config.profile)
-    blocks = (config.kv_tokens or profile.kv_capacity_tokens) // config.block_tokens
-    plain_cap = config.cap if config.cap and not contender.policy else config.max_num_seqs
-    return EngineLimits(
-        kv_capacity_tokens=blocks * config.block_tokens, block_tokens=config.block_tokens, max_num_seqs=plain_cap,
-        max_num_batched_tokens=config.token_budget or contender.token_budget, max_model_len=config.max_model_len,
-    )
-
-
 def _thresholds(config: SimulationConfig, workload: Workload) -> Thresholds:
-    """The thresholds that the shipped rule solves for this workload, then what the user set."""
-    limits, contender = _limits(config), CONTENDERS[config.policy]
+    """What the replicas start with: as configured where the controller runs, as a server does; else the thresholds that
+    the shipped rule solves for this workload, then what the user set."""
+    limits, contender = limits_of(config), CONTENDERS[config.policy]
     configured = Thresholds(policy=contender.policy or "fcfs")
-    if contender.policy != "fcfs":
+    if contender.policy != "fcfs" and not config.controlled:
         configured = _tuned(config, configured, _mix(config, workload), limits)
     given = thresholds_as_dict(configured) | config.thresholds
     try:
@@ -235,14 +134,14 @@ def _mix(config: SimulationConfig, workload: Workload) -> WorkloadMix:
 
 
 def _with_longest(config: SimulationConfig) -> Any:
-    workload, limits = config.workload, _limits(config)
+    workload, limits = config.workload, limits_of(config)
     longest = min(config.max_model_len, limits.kv_capacity_tokens - limits.block_tokens)  # vLLM keeps one block empty
     most = longest if workload.max_total_tokens is None else min(workload.max_total_tokens, longest)
     return workload.model_copy(update={"max_total_tokens": most})
 
 
 def _summary(
-    config: SimulationConfig, workload: Workload, fleet: _Fleet, writer: RunWriter
+    config: SimulationConfig, workload: Workload, fleet: Fleet, writer: RunWriter
 ) -> dict[str, Any]:
     slo = config.slo
     measured = summarise(
@@ -250,8 +149,13 @@ def _summary(
         slo_latency_s=slo.latency_s,
     )
     totals = [replica.totals for replica in fleet.replicas]
+    returns = fleet.returns.totals if fleet.returns else None
     return {
         "policy": config.policy, "workload": workload.name, "rate_rps": workload.mix().rate_rps, **measured,
+        "retry_attempts": returns.attempts if returns else None,
+        "returned_admitted_fraction": returns.admitted_fraction if returns else None,
+        "wrong_rejection_fraction": None, "rejected_individually_servable_fraction": None,
+        "controller": config.controlled,
         "stranded": fleet.stranded, "unfinished": fleet.unfinished,
         "preemptions": _sum(totals, "preemptions"), "recomputed_tokens": _sum(totals, "recomputed_tokens"),
         "kv_peak_fraction": max(total.kv_peak_fraction for total in totals),
@@ -267,7 +171,7 @@ def _sum(totals: list[Totals], name: str) -> int:
 def _as_json(config: SimulationConfig, workload: Workload, thresholds: Thresholds | None) -> dict[str, Any]:
     data = config.model_dump(mode="json")
     data["workload"]["name"] = workload.name
-    data["kv_tokens"] = _limits(config).kv_capacity_tokens
-    data["token_budget"] = _limits(config).max_num_batched_tokens
+    data["kv_tokens"] = limits_of(config).kv_capacity_tokens
+    data["token_budget"] = limits_of(config).max_num_batched_tokens
     data["thresholds_in_force"] = thresholds_as_dict(thresholds) if thresholds else None
     return data

@@ -17,6 +17,7 @@ from scheduler.mix import RequestType, WorkloadMix
 from simulator.arrivals import parse_arrivals
 from simulator.lengths import parse_lengths
 from simulator.prompts import Pieces
+from simulator.sessions import SESSIONS, Limits, parse_sessions, sample_sessions, turns_by_time
 from simulator.traces import BadRow, Trace, TraceFormat, TraceRow, TraceSample, open_trace, sample_rows
 
 _BAD_ROW_MESSAGES = 20
@@ -40,7 +41,8 @@ class SimRequest(NamedTuple):
 class WorkloadConfig(BaseModel):
     """What to run.
 
-    Either `lengths` (see `simulator.lengths.parse_lengths`) or `trace` (see `simulator.traces.open_trace`).
+    Either `lengths` (see `simulator.lengths.parse_lengths`, and `simulator.sessions.parse_sessions` for conversations)
+    or `trace` (see `simulator.traces.open_trace`).
     `arrivals` is a process (see `simulator.arrivals.parse_arrivals`) of mean rate `rate_rps`, or "replay" for the
     trace's own times, which `rate_rps` then stretches to that mean rate. `requests` None is the whole trace.
     Requests of more than `max_total_tokens` (prompt + output; no replica could run them), with prompts of more than
@@ -78,7 +80,7 @@ class WorkloadConfig(BaseModel):
     @classmethod
     def _lengths_are_known(cls, lengths: str | None) -> str | None:
         if lengths is not None:
-            parse_lengths(lengths)
+            _ = parse_sessions(lengths) if _are_sessions(lengths) else parse_lengths(lengths)
         return lengths
 
     @field_validator("arrivals")
@@ -101,8 +103,9 @@ def open_workload(config: WorkloadConfig) -> "Workload":
     trace is of no known format, has no usable row or, under replay, no timestamps, and when no request of `lengths`
     is within the limits; OSError when the trace cannot be read.
     """
-    if config.trace is None:
-        return _Synthetic(config)
+    if config.lengths is not None:
+        return _Sessions(config) if _are_sessions(config.lengths) else _Synthetic(config)
+    assert config.trace is not None
     trace = open_trace(config.trace, config.trace_format, config.tokenizer)
     return _Replay(config, trace) if config.replays else _Resampled(config, trace)
 
@@ -230,6 +233,50 @@ class _Synthetic(Workload):
         if self.config.max_prompt_tokens is not None:
             limits += f", max_prompt_tokens {self.config.max_prompt_tokens}"
         return tuple(f"{share:.1%} of {name} left out ({limits})" for name, share in self._source.left_out.items())
+
+
+def _are_sessions(lengths: str) -> bool:
+    return lengths.strip().partition(":")[0] == SESSIONS
+
+
+class _Sessions(Workload):
+    """Conversations. The process gives the times at which they begin; those that went on at time 0 began before it, at
+    the same mean rate, so that requests come at theirs from the beginning."""
+
+    def __init__(self, config: WorkloadConfig) -> None:
+        assert config.lengths is not None
+        assert config.rate_rps is not None
+        super().__init__(config, config.lengths.strip())
+        self._spec = parse_sessions(config.lengths)
+        self._limits = Limits(
+            config.max_total_tokens or math.inf, config.max_prompt_tokens or math.inf, config.min_output_tokens
+        )
+        self._sample = sample_sessions(self._spec, self._limits)
+        self._sessions_per_s = config.rate_rps / self._sample.mean_turns
+
+    def requests(self) -> Iterator[SimRequest]:
+        rng = np.random.default_rng(self._length_seed)
+        turns = turns_by_time(self._spec, self._limits, rng, self._starts_s())
+        for at_s, turn in islice(turns, self.config.requests):
+            yield SimRequest(at_s, turn.prompt_tokens, turn.output_tokens, SESSIONS, turn.pieces, turn.answer)
+
+    def _starts_s(self) -> Iterator[NDArray[np.float64]]:
+        rng, longest_s = np.random.default_rng(self._sample_seed), self._sample.longest_s
+        earlier = rng.poisson(self._sessions_per_s * longest_s)
+        yield np.sort(rng.uniform(-longest_s, 0.0, earlier))
+        yield from parse_arrivals(self.config.arrivals).blocks(
+            self._sessions_per_s, np.random.default_rng(self._arrival_seed)
+        )
+
+    def mix(self) -> WorkloadMix:
+        assert self.config.rate_rps is not None
+        return WorkloadMix((RequestType(SESSIONS, self.config.rate_rps, self._sample.lengths),))
+
+    def notes(self) -> tuple[str, ...]:
+        mean, wanted = self._sample.mean_turns, self._spec.turns
+        if mean > 0.95 * wanted:
+            return ()
+        return (f"sessions have {mean:.1f} turns instead of {wanted:g}, as the limits on tokens allow no more",)
 
 
 class _TraceWorkload(Workload):

@@ -77,6 +77,7 @@ def main() -> None:
 def grids_of(table: Table, seeds: list[int], share: float) -> dict[str, Grid]:
     """The contenders at every rate, and WAIT under a few caps."""
     base = {"lengths": table.lengths, "requests": max(20, round(table.requests * share)), "profile": PROFILE}
+    base["solve_once"] = True
     rates: list[Any] = list(table.rates)
     return {
         table.name: Grid(base, {"policy": list(CONTENDERS), "rate_rps": rates}, seeds),

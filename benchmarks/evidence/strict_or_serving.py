@@ -64,7 +64,7 @@ def main() -> None:
 def grid_of(name: str, rule: str, loads: tuple[float, ...], capacity: float, share: float) -> Grid:
     case = CASES[name]
     base: dict[str, Any] = {"lengths": case.lengths, "requests": max(30, round(case.requests * share))}
-    base |= {"profile": PROFILE, "policy": "vllm" if rule == "vllm" else case.policy}
+    base |= {"profile": PROFILE, "policy": "vllm" if rule == "vllm" else case.policy, "solve_once": True}
     if rule != "vllm":
         base["mode"] = rule
         base |= {"counts": "by_cap", "cap": case.cap} if case.cap else {}

@@ -105,7 +105,7 @@ def test_files_say_what_was_measured(tmp_path):
         "index": 1, "replica": 0, "type": "p10", "arrival_s": 10.0, "first_token_s": None, "finished_s": None,
         "prompt_tokens": 10, "output_tokens": 3, "preemptions": 0, "outcome": "rejected", "asked_output_tokens": 3,
         "sent_s": 10.0, "good": False, "status": 429, "retry_after_s": 3.0, "message": "HTTP 429: full",
-        "token_s": None,
+        "token_s": None, "rejected_s": None, "cached_tokens": None, "attempts": None, "returned_s": None,
     }
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.measure import request_delays_s, summarise
+from scheduler.targets import Targets
+from simulator.measure import good_requests, rejected_requests, request_delays_s, summarise
 from simulator.results import REQUEST_SCHEMA, RequestRow, RunWriter
 
 modest = settings(derandomize=True, deadline=None, max_examples=80)
@@ -33,13 +34,37 @@ THREE = [served(0, 0.0, 2.0, 4.0), refused(1, 10.0), served(2, 40.0, 44.0, 52.0,
 
 def test_three_requests():
     assert summarise(table(THREE), **NO_TARGET) == {
-        "requests": 3, "completed": 2, "rejected": 1,
+        "requests": 3, "completed": 2, "rejected": 1, "gave_up": 0,
         "window_from_s": 0.0, "window_to_s": 40.0, "window_requests": 3,
         "goodput_rps": 2 / 40, "throughput_rps": 1 / 40, "output_tokens_per_s": 3 / 40,
         "latency_mean_s": 8.0, "latency_p50_s": 8.0, "latency_p99_s": pytest.approx(4 + 0.99 * 8),
         "ttft_mean_s": 3.0, "ttft_p50_s": 3.0, "ttft_p99_s": pytest.approx(2 + 0.99 * 2),
         "tpot_mean_s": 1.0, "tpot_p50_s": 1.0, "tpot_p99_s": 1.0,
+        "prefix_hit_fraction": None, "served_ttft_miss_fraction": None, "served_tpot_miss_fraction": None,
+        "wrong_admission_fraction": None, "rejected_in_window": 1, "rejection_p50_s": None, "rejection_p99_s": None,
     }  # fmt: skip
+
+
+def test_rejections_and_misses_are_told_apart():
+    rows = [
+        served(0, 0.0, 2.0, 4.0)._replace(cached_tokens=0),  # TTFT 2, TPOT 1
+        refused(1, 10.0)._replace(rejected_s=10.5),
+        refused(2, 10.0)._replace(rejected_s=23.0, attempts=3, returned_s=22.0),
+        RequestRow(3, 0, "all", 11.0, None, None, 10, 0, 0, "gave_up"),
+        served(4, 12.0, 60.0, 61.0)._replace(cached_tokens=8, attempts=2, returned_s=59.0),  # TTFT 1, TPOT 0.5
+        served(5, 40.0, 44.0, 52.0, output_tokens=1)._replace(cached_tokens=4),  # TTFT 4
+    ]
+    result = summarise(table(rows), slo_ttft_s=3.0, slo_tpot_s=0.6)
+    assert (result["completed"], result["rejected"], result["gave_up"]) == (3, 2, 1)
+    assert (result["rejected_in_window"], result["rejection_p50_s"]) == (2, 0.75)
+    assert result["rejection_p99_s"] == pytest.approx(0.995)
+    assert result["prefix_hit_fraction"] == 12 / 30, "of the prompts that ran"
+    assert result["served_ttft_miss_fraction"] == pytest.approx(1 / 3)
+    assert result["served_tpot_miss_fraction"] == pytest.approx(1 / 3)
+    assert result["wrong_admission_fraction"] == pytest.approx(2 / 3)
+    assert result["goodput_rps"] == 1 / 40, "a client that comes back is served in time if its last attempt is"
+    assert good_requests(table(rows), (0.3, 0.9), Targets(3.0, 0.6)) == {4}
+    assert rejected_requests(table(rows), (0.3, 0.9)) == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +187,10 @@ def test_bounds_that_always_hold(rows, target_s):
     free = summarise(table(rows), **NO_TARGET)
     tight = summarise(table(rows), slo_ttft_s=target_s, slo_tpot_s=target_s, slo_latency_s=target_s)
     assert free["completed"] + free["rejected"] == free["requests"] == len(rows)
-    assert tight | {"goodput_rps": None} == free | {"goodput_rps": None}
+    of_targets = dict.fromkeys(
+        ("goodput_rps", "served_ttft_miss_fraction", "served_tpot_miss_fraction", "wrong_admission_fraction")
+    )
+    assert tight | of_targets == free | of_targets
     if free["goodput_rps"] is not None:
         span_s = free["window_to_s"] - free["window_from_s"]
         assert tight["goodput_rps"] <= free["goodput_rps"] <= free["window_requests"] / span_s

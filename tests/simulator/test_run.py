@@ -11,7 +11,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from replicas.routing_stats import RoutingStats, best_first
 from scheduler.profiles import load_profile
-from simulator import run as simulator_run
+from simulator import fleet
 from simulator.config import SimulationError, options_from, simulation_config
 from simulator.contenders import CONTENDERS
 from simulator.in_process import iteration_results, make_request, make_scheduler
@@ -89,8 +89,9 @@ def test_rows_and_summary_agree(tmp_path):
     summary = run.summary
     assert sorted(row["index"] for row in rows) == list(range(120))
     outcomes = Counter(row["outcome"] for row in rows)
-    assert outcomes["rejected"] > 0
-    assert (summary["completed"], summary["rejected"]) == (outcomes["completed"], outcomes["rejected"])
+    assert outcomes["gave_up"] > 0
+    assert (summary["completed"], summary["gave_up"]) == (outcomes["completed"], outcomes["gave_up"])
+    assert (summary["rejected"], summary["rejected_in_window"]) == (0, 0), "no client was told anything"
     done = [row for row in rows if row["outcome"] == "completed"]
     assert summary["latency_mean_s"] == pytest.approx(np.mean([row["finished_s"] - row["arrival_s"] for row in done]))
     assert summary["ttft_mean_s"] == pytest.approx(np.mean([row["first_token_s"] - row["arrival_s"] for row in done]))
@@ -174,14 +175,15 @@ def test_a_cap_is_reached_and_never_exceeded(policy, tmp_path):
 
 def test_a_cap_from_memory_prevents_preemption():
     preemptions = {
-        policy: simulate(simulation_config(TIGHT | {"policy": policy}))["preemptions"] for policy in ("fcfs", "wait")
+        policy: simulate(simulation_config(TIGHT | {"policy": policy, "solve_once": True}))["preemptions"]
+        for policy in ("fcfs", "wait")
     }
     assert preemptions["wait"] < preemptions["fcfs"] / 4
 
 
 def test_declared_lengths_make_types_and_undeclared_ones_segments(tmp_path):
     def in_force(policy, **more):
-        return run_of(SMALL | {"policy": policy, **more}, tmp_path).config["thresholds_in_force"]
+        return run_of(SMALL | {"policy": policy, "solve_once": True, **more}, tmp_path).config["thresholds_in_force"]
 
     def kinds(thresholds):
         return bool(thresholds["types"]), bool(thresholds["segments"])
@@ -225,7 +227,7 @@ def test_three_replicas_share_thrice_the_load_and_are_as_fast_as_one(policy, tmp
 
 
 def test_requests_go_where_the_routing_of_serving_puts_them(tmp_path, monkeypatch):
-    assert simulator_run.best_first is best_first
+    assert fleet.best_first is best_first
     chosen, known = [], []
 
     def worst_first(replicas, stats, ongoing, shuffle):
@@ -235,7 +237,7 @@ def test_requests_go_where_the_routing_of_serving_puts_them(tmp_path, monkeypatc
         assert [ongoing(replica) for replica in replicas] == [replica.ongoing for replica in replicas]
         return ranked
 
-    monkeypatch.setattr(simulator_run, "best_first", worst_first)
+    monkeypatch.setattr(fleet, "best_first", worst_first)
     run = run_of(SMALL | {"policy": "fcfs", "replicas": 3, "cap": 50}, tmp_path)
     rows = sorted(run.requests(["index", "replica"]).to_pylist(), key=lambda row: row["index"])
     assert [row["replica"] for row in rows] == chosen
@@ -427,12 +429,12 @@ PROMISED = {
 }
 
 
-@pytest.mark.parametrize("period_s", [None, 2.0], ids=["solved beforehand", "solved live"])
-def test_fluid_keeps_its_goodput_far_beyond_capacity(period_s):
-    at_once, promised = PROMISED | {"rate_rps": 15.0, "policy": "fluid"}, PROMISED | {"policy": "fluid"}
-    if period_s:
-        promised["period_s"] = at_once["period_s"] = period_s
-    below = simulate(simulation_config(at_once))
+@pytest.mark.parametrize(
+    "control", [{"solve_once": True}, {"period_s": 2.0}], ids=["solved beforehand", "solved live"]
+)
+def test_fluid_keeps_its_goodput_far_beyond_capacity(control):
+    promised = PROMISED | {"policy": "fluid"} | control
+    below = simulate(simulation_config(promised | {"rate_rps": 15.0}))
     assert below["rejected"] == 0
     peak = simulate(simulation_config(promised | {"rate_rps": 45.0}))["goodput_rps"]
     beyond = simulate(simulation_config(promised | {"rate_rps": 120.0}))
