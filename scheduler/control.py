@@ -49,7 +49,9 @@ class ThresholdsInForce:
         self._lock = threading.Lock()
         self._check(configured)
         self._configured = configured
-        self._current = InForce(configured, make_policy(configured), None, from_config=True)
+        # Made once: what thresholds fall back to when they lapse costs the engine's loop nothing then.
+        self._configured_policy = make_policy(configured)
+        self._current = InForce(configured, self._configured_policy, None, from_config=True)
 
     def current(self) -> InForce:
         """What the next iteration obeys."""
@@ -90,7 +92,7 @@ class ThresholdsInForce:
     def _fallback(self, lapsed: InForce) -> InForce:
         # Versions never go back, or a late duplicate of what just lapsed would look new.
         configured = self._configured.with_version(lapsed.thresholds.version)
-        return InForce(configured, make_policy(configured), None, from_config=True)
+        return InForce(configured, self._configured_policy, None, from_config=True)
 
     def _refusal(self, offered: Thresholds, in_force: Thresholds, automatic: bool) -> Ack | None:
         def refuse(code: Literal["stale", "pinned", "invalid"], reason: str) -> Ack:

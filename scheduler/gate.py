@@ -34,8 +34,8 @@ class GatedQueue(RequestQueue):
 
     Within a type the order is that of `FairQueue`: by weight among tenants, then by vLLM's priority and by age. `order`
     is the engine's own, for the open part. `classify` names a request's type, `tenant_of` its tenant, `clock` tells
-    since when it waits, `on_release` hears how many seconds each was held, `describe` says of a request that waits since
-    a clock second what a policy may know of it.
+    since when it waits, `on_release` hears how many seconds each was held, `describe` says of a request that waits
+    since a clock second what a policy may know of it.
     """
 
     def __init__(

@@ -81,15 +81,17 @@ class Pace:
             value = getattr(self, name)
             if value is not None:
                 require_number(name, value, allow_zero=False)
-        for name in ("overflow_z", "prompt_flow_tokens", "capacity_rps", "steady_s", "most_running", "variability", "miss_probability"):
+        for name in (
+            "overflow_z", "prompt_flow_tokens", "capacity_rps", "steady_s", "most_running", "variability",
+            "miss_probability",
+        ):
             require_number(name, getattr(self, name))
         for name in ("tokens_per_step", "computed_per_step", "pipeline_depth"):
             if not 1 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number >= 1")
         if self.iteration_s is not None and self.decode_iteration_s(1.0, 1.0) > self.iteration_s:
-            raise ValueError(
-                f"iteration_s is {self.iteration_s}; a single request alone takes {self.decode_iteration_s(1.0, 1.0):.4g} s"
-            )
+            alone_s = self.decode_iteration_s(1.0, 1.0)
+            raise ValueError(f"iteration_s is {self.iteration_s}; a single request alone takes {alone_s:.4g} s")
         if self.queue_requests is not None and self.queue_requests < 1:
             raise ValueError(f"queue_requests is {self.queue_requests}; it must be >= 1, or null for any number")
 

@@ -1,8 +1,8 @@
 """What requests really got beside what was planned for them, and the margin that would have kept the promise.
 
-A model's margin covers the errors that it knows of. Requests also wait for what no model of iterations sees (growth that
-was unlikely, time outside the engine), so their own times per token, when they end, close the loop: the margin is at
-least the one that all but the promised share of the latest requests would have needed. Each request is compared with
+A model's margin covers the errors that it knows of. Requests also wait for what no model of iterations sees (growth
+that was unlikely, time outside the engine), so their own times per token, when they end, close the loop: the margin is
+at least the one that all but the promised share of the latest requests would have needed. Each request is compared with
 the plan in force when it ended, so that a wider margin does not look like a faster engine, and the loop cannot swing.
 """
 
@@ -34,7 +34,7 @@ class RealisedMargin:
         self._ratios.clear()
 
     def margin(self, miss_probability: float) -> float:
-        """What all but `miss_probability` of the requests would have needed, from 0 to 0.25; 0 while too few are known."""
+        """What all but `miss_probability` of the requests would have needed, at most 0.25; 0 if too few are known."""
         if len(self._ratios) < _LEAST:
             return 0.0
         needed = float(np.quantile(np.array(self._ratios), 1 - miss_probability, method="higher")) - 1

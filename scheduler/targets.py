@@ -74,9 +74,9 @@ ONE_TOKEN_A_STEP = Steps()
 class Promise:
     """The parameters for `fluid`, the capacity they give, and the bottleneck.
 
-    binding: memory, slots, TPOT target, TTFT target, latency target or nothing. in_time: share of requests whose lengths
-    allow them to meet every target. tpot_margin: how far, relative to them, iterations stay below `tpot_s`, the TPOT
-    target.
+    binding: memory, slots, TPOT target, TTFT target, latency target or nothing. in_time: share of requests whose
+    lengths allow them to meet every target. tpot_margin: how far, relative to them, iterations stay below `tpot_s`, the
+    TPOT target.
     """
 
     pace: Pace
@@ -110,16 +110,17 @@ def solve_pace(
     iteration_s = within.iteration_s
     served_rps, limit = capacity.at(iteration_s)
     load = mix.rate_rps / served_rps if served_rps > 0 else math.inf
+    known_rps = served_rps if math.isfinite(served_rps) else 0.0
     steady_s = capacity.iteration_s(min(mix.rate_rps, served_rps), iteration_s)
     pace = Pace(
         law=law, survival=survival_of(lengths), kv_limit_tokens=capacity.kv_limit_tokens,
         block_tokens=limits.block_tokens, overflow_z=-float(ndtri(miss_probability)), iteration_s=iteration_s,
         tpot_s=targets.tpot_s, ttft_s=targets.ttft_s, latency_s=targets.latency_s,
         first_token_within_s=within.first_token_s, miss_probability=miss_probability,
-        prompt_flow_tokens=served_rps * lengths.mean_prompt_tokens * reuse.computed * (iteration_s or 0.0)
-        if math.isfinite(served_rps) else 0.0,
-        capacity_rps=served_rps if math.isfinite(served_rps) else 0.0, steady_s=steady_s,
-        most_running=capacity.most_running(iteration_s), tokens_per_step=steps.tokens, computed_per_step=steps.computed, pipeline_depth=steps.depth,
+        prompt_flow_tokens=known_rps * lengths.mean_prompt_tokens * reuse.computed * (iteration_s or 0.0),
+        capacity_rps=known_rps, steady_s=steady_s,
+        most_running=capacity.most_running(iteration_s), tokens_per_step=steps.tokens,
+        computed_per_step=steps.computed, pipeline_depth=steps.depth,
     )
     soon = 1.0
     if within.first_token_s is not None:

@@ -220,7 +220,7 @@ class HeadraceScheduler(AsyncScheduler):
 
     def _prompt_backlog(self) -> int:
         """Prompt tokens left to compute of the requests that run and of those let through."""
-        tokens = sum([request.num_tokens - request.num_computed_tokens for request in self._inflight_prefills])
+        tokens: int = sum([request.num_tokens - request.num_computed_tokens for request in self._inflight_prefills])
         if self.gate.released or self.skipped_waiting:
             tokens += sum(
                 self._describe(request, 0.0).tokens_to_compute + request.num_output_tokens

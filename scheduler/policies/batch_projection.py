@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scheduler.pace import Pace
 from scheduler.policies.base import Resident, Residents, Waiting, kv_tokens_of, stages_of
 
-_HORIZON_RATIO, _STAGE_RATIO = 1.3, 1.1
+_HORIZON_RATIO, _STAGE_RATIO = 1.15, 1.1
 """Ratios of neighbouring horizons and stages: between two of them, survival changes little."""
 _OVERRUN = 0.1
 """Chance that an answer goes on beyond the length its client expected."""
@@ -66,6 +66,7 @@ class BatchProjection:
         lengths, survival = (np.array(column, dtype=float) for column in zip(*pace.survival, strict=True))
         longest = max(2.0, float(lengths[-1]))
         self._ahead = _geometric(longest, _HORIZON_RATIO)
+        self._steps = np.diff(self._ahead, append=self._ahead[-1])
         self._edges = np.unique(np.concatenate([_geometric(longest, _STAGE_RATIO), lengths]))
         self._stays = _staying(self._edges, self._ahead, lengths, survival)
         self._d1 = pace.law.d1_s_per_kv_token / pace.pipeline_depth
@@ -109,8 +110,8 @@ class BatchProjection:
         doubt = stays * (1 - stays)
         private, read = waiting.prompt_tokens - waiting.shared_tokens + self._ahead, waiting.prompt_tokens + self._ahead
         requests = self._requests + stays
-        # A last block is rarely full, and the next one is allocated early.
-        memory = self._memory + stays * private + requests * pace.block_tokens + self._shared_tokens
+        # Between two horizons no request is taken to leave; a last block is rarely full, the next one allocated early.
+        memory = self._memory + stays * private + requests * (self._steps + pace.block_tokens) + self._shared_tokens
         spread = np.sqrt(self._memory_variance + doubt * private**2)
         if float(np.max(memory + pace.overflow_z * spread)) > pace.kv_limit_tokens:
             return False

@@ -115,8 +115,8 @@ class _Admission:
     def prompt_room(self, snapshot: Snapshot, view: QueueView | None) -> float:
         """Prompt tokens for which the coming iteration has time beside every decode; infinite without a target.
 
-        At least a small chunk, so that prefills always progress. More than planned when prefills want it and the running
-        requests have slack.
+        At least a small chunk, so that prefills always progress. More than planned when prefills want it and the
+        running requests have slack.
         """
         pace, running, limit_s = self.pace, len(snapshot.running), self._iteration_s
         if limit_s is None:
@@ -136,8 +136,8 @@ class _Admission:
         else:
             prompts = min(len(ahead), _HEADS) + (snapshot.prompt_backlog_tokens > 0)
             spare_s = self._slack.spare_s(
-                np.array(stages_of(snapshot.running)), _first_token_s(snapshot), snapshot.now_s, wanted_s, gain_s=gain_s,
-                misses=_SLACK_SHARE * pace.miss_probability * prompts,
+                np.array(stages_of(snapshot.running)), _first_token_s(snapshot), snapshot.now_s, wanted_s,
+                gain_s=gain_s, misses=_SLACK_SHARE * pace.miss_probability * prompts,
             )
             room = pace.prompt_tokens_within(limit_s + spare_s, running, read)
         return max(_SMALLEST_CHUNK, room)
