@@ -229,7 +229,8 @@ class _Capacity:
         natural_s = self.iteration_s(min(self._rate_rps, 0.999 * self.at(longest_s)[0]), longest_s)
         candidates: list[float | None] = [longest_s]
         if natural_s > self._alone_s:
-            candidates += np.geomspace(self._alone_s, natural_s, _ITERATION_TIMES)[:-1].tolist()
+            just_in_time = np.clip(self._just_in_time_s(targets.latency_s, margin), self._alone_s, natural_s)
+            candidates += np.unique(just_in_time).tolist()
         best, best_rps = _Within(longest_s, targets.ttft_s), -1.0
         for candidate in candidates:
             served_rps = min(self._rate_rps, self.at(candidate)[0])
@@ -243,14 +244,23 @@ class _Capacity:
                 best = _Within(candidate, wait_s, share)
         return best
 
+    def _just_in_time_s(self, latency_s: float, margin: float) -> Floats:
+        """The iteration times with which answers of each quantile of the length just meet a latency target."""
+        longest = self._lengths.output_quantiles(np.linspace(0, 1, _ITERATION_TIMES)).astype(np.float64)
+        steps = _PIPELINE_ITERATIONS + (longest - 1) * self._steps.depth / self._steps.tokens
+        return np.maximum(latency_s - self._prefill_s, 0.0) / steps / (1 + margin) * (1 - 1e-9)
+
+    @property
+    def _prefill_s(self) -> float:
+        return self._lengths.mean_prompt_tokens * self._reuse.computed * self._law.d2_s_per_prefill_token
+
     def _iteration_of(self, token_s: float) -> float:
         return token_s * self._steps.tokens / self._steps.depth
 
     def _share_in_time(self, latency_s: float, iteration_s: float, wait_s: float) -> float:
         """Share of requests in time when each waits so long and every iteration takes so long."""
         token_s = iteration_s * self._steps.depth / self._steps.tokens
-        prefill_s = self._lengths.mean_prompt_tokens * self._reuse.computed * self._law.d2_s_per_prefill_token
-        left_s = latency_s - wait_s - _PIPELINE_ITERATIONS * iteration_s - prefill_s
+        left_s = latency_s - wait_s - _PIPELINE_ITERATIONS * iteration_s - self._prefill_s
         return 1.0 - self._lengths.survival(1 + left_s / token_s + 1e-9) if left_s >= 0 else 0.0
 
     def _longest_wait_s(self, latency_s: float, iteration_s: float, share: float) -> float:

@@ -112,7 +112,7 @@ class QueueView:
     heads: Callable[[], Iterator[Waiting]] = field(default=_nobody, compare=False)
     aged: Callable[[], Iterator[Waiting]] = field(default=_nobody, compare=False)
     tail: Callable[[], Iterator[Waiting]] = field(default=_nobody, compare=False)
-    tokens_to_compute: int = 0
+    tokens_to_compute: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scheduler.pace import Pace
 from scheduler.policies.base import Resident, Residents, Waiting, kv_tokens_of, stages_of
 
-_HORIZON_RATIO, _STAGE_RATIO = 1.15, 1.1
+_HORIZON_RATIO, _STAGE_RATIO = 1.15, 1.05
 """Ratios of neighbouring horizons and stages: between two of them, survival changes little."""
 _OVERRUN = 0.1
 """Chance that an answer goes on beyond the length its client expected."""
@@ -117,7 +117,7 @@ class BatchProjection:
             return False
         if iteration_s is None:
             return True
-        seconds = pace.decode_iteration_s(requests, self._read + stays * read)
+        seconds = pace.decode_iteration_s(requests, self._read + stays * read + requests * self._steps / 2)
         spread_s = np.sqrt(self._time_variance + doubt * (self._d3 + self._d1 * read) ** 2)
         return float(np.max(seconds + pace.overflow_z * spread_s)) <= iteration_s
 

@@ -124,11 +124,10 @@ class _Admission:
         read = snapshot.kv_used_tokens if snapshot.kv_read_tokens is None else snapshot.kv_read_tokens
         room = pace.prompt_tokens_within(limit_s, running, read)
         assert self._slack is not None
-        wanted_s = 0.0
-        if room < snapshot.kv_capacity_tokens:
-            ahead = list(islice(view.heads(), _HEADS)) if view else []
-            wanted = snapshot.prompt_backlog_tokens + sum(waiting.tokens_to_compute for waiting in ahead)
-            wanted_s = pace.prefill_s(wanted - max(room, 0.0))
+        most = math.inf if snapshot.most_tokens is None else max(0.0, snapshot.most_tokens - running)
+        ahead = list(islice(view.heads(), _HEADS)) if view and room < most else []
+        wanted = snapshot.prompt_backlog_tokens + sum(waiting.tokens_to_compute for waiting in ahead)
+        wanted_s = pace.prefill_s(min(wanted, most) - max(room, 0.0)) if room < most else 0.0
         busy_s = max(pace.decode_iteration_s(float(running), float(read)), pace.steady_s)
         gain_s = (limit_s - busy_s) * pace.pipeline_depth / pace.tokens_per_step
         if wanted_s <= 0 or gain_s <= 0 or (self.is_full and view):
@@ -140,7 +139,7 @@ class _Admission:
                 gain_s=gain_s, misses=_SLACK_SHARE * pace.miss_probability * prompts,
             )
             room = pace.prompt_tokens_within(limit_s + spare_s, running, read)
-        return max(_SMALLEST_CHUNK, room)
+        return max(_SMALLEST_CHUNK, min(room, most))
 
     def budget(self, snapshot: Snapshot, room: float, cached_tokens: int = 0) -> int | None:
         """Tokens of the coming iteration; prompts that are found cached are read though not computed."""
@@ -149,7 +148,7 @@ class _Admission:
         prompt_s = self.pace.prefill_s(1.0)
         read = cached_tokens * self.pace.law.d1_s_per_kv_token / prompt_s if prompt_s else 0.0
         decodes = math.ceil(len(snapshot.running) * self.pace.computed_per_step)
-        return decodes + int(max(_SMALLEST_CHUNK, room - read))
+        return decodes + int(max(_SMALLEST_CHUNK, room - read) + 1e-6)
 
     def first_token(self, snapshot: Snapshot, room: float) -> FirstToken:
         """When first tokens will come, from the state and the room for prompts."""

@@ -39,7 +39,7 @@ def snapshot(running=(), waiting=(), *, now_s=0.0, backlog=0):
     views = {UNKNOWN_TYPE: view} if view else {}
     return Snapshot(
         now_s=now_s, waiting=views, released=0, running=list(running), prompt_backlog_tokens=backlog,
-        kv_used_tokens=sum(resident.kv_tokens for resident in running), kv_capacity_tokens=100_000,
+        kv_used_tokens=sum(resident.kv_tokens for resident in running), kv_capacity_tokens=100_000, most_tokens=2048,
     )
 
 
@@ -53,8 +53,13 @@ def entering(decision):
 
 def test_an_idle_replica_admits_at_once():
     assert entering(decide((), [(500, 0.0)])) == 1
-    hopeless = replace(PACE, kv_limit_tokens=1, iteration_s=0.001)
-    assert entering(decide((), [(500, 0.0)], pace=hopeless)) == 1  # alone it harms nobody
+    hopeless = replace(PACE, kv_limit_tokens=1)
+    assert entering(decide((), [(500, 0.0)], pace=hopeless)) == 1  # alone it harms no other request
+
+
+def test_a_plan_under_which_a_single_request_could_not_run_is_no_plan():
+    with pytest.raises(ValueError, match="single request"):
+        replace(PACE, iteration_s=0.0012)
 
 
 def test_at_light_load_everybody_enters_whose_prompt_has_time():

@@ -111,8 +111,10 @@ def test_too_few_answers_are_no_change() -> None:
     assert not have_changed(many, few)
 
 
-def test_of_what_nothing_is_known_every_order_of_magnitude_is_as_likely() -> None:
-    lengths = cold_lengths(10_000)
-    assert [lengths.survival(x) for x in (10, 100, 1000)] == pytest.approx([0.75, 0.5, 0.25], abs=0.051)
-    assert lengths.max_total_tokens < 20_000
+def test_a_guess_of_lengths_closes_no_gate() -> None:
+    """Of what nothing is known: as likely to double as not, so that a new request counts for a few tokens only."""
+    lengths = cold_lengths(131_072)
+    assert [lengths.survival(x) for x in (2, 5, 10)] == pytest.approx([0.45, 0.2, 0.1], abs=0.051)
+    assert lengths.mean_output_tokens < 20
+    assert lengths.max_total_tokens <= 2 * 131_072
     assert cold_lengths(1) == Lengths.point(1, 1)

@@ -930,9 +930,9 @@ def test_fluid_never_lets_memory_overflow_and_serves_everybody_without_targets()
 
 
 def test_fluid_keeps_the_iteration_within_its_time_while_nobody_is_ahead():
-    """Every iteration takes what was promised, so that there is no time over to lend."""
+    """At capacity later iterations regain nothing, so that there is no time over to lend."""
     law = ServiceTimeLaw(0.004, 1e-6, 1e-4, 1e-4)
-    thresholds = {"policy": "fluid", "pace": fluid_pace(kv_limit_tokens=1023 * BLOCK, iteration_s=STEP_S)}
+    thresholds = {"policy": "fluid", "pace": fluid_pace(kv_limit_tokens=1023 * BLOCK, iteration_s=STEP_S, steady_s=STEP_S)}
     engine = Engine(blocks=1024, thresholds=thresholds)
     add_many(engine, 60, "r", prompt=90, output=50)
     engine.run()
