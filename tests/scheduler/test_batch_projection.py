@@ -75,7 +75,7 @@ def test_admitted_requests_never_overflow_the_memory(output: int, prompt: int, m
 def test_requests_admitted_together_fill_the_iteration_and_no_more(output: int, prompt: int, iteration_s: float):
     admitted = fit_into(pace_of(Lengths.point(prompt, output), memory=10**9, iteration_s=iteration_s), prompt)
     longest_s = LAW.iteration_s(0.0, float(admitted), float(admitted * (prompt + output)))
-    assert longest_s <= iteration_s * 1.03 or not admitted
+    assert longest_s <= iteration_s * 1.05 or not admitted
     assert LAW.iteration_s(0.0, admitted + 1.0, (admitted + 1.0) * (prompt + output)) > iteration_s * 0.93
 
 
