@@ -286,9 +286,13 @@ class _Capacity:
     def queue_requests(
         self, pace: Pace, spare_s: Floats, miss_probability: float, dispersion: float
     ) -> int | None:
-        """How many waiting requests are of use, at the least one; those that cannot be in time do not count."""
+        """How many waiting requests are of use beyond capacity, at the least one; None up to it.
+
+        Up to capacity a queue empties by itself: only requests that would be late are rejected. Those that cannot be in
+        time do not count.
+        """
         law, lengths, served_rps = self._law, self._lengths, pace.capacity_rps
-        if not served_rps:
+        if not served_rps or self._rate_rps <= served_rps:
             return None
         most = pace.kv_limit_tokens / lengths.mean_resident_kv_tokens
         iteration_s = pace.iteration_s

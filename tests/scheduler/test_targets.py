@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.fluid import solve_fluid
+from scheduler.fluid import PrefixReuse, solve_fluid
 from scheduler.law import ServiceTimeLaw
 from scheduler.margin import Fluctuation
 from scheduler.mix import Lengths, WorkloadMix
@@ -135,9 +137,48 @@ def test_without_targets_nothing_limits_but_memory():
 
 
 def test_a_queue_is_of_less_use_the_more_arrives():
-    queues = [promise(rate, ttft_s=3.0, tpot_s=0.08).pace.queue_requests for rate in (2.0, 6.0, 10.0, 30.0)]
+    assert promise(2.0, ttft_s=3.0, tpot_s=0.08).pace.queue_requests is None, "up to capacity it empties by itself"
+    queues = [promise(rate, ttft_s=3.0, tpot_s=0.08).pace.queue_requests for rate in (6.0, 10.0, 30.0)]
     assert queues == sorted(queues, reverse=True)
     assert queues[0] > queues[-1] >= 1
+
+
+def test_slots_are_a_resource_like_time_and_memory():
+    """By Little's law 8 slots serve what 8 requests at the floor's iteration time do, and the bottleneck says so."""
+    mix = WorkloadMix.from_lengths(CONVERSATION, 30.0)
+    solved = solve_pace(mix, LAW, replace(LIMITS, max_num_seqs=8), Targets(ttft_s=3.0, tpot_s=0.08))
+    assert solved.binding == "slots"
+    iteration_s = solve_fluid(WorkloadMix.from_lengths(CONVERSATION, solved.capacity_rps), LAW, 10**9).iteration_time_s
+    running = solved.capacity_rps * iteration_s * (CONVERSATION.mean_output_tokens + 1)
+    assert running == pytest.approx(8, rel=0.02)
+
+
+def test_cached_prompts_need_no_time_but_are_read():
+    """With nine tenths of the prompts cached more is served, yet less than if the prompts were short."""
+    mix, short = WorkloadMix.from_lengths(CONVERSATION, 30.0), Lengths.from_pairs([(30, 100), (90, 200), (150, 400)])
+    targets = Targets(ttft_s=3.0, tpot_s=0.08)
+    cached = solve_pace(mix, LAW, LIMITS, targets, reuse=PrefixReuse(computed=0.1, private=1.0)).capacity_rps
+    assert solve_pace(mix, LAW, LIMITS, targets).capacity_rps * 1.05 < cached
+    assert cached < solve_pace(WorkloadMix.from_lengths(short, 30.0), LAW, LIMITS, targets).capacity_rps
+    memory = [
+        solve_pace(mix, LAW, LIMITS, Targets(), reuse=PrefixReuse(computed=0.1, private=private)).capacity_rps
+        for private in (1.0, 0.1)
+    ]
+    assert memory[0] < memory[1]
+
+
+def test_a_target_below_one_request_s_own_iteration_plans_for_that_request():
+    solved = promise(1.0, tpot_s=0.005)
+    assert solved.pace.iteration_s >= LAW.floor_s
+
+
+def test_what_requests_would_have_needed_widens_the_margin_within_bounds():
+    mix = WorkloadMix.from_lengths(CONVERSATION, 1.0)
+    margins = [
+        solve_pace(mix, LAW, LIMITS, Targets(tpot_s=0.08), realised_margin=needed).tpot_margin
+        for needed in (0.0, 0.1, 5.0)
+    ]
+    assert margins == [pytest.approx(0.002), pytest.approx(0.1), pytest.approx(0.5)]
 
 
 def test_survival_holds_at_every_length_of_few():
