@@ -39,9 +39,21 @@ def status_tables(state: dict[str, Any]) -> Iterator[Any]:
         yield _forecast_table({name: forecast for name, forecast in forecasts.items() if forecast})
     for name, replica in state["replicas"].items():
         yield Text(f"{name}: {replica.get('decision', 'not reachable')}")
+        if replica["reachable"] and replica["counters"]["completed"]:
+            yield Text(f"{name}: {_kept(replica['counters'])}")
     controller = state["controller"]
     period = f"every {controller['period_s']:g} s" if controller["alive"] else controller["reason"]
     yield Text(f"controller: {'running, ' if controller['alive'] else ''}{period}")
+
+
+def _kept(counters: dict[str, int]) -> str:
+    """Targets missed by the requests that were served, and what the audit of rejections says."""
+    served = counters["completed"]
+    missed = ", ".join(f"{name.upper()} {counters[f'{name}_misses']}" for name in ("ttft", "tpot", "latency"))
+    said = f"of {served} served, missed {missed}"
+    if counters["audited"]:
+        said += f"; of {counters['audited']} served to audit rejections, {counters['audited_met']} met every target"
+    return said
 
 
 def _fluid_table(replicas: dict[str, Any]) -> Table:

@@ -43,7 +43,7 @@ class Choices:
 
     @property
     def committed(self) -> Set[str]:
-        """Ids of those that wait and cannot be rejected any more, since a sibling has been let through."""
+        """Ids of those that wait and cannot be rejected any more, most since a sibling has been let through."""
         return self._committed
 
     def hold(self, request_id: str) -> None:
@@ -58,6 +58,10 @@ class Choices:
         if siblings.let_through:
             self._committed.add(request_id)
 
+    def commit(self, request_id: str) -> None:
+        """A request waits for its turn and cannot be rejected any more, for a reason of its own."""
+        self._committed.add(request_id)
+
     def let_through(self, request_id: str) -> None:
         """A request that waited is let through the gate."""
         siblings = self._waiting.get(parent_of(request_id) or "")
@@ -68,12 +72,12 @@ class Choices:
 
     def leave(self, request_id: str) -> None:
         """A request no longer waits."""
+        self._committed.discard(request_id)
         parent = parent_of(request_id)
         siblings = self._waiting.get(parent or "")
         if parent is None or siblings is None:
             return
         siblings.held.pop(request_id, None)
-        self._committed.discard(request_id)
         if not siblings.held:
             del self._waiting[parent]
             if siblings.let_through or siblings.rejection:

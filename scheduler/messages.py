@@ -77,6 +77,9 @@ class Counters:
 
     Each request that arrived is in one of four: completed, aborted (cut short by its client, the server or an error),
     rejected (before it had cost anything), or still in flight. A request here is one choice: `n` > 1 counts n times.
+    ttft_misses, tpot_misses, latency_misses: completed requests that missed the target in force when they ended.
+    audited: completed requests that would have been rejected but were served to see whether that was right;
+    audited_met: those of them that met every target, though some may have taken another's place.
     """
 
     arrivals: int = 0
@@ -87,6 +90,11 @@ class Counters:
     iterations: int = 0
     held: int = 0
     hold_s: float = 0.0
+    ttft_misses: int = 0
+    tpot_misses: int = 0
+    latency_misses: int = 0
+    audited: int = 0
+    audited_met: int = 0
 
     @property
     def in_flight(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import TypeVar
@@ -63,6 +64,14 @@ class Recorder:
             self.totals.aborted += 1
         else:
             self.totals.completed += 1
+
+    def judged(self, misses: Mapping[str, bool], *, audited: bool) -> None:
+        """A completed request's targets by name (ttft, tpot, latency), and whether each was missed."""
+        for name, missed in misses.items():
+            setattr(self.totals, f"{name}_misses", getattr(self.totals, f"{name}_misses") + missed)
+        if audited:
+            self.totals.audited += 1
+            self.totals.audited_met += not any(misses.values())
 
     def released(self, held_s: float) -> None:
         """One request let through the gate after `held_s` seconds."""

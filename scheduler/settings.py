@@ -22,8 +22,9 @@ class SchedulerSettings(BaseModel):
     """thresholds: in force until others are pushed; profile, targets, overflow_probability: from which the policy
     `fluid` solves its first pace, when the thresholds hold none (see `cold_thresholds`); channel: the control endpoint
     (None: no live control); allow_strict: let run what is for simulation only, the paper's literal rule, which may
-    strand requests; trust_tenants: every request comes through an ingress that writes its tenant itself, so that it is
-    believed."""
+    strand requests; audit_share: of the requests to be rejected, those that are served all the same to see whether the
+    rejection was right; trust_tenants: every request comes through an ingress that writes its tenant itself, so that
+    it is believed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -33,6 +34,7 @@ class SchedulerSettings(BaseModel):
     overflow_probability: float = Field(default=0.01, gt=0, lt=1)
     channel: str | None = None
     allow_strict: bool = False
+    audit_share: float = Field(default=0.005, ge=0, le=1)
     trust_tenants: bool = False
 
     @classmethod

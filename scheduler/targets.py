@@ -248,7 +248,7 @@ class _Capacity:
         """The iteration times with which answers of each quantile of the length just meet a latency target."""
         longest = self._lengths.output_quantiles(np.linspace(0, 1, _ITERATION_TIMES)).astype(np.float64)
         steps = _PIPELINE_ITERATIONS + (longest - 1) * self._steps.depth / self._steps.tokens
-        return np.maximum(latency_s - self._prefill_s, 0.0) / steps / (1 + margin) * (1 - 1e-9)
+        return np.asarray(max(latency_s - self._prefill_s, 0.0) / steps / (1 + margin) * (1 - 1e-9))
 
     @property
     def _prefill_s(self) -> float:

@@ -13,12 +13,12 @@ upgrade moves any of it.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -34,11 +34,12 @@ from scheduler.control import InForce, ThresholdsInForce
 from scheduler.fair_queue import NOBODY_IN_PARTICULAR
 from scheduler.gate import GatedQueue
 from scheduler.messages import Gauges, InService, Report, Telemetry
-from scheduler.policies import UNKNOWN_TYPE, Resident, Residents, Snapshot, Waiting
+from scheduler.policies import UNKNOWN_TYPE, Resident, Snapshot, Waiting
 from scheduler.prefix_hits import PrefixHits
 from scheduler.profiles import load_profile
 from scheduler.recorder import Recorder
 from scheduler.refusal import Refusal
+from scheduler.running_requests import BatchWork, Life, RunningRequests, batch_work, in_admission_order
 from scheduler.settings import SchedulerSettings
 from scheduler.support import EngineSetup, require_supported
 from scheduler.thresholds import EngineLimits, Thresholds
@@ -49,30 +50,6 @@ logger = init_logger(f"vllm.headrace.{__name__}")  # below vLLM's logger, so tha
 TOO_LATE = "the first token could not come within its target any more"
 TOO_MANY = "as many requests wait as can be answered in time"
 _CUT_SHORT = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
-
-
-class BatchWork(NamedTuple):
-    """The work of one iteration: tokens computed by kind, KV tokens read, requests in the batch."""
-
-    prefill_tokens: int
-    decode_tokens: int
-    kv_tokens: int
-    batch_size: int
-
-
-@dataclass(slots=True)
-class Life:
-    """What is remembered of a request until it leaves: clock seconds, declared lengths, prompt tokens found cached.
-
-    expected, most: output tokens (infinite: not declared); first_token_s: NaN until it is out.
-    """
-
-    arrived_s: float
-    expected: float
-    most: float
-    first_token_s: float = math.nan
-    cached_tokens: int = 0
-    shared_tokens: int = 0
 
 
 class HeadraceScheduler(AsyncScheduler):
@@ -125,6 +102,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._refused: list[tuple[Request, Refusal]] = []
         self._rejecting: set[str] = set()
         self.never_refused: set[str] = set()
+        self._audit_share = settings.audit_share
         self._everyone_runs = False
         self._channel: ChannelServer | None = None
         if settings.channel:
@@ -159,7 +137,7 @@ class HeadraceScheduler(AsyncScheduler):
             output = super().schedule(throttle_prefills)
             self.latest_work = batch_work(output, self.requests)
         finally:
-            self.running = _in_admission_order(self.running, aside)
+            self.running = in_admission_order(self.running, aside)
             self.max_num_running_reqs = self._most_running
         for new in output.scheduled_new_reqs:
             life = self._lives[new.req_id]
@@ -173,14 +151,22 @@ class HeadraceScheduler(AsyncScheduler):
         rejected: dict[str, Refusal] = {}
         for request in requests:
             name = request.request_id
-            if name in self.never_refused:
-                continue
-            if name in self.gate.choices.committed:
+            if name in self.never_refused or self._is_audited(name):
+                self.gate.choices.commit(name)  # it goes on waiting for its turn
+            elif name in self.gate.choices.committed:
                 self.gate.let_through(request)
             elif name not in rejected:
                 refusal = Refusal.for_drain_time(reason, drain_s, parent_of(name) or name)
                 rejected |= dict.fromkeys(self.gate.choices.reject(name, refusal), refusal)
         self._reject(rejected)
+
+    def _is_audited(self, name: str) -> bool:
+        """Whether this request is served though it should be rejected: drawn by its id, so that a rerun agrees."""
+        if parent_of(name) is not None or name not in self._lives:
+            return False
+        drawn = int.from_bytes(hashlib.blake2b(name.encode(errors="replace"), digest_size=8, key=b"audit").digest())
+        self._lives[name].audited = drawn < self._audit_share * 2**64
+        return self._lives[name].audited
 
     def _reject(self, rejected: Mapping[str, Refusal]) -> None:
         """End requests by id; their clients hear of it with the iteration's outputs."""
@@ -201,7 +187,7 @@ class HeadraceScheduler(AsyncScheduler):
             now_s=now_s,
             waiting=self.gate.views(),
             released=self.gate.released + len(self.skipped_waiting),
-            running=_Residents(self.running, self.gate, self._lives),
+            running=RunningRequests(self.running, self.gate, self._lives),
             kv_used_tokens=round(self.kv_cache_manager.usage * capacity),
             kv_capacity_tokens=capacity,
             prompt_backlog_tokens=self._prompt_backlog(),
@@ -216,7 +202,7 @@ class HeadraceScheduler(AsyncScheduler):
         """The requests let through the gate that do not run, or not yet."""
         if not self.gate.released and not self.skipped_waiting:
             return ()
-        return _Residents([*self.gate.released_requests(), *self.skipped_waiting], self.gate, self._lives)
+        return RunningRequests([*self.gate.released_requests(), *self.skipped_waiting], self.gate, self._lives)
 
     def _prompt_backlog(self) -> int:
         """Prompt tokens left to compute of the requests that run and of those let through."""
@@ -327,11 +313,25 @@ class HeadraceScheduler(AsyncScheduler):
             shared_tokens=life.shared_tokens, ttft_s=first_s - life.arrived_s if outputs else None,
             tpot_s=(now_s - first_s) / (outputs - 1) if outputs > 1 else None,
         )
+        if request.status not in _CUT_SHORT and outputs:
+            self._judge(life, first_s, now_s, outputs)
         self._rejecting.discard(request.request_id)
         self._awaiting_first_token.pop(request.request_id, None)
         self._prefixes.forget(request.request_id)
         self.gate.forget(request)
         return super()._free_request(request, delay_free_blocks)
+
+    def _judge(self, life: Life, first_s: float, now_s: float, outputs: int) -> None:
+        """Count the targets that a completed request missed."""
+        pace = self._obeyed.thresholds.pace
+        if pace is None:
+            return
+        took_s = {
+            "ttft": (first_s - life.arrived_s, pace.ttft_s), "latency": (now_s - life.arrived_s, pace.latency_s),
+            "tpot": ((now_s - first_s) / max(outputs - 1, 1), pace.tpot_s),
+        }
+        misses = {name: target is not None and seconds > target for name, (seconds, target) in took_s.items()}
+        self.recorder.judged(misses, audited=life.audited)
 
     def known_output_tokens(self, request: Request) -> int | None:
         """The output length a client declared: `expected_output_tokens`, at most `max_tokens`; else that; else None.
@@ -397,103 +397,3 @@ def _first_thresholds(settings: SchedulerSettings, limits: EngineLimits) -> Thre
         settings.thresholds, load_profile(settings.profile).law, limits, targets=settings.targets,
         overflow_probability=settings.overflow_probability,
     )
-
-
-def batch_work(output: SchedulerOutput, requests: Mapping[str, Request]) -> BatchWork:
-    """What an iteration just scheduled will compute and read."""
-    counts, drafted = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
-    if drafted:  # a decode step then has its draft tokens too
-        prefilling = [n for name, n in counts.items() if n > 1 + len(drafted.get(name, ()))]
-    else:
-        prefilling = [n for n in counts.values() if n > 1]
-    prefill = sum(prefilling)
-    kv_tokens = sum([requests[name].num_computed_tokens for name in counts])  # counted after this iteration
-    return BatchWork(prefill, output.total_num_scheduled_tokens - prefill, kv_tokens, len(counts))
-
-
-class _RequestAsResident:
-    """A vLLM request in service, as a policy sees it."""
-
-    __slots__ = ("_request", "type_name")
-
-    def __init__(self, request: Request, type_name: str) -> None:
-        self._request, self.type_name = request, type_name
-
-    @property
-    def request_id(self) -> str:
-        name: str = self._request.request_id
-        return name
-
-    @property
-    def stage(self) -> int:
-        return _stage(self._request)
-
-    @property
-    def kv_tokens(self) -> int:
-        request = self._request
-        tokens: int = request.num_tokens + request.num_output_placeholders
-        return tokens
-
-
-class _Residents(Residents):
-    """The running requests as residents, made only when a policy looks at them."""
-
-    __slots__ = ("_gate", "_lives", "_running", "_stages")
-
-    def __init__(self, running: list[Request], gate: GatedQueue, lives: Mapping[str, Life]) -> None:
-        self._running, self._gate, self._lives = running, gate, lives
-        self._stages: list[int] | None = None  # a policy may ask for them more than once
-
-    def __len__(self) -> int:
-        return len(self._running)
-
-    def __getitem__(self, index: Any) -> Any:
-        request = self._running[index]
-        return _RequestAsResident(request, self._gate.type_of(request.request_id) or UNKNOWN_TYPE)
-
-    def __iter__(self) -> Iterator[Resident]:
-        return (self[index] for index in range(len(self._running)))
-
-    def stages(self) -> list[int]:
-        if self._stages is None:
-            self._stages = [_stage(request) for request in self._running]
-        return self._stages
-
-    def kv_tokens(self) -> list[int]:
-        return [request.num_tokens + request.num_output_placeholders for request in self._running]
-
-    def shared_kv_tokens(self) -> list[int]:
-        return [self._lives[request.request_id].shared_tokens for request in self._running]
-
-    def first_token_s(self) -> list[float]:
-        return [self._lives[request.request_id].first_token_s for request in self._running]
-
-    def expected_output_tokens(self) -> list[float]:
-        return [self._lives[request.request_id].expected for request in self._running]
-
-    def most_output_tokens(self) -> list[float]:
-        return [self._lives[request.request_id].most for request in self._running]
-
-
-def _stage(request: Request) -> int:
-    if request.is_prefill_chunk:
-        return 0
-    stage: int = request.num_output_tokens + request.num_output_placeholders
-    return stage
-
-
-def _in_admission_order(running: list[Request], aside: list[tuple[int, Request]]) -> list[Request]:
-    """Put those who sat out back in their places: vLLM preempts from the end, the latest admitted first."""
-    if not aside:
-        return running
-    places = dict(aside)
-    merged: list[Request] = []
-    others = iter(running)
-    place = 0
-    for request in others:
-        while place in places:
-            merged.append(places.pop(place))
-            place += 1
-        merged.append(request)
-        place += 1
-    return merged + list(places.values())

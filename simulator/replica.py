@@ -14,8 +14,9 @@ from vllm.v1.request import Request, RequestStatus
 
 from scheduler.law import ServiceTimeLaw
 from scheduler.refusal import Refusal
+from scheduler.running_requests import batch_work
 from scheduler.targets import Targets
-from scheduler.vllm_scheduler import HeadraceScheduler, batch_work
+from scheduler.vllm_scheduler import HeadraceScheduler
 from simulator.clients import Attempt, Returns
 from simulator.doors import Door, Load
 from simulator.in_process import block_hasher_of, iteration_results, make_request

@@ -3,8 +3,8 @@
     python benchmarks/evidence/real_traffic.py --traces FOLDER [--profile FILE] [--only REGEX] [--workers 2]
 
 Runs what is not in `--runs` yet, and writes docs/evidence/real-traffic.md from what is there; every sentence with a
-number on that page is computed here. FOLDER holds azure_conv_2023.csv, lmsys_lengths.csv and mooncake_conversation.jsonl;
-workloads whose file is absent are left out.
+number on that page is computed here. FOLDER holds azure_conv_2023.csv and mooncake_conversation.jsonl; workloads whose
+file is absent are left out.
 """
 
 from __future__ import annotations

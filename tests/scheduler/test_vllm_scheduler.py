@@ -19,11 +19,12 @@ from scheduler.law import ServiceTimeLaw
 from scheduler.messages import Arrival, Finished, Report
 from scheduler.policies.fcfs import Fcfs
 from scheduler.refusal import Refusal
+from scheduler.running_requests import _RequestAsResident, batch_work, in_admission_order
 from scheduler.settings import TENANT, TENANT_WEIGHT, SchedulerSettings
 from scheduler.support import EngineSetup, UnsupportedSetting
 from scheduler.targets import NO_TARGETS
 from scheduler.thresholds import InvalidThresholds, Thresholds
-from scheduler.vllm_scheduler import TOO_MANY, _in_admission_order, _RequestAsResident, batch_work
+from scheduler.vllm_scheduler import TOO_MANY
 
 
 def wait(n=8, **fields):
@@ -188,7 +189,7 @@ def test_admission_order_is_restored(seed):
         kept, new = others[: rng.randint(0, len(others))], []
     else:
         kept, new = others, [SimpleNamespace(name=100 + place) for place in range(rng.randint(0, 3))]
-    names = [request.name for request in _in_admission_order([*kept, *new], aside)]
+    names = [request.name for request in in_admission_order([*kept, *new], aside)]
     survivors = {request.name for request in kept} | taken
     assert names == [r.name for r in original if r.name in survivors] + [r.name for r in new]
 
@@ -932,7 +933,8 @@ def test_fluid_never_lets_memory_overflow_and_serves_everybody_without_targets()
 def test_fluid_keeps_the_iteration_within_its_time_while_nobody_is_ahead():
     """At capacity later iterations regain nothing, so that there is no time over to lend."""
     law = ServiceTimeLaw(0.004, 1e-6, 1e-4, 1e-4)
-    thresholds = {"policy": "fluid", "pace": fluid_pace(kv_limit_tokens=1023 * BLOCK, iteration_s=STEP_S, steady_s=STEP_S)}
+    pace = fluid_pace(kv_limit_tokens=1023 * BLOCK, iteration_s=STEP_S, steady_s=STEP_S)
+    thresholds = {"policy": "fluid", "pace": pace}
     engine = Engine(blocks=1024, thresholds=thresholds)
     add_many(engine, 60, "r", prompt=90, output=50)
     engine.run()

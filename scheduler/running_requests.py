@@ -1,0 +1,143 @@
+"""The requests of an engine as a policy sees them: columns of the running ones, and the work of a batch.
+
+Part of the fence around vLLM's non-public surface (`Request`, `SchedulerOutput`): `tests/scheduler/test_vllm_seam.py`
+fails when an upgrade moves it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request
+
+from scheduler.gate import GatedQueue
+from scheduler.policies import UNKNOWN_TYPE, Resident, Residents
+
+
+class BatchWork(NamedTuple):
+    """The work of one iteration: tokens computed by kind, KV tokens read, requests in the batch."""
+
+    prefill_tokens: int
+    decode_tokens: int
+    kv_tokens: int
+    batch_size: int
+
+
+@dataclass(slots=True)
+class Life:
+    """What is remembered of a request until it leaves: clock seconds, declared lengths, prompt tokens found cached.
+
+    expected, most: output tokens (infinite: not declared); first_token_s: NaN until it is out.
+    """
+
+    arrived_s: float
+    expected: float
+    most: float
+    first_token_s: float = math.nan
+    cached_tokens: int = 0
+    shared_tokens: int = 0
+    audited: bool = False
+
+
+def batch_work(output: SchedulerOutput, requests: Mapping[str, Request]) -> BatchWork:
+    """What an iteration just scheduled will compute and read."""
+    counts, drafted = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
+    if drafted:  # a decode step then has its draft tokens too
+        prefilling = [n for name, n in counts.items() if n > 1 + len(drafted.get(name, ()))]
+    else:
+        prefilling = [n for n in counts.values() if n > 1]
+    prefill = sum(prefilling)
+    kv_tokens = sum([requests[name].num_computed_tokens for name in counts])  # counted after this iteration
+    return BatchWork(prefill, output.total_num_scheduled_tokens - prefill, kv_tokens, len(counts))
+
+
+class _RequestAsResident:
+    """A vLLM request in service, as a policy sees it."""
+
+    __slots__ = ("_request", "type_name")
+
+    def __init__(self, request: Request, type_name: str) -> None:
+        self._request, self.type_name = request, type_name
+
+    @property
+    def request_id(self) -> str:
+        name: str = self._request.request_id
+        return name
+
+    @property
+    def stage(self) -> int:
+        return _stage(self._request)
+
+    @property
+    def kv_tokens(self) -> int:
+        request = self._request
+        tokens: int = request.num_tokens + request.num_output_placeholders
+        return tokens
+
+
+class RunningRequests(Residents):
+    """The running requests as residents, made only when a policy looks at them."""
+
+    __slots__ = ("_gate", "_lives", "_running", "_stages")
+
+    def __init__(self, running: list[Request], gate: GatedQueue, lives: Mapping[str, Life]) -> None:
+        self._running, self._gate, self._lives = running, gate, lives
+        self._stages: list[int] | None = None  # a policy may ask for them more than once
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def __getitem__(self, index: Any) -> Any:
+        request = self._running[index]
+        return _RequestAsResident(request, self._gate.type_of(request.request_id) or UNKNOWN_TYPE)
+
+    def __iter__(self) -> Iterator[Resident]:
+        return (self[index] for index in range(len(self._running)))
+
+    def stages(self) -> list[int]:
+        if self._stages is None:
+            self._stages = [_stage(request) for request in self._running]
+        return self._stages
+
+    def kv_tokens(self) -> list[int]:
+        return [request.num_tokens + request.num_output_placeholders for request in self._running]
+
+    def shared_kv_tokens(self) -> list[int]:
+        return [self._lives[request.request_id].shared_tokens for request in self._running]
+
+    def first_token_s(self) -> list[float]:
+        return [self._lives[request.request_id].first_token_s for request in self._running]
+
+    def expected_output_tokens(self) -> list[float]:
+        return [self._lives[request.request_id].expected for request in self._running]
+
+    def most_output_tokens(self) -> list[float]:
+        return [self._lives[request.request_id].most for request in self._running]
+
+
+def _stage(request: Request) -> int:
+    if request.is_prefill_chunk:
+        return 0
+    stage: int = request.num_output_tokens + request.num_output_placeholders
+    return stage
+
+
+def in_admission_order(running: list[Request], aside: list[tuple[int, Request]]) -> list[Request]:
+    """Put those who sat out back in their places: vLLM preempts from the end, the latest admitted first."""
+    if not aside:
+        return running
+    places = dict(aside)
+    merged: list[Request] = []
+    others = iter(running)
+    place = 0
+    for request in others:
+        while place in places:
+            merged.append(places.pop(place))
+            place += 1
+        merged.append(request)
+        place += 1
+    return merged + list(places.values())
