@@ -29,8 +29,8 @@ _HEADS = 4
 """Waiting requests whose prompts the coming iteration could begin with."""
 _LOOK_AGAIN = 8
 """Iterations after which a full replica is looked at anew, though no request has left."""
-_SPEED_MEMORY = 0.8
-_SLACK_SHARE = 2.0
+_SPEED_MEMORY, _RECENT_MEMORY = 0.8, 0.97
+_SLACK_SHARE = 1.0
 """Of the miss probability, what a prompt that uses slack may cost by expectation; most of it is made up for."""
 
 
@@ -82,6 +82,7 @@ class _Admission:
         self._projection = BatchProjection(pace)
         self._slack = None if pace.token_s is None else TpotSlack(pace.token_s, self._projection.survives)
         self._speed = 0.0
+        self._recent_s = pace.iteration_s or 0.0
         self._seen = 0
         self._full_with = 0
         self._full_for = 0
@@ -92,11 +93,14 @@ class _Admission:
         return self._full_with > 0
 
     def observe(self, snapshot: Snapshot) -> None:
-        """While the iteration-time model is a guess, correct it by the iterations measured so far."""
+        """Follow the measured iterations: their mean, and while the model is a guess, how wrong it is."""
         latest = snapshot.latest
-        if not self.pace.cold or latest is None or latest.seq == self._seen:
+        if latest is None or latest.seq == self._seen:
             return
         self._seen = latest.seq
+        self._recent_s = _RECENT_MEMORY * self._recent_s + (1 - _RECENT_MEMORY) * latest.seconds
+        if not self.pace.cold:
+            return
         predicted_s = self.pace.law.iteration_s(
             float(latest.prefill_tokens), float(latest.decode_tokens), float(latest.kv_tokens)
         )
@@ -128,7 +132,7 @@ class _Admission:
         ahead = list(islice(view.heads(), _HEADS)) if view and room < most else []
         wanted = snapshot.prompt_backlog_tokens + sum(waiting.tokens_to_compute for waiting in ahead)
         wanted_s = pace.prefill_s(min(wanted, most) - max(room, 0.0)) if room < most else 0.0
-        busy_s = max(pace.decode_iteration_s(float(running), float(read)), pace.steady_s)
+        busy_s = max(pace.decode_iteration_s(float(running), float(read)), pace.steady_s, self._recent_s)
         gain_s = (limit_s - busy_s) * pace.pipeline_depth / pace.tokens_per_step
         if wanted_s <= 0 or gain_s <= 0 or (self.is_full and view):
             self._slack.nothing_lent()

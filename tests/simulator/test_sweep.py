@@ -104,11 +104,11 @@ def test_many_keys_make_a_name_that_fits(tmp_path):
         ({"out": None}, r"out = None: "),
         ({"grid": {"policy": "wait"}}, r"grid.policy = 'wait': Input should be a valid list"),
         ({"grid": {"policy": []}}, r"grid.policy = \[\]: List should have at least 1 item"),
-        ({"grid": {"policy": ["wait", "vllm", "wait"]}}, r"grid = .*: policy has the value wait more than once"),
+        ({"grid": {"policy": ["wait", "vllm", "wait"]}}, r"grid: policy has the value wait more than once"),
         ({"grid": {"profile.d0": [1]}}, r"profile.d0 is within profile, which is 'a100-llama2-7b'; .* a mapping"),
         ({"grid": {"seed": [1]}}, r"seeds = \[1, 2\]: grid has seed as well"),
         ({"seeds": [1, 1]}, r"seeds = \[1, 1\]: seed has the value 1 more than once"),
-        ({"base": {"rate": float("inf")}}, r"base = .*: rate is inf; it must be finite numbers"),
+        ({"base": {"rate": float("inf")}}, r"base: rate is inf; it must be finite numbers"),
     ],
 )
 def test_a_bad_file_names_the_key(tmp_path, change, message):
