@@ -4,7 +4,7 @@ A model's margin covers the errors that it knows of. Requests also wait for what
 that was unlikely, time outside the engine), so their own times per token, when they end, close the loop: the margin is
 at least the one that all but the promised share of the latest requests would have needed. Each request is compared with
 the plan in force when it ended, so that a wider margin does not look like a faster engine, and the loop cannot swing.
-Only what lasts counts: the requests that a change catches unprepared are late together, and no margin would have helped.
+Only what lasts counts: requests that a change catches unprepared are late together, and no margin would have helped.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def solve_pace(
         tpot_s=targets.tpot_s, ttft_s=targets.ttft_s, latency_s=targets.latency_s,
         first_token_within_s=within.first_token_s, miss_probability=miss_probability,
         prompt_flow_tokens=known_rps * lengths.mean_prompt_tokens * reuse.computed * (iteration_s or 0.0),
-        capacity_rps=known_rps, steady_s=steady_s,
+        capacity_rps=known_rps, steady_s=steady_s, variability=capacity.decode_share,
         most_running=capacity.most_running(iteration_s), tokens_per_step=steps.tokens,
         computed_per_step=steps.computed, pipeline_depth=steps.depth,
     )
@@ -207,6 +207,11 @@ class _Capacity:
         if len(times) < len(self._branches) or not math.isfinite(rate_rps):
             return most_s or 0.0
         return max(times) if most_s is None else min(max(times), most_s)
+
+    @property
+    def decode_share(self) -> float:
+        """Of a request's work, what its prompt does not foretell."""
+        return 1 - self._prefill_work_s / self._work_s if self._work_s else 1.0
 
     def most_running(self, iteration_s: float | None) -> float:
         """Requests of mean size that memory, slots and an iteration without prompts hold."""

@@ -1,8 +1,8 @@
 """When the first tokens of waiting requests will come, and which requests are rejected because that is too late.
 
-A request's wait is the longer of two: until the prompts ahead of it are computed, and until so many running requests
-have ended that it is its turn. The first is known but for the room that iterations leave; the second is a sum of
-intervals between departures, whose mean is 1/capacity and whose variance is in the parameters.
+The requests ahead of a waiting one enter at two speeds. As many as the replica runs at capacity enter as fast as their
+prompts are computed in the room that iterations have now. Those beyond enter at the flow of prompts at capacity, since
+running requests must end for them; the part of the work that is decoding ends as randomly as a Poisson process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ITERATIONS_UNDER_WAY = 2
 """A newcomer's own iteration is composed while one runs and one more is queued with asynchronous scheduling."""
 _COLD_SHARE = 0.5
 """Of the TTFT target: how long a request waits at a cold engine before it is rejected."""
-_SURE = 1.0
+_SURE = 1.5
 """Standard deviations of the wait that a newcomer must have time for."""
 
 
@@ -90,26 +90,34 @@ class FirstToken:
         beyond = 0 if pace.queue_requests is None else max(0, waiting - pace.queue_requests)
         if limit_s is None or pace.cold or waiting <= 0:
             return beyond
-        free = 0.0 if full else max(0.0, (pace.most_running or math.inf) - running)
+        at_capacity = pace.in_service_at_capacity
+        free = 0.0 if full else max(0.0, (math.inf if at_capacity is None else at_capacity) - running)
         left = waiting
         for place, request in enumerate(islice(view.tail(), waiting)):
             tokens -= request.tokens_to_compute
             left = waiting - place - 1
             if place < beyond:
                 continue
-            wait_s = self._departures_s(left + 1 - free) if left else 0.0
-            own_s = self.own_s(request)
-            in_time_s = max(wait_s + own_s, self.own_s(request, tokens))
-            if now_s - request.since_s + in_time_s <= self._limit_s(request, limit_s):
+            wait_s = self._wait_s(left, tokens, free)
+            if now_s - request.since_s + wait_s + self.own_s(request) <= self._limit_s(request, limit_s):
                 break
             beyond = place + 1
         return beyond
 
-    def _departures_s(self, departures: float) -> float:
-        """Seconds until so many running requests have ended, all but surely."""
-        if departures <= 0 or not self.pace.capacity_rps:
+    def _wait_s(self, ahead: int, tokens: int, free: float) -> float:
+        """Seconds, all but surely, until so many requests with so many prompt tokens have entered.
+
+        free: how many of them enter before the replica is full.
+        """
+        pace, slow = self.pace, max(0.0, ahead - free)
+        if not ahead:
             return 0.0
-        return (departures + _SURE * math.sqrt(self.pace.variability * departures)) / self.pace.capacity_rps
+        wait_s = (1 - slow / ahead) * tokens / self.prompt_tokens_per_s
+        if not slow or not pace.capacity_rps:
+            return wait_s
+        flow_per_s = pace.prompt_flow_tokens / pace.iteration_s if pace.iteration_s else 0.0
+        wait_s += slow / ahead * tokens / flow_per_s if flow_per_s else slow / pace.capacity_rps
+        return wait_s + _SURE * math.sqrt(pace.variability * slow) / pace.capacity_rps
 
     def drain_s(self, waiting: int) -> float:
         """Seconds in which the fluid model serves so many."""
