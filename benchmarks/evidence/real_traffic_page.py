@@ -26,11 +26,11 @@ def write_page(path: Path, found: dict[str, dict[str, Any]], results: Results) -
     lines = [
         "# Traffic as real engines see it", "",
         f"Made by `{COMMAND}`:",
-        "vLLM's real scheduler and prefix cache in virtual time, caching on as vLLM has it by default, the controller live",
-        "from a cold start, the central 60 % of the requests measured. n is the number of seeds. Goodput in requests/s",
-        "within both targets. Bound: the fluid capacity for the very requests measured, counting only the prompt tokens",
-        "that were computed, or the offered rate if that is less. Rejection times are from arrival until the client hears,",
-        "which takes one and a half iterations at least.", "", "## What it says", "",
+        "vLLM's real scheduler and prefix cache in virtual time, caching on as vLLM has it by default, the controller",
+        "live from a cold start, the central 60 % of the requests measured. n is the number of seeds. Goodput in",
+        "requests/s within both targets. Bound: the fluid capacity for the very requests measured, counting only the",
+        "prompt tokens that were computed, or the offered rate if that is less. Rejection times are from arrival until",
+        "the client hears, which takes one and a half iterations at least.", "", "## What it says", "",
     ]
     lines += [f"- {sentence}" for name in found for sentence in _sentences(name, found[name], results)]
     for name, case in found.items():
