@@ -1,0 +1,196 @@
+"""When first tokens will come, as a pure object: which waiting requests are rejected, and how early."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from scheduler.law import ServiceTimeLaw
+from scheduler.mix import Lengths
+from scheduler.pace import Pace
+from scheduler.policies.base import QueueView, Snapshot, Waiting
+from scheduler.policies.first_token import FirstToken
+from scheduler.targets import survival_of
+
+TTFT_S = 2.0
+ITERATION_S = 0.05
+FLOW_TOKENS = 500
+"""Prompt tokens of an iteration, which takes `ITERATION_S`: 10 000 a second."""
+PACE = Pace(
+    law=ServiceTimeLaw(0.01, 0.0, 8e-5, 1e-4), survival=survival_of(Lengths.point(500, 100)), kv_limit_tokens=100_000,
+    iteration_s=ITERATION_S, ttft_s=TTFT_S, prompt_flow_tokens=float(FLOW_TOKENS),
+)
+UNDER_WAY_S = 2 * ITERATION_S
+"""What runs and what is queued when a request comes."""
+
+
+def queue_of(*requests):
+    """A queue in order of arrival; each request is its fields of `Waiting`, the prompt 500 tokens unless given."""
+    waiting = [
+        Waiting(**{"prompt_tokens": 500, "since_s": 0.0, "request_id": f"w{place}"} | fields)
+        for place, fields in enumerate(requests)
+    ]
+    tokens = sum(request.tokens_to_compute for request in waiting)
+    return QueueView(
+        len(waiting), min(request.since_s for request in waiting), lambda: iter(waiting),
+        lambda: iter(sorted(waiting, key=lambda request: request.since_s)), lambda: reversed(waiting), tokens,
+    )
+
+
+def first_token(pace=PACE, *, backlog=0, room=FLOW_TOKENS):
+    snapshot = Snapshot(
+        now_s=0.0, waiting={}, released=0, running=(), kv_used_tokens=0, kv_capacity_tokens=100_000,
+        prompt_backlog_tokens=backlog,
+    )
+    return FirstToken.of(pace, snapshot, room)
+
+
+def late(*requests, now_s, pace=PACE, backlog=0):
+    return first_token(pace, backlog=backlog).too_late(queue_of(*requests), now_s)
+
+
+def at_tail(*requests, pace=PACE, now_s=0.0, running=0, full=False, backlog=0):
+    view = queue_of(*requests)
+    return first_token(pace, backlog=backlog).beyond_limit(
+        view, now_s, waiting=view.length, tokens=view.tokens_to_compute, running=running, full=full
+    )
+
+
+def lasts_s(*, step_s=0.001, longest_s=4.0, pace=PACE, backlog=0, **fields):
+    """Seconds that a request may wait before it is too late."""
+    waits = range(round(longest_s / step_s))
+    return next(n * step_s for n in waits if late(fields, now_s=n * step_s, pace=pace, backlog=backlog))
+
+
+# Too late to wait on.
+
+
+def test_a_request_is_late_when_its_own_prompt_would_not_be_in_time_any_more():
+    assert lasts_s() == pytest.approx(TTFT_S - UNDER_WAY_S - 500 / 10_000, abs=0.002)
+    assert lasts_s(prompt_tokens=5000) == pytest.approx(TTFT_S - UNDER_WAY_S - 0.5, abs=0.002)
+
+
+def test_prompts_in_progress_make_a_request_late_earlier():
+    assert lasts_s() - lasts_s(backlog=8000) == pytest.approx(0.8, abs=0.002)
+    assert late({}, now_s=0.0, backlog=20_000) == {"w0"}, "at arrival, if that many are in progress"
+
+
+def test_what_the_prefix_cache_holds_of_a_prompt_takes_no_time():
+    assert lasts_s(prompt_tokens=10_000, cached_tokens=9500) == pytest.approx(lasts_s(), abs=0.002)
+    assert late({"prompt_tokens": 25_000}, now_s=0.0) == {"w0"}
+    assert not late({"prompt_tokens": 25_000, "cached_tokens": 24_000}, now_s=0.0)
+
+
+def test_only_those_that_are_late_are_named():
+    waits = [{"since_s": 0.0}, {"since_s": 1.9}, {"since_s": 0.1}]
+    assert late(*waits, now_s=1.96) == {"w0", "w2"}
+
+
+def test_without_a_target_for_the_first_token_no_request_is_late():
+    free = replace(PACE, ttft_s=None)
+    assert not late({}, now_s=1e6, pace=free, backlog=10**6)
+    assert at_tail(*[{"prompt_tokens": 50_000}] * 50, pace=free, full=True) == 0
+
+
+# A declared length under a latency target.
+
+LATENCY = replace(PACE, ttft_s=None, latency_s=6.0, first_token_within_s=4.0)
+
+
+def test_a_declared_length_leaves_less_time_for_the_first_token():
+    own_s = UNDER_WAY_S + 500 / 10_000
+    assert lasts_s(pace=LATENCY) == pytest.approx(4.0 - own_s, abs=0.002), "undeclared: the plan's"
+    assert lasts_s(pace=LATENCY, expected_output_tokens=81.0) == pytest.approx(6.0 - 80 * 0.05 - own_s, abs=0.002)
+    assert late({"expected_output_tokens": 131.0}, now_s=0.0, pace=LATENCY), "131 tokens of 50 ms are too many"
+
+
+def test_with_both_targets_the_nearer_one_holds():
+    both = replace(LATENCY, ttft_s=1.0, first_token_within_s=1.0)
+    own_s = UNDER_WAY_S + 500 / 10_000
+    assert lasts_s(pace=both, expected_output_tokens=11.0) == pytest.approx(1.0 - own_s, abs=0.002)
+    assert lasts_s(pace=both, expected_output_tokens=109.0) == pytest.approx(6.0 - 108 * 0.05 - own_s, abs=0.002)
+
+
+def test_the_tail_is_held_to_the_declared_length_too():
+    assert at_tail({}, pace=LATENCY) == 0
+    assert at_tail({"expected_output_tokens": 121.0}, pace=LATENCY) == 1
+
+
+# The tail, at arrival.
+
+
+def test_the_tail_of_a_long_queue_of_long_prompts_is_rejected_at_arrival_and_the_head_is_not():
+    """At 10 000 tokens per second 2 s are time for 1.9 s of prompts, which nine prompts of 2 000 tokens are."""
+    beyond = at_tail(*[{"prompt_tokens": 2000}] * 30)
+    assert beyond == 30 - 9
+    assert not late(*[{"prompt_tokens": 2000}] * 30, now_s=0.0), "the head is not too late"
+    assert at_tail(*[{"prompt_tokens": 2000}] * 9) == 0
+
+
+def test_prompts_in_progress_count_at_the_tail_as_well():
+    assert at_tail(*[{"prompt_tokens": 2000}] * 9, backlog=6000) == 3
+
+
+def test_cached_prompts_are_early_at_the_tail_too():
+    assert at_tail(*[{"prompt_tokens": 2000, "cached_tokens": 1900}] * 30) == 0
+
+
+def test_when_full_departures_count_and_otherwise_they_do_not():
+    """At two departures per second (and no variance) the third in the queue is still in time, of 1.85 s to wait."""
+    pace = replace(PACE, capacity_rps=2.0, variability=0.0)
+    assert at_tail(*[{}] * 10, pace=pace, full=True) == 10 - 3
+    assert at_tail(*[{}] * 10, pace=pace, full=False) == 0
+    assert at_tail(*[{}] * 10, pace=replace(pace, capacity_rps=20.0), full=True) == 0
+    assert at_tail(*[{}] * 10, pace=replace(pace, capacity_rps=0.0), full=True) == 0, "a capacity that is not known"
+
+
+def test_places_that_are_free_need_no_departure():
+    pace = replace(PACE, capacity_rps=2.0, variability=0.0, most_running=20.0)
+    assert at_tail(*[{}] * 10, pace=pace, running=10) == 0
+    assert at_tail(*[{}] * 10, pace=pace, running=16) == 10 - 3 - 4
+
+
+def test_the_more_departures_vary_the_earlier_the_tail_is_rejected():
+    pace = replace(PACE, capacity_rps=10.0, variability=0.0)
+    steady, bursty = (
+        at_tail(*[{}] * 30, pace=replace(pace, variability=variability), full=True) for variability in (0.0, 4.0)
+    )
+    assert 0 < steady < bursty < 30
+
+
+def test_the_queue_limit_holds_whatever_the_time():
+    assert at_tail(*[{"prompt_tokens": 10}] * 9, pace=replace(PACE, queue_requests=5)) == 4
+
+
+# A cold engine.
+
+COLD = replace(PACE, cold=True)
+
+
+def test_a_cold_engine_rejects_no_request_before_half_of_its_ttft_target_and_then_does():
+    hopeless = {"prompt_tokens": 50_000}
+    assert lasts_s(pace=COLD, backlog=10**6, **hopeless) == pytest.approx(TTFT_S / 2, abs=0.002)
+    assert lasts_s(pace=COLD, prompt_tokens=1) == pytest.approx(TTFT_S / 2, abs=0.002)
+
+
+def test_a_cold_engine_rejects_no_request_at_its_tail():
+    assert at_tail(*[{"prompt_tokens": 50_000}] * 30, pace=replace(COLD, capacity_rps=1.0), full=True) == 0
+
+
+# Rates.
+
+
+def test_prompts_that_take_no_time_of_their_own_are_in_time():
+    unlimited = first_token(replace(PACE, law=ServiceTimeLaw(0.01, 0.0, 1e-4, 1e-4)), room=math.inf)
+    assert unlimited.own_s(Waiting(1000, 0.0)) == pytest.approx(2 * 0.01 + 1000 * 1e-4, rel=0.02)
+
+
+def test_a_pipeline_s_steps_under_way_delay_the_first_token():
+    deep = first_token(replace(PACE, pipeline_depth=4))
+    assert deep.own_s(Waiting(500, 0.0)) - first_token().own_s(Waiting(500, 0.0)) == pytest.approx(3 * ITERATION_S)
+
+
+def test_more_room_than_the_plan_s_makes_first_tokens_earlier():
+    usual, roomy = first_token(), first_token(room=4 * FLOW_TOKENS)
+    long = Waiting(20_000, 0.0)
+    assert roomy.own_s(long) - roomy.iteration_s * 2 <= usual.own_s(long) - usual.iteration_s * 2
