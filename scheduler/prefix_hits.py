@@ -36,7 +36,8 @@ class PrefixHits:
         known = self._known.get(request.request_id)
         if known is not None and self._step - known[0] < _ASK_AGAIN:
             return known[1], known[2]
-        blocks, cached, _ = self._manager.get_computed_blocks(request)
+        blocks, found, _ = self._manager.get_computed_blocks(request)
+        cached = min(found, request.num_prompt_tokens)  # of a preempted request, output may be cached as well
         held = sum(1 for block in blocks.blocks[0] if block.ref_cnt > 0) if cached else 0
         self._known[request.request_id] = (self._step, cached, min(held * self._block_tokens, cached))
         return cached, min(held * self._block_tokens, cached)

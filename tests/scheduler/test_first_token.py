@@ -135,23 +135,28 @@ def test_cached_prompts_are_early_at_the_tail_too():
     assert at_tail(*[{"prompt_tokens": 2000, "cached_tokens": 1900}] * 30) == 0
 
 
-def test_when_full_departures_count_and_otherwise_they_do_not():
-    """At two departures per second (and no variance) the third in the queue is still in time, of 1.85 s to wait."""
-    pace = replace(PACE, capacity_rps=2.0, variability=0.0)
-    assert at_tail(*[{}] * 10, pace=pace, full=True) == 10 - 3
-    assert at_tail(*[{}] * 10, pace=pace, full=False) == 0
-    assert at_tail(*[{}] * 10, pace=replace(pace, capacity_rps=20.0), full=True) == 0
-    assert at_tail(*[{}] * 10, pace=replace(pace, capacity_rps=0.0), full=True) == 0, "a capacity that is not known"
+def serving(capacity_rps):
+    """A replica of that capacity, whose flow of prompts of 500 tokens follows from it; nothing varies."""
+    flow = capacity_rps * 500 * ITERATION_S
+    return replace(PACE, capacity_rps=capacity_rps, prompt_flow_tokens=flow, variability=0.0)
 
 
-def test_places_that_are_free_need_no_departure():
-    pace = replace(PACE, capacity_rps=2.0, variability=0.0, most_running=20.0)
-    assert at_tail(*[{}] * 10, pace=pace, running=10) == 0
-    assert at_tail(*[{}] * 10, pace=pace, running=16) == 10 - 3 - 4
+def test_when_full_requests_enter_as_fast_as_others_end_and_otherwise_as_fast_as_prompts_are_computed():
+    """At two a second the one behind three waits 1.5 s of the 1.85 s that it can; ten are running at capacity."""
+    assert at_tail(*[{}] * 10, pace=serving(2.0), full=True) == 10 - 4
+    assert at_tail(*[{}] * 10, pace=serving(2.0), full=False) == 0
+    assert at_tail(*[{}] * 10, pace=serving(20.0), full=True) == 0
+    assert at_tail(*[{}] * 10, pace=replace(PACE, capacity_rps=0.0), full=True) == 0, "a capacity that is not known"
+
+
+def test_places_that_are_free_are_filled_at_once():
+    """Four of ten are free: the one behind seven waits for three departures, and for the prompts of four."""
+    assert at_tail(*[{}] * 10, pace=serving(2.0), running=0) == 0
+    assert at_tail(*[{}] * 10, pace=serving(2.0), running=6) == 10 - 8
 
 
 def test_the_more_departures_vary_the_earlier_the_tail_is_rejected():
-    pace = replace(PACE, capacity_rps=10.0, variability=0.0)
+    pace = serving(10.0)
     steady, bursty = (
         at_tail(*[{}] * 30, pace=replace(pace, variability=variability), full=True) for variability in (0.0, 4.0)
     )

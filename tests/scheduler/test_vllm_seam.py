@@ -7,6 +7,8 @@ import pytest
 import vllm
 from engine_harness import Engine
 from vllm.sampling_params import SamplingParams
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy, create_request_queue
@@ -195,3 +197,10 @@ def test_a_choice_s_id_tells_its_request():
         name, params = parent.get_child_info(index)
         assert parent_of(name) == request.request_id and params.n == 1
     assert "parent_request.get_child_info(idx)" in inspect.getsource(AsyncLLM.add_request)
+
+
+def test_the_block_manager_tells_what_the_prefix_cache_holds():
+    """`scheduler.prefix_hits` asks it for a waiting request's cached blocks and how many requests hold each."""
+    assert list(inspect.signature(KVCacheManager.get_computed_blocks).parameters) == ["self", "request"]
+    assert "ref_cnt" in {field.name for field in fields(KVCacheBlock)}
+    assert "num_waiting_for_streaming_input" in inspect.getsource(Scheduler.__init__)

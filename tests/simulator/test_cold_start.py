@@ -33,7 +33,7 @@ def test_below_capacity_no_request_is_rejected(load, factor):
 @pytest.mark.parametrize("factor", [1, 2])
 def test_of_a_burst_beyond_capacity_those_rejected_hear_of_it_within_half_of_their_target(factor):
     summary = first_seconds(10.0, 2.5, factor)
-    assert summary["rejected"] >= 10
+    assert summary["rejected"] >= 5
     assert summary["rejection_p99_s"] <= TTFT_S / 2 + NOTICED_S
     assert summary["served_ttft_miss_fraction"] == 0
     assert summary["served_tpot_miss_fraction"] <= 0.02
