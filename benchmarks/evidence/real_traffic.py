@@ -38,12 +38,19 @@ def cases(traces: Path, profile: str) -> dict[str, dict[str, Any]]:
         "Mooncake conversation, 50 ms": {
             "options": {"trace": str(traces / "mooncake_conversation.jsonl"), "requests": 2000, "arrivals": "replay",
                         "max_prompt_tokens": 16000, "slo_ttft_s": 3, "slo_tpot_s": 0.05} | eight,
-            "rate_rps": 1.5,
+            "rate_rps": 1.5, "remark": (
+                "Many requests of the trace share a time of arrival. Stretching the trace keeps these bunches,",
+                "and at any mean rate some hold more prompt tokens than the TTFT target has time for. The",
+                "bound knows of mean rates only, so that below load 1 no rule can reach it.",
+            ),
         },
         "sessions, 50 ms": {
             "options": {"lengths": "sessions:turns=5,system=800,first=200~1,turn=120~1,output=250~1,think=20",
                         "requests": 4000, "slo_ttft_s": 3, "slo_tpot_s": 0.05} | eight,
-            "rate_rps": 11.0,
+            "rate_rps": 11.0, "remark": (
+                "A rejected turn leaves its history uncached, so beyond capacity prefix hits fall, and the bound",
+                "with them.",
+            ),
         },
         "lmsys lengths, 50 ms": {
             "options": {"lengths": "lmsys", "requests": 4000, "slo_ttft_s": 3, "slo_tpot_s": 0.05,

@@ -35,6 +35,7 @@ def write_page(path: Path, found: dict[str, dict[str, Any]], results: Results) -
     lines += [f"- {sentence}" for name in found for sentence in _sentences(name, found[name], results)]
     for name, case in found.items():
         lines += ["", f"## {name}", "", f"Load 1 stands for {case['rate_rps']:g} requests/s.", ""]
+        lines += [*case["remark"], ""] if "remark" in case else []
         lines += _grid(name, case, results)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
