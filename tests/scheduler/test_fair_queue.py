@@ -244,8 +244,11 @@ def test_a_tenant_that_still_owes_is_remembered_and_comes_back_owing():
 
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 3), st.integers(1, 300)), max_size=60))
-def test_forgetting_changes_no_turn(events):
-    """The same events with and without a ledger that forgets: the same requests are served in the same order."""
+def test_forgetting_moves_no_tenant_by_more_than_a_turn(events):
+    """The same events with and without a ledger that forgets: at any time each tenant was served as often, or one less.
+
+    Those that are forgotten and a newcomer start level, where a ledger that remembers may put the newcomer first.
+    """
     forgets, remembers = Desk(), Desk()
     remembers.ledger._forget_gone = lambda: None
     for desk in (forgets, remembers):
@@ -258,7 +261,9 @@ def test_forgetting_changes_no_turn(events):
                 desk.produce(tokens, desk.order[-1])
             elif desk.in_service:
                 desk.end(next(iter(desk.in_service)))
-    assert forgets.order == remembers.order
+    for served in range(len(remembers.order)):
+        counts = [Counter(name[0] for name in desk.order[: served + 1]) for desk in (forgets, remembers)]
+        assert all(abs(counts[0][tenant] - counts[1][tenant]) <= 1 for tenant in "abcd")
 
 
 def test_a_removed_request_is_gone_and_costs_its_tenant_nothing():
