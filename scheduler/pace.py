@@ -32,8 +32,7 @@ class Pace:
     latency target leaves it (None: any time).
     queue_requests: how many waiting requests are of use (None: any number). prompt_flow_tokens: prompt tokens that an
     iteration computes at capacity; capacity_rps: requests per second served then (0: not known). steady_s: an
-    iteration's expected time at the present load (0: not known). most_running: requests that fit memory, slots and time
-    when no prompt is computed (0: not known). variability: variance over mean of the number of
+    iteration's expected time at the present load (0: not known). variability: variance over mean of the number of
     requests that are served in a while.
 
     tokens_per_step: output tokens that a request gains in an iteration that advances it, computed_per_step: tokens
@@ -59,7 +58,6 @@ class Pace:
     prompt_flow_tokens: Real = 0.0
     capacity_rps: Real = 0.0
     steady_s: Real = 0.0
-    most_running: Real = 0.0
     variability: Real = 1.0
     tokens_per_step: Real = 1.0
     computed_per_step: Real = 1.0
@@ -82,8 +80,7 @@ class Pace:
             if value is not None:
                 require_number(name, value, allow_zero=False)
         for name in (
-            "overflow_z", "prompt_flow_tokens", "capacity_rps", "steady_s", "most_running", "variability",
-            "miss_probability",
+            "overflow_z", "prompt_flow_tokens", "capacity_rps", "steady_s", "variability", "miss_probability",
         ):
             require_number(name, getattr(self, name))
         for name in ("tokens_per_step", "computed_per_step", "pipeline_depth"):

@@ -119,8 +119,7 @@ def solve_pace(
         first_token_within_s=within.first_token_s, miss_probability=miss_probability,
         prompt_flow_tokens=known_rps * lengths.mean_prompt_tokens * reuse.computed * (iteration_s or 0.0),
         capacity_rps=known_rps, steady_s=steady_s, variability=capacity.decode_share,
-        most_running=capacity.most_running(iteration_s), tokens_per_step=steps.tokens,
-        computed_per_step=steps.computed, pipeline_depth=steps.depth,
+        tokens_per_step=steps.tokens, computed_per_step=steps.computed, pipeline_depth=steps.depth,
     )
     soon = 1.0
     if within.first_token_s is not None:
@@ -212,15 +211,6 @@ class _Capacity:
     def decode_share(self) -> float:
         """Of a request's work, what its prompt does not foretell."""
         return 1 - self._prefill_work_s / self._work_s if self._work_s else 1.0
-
-    def most_running(self, iteration_s: float | None) -> float:
-        """Requests of mean size that memory, slots and an iteration without prompts hold."""
-        law, kv = self._law, self._lengths.mean_resident_kv_tokens
-        most = min(float(self._slots), self.kv_limit_tokens / kv)
-        each_s = (law.d3_s_per_decode_token * self._steps.computed + law.d1_s_per_kv_token * kv) / self._steps.depth
-        if iteration_s is None or not each_s:
-            return most
-        return min(most, max(1.0, (iteration_s - law.d0_s) / each_s))
 
     def within_latency(self, token_s: float | None, targets: Targets, margin: float) -> _Within:
         """The iteration time with the most requests in time: (first token) + (l' − 1)·(time per token) <= latency.

@@ -142,6 +142,11 @@ class Snapshot:
     latest: Iteration | None = None
 
     @property
+    def read_tokens(self) -> int:
+        """KV tokens that the running requests' attention reads."""
+        return self.kv_used_tokens if self.kv_read_tokens is None else self.kv_read_tokens
+
+    @property
     def idle(self) -> bool:
         """True when the engine has nothing at all to run."""
         return not self.running and not self.released

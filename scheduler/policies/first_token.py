@@ -35,7 +35,7 @@ class FirstToken:
     def of(cls, pace: Pace, snapshot: Snapshot, room: float) -> FirstToken:
         """From the state of the engine and the prompt tokens for which the coming iteration has time."""
         running = len(snapshot.running)
-        read = float(snapshot.kv_used_tokens if snapshot.kv_read_tokens is None else snapshot.kv_read_tokens)
+        read = float(snapshot.read_tokens)
         most = math.inf if snapshot.most_tokens is None else max(1.0, float(snapshot.most_tokens - running))
         chunk = min(max(room, pace.prompt_flow_tokens), most)
         if math.isinf(chunk):

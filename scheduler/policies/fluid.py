@@ -18,7 +18,7 @@ from itertools import islice
 import numpy as np
 
 from scheduler.pace import Pace
-from scheduler.policies.base import Decision, Policy, QueueView, Residents, Snapshot, Waiting, stages_of
+from scheduler.policies.base import Decision, Policy, QueueView, Residents, Snapshot, stages_of
 from scheduler.policies.batch_projection import BatchProjection, Columns
 from scheduler.policies.first_token import FirstToken
 from scheduler.policies.tpot_slack import TpotSlack
@@ -53,7 +53,7 @@ class Fluid(Policy):
         room = admission.prompt_room(snapshot, view)
         if not view:
             return Decision(token_budget=admission.budget(snapshot, room))
-        first = admission.first_token(snapshot, room)
+        first = FirstToken.of(admission.pace, snapshot, room)
         late = first.too_late(view, snapshot.now_s)
         admitted, tokens, cached = admission.admitted(view, late, slots, snapshot, room)
         budget = admission.budget(snapshot, room, cached)
@@ -125,7 +125,7 @@ class _Admission:
         pace, running, limit_s = self.pace, len(snapshot.running), self._iteration_s
         if limit_s is None:
             return math.inf
-        read = snapshot.kv_used_tokens if snapshot.kv_read_tokens is None else snapshot.kv_read_tokens
+        read = snapshot.read_tokens
         room = pace.prompt_tokens_within(limit_s, running, read)
         assert self._slack is not None
         most = math.inf if snapshot.most_tokens is None else max(0.0, snapshot.most_tokens - running)
@@ -154,10 +154,6 @@ class _Admission:
         decodes = math.ceil(len(snapshot.running) * self.pace.computed_per_step)
         return decodes + int(max(_SMALLEST_CHUNK, room - read) + 1e-6)
 
-    def first_token(self, snapshot: Snapshot, room: float) -> FirstToken:
-        """When first tokens will come, from the state and the room for prompts."""
-        return FirstToken.of(self.pace, snapshot, room)
-
     def admitted(
         self, view: QueueView, late: Collection[str], slots: int, snapshot: Snapshot, room: float
     ) -> tuple[int, int, int]:
@@ -176,7 +172,7 @@ class _Admission:
                 continue
             if admitted >= slots or (prompts <= 0 and admitted + taken):
                 break
-            if admitted + taken and not self._fits(waiting):
+            if admitted + taken and not self._projection.fits(waiting, self._iteration_s):
                 self._full_with, self._full_for = admitted + taken, 0
                 break
             self._projection.add(waiting)
@@ -185,9 +181,6 @@ class _Admission:
             cached += waiting.cached_tokens
             admitted += 1
         return admitted, tokens, cached
-
-    def _fits(self, waiting: Waiting) -> bool:
-        return self._projection.fits(waiting, self._iteration_s)
 
     def _reset_projection(self, snapshot: Snapshot) -> None:
         columns = Columns(snapshot.running)
