@@ -163,7 +163,7 @@ def doctor_table(result: dict[str, Any]) -> Iterator[Any]:
 
 
 def _counts(entry: dict[str, Any]) -> str:
-    types = [f"{item['name']}: {item['n']}" for item in entry["types"]]
+    types = [f"{item['name']}: {'open' if item['n'] is None else item['n']}" for item in entry["types"]]
     segments = [f"to {item['end_output_tokens']}: {item['n']}" for item in entry["segments"]]
     return ", ".join(types + segments) or "none"
 

@@ -260,14 +260,14 @@ def _survival_at(pace: Pace, at: list[int]) -> NDArray[np.float64]:
 
 
 def _counts(thresholds: Thresholds) -> list[int]:
-    counts = [entry.n for entry in thresholds.types] + [segment.n for segment in thresholds.segments]
+    counts = [entry.n or 0 for entry in thresholds.types] + [segment.n for segment in thresholds.segments]
     return [*counts, thresholds.max_in_service or 0]
 
 
 def _without_counts(thresholds: Thresholds) -> Thresholds:
     return replace(
         thresholds,
-        types=tuple(replace(entry, n=1) for entry in thresholds.types),
+        types=tuple(replace(entry, n=entry.n and 1) for entry in thresholds.types),  # an open gate differs from any
         segments=tuple(replace(segment, n=1) for segment in thresholds.segments),
         max_in_service=None if thresholds.max_in_service is None else 1,
     )

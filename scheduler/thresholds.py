@@ -69,12 +69,15 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TypeThreshold:
-    """WAIT's n_j for one type: requests whose lengths lie within both (inclusive) bounds; None means no bound."""
+    """WAIT's n_j for one type: requests whose lengths lie within both (inclusive) bounds; None means no bound.
+
+    n: None is an open gate, through which every request goes at once.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     name: str
-    n: Count
+    n: Count | None
     max_prompt_tokens: Count | None = None
     max_output_tokens: Count | None = None
 
@@ -142,7 +145,8 @@ class Thresholds:
         for index, entry in enumerate(self.types):
             usable = entry.name not in ("", UNKNOWN_TYPE)
             _require(usable, f"types[{index}].name", entry.name, f"a non-empty name other than {UNKNOWN_TYPE!r}")
-            self._check_count(f"types[{index}].n", entry.n)
+            if entry.n is not None:
+                self._check_count(f"types[{index}].n", entry.n)
             for field in ("max_prompt_tokens", "max_output_tokens"):
                 value = getattr(entry, field)
                 _require(value is None or value >= 1, f"types[{index}].{field}", value, "an integer >= 1, or null")
@@ -176,7 +180,7 @@ class Thresholds:
             f"the engine seats max_num_seqs = {limits.max_num_seqs} requests and its KV cache holds "
             f"{limits.kv_capacity_tokens} tokens in blocks of {limits.block_tokens}"
         )
-        counts = [(f"types[{i}].n", entry.n) for i, entry in enumerate(self.types)]
+        counts = [(f"types[{i}].n", entry.n) for i, entry in enumerate(self.types) if entry.n is not None]
         counts += [(f"segments[{i}].n", entry.n) for i, entry in enumerate(self.segments)]
         if self.max_in_service is not None:
             counts.append(("max_in_service", self.max_in_service))

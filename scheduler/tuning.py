@@ -166,9 +166,11 @@ class _Solver:
         if known:
             # The load of requests of unknown length counts in the rate conditions, though segments gate them.
             solution = wait_thresholds(self._mix, self._law, self._limits.kv_capacity_tokens)
-            counts = [1] * len(self._mix.types) if isinstance(solution, Infeasible) else list(solution.n)
+            # Without feasible counts the gates stand open: any whole count would throttle what enters.
+            feasible = () if isinstance(solution, Infeasible) else solution.n
+            counts = [min(n, cap) for n in feasible] or [None] * len(self._mix.types)
             types = tuple(
-                TypeThreshold(name=t.name, n=min(n, cap), max_output_tokens=_bound_of(t, last=t is known[-1]))
+                TypeThreshold(name=t.name, n=n, max_output_tokens=_bound_of(t, last=t is known[-1]))
                 for t, n in zip(self._mix.types, counts, strict=True)
                 if t.name != UNKNOWN_TYPE
             )
@@ -235,7 +237,7 @@ def _in_words(equilibrium: FluidEquilibrium, rate_rps: float) -> str:
     return f"{load}, {equilibrium.reason}" if equilibrium.reason else load
 
 
-def _solution_in_words(rule: str, solution: object, n: list[int]) -> str:
+def _solution_in_words(rule: str, solution: object, n: Sequence[int | None]) -> str:
     if isinstance(solution, Infeasible):
         return f"{rule} is infeasible ({solution.reason}): the gates stay open"
     return f"{rule} n = {', '.join(str(count) for count in n)}"

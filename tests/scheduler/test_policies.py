@@ -255,6 +255,18 @@ def test_wait_lets_an_incomplete_group_in_when_its_hold_is_over():
     assert policy.decide(snapshot(now_s=10.5, running=BUSY, short=(3, 10.0))).admit == {"short": 3}
 
 
+@pytest.mark.parametrize("mode", ["serving", "strict"])
+def test_an_open_gate_of_wait_lets_every_request_in_at_once(mode):
+    policy = policy_of("wait", types=types(free=None, short=4), mode=mode, max_hold_s=1.0)
+    running = [*residents(1, 1, 5, type_name="free"), *residents(2, type_name="short")]
+    decision = policy.decide(snapshot(running=running, free=9, short=4))
+    assert decision.admit == {"free": 9, "short": 4} and not decision.sit_out
+    assert policy.decide(snapshot(running=running, free=1)).admit == {"free": 1}
+    assert {name for name in policy.decide(snapshot(running=running)).sit_out if name.startswith("free")} == set()
+    capped = policy_of("wait", types=types(free=None), mode=mode, max_in_service=6)
+    assert capped.decide(snapshot(running=residents(1, 1, type_name="free"), free=9)).admit == {"free": 4}
+
+
 def test_wait_keeps_a_group_together_while_seats_are_short_but_not_beyond_its_hold():
     policy = policy_of("wait", types=types(short=4), max_in_service=5, max_hold_s=0.5)
     three = residents(1, 1, 1)

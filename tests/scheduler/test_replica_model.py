@@ -302,7 +302,7 @@ def test_overload_with_declared_lengths_opens_every_gate() -> None:
     small = replace(LIMITS, kv_capacity_tokens=6000)
     lengths = [(58, 147), (100, 50)]
     proposal = proposal_for(SyntheticEngine(limits=small), WAIT, lengths, every_s=1 / 128, declared=True)
-    assert [entry.n for entry in proposal.thresholds.types] == [1, 1]
+    assert [entry.n for entry in proposal.thresholds.types] == [None, None]
     assert "WAIT is infeasible" in proposal.reason
     assert proposal.thresholds.max_in_service is not None
 
@@ -383,6 +383,8 @@ def nested(*counts: int, cap: int | None = 100, first_end: int = 32, **changes: 
         (Thresholds(max_in_service=1), Thresholds(), True),
         (Thresholds(), Thresholds(max_in_service=1), True),
         (Thresholds(policy="wait"), Thresholds(), True),
+        (Thresholds(policy="wait", types=(TypeThreshold(name="a", n=None),)),
+         Thresholds(policy="wait", types=(TypeThreshold(name="a", n=1),)), True),
     ],
 )
 def test_only_changes_beyond_noise_are_material(proposed: Thresholds, in_force: Thresholds, different: bool) -> None:
