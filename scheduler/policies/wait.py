@@ -48,11 +48,18 @@ class Wait(Policy):
         admit: dict[str, int] = {}
         # Oldest first, so that the last free seats go to whoever has waited longest.
         for type_name, view in sorted(snapshot.waiting.items(), key=lambda item: item[1].oldest_since_s):
-            n = self._n[type_name] if type_name in self._n else self._segments.entry_n
-            full = n is None or min(view.length, seats) >= n
-            if seats and (full or snapshot.idle or self.hold_is_over(view, snapshot)):
-                admit[type_name] = min(n or view.length, view.length, seats)
-                seats -= admit[type_name]
+            at_once = snapshot.idle or self.hold_is_over(view, snapshot)
+            if type_name in self._n:
+                able = min(view.length, seats)
+                n = self._n[type_name] or able
+                entering = min(n, able) if able >= n or at_once else 0
+            else:
+                entering = self._segments.entering(view.length, seats, at_once=at_once)
+            if entering:
+                admit[type_name] = entering
+                seats -= entering
+        if UNKNOWN_TYPE not in snapshot.waiting:
+            self._segments.entering(0, seats, at_once=False)
         return Decision(admit, self._segments.sit_out(snapshot, entering=bool(admit)))
 
     def _decide_strictly(self, snapshot: Snapshot) -> Decision:
