@@ -27,7 +27,7 @@ from router.tenants import TenantConfig
 from scheduler.profiles import load_profile
 from scheduler.replica_model import MIN_FINISHED, WINDOW_S
 from scheduler.support import EngineSetup, require_supported
-from scheduler.targets import NO_TARGETS, Targets
+from scheduler.targets import NO_TARGETS, Targets, require_reachable
 from scheduler.thresholds import Thresholds, parse_thresholds
 from scheduler.validation import describe
 
@@ -150,6 +150,13 @@ class AppConfig(_Strict):
     def _supported(self) -> Self:
         setup = EngineSetup.from_engine_args(self.engine, self.targets, controller=self.controller.enabled)
         require_supported(setup, self.thresholds)
+        return self
+
+    @model_validator(mode="after")
+    def _targets_can_be_met(self) -> Self:
+        """Judged by the law of a profile that the file names; one that is only the default says nothing of it."""
+        if "profile" in self.controller.model_fields_set:
+            require_reachable(self.targets, load_profile(self.controller.profile).law)
         return self
 
     @property

@@ -54,6 +54,28 @@ class Targets:
 NO_TARGETS = Targets()
 
 
+class UnreachableTarget(ValueError):
+    """A target below what one request alone needs; the message names it, its value and what is allowed."""
+
+
+def require_reachable(targets: Targets, law: ServiceTimeLaw) -> None:
+    """Do nothing where one request of one token, alone on a replica, would meet every target.
+
+    Raises:
+        UnreachableTarget: it would not, so that no request ever can.
+    """
+    first_s, next_s = law.iteration_s(1.0, 0.0, 1.0), law.iteration_s(0.0, 1.0, 1.0)
+    for name, alone_s, what in (
+        ("ttft_s", first_s, "the first token"), ("tpot_s", next_s, "a token"), ("latency_s", first_s, "an answer"),
+    ):
+        target_s = getattr(targets, name)
+        if target_s is not None and target_s < alone_s:
+            raise UnreachableTarget(
+                f"targets.{name} = {target_s:g} is below the {alone_s:.4g} s that {what} takes one request alone; "
+                f"allowed: at least that"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class Steps:
     """How output tokens and iterations go together, as measured.
@@ -76,7 +98,7 @@ class Promise:
 
     binding: memory, slots, TPOT target, TTFT target, latency target or nothing. in_time: share of requests whose
     lengths allow them to meet every target. tpot_margin: how far, relative to them, iterations stay below `tpot_s`, the
-    TPOT target.
+    TPOT target. alone_s: where the target is below what one mean request alone takes per token, these seconds.
     """
 
     pace: Pace
@@ -88,6 +110,7 @@ class Promise:
     tpot_margin: float
     tpot_s: float | None
     equilibrium: FluidEquilibrium
+    alone_s: float | None = None
 
 
 def solve_pace(
@@ -109,8 +132,12 @@ def solve_pace(
     within = capacity.within_latency(token_s, targets, margin)
     iteration_s = within.iteration_s
     served_rps, limit = capacity.at(iteration_s)
-    load = mix.rate_rps / served_rps if served_rps > 0 else math.inf
     known_rps = served_rps if math.isfinite(served_rps) else 0.0
+    planned_s = None if token_s is None else capacity.iteration_of(token_s)
+    reachable = iteration_s is None or planned_s is None or planned_s >= capacity.alone_s
+    if not reachable:  # the engine plans for one request alone, and what is promised is what the target leaves
+        served_rps, limit = capacity.at(planned_s)
+    load = mix.rate_rps / served_rps if served_rps > 0 else math.inf
     steady_s = capacity.iteration_s(min(mix.rate_rps, served_rps), iteration_s)
     pace = Pace(
         law=law, survival=survival_of(lengths), kv_limit_tokens=capacity.kv_limit_tokens,
@@ -135,7 +162,8 @@ def solve_pace(
         binding = "nothing"
     goodput = min(mix.rate_rps * soon, served_rps) * within.share
     return Promise(
-        pace, served_rps, load, binding, goodput, soon * within.share, margin, targets.tpot_s, capacity.fluid
+        pace, served_rps, load, binding, goodput, soon * within.share, margin, targets.tpot_s, capacity.fluid,
+        alone_s=None if reachable else capacity.alone_s,
     )
 
 
@@ -177,7 +205,7 @@ class _Capacity:
         self._branches = ((law.d0_s, self._work_s), (law.floor_s, self._kv_work_s))
 
     @property
-    def _alone_s(self) -> float:
+    def alone_s(self) -> float:
         """An iteration of one request: no target can ask for less."""
         steps = self._steps
         return self._law.iteration_s(0.0, steps.computed, float(self._lengths.mean_resident_kv_tokens))
@@ -218,13 +246,13 @@ class _Capacity:
         Up to capacity the load decides about the iteration time, and nothing is held back; beyond it, shorter
         iterations serve fewer requests but more of the long ones in time.
         """
-        longest_s = None if token_s is None else max(self._iteration_of(token_s), self._alone_s)
+        longest_s = None if token_s is None else max(self.iteration_of(token_s), self.alone_s)
         if targets.latency_s is None:
             return _Within(longest_s, targets.ttft_s)
         natural_s = self.iteration_s(min(self._rate_rps, 0.999 * self.at(longest_s)[0]), longest_s)
         candidates: list[float | None] = [longest_s]
-        if natural_s > self._alone_s:
-            just_in_time = np.clip(self._just_in_time_s(targets.latency_s, margin), self._alone_s, natural_s)
+        if natural_s > self.alone_s:
+            just_in_time = np.clip(self._just_in_time_s(targets.latency_s, margin), self.alone_s, natural_s)
             candidates += np.unique(just_in_time).tolist()
         best, best_rps = _Within(longest_s, targets.ttft_s), -1.0
         for candidate in candidates:
@@ -249,7 +277,7 @@ class _Capacity:
     def _prefill_s(self) -> float:
         return self._lengths.mean_prompt_tokens * self._reuse.computed * self._law.d2_s_per_prefill_token
 
-    def _iteration_of(self, token_s: float) -> float:
+    def iteration_of(self, token_s: float) -> float:
         return token_s * self._steps.tokens / self._steps.depth
 
     def _share_in_time(self, latency_s: float, iteration_s: float, wait_s: float) -> float:

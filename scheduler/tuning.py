@@ -250,6 +250,11 @@ def _bound_of(request_type: RequestType, *, last: bool) -> int | None:
 
 
 def _promise_in_words(promise: Promise, rate_rps: float) -> str:
+    if promise.alone_s is not None and promise.tpot_s is not None:
+        return (
+            f"the TPOT target of {1000 * promise.tpot_s:g} ms cannot be met: one request alone takes "
+            f"{1000 * promise.alone_s:.1f} ms a token; {promise.capacity_rps:.2f} requests/s are promised"
+        )
     pace, said = promise.pace, f"{rate_rps:.2f} requests/s of {promise.capacity_rps:.2f} possible"
     if pace.iteration_s is not None:
         said += f", iterations up to {1000 * pace.iteration_s:.1f} ms"

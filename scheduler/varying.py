@@ -3,7 +3,8 @@
 Source: arXiv 2504.11320, appendix A.1. With A_j(t, h) = ∫ λ_j over (t, t + h], WAIT needs A_j(t, ΔT(n)) <= n_j, and
 Nested WAIT Σ_j A_j(t, ΔT(n)) < n_1 and p_k(t, h) < n_k/n_{k−1} < 1 for all t and h <= ΔT(n), where p_k(t, h) is the
 share of those arriving in the window with l'_j > l'_{k−2} that have l'_j > l'_{k−1}; its buffer then takes the largest
-p_k. The paper's bound on delays needs no lull in addition: that new groups keep forming at any time. It is not checked here.
+p_k. The paper's bound on delays needs in addition that there is no lull, so that new groups keep forming at any time;
+that is not checked here.
 """
 
 from __future__ import annotations

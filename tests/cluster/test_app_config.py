@@ -262,6 +262,10 @@ NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}
         ({"engine": NGRAM, "thresholds": {"policy": "nested_wait"}}, "take policy fcfs or wait without segments"),
         ({"engine": {"kv_transfer_config": {"kv_role": "kv_both"}}}, "leave kv_transfer_config"),
         ({"controller": {"enabled": False}, "targets": {"ttft_s": 3.0}}, "leave controller.enabled at true"),
+        (
+            {"controller": {"profile": "a100-llama2-7b"}, "targets": {"tpot_s": 0.008}},
+            "targets.tpot_s = 0.008 is below the 0.0112 s that a token takes one request alone",
+        ),
     ],
     ids=str,
 )
@@ -285,6 +289,8 @@ def test_an_engine_setting_that_the_policy_does_not_go_with_is_refused(
         {"engine": NGRAM, "thresholds": {"policy": "fcfs"}},
         {"engine": {"kv_transfer_config": {"kv_role": "kv_both"}}, "thresholds": {"policy": "wait"}},
         {"controller": {"enabled": False}},
+        {"controller": {"profile": "a100-llama2-7b"}, "targets": {"tpot_s": 0.012}},
+        {"targets": {"tpot_s": 0.008}},  # of what hardware is not said
     ],
     ids=str,
 )

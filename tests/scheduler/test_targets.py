@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from scheduler.fluid import PrefixReuse, solve_fluid
 from scheduler.law import ServiceTimeLaw
 from scheduler.margin import Fluctuation
-from scheduler.mix import Lengths, WorkloadMix
+from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.policies import Snapshot, make_policy
-from scheduler.targets import Targets, solve_pace, survival_of
+from scheduler.targets import Targets, UnreachableTarget, require_reachable, solve_pace, survival_of
 from scheduler.thresholds import EngineLimits, Thresholds
-from scheduler.tuning import cold_thresholds
+from scheduler.tuning import cold_thresholds, tune
 
 LAW = ServiceTimeLaw(0.0034, 4.5e-7, 6.47e-5, 6.47e-5, 0.0112)
 LIMITS = EngineLimits(
@@ -62,6 +62,59 @@ def test_a_law_may_leave_any_of_its_terms_out(present, floor_alone, rate_rps, ta
     make_policy(cold).decide(
         Snapshot(now_s=0.0, waiting={}, released=0, running=(), kv_used_tokens=0, kv_capacity_tokens=137_000)
     )
+
+
+SHAPES = [(2000, 500), (512, 200), (512, 20), (1155, 211), (20, 30)]
+
+
+@given(st.sampled_from(SHAPES), st.floats(0.5, 3.0))
+def test_no_more_is_promised_than_the_floor_leaves(shape, times_floor):
+    prompt, output = shape
+    lengths = Lengths.point(prompt, output)
+    target_s = times_floor * LAW.floor_s
+    solved = promise(1.0, lengths, tpot_s=target_s)
+
+    def bound(seconds):
+        if seconds <= LAW.floor_s:
+            return 0.0
+        reading = LAW.d1_s_per_kv_token * lengths.kv_token_iterations
+        work = LAW.d2_s_per_prefill_token * prompt + LAW.d3_s_per_decode_token * output + reading
+        return min((seconds - LAW.d0_s) / (seconds * work), (seconds - LAW.floor_s) / (seconds * reading))
+
+    assert solved.capacity_rps <= bound(target_s) * (1 + 1e-9)
+    assert solved.goodput_rps <= solved.capacity_rps
+    if solved.binding == "TPOT target":
+        assert solved.capacity_rps == pytest.approx(bound(target_s / (1 + solved.tpot_margin)))
+    if solved.capacity_rps > 0 and solved.alone_s is None and solved.binding == "TPOT target":
+        mix = WorkloadMix.from_lengths(lengths, solved.capacity_rps)
+        assert solve_fluid(mix, LAW, 10**9).iteration_time_s == pytest.approx(solved.pace.iteration_s), "one inverse"
+
+
+def test_the_floor_binds_long_answers():
+    assert promise(1.0, Lengths.point(2000, 500), tpot_s=0.015).capacity_rps == pytest.approx(0.50, abs=0.005)
+    assert promise(1.0, Lengths.point(512, 20), tpot_s=0.008).capacity_rps == 0
+
+
+def test_a_target_that_one_request_alone_misses_promises_nothing_and_says_so():
+    for policy_targets in (Targets(tpot_s=0.008), Targets(tpot_s=0.008, ttft_s=2.0)):
+        mix = WorkloadMix((RequestType("unknown", 1.0, Lengths.point(512, 20)),))
+        tuned = tune(Thresholds(policy="fluid"), mix, LAW, LIMITS, overflow_probability=0.01, targets=policy_targets)
+        assert tuned.promise.goodput_rps == 0 and tuned.promise.binding == "TPOT target"
+        assert "TPOT target of 8 ms cannot be met: one request alone takes 11.4 ms" in tuned.thresholds.reason
+        assert tuned.thresholds.pace.iteration_s >= LAW.floor_s, "the engine still serves"
+
+
+@pytest.mark.parametrize(
+    ("targets", "named"),
+    [
+        (Targets(tpot_s=0.008), "tpot_s = 0.008"), (Targets(ttft_s=0.01), "ttft_s"),
+        (Targets(latency_s=0.011), "latency_s"),
+    ],
+)
+def test_what_no_request_can_meet_is_an_error_with_the_least_that_is_allowed(targets, named):
+    with pytest.raises(UnreachableTarget, match=rf"targets\.{named}.*0\.0112.*allowed"):
+        require_reachable(targets, LAW)
+    require_reachable(Targets(ttft_s=0.012, tpot_s=0.012, latency_s=0.012), LAW)
 
 
 def test_a_tighter_target_serves_less():

@@ -75,7 +75,7 @@ REFUSED = [
     ({"segments": _segments((16, 4), (16, 4))}, "segments[1].end_output_tokens", 16, "> 16"),
     ({"segments": _segments((16, 4), (8, 2))}, "segments[1].end_output_tokens", 8, "> 16"),
     ({"segments": _segments((8, 4), (16, 5))}, "segments[1].total", 5, "1 to 4"),
-    ({"segments": _segments((8, 65)), "max_in_service": 8}, "segments[0].total", 65, "8 stages times max_in_service = 8"),
+    ({"segments": _segments((8, 65)), "max_in_service": 8}, "segments[0].total", 65, "8 stages times max_in_service"),
     # Unknown keys: the answer lists those of the object they stand in.
     ({"max_hold": 1.0}, "max_hold", 1.0, "max_hold_s"),
     ({"types": [_type(max_tokens=5)]}, "types[0].max_tokens", 5, "max_output_tokens"),
