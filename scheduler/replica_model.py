@@ -7,6 +7,7 @@ answers; asked, it solves the fluid model and says what it would put in force, a
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from scheduler.fit import OnlineLaw
 from scheduler.fluid import FluidEquilibrium
 from scheduler.forecast import Forecast
 from scheduler.law import ServiceTimeLaw
-from scheduler.messages import Telemetry
+from scheduler.messages import Arrival, Telemetry
 from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.pace import Pace
 from scheduler.realised import RealisedMargin
@@ -26,6 +27,7 @@ from scheduler.survival import cold_lengths, mean_of, product_limit
 from scheduler.targets import Promise, Targets
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 from scheduler.tuning import LEAST_RATE_RPS, mix_by_length, tune
+from scheduler.varying import Stretch
 from scheduler.watch import Watch, stratified
 
 WINDOW_S, MIN_FINISHED = 60.0, 20
@@ -140,9 +142,10 @@ class ReplicaModel:
         if not self._watch.arrivals:
             reason = f"no arrivals in the last {self._config.window_s:g} s: the configured thresholds"
             return Proposal(self._configured, None, reason)
+        mix = self._mix()
         tuned = tune(
-            self._configured, self._mix(), self.law.law, self.telemetry.limits,
-            overflow_probability=self._config.overflow_probability,
+            self._configured, mix, self.law.law, self.telemetry.limits,
+            overflow_probability=self._config.overflow_probability, over_time=self._over_time(mix),
         )
         thresholds = replace(tuned.thresholds, valid_for_s=self._config.validity_s)
         return Proposal(thresholds, tuned.equilibrium, thresholds.reason)
@@ -199,6 +202,25 @@ class ReplicaModel:
         return mix_by_length(
             declared, len(arrivals) - len(declared), lengths, rate_rps=rate_rps, longest=self._longest
         )
+
+    def _over_time(self, mix: WorkloadMix) -> tuple[Stretch, ...]:
+        """The types of `mix` at the rates of each stretch while rates move within a period; nothing otherwise."""
+        bounds = [
+            (int(t.name.removeprefix("output<=")), t.name) for t in mix.types if t.name != UNKNOWN_TYPE
+        ]
+
+        def type_of(arrival: Arrival) -> str:
+            length = arrival.known_output_tokens
+            if length is None or not bounds:
+                return UNKNOWN_TYPE
+            return next((name for bound, name in bounds if length <= bound), bounds[-1][1])
+
+        stretches = []
+        for seconds, arrivals in self._watch.stretches:
+            counts = Counter(type_of(arrival) for arrival in arrivals)
+            types = tuple(replace(t, rate_rps=counts[t.name] / seconds) for t in mix.types)
+            stretches.append(Stretch(seconds, WorkloadMix(types)))
+        return tuple(stretches)
 
     @property
     def _longest(self) -> int:

@@ -12,10 +12,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-Step = TypeVar("Step", int, NDArray[np.int64])
+Whole = TypeVar("Whole", int, NDArray[np.int64])
 
 
-def stage_limit(total: int, stages: int, step: Step) -> Step:
+def stage_limit(total: Whole, stages: Whole, step: Whole) -> Whole:
     """Most requests that may leave the first of `stages` stages in iteration `step` of a segment (from 0, any integer).
 
     Over any `stages` iterations in a row these are `total`, spread as evenly as whole numbers can be: over m of them at

@@ -203,7 +203,9 @@ class SegmentChain:
             reached = [lengths.survival(start) for start in starts]
             self.survival = tuple(after / before for before, after in pairwise(reached))
         else:
-            self.survival = tuple(worst.survival(before, after) for before, after in pairwise(starts))
+            means = [lengths.survival(after) / lengths.survival(before) for before, after in pairwise(starts)]
+            worsts = [worst.survival(before, after) for before, after in pairwise(starts)]
+            self.survival = tuple(map(max, means, worsts))
         self.ratios = tuple(min(p + margin, _LARGEST_ADVANCE_RATIO) for p in self.survival)
         self.prompt_tokens = lengths.mean_prompt_tokens
         ends = np.array(boundaries)

@@ -29,6 +29,7 @@ from scheduler.solver import (
 from scheduler.survival import cold_lengths
 from scheduler.targets import NO_TARGETS, ONE_TOKEN_A_STEP, Promise, Steps, Targets, solve_pace
 from scheduler.thresholds import UNKNOWN_TYPE, EngineLimits, SegmentThreshold, Thresholds, TypeThreshold
+from scheduler.varying import Stretch, WorstWindows
 
 MOST_TYPES = 4
 LEAST_RATE_RPS = 1e-3
@@ -53,12 +54,13 @@ def tune(
     configured: Thresholds, mix: WorkloadMix, law: ServiceTimeLaw, limits: EngineLimits, *,
     overflow_probability: float, targets: Targets = NO_TARGETS, fluctuation: Fluctuation = EXACT,
     dispersion: float = 1.0, cold: bool = False, reuse: PrefixReuse = NO_REUSE, steps: Steps = ONE_TOKEN_A_STEP,
-    realised_margin: float = 0.0,
+    realised_margin: float = 0.0, over_time: Sequence[Stretch] = (),
 ) -> Tuned:
     """Solve the fluid model for `mix` and fill in what `configured.policy` needs: a pace, or counts and a cap.
 
     targets and what follows them concern `fluid` alone, see `solve_pace`. The type named `UNKNOWN_TYPE` holds
     the requests whose output length nobody declared; they follow segments.
+    over_time: rates that move, for WAIT and Nested WAIT, whose counts then follow the worst windows.
     cold: lengths are a prior, so no request is rejected for the sake of a capacity that is a guess too.
     """
     if configured.policy == "fluid":
@@ -70,12 +72,13 @@ def tune(
             promise = replace(promise, pace=replace(promise.pace, queue_requests=None, cold=True))
         reason = _promise_in_words(promise, mix.rate_rps) + ("; lengths are guessed so far" if cold else "")
         return Tuned(replace(configured, pace=promise.pace, reason=reason), promise.equilibrium, promise)
-    solver = _Solver(mix, law, limits, overflow_probability)
+    solver = _Solver(mix, law, limits, overflow_probability, over_time)
     cap = resident_cap(mix, limits.kv_capacity_tokens, overflow_probability=overflow_probability)
     cap = max(1, min(cap, limits.seats))
     solved = solver.solve(replace(configured, types=(), segments=(), max_in_service=cap))
     equilibrium = solver.equilibrium
-    reason = f"{_in_words(equilibrium, mix.rate_rps)}; {solved.reason}; cap {cap} from memory"
+    moving = f"rates move, the worst of {len(over_time)} stretches counts; " if over_time else ""
+    reason = f"{_in_words(equilibrium, mix.rate_rps)}; {moving}{solved.reason}; cap {cap} from memory"
     return Tuned(replace(solved, reason=reason), equilibrium)
 
 
@@ -156,9 +159,10 @@ class _Solver:
     """One workload on one engine."""
 
     def __init__(
-        self, mix: WorkloadMix, law: ServiceTimeLaw, limits: EngineLimits, overflow_probability: float
+        self, mix: WorkloadMix, law: ServiceTimeLaw, limits: EngineLimits, overflow_probability: float,
+        over_time: Sequence[Stretch],
     ) -> None:
-        self._mix, self._law, self._limits = mix, law, limits
+        self._mix, self._law, self._limits, self._over_time = mix, law, limits, tuple(over_time)
         self._overflow_probability = overflow_probability
         self.equilibrium = solve_fluid(mix, law, limits.kv_capacity_tokens)
 
@@ -172,7 +176,9 @@ class _Solver:
         reasons: list[str] = []
         if known:
             # The load of requests of unknown length counts in the rate conditions, though segments gate them.
-            solution = wait_thresholds(self._mix, self._law, self._limits.kv_capacity_tokens)
+            solution = wait_thresholds(
+                self._mix, self._law, self._limits.kv_capacity_tokens, over_time=self._over_time
+            )
             # Without feasible counts the gates stand open: any whole count would throttle what enters.
             counts: list[int | None] = [None] * len(self._mix.types)
             if not isinstance(solution, Infeasible):
@@ -195,7 +201,7 @@ class _Solver:
     ) -> tuple[tuple[SegmentThreshold, ...], str]:
         solution = nested_wait_thresholds(
             mix, self._law, self._limits.kv_capacity_tokens, segments=_MOST_SEGMENTS, whole=False, steady=True,
-            overflow_probability=self._overflow_probability,
+            overflow_probability=self._overflow_probability, over_time=self._unknown_over_time,
         )
         if isinstance(solution, Infeasible):
             if not self.equilibrium.fits_memory:
@@ -206,6 +212,13 @@ class _Solver:
         return segments, f"Nested WAIT n = {said}"
 
 
+    @property
+    def _unknown_over_time(self) -> tuple[Stretch, ...]:
+        return tuple(
+            Stretch(one.seconds, WorkloadMix(tuple(t for t in one.mix.types if t.name == UNKNOWN_TYPE)))
+            for one in self._over_time
+        )
+
     def _practical_segments(self, mix: WorkloadMix, cap: int) -> tuple[tuple[SegmentThreshold, ...], str]:
         """Where the load can be served but no thresholds are sure to: the rule of the paper's experiments.
 
@@ -215,7 +228,8 @@ class _Solver:
         marks = {on_length_grid(lengths.output_quantile(part / _MOST_SEGMENTS)) for part in range(1, _MOST_SEGMENTS)}
         longest = lengths.output_quantile(1)
         ends = (*sorted(mark for mark in marks if mark < longest), longest)
-        first = mix.rate_rps * self.equilibrium.iteration_time_s * (1 + _PRACTICAL_SLACK)
+        worst = WorstWindows(self._unknown_over_time or (Stretch(1.0, mix),))
+        first = worst.arrivals(self.equilibrium.iteration_time_s) * (1 + _PRACTICAL_SLACK)
         totals = first * _relative_totals(lengths, ends, _PRACTICAL_MARGIN)
         segments = _segments(ends, [max(1, math.ceil(total)) for total in totals], cap)
         said = ", ".join(f"{segment.total} to {segment.end_output_tokens}" for segment in segments)

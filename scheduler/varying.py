@@ -60,7 +60,7 @@ class WorstWindows:
         for mix in self._merged:
             reached = mix.survival(before)
             shares.append(mix.survival(after) / reached if reached else 0.0)
-        return max(shares)
+        return max(shares, default=0.0)
 
     @cached_property
     def _merged(self) -> list[Lengths]:

@@ -60,6 +60,8 @@ class Watch:
         self._running: tuple[tuple[int, int], ...] = ()
         self._ended, self._ended_at_s = np.zeros((0, 2), dtype=np.int64), np.zeros(0)
         self._rates: ArrivalRates | None = None
+        self._before_s = 0.0
+        self._moved: deque[tuple[float, float]] = deque(maxlen=_MOST_MARKS)
 
     def restart(self, telemetry: Telemetry) -> None:
         """Another engine has taken over: rates and progress start anew, on another clock; lengths stay."""
@@ -67,6 +69,7 @@ class Watch:
         self._since_s = max(oldest_s, telemetry.clock_s - self._window_s)
         self._arrivals.clear()
         self._marks.clear()
+        self._moved.clear()
         self._iterations, self._rates, self._answers_since_s = 0, None, -np.inf
         self._finished = deque((done._replace(at_s=-np.inf) for done in self._finished), maxlen=KEPT_LENGTHS)
         if telemetry.cursor and telemetry.counters.arrivals > len(telemetry.arrivals) and telemetry.iterations:
@@ -74,7 +77,7 @@ class Watch:
 
     def observe(self, telemetry: Telemetry, cursor: int) -> None:
         """Take in the records newer than `cursor`, and look for changes."""
-        self._now_s = telemetry.clock_s
+        self._before_s, self._now_s = self._now_s, telemetry.clock_s
         fresh = [iteration.at_s for iteration in telemetry.iterations if iteration.seq > cursor]
         if fresh:
             self._marks.extend([(fresh[0], self._iterations + 1), (fresh[-1], self._iterations + len(fresh))])
@@ -109,6 +112,22 @@ class Watch:
         if self._rates is None:
             return arrival_rates([], [], self._now_s - 1.0, self._now_s)
         return self._rates
+
+    @property
+    def stretches(self) -> list[tuple[float, list[Arrival]]]:
+        """While rates move within a period: each stretch at other rates, its seconds and arrivals, the latest one last.
+
+        They do when they changed since the report before, or twice within the window; otherwise the list is empty.
+        """
+        oldest_s = self._now_s - self._window_s
+        moved = [(max(from_s, oldest_s), until_s) for from_s, until_s in self._moved if until_s > oldest_s]
+        if not moved or (len(moved) < 2 and moved[-1][1] < self._before_s):
+            return []
+        edges = [*moved, (moved[-1][1], self._now_s)]
+        return [
+            (max(until_s - from_s, 1.0), [one for one, _ in self._arrivals if from_s <= one.at_s < until_s])
+            for from_s, until_s in edges
+        ]
 
     @property
     def finished(self) -> list[tuple[int, int]]:
@@ -146,6 +165,8 @@ class Watch:
     def _update_rates(self) -> None:
         alike = [(one.at_s, kind) for one, kind in self._arrivals if one.at_s >= self._since_s]
         newer = arrival_rates([at for at, _ in alike], [kind for _, kind in alike], self._since_s, self._now_s)
+        if newer.since_s > self._since_s:
+            self._moved.append((self._since_s, newer.since_s))
         self._since_s = newer.since_s
         if self._rates is None or not self._rates.still_holds(newer):
             self._rates = newer

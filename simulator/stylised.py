@@ -7,13 +7,14 @@ independent replications run side by side, each with a clock of its own: arrays 
 """
 
 import math
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scheduler.law import ServiceTimeLaw
 from scheduler.mix import WorkloadMix
+from scheduler.rotation import stage_lengths, stage_limit
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -89,6 +90,41 @@ class NestedWait:
         return batch
 
 
+class NestedWaitByTotals:
+    """Algorithm 2 with segment totals, spread over stages by `scheduler.rotation`; otherwise as `NestedWait`.
+
+    Keeps for each row which iteration each segment has come to.
+    """
+
+    def __init__(self, boundaries: tuple[int, ...], totals: tuple[int, ...], rows: int) -> None:
+        self._totals: IntArray = np.array(totals)
+        self._lengths: IntArray = np.array(stage_lengths(boundaries))
+        self._last_stage: IntArray = np.array(boundaries)
+        self.first_stage: IntArray = np.array([0, *(b + 1 for b in boundaries[:-1])])
+        self._steps: IntArray = np.zeros((rows, len(totals)), dtype=np.int64)
+
+    def batch(self, counts: IntArray) -> IntArray:
+        stages = np.arange(counts.shape[2])
+        segment = np.searchsorted(self._last_stage, stages)
+        batch = np.zeros_like(counts)
+        undecided = np.ones(len(counts), dtype=bool)
+        for _ in range(int(self._lengths.max())):
+            limit = self._limit(np.arange(len(self._totals)), self._steps)
+            runs = np.logical_and.accumulate(counts[:, 0, self.first_stage] >= limit, axis=1)
+            positions = self._steps[:, segment] - (stages - self.first_stage[segment])
+            moved = np.minimum(counts[:, 0], self._limit(segment, positions)) * runs[:, segment]
+            batch[undecided, 0] = moved[undecided]
+            self._steps += runs & undecided[:, None]
+            # An iteration in which the limits are 0 for all who are there takes no time.
+            undecided &= ~moved.any(axis=1) & runs[:, 0] & counts.any(axis=(1, 2))
+            if not undecided.any():
+                break
+        return batch
+
+    def _limit(self, segment: IntArray, step: IntArray) -> IntArray:
+        return stage_limit(self._totals[segment], self._lengths[segment], step)
+
+
 class Arrivals(Protocol):
     """Where prompts come from."""
 
@@ -128,6 +164,42 @@ class PerIteration:
 
     def following(self) -> tuple[FloatArray, IntArray]:
         raise RuntimeError("the system is idle, and arrivals come only with iterations")
+
+
+class SteppedArrivals:
+    """Poisson streams whose rates change in steps, over and over: (seconds, rates by type) of each stretch.
+
+    Tell it with `follow` which run's clocks it lives by.
+    """
+
+    def __init__(self, stretches: list[tuple[float, tuple[float, ...]]], rng: np.random.Generator) -> None:
+        self._rng, self._run = rng, cast("StylisedRun", None)
+        self._edges_s = np.concatenate([[0.0], np.cumsum([seconds for seconds, _ in stretches])])
+        self._rates_rps = np.array([rates for _, rates in stretches])
+        self._arrived = np.concatenate([[np.zeros(self._rates_rps.shape[1])], np.cumsum(
+            np.diff(self._edges_s)[:, None] * self._rates_rps, axis=0
+        )])
+
+    def follow(self, run: "StylisedRun") -> None:
+        self._run = run
+
+    def during(self, seconds: FloatArray) -> IntArray:
+        return self._rng.poisson(self._until(self._run.clock_s) - self._until(self._run.clock_s - seconds))
+
+    def following(self) -> tuple[FloatArray, IntArray]:
+        now_s, total = self._run.clock_s, self._arrived.sum(axis=1)
+        target = self._until(now_s).sum(axis=1) + self._rng.exponential(1.0, now_s.shape)
+        rounds, rest = np.divmod(target, total[-1])
+        at_s = rounds * self._edges_s[-1] + np.interp(rest, total, self._edges_s)
+        place = np.clip(np.searchsorted(self._edges_s, at_s % self._edges_s[-1], side="right") - 1, 0, None)
+        share = np.cumsum(self._rates_rps[place], axis=1)
+        types = (self._rng.random(now_s.shape)[:, None] * share[:, -1:] >= share).sum(axis=1)
+        return np.asarray(at_s - now_s), types
+
+    def _until(self, at_s: FloatArray) -> FloatArray:
+        rounds, rest = np.divmod(at_s, self._edges_s[-1])
+        within = [np.interp(rest, self._edges_s, column) for column in self._arrived.T]
+        return np.asarray(rounds[:, None] * self._arrived[-1] + np.stack(within, axis=1))
 
 
 class StylisedRun:

@@ -206,6 +206,38 @@ def test_nested_takes_the_number_of_segments_that_needs_the_least_memory():
         assert chosen.needed_tokens <= min(needed) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize(("rate_rps", "n"), [(18.8, None), (21.15, (2, 1)), (22.0, (4, 2)), (22.33, (5, 2))])
+def test_two_lengths_are_cut_at_the_lengths_themselves(rate_rps, n):
+    """Rounded up to 24 and 64 the boundaries counted stages that no request reaches, and nothing seemed feasible."""
+    mix = WorkloadMix.from_lengths(Lengths(np.array([512, 512]), np.array([20, 50]), np.array([0.7, 0.3])), rate_rps)
+    whole = nested_wait_thresholds(mix, LAW, 137_000, boundaries=(20, 50))
+    assert n is None or whole.n == n
+    for chosen in (nested_wait_thresholds(mix, LAW, 137_000, whole=whole_, steady=True) for whole_ in (True, False)):
+        assert isinstance(chosen, NestedWaitSolution)
+        assert set(chosen.boundaries) <= {20, 50}
+        assert chosen.needed_tokens <= whole.needed_tokens
+
+
+modest_pairs = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 400)), min_size=2, max_size=40)
+
+
+@modest
+@given(modest_pairs, st.floats(0.05, 100), st.booleans())
+def test_totals_meet_every_condition_for_their_means(pairs, rate_rps, steady):
+    mix = WorkloadMix.from_lengths(Lengths.from_pairs(pairs), rate_rps)
+    solution = nested_wait_thresholds(mix, LAW, 300_000, whole=False, steady=steady)
+    if isinstance(solution, Infeasible):
+        return
+    assert solution.boundaries[-1] == max(output for _, output in pairs), "no stage that no request has reached"
+    lengths = np.diff((0, *solution.boundaries))
+    assert all(isinstance(total, int) and total >= 1 for total in solution.totals)
+    assert solution.n == pytest.approx(np.array(solution.totals) / lengths)
+    for p, before, after in zip(solution.survival, solution.n, solution.n[1:], strict=False):
+        assert p < after / before < 1
+    assert solution.iteration_s * rate_rps < solution.n[0]
+    assert solution.needed_tokens <= 300_000
+
+
 def test_nested_falls_back_to_fewer_segments():
     mix = WorkloadMix.from_lengths(Lengths.from_pairs(nested_pairs()), 1.0)
     assert nested_wait_thresholds(mix, TWO_TERM, 10**6, segments=4).n == (1,), "four segments need a buffer"

@@ -13,7 +13,17 @@ from scheduler.fluid import batch_memory_tokens, solve_fluid
 from scheduler.law import ServiceTimeLaw
 from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.solver import NestedWaitSolution, nested_wait_thresholds, wait_thresholds
-from simulator.stylised import Fcfs, NestedWait, PerIteration, StylisedModel, StylisedRun, Wait
+from scheduler.varying import Stretch
+from simulator.stylised import (
+    Fcfs,
+    NestedWait,
+    NestedWaitByTotals,
+    PerIteration,
+    SteppedArrivals,
+    StylisedModel,
+    StylisedRun,
+    Wait,
+)
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "evidence" / "theory.py"
 LAW = ServiceTimeLaw(1 / 4, 1 / 16)
@@ -238,6 +248,48 @@ def test_the_buffer_keeps_nested_wait_from_overflowing():
     limited.run(100.0)
     assert np.array_equal(limited.counts, unlimited.counts)
     assert limited.evicted.sum() == 0
+
+
+def test_whole_totals_are_whole_thresholds():
+    counts = np.random.default_rng(0).integers(0, 10, (200, 1, 9))
+    by_totals = NestedWaitByTotals((2, 4, 8), (14, 12, 16), 200).batch(counts)
+    assert np.array_equal(by_totals, NESTED.batch(counts))
+
+
+def test_the_buffer_holds_for_less_than_one_prompt_per_stage():
+    """A fifth of a prompt per stage: the queues of rotating thresholds stay within the buffer too."""
+    mix = WorkloadMix.from_lengths(Lengths(np.array([4, 4]), np.array([20, 60]), np.array([0.4, 0.6])), 0.6)
+    law, horizon_s = ServiceTimeLaw(1 / 4, 1 / 48000), 400.0
+    wanted = {"boundaries": (20, 60), "overflow_probability": 0.1, "horizon_s": horizon_s, "whole": False}
+    solution = nested_wait_thresholds(mix, law, 10**6, **wanted)
+    assert max(solution.n) < 0.5
+    rows = 200
+    run = StylisedRun(
+        StylisedModel(mix, law), NestedWaitByTotals(solution.boundaries, solution.totals, rows), seed=0, rows=rows
+    )
+    run.run(horizon_s)
+    assert np.mean(run.peak_tokens > solution.needed_tokens) <= 0.1
+    arrived, done = run.arrived.sum(), run.completed.sum()
+    assert done > 0.85 * arrived, "they keep up"
+
+
+def test_thresholds_of_the_worst_window_keep_up_when_the_rate_moves():
+    """Twelve prompts/s for 40 s, then 28: thresholds of the mean fall behind in a surge, those of the worst do not."""
+    slow, fast = (Stretch(40.0, UNKNOWN.scaled(rate / 20)) for rate in (12.0, 28.0))
+    wanted = {"boundaries": (2, 4, 8), "horizon_s": 160.0, "overflow_probability": 0.1}
+    waiting = []
+    for over_time in ((), (slow, fast)):
+        solution = nested_wait_thresholds(UNKNOWN, UNKNOWN_LAW, 10**6, over_time=over_time, **wanted)
+        arrivals = SteppedArrivals([(40.0, (12.0,)), (40.0, (28.0,))], np.random.default_rng(4))
+        policy = NestedWait(solution.boundaries, solution.n)
+        run = StylisedRun(StylisedModel(UNKNOWN, UNKNOWN_LAW), policy, seed=4, rows=50, arrivals=arrivals)
+        arrivals.follow(run)
+        run.run(80.0)
+        waiting.append(float(run.counts[:, 0, 0].mean()))
+        assert run.arrived.mean() == pytest.approx(80 * 20, rel=0.02)
+        run.run(160.0)
+        assert np.mean(run.peak_tokens > solution.needed_tokens) <= 0.1
+    assert waiting[1] < 3 * solution.n[0] < waiting[0]
 
 
 def test_what_the_model_does_not_cover_is_an_error():
