@@ -423,3 +423,20 @@ PACE = Pace(
 def test_a_pace_is_left_alone_while_it_would_make_hardly_a_difference(changes: dict[str, Any], different: bool) -> None:
     new, old = (Thresholds(policy="fluid", pace=pace) for pace in (replace(PACE, **changes), PACE))
     assert materially_different(new, old) is different
+
+
+def test_rates_that_move_within_a_period_count_with_their_worst_window() -> None:
+    engine, model = SyntheticEngine(NESTED), model_of(NESTED)
+    model.observe(engine.report())
+    for every_s in (1 / 32,) * 6 + (1 / 8,):  # six periods at 32 requests/s, then one at 8
+        engine.traffic([(58, 147)], every_s=every_s, seconds=5.0)
+        model.observe(engine.report(model.cursor))
+    moving = model.propose()
+    assert moving.equilibrium is not None
+    assert "rates move, the worst of 2 stretches counts" in moving.reason
+    engine.traffic([(58, 147)], every_s=1 / 8, seconds=5.0)
+    model.observe(engine.report(model.cursor))
+    settled = model.propose()
+    assert "rates move" not in settled.reason, "a single step is none"
+    before, after = (proposal.thresholds.segments[0] for proposal in (moving, settled))
+    assert before.total / before.end_output_tokens > 2 * after.total / after.end_output_tokens
