@@ -111,7 +111,10 @@ def _late_by_steps(
     further: NDArray[np.float64], margin: float, fluctuation: Fluctuation, steps: Steps
 ) -> NDArray[np.float64]:
     """P(so many tokens after the first take more whole steps than the target leaves time for)."""
-    in_time = np.floor(further / steps.tokens * (1 + margin) + 1e-9)
+    expected = further / steps.tokens
+    # The last step in time must be so with iterations that err: one standard deviation is kept for that.
+    error = fluctuation.std_of_mean(np.maximum(expected, 1.0)) if fluctuation.std else 0.0
+    in_time = np.floor(expected * (1 + margin) / (1 + error) + 1e-9)
     gained, number = in_time * steps.tokens, np.maximum(in_time, 1.0)
     spread = np.sqrt(number * steps.tokens_std**2 + (fluctuation.std_of_mean(number) * gained) ** 2)
     # Tokens are whole: half of one is the normal approximation's correction.
