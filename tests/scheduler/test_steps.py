@@ -193,7 +193,7 @@ def test_every_running_request_advances_beside_prompts_that_fill_the_iteration(c
 
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_a_prompt_takes_the_time_that_is_left_and_not_that_of_drafts_that_do_not_come(drafts):
-    """Of 12 ms, 4 are fixed and a token takes 0.1: ten requests leave 80 − 10·(1 + drafts) tokens, less what they read."""
+    """Of 12 ms, 4 are fixed and a token takes 0.1: ten requests leave some 80 − 10·(1 + drafts) tokens."""
     engine = sync_engine(drafts, lambda name, given: 1, blocks=1024, thresholds=fluid(iteration_s=0.012))
     for place in range(10):
         engine.add(f"r{place}", prompt=16, output=40)

@@ -30,7 +30,9 @@ SETUPS = {
     "KV transfer (P/D, offloading)": EngineSetup(kv_transfer=True),
     "targets with `controller.enabled: false`": EngineSetup(targets=Targets(ttft_s=2.0), controller=False),
 }
-NOTHING_OF_CONCERN = ("tensor parallel", "speculative decoding", "prefix caching", "structured output", "LoRA", "several choices (n > 1)")
+NOTHING_OF_CONCERN = (
+    "tensor parallel", "speculative decoding", "prefix caching", "structured output", "LoRA", "several choices (n > 1)",
+)
 
 
 def is_refused(setup: EngineSetup, thresholds: Thresholds) -> bool:
