@@ -136,12 +136,6 @@ SETTINGS: tuple[Setting, ...] = (
         answers={"wait": _yes("holds count iterations"), "nested_wait": _yes("holds count iterations")},
     ),
     Setting(
-        name="speculative decoding", in_use=_has("speculative_decoding"),
-        answers={"wait": _yes("without segments"), "nested_wait": NO, "fluid": NO},
-        because="the policy takes an iteration for one token of every request",
-        instead="leave speculative decoding out, or take policy fcfs or wait without segments",
-    ),
-    Setting(
         name="KV transfer (P/D, offloading)", in_use=_has("kv_transfer"),
         answers={"fcfs": UNTESTED, "wait": UNTESTED, "nested_wait": UNTESTED, "fluid": NO},
         because="the policy does not see requests whose KV is still being loaded, nor prompts computed elsewhere",
@@ -154,6 +148,7 @@ SETTINGS: tuple[Setting, ...] = (
         because="no controller would follow the targets and the guess of a cold start would stay in force",
         instead="leave controller.enabled at true, or leave the targets out",
     ),
+    Setting(name="speculative decoding", answers={}),
     Setting(name="prefix caching", answers={}),
     Setting(name="structured output", answers={}),
     Setting(name="LoRA", answers={}),

@@ -14,15 +14,16 @@ from vllm.v1.request import Request, RequestStatus
 
 from scheduler.law import ServiceTimeLaw
 from scheduler.refusal import Refusal
-from scheduler.running_requests import batch_work
+from scheduler.running_requests import batch_work, decode_steps
 from scheduler.targets import Targets
 from scheduler.vllm_scheduler import HeadraceScheduler
 from simulator.clients import Attempt, Returns
 from simulator.doors import Door, Load
-from simulator.in_process import block_hasher_of, iteration_results, make_request
+from simulator.in_process import block_hasher_of, drafted_requests, hand_drafts, iteration_results, make_request
 from simulator.prompts import answer_token_id, prompt_token_ids
 from simulator.results import COMPLETED, GAVE_UP, REJECTED, UNFINISHED, IterationRow, RequestRow
 from simulator.slowdown import Slowdown
+from simulator.speculation import Speculation
 from simulator.workload import SimRequest
 
 
@@ -38,13 +39,18 @@ class Sink(Protocol):
 
 @dataclass(slots=True)
 class Totals:
-    """What happened on one replica over the whole run; times in virtual seconds, KV as a share of capacity."""
+    """What happened on one replica over the whole run; times in virtual seconds, KV as a share of capacity.
+
+    decode_steps: with speculation, how often a decoding request got tokens from an iteration; gained_tokens: how many.
+    """
 
     iterations: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
     kv_peak_fraction: float = 0.0
     rejected: int = 0
+    decode_steps: int = 0
+    gained_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -84,15 +90,17 @@ class VirtualReplica:
     else 1. `give_up_s`: a request without its first token after so long is given up by its client. `door`: a rule that
     may turn requests away when they arrive, knowing the target `ttft_s`. `slowdown`: when its device is slow; `noise`:
     a factor for each iteration's time. `returns` hears of rejections and decides who comes back; a request that does
-    has no row yet. `never_rejected` are numbers of requests that no rule may turn away.
+    has no row yet. `never_rejected` are numbers of requests that no rule may turn away. `speculation`: drafts that
+    decoding requests have, on a scheduler made for as many.
     """
 
     def __init__(
         self, index: int, scheduler: Scheduler, law: ServiceTimeLaw, sink: Sink, *, give_up_s: float | None = None,
         door: Door | None = None, ttft_s: float | None = None, slowdown: Slowdown | None = None,
         noise: Callable[[], float] | None = None, returns: Returns | None = None, never_rejected: Collection[int] = (),
+        speculation: Speculation | None = None,
     ) -> None:
-        self._noise = noise
+        self._noise, self._speculation = noise, speculation
         self.index, self.scheduler, self.now_s, self.totals = index, scheduler, 0.0, Totals()
         self._law, self._sink, self._give_up_s = law, sink, give_up_s
         self._door, self._ttft_s, self._slowdown = door, ttft_s, slowdown
@@ -250,7 +258,17 @@ class VirtualReplica:
             self._tell_refused(outputs)
 
     def _update(self, output: SchedulerOutput, silent: Collection[str]) -> Any:
-        return self.scheduler.update_from_output(output, iteration_results(output, silent, self._answers))
+        speculation = self._speculation
+        if speculation is None:
+            return self.scheduler.update_from_output(output, iteration_results(output, silent, self._answers))
+        drafted = drafted_requests(output)
+        gained = {name: speculation.gained_tokens(name, drafts) for name, drafts in drafted.items()}
+        results = self.scheduler.update_from_output(output, iteration_results(output, silent, self._answers, gained))
+        hand_drafts(self.scheduler, output, speculation.draft_tokens)
+        for _, tokens in decode_steps(output, results):
+            self.totals.decode_steps += 1
+            self.totals.gained_tokens += tokens
+        return results
 
     def _tell_refused(self, outputs: Any) -> None:
         """Clients hear of a refusal with an iteration's results, as the scheduler answers them."""
@@ -311,6 +329,8 @@ class VirtualReplica:
         """A request leaves the engine: finished, refused or given up."""
         live = self._live.pop(request.request_id)
         del self._answers[request.request_id]
+        if self._speculation:
+            self._speculation.forget(request.request_id)
         self._prefilling.pop(request.request_id, None)
         self._catching_up.pop(request.request_id, None)
         if request.num_output_tokens > 0:

@@ -11,6 +11,7 @@ from typing import Any
 from scheduler.margin import Fluctuation
 from scheduler.mix import Lengths, WorkloadMix
 from scheduler.profiles import load_profile
+from scheduler.steps import ONE_TOKEN_A_STEP
 from scheduler.thresholds import EngineLimits, Thresholds, parse_thresholds, thresholds_as_dict
 from scheduler.tuning import mix_by_length, tune, tune_by_cap
 from simulator.audit import audit_rejections
@@ -115,6 +116,7 @@ def _tuned(config: SimulationConfig, configured: Thresholds, mix: WorkloadMix, l
         return tune(
             configured, mix, law, limits, overflow_probability=config.overflow_probability, targets=config.slo.promised,
             fluctuation=Fluctuation.from_mape(config.law_error),
+            steps=config.speculation.steps if config.speculation else ONE_TOKEN_A_STEP,
         ).thresholds
     if config.cap is None:
         raise SimulationError("counts = 'by_cap': give a cap too, from which they follow")
@@ -150,6 +152,7 @@ def _summary(
     )
     totals = [replica.totals for replica in fleet.replicas]
     returns = fleet.returns.totals if fleet.returns else None
+    decode_steps = _sum(totals, "decode_steps")
     return {
         "policy": config.policy, "workload": workload.name, "rate_rps": workload.mix().rate_rps, **measured,
         "retry_attempts": returns.attempts if returns else None,
@@ -160,6 +163,7 @@ def _summary(
         "stranded": fleet.stranded, "unfinished": fleet.unfinished,
         "preemptions": _sum(totals, "preemptions"), "recomputed_tokens": _sum(totals, "recomputed_tokens"),
         "kv_peak_fraction": max(total.kv_peak_fraction for total in totals),
+        "tokens_per_step": _sum(totals, "gained_tokens") / decode_steps if decode_steps else None,
         "iterations": _sum(totals, "iterations"), "virtual_s": max(replica.now_s for replica in fleet.replicas),
         "notes": list(workload.notes()),
     }

@@ -258,8 +258,6 @@ NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}
     [
         ({"engine": {"data_parallel_size": 2}}, "leave data_parallel_size at 1 and run as many replicas"),
         ({"engine": {"pipeline_parallel_size": 2}, "targets": {"tpot_s": 0.1}}, "use tensor_parallel_size instead"),
-        ({"engine": NGRAM}, "speculative decoding is not supported with policy fluid"),
-        ({"engine": NGRAM, "thresholds": {"policy": "nested_wait"}}, "take policy fcfs or wait without segments"),
         ({"engine": {"kv_transfer_config": {"kv_role": "kv_both"}}}, "leave kv_transfer_config"),
         ({"controller": {"enabled": False}, "targets": {"ttft_s": 3.0}}, "leave controller.enabled at true"),
     ],
@@ -282,7 +280,8 @@ def test_an_engine_setting_that_the_policy_does_not_go_with_is_refused(
     "args",
     [
         {"engine": {"pipeline_parallel_size": 2}, "targets": {"ttft_s": 3.0}},
-        {"engine": NGRAM, "thresholds": {"policy": "fcfs"}},
+        {"engine": NGRAM, "targets": {"tpot_s": 0.1}},
+        {"engine": NGRAM, "thresholds": {"policy": "nested_wait"}},
         {"engine": {"kv_transfer_config": {"kv_role": "kv_both"}}, "thresholds": {"policy": "wait"}},
         {"controller": {"enabled": False}},
     ],

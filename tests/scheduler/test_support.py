@@ -14,6 +14,7 @@ from scheduler.support import (
     SPECULATIVE_ARGS,
     EngineSetup,
     UnsupportedSetting,
+    policy_in_effect,
     require_supported,
     support_matrix,
 )
@@ -26,11 +27,12 @@ SETUPS = {
     "data parallel within a replica": EngineSetup(data_parallel=True),
     "pipeline parallel with a TPOT or latency target": EngineSetup(pipeline_parallel=True, targets=TPOT),
     "pipeline parallel without such a target": EngineSetup(pipeline_parallel=True, targets=Targets(ttft_s=2.0)),
-    "speculative decoding": EngineSetup(speculative_decoding=True),
     "KV transfer (P/D, offloading)": EngineSetup(kv_transfer=True),
     "targets with `controller.enabled: false`": EngineSetup(targets=Targets(ttft_s=2.0), controller=False),
 }
-NOTHING_OF_CONCERN = ("tensor parallel", "prefix caching", "structured output", "LoRA", "several choices (n > 1)")
+NOTHING_OF_CONCERN = (
+    "tensor parallel", "speculative decoding", "prefix caching", "structured output", "LoRA", "several choices (n > 1)",
+)
 
 
 def is_refused(setup: EngineSetup, thresholds: Thresholds) -> bool:
@@ -67,7 +69,6 @@ def test_an_engine_without_any_of_it_takes_every_policy(policy: str) -> None:
         (EngineSetup(data_parallel=True), "fcfs", "leave data_parallel_size at 1 and run as many replicas"),
         (EngineSetup(pipeline_parallel=True, targets=TPOT), "fluid", "use tensor_parallel_size instead"),
         (EngineSetup(pipeline_parallel=True, targets=Targets(latency_s=9.0)), "fluid", "latency_s out of the targets"),
-        (EngineSetup(speculative_decoding=True), "nested_wait", "take policy fcfs or wait without segments"),
         (EngineSetup(kv_transfer=True), "fluid", "leave kv_transfer_config and kv_offloading_size out"),
         (EngineSetup(targets=TPOT, controller=False), "fluid", "leave controller.enabled at true"),
     ],
@@ -82,8 +83,8 @@ def test_a_refusal_is_one_sentence_that_says_what_to_do(setup: EngineSetup, poli
 
 def test_wait_with_segments_holds_at_boundaries_as_nested_wait_does() -> None:
     segments = (SegmentThreshold(end_output_tokens=8, n=2), SegmentThreshold(end_output_tokens=64, n=1))
-    assert is_refused(EngineSetup(speculative_decoding=True), Thresholds(policy="wait", segments=segments))
-    assert not is_refused(EngineSetup(), Thresholds(policy="wait", segments=segments))
+    assert policy_in_effect(Thresholds(policy="wait", segments=segments)) == "nested_wait"
+    assert policy_in_effect(Thresholds(policy="wait")) == "wait"
 
 
 @pytest.mark.parametrize(

@@ -1110,8 +1110,6 @@ CONNECTOR = {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role
 @pytest.mark.parametrize(
     ("thresholds", "engine_args", "says"),
     [
-        ({"policy": "fluid"}, NGRAM, "speculative decoding is not supported with policy fluid"),
-        (nested((8, 2), (64, 1)), NGRAM, "speculative decoding is not supported with policy nested_wait"),
         ({"policy": "fluid"}, {"pipeline_parallel_size": 2}, "pipeline parallel with a TPOT or latency target"),
         ({"policy": "fcfs"}, {"data_parallel_size": 2}, "data_parallel_size at 1 and run as many replicas"),
         ({"policy": "fluid"}, CONNECTOR, "KV transfer .* is not supported with policy fluid"),
@@ -1128,7 +1126,7 @@ def test_an_engine_does_not_start_with_a_setting_that_its_policy_does_not_go_wit
 @pytest.mark.parametrize(
     ("thresholds", "engine_args"),
     [
-        ({"policy": "fcfs"}, NGRAM), (wait(2), NGRAM), ({"policy": "fcfs"}, CONNECTOR),
+        ({"policy": "fluid"}, NGRAM), (nested((8, 2), (64, 1)), NGRAM), ({"policy": "fcfs"}, CONNECTOR),
         ({"policy": "fluid"}, {"pipeline_parallel_size": 2}),
     ],
     ids=str,
@@ -1144,10 +1142,9 @@ def test_an_engine_among_several_that_share_no_experts_is_refused_though_it_is_t
 
 
 def test_a_policy_that_does_not_go_with_the_engine_is_refused_live_too():
-    engine = Engine(thresholds={"policy": "fcfs"}, **NGRAM)
-    for offered in ({"policy": "fluid"}, nested((8, 2), (64, 1))):
-        ack = engine.apply(offered, automatic=False)
-        assert (ack.accepted, ack.code) == (False, "invalid") and "speculative decoding" in ack.reason
+    engine = Engine(thresholds={"policy": "fcfs"}, **CONNECTOR)
+    ack = engine.apply({"policy": "fluid"}, automatic=False)
+    assert (ack.accepted, ack.code) == (False, "invalid") and "KV transfer" in ack.reason
     assert engine.apply(wait(2), automatic=False).accepted
 
 
