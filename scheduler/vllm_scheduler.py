@@ -191,6 +191,7 @@ class HeadraceScheduler(AsyncScheduler):
             kv_used_tokens=round(self.kv_cache_manager.usage * capacity),
             kv_capacity_tokens=capacity,
             prompt_backlog_tokens=self._prompt_backlog(),
+            prompt_tokens_under_way=sum([work.prefill_tokens for _, _, work in self._executing]),
             released_requests=self._released_requests(),
             kv_read_tokens=sum([request.num_computed_tokens for request in self.running]) + len(self.running),
             slots=self._most_running - self.num_waiting_for_streaming_input,

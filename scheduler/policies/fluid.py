@@ -59,7 +59,8 @@ class Fluid(Policy):
         budget = admission.budget(snapshot, room, cached)
         beyond = first.beyond_limit(
             view, snapshot.now_s, waiting=view.length - len(late) - admitted, tokens=view.tokens_to_compute - tokens,
-            running=len(snapshot.running) + snapshot.released + admitted, full=admission.is_full or admitted == slots,
+            running=len(snapshot.running) + snapshot.released + admitted,
+            free_slots=0 if admission.is_full else slots - admitted,
         )
         return Decision(
             admit={UNKNOWN_TYPE: admitted} if admitted else {}, token_budget=budget, refuse=late, refuse_last=beyond,
