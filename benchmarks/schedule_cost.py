@@ -2,8 +2,8 @@
 
     python benchmarks/schedule_cost.py [--running 256] [--waiting 1000] [--rounds 30] [--only REGEX]
 
-Both schedulers are vLLM's real class with its real block manager in one process, stepped in turn, one iteration each, so
-that the machine's drift hits both alike. Prints JSON: medians of CPU time; the ratio round by round (a round is ten
+Both schedulers are vLLM's real class with its real block manager in one process, stepped in turn, one iteration each,
+so that the machine's drift hits both alike. Prints JSON: medians of CPU time; the ratio round by round (a round is ten
 iterations) with its quartiles; and `own`: our schedule() over that part of it which is vLLM's, which hardly depends on
 the machine's load but leaves out what vLLM's part costs more behind a gate.
 """
@@ -92,8 +92,10 @@ def loaded(
     for index in range(args.running + args.waiting):
         prompt = [index % 8] * _SHARED + [8 + index] * (_LONG - _SHARED) if long else [7] * 32
         engine.add(f"r{index}", prompt=prompt, output=900)
-    while len(engine.scheduler.running) < args.running or not all(r.num_output_tokens for r in engine.scheduler.running):
+    running = engine.scheduler.running
+    while len(running) < args.running or not all(request.num_output_tokens for request in running):
         engine.step()
+        running = engine.scheduler.running
     if thresholds is not None:
         engine.apply(thresholds | {"version": 2})
     for _ in range(5):

@@ -75,8 +75,8 @@ class Promise:
     """The parameters for `fluid`, the capacity they give, and the bottleneck.
 
     binding: memory, slots, token budget, TPOT target, TTFT target, latency target or nothing. in_time: share of
-    requests whose lengths allow them to meet every target. tpot_margin: how far, relative to them, iterations stay below `tpot_s`, the
-    TPOT target.
+    requests whose lengths allow them to meet every target. tpot_margin: how far, relative to them, iterations stay
+    below `tpot_s`, the TPOT target.
     """
 
     pace: Pace

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 
@@ -22,7 +22,8 @@ SLOTS, BUDGETS, BLOCKS = (32, 64, 128, 256, 512, 1024), (512, 2048, 8192, 16_384
 LOOSE = {"ttft_s": 4.0, "tpot_s": 0.1, "latency_s": 40.0}
 TIGHT = {"ttft_s": 0.5, "tpot_s": 0.02, "latency_s": 8.0}
 COMBINATIONS = tuple(
-    tuple(name for name, kept in zip(LOOSE, present, strict=True) if kept) for present in product((False, True), repeat=3)
+    tuple(name for name, kept in zip(LOOSE, present, strict=True) if kept)
+    for present in product((False, True), repeat=3)
 )
 OVERLOAD_RPS = 100.0
 
@@ -87,7 +88,7 @@ def admits_one_alone(thresholds: Thresholds, slots: int, budget: int) -> bool:
 
 
 def within_the_engine(promise: Promise, slots: int, budget: int) -> bool:
-    """Whether the engine has the slots and the tokens for what the parameters promise, in iterations as they foresee."""
+    """Whether the engine has the slots and the tokens for what the parameters promise, in the iterations foreseen."""
     served = promise.capacity_rps * promise.pace.steady_s
     in_service, tokens = LENGTHS.mean_output_tokens + 1, LENGTHS.mean_prompt_tokens + LENGTHS.mean_output_tokens
     return served * in_service <= slots * 1.001 and served * tokens <= budget * 1.001
@@ -108,8 +109,8 @@ def test_tighter_targets_never_give_more_capacity(names: tuple[str, ...]) -> Non
 def test_more_slots_and_larger_budgets_never_give_less_capacity(names: tuple[str, ...]) -> None:
     for budget, block in product(BUDGETS, BLOCKS):
         capacities = [solved(names, False, slots, budget, block, OVERLOAD_RPS).capacity_rps for slots in SLOTS]
-        assert all(less <= more * (1 + 1e-9) for less, more in zip(capacities, capacities[1:], strict=False)), capacities
+        assert all(less <= more * (1 + 1e-9) for less, more in pairwise(capacities)), capacities
         assert capacities[0] < capacities[-1]
     for slots, block in product(SLOTS, BLOCKS):
         capacities = [solved(names, False, slots, budget, block, OVERLOAD_RPS).capacity_rps for budget in BUDGETS]
-        assert all(less <= more * (1 + 1e-9) for less, more in zip(capacities, capacities[1:], strict=False)), capacities
+        assert all(less <= more * (1 + 1e-9) for less, more in pairwise(capacities)), capacities

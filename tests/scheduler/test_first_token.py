@@ -67,15 +67,15 @@ def test_without_a_planned_time_the_prompts_under_way_count_as_what_they_are():
 
 
 def test_slots_bound_how_many_of_the_queue_enter_before_a_request_leaves():
-    """At capacity 15 requests run by Little's law; an engine of fewer slots is full before."""
-    pace = replace(PACE, capacity_rps=3.0)
+    """At capacity 10 requests run by Little's law; an engine of fewer slots is full before."""
+    pace = replace(PACE, capacity_rps=2.0)
     view = queue_of(*[{}] * 10)
     rejected = [
         first_token(pace).beyond_limit(
             view, 0.0, waiting=10, tokens=view.tokens_to_compute, running=5, free_slots=free
         ) for free in (0, 3, 1000)
     ]
-    assert rejected[0] > rejected[1] > rejected[2] == 0, rejected
+    assert rejected[0] > rejected[1] > rejected[2], rejected
 
 
 def late(*requests, now_s, pace=PACE, backlog=0):
