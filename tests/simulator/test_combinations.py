@@ -85,7 +85,8 @@ def capacity_rps(case: Case) -> float:
 def outcome(case: Case, policy: str) -> Outcome:
     options = {
         "policy": policy, "profile": PROFILE, "lengths": LENGTHS, "requests": REQUESTS[case.load],
-        "kv_tokens": KV_TOKENS, "rate_rps": case.load * capacity_rps(case), "period_s": 1.0, "window": (0.2, 1.0), "seed": 1,
+        "kv_tokens": KV_TOKENS, "rate_rps": case.load * capacity_rps(case), "period_s": 1.0, "window": (0.2, 1.0),
+        "seed": 1,
         **dict(case.settings), **{f"slo_{name}": TARGETS[name] for name in case.targets},
     }
     config = simulation_config(options)
