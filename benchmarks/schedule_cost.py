@@ -84,7 +84,7 @@ def loaded(
     """An engine with that many decodes running and the rest waiting."""
     settings: dict[str, Any] = {"max_num_seqs": args.running, "max_num_batched_tokens": 8192}
     if long:
-        settings |= {"max_num_batched_tokens": 65_536, "max_model_len": 32_768, "enable_prefix_caching": True}
+        settings |= {"max_model_len": 32_768, "enable_prefix_caching": True}
     blocks = (_LONG // 16 + 64 if long else 64) * args.running
     engine = Engine(cls, blocks=blocks, thresholds=thresholds, **settings)
     if thresholds is not None:

@@ -100,7 +100,10 @@ class RunningRequests(Residents):
 
     def stages(self) -> list[int]:
         if self._stages is None:
-            self._stages = [_stage(request) for request in self._running]
+            self._stages = [
+                0 if request.is_prefill_chunk else request.num_output_tokens + request.num_output_placeholders
+                for request in self._running
+            ]
         return self._stages
 
     def kv_tokens(self) -> list[int]:
