@@ -7,7 +7,8 @@ answers; asked, it solves the fluid model and says what it would put in force, a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import numpy as np
@@ -31,9 +32,40 @@ from scheduler.watch import Watch, stratified
 
 WINDOW_S, MIN_FINISHED = 60.0, 20
 """What a controller is told of `Tuning` unless its configuration says otherwise."""
-_SETTLED_PACE = 0.05
 _SETTLED = 0.10
 """Thresholds closer than this (relatively) to those in force are left alone: estimates jitter, engines should not."""
+_PROMPT_TOKENS = 2048.0
+"""Prompt tokens beside which iteration times are compared where nothing says how many there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far a field may be from the one in force: by `share` of it, or by `least` if that is more; by default not."""
+
+    share: float = 0.0
+    least: float = 0.0
+
+    def covers(self, new: float | None, old: float | None) -> bool:
+        """Whether a change is too small to matter; what is given and what is not always differ."""
+        if new is None or old is None:
+            return new is old
+        return abs(new - old) <= max(self.least, self.share * old)
+
+
+_EXACT, _TIME, _ESTIMATE = Tolerance(), Tolerance(0.05), Tolerance(_SETTLED)
+PACE_TOLERANCES: Mapping[str, Tolerance] = {
+    # What an operator or an engine sets, and what follows from that alone.
+    **dict.fromkeys(("kv_limit_tokens", "block_tokens", "overflow_z", "miss_probability"), _EXACT),
+    **dict.fromkeys(("tpot_s", "ttft_s", "latency_s", "pipeline_depth", "cold"), _EXACT),
+    # What the engine's iterations are held to. The law is compared by the iteration times it gives.
+    **dict.fromkeys(("law", "iteration_s", "tokens_per_step", "computed_per_step"), _TIME),
+    "survival": Tolerance(least=0.05),
+    # What follows from estimates of arrivals, and so moves most.
+    **dict.fromkeys(("prompt_flow_tokens", "capacity_rps", "steady_s", "variability"), _ESTIMATE),
+    "first_token_within_s": _ESTIMATE,
+    "queue_requests": Tolerance(_SETTLED, 1.0),
+}
+"""For each field of a pace, the change that is none."""
 
 
 class Tuning(Protocol):
@@ -232,31 +264,25 @@ def materially_different(proposed: Thresholds, in_force: Thresholds) -> bool:
 
 
 def _same_pace(new: Pace, old: Pace) -> bool:
-    """True when a new pace would make hardly a difference.
+    """True when a new pace would make hardly a difference; a field that `PACE_TOLERANCES` leaves out may not change."""
+    return all(
+        PACE_TOLERANCES.get(field.name, Tolerance()).covers(getattr(new, field.name), getattr(old, field.name))
+        for field in fields(Pace) if field.name not in ("law", "survival")
+    ) and _same_law(new, old) and _same_survival(new, old)
 
-    Its times and its survival are within a twentieth; its queue and its prompt flow, which follow from estimates of
-    arrivals and so move most, within a tenth (or one request).
-    """
-    targets = ("kv_limit_tokens", "ttft_s", "tpot_s", "latency_s", "pipeline_depth", "cold")
-    if any(getattr(new, name) != getattr(old, name) for name in targets):
-        return False
-    load = (old.prompt_flow_tokens, 100.0, float(old.kv_limit_tokens))
-    times, flow = (_SETTLED_PACE, 0.0), (_SETTLED, 0.0)
-    numbers = (
-        (new.iteration_s, old.iteration_s, times), (new.law.iteration_s(*load), old.law.iteration_s(*load), times),
-        (new.prompt_flow_tokens, old.prompt_flow_tokens, flow), (new.queue_requests, old.queue_requests, (_SETTLED, 1)),
-        (new.capacity_rps, old.capacity_rps, flow), (new.steady_s, old.steady_s, flow),
-        (new.first_token_within_s, old.first_token_within_s, flow), (new.tokens_per_step, old.tokens_per_step, times),
-        (new.computed_per_step, old.computed_per_step, times),
+
+def _same_law(new: Pace, old: Pace) -> bool:
+    """Iterations of a full batch, with prompts and without, within a twentieth."""
+    prompts = old.prompt_flow_tokens or _PROMPT_TOKENS
+    loads = ((0.0, 100.0, float(old.kv_limit_tokens)), (prompts, 100.0, float(old.kv_limit_tokens)))
+    return all(
+        PACE_TOLERANCES["law"].covers(new.law.iteration_s(*load), old.law.iteration_s(*load)) for load in loads
     )
-    for now, before, (share, least) in numbers:
-        if now is None or before is None:
-            if now is not before:
-                return False
-        elif abs(now - before) > max(least, share * before):
-            return False
+
+
+def _same_survival(new: Pace, old: Pace) -> bool:
     at = [x for x, _ in (*new.survival, *old.survival)]
-    return float(np.max(np.abs(_survival_at(new, at) - _survival_at(old, at)))) <= _SETTLED_PACE
+    return float(np.max(np.abs(_survival_at(new, at) - _survival_at(old, at)))) <= PACE_TOLERANCES["survival"].least
 
 
 def _survival_at(pace: Pace, at: list[int]) -> NDArray[np.float64]:

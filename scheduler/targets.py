@@ -1,7 +1,7 @@
 """From targets to the parameters of `fluid`: what one replica can promise, and what limits it.
 
 Source: the fluid equilibrium of arXiv 2504.11320 with the longest iteration fixed by a target instead of by the load,
-and with the engine's slots as a constraint beside memory and time.
+and with the engine's slots and its token budget as constraints beside memory and time.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ NO_TARGETS = Targets()
 class Promise:
     """The parameters for `fluid`, the capacity they give, and the bottleneck.
 
-    binding: memory, slots, TPOT target, TTFT target, latency target or nothing. in_time: share of requests whose
-    lengths allow them to meet every target. tpot_margin: how far, relative to them, iterations stay below `tpot_s`, the
-    TPOT target.
+    binding: memory, slots, token budget, TPOT target, TTFT target, latency target or nothing. in_time: share of
+    requests whose lengths allow them to meet every target. tpot_margin: how far, relative to them, iterations stay
+    below `tpot_s`, the TPOT target.
     """
 
     pace: Pace
@@ -142,7 +142,7 @@ class _Within:
 
 
 class _Capacity:
-    """What one replica can serve of a mix, by memory, by slots and by time."""
+    """What one replica can serve of a mix, by memory, by slots, by the token budget and by time."""
 
     def __init__(
         self, mix: WorkloadMix, law: ServiceTimeLaw, limits: EngineLimits, reuse: PrefixReuse, steps: Steps
@@ -150,7 +150,7 @@ class _Capacity:
         self._law, self._reuse, self._steps, self._rate_rps = law, reuse, steps, mix.rate_rps
         self._lengths = mix.merged().lengths
         self.kv_limit_tokens = limits.kv_capacity_tokens - limits.block_tokens
-        self._slots = limits.seats
+        self._slots, self._budget = limits.seats, limits.max_num_batched_tokens
         self.fluid = solve_fluid(mix, law, self.kv_limit_tokens, reuse, steps)
         # Seconds of work that one request brings, in all, and of it what comes on top of the floor.
         decode = self._lengths.mean_output_tokens * law.d3_s_per_decode_token
@@ -159,6 +159,8 @@ class _Capacity:
         self._work_s = self._kv_work_s + self._prefill_work_s + decode * steps.computed_per_token
         self._life = self._lengths.mean_output_tokens / steps.tokens + 1
         self._by_memory = self.fluid.critical_rate_scale * mix.rate_rps
+        computed = self._lengths.mean_output_tokens * steps.computed_per_token
+        self._tokens = self._lengths.mean_prompt_tokens * reuse.computed + computed
         self._branches = ((law.d0_s, self._work_s), (law.floor_s, self._kv_work_s))
 
     @property
@@ -169,14 +171,24 @@ class _Capacity:
 
     def at(self, iteration_s: float | None) -> tuple[float, str]:
         """Requests/s with iterations of at most so long, and what limits them."""
-        by_slots = min(
-            (self._slots / (fixed_s * self._life * self._steps.depth + self._slots * work_s)
-             for fixed_s, work_s in self._branches if fixed_s or work_s), default=math.inf,
-        )
-        by_time = math.inf if iteration_s is None else self._by_time(iteration_s)
-        limits = {"memory": self._by_memory, "slots": by_slots, "TPOT target": by_time}
+        limits = {
+            "memory": self._by_memory,
+            "slots": self._by_count(self._slots, self._life * self._steps.depth),
+            "token budget": self._by_count(self._budget, self._tokens),
+            "TPOT target": math.inf if iteration_s is None else self._by_time(iteration_s),
+        }
         limit = min(limits, key=lambda name: limits[name])
         return limits[limit], limit
+
+    def _by_count(self, most: float, each: float) -> float:
+        """Requests/s when an iteration has `most` of something of which every request takes `each` in its life.
+
+        λ·τ·each <= most, with the equilibrium's iteration time τ = fixed / (1 − λ·work).
+        """
+        return min(
+            (most / (fixed_s * each + most * work_s) for fixed_s, work_s in self._branches if fixed_s or work_s),
+            default=math.inf,
+        )
 
     def _by_time(self, iteration_s: float) -> float:
         """Requests/s with every iteration filled: the time beyond the fixed part is what their work can have."""

@@ -17,7 +17,7 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from typing import Any
 
 from vllm.logger import init_logger
@@ -28,7 +28,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
 from scheduler.channel import ChannelServer, engine_id
-from scheduler.choices import parent_of
+from scheduler.choices import family_of, parent_of
 from scheduler.client_input import declared_output_tokens, tenant_of
 from scheduler.control import InForce, ThresholdsInForce
 from scheduler.fair_queue import NOBODY_IN_PARTICULAR
@@ -127,10 +127,13 @@ class HeadraceScheduler(AsyncScheduler):
             self._obey(obeyed)
         now_s = self.clock()
         decision = obeyed.policy.decide(self._snapshot(now_s))
+        siblings = 0
         if decision.refuse:
-            self._refuse([self.requests[name] for name in decision.refuse], TOO_LATE, decision.drain_s)
+            refused = self._refuse([self.requests[name] for name in decision.refuse], TOO_LATE, decision.drain_s)
+            siblings = len(refused - set(decision.refuse))
         for type_name, count in decision.admit.items():
-            self.gate.release(type_name, count)
+            # Some of those that were to enter may be gone with a sibling; none enters that the policy did not look at.
+            self.gate.release(type_name, max(0, count - siblings))
         if decision.refuse_last:
             self._refuse(self.gate.last(UNKNOWN_TYPE, decision.refuse_last), TOO_MANY, decision.drain_s)
 
@@ -150,12 +153,18 @@ class HeadraceScheduler(AsyncScheduler):
         for new in output.scheduled_new_reqs:
             life = self._lives[new.req_id]
             life.cached_tokens = new.num_computed_tokens
-            life.shared_tokens = min(self._prefixes.shared_at_release(new.req_id), life.cached_tokens)
+            life.shared_tokens = self._prefixes.shared_now(new.req_id, life.cached_tokens)
+        for name in output.scheduled_cached_reqs.resumed_req_ids:
+            # Those that held its blocks before it was preempted may be gone, and others may hold them now.
+            self._lives[name].shared_tokens = self._prefixes.shared_now(name, self.requests[name].num_tokens)
         self._after_schedule(output, len(aside))
         return output
 
-    def _refuse(self, requests: list[Request], reason: str, drain_s: float) -> None:
-        """End requests that have not cost anything yet, with all their choices; those of one under way are let in."""
+    def _refuse(self, requests: list[Request], reason: str, drain_s: float) -> Set[str]:
+        """End requests that have not cost anything yet, with their siblings; those of one under way are let in.
+
+        Returns the ids of those that ended.
+        """
         rejected: dict[str, Refusal] = {}
         for request in requests:
             name = request.request_id
@@ -164,9 +173,10 @@ class HeadraceScheduler(AsyncScheduler):
             elif name in self.gate.choices.committed:
                 self.gate.let_through(request)
             elif name not in rejected:
-                refusal = Refusal.for_drain_time(reason, drain_s, parent_of(name) or name)
+                refusal = Refusal.for_drain_time(reason, drain_s, family_of(name) or name)
                 rejected |= dict.fromkeys(self.gate.choices.reject(name, refusal), refusal)
         self._reject(rejected)
+        return rejected.keys()
 
     def _is_audited(self, name: str) -> bool:
         """Whether this request is served though it should be rejected: drawn by its id, so that a rerun agrees."""
@@ -199,6 +209,7 @@ class HeadraceScheduler(AsyncScheduler):
             kv_used_tokens=round(self.kv_cache_manager.usage * capacity),
             kv_capacity_tokens=capacity,
             prompt_backlog_tokens=self._prompt_backlog(),
+            prompt_tokens_under_way=sum([work.prefill_tokens for _, _, work in self._executing]),
             released_requests=self._released_requests(),
             kv_read_tokens=sum([request.num_computed_tokens for request in self.running]) + len(self.running),
             slots=self._most_advancing - self.num_waiting_for_streaming_input,
@@ -304,6 +315,8 @@ class HeadraceScheduler(AsyncScheduler):
             self._lives[request.request_id] = self._life(request)
             self._awaiting_first_token[request.request_id] = request
         super().add_request(request)
+        if request.pooling_params is not None:
+            self.gate.choices.commit(request.request_id)  # an embedding: no target is for it, nor an answer of its kind
         if rejection := self.gate.choices.rejection_of(request.request_id):
             self._reject({request.request_id: rejection})
 

@@ -123,7 +123,8 @@ class Snapshot:
     run (not taken up yet, preempted, or unable to start: a grammar compiles, adapters are full); released_requests: the
     same, one by one; running: the requests in service, oldest first. KV in tokens: kv_used_tokens is what is allocated
     (shared blocks once), kv_read_tokens what the running requests' attention reads (None: the same).
-    prompt_backlog_tokens: what is left to compute of the prompts of those running and released. slots: most requests
+    prompt_backlog_tokens: what is left to compute of the prompts of those running and released;
+    prompt_tokens_under_way: what the iterations under way compute of prompts. slots: most requests
     that may run at once; most_tokens: most tokens in an iteration (None: no such limit). latest: the latest executed
     iteration. decode_tokens: what the coming iteration computes to advance all that run, their drafts included (None:
     one token each); most_step_tokens: most output tokens that one iteration gives a request.
@@ -136,6 +137,7 @@ class Snapshot:
     kv_used_tokens: int
     kv_capacity_tokens: int
     prompt_backlog_tokens: int = 0
+    prompt_tokens_under_way: int = 0
     released_requests: Sequence[Resident] = ()
     kv_read_tokens: int | None = None
     slots: int | None = None

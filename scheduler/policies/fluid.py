@@ -59,7 +59,8 @@ class Fluid(Policy):
         budget = admission.budget(snapshot, room, cached)
         beyond = first.beyond_limit(
             view, snapshot.now_s, waiting=view.length - len(late) - admitted, tokens=view.tokens_to_compute - tokens,
-            running=len(snapshot.running) + snapshot.released + admitted, full=admission.is_full or admitted == slots,
+            running=len(snapshot.running) + snapshot.released + admitted,
+            free_slots=0 if admission.is_full else slots - admitted,
         )
         return Decision(
             admit={UNKNOWN_TYPE: admitted} if admitted else {}, token_budget=budget, refuse=late, refuse_last=beyond,
@@ -129,15 +130,15 @@ class _Admission:
         room = pace.prompt_tokens_within(limit_s, running, read)
         assert self._slack is not None
         most = math.inf if snapshot.most_tokens is None else max(0.0, snapshot.most_tokens - snapshot.tokens_to_decode)
-        ahead = list(islice(view.heads(), _HEADS)) if view and room < most else []
-        wanted = snapshot.prompt_backlog_tokens + sum(waiting.tokens_to_compute for waiting in ahead)
-        wanted_s = pace.prefill_s(min(wanted, most) - max(room, 0.0)) if room < most else 0.0
         busy_s = max(pace.decode_iteration_s(running, float(read)), pace.steady_s, self._recent_s)
         gain_s = (limit_s - busy_s) * pace.pipeline_depth / pace.tokens_per_step
-        if wanted_s <= 0 or gain_s <= 0 or (self.is_full and view):
+        may_lend = gain_s > 0 and room < most and not (self.is_full and view)
+        wanted_s = pace.prefill_s(_wanted_tokens(snapshot, view, most) - max(room, 0.0)) if may_lend else 0.0
+        if wanted_s <= 0:
             self._slack.nothing_lent()
         else:
-            prompts = min(len(ahead), _HEADS) + (snapshot.prompt_backlog_tokens > 0)
+            ahead = min(view.length, _HEADS) if view else 0
+            prompts = ahead + (snapshot.prompt_backlog_tokens > 0)
             spare_s = self._slack.spare_s(
                 np.array(stages_of(snapshot.running)), _first_token_s(snapshot), snapshot.now_s, wanted_s,
                 gain_s=gain_s, misses=_SLACK_SHARE * pace.miss_probability * prompts,
@@ -203,6 +204,16 @@ class _Admission:
             return True
         self._full_with = 0
         return False
+
+
+def _wanted_tokens(snapshot: Snapshot, view: QueueView | None, most: float) -> float:
+    """Prompt tokens that the coming iteration could compute; no more requests are looked at than fill it."""
+    wanted = snapshot.prompt_backlog_tokens
+    for waiting in islice(view.heads(), _HEADS) if view else ():
+        if wanted >= most:
+            break
+        wanted += waiting.tokens_to_compute
+    return min(float(wanted), most)
 
 
 def _first_token_s(snapshot: Snapshot) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
