@@ -53,9 +53,9 @@ class SimulationConfig(_Strict):
     in the paper's experiments. period_s: the controller solves thresholds anew so often, from what the replica has
     seen. solve_once: there is no controller, and they are solved once, from the workload itself (see `controlled`).
     thresholds: fields of `Thresholds` that replace these. retries: what clients do that are rejected, see
-    `simulator.clients`; None: nothing. audit: of so many rejections it is found out, each by another run, whether they
-    were right. window: fractions of the arrival order between which requests are measured. slowdown: when the first
-    replica is slow, see `simulator.slowdown.parse_slowdown`. iteration_noise: relative standard deviation of iterations
+    `simulator.clients`; None: nothing. audit: so many further runs find out whether rejections were right, see
+    `simulator.audit`. window: fractions of the arrival order between which requests are measured. slowdown: when the
+    first replica is slow, see `simulator.slowdown.parse_slowdown`. iteration_noise: relative standard deviation of iterations
     around what the law says (lognormal, of mean 1). until_decided: end the run once no measured request that is under
     way can meet the targets; the others' latencies are then not known.
     """

@@ -53,7 +53,7 @@ def simulate(
         summary = _summary(config, workload, fleet, writer)
         if config.audit:
             summary |= audit_rejections(
-                writer.written_requests(), config, lambda number: _goods_with(number, config, workload, thresholds)
+                writer.written_requests(), config, lambda numbers: _goods_with(numbers, config, workload, thresholds)
             )
         summary["wall_s"] = time.perf_counter() - begun_s
         writer.close(summary)
@@ -76,11 +76,11 @@ def _run(
 
 
 def _goods_with(
-    number: int, config: SimulationConfig, workload: Workload, thresholds: Thresholds | None
+    numbers: Collection[int], config: SimulationConfig, workload: Workload, thresholds: Thresholds | None
 ) -> frozenset[int]:
-    """The requests of the window that meet their targets when this one is not rejected."""
+    """The requests of the window that meet their targets when those of these numbers are not rejected."""
     with RunWriter(None, {}) as writer:
-        _run(config, workload, thresholds, writer, never_rejected=(number,))
+        _run(config, workload, thresholds, writer, never_rejected=numbers)
         return good_requests(writer.written_requests(), config.window, config.slo.promised)
 
 
@@ -157,7 +157,8 @@ def _summary(
         "policy": config.policy, "workload": workload.name, "rate_rps": workload.mix().rate_rps, **measured,
         "retry_attempts": returns.attempts if returns else None,
         "returned_admitted_fraction": returns.admitted_fraction if returns else None,
-        "wrong_rejection_fraction": None, "rejected_individually_servable_fraction": None,
+        "wrong_rejection_fraction": None, "wrong_rejection_low": None, "wrong_rejection_high": None,
+        "rejected_individually_servable_fraction": None,
         "controller": config.controlled,
         "stranded": fleet.stranded, "unfinished": fleet.unfinished,
         "preemptions": _sum(totals, "preemptions"), "recomputed_tokens": _sum(totals, "recomputed_tokens"),
