@@ -26,7 +26,7 @@ class EngineSetup:
     controller: False where thresholds are never tuned to `targets`, which then only a guess would follow.
     """
 
-    data_parallel: bool = False
+    data_parallel_across_nodes: bool = False
     pipeline_parallel: bool = False
     speculative_decoding: bool = False
     kv_transfer: bool = False
@@ -35,11 +35,12 @@ class EngineSetup:
 
     @classmethod
     def from_vllm_config(cls, config: Any, targets: Targets) -> EngineSetup:
-        """Of an engine that is about to start. Source: vLLM's VllmConfig."""
+        """Of an engine that is about to start. Source: vLLM's VllmConfig.
+
+        Where the other data-parallel ranks are is no concern of this one: only a replica has to reach all of them.
+        """
         parallel = config.parallel_config
         return cls(
-            # An engine of several that share no experts is told it is alone; its index still tells, but for the first.
-            data_parallel=parallel.data_parallel_size > 1 or parallel.data_parallel_index > 0,
             pipeline_parallel=parallel.pipeline_parallel_size > 1,
             speculative_decoding=config.num_speculative_tokens > 0,
             kv_transfer=config.kv_transfer_config is not None,
@@ -52,7 +53,8 @@ class EngineSetup:
     ) -> EngineSetup:
         """Of a configuration. Source: vLLM's AsyncEngineArgs; what only vLLM can tell shows when the engine starts."""
         return cls(
-            data_parallel=_above_one(engine_args.get("data_parallel_size")),
+            data_parallel_across_nodes=_above_one(engine_args.get("data_parallel_size"))
+            and any(engine_args.get(key) not in here for key, here in DATA_PARALLEL_HERE.items()),
             pipeline_parallel=_above_one(engine_args.get("pipeline_parallel_size")),
             speculative_decoding=any(engine_args.get(key) is not None for key in SPECULATIVE_ARGS),
             kv_transfer=any(engine_args.get(key) is not None for key in KV_TRANSFER_ARGS),
@@ -62,6 +64,12 @@ class EngineSetup:
 
 SPECULATIVE_ARGS = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
 KV_TRANSFER_ARGS = ("kv_transfer_config", "kv_offloading_size")
+DATA_PARALLEL_HERE: Mapping[str, tuple[Any, ...]] = {
+    "data_parallel_size_local": (None,), "data_parallel_rank": (None,), "data_parallel_start_rank": (None,),
+    "data_parallel_backend": (None, "mp"), "data_parallel_hybrid_lb": (None, False),
+    "data_parallel_external_lb": (None, False),
+}
+"""By engine argument: the values with which all data-parallel ranks are processes of the replica that starts them."""
 
 
 def _above_one(value: Any) -> bool:
@@ -117,10 +125,11 @@ def _promises_tpot(setup: EngineSetup, thresholds: Thresholds) -> bool:
 
 SETTINGS: tuple[Setting, ...] = (
     Setting(name="tensor parallel", answers={}),
+    Setting(name="data parallel within a replica", answers={}),
     Setting(
-        name="data parallel within a replica", in_use=_has("data_parallel"), answers=_all_policies(NO),
-        because="only one of a replica's engines would be tuned and reported",
-        instead="leave data_parallel_size at 1 and run as many replicas",
+        name="data parallel across nodes", in_use=_has("data_parallel_across_nodes"), answers=_all_policies(NO),
+        because="a replica reaches the engines on its own machine only",
+        instead="give data_parallel_size alone, or leave it at 1 and run as many replicas",
     ),
     Setting(
         name="pipeline parallel with a TPOT or latency target",

@@ -27,7 +27,7 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
-from scheduler.channel import ChannelServer, engine_id
+from scheduler.channel import ChannelServer, engine_id, rank_endpoint
 from scheduler.choices import parent_of
 from scheduler.client_input import declared_output_tokens, tenant_of
 from scheduler.control import InForce, ThresholdsInForce
@@ -106,7 +106,8 @@ class HeadraceScheduler(AsyncScheduler):
         self._everyone_runs = False
         self._channel: ChannelServer | None = None
         if settings.channel:
-            self._channel = ChannelServer(settings.channel, self.in_force.offer, self.telemetry)
+            endpoint = rank_endpoint(settings.channel, vllm_config.parallel_config.data_parallel_index)
+            self._channel = ChannelServer(endpoint, self.in_force.offer, self.telemetry)
             logger.info("Headrace: control channel open, policy %s", settings.thresholds.policy)
 
     # One iteration.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from scheduler.support import (
+    DATA_PARALLEL_HERE,
     KV_TRANSFER_ARGS,
     SETTINGS,
     SPECULATIVE_ARGS,
@@ -23,14 +24,17 @@ from scheduler.thresholds import POLICY_NAMES, SegmentThreshold, Thresholds
 README = Path(__file__).resolve().parents[2] / "README.md"
 TPOT = Targets(tpot_s=0.05)
 SETUPS = {
-    "data parallel within a replica": EngineSetup(data_parallel=True),
+    "data parallel across nodes": EngineSetup(data_parallel_across_nodes=True),
     "pipeline parallel with a TPOT or latency target": EngineSetup(pipeline_parallel=True, targets=TPOT),
     "pipeline parallel without such a target": EngineSetup(pipeline_parallel=True, targets=Targets(ttft_s=2.0)),
     "speculative decoding": EngineSetup(speculative_decoding=True),
     "KV transfer (P/D, offloading)": EngineSetup(kv_transfer=True),
     "targets with `controller.enabled: false`": EngineSetup(targets=Targets(ttft_s=2.0), controller=False),
 }
-NOTHING_OF_CONCERN = ("tensor parallel", "prefix caching", "structured output", "LoRA", "several choices (n > 1)")
+NOTHING_OF_CONCERN = (
+    "tensor parallel", "data parallel within a replica", "prefix caching", "structured output", "LoRA",
+    "several choices (n > 1)",
+)
 
 
 def is_refused(setup: EngineSetup, thresholds: Thresholds) -> bool:
@@ -64,7 +68,7 @@ def test_an_engine_without_any_of_it_takes_every_policy(policy: str) -> None:
 @pytest.mark.parametrize(
     ("setup", "policy", "what_to_do"),
     [
-        (EngineSetup(data_parallel=True), "fcfs", "leave data_parallel_size at 1 and run as many replicas"),
+        (EngineSetup(data_parallel_across_nodes=True), "fcfs", "give data_parallel_size alone"),
         (EngineSetup(pipeline_parallel=True, targets=TPOT), "fluid", "use tensor_parallel_size instead"),
         (EngineSetup(pipeline_parallel=True, targets=Targets(latency_s=9.0)), "fluid", "latency_s out of the targets"),
         (EngineSetup(speculative_decoding=True), "nested_wait", "take policy fcfs or wait without segments"),
@@ -89,7 +93,9 @@ def test_wait_with_segments_holds_at_boundaries_as_nested_wait_does() -> None:
 @pytest.mark.parametrize(
     ("engine_args", "found"),
     [
-        ({"data_parallel_size": 2}, "data_parallel"),
+        ({"data_parallel_size": 4, "data_parallel_size_local": 2}, "data_parallel_across_nodes"),
+        ({"data_parallel_size": 2, "data_parallel_backend": "ray"}, "data_parallel_across_nodes"),
+        ({"data_parallel_size": 2, "data_parallel_rank": 1}, "data_parallel_across_nodes"),
         ({"pipeline_parallel_size": 4}, "pipeline_parallel"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}, "speculative_decoding"),
         ({"spec_tokens": 3}, "speculative_decoding"),
@@ -107,6 +113,7 @@ def test_a_configuration_tells_what_it_asks_of_the_engine(engine_args: dict[str,
     "engine_args",
     [
         {}, {"tensor_parallel_size": 8, "enable_prefix_caching": True, "enable_lora": True},
+        {"data_parallel_size": 2, "data_parallel_backend": "mp"}, {"data_parallel_size": 1, "data_parallel_rank": 0},
         {"data_parallel_size": 1, "pipeline_parallel_size": 1},
         {"speculative_config": None, "kv_transfer_config": None},
     ],
@@ -120,3 +127,4 @@ def test_the_engine_arguments_looked_at_are_vllm_s() -> None:
     arguments = pytest.importorskip("vllm.engine.arg_utils", reason="vLLM is not installed").AsyncEngineArgs
     names = {field.name for field in dataclasses.fields(arguments)}
     assert {"data_parallel_size", "pipeline_parallel_size", *SPECULATIVE_ARGS, *KV_TRANSFER_ARGS} <= names
+    assert DATA_PARALLEL_HERE.keys() <= names
