@@ -103,6 +103,11 @@ class Pace:
         return None if self.iteration_s is None else self.iteration_s * self.pipeline_depth / self.tokens_per_step
 
     @property
+    def steady_token_s(self) -> float:
+        """Seconds per output token at the present load (0: not known)."""
+        return self.steady_s * self.pipeline_depth / self.tokens_per_step
+
+    @property
     def in_service_at_capacity(self) -> float | None:
         """Requests in service when the replica is full, by Little's law over l' + 1 iterations; None: not known."""
         if self.token_s is None or not self.capacity_rps:

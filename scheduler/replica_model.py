@@ -22,6 +22,7 @@ from scheduler.messages import Telemetry
 from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.pace import Pace
 from scheduler.realised import RealisedMargin
+from scheduler.steps import StepsSeen
 from scheduler.survival import cold_lengths, mean_of, product_limit
 from scheduler.targets import Promise, Targets
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
@@ -78,6 +79,7 @@ class ReplicaModel:
         self._watch = Watch(config.window_s, config.min_finished)
         self.law = OnlineLaw(law)
         self._realised = RealisedMargin()
+        self._steps = StepsSeen(config.window_s)
         self._changes = 0
         self.cursor = 0
         self.telemetry: Telemetry | None = None
@@ -88,13 +90,15 @@ class ReplicaModel:
         if telemetry.engine_id != self._engine_id:
             self._engine_id, self.cursor = telemetry.engine_id, 0
             self._watch.restart(telemetry)
+            self._steps.restart()
         for iteration in telemetry.iterations:
             if iteration.seq > self.cursor:
                 self.law.update(
                     iteration.prefill_tokens, iteration.decode_tokens, iteration.kv_tokens, iteration.seconds
                 )
         self._observe_finished(telemetry)
-        self._watch.observe(telemetry, self.cursor)
+        self._steps.observe(telemetry.clock_s, telemetry.counters)
+        self._watch.observe(telemetry, self.cursor, self._steps.steps.tokens)
         self.cursor = max(self.cursor, telemetry.cursor)
         self.telemetry = telemetry
 
@@ -142,7 +146,7 @@ class ReplicaModel:
             return Proposal(self._configured, None, reason)
         tuned = tune(
             self._configured, self._mix(), self.law.law, self.telemetry.limits,
-            overflow_probability=self._config.overflow_probability,
+            overflow_probability=self._config.overflow_probability, steps=self._steps.steps,
         )
         thresholds = replace(tuned.thresholds, valid_for_s=self._config.validity_s)
         return Proposal(thresholds, tuned.equilibrium, thresholds.reason)
@@ -159,7 +163,7 @@ class ReplicaModel:
             self._configured, WorkloadMix((RequestType(UNKNOWN_TYPE, max(self.rate_rps, LEAST_RATE_RPS), lengths),)),
             self.law.law, self.telemetry.limits, overflow_probability=self._config.overflow_probability,
             targets=self._config.targets, fluctuation=self.law.fluctuation, dispersion=rates.dispersion,
-            cold=cold, reuse=self._watch.prefix_reuse,
+            cold=cold, reuse=self._watch.prefix_reuse, steps=self._steps.steps,
             realised_margin=self._realised.margin(self._config.overflow_probability),
         )
         assert tuned.promise is not None
@@ -243,6 +247,7 @@ def _same_pace(new: Pace, old: Pace) -> bool:
         (new.prompt_flow_tokens, old.prompt_flow_tokens, flow), (new.queue_requests, old.queue_requests, (_SETTLED, 1)),
         (new.capacity_rps, old.capacity_rps, flow), (new.steady_s, old.steady_s, flow),
         (new.first_token_within_s, old.first_token_within_s, flow), (new.tokens_per_step, old.tokens_per_step, times),
+        (new.computed_per_step, old.computed_per_step, times),
     )
     for now, before, (share, least) in numbers:
         if now is None or before is None:

@@ -19,6 +19,7 @@ from scheduler.margin import EXACT, Fluctuation, tpot_margin
 from scheduler.mix import Lengths, WorkloadMix
 from scheduler.pace import Pace
 from scheduler.queue_length import fixed_share, useful_queue
+from scheduler.steps import ONE_TOKEN_A_STEP, Steps
 from scheduler.thresholds import EngineLimits
 
 _SURVIVAL_POINTS = 48
@@ -55,22 +56,6 @@ NO_TARGETS = Targets()
 
 
 @dataclass(frozen=True, slots=True)
-class Steps:
-    """How output tokens and iterations go together, as measured.
-
-    tokens: output tokens that a request gains in an iteration that advances it; computed: tokens computed for it then;
-    depth: iterations from one of its steps to the next (pipeline stages).
-    """
-
-    tokens: float = 1.0
-    computed: float = 1.0
-    depth: int = 1
-
-
-ONE_TOKEN_A_STEP = Steps()
-
-
-@dataclass(frozen=True, slots=True)
 class Promise:
     """The parameters for `fluid`, the capacity they give, and the bottleneck.
 
@@ -103,7 +88,7 @@ def solve_pace(
     """
     lengths = mix.merged().lengths
     capacity = _Capacity(mix, law, limits, reuse, steps)
-    margin = tpot_margin(lengths, fluctuation, (1 - _QUEUE_SHARE) * miss_probability)
+    margin = tpot_margin(lengths, fluctuation, (1 - _QUEUE_SHARE) * miss_probability, steps)
     margin = min(max(margin, realised_margin, _LEAST_MARGIN), _LARGEST_MARGIN)
     token_s = None if targets.tpot_s is None else targets.tpot_s / (1 + margin)
     within = capacity.within_latency(token_s, targets, margin)
@@ -166,14 +151,14 @@ class _Capacity:
         self._lengths = mix.merged().lengths
         self.kv_limit_tokens = limits.kv_capacity_tokens - limits.block_tokens
         self._slots = limits.seats
-        self.fluid = solve_fluid(mix, law, self.kv_limit_tokens, reuse)
+        self.fluid = solve_fluid(mix, law, self.kv_limit_tokens, reuse, steps)
         # Seconds of work that one request brings, in all, and of it what comes on top of the floor.
         decode = self._lengths.mean_output_tokens * law.d3_s_per_decode_token
-        self._kv_work_s = self.fluid.kv_load / mix.rate_rps / steps.tokens
+        self._kv_work_s = self.fluid.kv_load / mix.rate_rps
         self._prefill_work_s = self.fluid.prefill_load / mix.rate_rps
-        self._work_s = self._kv_work_s + self._prefill_work_s + decode * steps.computed / steps.tokens
+        self._work_s = self._kv_work_s + self._prefill_work_s + decode * steps.computed_per_token
         self._life = self._lengths.mean_output_tokens / steps.tokens + 1
-        self._by_memory = self.fluid.critical_rate_scale * mix.rate_rps * (steps.tokens if steps.tokens > 1 else 1.0)
+        self._by_memory = self.fluid.critical_rate_scale * mix.rate_rps
         self._branches = ((law.d0_s, self._work_s), (law.floor_s, self._kv_work_s))
 
     @property
@@ -297,7 +282,7 @@ class _Capacity:
         work_s = (
             law.d1_s_per_kv_token * lengths.kv_token_iterations_each / self._steps.tokens
             + law.d2_s_per_prefill_token * lengths.prompt_tokens * self._reuse.computed
-            + law.d3_s_per_decode_token * lengths.output_tokens * self._steps.computed / self._steps.tokens
+            + law.d3_s_per_decode_token * lengths.output_tokens * self._steps.computed_per_token
         )
         mean_s = float(lengths.weights @ work_s)
         work_variation = float(lengths.weights @ (work_s - mean_s) ** 2) / mean_s**2 if mean_s > 0 else 0.0

@@ -39,7 +39,15 @@ from scheduler.prefix_hits import PrefixHits
 from scheduler.profiles import load_profile
 from scheduler.recorder import Recorder
 from scheduler.refusal import Refusal
-from scheduler.running_requests import BatchWork, Life, RunningRequests, batch_work, in_admission_order
+from scheduler.running_requests import (
+    BatchWork,
+    Life,
+    RunningRequests,
+    batch_work,
+    decode_steps,
+    in_admission_order,
+    tokens_to_decode,
+)
 from scheduler.settings import SchedulerSettings
 from scheduler.support import EngineSetup, require_supported
 from scheduler.thresholds import EngineLimits, Thresholds
@@ -93,6 +101,7 @@ class HeadraceScheduler(AsyncScheduler):
         self.waiting = self.gate
         self._most_running = self.max_num_running_reqs
         self._most_tokens = self.max_num_scheduled_tokens
+        self._most_advancing = min(self._most_running, self._most_tokens // (1 + self.num_spec_tokens))
         # A prompt longer than the budget would never run where prompts are not computed in chunks.
         self._budget_can_split = self.scheduler_config.enable_chunked_prefill
         self.latest_work = BatchWork(0, 0, 0, 0)
@@ -131,8 +140,7 @@ class HeadraceScheduler(AsyncScheduler):
         asked = min(filter(None, (decision.token_budget, obeyed.thresholds.token_budget)), default=None)
         budget = (self._budget_can_split and asked) or self._most_tokens
         # Every running request gets its decode token and its drafts, however small the budget is set.
-        least = len(self.running) * (1 + self.num_spec_tokens)
-        self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, least))
+        self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, self._decode_tokens))
         self._prefixes.step()
         try:
             output = super().schedule(throttle_prefills)
@@ -188,22 +196,29 @@ class HeadraceScheduler(AsyncScheduler):
             now_s=now_s,
             waiting=self.gate.views(),
             released=self.gate.released + len(self.skipped_waiting),
-            running=RunningRequests(self.running, self.gate, self._lives),
+            running=RunningRequests(self.running, self.gate, self._lives, 1 + self.num_spec_tokens),
             kv_used_tokens=round(self.kv_cache_manager.usage * capacity),
             kv_capacity_tokens=capacity,
             prompt_backlog_tokens=self._prompt_backlog(),
             released_requests=self._released_requests(),
             kv_read_tokens=sum([request.num_computed_tokens for request in self.running]) + len(self.running),
-            slots=self._most_running - self.num_waiting_for_streaming_input,
+            slots=self._most_advancing - self.num_waiting_for_streaming_input,
             most_tokens=self._most_tokens,
             latest=self.recorder.latest_iteration,
+            decode_tokens=self._decode_tokens,
+            most_step_tokens=1 + self.num_spec_tokens,
         )
+
+    @property
+    def _decode_tokens(self) -> int:
+        return tokens_to_decode(self.running) if self.num_spec_tokens else len(self.running)
 
     def _released_requests(self) -> Sequence[Resident]:
         """The requests let through the gate that do not run, or not yet."""
         if not self.gate.released and not self.skipped_waiting:
             return ()
-        return RunningRequests([*self.gate.released_requests(), *self.skipped_waiting], self.gate, self._lives)
+        requests = [*self.gate.released_requests(), *self.skipped_waiting]
+        return RunningRequests(requests, self.gate, self._lives, 1 + self.num_spec_tokens)
 
     def _prompt_backlog(self) -> int:
         """Prompt tokens left to compute of the requests that run and of those let through."""
@@ -227,6 +242,9 @@ class HeadraceScheduler(AsyncScheduler):
             return []
         aside = [(place, request) for place, request in enumerate(self.running) if request.request_id in sit_out]
         self.running = [request for request in self.running if request.request_id not in sit_out]
+        if self.num_spec_tokens and self.scheduler_config.async_scheduling:
+            for _, request in aside:
+                request.spec_token_ids = []  # the worker keeps drafts for one iteration only
         return aside
 
     def _after_schedule(self, output: SchedulerOutput, sitting_out: int) -> None:
@@ -260,6 +278,9 @@ class HeadraceScheduler(AsyncScheduler):
             self._last_output_s = now_s
             self.recorder.iteration(now_s, seconds, *work)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self.num_spec_tokens:
+            for computed, gained in decode_steps(scheduler_output, outputs):
+                self.recorder.decoded(computed, gained)
         if self._awaiting_first_token:
             self._note_first_tokens()
         self.gate.settle()
@@ -388,6 +409,7 @@ class HeadraceScheduler(AsyncScheduler):
             max_num_seqs=self.max_num_running_reqs,
             max_num_batched_tokens=self.max_num_scheduled_tokens,
             max_model_len=self.max_model_len,
+            speculative_tokens=self.num_spec_tokens,
         )
 
 

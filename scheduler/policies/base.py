@@ -125,7 +125,8 @@ class Snapshot:
     (shared blocks once), kv_read_tokens what the running requests' attention reads (None: the same).
     prompt_backlog_tokens: what is left to compute of the prompts of those running and released. slots: most requests
     that may run at once; most_tokens: most tokens in an iteration (None: no such limit). latest: the latest executed
-    iteration.
+    iteration. decode_tokens: what the coming iteration computes to advance all that run, their drafts included (None:
+    one token each); most_step_tokens: most output tokens that one iteration gives a request.
     """
 
     now_s: float
@@ -140,11 +141,18 @@ class Snapshot:
     slots: int | None = None
     most_tokens: int | None = None
     latest: Iteration | None = None
+    decode_tokens: int | None = None
+    most_step_tokens: int = 1
 
     @property
     def read_tokens(self) -> int:
         """KV tokens that the running requests' attention reads."""
         return self.kv_used_tokens if self.kv_read_tokens is None else self.kv_read_tokens
+
+    @property
+    def tokens_to_decode(self) -> int:
+        """Tokens that the coming iteration computes to advance all that run."""
+        return len(self.running) if self.decode_tokens is None else self.decode_tokens
 
     @property
     def idle(self) -> bool:

@@ -34,13 +34,13 @@ class FirstToken:
     @classmethod
     def of(cls, pace: Pace, snapshot: Snapshot, room: float) -> FirstToken:
         """From the state of the engine and the prompt tokens for which the coming iteration has time."""
-        running = len(snapshot.running)
+        decode_tokens = snapshot.tokens_to_decode
         read = float(snapshot.read_tokens)
-        most = math.inf if snapshot.most_tokens is None else max(1.0, float(snapshot.most_tokens - running))
+        most = math.inf if snapshot.most_tokens is None else max(1.0, float(snapshot.most_tokens - decode_tokens))
         chunk = min(max(room, pace.prompt_flow_tokens), most)
         if math.isinf(chunk):
             return cls(pace, pace.law.shortest_iteration_s, math.inf, snapshot.prompt_backlog_tokens)
-        seconds = pace.law.iteration_s(chunk, float(running), read)
+        seconds = pace.law.iteration_s(chunk, float(decode_tokens), read)
         if pace.iteration_s is not None and not pace.cold:
             seconds = max(seconds, pace.iteration_s) if room <= chunk else seconds
         return cls(pace, seconds, chunk / seconds, snapshot.prompt_backlog_tokens)
@@ -74,7 +74,7 @@ class FirstToken:
         pace = self.pace
         if pace.latency_s is None or math.isinf(waiting.expected_output_tokens):
             return limit_s
-        token_s = pace.steady_s or pace.token_s or self.iteration_s
+        token_s = pace.steady_token_s or pace.token_s or self.iteration_s
         rest_s = pace.latency_s - (waiting.expected_output_tokens - 1) * token_s
         return rest_s if pace.ttft_s is None else min(pace.ttft_s, rest_s)
 

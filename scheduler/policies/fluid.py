@@ -122,17 +122,17 @@ class _Admission:
         At least a small chunk, so that prefills always progress. More than planned when prefills want it and the
         running requests have slack.
         """
-        pace, running, limit_s = self.pace, len(snapshot.running), self._iteration_s
+        pace, running, limit_s = self.pace, self._steps(snapshot), self._iteration_s
         if limit_s is None:
             return math.inf
         read = snapshot.read_tokens
         room = pace.prompt_tokens_within(limit_s, running, read)
         assert self._slack is not None
-        most = math.inf if snapshot.most_tokens is None else max(0.0, snapshot.most_tokens - running)
+        most = math.inf if snapshot.most_tokens is None else max(0.0, snapshot.most_tokens - snapshot.tokens_to_decode)
         ahead = list(islice(view.heads(), _HEADS)) if view and room < most else []
         wanted = snapshot.prompt_backlog_tokens + sum(waiting.tokens_to_compute for waiting in ahead)
         wanted_s = pace.prefill_s(min(wanted, most) - max(room, 0.0)) if room < most else 0.0
-        busy_s = max(pace.decode_iteration_s(float(running), float(read)), pace.steady_s, self._recent_s)
+        busy_s = max(pace.decode_iteration_s(running, float(read)), pace.steady_s, self._recent_s)
         gain_s = (limit_s - busy_s) * pace.pipeline_depth / pace.tokens_per_step
         if wanted_s <= 0 or gain_s <= 0 or (self.is_full and view):
             self._slack.nothing_lent()
@@ -151,8 +151,13 @@ class _Admission:
             return None
         prompt_s = self.pace.prefill_s(1.0)
         read = cached_tokens * self.pace.law.d1_s_per_kv_token / prompt_s if prompt_s else 0.0
-        decodes = math.ceil(len(snapshot.running) * self.pace.computed_per_step)
-        return decodes + int(max(_SMALLEST_CHUNK, room - read) + 1e-6)
+        return snapshot.tokens_to_decode + int(max(_SMALLEST_CHUNK, room - read) + 1e-6)
+
+    def _steps(self, snapshot: Snapshot) -> float:
+        """Running requests, each with the drafts that it usually has: the coming iteration knows how many there are."""
+        if snapshot.decode_tokens is None:
+            return float(len(snapshot.running))
+        return snapshot.decode_tokens / self.pace.computed_per_step
 
     def admitted(
         self, view: QueueView, late: Collection[str], slots: int, snapshot: Snapshot, room: float
