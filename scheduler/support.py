@@ -27,7 +27,6 @@ class EngineSetup:
     """
 
     data_parallel_across_nodes: bool = False
-    pipeline_parallel: bool = False
     speculative_decoding: bool = False
     kv_transfer: bool = False
     targets: Targets = NO_TARGETS
@@ -41,7 +40,6 @@ class EngineSetup:
         """
         parallel = config.parallel_config
         return cls(
-            pipeline_parallel=parallel.pipeline_parallel_size > 1,
             speculative_decoding=config.num_speculative_tokens > 0,
             kv_transfer=config.kv_transfer_config is not None,
             targets=targets,
@@ -55,7 +53,6 @@ class EngineSetup:
         return cls(
             data_parallel_across_nodes=_above_one(engine_args.get("data_parallel_size"))
             and any(engine_args.get(key) not in here for key, here in DATA_PARALLEL_HERE.items()),
-            pipeline_parallel=_above_one(engine_args.get("pipeline_parallel_size")),
             speculative_decoding=any(engine_args.get(key) is not None for key in SPECULATIVE_ARGS),
             kv_transfer=any(engine_args.get(key) is not None for key in KV_TRANSFER_ARGS),
             targets=targets, controller=controller,
@@ -118,11 +115,6 @@ def _has(field: str) -> InUse:
     return lambda setup, thresholds: bool(getattr(setup, field))
 
 
-def _promises_tpot(setup: EngineSetup, thresholds: Thresholds) -> bool:
-    paced = thresholds.pace is not None and thresholds.pace.iteration_s is not None
-    return paced or setup.targets.tpot_s is not None or setup.targets.latency_s is not None
-
-
 SETTINGS: tuple[Setting, ...] = (
     Setting(name="tensor parallel", answers={}),
     Setting(name="data parallel within a replica", answers={}),
@@ -132,16 +124,7 @@ SETTINGS: tuple[Setting, ...] = (
         instead="give data_parallel_size alone, or leave it at 1 and run as many replicas",
     ),
     Setting(
-        name="pipeline parallel with a TPOT or latency target",
-        in_use=lambda setup, thresholds: setup.pipeline_parallel and _promises_tpot(setup, thresholds),
-        answers={
-            "wait": _yes("holds count iterations"), "nested_wait": _yes("holds count iterations"), "fluid": NO,
-        },
-        because="a request gets a token only every pipeline_parallel_size iterations, which the policy does not count",
-        instead="use tensor_parallel_size instead, leave tpot_s and latency_s out of the targets, or take policy fcfs",
-    ),
-    Setting(
-        name="pipeline parallel without such a target", in_use=_has("pipeline_parallel"),
+        name="pipeline parallel",
         answers={"wait": _yes("holds count iterations"), "nested_wait": _yes("holds count iterations")},
     ),
     Setting(

@@ -132,17 +132,19 @@ class _Admission:
         ahead = list(islice(view.heads(), _HEADS)) if view and room < most else []
         wanted = snapshot.prompt_backlog_tokens + sum(waiting.tokens_to_compute for waiting in ahead)
         wanted_s = pace.prefill_s(min(wanted, most) - max(room, 0.0)) if room < most else 0.0
-        busy_s = max(pace.decode_iteration_s(running, float(read)), pace.steady_s, self._recent_s)
+        decode_s = pace.law.iteration_s(0.0, float(snapshot.tokens_to_decode), float(read))
+        busy_s = max(decode_s, pace.steady_s, self._recent_s)
         gain_s = (limit_s - busy_s) * pace.pipeline_depth / pace.tokens_per_step
         if wanted_s <= 0 or gain_s <= 0 or (self.is_full and view):
             self._slack.nothing_lent()
         else:
             prompts = min(len(ahead), _HEADS) + (snapshot.prompt_backlog_tokens > 0)
+            # A longer batch delays those behind it in each of a pipeline's stages.
             spare_s = self._slack.spare_s(
-                np.array(stages_of(snapshot.running)), _first_token_s(snapshot), snapshot.now_s, wanted_s,
-                gain_s=gain_s, misses=_SLACK_SHARE * pace.miss_probability * prompts,
+                np.array(stages_of(snapshot.running)), _first_token_s(snapshot), snapshot.now_s,
+                wanted_s * pace.pipeline_depth, gain_s=gain_s, misses=_SLACK_SHARE * pace.miss_probability * prompts,
             )
-            room = pace.prompt_tokens_within(limit_s + spare_s, running, read)
+            room = pace.prompt_tokens_within(limit_s + spare_s / pace.pipeline_depth, running, read)
         return max(_SMALLEST_CHUNK, min(room, most))
 
     def budget(self, snapshot: Snapshot, room: float, cached_tokens: int = 0) -> int | None:
@@ -164,11 +166,12 @@ class _Admission:
     ) -> tuple[int, int, int]:
         """How many are admitted, the `late` ones left out, and of these the prompt tokens to compute and the cached.
 
-        While there is a slot, time for their prompts and room for their growth. An idle engine takes the first.
+        While there is a slot, time for their prompts and room for their growth. An idle engine takes the first. Of a
+        pipeline's iterations an emptier one takes them, so that all of them have about as many requests.
         """
         prompts = room - snapshot.prompt_backlog_tokens
         taken = len(snapshot.running) + snapshot.released
-        if not slots or (prompts <= 0 and taken) or self._still_full(taken):
+        if not slots or (prompts <= 0 and taken) or snapshot.next_is_emptier or self._still_full(taken):
             return 0, 0, 0
         self._reset_projection(snapshot)
         admitted = tokens = cached = 0

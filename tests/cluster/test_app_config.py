@@ -257,7 +257,6 @@ NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}
     ("args", "said"),
     [
         ({"engine": {"data_parallel_size": 2, "data_parallel_size_local": 1}}, "give data_parallel_size alone"),
-        ({"engine": {"pipeline_parallel_size": 2}, "targets": {"tpot_s": 0.1}}, "use tensor_parallel_size instead"),
         ({"engine": NGRAM}, "speculative decoding is not supported with policy fluid"),
         ({"engine": NGRAM, "thresholds": {"policy": "nested_wait"}}, "take policy fcfs or wait without segments"),
         ({"engine": {"kv_transfer_config": {"kv_role": "kv_both"}}}, "leave kv_transfer_config"),
@@ -281,7 +280,7 @@ def test_an_engine_setting_that_the_policy_does_not_go_with_is_refused(
 @pytest.mark.parametrize(
     "args",
     [
-        {"engine": {"pipeline_parallel_size": 2}, "targets": {"ttft_s": 3.0}},
+        {"engine": {"pipeline_parallel_size": 2}, "targets": {"ttft_s": 3.0, "tpot_s": 0.1}},
         {"engine": NGRAM, "thresholds": {"policy": "fcfs"}},
         {"engine": {"kv_transfer_config": {"kv_role": "kv_both"}}, "thresholds": {"policy": "wait"}},
         {"controller": {"enabled": False}}, {"engine": {"data_parallel_size": 2}},

@@ -1111,7 +1111,6 @@ CONNECTOR = {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role
     [
         ({"policy": "fluid"}, NGRAM, "speculative decoding is not supported with policy fluid"),
         (nested((8, 2), (64, 1)), NGRAM, "speculative decoding is not supported with policy nested_wait"),
-        ({"policy": "fluid"}, {"pipeline_parallel_size": 2}, "pipeline parallel with a TPOT or latency target"),
         ({"policy": "fluid"}, CONNECTOR, "KV transfer .* is not supported with policy fluid"),
         ({"policy": "fluid"}, {"kv_offloading_size": 1.0}, "KV transfer .* is not supported with policy fluid"),
     ],
@@ -1127,7 +1126,6 @@ def test_an_engine_does_not_start_with_a_setting_that_its_policy_does_not_go_wit
     ("thresholds", "engine_args"),
     [
         ({"policy": "fcfs"}, NGRAM), (wait(2), NGRAM), ({"policy": "fcfs"}, CONNECTOR),
-        ({"policy": "fluid"}, {"pipeline_parallel_size": 2}),
     ],
     ids=str,
 )
