@@ -110,7 +110,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._budget_can_split = self.scheduler_config.enable_chunked_prefill
         self.latest_work = BatchWork(0, 0, 0, 0)
         self._executing: deque[tuple[SchedulerOutput, float, BatchWork]] = deque()
-        self._last_output_s = 0.0
+        self._outputs_s = deque([0.0] * self._depth, maxlen=self._depth)
         self._more_to_run = False
         self._refused: list[tuple[Request, Refusal]] = []
         self._rejecting: set[str] = set()
@@ -261,7 +261,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._everyone_runs = stuck and not self._obeyed.policy.strict
         if output.total_num_scheduled_tokens:
             # What the engine does between two iterations is part of the second one's time, unless it had nothing to do.
-            free_s = self._last_output_s if self._more_to_run else self.clock()
+            free_s = self._outputs_s[-1] if self._more_to_run else self.clock()
             self._executing.append((output, free_s, self.latest_work))
         elif not self._executing:
             self._more_to_run = False
@@ -281,11 +281,13 @@ class HeadraceScheduler(AsyncScheduler):
         if executed:
             _, free_s, work = self._executing.popleft()
             now_s = self.clock()
-            # Asynchronous scheduling queues the next step while this one runs. A pipeline gives a batch every stage's
-            # time when it is full; a batch alone in it takes the time of all stages.
-            seconds = min(now_s - max(free_s, self._last_output_s), (now_s - free_s) / self._depth)
-            self._last_output_s = now_s
+            # Asynchronous scheduling queues the next step while this one runs. The batches of a pipeline come out one
+            # slowest stage's time apart when it is full; a batch alone in it takes the time of all stages.
+            last_s, round_ago_s = self._outputs_s[-1], self._outputs_s[0]
+            seconds = min(now_s - max(free_s, last_s), (now_s - max(free_s, round_ago_s)) / self._depth)
             self.recorder.iteration(now_s, seconds, *work)
+        if executed or self._executing:
+            self._outputs_s.append(self.clock())  # an empty batch is a turn in the pipeline too
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.num_spec_tokens:
             for computed, gained in decode_steps(scheduler_output, outputs):

@@ -12,6 +12,7 @@ When not to use it: with output lengths that change faster than the survival est
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Collection
 from itertools import islice
 
@@ -80,9 +81,12 @@ class _Admission:
     def __init__(self, pace: Pace) -> None:
         self.pace = pace
         self._projection = BatchProjection(pace)
-        self._slack = None if pace.token_s is None else TpotSlack(pace.token_s, self._projection.survives)
+        self._slack = None if pace.token_s is None else TpotSlack(
+            pace.token_s, self._projection.survives, pace.pipeline_depth
+        )
         self._speed = 0.0
         self._recent_s = pace.iteration_s or 0.0
+        self._round_s: deque[float] = deque(maxlen=pace.pipeline_depth)
         self._seen = 0
         self._full_with = 0
         self._full_for = 0
@@ -98,7 +102,8 @@ class _Admission:
         if latest is None or latest.seq == self._seen:
             return
         self._seen = latest.seq
-        self._recent_s = _RECENT_MEMORY * self._recent_s + (1 - _RECENT_MEMORY) * latest.seconds
+        self._round_s.append(latest.seconds)  # a pipeline is as slow as the slowest of the batches in it
+        self._recent_s = _RECENT_MEMORY * self._recent_s + (1 - _RECENT_MEMORY) * max(self._round_s)
         if not self.pace.cold:
             return
         predicted_s = self.pace.law.iteration_s(
