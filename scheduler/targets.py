@@ -29,6 +29,8 @@ _QUEUE_SHARE = 0.1
 """Of the miss probability, what a queue that runs dry may cost; the rest is for iterations that stray from the law."""
 _LEAST_MARGIN = 0.002
 """Even an exact model is off by a few tokens: requests whose last token is under way are counted once more."""
+_STAGE_MARGIN = 0.004
+"""For each further pipeline stage: it waits where two batches that follow one another are not of one length."""
 _LARGEST_MARGIN = 0.5
 """A model whose errors ask for more says nothing any more about the hardware."""
 _ITERATION_TIMES = 32
@@ -89,7 +91,8 @@ def solve_pace(
     lengths = mix.merged().lengths
     capacity = _Capacity(mix, law, limits, reuse, steps)
     margin = tpot_margin(lengths, fluctuation, (1 - _QUEUE_SHARE) * miss_probability, steps)
-    margin = min(max(margin, realised_margin, _LEAST_MARGIN), _LARGEST_MARGIN)
+    margin = max(margin, realised_margin, _LEAST_MARGIN) + _STAGE_MARGIN * (steps.depth - 1)
+    margin = min(margin, _LARGEST_MARGIN)
     token_s = None if targets.tpot_s is None else targets.tpot_s / (1 + margin)
     within = capacity.within_latency(token_s, targets, margin)
     iteration_s = within.iteration_s
