@@ -76,8 +76,8 @@ def solve_fluid(
     equilibrium. A demand that is unstable or does not fit is a result with a reason. Raises ValueError when every
     rate is zero and for a capacity below one token. With `reuse`, Λ_l counts computed prompt tokens, Λ_W in ΔT* all
     that attention reads, and Λ_W in M* private ones. With `steps` of several tokens a request lives fewer iterations,
-    and Λ_o counts the tokens computed in them; inventories are prompts per iteration of a life. In a pipeline of depth D
-    each iteration has one of D groups of prompts: M* = D Λ_W ΔT*, and inventories and in_service are those of all groups.
+    and Λ_o counts the tokens computed in them; inventories are prompts per iteration of a life. In a pipeline of
+    depth D each iteration has one of D groups of prompts: M* = D Λ_W ΔT*, and inventories and in_service count all.
     """
     require_number("kv_capacity_tokens", kv_capacity_tokens, allow_zero=False)
     rates_rps = [t.rate_rps for t in mix.types]

@@ -137,8 +137,8 @@ class Pace:
     def prompt_tokens_within(self, seconds: float, requests: float, kv_tokens: float) -> float:
         """Prompt tokens for which an iteration of so many seconds has time beside such a batch; may be negative.
 
-        Infinite when prompts take no time. The inverse of `law.iteration_s` in its prompt tokens. The requests are those
-        in the batch, of a pipeline's those whose turn it is.
+        Infinite when prompts take no time. The inverse of `law.iteration_s` in its prompt tokens. The requests are
+        those in the batch, of a pipeline's those whose turn it is.
         """
         law, per_token_s = self.law, self.law.d2_s_per_prefill_token + self.law.d1_s_per_kv_token
         computed, read_s = requests * self.computed_per_step, law.d1_s_per_kv_token * kv_tokens

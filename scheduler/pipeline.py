@@ -1,9 +1,9 @@
 """Pipeline parallelism as vLLM schedules it: which of the running requests the coming iteration advances.
 
-Each call of `schedule()` composes one batch, which passes all stages one after the other; while it does, the engine core
-composes and queues as many further batches as there are stages (`VllmConfig.max_concurrent_batches`), so that each
-stage has one. A request whose token is under way is not in them: it advances once in `depth` iterations, and the running
-requests fall into `depth` groups that take turns.
+Each call of `schedule()` composes one batch, which passes all stages one after the other; while it does, the engine
+core composes and queues further batches (`VllmConfig.max_concurrent_batches`), so that each stage has one. A request
+whose token is under way is not in them: it advances once in `depth` iterations, and the running requests fall into
+`depth` groups that take turns.
 
 Part of the fence around vLLM's non-public surface: `tests/scheduler/test_vllm_seam.py` fails when an upgrade moves it.
 """
@@ -18,8 +18,8 @@ from vllm.v1.request import Request
 def pipeline_depth(vllm_config: Any) -> int:
     """Iterations from one step of a request to the next.
 
-    With asynchronous scheduling vLLM's V1 model runner takes every running request into every batch, and the first stage
-    waits for the last one's token: then an iteration is a whole pass, and the depth is 1.
+    With asynchronous scheduling vLLM's V1 model runner takes every running request into every batch, and the first
+    stage waits for the last one's token: then an iteration is a whole pass, and the depth is 1.
     """
     stages: int = vllm_config.parallel_config.pipeline_parallel_size
     if stages > 1 and vllm_config.scheduler_config.async_scheduling and not vllm_config.use_v2_model_runner:

@@ -38,7 +38,6 @@ class EngineSetup:
 
         Where the other data-parallel ranks are is no concern of this one: only a replica has to reach all of them.
         """
-        parallel = config.parallel_config
         return cls(
             speculative_decoding=config.num_speculative_tokens > 0,
             kv_transfer=config.kv_transfer_config is not None,

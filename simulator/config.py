@@ -45,8 +45,8 @@ class SimulationConfig(_Strict):
 
     profile: the service-time law and KV capacity (`kv_tokens` overrides the latter). token_budget: vLLM's
     max_num_batched_tokens; None is the contender's own, 2 048 for most. cap: most requests in service; max_num_seqs:
-    the engine's own limit. pipeline_parallel: vLLM's pipeline_parallel_size, stages that
-    share the profile's model in equal parts. prefix_caching: vLLM's enable_prefix_caching. declare_lengths: clients tell how long their
+    the engine's own limit. pipeline_parallel: vLLM's pipeline_parallel_size, stages that share the profile's
+    model in equal parts. prefix_caching: vLLM's enable_prefix_caching. declare_lengths: clients tell how long their
     answers will be; None: where the policy asks for it. give_up_s: a client leaves when it has no first token after so
     long. counts: WAIT's and Nested WAIT's are solved for the load, or follow from `cap` alone as in the paper's
     experiments. period_s: the controller solves thresholds anew so often, from what the replica has seen. solve_once:

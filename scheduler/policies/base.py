@@ -125,8 +125,8 @@ class Snapshot:
     (shared blocks once), kv_read_tokens what the coming iteration's attention reads (None: the same).
     prompt_backlog_tokens: what is left to compute of the prompts of those running and released. slots: most requests
     that may run at once; most_tokens: most tokens in an iteration (None: no such limit). latest: the latest executed
-    iteration. decode_tokens: what the coming iteration computes to advance those that it can, their drafts included (None:
-    one token for each that runs); most_step_tokens: most output tokens that one iteration gives a request.
+    iteration. decode_tokens: what the coming iteration computes to advance those that it can, their drafts included
+    (None: one token for each that runs); most_step_tokens: most output tokens that one iteration gives a request.
     next_is_emptier: of the iterations among which a pipeline spreads the requests, the coming one has more than its
     share.
     """

@@ -30,8 +30,8 @@ SETUPS = {
     "targets with `controller.enabled: false`": EngineSetup(targets=Targets(ttft_s=2.0), controller=False),
 }
 NOTHING_OF_CONCERN = (
-    "tensor parallel", "data parallel within a replica", "pipeline parallel", "prefix caching", "structured output", "LoRA",
-    "several choices (n > 1)",
+    "tensor parallel", "data parallel within a replica", "pipeline parallel", "prefix caching", "structured output",
+    "LoRA", "several choices (n > 1)",
 )
 
 
