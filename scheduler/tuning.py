@@ -77,9 +77,8 @@ def cold_thresholds(
 ) -> Thresholds:
     """What an engine under `fluid` runs with until the controller has seen something of it; others as configured.
 
-    The pace of the profile's law (the whole model's), of lengths of which nothing is known (`cold_lengths`) and of a law's
-    published error.
-    Nobody is refused but who is too late.
+    The pace of the profile's law (the whole model's), of lengths of which nothing is known (`cold_lengths`) and of a
+    law's published error. Nobody is refused but who is too late.
     """
     if configured.policy != "fluid" or configured.pace is not None:
         return configured

@@ -83,9 +83,10 @@ class VirtualReplica:
     It keeps `depth` iterations under way: one for each pipeline stage, and with asynchronous scheduling one more, which
     is scheduled already. A batch passes the stages one after the other, each with an equal part of the law's time; a
     request's step starts when the token before it is there. `give_up_s`: a request without its first token after so
-    long is given up by its client. `door`: a rule that may turn requests away when they arrive, knowing the target `ttft_s`. `slowdown`: when its device is slow; `noise`:
-    a factor for each iteration's time. `returns` hears of rejections and decides who comes back; a request that does
-    has no row yet. `never_rejected` are numbers of requests that no rule may turn away.
+    long is given up by its client. `door`: a rule that may turn requests away when they arrive, knowing the target
+    `ttft_s`. `slowdown`: when its device is slow; `noise`: a factor for each iteration's time. `returns` hears of
+    rejections and decides who comes back; a request that does has no row yet. `never_rejected` are numbers of requests
+    that no rule may turn away.
     """
 
     def __init__(
