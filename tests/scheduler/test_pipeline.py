@@ -131,7 +131,7 @@ def test_a_token_takes_an_iteration_of_every_stage():
     for depth, solved in promise.items():
         assert solved.pace.token_s == pytest.approx(promise[1].pace.token_s, rel=0.02)
         assert solved.pace.iteration_s == pytest.approx(promise[1].pace.iteration_s / depth, rel=0.02)
-        assert solved.capacity_rps == pytest.approx(depth * promise[1].capacity_rps, rel=0.03)
+        assert solved.capacity_rps == pytest.approx(depth * promise[1].capacity_rps, rel=0.05)
 
 
 def test_memory_holds_the_requests_of_all_groups():
