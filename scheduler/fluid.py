@@ -76,7 +76,8 @@ def solve_fluid(
     equilibrium. A demand that is unstable or does not fit is a result with a reason. Raises ValueError when every
     rate is zero and for a capacity below one token. With `reuse`, Λ_l counts computed prompt tokens, Λ_W in ΔT* all
     that attention reads, and Λ_W in M* private ones. With `steps` of several tokens a request lives fewer iterations,
-    and Λ_o counts the tokens computed in them; inventories are prompts per iteration of a life.
+    and Λ_o counts the tokens computed in them; inventories are prompts per iteration of a life. In a pipeline of
+    depth D each iteration has one of D groups of prompts: M* = D Λ_W ΔT*, and inventories and in_service count all.
     """
     require_number("kv_capacity_tokens", kv_capacity_tokens, allow_zero=False)
     rates_rps = [t.rate_rps for t in mix.types]
@@ -89,8 +90,9 @@ def solve_fluid(
     load = kv_load + prefill_load + law.d3_s_per_decode_token * flow.decode_tokens
     stable = load < 1
     iteration_time_s = max(law.floor_s / (1 - kv_load), law.d0_s / (1 - load)) if stable else math.inf
-    memory_tokens = flow.memory_tokens * iteration_time_s
-    critical, limit = _critical_rate(flow.memory_tokens, load, kv_load, law, kv_capacity_tokens)
+    memory_flow = steps.depth * flow.memory_tokens
+    memory_tokens = memory_flow * iteration_time_s
+    critical, limit = _critical_rate(memory_flow, load, kv_load, law, kv_capacity_tokens)
 
     reason = None
     if mix.max_total_tokens > kv_capacity_tokens:
@@ -103,7 +105,7 @@ def solve_fluid(
             f"equilibrium memory is {memory_tokens:.0f} tokens, above the KV capacity of {kv_capacity_tokens} tokens "
             f"(at most {critical:.3f} of the rate fits)"
         )
-    inventories = tuple(rate * iteration_time_s if rate else 0.0 for rate in rates_rps)
+    inventories = tuple(steps.depth * rate * iteration_time_s if rate else 0.0 for rate in rates_rps)
     return FluidEquilibrium(
         load=load,
         prefill_load=prefill_load,

@@ -103,12 +103,16 @@ class Proposal:
 
 
 class ReplicaModel:
-    """Running estimates of one replica under the configured policy."""
+    """Running estimates of one replica under the configured policy.
+
+    law: of the whole model, as a profile has it; of a pipeline, the estimated one is that of a stage.
+    """
 
     def __init__(self, config: Tuning, law: ServiceTimeLaw, configured: Thresholds) -> None:
         self._config = config
         self._configured = configured
         self._watch = Watch(config.window_s, config.min_finished)
+        self._profiled, self._depth = law, 1
         self.law = OnlineLaw(law)
         self._realised = RealisedMargin()
         self._steps = StepsSeen(config.window_s)
@@ -119,6 +123,9 @@ class ReplicaModel:
 
     def observe(self, telemetry: Telemetry) -> None:
         """Take in one report. A report seen before changes nothing; a restarted engine starts the window anew."""
+        if telemetry.limits.pipeline_depth != self._depth:
+            self._depth = telemetry.limits.pipeline_depth
+            self.law = OnlineLaw(self._profiled.of_stage(self._depth))
         if telemetry.engine_id != self._engine_id:
             self._engine_id, self.cursor = telemetry.engine_id, 0
             self._watch.restart(telemetry)

@@ -23,12 +23,14 @@ from scheduler.steps import ONE_TOKEN_A_STEP, Steps
 from scheduler.thresholds import EngineLimits
 
 _SURVIVAL_POINTS = 48
-_PIPELINE_ITERATIONS = 3
-"""A prompt's own iteration, the one under way and the one composed already."""
+_ITERATIONS_UNDER_WAY = 2
+"""The one that runs when a prompt comes, and the one composed already; then come as many as a pipeline has stages."""
 _QUEUE_SHARE = 0.1
 """Of the miss probability, what a queue that runs dry may cost; the rest is for iterations that stray from the law."""
 _LEAST_MARGIN = 0.002
 """Even an exact model is off by a few tokens: requests whose last token is under way are counted once more."""
+_STAGE_MARGIN = 0.004
+"""For each further pipeline stage: it waits where two batches that follow one another are not of one length."""
 _LARGEST_MARGIN = 0.5
 """A model whose errors ask for more says nothing any more about the hardware."""
 _ITERATION_TIMES = 32
@@ -89,7 +91,8 @@ def solve_pace(
     lengths = mix.merged().lengths
     capacity = _Capacity(mix, law, limits, reuse, steps)
     margin = tpot_margin(lengths, fluctuation, (1 - _QUEUE_SHARE) * miss_probability, steps)
-    margin = min(max(margin, realised_margin, _LEAST_MARGIN), _LARGEST_MARGIN)
+    margin = max(margin, realised_margin, _LEAST_MARGIN) + _STAGE_MARGIN * (steps.depth - 1)
+    margin = min(margin, _LARGEST_MARGIN)
     token_s = None if targets.tpot_s is None else targets.tpot_s / (1 + margin)
     within = capacity.within_latency(token_s, targets, margin)
     iteration_s = within.iteration_s
@@ -239,12 +242,16 @@ class _Capacity:
     def _just_in_time_s(self, latency_s: float, margin: float) -> Floats:
         """The iteration times with which answers of each quantile of the length just meet a latency target."""
         longest = self._lengths.output_quantiles(np.linspace(0, 1, _ITERATION_TIMES)).astype(np.float64)
-        steps = _PIPELINE_ITERATIONS + (longest - 1) * self._steps.depth / self._steps.tokens
+        steps = self._iterations_to_first_token + (longest - 1) * self._steps.depth / self._steps.tokens
         return np.asarray(max(latency_s - self._prefill_s, 0.0) / steps / (1 + margin) * (1 - 1e-9))
 
     @property
     def _prefill_s(self) -> float:
         return self._lengths.mean_prompt_tokens * self._reuse.computed * self._law.d2_s_per_prefill_token
+
+    @property
+    def _iterations_to_first_token(self) -> int:
+        return _ITERATIONS_UNDER_WAY + self._steps.depth
 
     def _iteration_of(self, token_s: float) -> float:
         return token_s * self._steps.tokens / self._steps.depth
@@ -252,7 +259,7 @@ class _Capacity:
     def _share_in_time(self, latency_s: float, iteration_s: float, wait_s: float) -> float:
         """Share of requests in time when each waits so long and every iteration takes so long."""
         token_s = iteration_s * self._steps.depth / self._steps.tokens
-        left_s = latency_s - wait_s - _PIPELINE_ITERATIONS * iteration_s - self._prefill_s
+        left_s = latency_s - wait_s - self._iterations_to_first_token * iteration_s - self._prefill_s
         return 1.0 - self._lengths.survival(1 + left_s / token_s + 1e-9) if left_s >= 0 else 0.0
 
     def _longest_wait_s(self, latency_s: float, iteration_s: float, share: float) -> float:
@@ -260,7 +267,7 @@ class _Capacity:
         waits = np.linspace(0.0, latency_s, 64)
         good = [self._share_in_time(latency_s, iteration_s, wait_s) >= _WAIT_SHARE * share for wait_s in waits]
         wait_s = float(waits[max(index for index, fine in enumerate(good) if fine)])
-        return max(wait_s, latency_s / 20) + _PIPELINE_ITERATIONS * iteration_s
+        return max(wait_s, latency_s / 20) + self._iterations_to_first_token * iteration_s
 
     def first_token_s(self, pace: Pace, load: float) -> Floats:
         """Seconds to the first token of each of the lengths without a wait, beside the decodes served at `load`."""
@@ -268,11 +275,12 @@ class _Capacity:
         prompts = np.asarray(self._lengths.prompt_tokens * self._reuse.computed, dtype=np.float64)
         if iteration_s is None:
             own_s = pace.law.iteration_s(prompts, 0.0, prompts)
-            return np.asarray(2 * pace.law.shortest_iteration_s + own_s, dtype=np.float64)
+            under_way_s = (self._iterations_to_first_token - 1) * pace.law.shortest_iteration_s
+            return np.asarray(under_way_s + own_s, dtype=np.float64)
         decode_s = (self._work_s - self._prefill_work_s) * self._rate_rps * min(1.0, 1.0 / load) * iteration_s
         prompt_s = pace.prefill_s(1.0)
         room = (iteration_s - pace.law.d0_s - decode_s) / prompt_s if prompt_s else math.inf
-        iterations = 2 + np.ceil(prompts / max(room, pace.prompt_flow_tokens, 1.0))
+        iterations = self._iterations_to_first_token - 1 + np.ceil(prompts / max(room, pace.prompt_flow_tokens, 1.0))
         return np.asarray(iteration_s * iterations, dtype=np.float64)
 
     def queue_requests(

@@ -53,7 +53,8 @@ class EngineLimits:
     """What one engine can hold at most; the frame every threshold must fit into.
 
     Token counts, except `max_num_seqs` (requests in service). speculative_tokens: most drafts that a request has in one
-    iteration. Source: vLLM's CacheConfig, SchedulerConfig and SpeculativeConfig.
+    iteration; pipeline_depth: iterations from one step of a request to the next. Source: vLLM's CacheConfig,
+    SchedulerConfig, SpeculativeConfig and ParallelConfig.
     """
 
     kv_capacity_tokens: int
@@ -62,6 +63,7 @@ class EngineLimits:
     max_num_batched_tokens: int
     max_model_len: int
     speculative_tokens: int = 0
+    pipeline_depth: int = 1
 
     @property
     def seats(self) -> int:

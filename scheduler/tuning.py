@@ -49,9 +49,11 @@ def tune(
     """Solve the fluid model for `mix` and fill in what `configured.policy` needs: a pace, or counts and a cap.
 
     targets and what follows them concern `fluid` alone, see `solve_pace`; but for steps. The type named `UNKNOWN_TYPE`
-    holds the requests whose output length nobody declared; they follow segments.
+    holds the requests whose output length nobody declared; they follow segments. The depth of steps is the engine's;
+    law is that of its iterations, of a pipeline's stage therefore.
     cold: lengths are a prior, so no request is rejected for the sake of a capacity that is a guess too.
     """
+    steps = replace(steps, depth=limits.pipeline_depth)
     if configured.policy == "fluid":
         promise = solve_pace(
             mix, law, limits, targets, fluctuation=fluctuation, miss_probability=overflow_probability,
@@ -75,15 +77,15 @@ def cold_thresholds(
 ) -> Thresholds:
     """What an engine under `fluid` runs with until the controller has seen something of it; others as configured.
 
-    The pace of the profile's law, of lengths of which nothing is known (`cold_lengths`) and of a law's published error.
-    Nobody is refused but who is too late.
+    The pace of the profile's law (the whole model's), of lengths of which nothing is known (`cold_lengths`) and of a
+    law's published error. Nobody is refused but who is too late.
     """
     if configured.policy != "fluid" or configured.pace is not None:
         return configured
     mix = WorkloadMix((RequestType(UNKNOWN_TYPE, LEAST_RATE_RPS, cold_lengths(limits.max_model_len)),))
     tuned = tune(
-        configured, mix, law, limits, overflow_probability=overflow_probability, targets=targets,
-        fluctuation=Fluctuation.from_mape(PUBLISHED_MAPE), cold=True,
+        configured, mix, law.of_stage(limits.pipeline_depth), limits, overflow_probability=overflow_probability,
+        targets=targets, fluctuation=Fluctuation.from_mape(PUBLISHED_MAPE), cold=True,
     )
     return replace(tuned.thresholds, reason="nothing seen yet: a pace from the profile and the targets")
 

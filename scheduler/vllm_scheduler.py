@@ -24,16 +24,18 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
-from scheduler.channel import ChannelServer, engine_id
+from scheduler.channel import ChannelServer, engine_id, rank_endpoint
 from scheduler.choices import family_of, parent_of
 from scheduler.client_input import declared_output_tokens, tenant_of
 from scheduler.control import InForce, ThresholdsInForce
 from scheduler.fair_queue import NOBODY_IN_PARTICULAR
 from scheduler.gate import GatedQueue
 from scheduler.messages import Gauges, InService, Report, Telemetry
+from scheduler.pipeline import coming, has_more_than_its_share, pipeline_depth
 from scheduler.policies import UNKNOWN_TYPE, Resident, Snapshot, Waiting
 from scheduler.prefix_hits import PrefixHits
 from scheduler.profiles import load_profile
@@ -82,6 +84,8 @@ class HeadraceScheduler(AsyncScheduler):
         setup = EngineSetup.from_vllm_config(vllm_config, settings.targets)
         require_supported(setup, settings.thresholds)  # before anything starts
         super().__init__(vllm_config, *args, **kwargs)
+        self._depth = pipeline_depth(vllm_config)
+        self._waits_for_tokens = self._depth > 1 and not self.scheduler_config.async_scheduling
         self.clock: Callable[[], float] = time.monotonic
         self.recorder = Recorder()
         limits = self._limits()
@@ -106,7 +110,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._budget_can_split = self.scheduler_config.enable_chunked_prefill
         self.latest_work = BatchWork(0, 0, 0, 0)
         self._executing: deque[tuple[SchedulerOutput, float, BatchWork]] = deque()
-        self._last_output_s = 0.0
+        self._outputs_s = deque([0.0] * self._depth, maxlen=self._depth)
         self._more_to_run = False
         self._refused: list[tuple[Request, Refusal]] = []
         self._rejecting: set[str] = set()
@@ -115,7 +119,8 @@ class HeadraceScheduler(AsyncScheduler):
         self._everyone_runs = False
         self._channel: ChannelServer | None = None
         if settings.channel:
-            self._channel = ChannelServer(settings.channel, self.in_force.offer, self.telemetry)
+            endpoint = rank_endpoint(settings.channel, vllm_config.parallel_config.data_parallel_index)
+            self._channel = ChannelServer(endpoint, self.in_force.offer, self.telemetry)
             logger.info("Headrace: control channel open, policy %s", settings.thresholds.policy)
 
     # One iteration.
@@ -142,7 +147,7 @@ class HeadraceScheduler(AsyncScheduler):
         asked = min(filter(None, (decision.token_budget, obeyed.thresholds.token_budget)), default=None)
         budget = (self._budget_can_split and asked) or self._most_tokens
         # Every running request gets its decode token and its drafts, however small the budget is set.
-        self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, self._decode_tokens))
+        self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, self._decode_tokens(self._advancing())))
         self._prefixes.step()
         try:
             output = super().schedule(throttle_prefills)
@@ -200,7 +205,7 @@ class HeadraceScheduler(AsyncScheduler):
         logger.debug("Headrace: thresholds version %d in force: %s", thresholds.version, thresholds.reason)
 
     def _snapshot(self, now_s: float) -> Snapshot:
-        capacity = self.in_force.limits.kv_capacity_tokens
+        capacity, advancing = self.in_force.limits.kv_capacity_tokens, self._advancing()
         return Snapshot(
             now_s=now_s,
             waiting=self.gate.views(),
@@ -211,17 +216,21 @@ class HeadraceScheduler(AsyncScheduler):
             prompt_backlog_tokens=self._prompt_backlog(),
             prompt_tokens_under_way=sum([work.prefill_tokens for _, _, work in self._executing]),
             released_requests=self._released_requests(),
-            kv_read_tokens=sum([request.num_computed_tokens for request in self.running]) + len(self.running),
+            kv_read_tokens=sum([request.num_computed_tokens for request in advancing]) + len(advancing),
             slots=self._most_advancing - self.num_waiting_for_streaming_input,
             most_tokens=self._most_tokens,
             latest=self.recorder.latest_iteration,
-            decode_tokens=self._decode_tokens,
+            decode_tokens=self._decode_tokens(advancing),
             most_step_tokens=1 + self.num_spec_tokens,
+            next_is_emptier=self._depth > 1 and has_more_than_its_share(advancing, self.running, self._depth),
         )
 
-    @property
-    def _decode_tokens(self) -> int:
-        return tokens_to_decode(self.running) if self.num_spec_tokens else len(self.running)
+    def _advancing(self) -> list[Request]:
+        """The running requests that the coming iteration can advance."""
+        return self.running if self._depth == 1 else coming(self.running, self.current_step + 1)
+
+    def _decode_tokens(self, advancing: list[Request]) -> int:
+        return tokens_to_decode(advancing) if self.num_spec_tokens else len(advancing)
 
     def _released_requests(self) -> Sequence[Resident]:
         """The requests let through the gate that do not run, or not yet."""
@@ -259,11 +268,11 @@ class HeadraceScheduler(AsyncScheduler):
 
     def _after_schedule(self, output: SchedulerOutput, sitting_out: int) -> None:
         # If those who sit out hold all the memory, nothing else can run: then everyone runs next time.
-        stuck = bool(sitting_out) and not output.total_num_scheduled_tokens and not self._obeyed.policy.strict
-        self._everyone_runs = stuck
+        stuck = bool(sitting_out) and not output.total_num_scheduled_tokens and not self._executing
+        self._everyone_runs = stuck and not self._obeyed.policy.strict
         if output.total_num_scheduled_tokens:
             # What the engine does between two iterations is part of the second one's time, unless it had nothing to do.
-            free_s = self._last_output_s if self._more_to_run else self.clock()
+            free_s = self._outputs_s[-1] if self._more_to_run else self.clock()
             self._executing.append((output, free_s, self.latest_work))
         elif not self._executing:
             self._more_to_run = False
@@ -283,10 +292,13 @@ class HeadraceScheduler(AsyncScheduler):
         if executed:
             _, free_s, work = self._executing.popleft()
             now_s = self.clock()
-            # Asynchronous scheduling queues the next step while this one runs.
-            seconds = now_s - max(free_s, self._last_output_s)
-            self._last_output_s = now_s
+            # Asynchronous scheduling queues the next step while this one runs. The batches of a pipeline come out one
+            # slowest stage's time apart when it is full; a batch alone in it takes the time of all stages.
+            last_s, round_ago_s = self._outputs_s[-1], self._outputs_s[0]
+            seconds = min(now_s - max(free_s, last_s), (now_s - max(free_s, round_ago_s)) / self._depth)
             self.recorder.iteration(now_s, seconds, *work)
+        if executed or self._executing:
+            self._outputs_s.append(self.clock())  # an empty batch is a turn in the pipeline too
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.num_spec_tokens:
             for computed, gained in decode_steps(scheduler_output, outputs):
@@ -303,6 +315,19 @@ class HeadraceScheduler(AsyncScheduler):
             outputs.setdefault(request.client_index, EngineCoreOutputs(outputs=[])).outputs.append(answer)
         self._refused = []
         return outputs
+
+    # Where a pipeline's first stage is told of each token, a request waits for its own: as in vLLM's synchronous class.
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        if self._waits_for_tokens:
+            Scheduler._update_after_schedule(self, scheduler_output)
+        else:
+            super()._update_after_schedule(scheduler_output)
+
+    def _update_request_with_output(self, *args: Any, **kwargs: Any) -> Any:
+        if self._waits_for_tokens:
+            return Scheduler._update_request_with_output(self, *args, **kwargs)
+        return super()._update_request_with_output(*args, **kwargs)
 
     # Coming and going.
 
@@ -422,6 +447,7 @@ class HeadraceScheduler(AsyncScheduler):
             max_num_batched_tokens=self.max_num_scheduled_tokens,
             max_model_len=self.max_model_len,
             speculative_tokens=self.num_spec_tokens,
+            pipeline_depth=self._depth,
         )
 
 

@@ -46,12 +46,13 @@ class SimulationConfig(_Strict):
 
     profile: the service-time law and KV capacity (`kv_tokens` overrides the latter). token_budget: vLLM's
     max_num_batched_tokens; None is the contender's own, 2 048 for most. cap: most requests in service; max_num_seqs:
-    the engine's own limit. prefix_caching: vLLM's enable_prefix_caching. speculative_tokens, acceptance_rate: drafts
-    that each decoding request has in every iteration, and of each the chance to be accepted. declare_lengths: clients
-    tell how long their answers will be; None: where the policy asks for it. give_up_s: a client leaves when it has no
-    first token after so long. counts: WAIT's and Nested WAIT's are solved for the load, or follow from `cap` alone as
-    in the paper's experiments. period_s: the controller solves thresholds anew so often, from what the replica has
-    seen. solve_once: there is no controller, and they are solved once, from the workload itself (see `controlled`).
+    the engine's own limit. pipeline_parallel: vLLM's pipeline_parallel_size, stages that share the profile's model in
+    equal parts. prefix_caching: vLLM's enable_prefix_caching. speculative_tokens, acceptance_rate: drafts that each
+    decoding request has in every iteration, and of each the chance to be accepted. declare_lengths: clients tell how
+    long their answers will be; None: where the policy asks for it. give_up_s: a client leaves when it has no first
+    token after so long. counts: WAIT's and Nested WAIT's are solved for the load, or follow from `cap` alone as in the
+    paper's experiments. period_s: the controller solves thresholds anew so often, from what the replica has seen.
+    solve_once: there is no controller, and they are solved once, from the workload itself (see `controlled`).
     thresholds: fields of `Thresholds` that replace these. retries: what clients do that are rejected, see
     `simulator.clients`; None: nothing. audit: so many further runs find out whether rejections were right, see
     `simulator.audit`. window: fractions of the arrival order between which requests are measured. slowdown: when the
@@ -70,6 +71,7 @@ class SimulationConfig(_Strict):
     max_model_len: int = Field(default=4096, ge=2)
     block_tokens: int = Field(default=16, ge=1)
     async_scheduling: bool = True
+    pipeline_parallel: int = Field(default=1, ge=1, le=64)
     prefix_caching: bool = True
     speculative_tokens: int | None = Field(default=None, ge=1, le=64)
     acceptance_rate: float | None = Field(default=None, ge=0, le=1)

@@ -161,7 +161,7 @@ def limits_of(config: SimulationConfig) -> EngineLimits:
     return EngineLimits(
         kv_capacity_tokens=blocks * config.block_tokens, block_tokens=config.block_tokens, max_num_seqs=plain_cap,
         max_num_batched_tokens=config.token_budget or contender.token_budget, max_model_len=config.max_model_len,
-        speculative_tokens=config.speculative_tokens or 0,
+        speculative_tokens=config.speculative_tokens or 0, pipeline_depth=config.pipeline_parallel,
     )
 
 
@@ -175,6 +175,11 @@ def _scheduler(config: SimulationConfig, thresholds: Thresholds | None) -> Any:
     from simulator.in_process import make_scheduler
 
     contender, limits = CONTENDERS[config.policy], limits_of(config)
+    if config.pipeline_parallel > 1 and not (config.async_scheduling or contender.policy):
+        raise SimulationError(
+            f"async_scheduling = False: {config.policy} has no pipeline stages without it; allowed: True, or one of "
+            f"{', '.join(name for name, other in CONTENDERS.items() if other.policy)}"
+        )
     settings = {"thresholds": thresholds_as_dict(thresholds), "allow_strict": True} if thresholds else {}
     drafts = config.speculative_tokens
     drafting = speculative_args(drafts, async_scheduling=config.async_scheduling) if drafts else {}
@@ -184,7 +189,8 @@ def _scheduler(config: SimulationConfig, thresholds: Thresholds | None) -> Any:
             block_tokens=limits.block_tokens, max_model_len=limits.max_model_len,
             additional_config={"headrace": settings}, max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens, async_scheduling=config.async_scheduling,
-            enable_prefix_caching=config.prefix_caching, **drafting, **contender.engine_args,
+            enable_prefix_caching=config.prefix_caching, pipeline_parallel_size=config.pipeline_parallel,
+            **drafting, **contender.engine_args,
         )
     except ValueError as error:
         said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)

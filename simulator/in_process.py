@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,11 +77,27 @@ def make_scheduler(
         block_size=block_tokens, num_kv_heads=_HEADS, head_size=_HEAD_SIZE, dtype=torch.bfloat16
     )
     kv = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
-    scheduler: _AnyScheduler = scheduler_cls(
-        vllm_config=config, kv_cache_config=kv, block_size=block_tokens, hash_block_size=block_tokens,
-        log_stats=log_stats, structured_output_manager=StructuredOutputManager(config),
-    )
+    with _accelerator_s_model_runner(config):
+        scheduler: _AnyScheduler = scheduler_cls(
+            vllm_config=config, kv_cache_config=kv, block_size=block_tokens, hash_block_size=block_tokens,
+            log_stats=log_stats, structured_output_manager=StructuredOutputManager(config),
+        )
     return scheduler
+
+
+@contextmanager
+def _accelerator_s_model_runner(config: VllmConfig) -> Iterator[None]:
+    """With pipeline stages and asynchronous scheduling: what vLLM's model runner for accelerators (V2) asks of a
+    scheduler, namely a step of each request once in as many iterations. There is none on a CPU."""
+    name = "VLLM_USE_V2_MODEL_RUNNER"
+    if name in os.environ or config.parallel_config.pipeline_parallel_size == 1:
+        yield
+        return
+    os.environ[name] = "1" if config.scheduler_config.async_scheduling else "0"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def block_hasher_of(scheduler: Scheduler) -> BlockHasher | None:

@@ -112,7 +112,7 @@ def _thresholds(config: SimulationConfig, workload: Workload) -> Thresholds:
 
 def _tuned(config: SimulationConfig, configured: Thresholds, mix: WorkloadMix, limits: EngineLimits) -> Thresholds:
     if config.counts == "solved":
-        law = load_profile(config.profile).law
+        law = load_profile(config.profile).law.of_stage(limits.pipeline_depth)
         return tune(
             configured, mix, law, limits, overflow_probability=config.overflow_probability, targets=config.slo.promised,
             fluctuation=Fluctuation.from_mape(config.law_error),

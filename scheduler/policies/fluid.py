@@ -12,6 +12,7 @@ When not to use it: with output lengths that change faster than the survival est
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Collection
 from itertools import islice
 
@@ -81,9 +82,12 @@ class _Admission:
     def __init__(self, pace: Pace) -> None:
         self.pace = pace
         self._projection = BatchProjection(pace)
-        self._slack = None if pace.token_s is None else TpotSlack(pace.token_s, self._projection.survives)
+        self._slack = None if pace.token_s is None else TpotSlack(
+            pace.token_s, self._projection.survives, pace.pipeline_depth
+        )
         self._speed = 0.0
         self._recent_s = pace.iteration_s or 0.0
+        self._round_s: deque[float] = deque(maxlen=pace.pipeline_depth)
         self._seen = 0
         self._full_with = 0
         self._full_for = 0
@@ -99,7 +103,8 @@ class _Admission:
         if latest is None or latest.seq == self._seen:
             return
         self._seen = latest.seq
-        self._recent_s = _RECENT_MEMORY * self._recent_s + (1 - _RECENT_MEMORY) * latest.seconds
+        self._round_s.append(latest.seconds)  # a pipeline is as slow as the slowest of the batches in it
+        self._recent_s = _RECENT_MEMORY * self._recent_s + (1 - _RECENT_MEMORY) * max(self._round_s)
         if not self.pace.cold:
             return
         predicted_s = self.pace.law.iteration_s(
@@ -130,7 +135,8 @@ class _Admission:
         room = pace.prompt_tokens_within(limit_s, running, read)
         assert self._slack is not None
         most = math.inf if snapshot.most_tokens is None else max(0.0, snapshot.most_tokens - snapshot.tokens_to_decode)
-        busy_s = max(pace.decode_iteration_s(running, float(read)), pace.steady_s, self._recent_s)
+        decode_s = pace.law.iteration_s(0.0, float(snapshot.tokens_to_decode), float(read))
+        busy_s = max(decode_s, pace.steady_s, self._recent_s)
         gain_s = (limit_s - busy_s) * pace.pipeline_depth / pace.tokens_per_step
         may_lend = gain_s > 0 and room < most and not (self.is_full and view)
         wanted_s = pace.prefill_s(_wanted_tokens(snapshot, view, most) - max(room, 0.0)) if may_lend else 0.0
@@ -139,11 +145,12 @@ class _Admission:
         else:
             ahead = min(view.length, _HEADS) if view else 0
             prompts = ahead + (snapshot.prompt_backlog_tokens > 0)
+            # A longer batch delays those behind it in each of a pipeline's stages.
             spare_s = self._slack.spare_s(
-                np.array(stages_of(snapshot.running)), _first_token_s(snapshot), snapshot.now_s, wanted_s,
-                gain_s=gain_s, misses=_SLACK_SHARE * pace.miss_probability * prompts,
+                np.array(stages_of(snapshot.running)), _first_token_s(snapshot), snapshot.now_s,
+                wanted_s * pace.pipeline_depth, gain_s=gain_s, misses=_SLACK_SHARE * pace.miss_probability * prompts,
             )
-            room = pace.prompt_tokens_within(limit_s + spare_s, running, read)
+            room = pace.prompt_tokens_within(limit_s + spare_s / pace.pipeline_depth, running, read)
         return max(_SMALLEST_CHUNK, min(room, most))
 
     def budget(self, snapshot: Snapshot, room: float, cached_tokens: int = 0) -> int | None:
@@ -165,11 +172,12 @@ class _Admission:
     ) -> tuple[int, int, int]:
         """How many are admitted, the `late` ones left out, and of these the prompt tokens to compute and the cached.
 
-        While there is a slot, time for their prompts and room for their growth. An idle engine takes the first.
+        While there is a slot, time for their prompts and room for their growth. An idle engine takes the first. Of a
+        pipeline's iterations an emptier one takes them, so that all of them have about as many requests.
         """
         prompts = room - snapshot.prompt_backlog_tokens
         taken = len(snapshot.running) + snapshot.released
-        if not slots or (prompts <= 0 and taken) or self._still_full(taken):
+        if not slots or (prompts <= 0 and taken) or snapshot.next_is_emptier or self._still_full(taken):
             return 0, 0, 0
         self._reset_projection(snapshot)
         admitted = tokens = cached = 0
