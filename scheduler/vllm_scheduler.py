@@ -268,7 +268,8 @@ class HeadraceScheduler(AsyncScheduler):
 
     def _after_schedule(self, output: SchedulerOutput, sitting_out: int) -> None:
         # If those who sit out hold all the memory, nothing else can run: then everyone runs next time.
-        stuck = bool(sitting_out) and not output.total_num_scheduled_tokens and not self._executing
+        stuck = bool(sitting_out) and not output.total_num_scheduled_tokens
+        stuck &= self._depth == 1 or not self._executing  # a pipeline has empty batches while others are under way
         self._everyone_runs = stuck and not self._obeyed.policy.strict
         if output.total_num_scheduled_tokens:
             # What the engine does between two iterations is part of the second one's time, unless it had nothing to do.
@@ -297,7 +298,7 @@ class HeadraceScheduler(AsyncScheduler):
             last_s, round_ago_s = self._outputs_s[-1], self._outputs_s[0]
             seconds = min(now_s - max(free_s, last_s), (now_s - max(free_s, round_ago_s)) / self._depth)
             self.recorder.iteration(now_s, seconds, *work)
-        if executed or self._executing:
+        if executed or (self._depth > 1 and self._executing):
             self._outputs_s.append(self.clock())  # an empty batch is a turn in the pipeline too
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.num_spec_tokens:

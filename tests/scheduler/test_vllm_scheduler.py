@@ -246,7 +246,7 @@ def test_stage_counts_tokens_in_flight_and_is_zero_while_a_prompt_is_computed(
     request = SimpleNamespace(
         is_prefill_chunk=is_prefill_chunk, num_output_tokens=outputs, num_output_placeholders=in_flight
     )
-    assert _RequestAsResident(request, "any").stage == stage
+    assert _RequestAsResident(request, "any", 1).stage == stage
 
 
 # The same as vLLM's own scheduler when nothing is asked of us.

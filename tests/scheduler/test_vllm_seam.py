@@ -46,6 +46,7 @@ def test_headrace_scheduler_is_an_asynchronous_scheduler():
         ("_enqueue_waiting_request", ["self", "request"]),
         ("_free_request", ["self", "request", "delay_free_blocks"]),
         ("shutdown", ["self"]),
+        ("_update_after_schedule", ["self", "scheduler_output"]),
     ],
 )
 def test_overridden_methods_exist_with_our_parameters(method, parameters):
@@ -60,6 +61,7 @@ def test_nothing_but_the_known_methods_is_overridden():
     methods = {name for name, member in vars(HeadraceScheduler).items() if inspect.isfunction(member)}
     assert (methods & inherited) - {"__init__"} == {
         "schedule", "update_from_output", "add_request", "_enqueue_waiting_request", "_free_request", "shutdown",
+        "_update_after_schedule", "_update_request_with_output",
     }
 
 
