@@ -24,7 +24,8 @@ from scheduler.policies.first_token import FirstToken
 from scheduler.policies.tpot_slack import TpotSlack
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
-_SMALLEST_CHUNK = 16
+_SMALLEST_CHUNK, _SMALLEST_CHUNK_SHARE = 16, 0.05
+"""Prompt tokens that an iteration computes even when it has no time for them: so many, or what takes so much of it."""
 _HEADS = 4
 """Waiting requests whose prompts the coming iteration could begin with."""
 _LOOK_AGAIN = 8
@@ -81,6 +82,7 @@ class _Admission:
         self.pace = pace
         self._projection = BatchProjection(pace)
         self._slack = None if pace.token_s is None else TpotSlack(pace.token_s, self._projection.survives)
+        self._smallest_chunk = _smallest_chunk(pace)
         self._speed = 0.0
         self._recent_s = pace.iteration_s or 0.0
         self._seen = 0
@@ -143,7 +145,7 @@ class _Admission:
                 gain_s=gain_s, misses=_SLACK_SHARE * pace.miss_probability * prompts,
             )
             room = pace.prompt_tokens_within(limit_s + spare_s, running, read)
-        return max(_SMALLEST_CHUNK, min(room, most))
+        return max(self._smallest_chunk, min(room, most))
 
     def budget(self, snapshot: Snapshot, room: float, cached_tokens: int = 0) -> int | None:
         """Tokens of the coming iteration; prompts that are found cached are read though not computed."""
@@ -152,7 +154,7 @@ class _Admission:
         prompt_s = self.pace.prefill_s(1.0)
         read = cached_tokens * self.pace.law.d1_s_per_kv_token / prompt_s if prompt_s else 0.0
         decodes = math.ceil(len(snapshot.running) * self.pace.computed_per_step)
-        return decodes + int(max(_SMALLEST_CHUNK, room - read) + 1e-6)
+        return decodes + int(max(self._smallest_chunk, room - read) + 1e-6)
 
     def admitted(
         self, view: QueueView, late: Collection[str], slots: int, snapshot: Snapshot, room: float
@@ -198,6 +200,14 @@ class _Admission:
             return True
         self._full_with = 0
         return False
+
+
+def _smallest_chunk(pace: Pace) -> int:
+    """A chunk that is small for a GPU would take a CPU as long as all decodes of an iteration."""
+    prompt_s = pace.prefill_s(1.0)
+    if pace.iteration_s is None or not prompt_s:
+        return _SMALLEST_CHUNK
+    return max(1, min(_SMALLEST_CHUNK, int(_SMALLEST_CHUNK_SHARE * pace.iteration_s / prompt_s)))
 
 
 def _first_token_s(snapshot: Snapshot) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
