@@ -103,7 +103,7 @@ class VirtualReplica:
         self._depth = 2 if scheduler.scheduler_config.async_scheduling else 1
         self.headrace = scheduler if isinstance(scheduler, HeadraceScheduler) else None
         if self.headrace:
-            self.headrace.clock = lambda: self.now_s
+            self.headrace.clock = self.headrace.arrival_clock = lambda: self.now_s
             self.headrace.never_refused = {str(number) for number in self._never_rejected}
         self._live: dict[str, _Live] = {}
         self._refused: dict[str, _Live] = {}
