@@ -10,11 +10,14 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
+from replicas.delivery import Deliveries
 from replicas.localhost import listen_where_the_node_does
 from replicas.routing_stats import RoutingStats
 from scheduler.channel import ChannelClient, ChannelClosed, new_endpoint, remove_endpoint
@@ -36,9 +39,22 @@ class HeadraceServer(LLMServer):
         self._channel = ChannelClient(self._endpoint)
         self._last_stats: tuple[float, RoutingStats] | None = None
         self._engine_silent = False
+        self._deliveries = Deliveries()
         from replicas.engine import HeadraceEngine  # imports vLLM, which whoever only deploys need not wait for
 
         await super().__init__(llm_config, **({"engine_cls": HeadraceEngine} | kwargs))
+
+    async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
+        """Ray's own; what leaves is timed."""
+        delivery = self._deliveries.begin()
+        chunks = await super().chat(request, raw_request_info)
+        return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
+
+    async def completions(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
+        """Ray's own; what leaves is timed."""
+        delivery = self._deliveries.begin()
+        chunks = await super().completions(request, raw_request_info)
+        return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
 
     async def apply_thresholds(self, thresholds: Thresholds, automatic: bool = True) -> Ack:
         """Offer thresholds to the engine; the Ack names the version in force now, taken or not."""
@@ -48,12 +64,13 @@ class HeadraceServer(LLMServer):
             return Ack(accepted=False, version_in_force=-1, reason=str(error), code="unavailable")
 
     async def telemetry(self, cursor: int | None = 0) -> Telemetry:
-        """The engine's telemetry with the records after `cursor`.
+        """The engine's telemetry with the records after `cursor`, and the latest answers as they left this replica.
 
         Raises:
             ChannelClosed: the engine does not answer.
         """
-        return await self._channel.report(cursor)
+        telemetry = await self._channel.report(cursor)
+        return telemetry if cursor is None else replace(telemetry, delivered=self._deliveries.latest())
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """What Serve's request routers see of this replica: its seats and who takes them (`RoutingStats`)."""

@@ -21,7 +21,7 @@ from scheduler.law import ServiceTimeLaw
 from scheduler.messages import Telemetry
 from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.pace import Pace
-from scheduler.realised import RealisedMargin
+from scheduler.realised import LastingQuantile, RealisedMargin
 from scheduler.survival import cold_lengths, mean_of, product_limit
 from scheduler.targets import Promise, Targets
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
@@ -77,8 +77,8 @@ class ReplicaModel:
         self._configured = configured
         self._watch = Watch(config.window_s, config.min_finished)
         self.law = OnlineLaw(law)
-        self._realised = RealisedMargin()
-        self._changes = 0
+        self._realised, self._delays = RealisedMargin(), LastingQuantile()
+        self._delivered = 0
         self.cursor = 0
         self.telemetry: Telemetry | None = None
         self._engine_id = ""
@@ -86,7 +86,7 @@ class ReplicaModel:
     def observe(self, telemetry: Telemetry) -> None:
         """Take in one report. A report seen before changes nothing; a restarted engine starts the window anew."""
         if telemetry.engine_id != self._engine_id:
-            self._engine_id, self.cursor = telemetry.engine_id, 0
+            self._engine_id, self.cursor, self._delivered = telemetry.engine_id, 0, 0
             self._watch.restart(telemetry)
         for iteration in telemetry.iterations:
             if iteration.seq > self.cursor:
@@ -99,16 +99,30 @@ class ReplicaModel:
         self.telemetry = telemetry
 
     def _observe_finished(self, telemetry: Telemetry) -> None:
-        """What requests got beside the plan; while lengths and law are guesses, there is no plan to keep."""
+        """What requests got beside the plan; while lengths and law are guesses, there is no plan to keep.
+
+        Where the replica tells when its answers left it, that is what they got.
+        """
+        delivered = [done for done in telemetry.delivered if done.seq > self._delivered]
+        for done in delivered:
+            if done.delay_s is not None:
+                self._delays.observe(done.delay_s)
+        self._delivered = max([self._delivered, *(done.seq for done in delivered)])
         pace = telemetry.thresholds.pace
         if pace is None or pace.token_s is None or pace.cold:
             return
-        if self.law.changes != self._changes:
-            self._changes = self.law.changes
-            self._realised.forget()
-        for done in telemetry.finished:
-            if done.seq > self.cursor and done.tpot_s is not None and not done.aborted:
-                self._realised.observe(done.tpot_s, pace.token_s)
+        finished = [done for done in telemetry.finished if done.seq > self.cursor and not done.aborted]
+        for got in delivered if telemetry.delivered else finished:
+            if got.tpot_s is not None:
+                self._realised.observe(got.tpot_s, pace.token_s)
+
+    @property
+    def delivery_s(self) -> float:
+        """Seconds from a first token in the engine until it has left the replica, for all but the promised share; 0
+        while too little is known, and at most half of what the targets leave."""
+        targets = self._config.targets
+        most_s = min((t for t in (targets.ttft_s, targets.latency_s) if t is not None), default=0.0) / 2
+        return min(self._delays.of_all_but(self._config.overflow_probability) or 0.0, most_s)
 
     @property
     def rates(self) -> ArrivalRates:
@@ -160,7 +174,7 @@ class ReplicaModel:
             self.law.law, self.telemetry.limits, overflow_probability=self._config.overflow_probability,
             targets=self._config.targets, fluctuation=self.law.fluctuation, dispersion=rates.dispersion,
             cold=cold, reuse=self._watch.prefix_reuse,
-            realised_margin=self._realised.margin(self._config.overflow_probability),
+            realised_margin=self._realised.margin(self._config.overflow_probability), delivery_s=self.delivery_s,
         )
         assert tuned.promise is not None
         thresholds = replace(tuned.thresholds, valid_for_s=self._config.validity_s)
@@ -182,7 +196,7 @@ class ReplicaModel:
             survival_since_s=now_s - since_s if math.isfinite(since_s) else None,
             law_error_std=strays.std_estimate, law_error_correlation=strays.correlation,
             iteration_s=mean_estimate(*times, strays.iterations) if times else None,
-            iteration_std_s=times[1] if times else None, cold=cold,
+            iteration_std_s=times[1] if times else None, cold=cold, delivery_s=self.delivery_s,
         )
 
     def _mix(self) -> WorkloadMix:
