@@ -83,7 +83,7 @@ class _Admission:
         self._projection = BatchProjection(pace)
         self._slack = None if pace.token_s is None else TpotSlack(pace.token_s, self._projection.survives)
         self._smallest_chunk = _smallest_chunk(pace)
-        self._speed = 0.0
+        self._speed = 0.0 if pace.cold else 1.0
         self._recent_s = pace.iteration_s or 0.0
         self._seen = 0
         self._full_with = 0
@@ -95,14 +95,12 @@ class _Admission:
         return self._full_with > 0
 
     def observe(self, snapshot: Snapshot) -> None:
-        """Follow the measured iterations: their mean, and while the model is a guess, how wrong it is."""
+        """Follow the measured iterations: their mean, and measured over predicted seconds."""
         latest = snapshot.latest
         if latest is None or latest.seq == self._seen:
             return
         self._seen = latest.seq
         self._recent_s = _RECENT_MEMORY * self._recent_s + (1 - _RECENT_MEMORY) * latest.seconds
-        if not self.pace.cold:
-            return
         predicted_s = self.pace.law.iteration_s(
             float(latest.prefill_tokens), float(latest.decode_tokens), float(latest.kv_tokens)
         )
@@ -111,12 +109,20 @@ class _Admission:
 
     @property
     def _iteration_s(self) -> float | None:
-        """The planned time of an iteration in the model's seconds; before any measurement a guess closes no gate."""
-        if self.pace.iteration_s is None or not self.pace.cold:
-            return self.pace.iteration_s
-        if not self._speed:
+        """The planned time of an iteration in the model's seconds; before any measurement a guess closes no gate.
+
+        The margin covers an engine that is as much slower than its model. When it is slower still, the time per token
+        is held to the target itself, sooner than the controller learns of it.
+        """
+        pace, speed = self.pace, self._speed
+        if pace.iteration_s is None or (pace.cold and not speed):
             return None
-        return max(self.pace.iteration_s / self._speed, self.pace.decode_iteration_s(1.0, 1.0))
+        limit_s = pace.iteration_s
+        if pace.cold:
+            limit_s /= speed
+        elif pace.tpot_s is not None:
+            limit_s = min(limit_s, pace.tpot_s * pace.tokens_per_step / pace.pipeline_depth / speed)
+        return max(limit_s, pace.decode_iteration_s(1.0, 1.0))
 
     def prompt_room(self, snapshot: Snapshot, view: QueueView | None) -> float:
         """Prompt tokens for which the coming iteration has time beside every decode; infinite without a target.
