@@ -11,11 +11,14 @@ import asyncio
 import copy
 import logging
 import time
+from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
+from replicas.delivery import Deliveries
 from replicas.localhost import listen_where_the_node_does
 from replicas.ranks import ranks_in
 from replicas.routing_stats import RoutingStats
@@ -41,9 +44,22 @@ class HeadraceServer(LLMServer):
         self._channels = [ChannelClient(rank_endpoint(self._endpoint, rank)) for rank in range(ranks)]
         self._last_reports: dict[int, tuple[float, Telemetry]] = {}
         self._silent: set[int] = set()
+        self._deliveries = Deliveries()
         from replicas.engine import HeadraceEngine  # imports vLLM, which whoever only deploys need not wait for
 
         await super().__init__(llm_config, **({"engine_cls": HeadraceEngine} | kwargs))
+
+    async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
+        """Ray's own; what leaves is timed."""
+        delivery = self._deliveries.begin()
+        chunks = await super().chat(request, raw_request_info)
+        return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
+
+    async def completions(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
+        """Ray's own; what leaves is timed."""
+        delivery = self._deliveries.begin()
+        chunks = await super().completions(request, raw_request_info)
+        return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
 
     async def apply_thresholds(self, thresholds: Thresholds, automatic: bool = True, rank: int = 0) -> Ack:
         """Offer thresholds to the engine of a rank; the Ack names the version in force now, taken or not."""
@@ -53,12 +69,13 @@ class HeadraceServer(LLMServer):
             return Ack(accepted=False, version_in_force=-1, reason=str(error), code="unavailable")
 
     async def telemetry(self, cursor: int | None = 0, rank: int = 0) -> Telemetry:
-        """The telemetry of a rank's engine with the records after `cursor`.
+        """The telemetry of a rank's engine with the records after `cursor`, and the latest answers as they left here.
 
         Raises:
             ChannelClosed: the engine does not answer.
         """
-        return await self._channels[rank].report(cursor, timeout_s=_ANSWER_S)
+        telemetry = await self._channels[rank].report(cursor, timeout_s=_ANSWER_S)
+        return telemetry if cursor is None else replace(telemetry, delivered=self._deliveries.latest())
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """What Serve's request routers see of this replica: its seats and who takes them (`RoutingStats`)."""

@@ -49,6 +49,7 @@ class Forecast:
     iteration_s: Estimate | None
     iteration_std_s: float | None
     cold: bool
+    delivery_s: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready: an estimate becomes {"value", "low", "high"}; what is infinite becomes None."""

@@ -53,6 +53,18 @@ class Finished(NamedTuple):
     tpot_s: float | None = None
 
 
+class Delivered(NamedTuple):
+    """One answer that left a replica whole, as its API process saw it leave (`replicas.delivery`).
+
+    delay_s: from the engine core's first token until the chunk with it left; None for an answer that was not streamed.
+    tpot_s: per further token, between the first and the last chunk (None: a single token).
+    """
+
+    seq: int
+    delay_s: float | None
+    tpot_s: float | None
+
+
 class InService(NamedTuple):
     """One request still in service: a right-censored observation of an output length."""
 
@@ -115,7 +127,8 @@ class Telemetry:
 
     Records newer than the cursor that the reader sent are in `iterations`, `arrivals` and `finished`; `cursor` is what
     to send next time. Asking twice with the same cursor gives the same records, so a lost answer loses nothing;
-    `records_lost` is 1 when some were overwritten before anybody asked.
+    `records_lost` is 1 when some were overwritten before anybody asked. `delivered` are the latest answers as they
+    left the replica, whatever the cursor, with numbers of their own; the replica adds them to what its engine tells.
     """
 
     engine_id: str
@@ -131,6 +144,7 @@ class Telemetry:
     finished: tuple[Finished, ...] = ()
     in_service: tuple[InService, ...] = ()
     records_lost: int = 0
+    delivered: tuple[Delivered, ...] = ()
 
     @property
     def kv_used_fraction(self) -> float:

@@ -22,7 +22,7 @@ from scheduler.law import ServiceTimeLaw
 from scheduler.messages import Telemetry
 from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.pace import Pace
-from scheduler.realised import RealisedMargin
+from scheduler.realised import LastingQuantile, RealisedMargin
 from scheduler.steps import StepsSeen
 from scheduler.survival import cold_lengths, mean_of, product_limit
 from scheduler.targets import Promise, Targets
@@ -114,9 +114,9 @@ class ReplicaModel:
         self._watch = Watch(config.window_s, config.min_finished)
         self._profiled, self._depth = law, 1
         self.law = OnlineLaw(law)
-        self._realised = RealisedMargin()
+        self._realised, self._delays = RealisedMargin(), LastingQuantile()
         self._steps = StepsSeen(config.window_s)
-        self._changes = 0
+        self._delivered = 0
         self.cursor = 0
         self.telemetry: Telemetry | None = None
         self._engine_id = ""
@@ -127,7 +127,7 @@ class ReplicaModel:
             self._depth = telemetry.limits.pipeline_depth
             self.law = OnlineLaw(self._profiled.of_stage(self._depth))
         if telemetry.engine_id != self._engine_id:
-            self._engine_id, self.cursor = telemetry.engine_id, 0
+            self._engine_id, self.cursor, self._delivered = telemetry.engine_id, 0, 0
             self._watch.restart(telemetry)
             self._steps.restart()
         for iteration in telemetry.iterations:
@@ -142,16 +142,30 @@ class ReplicaModel:
         self.telemetry = telemetry
 
     def _observe_finished(self, telemetry: Telemetry) -> None:
-        """What requests got beside the plan; while lengths and law are guesses, there is no plan to keep."""
+        """What requests got beside the plan; while lengths and law are guesses, there is no plan to keep.
+
+        Where the replica tells when its answers left it, that is what they got.
+        """
+        delivered = [done for done in telemetry.delivered if done.seq > self._delivered]
+        for done in delivered:
+            if done.delay_s is not None:
+                self._delays.observe(done.delay_s)
+        self._delivered = max([self._delivered, *(done.seq for done in delivered)])
         pace = telemetry.thresholds.pace
         if pace is None or pace.token_s is None or pace.cold:
             return
-        if self.law.changes != self._changes:
-            self._changes = self.law.changes
-            self._realised.forget()
-        for done in telemetry.finished:
-            if done.seq > self.cursor and done.tpot_s is not None and not done.aborted:
-                self._realised.observe(done.tpot_s, pace.token_s)
+        finished = [done for done in telemetry.finished if done.seq > self.cursor and not done.aborted]
+        for got in delivered if telemetry.delivered else finished:
+            if got.tpot_s is not None:
+                self._realised.observe(got.tpot_s, pace.token_s)
+
+    @property
+    def delivery_s(self) -> float:
+        """Seconds from a first token in the engine until it has left the replica, for all but the promised share; 0
+        while too little is known, and at most half of what the targets leave."""
+        targets = self._config.targets
+        most_s = min((t for t in (targets.ttft_s, targets.latency_s) if t is not None), default=0.0) / 2
+        return min(self._delays.of_all_but(self._config.overflow_probability) or 0.0, most_s)
 
     @property
     def rates(self) -> ArrivalRates:
@@ -203,7 +217,7 @@ class ReplicaModel:
             self.law.law, self.telemetry.limits, overflow_probability=self._config.overflow_probability,
             targets=self._config.targets, fluctuation=self.law.fluctuation, dispersion=rates.dispersion,
             cold=cold, reuse=self._watch.prefix_reuse, steps=self._steps.steps,
-            realised_margin=self._realised.margin(self._config.overflow_probability),
+            realised_margin=self._realised.margin(self._config.overflow_probability), delivery_s=self.delivery_s,
         )
         assert tuned.promise is not None
         thresholds = replace(tuned.thresholds, valid_for_s=self._config.validity_s)
@@ -225,7 +239,7 @@ class ReplicaModel:
             survival_since_s=now_s - since_s if math.isfinite(since_s) else None,
             law_error_std=strays.std_estimate, law_error_correlation=strays.correlation,
             iteration_s=mean_estimate(*times, strays.iterations) if times else None,
-            iteration_std_s=times[1] if times else None, cold=cold,
+            iteration_std_s=times[1] if times else None, cold=cold, delivery_s=self.delivery_s,
         )
 
     def _mix(self) -> WorkloadMix:

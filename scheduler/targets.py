@@ -53,6 +53,13 @@ class Targets:
             if value is not None:
                 require_number(name, value, allow_zero=False)
 
+    def delivered_within(self, delivery_s: float) -> Targets:
+        """What is left of them for the engine when its tokens take so many seconds to their clients."""
+        ttft_s, latency_s = (
+            None if target_s is None else target_s - delivery_s for target_s in (self.ttft_s, self.latency_s)
+        )
+        return Targets(ttft_s, self.tpot_s, latency_s)
+
 
 NO_TARGETS = Targets()
 
@@ -81,12 +88,14 @@ def solve_pace(
     mix: WorkloadMix, law: ServiceTimeLaw, limits: EngineLimits, targets: Targets, *,
     fluctuation: Fluctuation = EXACT, miss_probability: float = 0.01, dispersion: float = 1.0,
     reuse: PrefixReuse = NO_REUSE, steps: Steps = ONE_TOKEN_A_STEP, realised_margin: float = 0.0,
+    delivery_s: float = 0.0,
 ) -> Promise:
     """The parameters for `mix` on one replica.
 
     fluctuation: of iterations under the law; the longest iteration stays so far below the TPOT target that all but
     `miss_probability` of requests meet it. realised_margin: the margin that the latest requests would have needed, if
-    that is more. dispersion: of the arrivals, the variance of their counts over its mean.
+    that is more. dispersion: of the arrivals, the variance of their counts over its mean. delivery_s: seconds from a
+    first token in the engine until its client has it; so much earlier it has to come.
     """
     lengths = mix.merged().lengths
     capacity = _Capacity(mix, law, limits, reuse, steps)
@@ -94,7 +103,7 @@ def solve_pace(
     margin = max(margin, realised_margin, _LEAST_MARGIN) + _STAGE_MARGIN * (steps.depth - 1)
     margin = min(margin, _LARGEST_MARGIN)
     token_s = None if targets.tpot_s is None else targets.tpot_s / (1 + margin)
-    within = capacity.within_latency(token_s, targets, margin)
+    within = capacity.within_latency(token_s, targets.delivered_within(delivery_s), margin)
     iteration_s = within.iteration_s
     served_rps, limit = capacity.at(iteration_s)
     load = mix.rate_rps / served_rps if served_rps > 0 else math.inf

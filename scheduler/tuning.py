@@ -44,7 +44,7 @@ def tune(
     configured: Thresholds, mix: WorkloadMix, law: ServiceTimeLaw, limits: EngineLimits, *,
     overflow_probability: float, targets: Targets = NO_TARGETS, fluctuation: Fluctuation = EXACT,
     dispersion: float = 1.0, cold: bool = False, reuse: PrefixReuse = NO_REUSE, steps: Steps = ONE_TOKEN_A_STEP,
-    realised_margin: float = 0.0,
+    realised_margin: float = 0.0, delivery_s: float = 0.0,
 ) -> Tuned:
     """Solve the fluid model for `mix` and fill in what `configured.policy` needs: a pace, or counts and a cap.
 
@@ -58,6 +58,7 @@ def tune(
         promise = solve_pace(
             mix, law, limits, targets, fluctuation=fluctuation, miss_probability=overflow_probability,
             dispersion=dispersion, reuse=reuse, steps=steps, realised_margin=realised_margin,
+            delivery_s=delivery_s,
         )
         if cold:
             promise = replace(promise, pace=replace(promise.pace, queue_requests=None, cold=True))

@@ -59,15 +59,17 @@ logger = init_logger(f"vllm.headrace.{__name__}")  # below vLLM's logger, so tha
 
 TOO_LATE = "the first token could not come within its target any more"
 TOO_MANY = "as many requests wait as can be answered in time"
+_LONGEST_WAY_S = 60.0
+"""A request that seems to have come longer ago than this was stamped by another machine's clock."""
 _CUT_SHORT = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
 
 
 class HeadraceScheduler(AsyncScheduler):
     """vLLM's asynchronous scheduler, gated by Headrace's thresholds.
 
-    Settings come from `additional_config["headrace"]`, see `SchedulerSettings`. `clock` may be replaced by a virtual
-    one before the first request. `never_refused` are ids that no refusal touches, for simulations that ask what one
-    was worth.
+    Settings come from `additional_config["headrace"]`, see `SchedulerSettings`. `clock` and `arrival_clock` may be
+    replaced by virtual ones before the first request. `never_refused` are ids that no refusal touches, for simulations
+    that ask what one was worth.
 
     Raises:
         ValueError: the settings have an unknown key or a value out of range, which the message names; or the policy is
@@ -87,6 +89,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._depth = pipeline_depth(vllm_config)
         self._waits_for_tokens = self._depth > 1 and not self.scheduler_config.async_scheduling
         self.clock: Callable[[], float] = time.monotonic
+        self.arrival_clock: Callable[[], float] = time.time  # the one that vLLM stamps `Request.arrival_time` with
         self.recorder = Recorder()
         limits = self._limits()
         self.in_force = ThresholdsInForce(
@@ -101,6 +104,7 @@ class HeadraceScheduler(AsyncScheduler):
         self.gate = GatedQueue(
             self.policy, self._classify, lambda: self.clock(), self.recorder.released,
             tenant_of if settings.trust_tenants else lambda request: NOBODY_IN_PARTICULAR, self._describe,
+            self._arrived_s,
         )
         self.waiting = self.gate
         self._most_running = self.max_num_running_reqs
@@ -348,7 +352,23 @@ class HeadraceScheduler(AsyncScheduler):
 
     def _life(self, request: Request) -> Life:
         expected, most = self._declared_lengths(request)
-        return Life(self.clock(), math.inf if expected is None else expected, math.inf if most is None else most)
+        return Life(
+            self.clock() - self._age_s(request), math.inf if expected is None else expected,
+            math.inf if most is None else most,
+        )
+
+    def _age_s(self, request: Request) -> float:
+        """Seconds since the API process took the request in: tokenizing, the way here, and the iteration under way.
+
+        0 where the two processes' clocks do not go together.
+        """
+        age_s = self.arrival_clock() - request.arrival_time
+        return age_s if 0 <= age_s <= _LONGEST_WAY_S else 0.0
+
+    def _arrived_s(self, request: Request) -> float:
+        """When a request that comes to the gate reached the API process, on this clock."""
+        life = self._lives.get(request.request_id)
+        return self.clock() if life is None else life.arrived_s
 
     def _note_first_tokens(self) -> None:
         now_s = self.clock()

@@ -115,7 +115,7 @@ class VirtualReplica:
         self._depth = self._stages + bool(scheduler.scheduler_config.async_scheduling)
         self.headrace = scheduler if isinstance(scheduler, HeadraceScheduler) else None
         if self.headrace:
-            self.headrace.clock = lambda: self.now_s
+            self.headrace.clock = self.headrace.arrival_clock = lambda: self.now_s
             self.headrace.never_refused = {str(number) for number in self._never_rejected}
         self._live: dict[str, _Live] = {}
         self._refused: dict[str, _Live] = {}

@@ -76,7 +76,7 @@ class Engine:
         )
         self.now_s = 0.0
         if isinstance(self.scheduler, HeadraceScheduler):
-            self.scheduler.clock = lambda: self.now_s
+            self.scheduler.clock = self.scheduler.arrival_clock = lambda: self.now_s
         self._block_hasher = _block_hasher() if self.scheduler.cache_config.enable_prefix_caching else None
         self.requests: dict[str, Request] = {}
         self.batches: list[dict[str, int]] = []
@@ -89,17 +89,19 @@ class Engine:
     def add(
         self, request_id: str, *, prompt: int | list[int] = 32, output: int = 8, max_tokens: int | None = None,
         extra_args: dict[str, Any] | None = None, priority: int = 0, structured: bool = False,
-        resumable: bool = False,
+        resumable: bool = False, on_its_way_s: float = 0.0,
     ) -> Request:
         """`output` tokens are produced; `max_tokens` is what the client asked for (the same unless given).
+
+        The API process took the request in `on_its_way_s` ago.
 
         A `structured` request waits until `compile_grammar`. A `resumable` one is a session: the same id again is its
         next input.
         """
         request = Request(
             request_id=request_id, prompt_token_ids=[7] * prompt if isinstance(prompt, int) else prompt,
-            pooling_params=None, priority=priority, arrival_time=self.now_s, block_hasher=self._block_hasher,
-            resumable=resumable,
+            pooling_params=None, priority=priority, arrival_time=self.now_s - on_its_way_s, resumable=resumable,
+            block_hasher=self._block_hasher,
             sampling_params=SamplingParams(
                 max_tokens=max_tokens or output, ignore_eos=True, extra_args=extra_args,
                 structured_outputs=StructuredOutputsParams(regex="a*") if structured else None,

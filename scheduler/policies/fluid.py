@@ -25,7 +25,8 @@ from scheduler.policies.first_token import FirstToken
 from scheduler.policies.tpot_slack import TpotSlack
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
-_SMALLEST_CHUNK = 16
+_SMALLEST_CHUNK, _SMALLEST_CHUNK_SHARE = 16, 0.05
+"""Prompt tokens that an iteration computes even when it has no time for them: so many, or what takes so much of it."""
 _HEADS = 4
 """Waiting requests whose prompts the coming iteration could begin with."""
 _LOOK_AGAIN = 8
@@ -85,7 +86,8 @@ class _Admission:
         self._slack = None if pace.token_s is None else TpotSlack(
             pace.token_s, self._projection.survives, pace.pipeline_depth
         )
-        self._speed = 0.0
+        self._smallest_chunk = _smallest_chunk(pace)
+        self._speed = 0.0 if pace.cold else 1.0
         self._recent_s = pace.iteration_s or 0.0
         self._round_s: deque[float] = deque(maxlen=pace.pipeline_depth)
         self._seen = 0
@@ -98,15 +100,13 @@ class _Admission:
         return self._full_with > 0
 
     def observe(self, snapshot: Snapshot) -> None:
-        """Follow the measured iterations: their mean, and while the model is a guess, how wrong it is."""
+        """Follow the measured iterations: their mean, and measured over predicted seconds."""
         latest = snapshot.latest
         if latest is None or latest.seq == self._seen:
             return
         self._seen = latest.seq
         self._round_s.append(latest.seconds)  # a pipeline is as slow as the slowest of the batches in it
         self._recent_s = _RECENT_MEMORY * self._recent_s + (1 - _RECENT_MEMORY) * max(self._round_s)
-        if not self.pace.cold:
-            return
         predicted_s = self.pace.law.iteration_s(
             float(latest.prefill_tokens), float(latest.decode_tokens), float(latest.kv_tokens)
         )
@@ -115,12 +115,20 @@ class _Admission:
 
     @property
     def _iteration_s(self) -> float | None:
-        """The planned time of an iteration in the model's seconds; before any measurement a guess closes no gate."""
-        if self.pace.iteration_s is None or not self.pace.cold:
-            return self.pace.iteration_s
-        if not self._speed:
+        """The planned time of an iteration in the model's seconds; before any measurement a guess closes no gate.
+
+        The margin covers an engine that is as much slower than its model. When it is slower still, the time per token
+        is held to the target itself, sooner than the controller learns of it.
+        """
+        pace, speed = self.pace, self._speed
+        if pace.iteration_s is None or (pace.cold and not speed):
             return None
-        return max(self.pace.iteration_s / self._speed, self.pace.decode_iteration_s(1.0, 1.0))
+        limit_s = pace.iteration_s
+        if pace.cold:
+            limit_s /= speed
+        elif pace.tpot_s is not None:
+            limit_s = min(limit_s, pace.tpot_s * pace.tokens_per_step / pace.pipeline_depth / speed)
+        return max(limit_s, pace.decode_iteration_s(1.0, 1.0))
 
     def prompt_room(self, snapshot: Snapshot, view: QueueView | None) -> float:
         """Prompt tokens for which the coming iteration has time beside every decode; infinite without a target.
@@ -151,7 +159,7 @@ class _Admission:
                 wanted_s * pace.pipeline_depth, gain_s=gain_s, misses=_SLACK_SHARE * pace.miss_probability * prompts,
             )
             room = pace.prompt_tokens_within(limit_s + spare_s / pace.pipeline_depth, running, read)
-        return max(_SMALLEST_CHUNK, min(room, most))
+        return max(self._smallest_chunk, min(room, most))
 
     def budget(self, snapshot: Snapshot, room: float, cached_tokens: int = 0) -> int | None:
         """Tokens of the coming iteration; prompts that are found cached are read though not computed."""
@@ -159,7 +167,7 @@ class _Admission:
             return None
         prompt_s = self.pace.prefill_s(1.0)
         read = cached_tokens * self.pace.law.d1_s_per_kv_token / prompt_s if prompt_s else 0.0
-        return snapshot.tokens_to_decode + int(max(_SMALLEST_CHUNK, room - read) + 1e-6)
+        return snapshot.tokens_to_decode + int(max(self._smallest_chunk, room - read) + 1e-6)
 
     def _steps(self, snapshot: Snapshot) -> float:
         """Running requests, each with the drafts that it usually has: the coming iteration knows how many there are."""
@@ -222,6 +230,14 @@ def _wanted_tokens(snapshot: Snapshot, view: QueueView | None, most: float) -> f
             break
         wanted += waiting.tokens_to_compute
     return min(float(wanted), most)
+
+
+def _smallest_chunk(pace: Pace) -> int:
+    """A chunk that is small for a GPU would take a CPU as long as all decodes of an iteration."""
+    prompt_s = pace.prefill_s(1.0)
+    if pace.iteration_s is None or not prompt_s:
+        return _SMALLEST_CHUNK
+    return max(1, min(_SMALLEST_CHUNK, int(_SMALLEST_CHUNK_SHARE * pace.iteration_s / prompt_s)))
 
 
 def _first_token_s(snapshot: Snapshot) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

@@ -212,6 +212,32 @@ def test_a_pause_between_tokens_is_part_of_their_time():
     assert (record.ttft_s, record.tpot_s) == (pytest.approx(STEP_S), pytest.approx(STEP_S + 1.0 / 10))
 
 
+def test_the_way_from_the_api_process_counts_in_the_time_to_the_first_token_and_as_waiting():
+    """Tokenizing, and the iteration under way when the request came, are part of what its client waits."""
+    engine = memory_engine(thresholds=fluid(kv_limit_tokens=63 * BLOCK, ttft_s=0.5))
+    engine.now_s = 100.0
+    engine.add("late", prompt=60, output=5, on_its_way_s=0.6)
+    engine.add("r", prompt=60, output=5, on_its_way_s=0.3)
+    assert [waiting.since_s for waiting in engine.scheduler.gate.views()["unknown"].aged()] == pytest.approx(
+        [99.4, 99.7]
+    )
+    engine.run()
+    assert rejected(engine) == {"late"}
+    assert [record.ttft_s for record in telemetry(engine).finished if not record.aborted] == [
+        pytest.approx(0.3 + STEP_S)
+    ]
+
+
+@pytest.mark.parametrize("on_its_way_s", [-5.0, 3600.0])
+def test_a_clock_of_another_machine_counts_for_nothing(on_its_way_s):
+    engine = memory_engine(thresholds=fluid(kv_limit_tokens=63 * BLOCK, ttft_s=0.5))
+    engine.now_s = 100.0
+    engine.add("r", prompt=60, output=5, on_its_way_s=on_its_way_s)
+    engine.run()
+    (record,) = telemetry(engine).finished
+    assert record.ttft_s == pytest.approx(STEP_S)
+
+
 def test_a_request_without_a_token_has_no_times():
     engine = memory_engine()
     engine.add("gone", prompt=60)

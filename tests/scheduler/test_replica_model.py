@@ -14,10 +14,12 @@ from synthetic_engine import LIMITS, PAPER, SyntheticEngine
 from cluster.config import TuningConfig
 from scheduler.fluid import solve_fluid
 from scheduler.law import ServiceTimeLaw
+from scheduler.messages import Apply, Delivered
 from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.pace import Pace
 from scheduler.replica_model import PACE_TOLERANCES, Proposal, ReplicaModel, materially_different
 from scheduler.solver import WaitSolution, resident_cap, wait_thresholds
+from scheduler.targets import Targets
 from scheduler.thresholds import (
     EngineLimits,
     SegmentThreshold,
@@ -443,3 +445,74 @@ def test_the_law_matters_where_no_iteration_time_is_planned_too(field: str) -> N
     law = replace(pace.law, **{field: 3 * getattr(pace.law, field)})
     new, old = (Thresholds(policy="fluid", pace=one) for one in (replace(pace, law=law), pace))
     assert materially_different(new, old)
+
+
+# What clients got, as the replica saw it leave.
+
+
+def promising(**targets: float) -> tuple[SyntheticEngine, ReplicaModel]:
+    """A replica under `fluid` with targets, and a model that knows its lengths."""
+    configured = Thresholds(policy="fluid")
+    engine, model = SyntheticEngine(configured), model_of(configured, targets=Targets(**targets))
+    engine.traffic([(58, 147)], every_s=0.25, seconds=30)
+    model.observe(engine.report())
+    thresholds = model.propose().thresholds
+    assert thresholds.pace is not None and not thresholds.pace.cold
+    assert engine.in_force.offer(Apply(thresholds=thresholds)).accepted
+    return engine, model
+
+
+def pace_after(engine: SyntheticEngine, model: ReplicaModel, delivered: list[Delivered]) -> Pace:
+    model.observe(replace(engine.report(model.cursor), delivered=tuple(delivered)))
+    pace = model.propose().thresholds.pace
+    assert pace is not None
+    return pace
+
+
+def test_what_clients_got_sets_the_margin_and_not_what_the_engine_saw() -> None:
+    engine, model = promising(tpot_s=0.08)
+    before = engine.in_force.current().thresholds.pace
+    assert before is not None and before.token_s is not None
+    for _ in range(400):
+        engine.finish(58, 147, tpot_s=before.token_s)
+    late = [Delivered(seq, None, 1.2 * before.token_s) for seq in range(1, 401)]
+    after = pace_after(engine, model, late)
+    assert after.token_s == pytest.approx(0.08 / 1.2)
+    again = pace_after(engine, model, late)
+    assert again == after, "answers seen before change nothing"
+
+
+def test_without_a_replica_that_tells_the_engine_s_times_count() -> None:
+    engine, model = promising(tpot_s=0.08)
+    before = engine.in_force.current().thresholds.pace
+    assert before is not None and before.token_s is not None
+    for _ in range(400):
+        engine.finish(58, 147, tpot_s=1.1 * before.token_s)
+    assert pace_after(engine, model, []).token_s == pytest.approx(0.08 / 1.1)
+
+
+@pytest.mark.parametrize(("delay_s", "left_s"), [(0.2, 1.8), (30.0, 1.0)], ids=["measured", "bounded"])
+def test_first_tokens_are_due_as_much_earlier_as_they_take_to_leave(delay_s: float, left_s: float) -> None:
+    engine, model = promising(ttft_s=2.0, tpot_s=0.08)
+    few = [Delivered(seq, delay_s, None) for seq in range(1, 300)]
+    assert pace_after(engine, model, few).first_token_limit_s == 2.0, "few answers say nothing"
+    more = [Delivered(seq, delay_s, None) for seq in range(300, 401)]
+    pace = pace_after(engine, model, more)
+    assert (pace.first_token_limit_s, pace.ttft_s) == (pytest.approx(left_s), 2.0)
+
+
+def test_a_change_of_speed_does_not_make_the_margin_forget() -> None:
+    """On a machine whose speed never rests, each change would start the count anew before it says anything."""
+    engine, model = promising(tpot_s=0.08)
+    before = engine.in_force.current().thresholds.pace
+    assert before is not None and before.token_s is not None
+    for factor in (2.0, 0.5, 2.0, 0.5):
+        for _ in range(100):
+            engine.finish(58, 147, tpot_s=1.2 * before.token_s)
+        changes, seconds = model.law.changes, factor * model.law.law.iteration_s(0, 10, 1000)
+        for _ in range(60):
+            engine.iterate(0, 10, 1000, seconds)
+        model.observe(engine.report(model.cursor))
+        assert model.law.changes > changes
+    pace = model.propose().thresholds.pace
+    assert pace is not None and pace.token_s is not None and pace.token_s <= 0.08 / 1.2 * (1 + 1e-9)
