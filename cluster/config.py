@@ -154,9 +154,14 @@ class AppConfig(_Strict):
 
     @model_validator(mode="after")
     def _targets_can_be_met(self) -> Self:
-        """Judged by the law of a profile that the file names; one that is only the default says nothing of it."""
+        """Judged by the law of a profile that the file names; one that is only the default says nothing of it.
+
+        How many tokens a step of speculative decoding gains is not known before, and so no time per token either.
+        """
         if "profile" in self.controller.model_fields_set:
-            require_reachable(self.targets, load_profile(self.controller.profile).law)
+            drafts = EngineSetup.from_engine_args(self.engine, self.targets).speculative_decoding
+            targets = dataclasses.replace(self.targets, tpot_s=None) if drafts else self.targets
+            require_reachable(targets, load_profile(self.controller.profile).law)
         return self
 
     @property

@@ -21,6 +21,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, Er
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMClientError
 
+from replicas.delivery import noting
 from scheduler.refusal import Refusal
 
 _ERROR_EVENT = 'data: {"error":'
@@ -46,7 +47,7 @@ class HeadraceEngine(VLLMEngine):
 
     def _start_async_llm_engine(self, *args: Any, **kwargs: Any) -> Any:
         client = super()._start_async_llm_engine(*args, **kwargs)
-        client.generate = raising_refusals(client.generate)
+        client.generate = noting(raising_refusals(client.generate))
         return client
 
     async def chat(self, *args: Any, **kwargs: Any) -> Outputs:
@@ -58,6 +59,12 @@ class HeadraceEngine(VLLMEngine):
     async def completions(self, *args: Any, **kwargs: Any) -> Outputs:
         """Ray's own; an error before the first token is yielded as an ErrorResponse."""
         async with aclosing(errors_first(super().completions(*args, **kwargs))) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def transcriptions(self, *args: Any, **kwargs: Any) -> Outputs:
+        """Ray's own; an error before the first token is yielded as an ErrorResponse."""
+        async with aclosing(errors_first(super().transcriptions(*args, **kwargs))) as chunks:
             async for chunk in chunks:
                 yield chunk
 

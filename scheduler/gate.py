@@ -33,9 +33,9 @@ class GatedQueue(RequestQueue):
     """A RequestQueue whose closed part is sorted by type.
 
     Within a type the order is that of `FairQueue`: by weight among tenants, then by vLLM's priority and by age. `order`
-    is the engine's own, for the open part. `classify` names a request's type, `tenant_of` its tenant, `clock` tells
-    since when it waits, `on_release` hears how many seconds each was held, `describe` says of a request that waits
-    since a clock second what a policy may know of it.
+    is the engine's own, for the open part. `classify` names a request's type, `tenant_of` its tenant, `arrived`
+    tells since which second of `clock` it waits (left out: since it comes to the gate), `on_release` hears how many
+    seconds each was held, `describe` says of a request that waits since then what a policy may know of it.
     """
 
     def __init__(
@@ -46,8 +46,10 @@ class GatedQueue(RequestQueue):
         on_release: Callable[[float], None],
         tenant_of: Callable[[Request], Tenant] = lambda request: NOBODY_IN_PARTICULAR,
         describe: Callable[[Request, float], Waiting] = _plainly,
+        arrived: Callable[[Request], float] | None = None,
     ) -> None:
         self._describe = describe
+        self._arrived = arrived or (lambda request: self._clock())
         self._tokens: dict[str, int] = {}
         self._tokens_of: dict[str, int] = {}
         self._order, self._classify, self._clock, self._on_release = order, classify, clock, on_release
@@ -178,7 +180,7 @@ class GatedQueue(RequestQueue):
         if request.request_id in self._type_of:
             self._open.add_request(request)
         else:
-            self._hold(request, self._clock()).add(request)
+            self._hold(request, self._arrived(request)).add(request)
 
     def pop_request(self) -> Request:
         """The next request of the open part."""

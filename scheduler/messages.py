@@ -53,6 +53,18 @@ class Finished(NamedTuple):
     tpot_s: float | None = None
 
 
+class Delivered(NamedTuple):
+    """One answer that left a replica whole, as its API process saw it leave (`replicas.delivery`).
+
+    delay_s: from the engine core's first token until the chunk with it left; None for an answer that was not streamed.
+    tpot_s: per further token, between the first and the last chunk (None: a single token).
+    """
+
+    seq: int
+    delay_s: float | None
+    tpot_s: float | None
+
+
 class InService(NamedTuple):
     """One request still in service: a right-censored observation of an output length."""
 
@@ -80,6 +92,9 @@ class Counters:
     ttft_misses, tpot_misses, latency_misses: completed requests that missed the target in force when they ended.
     audited: completed requests that would have been rejected but were served to see whether that was right;
     audited_met: those of them that met every target, though some may have taken another's place.
+    decode_steps: with speculative decoding, how often a decoding request got output tokens from an iteration;
+    decode_computed_tokens: tokens computed for it then, drafts included; decode_gained_tokens: output tokens that came
+    of it (without refused drafts and what is beyond an answer's end), decode_gained_squares the sum of their squares.
     """
 
     arrivals: int = 0
@@ -95,6 +110,10 @@ class Counters:
     latency_misses: int = 0
     audited: int = 0
     audited_met: int = 0
+    decode_steps: int = 0
+    decode_computed_tokens: int = 0
+    decode_gained_tokens: int = 0
+    decode_gained_squares: int = 0
 
     @property
     def in_flight(self) -> int:
@@ -108,7 +127,8 @@ class Telemetry:
 
     Records newer than the cursor that the reader sent are in `iterations`, `arrivals` and `finished`; `cursor` is what
     to send next time. Asking twice with the same cursor gives the same records, so a lost answer loses nothing;
-    `records_lost` is 1 when some were overwritten before anybody asked.
+    `records_lost` is 1 when some were overwritten before anybody asked. `delivered` are the latest answers as they
+    left the replica, whatever the cursor, with numbers of their own; the replica adds them to what its engine tells.
     """
 
     engine_id: str
@@ -124,6 +144,7 @@ class Telemetry:
     finished: tuple[Finished, ...] = ()
     in_service: tuple[InService, ...] = ()
     records_lost: int = 0
+    delivered: tuple[Delivered, ...] = ()
 
     @property
     def kv_used_fraction(self) -> float:

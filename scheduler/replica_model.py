@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +23,8 @@ from scheduler.law import ServiceTimeLaw
 from scheduler.messages import Arrival, Telemetry
 from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.pace import Pace
-from scheduler.realised import RealisedMargin
+from scheduler.realised import LastingQuantile, RealisedMargin
+from scheduler.steps import StepsSeen
 from scheduler.survival import cold_lengths, mean_of, product_limit
 from scheduler.targets import Promise, Targets
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
@@ -32,9 +34,40 @@ from scheduler.watch import Watch, stratified
 
 WINDOW_S, MIN_FINISHED = 60.0, 20
 """What a controller is told of `Tuning` unless its configuration says otherwise."""
-_SETTLED_PACE = 0.05
 _SETTLED = 0.10
 """Thresholds closer than this (relatively) to those in force are left alone: estimates jitter, engines should not."""
+_PROMPT_TOKENS = 2048.0
+"""Prompt tokens beside which iteration times are compared where nothing says how many there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far a field may be from the one in force: by `share` of it, or by `least` if that is more; by default not."""
+
+    share: float = 0.0
+    least: float = 0.0
+
+    def covers(self, new: float | None, old: float | None) -> bool:
+        """Whether a change is too small to matter; what is given and what is not always differ."""
+        if new is None or old is None:
+            return new is old
+        return abs(new - old) <= max(self.least, self.share * old)
+
+
+_EXACT, _TIME, _ESTIMATE = Tolerance(), Tolerance(0.05), Tolerance(_SETTLED)
+PACE_TOLERANCES: Mapping[str, Tolerance] = {
+    # What an operator or an engine sets, and what follows from that alone.
+    **dict.fromkeys(("kv_limit_tokens", "block_tokens", "overflow_z", "miss_probability"), _EXACT),
+    **dict.fromkeys(("tpot_s", "ttft_s", "latency_s", "pipeline_depth", "cold"), _EXACT),
+    # What the engine's iterations are held to. The law is compared by the iteration times it gives.
+    **dict.fromkeys(("law", "iteration_s", "tokens_per_step", "computed_per_step"), _TIME),
+    "survival": Tolerance(least=0.05),
+    # What follows from estimates of arrivals, and so moves most.
+    **dict.fromkeys(("prompt_flow_tokens", "capacity_rps", "steady_s", "variability"), _ESTIMATE),
+    "first_token_within_s": _ESTIMATE,
+    "queue_requests": Tolerance(_SETTLED, 1.0),
+}
+"""For each field of a pace, the change that is none."""
 
 
 class Tuning(Protocol):
@@ -72,45 +105,69 @@ class Proposal:
 
 
 class ReplicaModel:
-    """Running estimates of one replica under the configured policy."""
+    """Running estimates of one replica under the configured policy.
+
+    law: of the whole model, as a profile has it; of a pipeline, the estimated one is that of a stage.
+    """
 
     def __init__(self, config: Tuning, law: ServiceTimeLaw, configured: Thresholds) -> None:
         self._config = config
         self._configured = configured
         self._watch = Watch(config.window_s, config.min_finished)
+        self._profiled, self._depth = law, 1
         self.law = OnlineLaw(law)
-        self._realised = RealisedMargin()
-        self._changes = 0
+        self._realised, self._delays = RealisedMargin(), LastingQuantile()
+        self._steps = StepsSeen(config.window_s)
+        self._delivered = 0
         self.cursor = 0
         self.telemetry: Telemetry | None = None
         self._engine_id = ""
 
     def observe(self, telemetry: Telemetry) -> None:
         """Take in one report. A report seen before changes nothing; a restarted engine starts the window anew."""
+        if telemetry.limits.pipeline_depth != self._depth:
+            self._depth = telemetry.limits.pipeline_depth
+            self.law = OnlineLaw(self._profiled.of_stage(self._depth))
         if telemetry.engine_id != self._engine_id:
-            self._engine_id, self.cursor = telemetry.engine_id, 0
+            self._engine_id, self.cursor, self._delivered = telemetry.engine_id, 0, 0
             self._watch.restart(telemetry)
+            self._steps.restart()
         for iteration in telemetry.iterations:
             if iteration.seq > self.cursor:
                 self.law.update(
                     iteration.prefill_tokens, iteration.decode_tokens, iteration.kv_tokens, iteration.seconds
                 )
         self._observe_finished(telemetry)
-        self._watch.observe(telemetry, self.cursor)
+        self._steps.observe(telemetry.clock_s, telemetry.counters)
+        self._watch.observe(telemetry, self.cursor, self._steps.steps.tokens)
         self.cursor = max(self.cursor, telemetry.cursor)
         self.telemetry = telemetry
 
     def _observe_finished(self, telemetry: Telemetry) -> None:
-        """What requests got beside the plan; while lengths and law are guesses, there is no plan to keep."""
+        """What requests got beside the plan; while lengths and law are guesses, there is no plan to keep.
+
+        Where the replica tells when its answers left it, that is what they got.
+        """
+        delivered = [done for done in telemetry.delivered if done.seq > self._delivered]
+        for done in delivered:
+            if done.delay_s is not None:
+                self._delays.observe(done.delay_s)
+        self._delivered = max([self._delivered, *(done.seq for done in delivered)])
         pace = telemetry.thresholds.pace
         if pace is None or pace.token_s is None or pace.cold:
             return
-        if self.law.changes != self._changes:
-            self._changes = self.law.changes
-            self._realised.forget()
-        for done in telemetry.finished:
-            if done.seq > self.cursor and done.tpot_s is not None and not done.aborted:
-                self._realised.observe(done.tpot_s, pace.token_s)
+        finished = [done for done in telemetry.finished if done.seq > self.cursor and not done.aborted]
+        for got in delivered if telemetry.delivered else finished:
+            if got.tpot_s is not None:
+                self._realised.observe(got.tpot_s, pace.token_s)
+
+    @property
+    def delivery_s(self) -> float:
+        """Seconds from a first token in the engine until it has left the replica, for all but the promised share; 0
+        while too little is known, and at most half of what the targets leave."""
+        targets = self._config.targets
+        most_s = min((t for t in (targets.ttft_s, targets.latency_s) if t is not None), default=0.0) / 2
+        return min(self._delays.of_all_but(self._config.overflow_probability) or 0.0, most_s)
 
     @property
     def rates(self) -> ArrivalRates:
@@ -145,7 +202,8 @@ class ReplicaModel:
         mix = self._mix()
         tuned = tune(
             self._configured, mix, self.law.law, self.telemetry.limits,
-            overflow_probability=self._config.overflow_probability, over_time=self._over_time(mix),
+            overflow_probability=self._config.overflow_probability, steps=self._steps.steps,
+            over_time=self._over_time(mix),
         )
         thresholds = replace(tuned.thresholds, valid_for_s=self._config.validity_s)
         return Proposal(thresholds, tuned.equilibrium, thresholds.reason)
@@ -162,8 +220,8 @@ class ReplicaModel:
             self._configured, WorkloadMix((RequestType(UNKNOWN_TYPE, max(self.rate_rps, LEAST_RATE_RPS), lengths),)),
             self.law.law, self.telemetry.limits, overflow_probability=self._config.overflow_probability,
             targets=self._config.targets, fluctuation=self.law.fluctuation, dispersion=rates.dispersion,
-            cold=cold, reuse=self._watch.prefix_reuse,
-            realised_margin=self._realised.margin(self._config.overflow_probability),
+            cold=cold, reuse=self._watch.prefix_reuse, steps=self._steps.steps,
+            realised_margin=self._realised.margin(self._config.overflow_probability), delivery_s=self.delivery_s,
         )
         assert tuned.promise is not None
         thresholds = replace(tuned.thresholds, valid_for_s=self._config.validity_s)
@@ -185,7 +243,7 @@ class ReplicaModel:
             survival_since_s=now_s - since_s if math.isfinite(since_s) else None,
             law_error_std=strays.std_estimate, law_error_correlation=strays.correlation,
             iteration_s=mean_estimate(*times, strays.iterations) if times else None,
-            iteration_std_s=times[1] if times else None, cold=cold,
+            iteration_std_s=times[1] if times else None, cold=cold, delivery_s=self.delivery_s,
         )
 
     def _mix(self) -> WorkloadMix:
@@ -251,30 +309,25 @@ def materially_different(proposed: Thresholds, in_force: Thresholds) -> bool:
 
 
 def _same_pace(new: Pace, old: Pace) -> bool:
-    """True when a new pace would make hardly a difference.
+    """True when a new pace would make hardly a difference; a field that `PACE_TOLERANCES` leaves out may not change."""
+    return all(
+        PACE_TOLERANCES.get(field.name, Tolerance()).covers(getattr(new, field.name), getattr(old, field.name))
+        for field in fields(Pace) if field.name not in ("law", "survival")
+    ) and _same_law(new, old) and _same_survival(new, old)
 
-    Its times and its survival are within a twentieth; its queue and its prompt flow, which follow from estimates of
-    arrivals and so move most, within a tenth (or one request).
-    """
-    targets = ("kv_limit_tokens", "ttft_s", "tpot_s", "latency_s", "pipeline_depth", "cold")
-    if any(getattr(new, name) != getattr(old, name) for name in targets):
-        return False
-    load = (old.prompt_flow_tokens, 100.0, float(old.kv_limit_tokens))
-    times, flow = (_SETTLED_PACE, 0.0), (_SETTLED, 0.0)
-    numbers = (
-        (new.iteration_s, old.iteration_s, times), (new.law.iteration_s(*load), old.law.iteration_s(*load), times),
-        (new.prompt_flow_tokens, old.prompt_flow_tokens, flow), (new.queue_requests, old.queue_requests, (_SETTLED, 1)),
-        (new.capacity_rps, old.capacity_rps, flow), (new.steady_s, old.steady_s, flow),
-        (new.first_token_within_s, old.first_token_within_s, flow), (new.tokens_per_step, old.tokens_per_step, times),
+
+def _same_law(new: Pace, old: Pace) -> bool:
+    """Iterations of a full batch, with prompts and without, within a twentieth."""
+    prompts = old.prompt_flow_tokens or _PROMPT_TOKENS
+    loads = ((0.0, 100.0, float(old.kv_limit_tokens)), (prompts, 100.0, float(old.kv_limit_tokens)))
+    return all(
+        PACE_TOLERANCES["law"].covers(new.law.iteration_s(*load), old.law.iteration_s(*load)) for load in loads
     )
-    for now, before, (share, least) in numbers:
-        if now is None or before is None:
-            if now is not before:
-                return False
-        elif abs(now - before) > max(least, share * before):
-            return False
+
+
+def _same_survival(new: Pace, old: Pace) -> bool:
     at = [x for x, _ in (*new.survival, *old.survival)]
-    return float(np.max(np.abs(_survival_at(new, at) - _survival_at(old, at)))) <= _SETTLED_PACE
+    return float(np.max(np.abs(_survival_at(new, at) - _survival_at(old, at)))) <= PACE_TOLERANCES["survival"].least
 
 
 def _survival_at(pace: Pace, at: list[int]) -> NDArray[np.float64]:

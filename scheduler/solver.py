@@ -19,6 +19,7 @@ from scheduler.fluid import batch_memory_tokens, batch_time_s, solve_fluid
 from scheduler.law import ServiceTimeLaw, require_number
 from scheduler.mix import Lengths, WorkloadMix
 from scheduler.rotation import stage_lengths
+from scheduler.steps import ONE_TOKEN_A_STEP, Steps
 from scheduler.varying import Stretch, WorstWindows
 
 _LARGEST_ADVANCE_RATIO = 0.99
@@ -73,7 +74,7 @@ class NestedWaitSolution:
 
 def wait_thresholds(
     mix: WorkloadMix, law: ServiceTimeLaw, kv_capacity_tokens: int, *, slack: float = 0.05,
-    over_time: Sequence[Stretch] = (),
+    over_time: Sequence[Stretch] = (), steps: Steps = ONE_TOKEN_A_STEP,
 ) -> WaitSolution | Infeasible:
     """The smallest WAIT thresholds n_j = ⌈λ_j T⌉, T >= ΔT*(1 + slack), that are feasible after rounding.
 
@@ -82,7 +83,7 @@ def wait_thresholds(
     worst window as long as T or ΔT(n) in place of λ_j T and λ_j ΔT(n).
     """
     require_number("slack", slack)
-    fluid = solve_fluid(mix, law, kv_capacity_tokens)
+    fluid = solve_fluid(mix, law, kv_capacity_tokens, steps=steps)
     if not fluid.fits_memory:
         return Infeasible(fluid.reason or "the equilibrium does not fit")
     worst, names = WorstWindows(over_time or (Stretch(1.0, mix),)), [t.name for t in mix.types]
@@ -90,13 +91,13 @@ def wait_thresholds(
     # ΔT(n) never falls when T grows, so raising T to ΔT(n) cannot step over the smallest feasible n.
     while True:
         n = tuple(max(1, math.ceil(worst.arrivals(period_s, name))) for name in names)
-        memory_tokens = batch_memory_tokens(n, mix)
+        memory_tokens = batch_memory_tokens(n, mix, steps)
         if memory_tokens > kv_capacity_tokens:
             return Infeasible(
                 f"thresholds {n} (whole prompts per stage, slack {slack:g}) hold {memory_tokens:.0f} tokens, above the "
                 f"KV capacity of {kv_capacity_tokens} tokens; the equilibrium itself holds {fluid.memory_tokens:.0f}"
             )
-        iteration_s = batch_time_s(n, mix, law)
+        iteration_s = batch_time_s(n, mix, law, steps)
         if all(worst.arrivals(iteration_s, name) <= count for count, name in zip(n, names, strict=True)):
             return WaitSolution(n, iteration_s, memory_tokens)
         period_s = max(period_s, iteration_s)
@@ -115,6 +116,7 @@ def nested_wait_thresholds(
     whole: bool = True,
     steady: bool = False,
     over_time: Sequence[Stretch] = (),
+    steps: Steps = ONE_TOKEN_A_STEP,
 ) -> NestedWaitSolution | Infeasible:
     """The smallest Nested WAIT thresholds whose memory and safety buffer fit, output lengths being unknown.
 
@@ -135,7 +137,9 @@ def nested_wait_thresholds(
 
     The buffer is the theory's for one prompt length per segment: with several, l is the mean of those that reach the
     segment, where the paper's sufficient condition takes the longest, so that δ holds for the mean and not for the
-    worst case. `over_time` puts the worst windows in place of λ and p_k, see `scheduler.varying`.
+    worst case. With `steps` of several tokens n_k enter segment k in an iteration and are fewer iterations in it; B_k
+    and δ_k count token positions all the same. `over_time` puts the worst windows in place of λ and p_k, see
+    `scheduler.varying`.
 
     Raises ValueError for other boundaries and for parameters out of range.
     """
@@ -144,7 +148,7 @@ def nested_wait_thresholds(
     _require_probability(overflow_probability)
     if segments < 1:
         raise ValueError(f"segments is {segments!r}; it must be an integer >= 1")
-    fluid = solve_fluid(mix, law, kv_capacity_tokens)
+    fluid = solve_fluid(mix, law, kv_capacity_tokens, steps=steps)
     if not fluid.fits_memory:
         return Infeasible(fluid.reason or "the equilibrium does not fit")
     merged = mix.merged()
@@ -161,7 +165,7 @@ def nested_wait_thresholds(
         room = kv_capacity_tokens if best is None else best.needed_tokens
         for width in (1.0,) if whole or len(candidate) == 1 else _WIDTHS:
             chain = SegmentChain(
-                candidate, merged.lengths, width * margin, worst=worst if over_time else None, whole=whole
+                candidate, merged.lengths, width * margin, worst=worst if over_time else None, whole=whole, steps=steps
             )
             solution = _smallest_fit(chain, worst, law, room, queue_log)
             if isinstance(solution, Infeasible):
@@ -195,7 +199,7 @@ class SegmentChain:
 
     def __init__(
         self, boundaries: tuple[int, ...], lengths: Lengths, margin: float, *, worst: WorstWindows | None = None,
-        whole: bool = True,
+        whole: bool = True, steps: Steps = ONE_TOKEN_A_STEP,
     ) -> None:
         starts = (0, *boundaries[:-1])
         self.boundaries, self.whole = boundaries, whole
@@ -213,7 +217,10 @@ class SegmentChain:
         self.queued_kv_tokens = prompt_tokens + starts
         # δ_k stages with a mean position of s̄_k; the first segment also has stage 0, the prefill.
         first_stages = np.array([0, *(start + 1 for start in starts[1:])])
-        self.stages = ends - first_stages + 1
+        # A request is as many iterations in a segment as it takes steps through it.
+        self.stages = (ends - starts) / steps.tokens + (first_stages == 0)
+        self._positions = ends - starts + (first_stages == 0)
+        self._computed = steps.computed
         self.stage_kv_tokens = self.stages * (prompt_tokens + (first_stages + ends) / 2)
         self.parts: tuple[int, ...] = (1,) * len(boundaries) if whole else stage_lengths(boundaries)
 
@@ -238,7 +245,7 @@ class SegmentChain:
 
     def iteration_s(self, n: tuple[float, ...], law: ServiceTimeLaw) -> float:
         """ΔT(n): n_1 prompts in prefill, n_k in every decode stage of segment k; the mean over n_1's two neighbours."""
-        decode_tokens, kv_tokens = float(self.stages @ n) - n[0], self.memory_tokens(n)
+        decode_tokens, kv_tokens = (float(self.stages @ n) - n[0]) * self._computed, self.memory_tokens(n)
         fewer = math.floor(n[0])
         fewer_s, more_s = (
             law.iteration_s(count * self.prompt_tokens, decode_tokens, kv_tokens) for count in (fewer, fewer + 1)
@@ -255,7 +262,7 @@ class SegmentChain:
             math.ceil(count) + 2 * (before or own) + queue_log / t
             for count, t, (before, own) in zip(n[1:], theta, pairwise(odd), strict=True)
         ]
-        return float(self.queued_kv_tokens[1:] @ queues) + float(self.stages[odd].sum()) / 2
+        return float(self.queued_kv_tokens[1:] @ queues) + float(self._positions[odd].sum()) / 2
 
 
 def _boundary_choices(lengths: Lengths, most: int, *, steady: bool) -> list[tuple[int, ...]]:

@@ -26,8 +26,9 @@ from scheduler.solver import (
     resident_cap,
     wait_thresholds,
 )
+from scheduler.steps import ONE_TOKEN_A_STEP, Steps
 from scheduler.survival import cold_lengths
-from scheduler.targets import NO_TARGETS, ONE_TOKEN_A_STEP, Promise, Steps, Targets, solve_pace
+from scheduler.targets import NO_TARGETS, Promise, Targets, solve_pace
 from scheduler.thresholds import UNKNOWN_TYPE, EngineLimits, SegmentThreshold, Thresholds, TypeThreshold
 from scheduler.varying import Stretch, WorstWindows
 
@@ -54,25 +55,28 @@ def tune(
     configured: Thresholds, mix: WorkloadMix, law: ServiceTimeLaw, limits: EngineLimits, *,
     overflow_probability: float, targets: Targets = NO_TARGETS, fluctuation: Fluctuation = EXACT,
     dispersion: float = 1.0, cold: bool = False, reuse: PrefixReuse = NO_REUSE, steps: Steps = ONE_TOKEN_A_STEP,
-    realised_margin: float = 0.0, over_time: Sequence[Stretch] = (),
+    realised_margin: float = 0.0, delivery_s: float = 0.0, over_time: Sequence[Stretch] = (),
 ) -> Tuned:
     """Solve the fluid model for `mix` and fill in what `configured.policy` needs: a pace, or counts and a cap.
 
-    targets and what follows them concern `fluid` alone, see `solve_pace`. The type named `UNKNOWN_TYPE` holds
-    the requests whose output length nobody declared; they follow segments.
+    targets and what follows them concern `fluid` alone, see `solve_pace`; but for steps. The type named `UNKNOWN_TYPE`
+    holds the requests whose output length nobody declared; they follow segments. The depth of steps is the engine's;
+    law is that of its iterations, of a pipeline's stage therefore.
     over_time: rates that move, for WAIT and Nested WAIT, whose counts then follow the worst windows.
     cold: lengths are a prior, so no request is rejected for the sake of a capacity that is a guess too.
     """
+    steps = replace(steps, depth=limits.pipeline_depth)
     if configured.policy == "fluid":
         promise = solve_pace(
             mix, law, limits, targets, fluctuation=fluctuation, miss_probability=overflow_probability,
             dispersion=dispersion, reuse=reuse, steps=steps, realised_margin=realised_margin,
+            delivery_s=delivery_s,
         )
         if cold:
             promise = replace(promise, pace=replace(promise.pace, queue_requests=None, cold=True))
         reason = _promise_in_words(promise, mix.rate_rps) + ("; lengths are guessed so far" if cold else "")
         return Tuned(replace(configured, pace=promise.pace, reason=reason), promise.equilibrium, promise)
-    solver = _Solver(mix, law, limits, overflow_probability, over_time)
+    solver = _Solver(mix, law, limits, overflow_probability, steps, over_time)
     cap = resident_cap(mix, limits.kv_capacity_tokens, overflow_probability=overflow_probability)
     cap = max(1, min(cap, limits.seats))
     solved = solver.solve(replace(configured, types=(), segments=(), max_in_service=cap))
@@ -87,15 +91,15 @@ def cold_thresholds(
 ) -> Thresholds:
     """What an engine under `fluid` runs with until the controller has seen something of it; others as configured.
 
-    The pace of the profile's law, of lengths of which nothing is known (`cold_lengths`) and of a law's published error.
-    Nobody is refused but who is too late.
+    The pace of the profile's law (the whole model's), of lengths of which nothing is known (`cold_lengths`) and of a
+    law's published error. Nobody is refused but who is too late.
     """
     if configured.policy != "fluid" or configured.pace is not None:
         return configured
     mix = WorkloadMix((RequestType(UNKNOWN_TYPE, LEAST_RATE_RPS, cold_lengths(limits.max_model_len)),))
     tuned = tune(
-        configured, mix, law, limits, overflow_probability=overflow_probability, targets=targets,
-        fluctuation=Fluctuation.from_mape(PUBLISHED_MAPE), cold=True,
+        configured, mix, law.of_stage(limits.pipeline_depth), limits, overflow_probability=overflow_probability,
+        targets=targets, fluctuation=Fluctuation.from_mape(PUBLISHED_MAPE), cold=True,
     )
     return replace(tuned.thresholds, reason="nothing seen yet: a pace from the profile and the targets")
 
@@ -159,12 +163,13 @@ class _Solver:
     """One workload on one engine."""
 
     def __init__(
-        self, mix: WorkloadMix, law: ServiceTimeLaw, limits: EngineLimits, overflow_probability: float,
+        self, mix: WorkloadMix, law: ServiceTimeLaw, limits: EngineLimits, overflow_probability: float, steps: Steps,
         over_time: Sequence[Stretch],
     ) -> None:
-        self._mix, self._law, self._limits, self._over_time = mix, law, limits, tuple(over_time)
+        self._mix, self._law, self._limits = mix, law, limits
+        self._steps, self._over_time = steps, tuple(over_time)
         self._overflow_probability = overflow_probability
-        self.equilibrium = solve_fluid(mix, law, limits.kv_capacity_tokens)
+        self.equilibrium = solve_fluid(mix, law, limits.kv_capacity_tokens, steps=steps)
 
     def solve(self, base: Thresholds) -> Thresholds:
         """`base` with the counts that its policy needs."""
@@ -177,7 +182,7 @@ class _Solver:
         if known:
             # The load of requests of unknown length counts in the rate conditions, though segments gate them.
             solution = wait_thresholds(
-                self._mix, self._law, self._limits.kv_capacity_tokens, over_time=self._over_time
+                self._mix, self._law, self._limits.kv_capacity_tokens, over_time=self._over_time, steps=self._steps
             )
             # Without feasible counts the gates stand open: any whole count would throttle what enters.
             counts: list[int | None] = [None] * len(self._mix.types)
@@ -201,7 +206,7 @@ class _Solver:
     ) -> tuple[tuple[SegmentThreshold, ...], str]:
         solution = nested_wait_thresholds(
             mix, self._law, self._limits.kv_capacity_tokens, segments=_MOST_SEGMENTS, whole=False, steady=True,
-            overflow_probability=self._overflow_probability, over_time=self._unknown_over_time,
+            overflow_probability=self._overflow_probability, over_time=self._unknown_over_time, steps=self._steps,
         )
         if isinstance(solution, Infeasible):
             if not self.equilibrium.fits_memory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 from scheduler.messages import Ack, Apply
 from scheduler.thresholds import parse_thresholds
 from scheduler.vllm_scheduler import HeadraceScheduler
-from simulator.in_process import make_scheduler
+from simulator.in_process import drafted_requests, hand_drafts, make_scheduler
 
 BLOCK = 16
 STEP_S = 0.01
@@ -55,13 +56,16 @@ class Engine:
     """One scheduler, stepped as vLLM's engine core steps it: schedule one iteration ahead, then feed results back.
 
     batches: the scheduled tokens by request, one dict an iteration; finished: the requests that ended by themselves;
-    `clock` moves by `STEP_S` an iteration.
+    `clock` moves by `STEP_S` an iteration. `drafts`: with speculative decoding, how many a decoding request has;
+    `gains`: the tokens that a request has of a step with so many drafts.
     """
 
     def __init__(
         self, scheduler_cls: type[AsyncScheduler] = HeadraceScheduler, *, blocks: int = 256,
-        thresholds: dict[str, Any] | None = None, settings: dict[str, Any] | None = None, **engine_args: Any,
+        thresholds: dict[str, Any] | None = None, settings: dict[str, Any] | None = None,
+        drafts: int | None = None, gains: Callable[[str, int], int] = lambda name, drafts: 1, **engine_args: Any,
     ) -> None:
+        self._drafts, self._gains = drafts, gains
         settings = dict(settings or {})
         if thresholds is not None:
             settings["thresholds"] = thresholds
@@ -72,7 +76,7 @@ class Engine:
         )
         self.now_s = 0.0
         if isinstance(self.scheduler, HeadraceScheduler):
-            self.scheduler.clock = lambda: self.now_s
+            self.scheduler.clock = self.scheduler.arrival_clock = lambda: self.now_s
         self._block_hasher = _block_hasher() if self.scheduler.cache_config.enable_prefix_caching else None
         self.requests: dict[str, Request] = {}
         self.batches: list[dict[str, int]] = []
@@ -85,17 +89,19 @@ class Engine:
     def add(
         self, request_id: str, *, prompt: int | list[int] = 32, output: int = 8, max_tokens: int | None = None,
         extra_args: dict[str, Any] | None = None, priority: int = 0, structured: bool = False,
-        resumable: bool = False,
+        resumable: bool = False, on_its_way_s: float = 0.0,
     ) -> Request:
         """`output` tokens are produced; `max_tokens` is what the client asked for (the same unless given).
+
+        The API process took the request in `on_its_way_s` ago.
 
         A `structured` request waits until `compile_grammar`. A `resumable` one is a session: the same id again is its
         next input.
         """
         request = Request(
             request_id=request_id, prompt_token_ids=[7] * prompt if isinstance(prompt, int) else prompt,
-            pooling_params=None, priority=priority, arrival_time=self.now_s, block_hasher=self._block_hasher,
-            resumable=resumable,
+            pooling_params=None, priority=priority, arrival_time=self.now_s - on_its_way_s, resumable=resumable,
+            block_hasher=self._block_hasher,
             sampling_params=SamplingParams(
                 max_tokens=max_tokens or output, ignore_eos=True, extra_args=extra_args,
                 structured_outputs=StructuredOutputsParams(regex="a*") if structured else None,
@@ -148,13 +154,19 @@ class Engine:
     def deliver(self) -> None:
         """The results of the oldest iteration in flight come back."""
         output, names, producing = self._in_flight.popleft()
-        sampled = [[self._token_for(name)] if name in producing else [] for name in names]
+        drafted = drafted_requests(output) if self._drafts is not None else {}
+        sampled = [
+            [self._token_for(name)] * (self._gains(name, drafted[name]) if name in drafted else 1)
+            if name in producing else [] for name in names
+        ]
         outputs = self.scheduler.update_from_output(
             output,
             ModelRunnerOutput(
                 req_ids=names, req_id_to_index={n: i for i, n in enumerate(names)}, sampled_token_ids=sampled
             ),
         )
+        if self._drafts is not None:
+            hand_drafts(self.scheduler, output, self._drafts)
         self.answers += [answer for client in outputs.values() for answer in client.outputs]
         for name in names:
             if name in self.requests and self.requests[name].is_finished():

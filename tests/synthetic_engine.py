@@ -33,8 +33,8 @@ class SyntheticEngine:
     def arrive(self, prompt: int, declared: int | None = None) -> None:
         self._arrivals.append(Arrival(self._next(), self.now_s, prompt, declared))
 
-    def finish(self, prompt: int, output: int, *, aborted: bool = False) -> None:
-        self._finished.append(Finished(self._next(), self.now_s, prompt, output, aborted))
+    def finish(self, prompt: int, output: int, *, aborted: bool = False, tpot_s: float | None = None) -> None:
+        self._finished.append(Finished(self._next(), self.now_s, prompt, output, aborted, tpot_s=tpot_s))
 
     def iterate(self, prefill: int, decode: int, kv: int, seconds: float) -> None:
         self._iterations.append(Iteration(self._next(), self.now_s, seconds, prefill, decode, kv, decode + 1))

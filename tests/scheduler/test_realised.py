@@ -2,7 +2,7 @@
 
 import pytest
 
-from scheduler.realised import RealisedMargin
+from scheduler.realised import LastingQuantile, RealisedMargin
 
 
 def after(ratios, planned_s=0.05):
@@ -14,7 +14,7 @@ def after(ratios, planned_s=0.05):
 
 def test_few_requests_say_nothing():
     assert after([1.5] * 299).margin(0.01) == 0.0
-    assert after([1.5] * 300).margin(0.01) == 0.25
+    assert after([1.5] * 300).margin(0.01) == pytest.approx(0.5)
 
 
 def test_all_but_the_promised_share_are_covered():
@@ -37,8 +37,15 @@ def test_a_wider_margin_does_not_change_what_was_needed():
     )
 
 
-def test_it_is_bounded_and_can_be_forgotten():
-    realised = after([3.0] * 400)
-    assert realised.margin(0.01) == 0.25
-    realised.forget()
-    assert realised.margin(0.01) == 0.0
+def test_it_is_bounded():
+    assert after([3.0] * 400).margin(0.01) == 0.5
+
+
+def test_a_lasting_quantile_is_that_of_the_median_block():
+    """The largest of every 100 is 5; in two blocks of the latest five much more."""
+    values, blocks = LastingQuantile(), [5, 90, 5, 70, 5]
+    for largest in blocks:
+        for value in [1.0] * 99 + [float(largest)]:
+            values.observe(value)
+    assert values.of_all_but(0.005) == 5.0
+    assert values.of_all_but(0.02) == 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -14,10 +14,12 @@ from synthetic_engine import LIMITS, PAPER, SyntheticEngine
 from cluster.config import TuningConfig
 from scheduler.fluid import solve_fluid
 from scheduler.law import ServiceTimeLaw
+from scheduler.messages import Apply, Delivered
 from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.pace import Pace
-from scheduler.replica_model import Proposal, ReplicaModel, materially_different
+from scheduler.replica_model import PACE_TOLERANCES, Proposal, ReplicaModel, materially_different
 from scheduler.solver import WaitSolution, resident_cap, wait_thresholds
+from scheduler.targets import Targets
 from scheduler.thresholds import (
     EngineLimits,
     SegmentThreshold,
@@ -440,3 +442,106 @@ def test_rates_that_move_within_a_period_count_with_their_worst_window() -> None
     assert "rates move" not in settled.reason, "a single step is none"
     before, after = (proposal.thresholds.segments[0] for proposal in (moving, settled))
     assert before.total / before.end_output_tokens > 2 * after.total / after.end_output_tokens
+
+
+CHANGED: dict[str, Any] = {
+    "law": replace(PACE.law, d2_s_per_prefill_token=2e-4), "survival": ((0, 1.0), (50, 1.0), (51, 0.0)),
+    "kv_limit_tokens": 99_984, "block_tokens": 32, "overflow_z": 1.64, "miss_probability": 0.05, "iteration_s": 0.054,
+    "tpot_s": 0.06, "ttft_s": 2.1, "latency_s": 30.0, "first_token_within_s": 1.5, "queue_requests": 23,
+    "prompt_flow_tokens": 230.0, "capacity_rps": 2.0, "steady_s": 0.03, "variability": 1.2, "tokens_per_step": 1.2,
+    "computed_per_step": 1.2, "pipeline_depth": 2, "cold": True,
+}
+"""For each field of a pace, a value that makes an engine decide otherwise."""
+
+
+def test_every_field_of_a_pace_has_a_tolerance_and_a_change_that_exceeds_it() -> None:
+    """A new field fails here until it is decided what change of it matters."""
+    names = {field.name for field in fields(Pace)}
+    assert set(PACE_TOLERANCES) == names
+    assert set(CHANGED) == names
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_change_of_any_field_that_matters_is_pushed(name: str) -> None:
+    new, old = (Thresholds(policy="fluid", pace=pace) for pace in (replace(PACE, **{name: CHANGED[name]}), PACE))
+    assert materially_different(new, old)
+
+
+@pytest.mark.parametrize("field", ["d0_s", "d1_s_per_kv_token", "d2_s_per_prefill_token", "d3_s_per_decode_token"])
+def test_the_law_matters_where_no_iteration_time_is_planned_too(field: str) -> None:
+    """Without a TPOT target no flow of prompts is known."""
+    pace = replace(PACE, iteration_s=None, prompt_flow_tokens=0.0, law=replace(PACE.law, floor_s=0.0))
+    law = replace(pace.law, **{field: 3 * getattr(pace.law, field)})
+    new, old = (Thresholds(policy="fluid", pace=one) for one in (replace(pace, law=law), pace))
+    assert materially_different(new, old)
+
+
+# What clients got, as the replica saw it leave.
+
+
+def promising(**targets: float) -> tuple[SyntheticEngine, ReplicaModel]:
+    """A replica under `fluid` with targets, and a model that knows its lengths."""
+    configured = Thresholds(policy="fluid")
+    engine, model = SyntheticEngine(configured), model_of(configured, targets=Targets(**targets))
+    engine.traffic([(58, 147)], every_s=0.25, seconds=30)
+    model.observe(engine.report())
+    thresholds = model.propose().thresholds
+    assert thresholds.pace is not None and not thresholds.pace.cold
+    assert engine.in_force.offer(Apply(thresholds=thresholds)).accepted
+    return engine, model
+
+
+def pace_after(engine: SyntheticEngine, model: ReplicaModel, delivered: list[Delivered]) -> Pace:
+    model.observe(replace(engine.report(model.cursor), delivered=tuple(delivered)))
+    pace = model.propose().thresholds.pace
+    assert pace is not None
+    return pace
+
+
+def test_what_clients_got_sets_the_margin_and_not_what_the_engine_saw() -> None:
+    engine, model = promising(tpot_s=0.08)
+    before = engine.in_force.current().thresholds.pace
+    assert before is not None and before.token_s is not None
+    for _ in range(400):
+        engine.finish(58, 147, tpot_s=before.token_s)
+    late = [Delivered(seq, None, 1.2 * before.token_s) for seq in range(1, 401)]
+    after = pace_after(engine, model, late)
+    assert after.token_s == pytest.approx(0.08 / 1.2)
+    again = pace_after(engine, model, late)
+    assert again == after, "answers seen before change nothing"
+
+
+def test_without_a_replica_that_tells_the_engine_s_times_count() -> None:
+    engine, model = promising(tpot_s=0.08)
+    before = engine.in_force.current().thresholds.pace
+    assert before is not None and before.token_s is not None
+    for _ in range(400):
+        engine.finish(58, 147, tpot_s=1.1 * before.token_s)
+    assert pace_after(engine, model, []).token_s == pytest.approx(0.08 / 1.1)
+
+
+@pytest.mark.parametrize(("delay_s", "left_s"), [(0.2, 1.8), (30.0, 1.0)], ids=["measured", "bounded"])
+def test_first_tokens_are_due_as_much_earlier_as_they_take_to_leave(delay_s: float, left_s: float) -> None:
+    engine, model = promising(ttft_s=2.0, tpot_s=0.08)
+    few = [Delivered(seq, delay_s, None) for seq in range(1, 300)]
+    assert pace_after(engine, model, few).first_token_limit_s == 2.0, "few answers say nothing"
+    more = [Delivered(seq, delay_s, None) for seq in range(300, 401)]
+    pace = pace_after(engine, model, more)
+    assert (pace.first_token_limit_s, pace.ttft_s) == (pytest.approx(left_s), 2.0)
+
+
+def test_a_change_of_speed_does_not_make_the_margin_forget() -> None:
+    """On a machine whose speed never rests, each change would start the count anew before it says anything."""
+    engine, model = promising(tpot_s=0.08)
+    before = engine.in_force.current().thresholds.pace
+    assert before is not None and before.token_s is not None
+    for factor in (2.0, 0.5, 2.0, 0.5):
+        for _ in range(100):
+            engine.finish(58, 147, tpot_s=1.2 * before.token_s)
+        changes, seconds = model.law.changes, factor * model.law.law.iteration_s(0, 10, 1000)
+        for _ in range(60):
+            engine.iterate(0, 10, 1000, seconds)
+        model.observe(engine.report(model.cursor))
+        assert model.law.changes > changes
+    pace = model.propose().thresholds.pace
+    assert pace is not None and pace.token_s is not None and pace.token_s <= 0.08 / 1.2 * (1 + 1e-9)

@@ -234,6 +234,21 @@ def test_what_requests_would_have_needed_widens_the_margin_within_bounds():
     assert margins == [pytest.approx(0.002), pytest.approx(0.1), pytest.approx(0.5)]
 
 
+@pytest.mark.parametrize("targets", [Targets(ttft_s=3.0, tpot_s=0.08), Targets(latency_s=30.0)])
+def test_what_delivery_takes_is_taken_from_the_time_for_the_first_token_and_from_no_target(targets):
+    """The engine has so much less time, while what it counts as a miss stays what the operator promised.
+
+    What a latency target leaves for the wait is found on a grid of 64.
+    """
+    mix = WorkloadMix.from_lengths(CONVERSATION, 1.0)
+    plain, late = (solve_pace(mix, LAW, LIMITS, targets, delivery_s=delivery_s).pace for delivery_s in (0.0, 0.5))
+    assert plain.first_token_within_s - 0.5 - 0.02 < late.first_token_within_s < plain.first_token_within_s
+    if targets.ttft_s is not None:
+        assert late.first_token_within_s == pytest.approx(plain.first_token_within_s - 0.5)
+    assert (late.ttft_s, late.tpot_s, late.latency_s) == (targets.ttft_s, targets.tpot_s, targets.latency_s)
+    assert late.iteration_s == plain.iteration_s
+
+
 def test_survival_holds_at_every_length_of_few():
     points = dict(survival_of(Lengths.from_pairs([(1, 5), (1, 5), (1, 9), (1, 20)])))
     assert points == {0: 1.0, 4: 1.0, 5: 0.5, 8: 0.5, 9: 0.25, 19: 0.25, 20: 0.0}

@@ -1,0 +1,99 @@
+"""What a replica's clients see of its engine's tokens: the time that passes outside the engine core.
+
+The engine core hands a token over; detokenizing, the OpenAI layer, Ray's batching of a stream's chunks and the event
+loop they share come after that, and no record of the engine tells of them. The replica's API process measures them
+where chunks leave it: how much later than in the engine a first token leaves, and the time per token of what leaves.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import itertools
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from scheduler.messages import Delivered
+
+KEPT_DELIVERIES = 512
+_LONGEST_DELAY_S = 60.0
+"""A longer delay is the clock of another machine."""
+Outputs = AsyncGenerator[Any, None]
+
+
+class _Delivery:
+    """One request under way. Times are those of the monotonic clock, which all processes of a machine share."""
+
+    __slots__ = ("first_s", "last_s", "output", "several")
+
+    def __init__(self) -> None:
+        self.first_s: float | None = None
+        self.last_s = 0.0
+        self.output: Any = None
+        self.several = False
+
+
+_under_way: contextvars.ContextVar[_Delivery | None] = contextvars.ContextVar("delivery", default=None)
+
+
+class Deliveries:
+    """The latest answers that were delivered whole, and when their tokens left, beside the engine's own times."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._numbers = itertools.count(1)
+        self._latest: deque[Delivered] = deque(maxlen=KEPT_DELIVERIES)
+
+    def latest(self) -> tuple[Delivered, ...]:
+        """The latest, at most 512, oldest first."""
+        return tuple(self._latest)
+
+    def begin(self) -> _Delivery:
+        """A request begins in this context, which its engine's outputs share."""
+        delivery = _Delivery()
+        _under_way.set(delivery)
+        return delivery
+
+    async def timed(self, delivery: _Delivery, chunks: Outputs, *, streamed: bool) -> Outputs:
+        """The same chunks; when they have all been taken, the delivery is recorded."""
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                delivery.last_s = self._clock()
+                if delivery.first_s is None:
+                    delivery.first_s = delivery.last_s
+                yield chunk
+        self._record(delivery, streamed)
+
+    def _record(self, delivery: _Delivery, streamed: bool) -> None:
+        stats = getattr(delivery.output, "metrics", None)
+        if stats is None or delivery.several or delivery.first_s is None or not stats.first_token_ts:
+            return
+        first_s, last_s, delay_s = stats.first_token_ts, stats.last_token_ts, None
+        if streamed:
+            first_s, last_s = delivery.first_s, delivery.last_s
+            delay_s = first_s - stats.first_token_ts
+            delay_s = delay_s if 0 <= delay_s <= _LONGEST_DELAY_S else None
+        later = stats.num_generation_tokens - 1
+        self._latest.append(Delivered(next(self._numbers), delay_s, (last_s - first_s) / later if later > 0 else None))
+
+
+def noting(generate: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    """`AsyncLLM.generate`, whose outputs are noted with the delivery of their request."""
+
+    @functools.wraps(generate)
+    async def generating(*args: Any, **kwargs: Any) -> Outputs:
+        delivery = _under_way.get()
+        async with aclosing(generate(*args, **kwargs)) as outputs:
+            async for output in outputs:
+                if delivery is not None:
+                    # One request of the API can become several of the engine; their tokens leave interleaved.
+                    delivery.several |= any(choice.index for choice in output.outputs) or (
+                        delivery.output is not None and delivery.output.request_id != output.request_id
+                    )
+                    delivery.output = output
+                yield output
+
+    return generating
