@@ -22,6 +22,7 @@ from ray.serve.llm.ingress import make_fastapi_ingress
 from cluster.config import AppConfig, ModelConfig
 from cluster.controller import ControllerKeeper
 from replicas.no_download import NoDownload
+from replicas.ranks import ranks_in
 from replicas.server import HeadraceServer
 from router.auth import Keyring, guard
 from router.errors import speak_openai
@@ -43,7 +44,8 @@ def build(args: AppConfig) -> Application:
     options: dict[str, Any] = HeadraceIngress.get_deployment_options([config])
     # One ingress process: it only passes bytes on, and every one more costs memory and a control connection.
     options |= {"autoscaling_config": None, "num_replicas": 1, "max_ongoing_requests": 4 * args.max_ongoing_requests}
-    keeper = ControllerKeeper(args.tuning, args.thresholds) if args.controller.enabled else None
+    ranks = ranks_in(args.engine)
+    keeper = ControllerKeeper(args.tuning, args.thresholds, ranks) if args.controller.enabled else None
     keys = Keyring(args.tenants)
     ingress = make_fastapi_ingress(
         HeadraceIngress,
@@ -58,6 +60,7 @@ def build(args: AppConfig) -> Application:
         model_cards={model_id: to_model_metadata(model_id, config)},
         lora_paths={},
         keeper=keeper,
+        ranks=ranks,
     )
 
 

@@ -21,6 +21,7 @@ from ray.actor import ActorHandle
 
 from cluster.config import TuningConfig
 from replicas.calls import ReplicaUnavailable, call_replica, replica_ids
+from replicas.ranks import EngineAddress, engine_addresses
 from scheduler.fluid import finite_or_none
 from scheduler.messages import Ack, Telemetry
 from scheduler.profiles import load_profile
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Replica:
-    """What is known of one replica; `cursor` is up to where its records were read, `shown` what `state` says of it."""
+    """What is known of one engine; `cursor` is up to where its records were read, `shown` what `state` says of it."""
 
     model: ReplicaModel
     cursor: int = 0
@@ -72,10 +73,13 @@ class Event:
 
 
 class ControlLoop:
-    """One pass after another over all replicas of one application; the actor below only keeps it running."""
+    """One pass after another over all replicas of one application; the actor below only keeps it running.
 
-    def __init__(self, app_name: str, config: TuningConfig, configured: Thresholds) -> None:
-        self._app_name, self._config, self._configured = app_name, config, configured
+    ranks: engines in each replica (data parallel). Each is tuned by itself, as a replica of its own.
+    """
+
+    def __init__(self, app_name: str, config: TuningConfig, configured: Thresholds, ranks: int = 1) -> None:
+        self._app_name, self._config, self._configured, self._ranks = app_name, config, configured, ranks
         self._profile = load_profile(config.profile)
         self._replicas: dict[str, _Replica] = {}
         self.events: deque[Event] = deque(maxlen=_KEPT_EVENTS)
@@ -87,7 +91,7 @@ class ControlLoop:
         Solving runs in a thread, one replica after the other, so that questions to this process find an answer
         meanwhile.
         """
-        found = await asyncio.to_thread(replica_ids, self._app_name)
+        found = engine_addresses(await asyncio.to_thread(replica_ids, self._app_name), self._ranks)
         self._replicas = {name: self._replicas.get(name) or self._new_replica() for name in found}
         solving = asyncio.Lock()
         await asyncio.gather(
@@ -102,9 +106,9 @@ class ControlLoop:
         model = self._new_model()
         return _Replica(model, shown=_shown(model, None))
 
-    async def _tune_alone(self, name: str, actor_name: str, entry: _Replica, solving: asyncio.Lock) -> None:
+    async def _tune_alone(self, name: str, engine: EngineAddress, entry: _Replica, solving: asyncio.Lock) -> None:
         try:
-            await self._tune(name, actor_name, entry, solving)
+            await self._tune(name, engine, entry, solving)
         except ReplicaUnavailable as error:
             entry.note = str(error)
         except Exception as error:
@@ -113,8 +117,10 @@ class ControlLoop:
                 logger.exception("replica %s is not tuned", name)
             entry.note = note
 
-    async def _tune(self, name: str, actor_name: str, entry: _Replica, solving: asyncio.Lock) -> None:
-        telemetry: Telemetry = await call_replica(actor_name, "telemetry", cursor=entry.cursor)
+    async def _tune(self, name: str, engine: EngineAddress, entry: _Replica, solving: asyncio.Lock) -> None:
+        telemetry: Telemetry = await call_replica(
+            engine.actor_name, "telemetry", cursor=entry.cursor, rank=engine.rank
+        )
         async with solving:
             proposal = await asyncio.to_thread(entry.learn, telemetry, self._new_model)
         in_force = telemetry.thresholds
@@ -132,12 +138,14 @@ class ControlLoop:
             wanted = replace(proposal.thresholds, reason=proposal.reason)
         else:
             wanted = replace(in_force, valid_for_s=self._config.validity_s)
-        await self._push(name, actor_name, entry, in_force, wanted.with_version(in_force.version + 1), changed)
+        await self._push(name, engine, entry, in_force, wanted.with_version(in_force.version + 1), changed)
 
     async def _push(
-        self, name: str, actor_name: str, entry: _Replica, old: Thresholds, new: Thresholds, changed: bool
+        self, name: str, engine: EngineAddress, entry: _Replica, old: Thresholds, new: Thresholds, changed: bool
     ) -> None:
-        ack: Ack = await call_replica(actor_name, "apply_thresholds", thresholds=new, automatic=True)
+        ack: Ack = await call_replica(
+            engine.actor_name, "apply_thresholds", thresholds=new, automatic=True, rank=engine.rank
+        )
         entry.note = new.reason if ack.accepted else f"refused: {ack.reason}"
         if ack.accepted:
             entry.pushed_at_s = time.monotonic()
@@ -187,8 +195,8 @@ def _shown(model: ReplicaModel, proposal: Proposal | None) -> dict[str, Any]:
 class ControllerActor:
     """The Ray actor around a `ControlLoop`."""
 
-    def __init__(self, app_name: str, config: TuningConfig, configured: Thresholds) -> None:
-        self._loop = ControlLoop(app_name, config, configured)
+    def __init__(self, app_name: str, config: TuningConfig, configured: Thresholds, ranks: int = 1) -> None:
+        self._loop = ControlLoop(app_name, config, configured, ranks)
         self._config = config
         self._task: asyncio.Task[None] | None = None
         self._started_unix_s = time.time()
@@ -219,6 +227,7 @@ class ControllerKeeper:
 
     config: TuningConfig
     configured: Thresholds
+    ranks: int = 1
 
     @property
     def check_every_s(self) -> float:
@@ -233,7 +242,7 @@ class ControllerKeeper:
         remote = ray.remote(ControllerActor)
         actor = remote.options(
             name=controller_name(app_name), namespace=NAMESPACE, get_if_exists=True, num_cpus=0, max_restarts=-1
-        ).remote(app_name, self.config, self.configured)
+        ).remote(app_name, self.config, self.configured, self.ranks)
         actor.keep_running.remote()
         return actor
 

@@ -17,6 +17,8 @@ from ray.serve._private.common import RequestMetadata
 from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve.request_router import ReplicaID
 
+from replicas.ranks import EngineAddress
+
 SERVER_CLASS = "HeadraceServer"
 """Ray Serve LLM names a deployment by its server class and its model: HeadraceServer:MODEL."""
 
@@ -75,19 +77,19 @@ async def call_replica(actor_name: str, method: str, *, timeout_s: float = 5.0, 
         raise ReplicaUnavailable(f"replica {actor_name} did not answer {method}: {error!r}") from error
 
 
-async def call_replicas(
-    targets: dict[str, str], method: str, *, timeout_s: float = 5.0, **kwargs: Any
+async def call_engines(
+    targets: dict[str, EngineAddress], method: str, *, timeout_s: float = 5.0, **kwargs: Any
 ) -> dict[str, Any | ReplicaUnavailable]:
-    """`method(**kwargs)` on every replica of `targets` (as `replica_ids` gives them) at once.
+    """`method(rank=…, **kwargs)` for every engine of `targets` (see `engine_addresses`) at once.
 
-    One result per replica id; a replica that does not answer has its ReplicaUnavailable as result.
+    One result per engine; one that does not answer has its ReplicaUnavailable as result.
     """
 
-    async def one(actor_name: str) -> Any | ReplicaUnavailable:
+    async def one(engine: EngineAddress) -> Any | ReplicaUnavailable:
         try:
-            return await call_replica(actor_name, method, timeout_s=timeout_s, **kwargs)
+            return await call_replica(engine.actor_name, method, timeout_s=timeout_s, rank=engine.rank, **kwargs)
         except ReplicaUnavailable as error:
             return error
 
-    results = await asyncio.gather(*(one(name) for name in targets.values()))
+    results = await asyncio.gather(*(one(engine) for engine in targets.values()))
     return dict(zip(targets, results, strict=True))

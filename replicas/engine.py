@@ -62,6 +62,12 @@ class HeadraceEngine(VLLMEngine):
             async for chunk in chunks:
                 yield chunk
 
+    async def transcriptions(self, *args: Any, **kwargs: Any) -> Outputs:
+        """Ray's own; an error before the first token is yielded as an ErrorResponse."""
+        async with aclosing(errors_first(super().transcriptions(*args, **kwargs))) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
 
 def raising_refusals(generate: Callable[..., Outputs]) -> Callable[..., Outputs]:
     """`AsyncLLM.generate`, raising `RequestRefused` where the engine core rejected the request: all of its choices.

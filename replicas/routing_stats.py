@@ -40,6 +40,16 @@ class RoutingStats:
         )
 
     @classmethod
+    def of_engines(cls, telemetry: Sequence[Telemetry]) -> RoutingStats:
+        """The stats of a replica's engines together: the room of all, as vLLM spreads its requests over them."""
+        each = [cls.from_telemetry(report) for report in telemetry]
+        capacity = sum(report.limits.kv_capacity_tokens for report in telemetry)
+        return cls(
+            seats=sum(stats.seats for stats in each), occupied=sum(stats.occupied for stats in each),
+            kv_used_fraction=sum(report.gauges.kv_used_tokens for report in telemetry) / capacity,
+        )
+
+    @classmethod
     def from_dict(cls, routing_stats: Mapping[str, Any]) -> RoutingStats | None:
         """The stats a replica reported; None when it reported none, or something else."""
         raw = routing_stats.get(_KEY)

@@ -1,12 +1,13 @@
-"""`HeadraceServer`: one replica. Ray's LLMServer plus the control channel into its engine.
+"""`HeadraceServer`: one replica. Ray's LLMServer plus the control channels into its engines, one a data-parallel rank.
 
-The replica owns the channel: it names the endpoint before the engine starts, passes thresholds in, telemetry out, and
+The replica owns the channels: it names the endpoint before the engine starts, passes thresholds in, telemetry out, and
 tells Serve's request routers how much room it has. It never waits for the controller: it starts, and restarts, with the
 configured thresholds.
 """
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import logging
 import time
@@ -19,13 +20,16 @@ from ray.serve.llm.deployment import LLMServer
 
 from replicas.delivery import Deliveries
 from replicas.localhost import listen_where_the_node_does
+from replicas.ranks import ranks_in
 from replicas.routing_stats import RoutingStats
-from scheduler.channel import ChannelClient, ChannelClosed, new_endpoint, remove_endpoint
+from scheduler.channel import ChannelClient, ChannelClosed, new_endpoint, rank_endpoint, remove_endpoint
 from scheduler.messages import Ack, Telemetry
 from scheduler.settings import SETTINGS_KEY
 from scheduler.thresholds import Thresholds
 
 _STALE_STATS_S = 30.0
+_ANSWER_S = 4.0
+"""Less than the caller waits for this replica: a silent engine must not look like a silent replica."""
 logger = logging.getLogger(__name__)
 
 
@@ -36,9 +40,10 @@ class HeadraceServer(LLMServer):
         listen_where_the_node_does()
         self._endpoint = new_endpoint()
         _open_channel_at(self._endpoint, llm_config)
-        self._channel = ChannelClient(self._endpoint)
-        self._last_stats: tuple[float, RoutingStats] | None = None
-        self._engine_silent = False
+        ranks = ranks_in(llm_config.engine_kwargs)
+        self._channels = [ChannelClient(rank_endpoint(self._endpoint, rank)) for rank in range(ranks)]
+        self._last_reports: dict[int, tuple[float, Telemetry]] = {}
+        self._silent: set[int] = set()
         self._deliveries = Deliveries()
         from replicas.engine import HeadraceEngine  # imports vLLM, which whoever only deploys need not wait for
 
@@ -56,40 +61,45 @@ class HeadraceServer(LLMServer):
         chunks = await super().completions(request, raw_request_info)
         return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
 
-    async def apply_thresholds(self, thresholds: Thresholds, automatic: bool = True) -> Ack:
-        """Offer thresholds to the engine; the Ack names the version in force now, taken or not."""
+    async def apply_thresholds(self, thresholds: Thresholds, automatic: bool = True, rank: int = 0) -> Ack:
+        """Offer thresholds to the engine of a rank; the Ack names the version in force now, taken or not."""
         try:
-            return await self._channel.apply(thresholds, automatic=automatic)
+            return await self._channels[rank].apply(thresholds, automatic=automatic, timeout_s=_ANSWER_S)
         except ChannelClosed as error:
             return Ack(accepted=False, version_in_force=-1, reason=str(error), code="unavailable")
 
-    async def telemetry(self, cursor: int | None = 0) -> Telemetry:
-        """The engine's telemetry with the records after `cursor`, and the latest answers as they left this replica.
+    async def telemetry(self, cursor: int | None = 0, rank: int = 0) -> Telemetry:
+        """The telemetry of a rank's engine with the records after `cursor`, and the latest answers of the replica.
 
         Raises:
             ChannelClosed: the engine does not answer.
         """
-        telemetry = await self._channel.report(cursor)
+        telemetry = await self._channels[rank].report(cursor, timeout_s=_ANSWER_S)
         return telemetry if cursor is None else replace(telemetry, delivered=self._deliveries.latest())
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """What Serve's request routers see of this replica: its seats and who takes them (`RoutingStats`)."""
         stats: dict[str, Any] = dict(await super().record_routing_stats())
+        await asyncio.gather(*(self._ask_for_stats(rank) for rank in range(len(self._channels))))
+        # The latest known report of an engine serves a while longer, then routers treat the replica as unknown.
+        fresh_s = time.monotonic() - _STALE_STATS_S
+        reports = [report for at_s, report in self._last_reports.values() if at_s > fresh_s]
+        return stats | RoutingStats.of_engines(reports).as_dict() if reports else stats
+
+    async def _ask_for_stats(self, rank: int) -> None:
         try:
-            telemetry = await self._channel.report(cursor=None, timeout_s=1.0)
-            self._last_stats = (time.monotonic(), RoutingStats.from_telemetry(telemetry))
-            self._engine_silent = False
+            report = await self._channels[rank].report(cursor=None, timeout_s=1.0)
         except ChannelClosed as error:
-            # The latest known stats serve a while longer, then routers treat this replica as unknown.
-            if not self._engine_silent:
-                logger.warning("no routing stats from the engine: %s", error)
-            self._engine_silent = True
-        if self._last_stats and time.monotonic() - self._last_stats[0] < _STALE_STATS_S:
-            stats |= self._last_stats[1].as_dict()
-        return stats
+            if rank not in self._silent:
+                logger.warning("no routing stats from the engine of rank %d: %s", rank, error)
+            self._silent.add(rank)
+            return
+        self._last_reports[rank] = (time.monotonic(), report)
+        self._silent.discard(rank)
 
     async def __del__(self) -> None:
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
         remove_endpoint(self._endpoint)
         await super().__del__()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from replicas.ranks import named_by, replica_of
 from scheduler.messages import Telemetry
 from scheduler.thresholds import InvalidThresholds, Thresholds, parse_thresholds, thresholds_as_dict
 
@@ -26,7 +27,7 @@ class AdminError(ValueError):
 class ThresholdsUpdate(BaseModel):
     """thresholds: the new ones, whole when they name a policy, else a change of the fields they name (a missing
     `version` means one more than in force); pin: stop automatic tuning (the default when thresholds are given); auto:
-    resume it; replica: one replica's id, or all when missing."""
+    resume it; replica: one replica's id, one of its engines as `state` names it, or all when missing."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,13 +48,13 @@ def plan_update(update: ThresholdsUpdate, telemetry: Mapping[str, Telemetry | Ex
         raise AdminError(400, "auto = true resumes automatic tuning and goes with neither pin nor thresholds")
     if not update.auto and update.thresholds is None and update.pin is None:
         raise AdminError(400, "nothing to do: give thresholds, pin = true or auto = true")
-    if update.replica is not None and update.replica not in telemetry:
+    named = named_by(telemetry, update.replica)
+    if update.replica is not None and not named:
         known = ", ".join(telemetry) or "none"
         raise AdminError(404, f"replica = {update.replica!r} does not exist; the replicas are {known}")
     if not telemetry:
         raise AdminError(503, "no replica is running yet; try again when /readyz answers 200")
-    targets = telemetry if update.replica is None else {update.replica: telemetry[update.replica]}
-    return {name: _planned(update, name, report) for name, report in targets.items()}
+    return {name: _planned(update, name, telemetry[name]) for name in named}
 
 
 def _check_pace(thresholds: Thresholds) -> None:
@@ -90,6 +91,13 @@ def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception)
         )
     pinned = True if update.pin is None else update.pin
     return replace(wanted, pinned=pinned, reason=wanted.reason or "set by an operator")
+
+
+def readiness(telemetry: Mapping[str, Telemetry | Exception]) -> dict[str, Any]:
+    """The body of `/readyz`: how many replicas there are, and how many of them have an engine that answers."""
+    ready = {replica_of(name) for name, report in telemetry.items() if isinstance(report, Telemetry)}
+    replicas = len({replica_of(name) for name in telemetry})
+    return {"status": "ready" if ready else "not ready", "ready": len(ready), "replicas": replicas}
 
 
 def telemetry_as_dict(report: Telemetry) -> dict[str, Any]:

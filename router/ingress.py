@@ -20,9 +20,10 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.serve.llm.ingress import OpenAiIngress
 
-from replicas.calls import ReplicaUnavailable, call_replica, call_replicas, replica_ids
+from replicas.calls import ReplicaUnavailable, call_engines, call_replica, replica_ids
 from replicas.localhost import listen_where_the_node_does
-from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
+from replicas.ranks import EngineAddress, engine_addresses
+from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
 from router.declared_length import move_declared_length
 from router.errors import error_body
 from router.tenants import sign
@@ -46,9 +47,10 @@ class Keeper(Protocol):
 class HeadraceIngress(OpenAiIngress):
     """OpenAI endpoints and the control endpoints of one application."""
 
-    def __init__(self, *args: Any, keeper: Keeper | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, keeper: Keeper | None = None, ranks: int = 1, **kwargs: Any) -> None:
         listen_where_the_node_does()
         super().__init__(*args, **kwargs)
+        self._ranks = ranks
         self._app_name = serve.get_replica_context().app_name
         self._keeper = keeper
         self._controller: ActorHandle | None = None
@@ -121,7 +123,7 @@ class HeadraceIngress(OpenAiIngress):
             planned = plan_update(body, await self._telemetry())
         except AdminError as error:
             return _error(error.status_code, str(error))
-        targets = await asyncio.to_thread(replica_ids, self._app_name)
+        targets = await self._engines()
         answers = await asyncio.gather(*(_apply(targets.get(name), planned[name]) for name in planned))
         acks: dict[str, Ack] = dict(zip(planned, answers, strict=True))
         refused = {name: ack.reason for name, ack in acks.items() if not ack.accepted}
@@ -142,13 +144,14 @@ class HeadraceIngress(OpenAiIngress):
     async def readyz(self) -> Response:
         """At least one replica's engine answers."""
         telemetry = await self._telemetry(cursor=None)
-        ready = [name for name, report in telemetry.items() if isinstance(report, Telemetry)]
-        body = {"status": "ready" if ready else "not ready", "ready": len(ready), "replicas": len(telemetry)}
-        return JSONResponse(body, status_code=200 if ready else 503)
+        body = readiness(telemetry)
+        return JSONResponse(body, status_code=200 if body["ready"] else 503)
 
     async def _telemetry(self, cursor: int | None = None) -> dict[str, Telemetry | ReplicaUnavailable]:
-        targets = await asyncio.to_thread(replica_ids, self._app_name)
-        return await call_replicas(targets, "telemetry", cursor=cursor)
+        return await call_engines(await self._engines(), "telemetry", cursor=cursor)
+
+    async def _engines(self) -> dict[str, EngineAddress]:
+        return engine_addresses(await asyncio.to_thread(replica_ids, self._app_name), self._ranks)
 
     async def _controller_state(self) -> dict[str, Any]:
         if self._controller is None:
@@ -164,11 +167,13 @@ class HeadraceIngress(OpenAiIngress):
             return {"alive": False, "reason": f"{_NO_CONTROLLER} ({type(error).__name__})"}
 
 
-async def _apply(actor_name: str | None, thresholds: Thresholds) -> Ack:
+async def _apply(engine: EngineAddress | None, thresholds: Thresholds) -> Ack:
     try:
-        if actor_name is None:
+        if engine is None:
             raise ReplicaUnavailable("the replica has just gone")
-        ack: Ack = await call_replica(actor_name, "apply_thresholds", thresholds=thresholds, automatic=False)
+        ack: Ack = await call_replica(
+            engine.actor_name, "apply_thresholds", thresholds=thresholds, automatic=False, rank=engine.rank
+        )
     except ReplicaUnavailable as error:
         return Ack(accepted=False, version_in_force=-1, reason=str(error), code="unavailable")
     return ack

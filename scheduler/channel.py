@@ -68,6 +68,14 @@ def _remove_unless_held(folder: Path) -> None:
             os.close(descriptor)
 
 
+def rank_endpoint(endpoint: str, rank: int) -> str:
+    """Where the engine of a data-parallel rank listens, given the endpoint that all of them were told.
+
+    Beside that of rank 0, which is `endpoint` itself, so that it lives and goes with it.
+    """
+    return endpoint if rank == 0 else f"{endpoint}-rank{rank}"
+
+
 def remove_endpoint(endpoint: str) -> None:
     """Remove what `new_endpoint` made; absent files are fine."""
     shutil.rmtree(Path(endpoint.removeprefix("ipc://")).parent, ignore_errors=True)

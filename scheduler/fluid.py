@@ -12,6 +12,7 @@ from typing import Literal
 
 from scheduler.law import ServiceTimeLaw, require_number
 from scheduler.mix import WorkloadMix
+from scheduler.steps import ONE_TOKEN_A_STEP, Steps
 
 COMPUTE_BOUND_GAIN = 0.05
 """Compute is called the limit when unlimited memory would raise the critical rate by less than this fraction."""
@@ -62,7 +63,8 @@ NO_REUSE = PrefixReuse()
 
 
 def solve_fluid(
-    mix: WorkloadMix, law: ServiceTimeLaw, kv_capacity_tokens: int, reuse: PrefixReuse = NO_REUSE
+    mix: WorkloadMix, law: ServiceTimeLaw, kv_capacity_tokens: int, reuse: PrefixReuse = NO_REUSE,
+    steps: Steps = ONE_TOKEN_A_STEP,
 ) -> FluidEquilibrium:
     """The fluid equilibrium of `mix` on one replica.
 
@@ -73,21 +75,24 @@ def solve_fluid(
     ΔT* solves ΔT = max(floor, d0 + (d2 Λ_l + d3 Λ_o) ΔT) + d1 Λ_W ΔT. With floor = d2 = d3 = 0 this is the paper's
     equilibrium. A demand that is unstable or does not fit is a result with a reason. Raises ValueError when every
     rate is zero and for a capacity below one token. With `reuse`, Λ_l counts computed prompt tokens, Λ_W in ΔT* all
-    that attention reads, and Λ_W in M* private ones.
+    that attention reads, and Λ_W in M* private ones. With `steps` of several tokens a request lives fewer iterations,
+    and Λ_o counts the tokens computed in them; inventories are prompts per iteration of a life. In a pipeline of
+    depth D each iteration has one of D groups of prompts: M* = D Λ_W ΔT*, and inventories and in_service count all.
     """
     require_number("kv_capacity_tokens", kv_capacity_tokens, allow_zero=False)
     rates_rps = [t.rate_rps for t in mix.types]
     if mix.rate_rps == 0:
         raise ValueError("rate_rps is 0 for every type; at least one must be > 0")
 
-    flow = _stage_tokens(rates_rps, mix, reuse)
+    flow = _stage_tokens(rates_rps, mix, reuse, steps)
     kv_load = law.d1_s_per_kv_token * flow.kv_tokens
     prefill_load = law.d2_s_per_prefill_token * flow.prefill_tokens
     load = kv_load + prefill_load + law.d3_s_per_decode_token * flow.decode_tokens
     stable = load < 1
     iteration_time_s = max(law.floor_s / (1 - kv_load), law.d0_s / (1 - load)) if stable else math.inf
-    memory_tokens = flow.memory_tokens * iteration_time_s
-    critical, limit = _critical_rate(flow.memory_tokens, load, kv_load, law, kv_capacity_tokens)
+    memory_flow = steps.depth * flow.memory_tokens
+    memory_tokens = memory_flow * iteration_time_s
+    critical, limit = _critical_rate(memory_flow, load, kv_load, law, kv_capacity_tokens)
 
     reason = None
     if mix.max_total_tokens > kv_capacity_tokens:
@@ -100,7 +105,7 @@ def solve_fluid(
             f"equilibrium memory is {memory_tokens:.0f} tokens, above the KV capacity of {kv_capacity_tokens} tokens "
             f"(at most {critical:.3f} of the rate fits)"
         )
-    inventories = tuple(rate * iteration_time_s if rate else 0.0 for rate in rates_rps)
+    inventories = tuple(steps.depth * rate * iteration_time_s if rate else 0.0 for rate in rates_rps)
     return FluidEquilibrium(
         load=load,
         prefill_load=prefill_load,
@@ -111,25 +116,31 @@ def solve_fluid(
         iteration_time_s=iteration_time_s,
         memory_tokens=memory_tokens,
         kv_capacity_tokens=kv_capacity_tokens,
-        throughput_tokens_per_s=flow.decode_tokens,
+        throughput_tokens_per_s=sum(t.rate_rps * t.lengths.mean_output_tokens for t in mix.types),
         inventories=inventories,
-        in_service=sum(n * (t.lengths.mean_output_tokens + 1) for n, t in zip(inventories, mix.types, strict=True)),
+        in_service=sum(
+            n * (t.lengths.mean_output_tokens / steps.tokens + 1) for n, t in zip(inventories, mix.types, strict=True)
+        ),
         critical_rate_scale=critical,
         limit=limit,
     )
 
 
-def batch_memory_tokens(per_stage: Sequence[float], mix: WorkloadMix) -> float:
+def batch_memory_tokens(
+    per_stage: Sequence[float], mix: WorkloadMix, steps: Steps = ONE_TOKEN_A_STEP
+) -> float:
     """M(n) = Σ n_j E[w_j]: KV tokens with n_j prompts of type j in every stage of its life."""
-    return _stage_tokens(per_stage, mix).kv_tokens
+    return _stage_tokens(per_stage, mix, steps=steps).kv_tokens
 
 
-def batch_time_s(per_stage: Sequence[float], mix: WorkloadMix, law: ServiceTimeLaw) -> float:
+def batch_time_s(
+    per_stage: Sequence[float], mix: WorkloadMix, law: ServiceTimeLaw, steps: Steps = ONE_TOKEN_A_STEP
+) -> float:
     """ΔT(n): seconds of the iteration that processes n_j prompts of type j in every stage.
 
     It reads M(n) KV tokens and computes Σ n_j E[l_j] prefill and Σ n_j E[l'_j] decode tokens.
     """
-    batch = _stage_tokens(per_stage, mix)
+    batch = _stage_tokens(per_stage, mix, steps=steps)
     return law.iteration_s(batch.prefill_tokens, batch.decode_tokens, batch.kv_tokens)
 
 
@@ -141,17 +152,23 @@ class _StageTokens:
     memory_tokens: float
 
 
-def _stage_tokens(per_stage: Sequence[float], mix: WorkloadMix, reuse: PrefixReuse = NO_REUSE) -> _StageTokens:
-    """Tokens of a batch with n_j prompts per stage; with rates for n_j, the tokens that arrive per second."""
+def _stage_tokens(
+    per_stage: Sequence[float], mix: WorkloadMix, reuse: PrefixReuse = NO_REUSE, steps: Steps = ONE_TOKEN_A_STEP
+) -> _StageTokens:
+    """Tokens of a batch with n_j prompts per stage; with rates for n_j, the tokens that arrive per second.
+
+    decode_tokens: those computed. KV tokens count once for every step that reads them.
+    """
     if len(per_stage) != len(mix.types):
         raise ValueError(f"per_stage has {len(per_stage)} entries; the mix has {len(mix.types)} types")
     kv = prefill = decode = memory = 0.0
     for count, request_type in zip(per_stage, mix.types, strict=True):
         lengths = request_type.lengths
-        kv += count * lengths.kv_token_iterations
+        kv += count * lengths.kv_token_iterations / steps.tokens
         prefill += count * lengths.mean_prompt_tokens * reuse.computed
-        memory += count * (lengths.kv_token_iterations - (1 - reuse.private) * lengths.prompt_token_iterations)
-        decode += count * lengths.mean_output_tokens
+        private = lengths.kv_token_iterations - (1 - reuse.private) * lengths.prompt_token_iterations
+        memory += count * private / steps.tokens
+        decode += count * lengths.mean_output_tokens * steps.computed_per_token
     return _StageTokens(kv, prefill, decode, memory)
 
 

@@ -13,11 +13,11 @@ from scheduler.fluid import finite_or_none
 class Forecast:
     """The promise in force, and the estimates behind it; every interval covers with probability `CONFIDENCE`.
 
-    binding: memory, TPOT target, TTFT target or nothing. goodput_rps: requests/s expected within all targets;
-    capacity_rps: what could be served; load: what arrives, as a share of it. tpot_margin: how far below the target
-    iterations stay, relative to them, so that all but miss_probability of requests meet it; in_time: share of requests
-    whose lengths allow them to meet the targets at all. tpot_s, ttft_s: the targets, with what a latency target asks
-    of both; queue_requests: how many may wait (None: any number).
+    binding: memory, slots, token budget, TPOT target, TTFT target, latency target or nothing. goodput_rps: requests/s
+    expected within all targets; capacity_rps: what could be served; load: what arrives, as a share of it. tpot_margin:
+    how far below the target iterations stay, relative to them, so that all but miss_probability of requests meet it;
+    in_time: share of requests whose lengths allow them to meet the targets at all. tpot_s, ttft_s: the
+    targets, with what a latency target asks of both; queue_requests: how many may wait (None: any number).
 
     rate_rps: arrivals, in all and by type, alike for rate_since_s seconds, with the counts' dispersion (1: Poisson).
     prompt_tokens, output_tokens: means. survival_samples: the ended answers that the survival estimate rests on (with

@@ -1,5 +1,7 @@
 """The service-time law: how long one engine iteration takes, given what is in its batch."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, fields
 from typing import Any, overload
@@ -46,6 +48,10 @@ class ServiceTimeLaw:
             require_number(field.name, getattr(self, field.name))
         if self.shortest_iteration_s <= 0:
             raise ValueError("d0_s and floor_s are both 0; at least one must be > 0")
+
+    def of_stage(self, stages: int) -> ServiceTimeLaw:
+        """The law of one of so many pipeline stages, each with an equal part of the layers."""
+        return ServiceTimeLaw(**{field.name: getattr(self, field.name) / stages for field in fields(self)})
 
     @property
     def shortest_iteration_s(self) -> float:

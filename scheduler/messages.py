@@ -92,6 +92,9 @@ class Counters:
     ttft_misses, tpot_misses, latency_misses: completed requests that missed the target in force when they ended.
     audited: completed requests that would have been rejected but were served to see whether that was right;
     audited_met: those of them that met every target, though some may have taken another's place.
+    decode_steps: with speculative decoding, how often a decoding request got output tokens from an iteration;
+    decode_computed_tokens: tokens computed for it then, drafts included; decode_gained_tokens: output tokens that came
+    of it (without refused drafts and what is beyond an answer's end), decode_gained_squares the sum of their squares.
     """
 
     arrivals: int = 0
@@ -107,6 +110,10 @@ class Counters:
     latency_misses: int = 0
     audited: int = 0
     audited_met: int = 0
+    decode_steps: int = 0
+    decode_computed_tokens: int = 0
+    decode_gained_tokens: int = 0
+    decode_gained_squares: int = 0
 
     @property
     def in_flight(self) -> int:

@@ -103,6 +103,11 @@ class Pace:
         return None if self.iteration_s is None else self.iteration_s * self.pipeline_depth / self.tokens_per_step
 
     @property
+    def steady_token_s(self) -> float:
+        """Seconds per output token at the present load (0: not known)."""
+        return self.steady_s * self.pipeline_depth / self.tokens_per_step
+
+    @property
     def in_service_at_capacity(self) -> float | None:
         """Requests in service when the replica is full, by Little's law over l' + 1 iterations; None: not known."""
         if self.token_s is None or not self.capacity_rps:
@@ -122,23 +127,26 @@ class Pace:
     def decode_iteration_s(self, requests: Tokens, kv_tokens: Tokens) -> Seconds: ...
 
     def decode_iteration_s(self, requests: Tokens, kv_tokens: Tokens) -> Seconds:
-        """Seconds of an iteration without prompts, with so many decoding requests that read so many KV tokens."""
+        """Seconds of an iteration without prompts, when so many requests with so many KV tokens decode.
+
+        Of a pipeline's each iteration has its share of them.
+        """
         computed = requests * (self.computed_per_step / self.pipeline_depth)
         return self.law.iteration_s(0.0 * computed, computed, kv_tokens * (1 / self.pipeline_depth))
 
     def prompt_tokens_within(self, seconds: float, requests: float, kv_tokens: float) -> float:
         """Prompt tokens for which an iteration of so many seconds has time beside such a batch; may be negative.
 
-        Infinite when prompts take no time. The inverse of `law.iteration_s` in its prompt tokens.
+        Infinite when prompts take no time. The inverse of `law.iteration_s` in its prompt tokens. The requests are
+        those in the batch, of a pipeline's those whose turn it is.
         """
         law, per_token_s = self.law, self.law.d2_s_per_prefill_token + self.law.d1_s_per_kv_token
         computed, read_s = requests * self.computed_per_step, law.d1_s_per_kv_token * kv_tokens
-        if read_s / self.pipeline_depth + law.floor_s > seconds:
+        if read_s + law.floor_s > seconds:
             return -math.inf
         if per_token_s == 0:
             return math.inf
-        decode_s = (law.d3_s_per_decode_token * computed + read_s) / self.pipeline_depth
-        return (seconds - law.d0_s - decode_s) / per_token_s
+        return (seconds - law.d0_s - law.d3_s_per_decode_token * computed - read_s) / per_token_s
 
     def prefill_s(self, prompt_tokens: float) -> float:
         """What so many prompt tokens add to an iteration."""

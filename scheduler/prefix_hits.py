@@ -1,6 +1,7 @@
 """What the prefix cache holds of a waiting request's prompt, asked of vLLM's own block manager and remembered briefly.
 
-Part of the fence around vLLM's non-public surface (`KVCacheManager.get_computed_blocks`, `KVCacheBlock.ref_cnt`):
+Part of the fence around vLLM's non-public surface (`KVCacheManager.get_computed_blocks`, `get_blocks`,
+`KVCacheBlock.ref_cnt`):
 `tests/scheduler/test_vllm_seam.py` fails when an upgrade moves it.
 """
 
@@ -42,10 +43,13 @@ class PrefixHits:
         self._known[request.request_id] = (self._step, cached, min(held * self._block_tokens, cached))
         return cached, min(held * self._block_tokens, cached)
 
-    def shared_at_release(self, request_id: str) -> int:
-        """The shared tokens last seen of a request that now runs; it waits no more."""
-        known = self._known.pop(request_id, None)
-        return known[2] if known else 0
+    def shared_now(self, request_id: str, cached_tokens: int) -> int:
+        """Of the tokens that a request just taken up found cached, those in blocks that others hold too."""
+        if not self._enabled or not cached_tokens:
+            return 0
+        self._known.pop(request_id, None)
+        blocks = self._manager.get_blocks(request_id).blocks[0][: cached_tokens // self._block_tokens]
+        return sum(1 for block in blocks if block.ref_cnt > 1) * self._block_tokens
 
     def forget(self, request_id: str) -> None:
         """A request has left."""

@@ -73,6 +73,14 @@ class Recorder:
             self.totals.audited += 1
             self.totals.audited_met += not any(misses.values())
 
+    def decoded(self, computed_tokens: int, gained_tokens: int) -> None:
+        """One step of one request: tokens computed for it, drafts included, and output tokens that it gained."""
+        totals = self.totals
+        totals.decode_steps += 1
+        totals.decode_computed_tokens += computed_tokens
+        totals.decode_gained_tokens += gained_tokens
+        totals.decode_gained_squares += gained_tokens**2
+
     def released(self, held_s: float) -> None:
         """One request let through the gate after `held_s` seconds."""
         self.totals.held += 1

@@ -7,7 +7,8 @@ answers; asked, it solves the fluid model and says what it would put in force, a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from scheduler.messages import Telemetry
 from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.pace import Pace
 from scheduler.realised import LastingQuantile, RealisedMargin
+from scheduler.steps import StepsSeen
 from scheduler.survival import cold_lengths, mean_of, product_limit
 from scheduler.targets import Promise, Targets
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
@@ -30,9 +32,40 @@ from scheduler.watch import Watch, stratified
 
 WINDOW_S, MIN_FINISHED = 60.0, 20
 """What a controller is told of `Tuning` unless its configuration says otherwise."""
-_SETTLED_PACE = 0.05
 _SETTLED = 0.10
 """Thresholds closer than this (relatively) to those in force are left alone: estimates jitter, engines should not."""
+_PROMPT_TOKENS = 2048.0
+"""Prompt tokens beside which iteration times are compared where nothing says how many there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far a field may be from the one in force: by `share` of it, or by `least` if that is more; by default not."""
+
+    share: float = 0.0
+    least: float = 0.0
+
+    def covers(self, new: float | None, old: float | None) -> bool:
+        """Whether a change is too small to matter; what is given and what is not always differ."""
+        if new is None or old is None:
+            return new is old
+        return abs(new - old) <= max(self.least, self.share * old)
+
+
+_EXACT, _TIME, _ESTIMATE = Tolerance(), Tolerance(0.05), Tolerance(_SETTLED)
+PACE_TOLERANCES: Mapping[str, Tolerance] = {
+    # What an operator or an engine sets, and what follows from that alone.
+    **dict.fromkeys(("kv_limit_tokens", "block_tokens", "overflow_z", "miss_probability"), _EXACT),
+    **dict.fromkeys(("tpot_s", "ttft_s", "latency_s", "pipeline_depth", "cold"), _EXACT),
+    # What the engine's iterations are held to. The law is compared by the iteration times it gives.
+    **dict.fromkeys(("law", "iteration_s", "tokens_per_step", "computed_per_step"), _TIME),
+    "survival": Tolerance(least=0.05),
+    # What follows from estimates of arrivals, and so moves most.
+    **dict.fromkeys(("prompt_flow_tokens", "capacity_rps", "steady_s", "variability"), _ESTIMATE),
+    "first_token_within_s": _ESTIMATE,
+    "queue_requests": Tolerance(_SETTLED, 1.0),
+}
+"""For each field of a pace, the change that is none."""
 
 
 class Tuning(Protocol):
@@ -70,31 +103,41 @@ class Proposal:
 
 
 class ReplicaModel:
-    """Running estimates of one replica under the configured policy."""
+    """Running estimates of one replica under the configured policy.
+
+    law: of the whole model, as a profile has it; of a pipeline, the estimated one is that of a stage.
+    """
 
     def __init__(self, config: Tuning, law: ServiceTimeLaw, configured: Thresholds) -> None:
         self._config = config
         self._configured = configured
         self._watch = Watch(config.window_s, config.min_finished)
+        self._profiled, self._depth = law, 1
         self.law = OnlineLaw(law)
         self._realised, self._delays = RealisedMargin(), LastingQuantile()
         self._delivered = 0
+        self._steps = StepsSeen(config.window_s)
         self.cursor = 0
         self.telemetry: Telemetry | None = None
         self._engine_id = ""
 
     def observe(self, telemetry: Telemetry) -> None:
         """Take in one report. A report seen before changes nothing; a restarted engine starts the window anew."""
+        if telemetry.limits.pipeline_depth != self._depth:
+            self._depth = telemetry.limits.pipeline_depth
+            self.law = OnlineLaw(self._profiled.of_stage(self._depth))
         if telemetry.engine_id != self._engine_id:
             self._engine_id, self.cursor, self._delivered = telemetry.engine_id, 0, 0
             self._watch.restart(telemetry)
+            self._steps.restart()
         for iteration in telemetry.iterations:
             if iteration.seq > self.cursor:
                 self.law.update(
                     iteration.prefill_tokens, iteration.decode_tokens, iteration.kv_tokens, iteration.seconds
                 )
         self._observe_finished(telemetry)
-        self._watch.observe(telemetry, self.cursor)
+        self._steps.observe(telemetry.clock_s, telemetry.counters)
+        self._watch.observe(telemetry, self.cursor, self._steps.steps.tokens)
         self.cursor = max(self.cursor, telemetry.cursor)
         self.telemetry = telemetry
 
@@ -156,7 +199,7 @@ class ReplicaModel:
             return Proposal(self._configured, None, reason)
         tuned = tune(
             self._configured, self._mix(), self.law.law, self.telemetry.limits,
-            overflow_probability=self._config.overflow_probability,
+            overflow_probability=self._config.overflow_probability, steps=self._steps.steps,
         )
         thresholds = replace(tuned.thresholds, valid_for_s=self._config.validity_s)
         return Proposal(thresholds, tuned.equilibrium, thresholds.reason)
@@ -173,7 +216,7 @@ class ReplicaModel:
             self._configured, WorkloadMix((RequestType(UNKNOWN_TYPE, max(self.rate_rps, LEAST_RATE_RPS), lengths),)),
             self.law.law, self.telemetry.limits, overflow_probability=self._config.overflow_probability,
             targets=self._config.targets, fluctuation=self.law.fluctuation, dispersion=rates.dispersion,
-            cold=cold, reuse=self._watch.prefix_reuse,
+            cold=cold, reuse=self._watch.prefix_reuse, steps=self._steps.steps,
             realised_margin=self._realised.margin(self._config.overflow_probability), delivery_s=self.delivery_s,
         )
         assert tuned.promise is not None
@@ -242,30 +285,25 @@ def materially_different(proposed: Thresholds, in_force: Thresholds) -> bool:
 
 
 def _same_pace(new: Pace, old: Pace) -> bool:
-    """True when a new pace would make hardly a difference.
+    """True when a new pace would make hardly a difference; a field that `PACE_TOLERANCES` leaves out may not change."""
+    return all(
+        PACE_TOLERANCES.get(field.name, Tolerance()).covers(getattr(new, field.name), getattr(old, field.name))
+        for field in fields(Pace) if field.name not in ("law", "survival")
+    ) and _same_law(new, old) and _same_survival(new, old)
 
-    Its times and its survival are within a twentieth; its queue and its prompt flow, which follow from estimates of
-    arrivals and so move most, within a tenth (or one request).
-    """
-    targets = ("kv_limit_tokens", "ttft_s", "tpot_s", "latency_s", "pipeline_depth", "cold")
-    if any(getattr(new, name) != getattr(old, name) for name in targets):
-        return False
-    load = (old.prompt_flow_tokens, 100.0, float(old.kv_limit_tokens))
-    times, flow = (_SETTLED_PACE, 0.0), (_SETTLED, 0.0)
-    numbers = (
-        (new.iteration_s, old.iteration_s, times), (new.law.iteration_s(*load), old.law.iteration_s(*load), times),
-        (new.prompt_flow_tokens, old.prompt_flow_tokens, flow), (new.queue_requests, old.queue_requests, (_SETTLED, 1)),
-        (new.capacity_rps, old.capacity_rps, flow), (new.steady_s, old.steady_s, flow),
-        (new.first_token_within_s, old.first_token_within_s, flow), (new.tokens_per_step, old.tokens_per_step, times),
+
+def _same_law(new: Pace, old: Pace) -> bool:
+    """Iterations of a full batch, with prompts and without, within a twentieth."""
+    prompts = old.prompt_flow_tokens or _PROMPT_TOKENS
+    loads = ((0.0, 100.0, float(old.kv_limit_tokens)), (prompts, 100.0, float(old.kv_limit_tokens)))
+    return all(
+        PACE_TOLERANCES["law"].covers(new.law.iteration_s(*load), old.law.iteration_s(*load)) for load in loads
     )
-    for now, before, (share, least) in numbers:
-        if now is None or before is None:
-            if now is not before:
-                return False
-        elif abs(now - before) > max(least, share * before):
-            return False
+
+
+def _same_survival(new: Pace, old: Pace) -> bool:
     at = [x for x, _ in (*new.survival, *old.survival)]
-    return float(np.max(np.abs(_survival_at(new, at) - _survival_at(old, at)))) <= _SETTLED_PACE
+    return float(np.max(np.abs(_survival_at(new, at) - _survival_at(old, at)))) <= PACE_TOLERANCES["survival"].least
 
 
 def _survival_at(pace: Pace, at: list[int]) -> NDArray[np.float64]:

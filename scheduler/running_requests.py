@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request
 
 from scheduler.gate import GatedQueue
@@ -55,13 +56,30 @@ def batch_work(output: SchedulerOutput, requests: Mapping[str, Request]) -> Batc
     return BatchWork(prefill, output.total_num_scheduled_tokens - prefill, kv_tokens, len(counts))
 
 
+def tokens_to_decode(running: list[Request]) -> int:
+    """Tokens that the next decode step of each of these computes: one, and the drafts it has."""
+    return len(running) + sum([len(request.spec_token_ids) for request in running])
+
+
+def decode_steps(output: SchedulerOutput, results: Mapping[int, EngineCoreOutputs]) -> Iterator[tuple[int, int]]:
+    """Of each decoding request that got tokens from an iteration: tokens computed for it (with drafts), and gained."""
+    counts, drafted = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
+    first = {new.req_id for new in output.scheduled_new_reqs}
+    for client in results.values():
+        for answer in client.outputs:
+            computed = counts.get(answer.request_id, 0)
+            decoded = 0 < computed <= 1 + len(drafted.get(answer.request_id, ()))
+            if decoded and answer.new_token_ids and answer.request_id not in first:
+                yield computed, len(answer.new_token_ids)
+
+
 class _RequestAsResident:
     """A vLLM request in service, as a policy sees it."""
 
-    __slots__ = ("_request", "type_name")
+    __slots__ = ("_request", "_step_tokens", "type_name")
 
-    def __init__(self, request: Request, type_name: str) -> None:
-        self._request, self.type_name = request, type_name
+    def __init__(self, request: Request, type_name: str, step_tokens: int) -> None:
+        self._request, self.type_name, self._step_tokens = request, type_name, step_tokens
 
     @property
     def request_id(self) -> str:
@@ -70,7 +88,7 @@ class _RequestAsResident:
 
     @property
     def stage(self) -> int:
-        return _stage(self._request)
+        return _stage(self._request, self._step_tokens)
 
     @property
     def kv_tokens(self) -> int:
@@ -80,12 +98,17 @@ class _RequestAsResident:
 
 
 class RunningRequests(Residents):
-    """The running requests as residents, made only when a policy looks at them."""
+    """The running requests as residents, made only when a policy looks at them.
 
-    __slots__ = ("_gate", "_lives", "_running", "_stages")
+    step_tokens: most tokens that one decode step computes for a request, its drafts included.
+    """
 
-    def __init__(self, running: list[Request], gate: GatedQueue, lives: Mapping[str, Life]) -> None:
-        self._running, self._gate, self._lives = running, gate, lives
+    __slots__ = ("_gate", "_lives", "_running", "_stages", "_step_tokens")
+
+    def __init__(
+        self, running: list[Request], gate: GatedQueue, lives: Mapping[str, Life], step_tokens: int = 1
+    ) -> None:
+        self._running, self._gate, self._lives, self._step_tokens = running, gate, lives, step_tokens
         self._stages: list[int] | None = None  # a policy may ask for them more than once
 
     def __len__(self) -> int:
@@ -93,14 +116,15 @@ class RunningRequests(Residents):
 
     def __getitem__(self, index: Any) -> Any:
         request = self._running[index]
-        return _RequestAsResident(request, self._gate.type_of(request.request_id) or UNKNOWN_TYPE)
+        type_name = self._gate.type_of(request.request_id) or UNKNOWN_TYPE
+        return _RequestAsResident(request, type_name, self._step_tokens)
 
     def __iter__(self) -> Iterator[Resident]:
         return (self[index] for index in range(len(self._running)))
 
     def stages(self) -> list[int]:
         if self._stages is None:
-            self._stages = [_stage(request) for request in self._running]
+            self._stages = [_stage(request, self._step_tokens) for request in self._running]
         return self._stages
 
     def kv_tokens(self) -> list[int]:
@@ -119,11 +143,13 @@ class RunningRequests(Residents):
         return [self._lives[request.request_id].most for request in self._running]
 
 
-def _stage(request: Request) -> int:
+def _stage(request: Request, step_tokens: int) -> int:
     if request.is_prefill_chunk:
         return 0
-    stage: int = request.num_output_tokens + request.num_output_placeholders
-    return stage
+    stage: int = request.num_output_tokens
+    under_way: int = request.num_output_placeholders
+    # Of a step under way one token is certain; its drafts may be refused.
+    return stage + (under_way if step_tokens == 1 else -(-under_way // step_tokens))
 
 
 def in_admission_order(running: list[Request], aside: list[tuple[int, Request]]) -> list[Request]:

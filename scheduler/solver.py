@@ -17,6 +17,7 @@ from scipy.stats import norm
 from scheduler.fluid import batch_memory_tokens, batch_time_s, solve_fluid
 from scheduler.law import ServiceTimeLaw, require_number
 from scheduler.mix import Lengths, WorkloadMix
+from scheduler.steps import ONE_TOKEN_A_STEP, Steps
 
 _LARGEST_ADVANCE_RATIO = 0.99
 
@@ -56,7 +57,8 @@ class NestedWaitSolution:
 
 
 def wait_thresholds(
-    mix: WorkloadMix, law: ServiceTimeLaw, kv_capacity_tokens: int, *, slack: float = 0.05
+    mix: WorkloadMix, law: ServiceTimeLaw, kv_capacity_tokens: int, *, slack: float = 0.05,
+    steps: Steps = ONE_TOKEN_A_STEP,
 ) -> WaitSolution | Infeasible:
     """The smallest WAIT thresholds n_j = ⌈λ_j T⌉, T >= ΔT*(1 + slack), that are feasible after rounding.
 
@@ -64,7 +66,7 @@ def wait_thresholds(
     equilibrium, where queues have no drift. A type with rate 0 has threshold 1.
     """
     require_number("slack", slack)
-    fluid = solve_fluid(mix, law, kv_capacity_tokens)
+    fluid = solve_fluid(mix, law, kv_capacity_tokens, steps=steps)
     if not fluid.fits_memory:
         return Infeasible(fluid.reason or "the equilibrium does not fit")
     rates_rps = [t.rate_rps for t in mix.types]
@@ -72,13 +74,13 @@ def wait_thresholds(
     # ΔT(n) never falls when T grows, so raising T to ΔT(n) cannot step over the smallest feasible n.
     while True:
         n = tuple(max(1, math.ceil(rate * period_s)) for rate in rates_rps)
-        memory_tokens = batch_memory_tokens(n, mix)
+        memory_tokens = batch_memory_tokens(n, mix, steps)
         if memory_tokens > kv_capacity_tokens:
             return Infeasible(
                 f"thresholds {n} (whole prompts per stage, slack {slack:g}) hold {memory_tokens:.0f} tokens, above the "
                 f"KV capacity of {kv_capacity_tokens} tokens; the equilibrium itself holds {fluid.memory_tokens:.0f}"
             )
-        iteration_s = batch_time_s(n, mix, law)
+        iteration_s = batch_time_s(n, mix, law, steps)
         if all(iteration_s * rate <= count for count, rate in zip(n, rates_rps, strict=True)):
             return WaitSolution(n, iteration_s, memory_tokens)
         period_s = max(period_s, iteration_s)
@@ -94,6 +96,7 @@ def nested_wait_thresholds(
     margin: float = 0.05,
     overflow_probability: float = 0.01,
     horizon_s: float = 3600.0,
+    steps: Steps = ONE_TOKEN_A_STEP,
 ) -> NestedWaitSolution | Infeasible:
     """The smallest Nested WAIT thresholds whose memory and safety buffer fit, output lengths being unknown.
 
@@ -108,7 +111,7 @@ def nested_wait_thresholds(
     _require_probability(overflow_probability)
     if segments < 1:
         raise ValueError(f"segments is {segments!r}; it must be an integer >= 1")
-    fluid = solve_fluid(mix, law, kv_capacity_tokens)
+    fluid = solve_fluid(mix, law, kv_capacity_tokens, steps=steps)
     if not fluid.fits_memory:
         return Infeasible(fluid.reason or "the equilibrium does not fit")
     merged = mix.merged()
@@ -122,7 +125,7 @@ def nested_wait_thresholds(
         ]
     reasons = []
     for candidate in dict.fromkeys(candidates):
-        chain = SegmentChain(candidate, merged.lengths, margin)
+        chain = SegmentChain(candidate, merged.lengths, margin, steps)
         queue_log = math.log(len(candidate) * iterations / overflow_probability)
         solution = _smallest_fit(chain, merged.rate_rps, law, kv_capacity_tokens, queue_log)
         if isinstance(solution, NestedWaitSolution):
@@ -149,7 +152,9 @@ def resident_cap(mix: WorkloadMix, kv_capacity_tokens: int, *, overflow_probabil
 class SegmentChain:
     """Segments of output length, and what n_k prompts in each of their stages amount to."""
 
-    def __init__(self, boundaries: tuple[int, ...], lengths: Lengths, margin: float) -> None:
+    def __init__(
+        self, boundaries: tuple[int, ...], lengths: Lengths, margin: float, steps: Steps = ONE_TOKEN_A_STEP
+    ) -> None:
         starts = (0, *boundaries[:-1])
         reached = [lengths.survival(start) for start in starts]
         self.boundaries = boundaries
@@ -161,7 +166,9 @@ class SegmentChain:
         self.queued_kv_tokens = prompt_tokens + starts
         # δ_k stages with a mean position of s̄_k; the first segment also has stage 0, the prefill.
         first_stages = np.array([0, *(start + 1 for start in starts[1:])])
-        self.stages = ends - first_stages + 1
+        # A request is as many iterations in a segment as it takes steps through it.
+        self.stages = (ends - starts) / steps.tokens + (first_stages == 0)
+        self._computed = steps.computed
         self.stage_kv_tokens = self.stages * (prompt_tokens + (first_stages + ends) / 2)
 
     def thresholds(self, first: int) -> tuple[int, ...] | None:
@@ -180,7 +187,7 @@ class SegmentChain:
 
     def iteration_s(self, n: tuple[int, ...], law: ServiceTimeLaw) -> float:
         """ΔT(n): n_1 prompts in prefill, n_k in every decode stage of segment k."""
-        decode_tokens = float(self.stages @ n) - n[0]
+        decode_tokens = (float(self.stages @ n) - n[0]) * self._computed
         return law.iteration_s(n[0] * self.prompt_tokens, decode_tokens, self.memory_tokens(n))
 
     def buffer_tokens(self, n: tuple[int, ...], theta: tuple[float, ...], queue_log: float) -> float:

@@ -26,8 +26,7 @@ class EngineSetup:
     controller: False where thresholds are never tuned to `targets`, which then only a guess would follow.
     """
 
-    data_parallel: bool = False
-    pipeline_parallel: bool = False
+    data_parallel_across_nodes: bool = False
     speculative_decoding: bool = False
     kv_transfer: bool = False
     targets: Targets = NO_TARGETS
@@ -35,12 +34,11 @@ class EngineSetup:
 
     @classmethod
     def from_vllm_config(cls, config: Any, targets: Targets) -> EngineSetup:
-        """Of an engine that is about to start. Source: vLLM's VllmConfig."""
-        parallel = config.parallel_config
+        """Of an engine that is about to start. Source: vLLM's VllmConfig.
+
+        Where the other data-parallel ranks are is no concern of this one: only a replica has to reach all of them.
+        """
         return cls(
-            # An engine of several that share no experts is told it is alone; its index still tells, but for the first.
-            data_parallel=parallel.data_parallel_size > 1 or parallel.data_parallel_index > 0,
-            pipeline_parallel=parallel.pipeline_parallel_size > 1,
             speculative_decoding=config.num_speculative_tokens > 0,
             kv_transfer=config.kv_transfer_config is not None,
             targets=targets,
@@ -52,8 +50,8 @@ class EngineSetup:
     ) -> EngineSetup:
         """Of a configuration. Source: vLLM's AsyncEngineArgs; what only vLLM can tell shows when the engine starts."""
         return cls(
-            data_parallel=_above_one(engine_args.get("data_parallel_size")),
-            pipeline_parallel=_above_one(engine_args.get("pipeline_parallel_size")),
+            data_parallel_across_nodes=_above_one(engine_args.get("data_parallel_size"))
+            and any(engine_args.get(key) not in here for key, here in DATA_PARALLEL_HERE.items()),
             speculative_decoding=any(engine_args.get(key) is not None for key in SPECULATIVE_ARGS),
             kv_transfer=any(engine_args.get(key) is not None for key in KV_TRANSFER_ARGS),
             targets=targets, controller=controller,
@@ -62,6 +60,12 @@ class EngineSetup:
 
 SPECULATIVE_ARGS = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
 KV_TRANSFER_ARGS = ("kv_transfer_config", "kv_offloading_size")
+DATA_PARALLEL_HERE: Mapping[str, tuple[Any, ...]] = {
+    "data_parallel_size_local": (None,), "data_parallel_rank": (None,), "data_parallel_start_rank": (None,),
+    "data_parallel_backend": (None, "mp"), "data_parallel_hybrid_lb": (None, False),
+    "data_parallel_external_lb": (None, False),
+}
+"""By engine argument: the values with which all data-parallel ranks are processes of the replica that starts them."""
 
 
 def _above_one(value: Any) -> bool:
@@ -110,36 +114,17 @@ def _has(field: str) -> InUse:
     return lambda setup, thresholds: bool(getattr(setup, field))
 
 
-def _promises_tpot(setup: EngineSetup, thresholds: Thresholds) -> bool:
-    paced = thresholds.pace is not None and thresholds.pace.iteration_s is not None
-    return paced or setup.targets.tpot_s is not None or setup.targets.latency_s is not None
-
-
 SETTINGS: tuple[Setting, ...] = (
     Setting(name="tensor parallel", answers={}),
+    Setting(name="data parallel within a replica", answers={}),
     Setting(
-        name="data parallel within a replica", in_use=_has("data_parallel"), answers=_all_policies(NO),
-        because="only one of a replica's engines would be tuned and reported",
-        instead="leave data_parallel_size at 1 and run as many replicas",
+        name="data parallel across nodes", in_use=_has("data_parallel_across_nodes"), answers=_all_policies(NO),
+        because="a replica reaches the engines on its own machine only",
+        instead="give data_parallel_size alone, or leave it at 1 and run as many replicas",
     ),
     Setting(
-        name="pipeline parallel with a TPOT or latency target",
-        in_use=lambda setup, thresholds: setup.pipeline_parallel and _promises_tpot(setup, thresholds),
-        answers={
-            "wait": _yes("holds count iterations"), "nested_wait": _yes("holds count iterations"), "fluid": NO,
-        },
-        because="a request gets a token only every pipeline_parallel_size iterations, which the policy does not count",
-        instead="use tensor_parallel_size instead, leave tpot_s and latency_s out of the targets, or take policy fcfs",
-    ),
-    Setting(
-        name="pipeline parallel without such a target", in_use=_has("pipeline_parallel"),
+        name="pipeline parallel",
         answers={"wait": _yes("holds count iterations"), "nested_wait": _yes("holds count iterations")},
-    ),
-    Setting(
-        name="speculative decoding", in_use=_has("speculative_decoding"),
-        answers={"wait": _yes("without segments"), "nested_wait": NO, "fluid": NO},
-        because="the policy takes an iteration for one token of every request",
-        instead="leave speculative decoding out, or take policy fcfs or wait without segments",
     ),
     Setting(
         name="KV transfer (P/D, offloading)", in_use=_has("kv_transfer"),
@@ -154,6 +139,7 @@ SETTINGS: tuple[Setting, ...] = (
         because="no controller would follow the targets and the guess of a cold start would stay in force",
         instead="leave controller.enabled at true, or leave the targets out",
     ),
+    Setting(name="speculative decoding", answers={}),
     Setting(name="prefix caching", answers={}),
     Setting(name="structured output", answers={}),
     Setting(name="LoRA", answers={}),

@@ -1,7 +1,7 @@
 """From targets to the parameters of `fluid`: what one replica can promise, and what limits it.
 
 Source: the fluid equilibrium of arXiv 2504.11320 with the longest iteration fixed by a target instead of by the load,
-and with the engine's slots as a constraint beside memory and time.
+and with the engine's slots and its token budget as constraints beside memory and time.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from scheduler.margin import EXACT, Fluctuation, tpot_margin
 from scheduler.mix import Lengths, WorkloadMix
 from scheduler.pace import Pace
 from scheduler.queue_length import fixed_share, useful_queue
+from scheduler.steps import ONE_TOKEN_A_STEP, Steps
 from scheduler.thresholds import EngineLimits
 
 _SURVIVAL_POINTS = 48
-_PIPELINE_ITERATIONS = 3
-"""A prompt's own iteration, the one under way and the one composed already."""
+_ITERATIONS_UNDER_WAY = 2
+"""The one that runs when a prompt comes, and the one composed already; then come as many as a pipeline has stages."""
 _QUEUE_SHARE = 0.1
 """Of the miss probability, what a queue that runs dry may cost; the rest is for iterations that stray from the law."""
 _LEAST_MARGIN = 0.002
 """Even an exact model is off by a few tokens: requests whose last token is under way are counted once more."""
+_STAGE_MARGIN = 0.004
+"""For each further pipeline stage: it waits where two batches that follow one another are not of one length."""
 _LARGEST_MARGIN = 0.5
 """A model whose errors ask for more says nothing any more about the hardware."""
 _ITERATION_TIMES = 32
@@ -62,28 +65,12 @@ NO_TARGETS = Targets()
 
 
 @dataclass(frozen=True, slots=True)
-class Steps:
-    """How output tokens and iterations go together, as measured.
-
-    tokens: output tokens that a request gains in an iteration that advances it; computed: tokens computed for it then;
-    depth: iterations from one of its steps to the next (pipeline stages).
-    """
-
-    tokens: float = 1.0
-    computed: float = 1.0
-    depth: int = 1
-
-
-ONE_TOKEN_A_STEP = Steps()
-
-
-@dataclass(frozen=True, slots=True)
 class Promise:
     """The parameters for `fluid`, the capacity they give, and the bottleneck.
 
-    binding: memory, slots, TPOT target, TTFT target, latency target or nothing. in_time: share of requests whose
-    lengths allow them to meet every target. tpot_margin: how far, relative to them, iterations stay below `tpot_s`, the
-    TPOT target.
+    binding: memory, slots, token budget, TPOT target, TTFT target, latency target or nothing. in_time: share of
+    requests whose lengths allow them to meet every target. tpot_margin: how far, relative to them, iterations stay
+    below `tpot_s`, the TPOT target.
     """
 
     pace: Pace
@@ -112,8 +99,9 @@ def solve_pace(
     """
     lengths = mix.merged().lengths
     capacity = _Capacity(mix, law, limits, reuse, steps)
-    margin = tpot_margin(lengths, fluctuation, (1 - _QUEUE_SHARE) * miss_probability)
-    margin = min(max(margin, realised_margin, _LEAST_MARGIN), _LARGEST_MARGIN)
+    margin = tpot_margin(lengths, fluctuation, (1 - _QUEUE_SHARE) * miss_probability, steps)
+    margin = max(margin, realised_margin, _LEAST_MARGIN) + _STAGE_MARGIN * (steps.depth - 1)
+    margin = min(margin, _LARGEST_MARGIN)
     token_s = None if targets.tpot_s is None else targets.tpot_s / (1 + margin)
     within = capacity.within_latency(token_s, targets.delivered_within(delivery_s), margin)
     iteration_s = within.iteration_s
@@ -166,7 +154,7 @@ class _Within:
 
 
 class _Capacity:
-    """What one replica can serve of a mix, by memory, by slots and by time."""
+    """What one replica can serve of a mix, by memory, by slots, by the token budget and by time."""
 
     def __init__(
         self, mix: WorkloadMix, law: ServiceTimeLaw, limits: EngineLimits, reuse: PrefixReuse, steps: Steps
@@ -174,15 +162,17 @@ class _Capacity:
         self._law, self._reuse, self._steps, self._rate_rps = law, reuse, steps, mix.rate_rps
         self._lengths = mix.merged().lengths
         self.kv_limit_tokens = limits.kv_capacity_tokens - limits.block_tokens
-        self._slots = limits.seats
-        self.fluid = solve_fluid(mix, law, self.kv_limit_tokens, reuse)
+        self._slots, self._budget = limits.seats, limits.max_num_batched_tokens
+        self.fluid = solve_fluid(mix, law, self.kv_limit_tokens, reuse, steps)
         # Seconds of work that one request brings, in all, and of it what comes on top of the floor.
         decode = self._lengths.mean_output_tokens * law.d3_s_per_decode_token
-        self._kv_work_s = self.fluid.kv_load / mix.rate_rps / steps.tokens
+        self._kv_work_s = self.fluid.kv_load / mix.rate_rps
         self._prefill_work_s = self.fluid.prefill_load / mix.rate_rps
-        self._work_s = self._kv_work_s + self._prefill_work_s + decode * steps.computed / steps.tokens
+        self._work_s = self._kv_work_s + self._prefill_work_s + decode * steps.computed_per_token
         self._life = self._lengths.mean_output_tokens / steps.tokens + 1
-        self._by_memory = self.fluid.critical_rate_scale * mix.rate_rps * (steps.tokens if steps.tokens > 1 else 1.0)
+        self._by_memory = self.fluid.critical_rate_scale * mix.rate_rps
+        computed = self._lengths.mean_output_tokens * steps.computed_per_token
+        self._tokens = self._lengths.mean_prompt_tokens * reuse.computed + computed
         self._branches = ((law.d0_s, self._work_s), (law.floor_s, self._kv_work_s))
 
     @property
@@ -193,14 +183,24 @@ class _Capacity:
 
     def at(self, iteration_s: float | None) -> tuple[float, str]:
         """Requests/s with iterations of at most so long, and what limits them."""
-        by_slots = min(
-            (self._slots / (fixed_s * self._life * self._steps.depth + self._slots * work_s)
-             for fixed_s, work_s in self._branches if fixed_s or work_s), default=math.inf,
-        )
-        by_time = math.inf if iteration_s is None else self._by_time(iteration_s)
-        limits = {"memory": self._by_memory, "slots": by_slots, "TPOT target": by_time}
+        limits = {
+            "memory": self._by_memory,
+            "slots": self._by_count(self._slots, self._life * self._steps.depth),
+            "token budget": self._by_count(self._budget, self._tokens),
+            "TPOT target": math.inf if iteration_s is None else self._by_time(iteration_s),
+        }
         limit = min(limits, key=lambda name: limits[name])
         return limits[limit], limit
+
+    def _by_count(self, most: float, each: float) -> float:
+        """Requests/s when an iteration has `most` of something of which every request takes `each` in its life.
+
+        λ·τ·each <= most, with the equilibrium's iteration time τ = fixed / (1 − λ·work).
+        """
+        return min(
+            (most / (fixed_s * each + most * work_s) for fixed_s, work_s in self._branches if fixed_s or work_s),
+            default=math.inf,
+        )
 
     def _by_time(self, iteration_s: float) -> float:
         """Requests/s with every iteration filled: the time beyond the fixed part is what their work can have."""
@@ -251,12 +251,16 @@ class _Capacity:
     def _just_in_time_s(self, latency_s: float, margin: float) -> Floats:
         """The iteration times with which answers of each quantile of the length just meet a latency target."""
         longest = self._lengths.output_quantiles(np.linspace(0, 1, _ITERATION_TIMES)).astype(np.float64)
-        steps = _PIPELINE_ITERATIONS + (longest - 1) * self._steps.depth / self._steps.tokens
+        steps = self._iterations_to_first_token + (longest - 1) * self._steps.depth / self._steps.tokens
         return np.asarray(max(latency_s - self._prefill_s, 0.0) / steps / (1 + margin) * (1 - 1e-9))
 
     @property
     def _prefill_s(self) -> float:
         return self._lengths.mean_prompt_tokens * self._reuse.computed * self._law.d2_s_per_prefill_token
+
+    @property
+    def _iterations_to_first_token(self) -> int:
+        return _ITERATIONS_UNDER_WAY + self._steps.depth
 
     def _iteration_of(self, token_s: float) -> float:
         return token_s * self._steps.tokens / self._steps.depth
@@ -264,7 +268,7 @@ class _Capacity:
     def _share_in_time(self, latency_s: float, iteration_s: float, wait_s: float) -> float:
         """Share of requests in time when each waits so long and every iteration takes so long."""
         token_s = iteration_s * self._steps.depth / self._steps.tokens
-        left_s = latency_s - wait_s - _PIPELINE_ITERATIONS * iteration_s - self._prefill_s
+        left_s = latency_s - wait_s - self._iterations_to_first_token * iteration_s - self._prefill_s
         return 1.0 - self._lengths.survival(1 + left_s / token_s + 1e-9) if left_s >= 0 else 0.0
 
     def _longest_wait_s(self, latency_s: float, iteration_s: float, share: float) -> float:
@@ -272,7 +276,7 @@ class _Capacity:
         waits = np.linspace(0.0, latency_s, 64)
         good = [self._share_in_time(latency_s, iteration_s, wait_s) >= _WAIT_SHARE * share for wait_s in waits]
         wait_s = float(waits[max(index for index, fine in enumerate(good) if fine)])
-        return max(wait_s, latency_s / 20) + _PIPELINE_ITERATIONS * iteration_s
+        return max(wait_s, latency_s / 20) + self._iterations_to_first_token * iteration_s
 
     def first_token_s(self, pace: Pace, load: float) -> Floats:
         """Seconds to the first token of each of the lengths without a wait, beside the decodes served at `load`."""
@@ -280,11 +284,12 @@ class _Capacity:
         prompts = np.asarray(self._lengths.prompt_tokens * self._reuse.computed, dtype=np.float64)
         if iteration_s is None:
             own_s = pace.law.iteration_s(prompts, 0.0, prompts)
-            return np.asarray(2 * pace.law.shortest_iteration_s + own_s, dtype=np.float64)
+            under_way_s = (self._iterations_to_first_token - 1) * pace.law.shortest_iteration_s
+            return np.asarray(under_way_s + own_s, dtype=np.float64)
         decode_s = (self._work_s - self._prefill_work_s) * self._rate_rps * min(1.0, 1.0 / load) * iteration_s
         prompt_s = pace.prefill_s(1.0)
         room = (iteration_s - pace.law.d0_s - decode_s) / prompt_s if prompt_s else math.inf
-        iterations = 2 + np.ceil(prompts / max(room, pace.prompt_flow_tokens, 1.0))
+        iterations = self._iterations_to_first_token - 1 + np.ceil(prompts / max(room, pace.prompt_flow_tokens, 1.0))
         return np.asarray(iteration_s * iterations, dtype=np.float64)
 
     def queue_requests(
@@ -306,7 +311,7 @@ class _Capacity:
         work_s = (
             law.d1_s_per_kv_token * lengths.kv_token_iterations_each / self._steps.tokens
             + law.d2_s_per_prefill_token * lengths.prompt_tokens * self._reuse.computed
-            + law.d3_s_per_decode_token * lengths.output_tokens * self._steps.computed / self._steps.tokens
+            + law.d3_s_per_decode_token * lengths.output_tokens * self._steps.computed_per_token
         )
         mean_s = float(lengths.weights @ work_s)
         work_variation = float(lengths.weights @ (work_s - mean_s) ** 2) / mean_s**2 if mean_s > 0 else 0.0

@@ -52,7 +52,9 @@ class InvalidThresholds(ValueError):
 class EngineLimits:
     """What one engine can hold at most; the frame every threshold must fit into.
 
-    Token counts, except `max_num_seqs` (requests in service). Source: vLLM's CacheConfig and SchedulerConfig.
+    Token counts, except `max_num_seqs` (requests in service). speculative_tokens: most drafts that a request has in one
+    iteration; pipeline_depth: iterations from one step of a request to the next. Source: vLLM's CacheConfig,
+    SchedulerConfig, SpeculativeConfig and ParallelConfig.
     """
 
     kv_capacity_tokens: int
@@ -60,11 +62,19 @@ class EngineLimits:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    speculative_tokens: int = 0
+    pipeline_depth: int = 1
 
     @property
     def seats(self) -> int:
-        """Most requests that can be resident at once, in the kindest case of one KV block each."""
-        return min(self.max_num_seqs, self.kv_capacity_tokens // self.block_tokens)
+        """Most requests that can be resident at once, in the kindest case of one KV block each.
+
+        With drafts, no more than one iteration advances.
+        """
+        seats = min(self.max_num_seqs, self.kv_capacity_tokens // self.block_tokens)
+        if not self.speculative_tokens:
+            return seats
+        return max(1, min(seats, self.max_num_batched_tokens // (1 + self.speculative_tokens)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

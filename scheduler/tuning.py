@@ -16,8 +16,9 @@ from scheduler.law import ServiceTimeLaw
 from scheduler.margin import EXACT, PUBLISHED_MAPE, Fluctuation
 from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.solver import Infeasible, SegmentChain, nested_wait_thresholds, resident_cap, wait_thresholds
+from scheduler.steps import ONE_TOKEN_A_STEP, Steps
 from scheduler.survival import cold_lengths
-from scheduler.targets import NO_TARGETS, ONE_TOKEN_A_STEP, Promise, Steps, Targets, solve_pace
+from scheduler.targets import NO_TARGETS, Promise, Targets, solve_pace
 from scheduler.thresholds import UNKNOWN_TYPE, EngineLimits, SegmentThreshold, Thresholds, TypeThreshold
 
 MOST_TYPES = 4
@@ -47,10 +48,12 @@ def tune(
 ) -> Tuned:
     """Solve the fluid model for `mix` and fill in what `configured.policy` needs: a pace, or counts and a cap.
 
-    targets and what follows them concern `fluid` alone, see `solve_pace`. The type named `UNKNOWN_TYPE` holds
-    the requests whose output length nobody declared; they follow segments.
+    targets and what follows them concern `fluid` alone, see `solve_pace`; but for steps. The type named `UNKNOWN_TYPE`
+    holds the requests whose output length nobody declared; they follow segments. The depth of steps is the engine's;
+    law is that of its iterations, of a pipeline's stage therefore.
     cold: lengths are a prior, so no request is rejected for the sake of a capacity that is a guess too.
     """
+    steps = replace(steps, depth=limits.pipeline_depth)
     if configured.policy == "fluid":
         promise = solve_pace(
             mix, law, limits, targets, fluctuation=fluctuation, miss_probability=overflow_probability,
@@ -61,7 +64,7 @@ def tune(
             promise = replace(promise, pace=replace(promise.pace, queue_requests=None, cold=True))
         reason = _promise_in_words(promise, mix.rate_rps) + ("; lengths are guessed so far" if cold else "")
         return Tuned(replace(configured, pace=promise.pace, reason=reason), promise.equilibrium, promise)
-    solver = _Solver(mix, law, limits, overflow_probability)
+    solver = _Solver(mix, law, limits, overflow_probability, steps)
     cap = resident_cap(mix, limits.kv_capacity_tokens, overflow_probability=overflow_probability)
     cap = max(1, min(cap, limits.seats))
     solved = solver.solve(replace(configured, types=(), segments=(), max_in_service=cap))
@@ -75,15 +78,15 @@ def cold_thresholds(
 ) -> Thresholds:
     """What an engine under `fluid` runs with until the controller has seen something of it; others as configured.
 
-    The pace of the profile's law, of lengths of which nothing is known (`cold_lengths`) and of a law's published error.
-    Nobody is refused but who is too late.
+    The pace of the profile's law (the whole model's), of lengths of which nothing is known (`cold_lengths`) and of a
+    law's published error. Nobody is refused but who is too late.
     """
     if configured.policy != "fluid" or configured.pace is not None:
         return configured
     mix = WorkloadMix((RequestType(UNKNOWN_TYPE, LEAST_RATE_RPS, cold_lengths(limits.max_model_len)),))
     tuned = tune(
-        configured, mix, law, limits, overflow_probability=overflow_probability, targets=targets,
-        fluctuation=Fluctuation.from_mape(PUBLISHED_MAPE), cold=True,
+        configured, mix, law.of_stage(limits.pipeline_depth), limits, overflow_probability=overflow_probability,
+        targets=targets, fluctuation=Fluctuation.from_mape(PUBLISHED_MAPE), cold=True,
     )
     return replace(tuned.thresholds, reason="nothing seen yet: a pace from the profile and the targets")
 
@@ -150,11 +153,11 @@ class _Solver:
     """One workload on one engine."""
 
     def __init__(
-        self, mix: WorkloadMix, law: ServiceTimeLaw, limits: EngineLimits, overflow_probability: float
+        self, mix: WorkloadMix, law: ServiceTimeLaw, limits: EngineLimits, overflow_probability: float, steps: Steps
     ) -> None:
-        self._mix, self._law, self._limits = mix, law, limits
+        self._mix, self._law, self._limits, self._steps = mix, law, limits, steps
         self._overflow_probability = overflow_probability
-        self.equilibrium = solve_fluid(mix, law, limits.kv_capacity_tokens)
+        self.equilibrium = solve_fluid(mix, law, limits.kv_capacity_tokens, steps=steps)
 
     def solve(self, base: Thresholds) -> Thresholds:
         """`base` with the counts that its policy needs."""
@@ -166,7 +169,7 @@ class _Solver:
         reasons: list[str] = []
         if known:
             # The load of requests of unknown length counts in the rate conditions, though segments gate them.
-            solution = wait_thresholds(self._mix, self._law, self._limits.kv_capacity_tokens)
+            solution = wait_thresholds(self._mix, self._law, self._limits.kv_capacity_tokens, steps=self._steps)
             counts = [1] * len(self._mix.types) if isinstance(solution, Infeasible) else list(solution.n)
             types = tuple(
                 TypeThreshold(name=t.name, n=min(n, cap), max_output_tokens=_bound_of(t, last=t is known[-1]))
@@ -187,12 +190,12 @@ class _Solver:
         lengths = mix.merged().lengths
         # Counts fall strictly from segment to segment, so m segments need n_1 >= m. With more segments than the fluid
         # has requests per stage, requests would be held for the sake of the chain and not of the load.
-        inventory = sum(solve_fluid(mix, self._law, self._limits.kv_capacity_tokens).inventories)
+        inventory = sum(solve_fluid(mix, self._law, self._limits.kv_capacity_tokens, steps=self._steps).inventories)
         count = max(1, int(min(_MOST_SEGMENTS, inventory)))
         boundaries = sorted({_on_grid(lengths.output_quantile(part / count)) for part in range(1, count + 1)})
         solution = nested_wait_thresholds(
             mix, self._law, self._limits.kv_capacity_tokens,
-            boundaries=boundaries, overflow_probability=self._overflow_probability,
+            boundaries=boundaries, overflow_probability=self._overflow_probability, steps=self._steps,
         )
         if isinstance(solution, Infeasible):
             return (), _solution_in_words("Nested WAIT", solution, [])

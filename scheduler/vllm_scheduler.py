@@ -17,29 +17,39 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
-from scheduler.channel import ChannelServer, engine_id
-from scheduler.choices import parent_of
+from scheduler.channel import ChannelServer, engine_id, rank_endpoint
+from scheduler.choices import family_of, parent_of
 from scheduler.client_input import declared_output_tokens, tenant_of
 from scheduler.control import InForce, ThresholdsInForce
 from scheduler.fair_queue import NOBODY_IN_PARTICULAR
 from scheduler.gate import GatedQueue
 from scheduler.messages import Gauges, InService, Report, Telemetry
+from scheduler.pipeline import coming, has_more_than_its_share, pipeline_depth
 from scheduler.policies import UNKNOWN_TYPE, Resident, Snapshot, Waiting
 from scheduler.prefix_hits import PrefixHits
 from scheduler.profiles import load_profile
 from scheduler.recorder import Recorder
 from scheduler.refusal import Refusal
-from scheduler.running_requests import BatchWork, Life, RunningRequests, batch_work, in_admission_order
+from scheduler.running_requests import (
+    BatchWork,
+    Life,
+    RunningRequests,
+    batch_work,
+    decode_steps,
+    in_admission_order,
+    tokens_to_decode,
+)
 from scheduler.settings import SchedulerSettings
 from scheduler.support import EngineSetup, require_supported
 from scheduler.thresholds import EngineLimits, Thresholds
@@ -76,6 +86,8 @@ class HeadraceScheduler(AsyncScheduler):
         setup = EngineSetup.from_vllm_config(vllm_config, settings.targets)
         require_supported(setup, settings.thresholds)  # before anything starts
         super().__init__(vllm_config, *args, **kwargs)
+        self._depth = pipeline_depth(vllm_config)
+        self._waits_for_tokens = self._depth > 1 and not self.scheduler_config.async_scheduling
         self.clock: Callable[[], float] = time.monotonic
         self.arrival_clock: Callable[[], float] = time.time  # the one that vLLM stamps `Request.arrival_time` with
         self.recorder = Recorder()
@@ -97,11 +109,12 @@ class HeadraceScheduler(AsyncScheduler):
         self.waiting = self.gate
         self._most_running = self.max_num_running_reqs
         self._most_tokens = self.max_num_scheduled_tokens
+        self._most_advancing = min(self._most_running, self._most_tokens // (1 + self.num_spec_tokens))
         # A prompt longer than the budget would never run where prompts are not computed in chunks.
         self._budget_can_split = self.scheduler_config.enable_chunked_prefill
         self.latest_work = BatchWork(0, 0, 0, 0)
         self._executing: deque[tuple[SchedulerOutput, float, BatchWork]] = deque()
-        self._last_output_s = 0.0
+        self._outputs_s = deque([0.0] * self._depth, maxlen=self._depth)
         self._more_to_run = False
         self._refused: list[tuple[Request, Refusal]] = []
         self._rejecting: set[str] = set()
@@ -110,7 +123,8 @@ class HeadraceScheduler(AsyncScheduler):
         self._everyone_runs = False
         self._channel: ChannelServer | None = None
         if settings.channel:
-            self._channel = ChannelServer(settings.channel, self.in_force.offer, self.telemetry)
+            endpoint = rank_endpoint(settings.channel, vllm_config.parallel_config.data_parallel_index)
+            self._channel = ChannelServer(endpoint, self.in_force.offer, self.telemetry)
             logger.info("Headrace: control channel open, policy %s", settings.thresholds.policy)
 
     # One iteration.
@@ -122,10 +136,13 @@ class HeadraceScheduler(AsyncScheduler):
             self._obey(obeyed)
         now_s = self.clock()
         decision = obeyed.policy.decide(self._snapshot(now_s))
+        siblings = 0
         if decision.refuse:
-            self._refuse([self.requests[name] for name in decision.refuse], TOO_LATE, decision.drain_s)
+            refused = self._refuse([self.requests[name] for name in decision.refuse], TOO_LATE, decision.drain_s)
+            siblings = len(refused - set(decision.refuse))
         for type_name, count in decision.admit.items():
-            self.gate.release(type_name, count)
+            # Some of those that were to enter may be gone with a sibling; none enters that the policy did not look at.
+            self.gate.release(type_name, max(0, count - siblings))
         if decision.refuse_last:
             self._refuse(self.gate.last(UNKNOWN_TYPE, decision.refuse_last), TOO_MANY, decision.drain_s)
 
@@ -134,8 +151,7 @@ class HeadraceScheduler(AsyncScheduler):
         asked = min(filter(None, (decision.token_budget, obeyed.thresholds.token_budget)), default=None)
         budget = (self._budget_can_split and asked) or self._most_tokens
         # Every running request gets its decode token and its drafts, however small the budget is set.
-        least = len(self.running) * (1 + self.num_spec_tokens)
-        self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, least))
+        self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, self._decode_tokens(self._advancing())))
         self._prefixes.step()
         try:
             output = super().schedule(throttle_prefills)
@@ -146,12 +162,18 @@ class HeadraceScheduler(AsyncScheduler):
         for new in output.scheduled_new_reqs:
             life = self._lives[new.req_id]
             life.cached_tokens = new.num_computed_tokens
-            life.shared_tokens = min(self._prefixes.shared_at_release(new.req_id), life.cached_tokens)
+            life.shared_tokens = self._prefixes.shared_now(new.req_id, life.cached_tokens)
+        for name in output.scheduled_cached_reqs.resumed_req_ids:
+            # Those that held its blocks before it was preempted may be gone, and others may hold them now.
+            self._lives[name].shared_tokens = self._prefixes.shared_now(name, self.requests[name].num_tokens)
         self._after_schedule(output, len(aside))
         return output
 
-    def _refuse(self, requests: list[Request], reason: str, drain_s: float) -> None:
-        """End requests that have not cost anything yet, with all their choices; those of one under way are let in."""
+    def _refuse(self, requests: list[Request], reason: str, drain_s: float) -> Set[str]:
+        """End requests that have not cost anything yet, with their siblings; those of one under way are let in.
+
+        Returns the ids of those that ended.
+        """
         rejected: dict[str, Refusal] = {}
         for request in requests:
             name = request.request_id
@@ -160,9 +182,10 @@ class HeadraceScheduler(AsyncScheduler):
             elif name in self.gate.choices.committed:
                 self.gate.let_through(request)
             elif name not in rejected:
-                refusal = Refusal.for_drain_time(reason, drain_s, parent_of(name) or name)
+                refusal = Refusal.for_drain_time(reason, drain_s, family_of(name) or name)
                 rejected |= dict.fromkeys(self.gate.choices.reject(name, refusal), refusal)
         self._reject(rejected)
+        return rejected.keys()
 
     def _is_audited(self, name: str) -> bool:
         """Whether this request is served though it should be rejected: drawn by its id, so that a rerun agrees."""
@@ -186,27 +209,39 @@ class HeadraceScheduler(AsyncScheduler):
         logger.debug("Headrace: thresholds version %d in force: %s", thresholds.version, thresholds.reason)
 
     def _snapshot(self, now_s: float) -> Snapshot:
-        capacity = self.in_force.limits.kv_capacity_tokens
+        capacity, advancing = self.in_force.limits.kv_capacity_tokens, self._advancing()
         return Snapshot(
             now_s=now_s,
             waiting=self.gate.views(),
             released=self.gate.released + len(self.skipped_waiting),
-            running=RunningRequests(self.running, self.gate, self._lives),
+            running=RunningRequests(self.running, self.gate, self._lives, 1 + self.num_spec_tokens),
             kv_used_tokens=round(self.kv_cache_manager.usage * capacity),
             kv_capacity_tokens=capacity,
             prompt_backlog_tokens=self._prompt_backlog(),
+            prompt_tokens_under_way=sum([work.prefill_tokens for _, _, work in self._executing]),
             released_requests=self._released_requests(),
-            kv_read_tokens=sum([request.num_computed_tokens for request in self.running]) + len(self.running),
-            slots=self._most_running - self.num_waiting_for_streaming_input,
+            kv_read_tokens=sum([request.num_computed_tokens for request in advancing]) + len(advancing),
+            slots=self._most_advancing - self.num_waiting_for_streaming_input,
             most_tokens=self._most_tokens,
             latest=self.recorder.latest_iteration,
+            decode_tokens=self._decode_tokens(advancing),
+            most_step_tokens=1 + self.num_spec_tokens,
+            next_is_emptier=self._depth > 1 and has_more_than_its_share(advancing, self.running, self._depth),
         )
+
+    def _advancing(self) -> list[Request]:
+        """The running requests that the coming iteration can advance."""
+        return self.running if self._depth == 1 else coming(self.running, self.current_step + 1)
+
+    def _decode_tokens(self, advancing: list[Request]) -> int:
+        return tokens_to_decode(advancing) if self.num_spec_tokens else len(advancing)
 
     def _released_requests(self) -> Sequence[Resident]:
         """The requests let through the gate that do not run, or not yet."""
         if not self.gate.released and not self.skipped_waiting:
             return ()
-        return RunningRequests([*self.gate.released_requests(), *self.skipped_waiting], self.gate, self._lives)
+        requests = [*self.gate.released_requests(), *self.skipped_waiting]
+        return RunningRequests(requests, self.gate, self._lives, 1 + self.num_spec_tokens)
 
     def _prompt_backlog(self) -> int:
         """Prompt tokens left to compute of the requests that run and of those let through."""
@@ -230,15 +265,18 @@ class HeadraceScheduler(AsyncScheduler):
             return []
         aside = [(place, request) for place, request in enumerate(self.running) if request.request_id in sit_out]
         self.running = [request for request in self.running if request.request_id not in sit_out]
+        if self.num_spec_tokens and self.scheduler_config.async_scheduling:
+            for _, request in aside:
+                request.spec_token_ids = []  # the worker keeps drafts for one iteration only
         return aside
 
     def _after_schedule(self, output: SchedulerOutput, sitting_out: int) -> None:
         # If those who sit out hold all the memory, nothing else can run: then everyone runs next time.
-        stuck = bool(sitting_out) and not output.total_num_scheduled_tokens and not self._obeyed.policy.strict
-        self._everyone_runs = stuck
+        stuck = bool(sitting_out) and not output.total_num_scheduled_tokens and not self._executing
+        self._everyone_runs = stuck and not self._obeyed.policy.strict
         if output.total_num_scheduled_tokens:
             # What the engine does between two iterations is part of the second one's time, unless it had nothing to do.
-            free_s = self._last_output_s if self._more_to_run else self.clock()
+            free_s = self._outputs_s[-1] if self._more_to_run else self.clock()
             self._executing.append((output, free_s, self.latest_work))
         elif not self._executing:
             self._more_to_run = False
@@ -258,11 +296,17 @@ class HeadraceScheduler(AsyncScheduler):
         if executed:
             _, free_s, work = self._executing.popleft()
             now_s = self.clock()
-            # Asynchronous scheduling queues the next step while this one runs.
-            seconds = now_s - max(free_s, self._last_output_s)
-            self._last_output_s = now_s
+            # Asynchronous scheduling queues the next step while this one runs. The batches of a pipeline come out one
+            # slowest stage's time apart when it is full; a batch alone in it takes the time of all stages.
+            last_s, round_ago_s = self._outputs_s[-1], self._outputs_s[0]
+            seconds = min(now_s - max(free_s, last_s), (now_s - max(free_s, round_ago_s)) / self._depth)
             self.recorder.iteration(now_s, seconds, *work)
+        if executed or self._executing:
+            self._outputs_s.append(self.clock())  # an empty batch is a turn in the pipeline too
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self.num_spec_tokens:
+            for computed, gained in decode_steps(scheduler_output, outputs):
+                self.recorder.decoded(computed, gained)
         if self._awaiting_first_token:
             self._note_first_tokens()
         self.gate.settle()
@@ -276,6 +320,19 @@ class HeadraceScheduler(AsyncScheduler):
         self._refused = []
         return outputs
 
+    # Where a pipeline's first stage is told of each token, a request waits for its own: as in vLLM's synchronous class.
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        if self._waits_for_tokens:
+            Scheduler._update_after_schedule(self, scheduler_output)
+        else:
+            super()._update_after_schedule(scheduler_output)
+
+    def _update_request_with_output(self, *args: Any, **kwargs: Any) -> Any:
+        if self._waits_for_tokens:
+            return Scheduler._update_request_with_output(self, *args, **kwargs)
+        return super()._update_request_with_output(*args, **kwargs)
+
     # Coming and going.
 
     def add_request(self, request: Request) -> None:
@@ -287,6 +344,8 @@ class HeadraceScheduler(AsyncScheduler):
             self._lives[request.request_id] = self._life(request)
             self._awaiting_first_token[request.request_id] = request
         super().add_request(request)
+        if request.pooling_params is not None:
+            self.gate.choices.commit(request.request_id)  # an embedding: no target is for it, nor an answer of its kind
         if rejection := self.gate.choices.rejection_of(request.request_id):
             self._reject({request.request_id: rejection})
 
@@ -407,6 +466,8 @@ class HeadraceScheduler(AsyncScheduler):
             max_num_seqs=self.max_num_running_reqs,
             max_num_batched_tokens=self.max_num_scheduled_tokens,
             max_model_len=self.max_model_len,
+            speculative_tokens=self.num_spec_tokens,
+            pipeline_depth=self._depth,
         )
 
 

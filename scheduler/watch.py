@@ -53,8 +53,8 @@ class Watch:
         self._window_s, self._least_answers = window_s, least_answers
         self._arrivals: deque[tuple[Arrival, str]] = deque()
         self._finished: deque[Finished] = deque(maxlen=KEPT_LENGTHS)
-        self._marks: deque[tuple[float, int]] = deque(maxlen=_MOST_MARKS)
-        self._iterations = 0
+        self._marks: deque[tuple[float, float]] = deque(maxlen=_MOST_MARKS)
+        self._gained = 0.0
         self._now_s = self._since_s = 0.0
         self._answers_since_s = -np.inf
         self._running: tuple[tuple[int, int], ...] = ()
@@ -67,18 +67,22 @@ class Watch:
         self._since_s = max(oldest_s, telemetry.clock_s - self._window_s)
         self._arrivals.clear()
         self._marks.clear()
-        self._iterations, self._rates, self._answers_since_s = 0, None, -np.inf
+        self._gained, self._rates, self._answers_since_s = 0.0, None, -np.inf
         self._finished = deque((done._replace(at_s=-np.inf) for done in self._finished), maxlen=KEPT_LENGTHS)
         if telemetry.cursor and telemetry.counters.arrivals > len(telemetry.arrivals) and telemetry.iterations:
             self._answers_since_s = telemetry.iterations[0].at_s
 
-    def observe(self, telemetry: Telemetry, cursor: int) -> None:
-        """Take in the records newer than `cursor`, and look for changes."""
+    def observe(self, telemetry: Telemetry, cursor: int, tokens_per_iteration: float = 1.0) -> None:
+        """Take in the records newer than `cursor`, and look for changes.
+
+        tokens_per_iteration: what each answer under way gains in one, by expectation.
+        """
         self._now_s = telemetry.clock_s
         fresh = [iteration.at_s for iteration in telemetry.iterations if iteration.seq > cursor]
         if fresh:
-            self._marks.extend([(fresh[0], self._iterations + 1), (fresh[-1], self._iterations + len(fresh))])
-            self._iterations += len(fresh)
+            gained = len(fresh) * tokens_per_iteration
+            self._marks.extend([(fresh[0], self._gained + tokens_per_iteration), (fresh[-1], self._gained + gained)])
+            self._gained += gained
         self._arrivals.extend((one, type_of(one)) for one in telemetry.arrivals if one.seq > cursor)
         while self._arrivals and self._arrivals[0][0].at_s < self._now_s - self._window_s:
             self._arrivals.popleft()
@@ -174,16 +178,16 @@ class Watch:
         if np.isfinite(from_s) or until_s < self._now_s:
             at_s = np.concatenate([self._ended_at_s[recent], np.full(running, self._now_s)])
             if np.isfinite(from_s):
-                entry = np.maximum(0.0, output - self._iterations_between(from_s, at_s))
+                entry = np.maximum(0.0, output - self._tokens_between(from_s, at_s))
             later = at_s > until_s
             if later.any():
-                since = np.ceil(self._iterations_between(until_s, at_s)).astype(np.int64)
+                since = np.ceil(self._tokens_between(until_s, at_s)).astype(np.int64)
                 output, finished = np.where(later, output - since, output), finished & ~later
         seen = output > entry
         return Answers(pairs[seen, 0], output[seen], finished[seen], entry[seen])
 
-    def _iterations_between(self, from_s: float, until_s: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Iterations in between, each of which adds a token to every answer under way."""
+    def _tokens_between(self, from_s: float, until_s: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Tokens that the iterations in between added to every answer under way."""
         if not self._marks:
             return np.full(until_s.shape, np.inf)  # nothing is known of their progress: nobody counts as late
         times, counts = np.array(self._marks, dtype=np.float64).T

@@ -1,42 +1,63 @@
-"""Whether rejections were right: the run again, once for each of some rejected requests, with that one let in."""
+"""Whether rejections were right: the run again, with some of the rejected requests let in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from simulator.config import SimulationConfig
 from simulator.measure import good_requests, rejected_requests
 
+LET_IN_SHARE = 0.05
+"""Of the rejections, how many a replay lets in: enough to tell a gain from chance, too few to change the load."""
+_CONFIDENCE = 0.95
+
 
 def audit_rejections(
-    requests: Path, config: SimulationConfig, goods_with: Callable[[int], frozenset[int]]
+    requests: Path, config: SimulationConfig, goods_with: Callable[[Collection[int]], frozenset[int]]
 ) -> dict[str, Any]:
-    """Of `config.audit` of the window's rejections, drawn at random by the seed (all if there are fewer), the share
-    that was wrong.
+    """What `config.audit` replays find, each with another 5 % of the window's rejections let in, drawn by the seed.
 
-    requests: what happened. goods_with: the good requests of the same run when no rule may reject the one of that
-    number.
+    requests: what happened. goods_with: the good requests of the same run when no rule may reject those of these
+    numbers.
 
-    Keys: `wrong_rejection_fraction`, of those who would have met their targets and made the run better by a request;
-    `rejected_individually_servable_fraction`, of those who would have met their targets, whatever that cost others.
-    Both are None when nothing was rejected.
+    Keys: `wrong_rejection_fraction`, the good requests that a run gains for each that is let in: one that is served
+    at the cost of another was no mistake; `wrong_rejection_low`, `wrong_rejection_high`: its 95 % interval over the
+    replays (None for a single one); all three between 0 and 1. `rejected_individually_servable_fraction`, of those let
+    in, the share that met its own targets, whatever that cost others. Nothing when nothing was rejected.
     """
     rejected = rejected_requests(requests, config.window)
     if not rejected:
         return {}
     rng = np.random.default_rng(config.workload.seed)
-    drawn = rng.choice(rejected, size=min(config.audit, len(rejected)), replace=False)
     goods = len(good_requests(requests, config.window, config.slo.promised))
-    servable = wrong = 0
-    for number in sorted(drawn.tolist()):
-        with_it = goods_with(number)
-        servable += number in with_it
-        wrong += number in with_it and len(with_it) > goods
+    let_in = max(1, round(LET_IN_SHARE * len(rejected)))
+    gains, servable = [], 0
+    for _ in range(config.audit):
+        drawn = rng.choice(rejected, size=let_in, replace=False).tolist()
+        goods_now = goods_with(drawn)
+        servable += len(goods_now.intersection(drawn))
+        gains.append((len(goods_now) - goods) / let_in)
+    wrong, radius = float(np.mean(gains)), _radius(gains)
     return {
-        "wrong_rejection_fraction": wrong / len(drawn),
-        "rejected_individually_servable_fraction": servable / len(drawn),
+        "wrong_rejection_fraction": _fraction(wrong),
+        "wrong_rejection_low": None if radius is None else _fraction(wrong - radius),
+        "wrong_rejection_high": None if radius is None else _fraction(wrong + radius),
+        "rejected_individually_servable_fraction": servable / (let_in * config.audit),
     }
+
+
+def _radius(values: list[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    quantile = float(student_t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1))
+    return quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def _fraction(value: float) -> float:
+    return min(1.0, max(0.0, value))

@@ -66,7 +66,14 @@ def simulate(
     slo_tpot: Annotated[float | None, typer.Option(help="Target: mean seconds per further token.")] = None,
     slo_latency: Annotated[float | None, typer.Option(help="Target: seconds end to end.")] = None,
     replicas: Annotated[int, typer.Option(help="Replicas behind the request router.", min=1)] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(help="Pipeline stages of each replica.", min=1)] = 1,
     prefix_caching: Annotated[bool, typer.Option(help="Compute what prompts share once, as vLLM does.")] = True,
+    speculative_tokens: Annotated[
+        int | None, typer.Option(help="Draft tokens of a decoding request in every iteration; with --acceptance-rate.")
+    ] = None,
+    acceptance_rate: Annotated[
+        float | None, typer.Option(help="Chance that the model accepts a draft token, from 0 to 1.")
+    ] = None,
     solve_once: Annotated[
         bool, typer.Option("--solve-once", help="No controller: thresholds solved once, from the workload itself.")
     ] = False,
@@ -81,7 +88,8 @@ def simulate(
         "lengths": workload, "trace": trace, "rate_rps": rate, "arrivals": arrivals, "requests": requests, "seed": seed,
         "policy": policy, "profile": profile, "kv_tokens": kv_tokens, "token_budget": token_budget, "cap": cap,
         "slo_ttft_s": slo_ttft, "slo_tpot_s": slo_tpot, "slo_latency_s": slo_latency, "replicas": replicas,
-        "prefix_caching": prefix_caching, "solve_once": solve_once or None,
+        "pipeline_parallel": pipeline_parallel, "prefix_caching": prefix_caching,
+        "speculative_tokens": speculative_tokens, "acceptance_rate": acceptance_rate, "solve_once": solve_once or None,
     }
     options = {name: value for name, value in given.items() if value is not None}
     if workload is not None:

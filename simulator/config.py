@@ -13,6 +13,7 @@ from scheduler.validation import describe, parse_settings
 from simulator.clients import Retries
 from simulator.contenders import CONTENDERS
 from simulator.slowdown import parse_slowdown
+from simulator.speculation import Speculation
 from simulator.workload import WorkloadConfig
 
 _SOLVED_POLICIES = ("wait", "nested_wait", "fluid")
@@ -45,17 +46,19 @@ class SimulationConfig(_Strict):
 
     profile: the service-time law and KV capacity (`kv_tokens` overrides the latter). token_budget: vLLM's
     max_num_batched_tokens; None is the contender's own, 2 048 for most. cap: most requests in service; max_num_seqs:
-    the engine's own limit. prefix_caching: vLLM's enable_prefix_caching. declare_lengths: clients tell how long their
-    answers will be; None: where the policy asks for it. give_up_s: a client leaves when it has no first token after so
-    long. counts: WAIT's and Nested WAIT's are solved for the load, or follow from `cap` alone as in the paper's
-    experiments. period_s: the controller solves thresholds anew so often, from what the replica has seen. solve_once:
-    there is no controller, and they are solved once, from the workload itself (see `controlled`). thresholds: fields of
-    `Thresholds` that replace these. retries: what clients do that are rejected, see `simulator.clients`; None: nothing.
-    audit: of so many rejections it is found out, each by another run, whether they were right. window: fractions of
-    the arrival order between which requests are measured.
-    slowdown: when the first replica is slow, see `simulator.slowdown.parse_slowdown`. iteration_noise: relative
-    standard deviation of iterations around what the law says (lognormal, of mean 1). until_decided: end the run once no
-    measured request that is under way can meet the targets; the others' latencies are then not known.
+    the engine's own limit. pipeline_parallel: vLLM's pipeline_parallel_size, stages that share the profile's model in
+    equal parts. prefix_caching: vLLM's enable_prefix_caching. speculative_tokens, acceptance_rate: drafts that each
+    decoding request has in every iteration, and of each the chance to be accepted. declare_lengths: clients tell how
+    long their answers will be; None: where the policy asks for it. give_up_s: a client leaves when it has no first
+    token after so long. counts: WAIT's and Nested WAIT's are solved for the load, or follow from `cap` alone as in the
+    paper's experiments. period_s: the controller solves thresholds anew so often, from what the replica has seen.
+    solve_once: there is no controller, and they are solved once, from the workload itself (see `controlled`).
+    thresholds: fields of `Thresholds` that replace these. retries: what clients do that are rejected, see
+    `simulator.clients`; None: nothing. audit: so many further runs find out whether rejections were right, see
+    `simulator.audit`. window: fractions of the arrival order between which requests are measured. slowdown: when the
+    first replica is slow, see `simulator.slowdown.parse_slowdown`. iteration_noise: relative standard deviation of
+    iterations around what the law says (lognormal, of mean 1). until_decided: end the run once no measured request that
+    is under way can meet the targets; the others' latencies are then not known.
     """
 
     workload: WorkloadConfig
@@ -68,7 +71,10 @@ class SimulationConfig(_Strict):
     max_model_len: int = Field(default=4096, ge=2)
     block_tokens: int = Field(default=16, ge=1)
     async_scheduling: bool = True
+    pipeline_parallel: int = Field(default=1, ge=1, le=64)
     prefix_caching: bool = True
+    speculative_tokens: int | None = Field(default=None, ge=1, le=64)
+    acceptance_rate: float | None = Field(default=None, ge=0, le=1)
     replicas: int = Field(default=1, ge=1, le=1024)
     declare_lengths: bool | None = None
     give_up_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -102,6 +108,13 @@ class SimulationConfig(_Strict):
         """Whether clients tell how long their answers will be."""
         return CONTENDERS[self.policy].declares if self.declare_lengths is None else self.declare_lengths
 
+    @property
+    def speculation(self) -> Speculation | None:
+        """A drafter of its own for each replica; None without speculative decoding."""
+        if self.speculative_tokens is None or self.acceptance_rate is None:
+            return None
+        return Speculation(self.speculative_tokens, self.acceptance_rate, self.workload.seed)
+
     @field_validator("policy")
     @classmethod
     def _policy_exists(cls, name: str) -> str:
@@ -129,6 +142,14 @@ class SimulationConfig(_Strict):
             raise ValueError("until_decided needs slo_ttft_s and slo_tpot_s, or slo_latency_s; nothing ends it without")
         if self.audit and targets.promised == NO_TARGETS:
             raise ValueError("audit needs slo_ttft_s, slo_tpot_s or slo_latency_s; no rejection is wrong without")
+        return self
+
+    @model_validator(mode="after")
+    def _drafts_are_accepted(self) -> Self:
+        if (self.speculative_tokens is None) != (self.acceptance_rate is None):
+            raise ValueError("speculative_tokens and acceptance_rate go together; give both, or neither")
+        if self.speculative_tokens and self.thresholds.get("mode") == "strict":
+            raise ValueError("mode is strict, which counts one token an iteration; leave speculative_tokens out")
         return self
 
     @field_validator("window")

@@ -22,6 +22,7 @@ from simulator.measure import window_of
 from simulator.replica import VirtualReplica
 from simulator.results import UNFINISHED, RequestRow, RunWriter
 from simulator.slowdown import parse_slowdown
+from simulator.speculation import speculative_args
 from simulator.workload import SimRequest
 
 ROUTING_STATS_PERIOD_S = 1.0
@@ -50,7 +51,7 @@ class Fleet:
                 index, _scheduler(config, thresholds), profile.law, writer, give_up_s=config.give_up_s,
                 door=contender.door, ttft_s=config.slo.ttft_s, slowdown=None if index else slowdown,
                 noise=_noise(config, index) if config.iteration_noise else None, returns=self.returns,
-                never_rejected=never_rejected,
+                never_rejected=never_rejected, speculation=config.speculation,
             )
             for index in range(config.replicas)
         ]
@@ -160,6 +161,7 @@ def limits_of(config: SimulationConfig) -> EngineLimits:
     return EngineLimits(
         kv_capacity_tokens=blocks * config.block_tokens, block_tokens=config.block_tokens, max_num_seqs=plain_cap,
         max_num_batched_tokens=config.token_budget or contender.token_budget, max_model_len=config.max_model_len,
+        speculative_tokens=config.speculative_tokens or 0, pipeline_depth=config.pipeline_parallel,
     )
 
 
@@ -173,14 +175,22 @@ def _scheduler(config: SimulationConfig, thresholds: Thresholds | None) -> Any:
     from simulator.in_process import make_scheduler
 
     contender, limits = CONTENDERS[config.policy], limits_of(config)
+    if config.pipeline_parallel > 1 and not (config.async_scheduling or contender.policy):
+        raise SimulationError(
+            f"async_scheduling = False: {config.policy} has no pipeline stages without it; allowed: True, or one of "
+            f"{', '.join(name for name, other in CONTENDERS.items() if other.policy)}"
+        )
     settings = {"thresholds": thresholds_as_dict(thresholds), "allow_strict": True} if thresholds else {}
+    drafts = config.speculative_tokens
+    drafting = speculative_args(drafts, async_scheduling=config.async_scheduling) if drafts else {}
     try:
         return make_scheduler(
             contender.scheduler_class(), blocks=limits.kv_capacity_tokens // limits.block_tokens,
             block_tokens=limits.block_tokens, max_model_len=limits.max_model_len,
             additional_config={"headrace": settings}, max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens, async_scheduling=config.async_scheduling,
-            enable_prefix_caching=config.prefix_caching, **contender.engine_args,
+            enable_prefix_caching=config.prefix_caching, pipeline_parallel_size=config.pipeline_parallel,
+            **drafting, **contender.engine_args,
         )
     except ValueError as error:
         said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)

@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -76,11 +77,27 @@ def make_scheduler(
         block_size=block_tokens, num_kv_heads=_HEADS, head_size=_HEAD_SIZE, dtype=torch.bfloat16
     )
     kv = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
-    scheduler: _AnyScheduler = scheduler_cls(
-        vllm_config=config, kv_cache_config=kv, block_size=block_tokens, hash_block_size=block_tokens,
-        log_stats=log_stats, structured_output_manager=StructuredOutputManager(config),
-    )
+    with _accelerator_s_model_runner(config):
+        scheduler: _AnyScheduler = scheduler_cls(
+            vllm_config=config, kv_cache_config=kv, block_size=block_tokens, hash_block_size=block_tokens,
+            log_stats=log_stats, structured_output_manager=StructuredOutputManager(config),
+        )
     return scheduler
+
+
+@contextmanager
+def _accelerator_s_model_runner(config: VllmConfig) -> Iterator[None]:
+    """With pipeline stages and asynchronous scheduling: what vLLM's model runner for accelerators (V2) asks of a
+    scheduler, namely a step of each request once in as many iterations. There is none on a CPU."""
+    name = "VLLM_USE_V2_MODEL_RUNNER"
+    if name in os.environ or config.parallel_config.pipeline_parallel_size == 1:
+        yield
+        return
+    os.environ[name] = "1" if config.scheduler_config.async_scheduling else "0"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def block_hasher_of(scheduler: Scheduler) -> BlockHasher | None:
@@ -128,16 +145,41 @@ def make_request(
 
 
 def iteration_results(
-    output: SchedulerOutput, silent: Collection[str], answers: Mapping[str, list[int]] | None = None
+    output: SchedulerOutput, silent: Collection[str], answers: Mapping[str, list[int]] | None = None,
+    gained: Mapping[str, int] | None = None,
 ) -> ModelRunnerOutput:
     """What the model answers to a scheduled iteration: one token a request, none for the `silent` ones.
 
     `answers`: by request, that token in a list; a request that is not in it, as it has left meanwhile, gets any.
+    `gained`: how many of it, for requests that had drafts.
     """
     names = list(output.num_scheduled_tokens)
     place = dict(zip(names, range(len(names)), strict=True))
     answers = answers or {}
     sampled = [answers.get(name, _NOT_ASKED_FOR) for name in names]
+    for name, tokens in (gained or {}).items():
+        sampled[place[name]] = sampled[place[name]] * tokens
     for name in silent:
         sampled[place[name]] = []
     return ModelRunnerOutput(req_ids=names, req_id_to_index=place, sampled_token_ids=sampled)
+
+
+def drafted_requests(output: SchedulerOutput) -> dict[str, int]:
+    """Draft tokens that an iteration verifies, by request.
+
+    A request that begins or comes back has none: vLLM pads it to the size of the others.
+    """
+    padded = {new.req_id for new in output.scheduled_new_reqs} | set(output.scheduled_cached_reqs.resumed_req_ids)
+    return {
+        name: len(drafts) for name, drafts in output.scheduled_spec_decode_tokens.items() if name not in padded
+    }
+
+
+def hand_drafts(scheduler: Scheduler, output: SchedulerOutput, draft_tokens: int) -> None:
+    """So many drafts for each request of a finished iteration, as `EngineCore.post_step` hands a drafter's on.
+
+    With asynchronous scheduling the drafts stay on the device, and vLLM's scheduler counts on all of them by itself.
+    """
+    if not scheduler.scheduler_config.async_scheduling:
+        names = list(output.num_scheduled_tokens)
+        scheduler.update_draft_token_ids(DraftTokenIds(names, [_NOT_ASKED_FOR * draft_tokens for _ in names]))

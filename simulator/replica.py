@@ -14,15 +14,16 @@ from vllm.v1.request import Request, RequestStatus
 
 from scheduler.law import ServiceTimeLaw
 from scheduler.refusal import Refusal
-from scheduler.running_requests import batch_work
+from scheduler.running_requests import batch_work, decode_steps
 from scheduler.targets import Targets
 from scheduler.vllm_scheduler import HeadraceScheduler
 from simulator.clients import Attempt, Returns
 from simulator.doors import Door, Load
-from simulator.in_process import block_hasher_of, iteration_results, make_request
+from simulator.in_process import block_hasher_of, drafted_requests, hand_drafts, iteration_results, make_request
 from simulator.prompts import answer_token_id, prompt_token_ids
 from simulator.results import COMPLETED, GAVE_UP, REJECTED, UNFINISHED, IterationRow, RequestRow
 from simulator.slowdown import Slowdown
+from simulator.speculation import Speculation
 from simulator.workload import SimRequest
 
 
@@ -38,13 +39,18 @@ class Sink(Protocol):
 
 @dataclass(slots=True)
 class Totals:
-    """What happened on one replica over the whole run; times in virtual seconds, KV as a share of capacity."""
+    """What happened on one replica over the whole run; times in virtual seconds, KV as a share of capacity.
+
+    decode_steps: with speculation, how often a decoding request got tokens from an iteration; gained_tokens: how many.
+    """
 
     iterations: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
     kv_peak_fraction: float = 0.0
     rejected: int = 0
+    decode_steps: int = 0
+    gained_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -80,19 +86,23 @@ class _Executing:
 class VirtualReplica:
     """A scheduler with its requests, iterations in flight, and virtual clock `now_s`.
 
-    It keeps `depth` iterations under way: 2 with asynchronous scheduling (one runs, the next is scheduled already),
-    else 1. `give_up_s`: a request without its first token after so long is given up by its client. `door`: a rule that
-    may turn requests away when they arrive, knowing the target `ttft_s`. `slowdown`: when its device is slow; `noise`:
-    a factor for each iteration's time. `returns` hears of rejections and decides who comes back; a request that does
-    has no row yet. `never_rejected` are numbers of requests that no rule may turn away.
+    It keeps `depth` iterations under way: one for each pipeline stage, and with asynchronous scheduling one more, which
+    is scheduled already. A batch passes the stages one after the other, each with an equal part of the law's time; a
+    request's step starts when the token before it is there. `give_up_s`: a request without its first token after so
+    long is given up by its client. `door`: a rule that may turn requests away when they arrive, knowing the target
+    `ttft_s`. `slowdown`: when its device is slow; `noise`: a factor for each iteration's time. `returns` hears of
+    rejections and decides who comes back; a request that does has no row yet. `never_rejected` are numbers of requests
+    that no rule may turn away. `speculation`: drafts that decoding requests have, on a
+    scheduler made for as many.
     """
 
     def __init__(
         self, index: int, scheduler: Scheduler, law: ServiceTimeLaw, sink: Sink, *, give_up_s: float | None = None,
         door: Door | None = None, ttft_s: float | None = None, slowdown: Slowdown | None = None,
         noise: Callable[[], float] | None = None, returns: Returns | None = None, never_rejected: Collection[int] = (),
+        speculation: Speculation | None = None,
     ) -> None:
-        self._noise = noise
+        self._noise, self._speculation = noise, speculation
         self.index, self.scheduler, self.now_s, self.totals = index, scheduler, 0.0, Totals()
         self._law, self._sink, self._give_up_s = law, sink, give_up_s
         self._door, self._ttft_s, self._slowdown = door, ttft_s, slowdown
@@ -100,7 +110,9 @@ class VirtualReplica:
         self._block_hasher = block_hasher_of(scheduler)
         self._answers: dict[str, list[int]] = {}
         self._prefilling: dict[str, int] = {}
-        self._depth = 2 if scheduler.scheduler_config.async_scheduling else 1
+        self._stages: int = scheduler.parallel_config.pipeline_parallel_size
+        self._stage_law = law.of_stage(self._stages)
+        self._depth = self._stages + bool(scheduler.scheduler_config.async_scheduling)
         self.headrace = scheduler if isinstance(scheduler, HeadraceScheduler) else None
         if self.headrace:
             self.headrace.clock = self.headrace.arrival_clock = lambda: self.now_s
@@ -109,7 +121,8 @@ class VirtualReplica:
         self._refused: dict[str, _Live] = {}
         self._giving_up: str | None = None
         self._in_flight: deque[_Executing] = deque()
-        self._device_free_s = 0.0
+        self._stage_free_s = [0.0] * self._stages
+        self._token_there_s: dict[str, float] = {}
         self._catching_up: dict[str, _Live] = {}
         self._without_token: deque[_Live] = deque()
         self._nothing_more = self._stuck = False
@@ -198,27 +211,51 @@ class VirtualReplica:
             self._catching_up[name] = self._live[name]
         if not output.total_num_scheduled_tokens:
             self._empty = output
-            return False
+            return self._stages > 1 and self._queue_empty(output)
         for new in output.scheduled_new_reqs:
             live = self._catching_up[new.req_id] = self._live[new.req_id]
             if live.cached_tokens is None:
                 live.cached_tokens = new.num_computed_tokens
+        tokens_there_s = self._tokens_there_s(output)
         silent, first_tokens = self._who_produces(output)
         work = self.headrace.latest_work if self.headrace else batch_work(output, self.scheduler.requests)
-        seconds = self._law.iteration_s(work.prefill_tokens, work.decode_tokens, work.kv_tokens)
-        starts_s = max(self.now_s, self._device_free_s)
+        seconds = self._stage_law.iteration_s(work.prefill_tokens, work.decode_tokens, work.kv_tokens)
+        starts_s = max(self.now_s, self._stage_free_s[0], tokens_there_s)
         if self._slowdown:
             seconds *= self._slowdown.factor_at(starts_s)
         if self._noise:
             seconds *= self._noise()
-        self._device_free_s = starts_s + seconds
-        self._in_flight.append(_Executing(output, silent, first_tokens, self._device_free_s))
+        ends_s = self._run_through(output, starts_s, seconds)
+        self._in_flight.append(_Executing(output, silent, first_tokens, ends_s))
 
         totals, usage = self.totals, self.scheduler.kv_cache_manager.usage
         totals.iterations += 1
         totals.kv_peak_fraction = max(totals.kv_peak_fraction, usage)
         if self._sink.wants_iterations:
             self._sink.iteration(self._iteration_row(starts_s, seconds, work, usage))
+        return True
+
+    def _run_through(self, output: SchedulerOutput, starts_s: float, seconds: float) -> float:
+        """Each stage takes the batch as soon as it has passed the one before and the stage is free; when it ends."""
+        ends_s = starts_s
+        for stage, free_s in enumerate(self._stage_free_s):
+            ends_s = self._stage_free_s[stage] = max(ends_s, free_s) + seconds
+        if self._stages > 1:
+            self._token_there_s.update(dict.fromkeys(output.num_scheduled_tokens, ends_s))
+        return ends_s
+
+    def _tokens_there_s(self, output: SchedulerOutput) -> float:
+        """When the tokens are there that this batch goes on from; prompts in parts need none."""
+        if self._stages == 1:
+            return 0.0
+        decoding = [name for name in output.num_scheduled_tokens if name not in self._catching_up]
+        return max((self._token_there_s.get(name, 0.0) for name in decoding), default=0.0)
+
+    def _queue_empty(self, output: SchedulerOutput) -> bool:
+        """vLLM's engine core queues an empty batch behind those under way, and takes it for the turn of a group."""
+        if not self._in_flight:
+            return False
+        self._in_flight.append(_Executing(output, [], [], self._in_flight[-1].ends_s))
         return True
 
     def _who_produces(self, output: SchedulerOutput) -> tuple[list[str], list[_Live]]:
@@ -250,7 +287,17 @@ class VirtualReplica:
             self._tell_refused(outputs)
 
     def _update(self, output: SchedulerOutput, silent: Collection[str]) -> Any:
-        return self.scheduler.update_from_output(output, iteration_results(output, silent, self._answers))
+        speculation = self._speculation
+        if speculation is None:
+            return self.scheduler.update_from_output(output, iteration_results(output, silent, self._answers))
+        drafted = drafted_requests(output)
+        gained = {name: speculation.gained_tokens(name, drafts) for name, drafts in drafted.items()}
+        results = self.scheduler.update_from_output(output, iteration_results(output, silent, self._answers, gained))
+        hand_drafts(self.scheduler, output, speculation.draft_tokens)
+        for _, tokens in decode_steps(output, results):
+            self.totals.decode_steps += 1
+            self.totals.gained_tokens += tokens
+        return results
 
     def _tell_refused(self, outputs: Any) -> None:
         """Clients hear of a refusal with an iteration's results, as the scheduler answers them."""
@@ -311,8 +358,11 @@ class VirtualReplica:
         """A request leaves the engine: finished, refused or given up."""
         live = self._live.pop(request.request_id)
         del self._answers[request.request_id]
+        if self._speculation:
+            self._speculation.forget(request.request_id)
         self._prefilling.pop(request.request_id, None)
         self._catching_up.pop(request.request_id, None)
+        self._token_there_s.pop(request.request_id, None)
         if request.num_output_tokens > 0:
             self._sink.request(self._request_row(live, COMPLETED))
         elif request.request_id == self._giving_up:

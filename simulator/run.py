@@ -11,6 +11,7 @@ from typing import Any
 from scheduler.margin import Fluctuation
 from scheduler.mix import Lengths, WorkloadMix
 from scheduler.profiles import load_profile
+from scheduler.steps import ONE_TOKEN_A_STEP
 from scheduler.thresholds import EngineLimits, Thresholds, parse_thresholds, thresholds_as_dict
 from scheduler.tuning import mix_by_length, tune, tune_by_cap
 from simulator.audit import audit_rejections
@@ -52,7 +53,7 @@ def simulate(
         summary = _summary(config, workload, fleet, writer)
         if config.audit:
             summary |= audit_rejections(
-                writer.written_requests(), config, lambda number: _goods_with(number, config, workload, thresholds)
+                writer.written_requests(), config, lambda numbers: _goods_with(numbers, config, workload, thresholds)
             )
         summary["wall_s"] = time.perf_counter() - begun_s
         writer.close(summary)
@@ -75,11 +76,11 @@ def _run(
 
 
 def _goods_with(
-    number: int, config: SimulationConfig, workload: Workload, thresholds: Thresholds | None
+    numbers: Collection[int], config: SimulationConfig, workload: Workload, thresholds: Thresholds | None
 ) -> frozenset[int]:
-    """The requests of the window that meet their targets when this one is not rejected."""
+    """The requests of the window that meet their targets when those of these numbers are not rejected."""
     with RunWriter(None, {}) as writer:
-        _run(config, workload, thresholds, writer, never_rejected=(number,))
+        _run(config, workload, thresholds, writer, never_rejected=numbers)
         return good_requests(writer.written_requests(), config.window, config.slo.promised)
 
 
@@ -111,10 +112,11 @@ def _thresholds(config: SimulationConfig, workload: Workload) -> Thresholds:
 
 def _tuned(config: SimulationConfig, configured: Thresholds, mix: WorkloadMix, limits: EngineLimits) -> Thresholds:
     if config.counts == "solved":
-        law = load_profile(config.profile).law
+        law = load_profile(config.profile).law.of_stage(limits.pipeline_depth)
         return tune(
             configured, mix, law, limits, overflow_probability=config.overflow_probability, targets=config.slo.promised,
             fluctuation=Fluctuation.from_mape(config.law_error),
+            steps=config.speculation.steps if config.speculation else ONE_TOKEN_A_STEP,
         ).thresholds
     if config.cap is None:
         raise SimulationError("counts = 'by_cap': give a cap too, from which they follow")
@@ -150,15 +152,18 @@ def _summary(
     )
     totals = [replica.totals for replica in fleet.replicas]
     returns = fleet.returns.totals if fleet.returns else None
+    decode_steps = _sum(totals, "decode_steps")
     return {
         "policy": config.policy, "workload": workload.name, "rate_rps": workload.mix().rate_rps, **measured,
         "retry_attempts": returns.attempts if returns else None,
         "returned_admitted_fraction": returns.admitted_fraction if returns else None,
-        "wrong_rejection_fraction": None, "rejected_individually_servable_fraction": None,
+        "wrong_rejection_fraction": None, "wrong_rejection_low": None, "wrong_rejection_high": None,
+        "rejected_individually_servable_fraction": None,
         "controller": config.controlled,
         "stranded": fleet.stranded, "unfinished": fleet.unfinished,
         "preemptions": _sum(totals, "preemptions"), "recomputed_tokens": _sum(totals, "recomputed_tokens"),
         "kv_peak_fraction": max(total.kv_peak_fraction for total in totals),
+        "tokens_per_step": _sum(totals, "gained_tokens") / decode_steps if decode_steps else None,
         "iterations": _sum(totals, "iterations"), "virtual_s": max(replica.now_s for replica in fleet.replicas),
         "notes": list(workload.notes()),
     }

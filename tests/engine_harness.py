@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 from scheduler.messages import Ack, Apply
 from scheduler.thresholds import parse_thresholds
 from scheduler.vllm_scheduler import HeadraceScheduler
-from simulator.in_process import make_scheduler
+from simulator.in_process import drafted_requests, hand_drafts, make_scheduler
 
 BLOCK = 16
 STEP_S = 0.01
@@ -55,13 +56,16 @@ class Engine:
     """One scheduler, stepped as vLLM's engine core steps it: schedule one iteration ahead, then feed results back.
 
     batches: the scheduled tokens by request, one dict an iteration; finished: the requests that ended by themselves;
-    `clock` moves by `STEP_S` an iteration.
+    `clock` moves by `STEP_S` an iteration. `drafts`: with speculative decoding, how many a decoding request has;
+    `gains`: the tokens that a request has of a step with so many drafts.
     """
 
     def __init__(
         self, scheduler_cls: type[AsyncScheduler] = HeadraceScheduler, *, blocks: int = 256,
-        thresholds: dict[str, Any] | None = None, settings: dict[str, Any] | None = None, **engine_args: Any,
+        thresholds: dict[str, Any] | None = None, settings: dict[str, Any] | None = None,
+        drafts: int | None = None, gains: Callable[[str, int], int] = lambda name, drafts: 1, **engine_args: Any,
     ) -> None:
+        self._drafts, self._gains = drafts, gains
         settings = dict(settings or {})
         if thresholds is not None:
             settings["thresholds"] = thresholds
@@ -150,13 +154,19 @@ class Engine:
     def deliver(self) -> None:
         """The results of the oldest iteration in flight come back."""
         output, names, producing = self._in_flight.popleft()
-        sampled = [[self._token_for(name)] if name in producing else [] for name in names]
+        drafted = drafted_requests(output) if self._drafts is not None else {}
+        sampled = [
+            [self._token_for(name)] * (self._gains(name, drafted[name]) if name in drafted else 1)
+            if name in producing else [] for name in names
+        ]
         outputs = self.scheduler.update_from_output(
             output,
             ModelRunnerOutput(
                 req_ids=names, req_id_to_index={n: i for i, n in enumerate(names)}, sampled_token_ids=sampled
             ),
         )
+        if self._drafts is not None:
+            hand_drafts(self.scheduler, output, self._drafts)
         self.answers += [answer for client in outputs.values() for answer in client.outputs]
         for name in names:
             if name in self.requests and self.requests[name].is_finished():

@@ -1,11 +1,13 @@
-"""The page of `real_traffic.py` from its runs: conclusions, each computed, and the grid behind them."""
+"""The page of `real_traffic.py` from its runs: conclusions, each computed, and the grids behind them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from grids import mean_of
+from promises import goodput
 
 from scheduler.fluid import PrefixReuse
 from scheduler.mix import Lengths, WorkloadMix
@@ -14,58 +16,65 @@ from scheduler.targets import Targets, solve_pace
 from simulator.config import simulation_config
 from simulator.fleet import limits_of
 from simulator.measure import window_of
+from simulator.sweep import PointResult
 from simulator.workload import open_workload
 
-Point = tuple[str, str, float, int]
-Results = dict[Point, dict[str, Any]]
-COMMAND = "python benchmarks/evidence/real_traffic.py --traces FOLDER --profile FILE"
+if TYPE_CHECKING:
+    from real_traffic import Case
+
+Runs = Mapping[str, list[PointResult]]
+INTRODUCTION = """# Traffic as real engines see it
+
+Made by `python benchmarks/evidence/real_traffic.py --traces FOLDER --profile FILE`: vLLM's real scheduler and prefix
+cache in virtual time, caching on as vLLM has it by default, the controller live from a cold start, the central 60 %
+of the requests measured (beyond capacity more arrive, so that as many are served). n is the number of seeds; with
+several, means. Goodput in requests/s within both targets. Bound: the fluid capacity for the very requests measured,
+counting only the prompt tokens that were computed, or the offered rate if that is less. Rejection times are from
+arrival until the client hears, which takes one and a half iterations at least. Best static: plain vLLM with the best
+of the caps and token budgets tried, whose clients leave after 2.5 s without a token. A dash stands where nothing was
+run.
+
+## What it says
+"""
+COLUMNS = (
+    "| policy | load | n | goodput | bound | TTFT p50, p99 (s) | TPOT p99 (ms) | miss TTFT | miss TPOT | rejected "
+    "| rejection p50, p99 (s) | prefix hits | preemptions |"
+)
 
 
-def write_page(path: Path, found: dict[str, dict[str, Any]], results: Results) -> None:
-    """Write the page; a dash stands where no run is."""
-    lines = [
-        "# Traffic as real engines see it", "",
-        f"Made by `{COMMAND}`:",
-        "vLLM's real scheduler and prefix cache in virtual time, caching on as vLLM has it by default, the controller",
-        "live from a cold start, the central 60 % of the requests measured. n is the number of seeds. Goodput in",
-        "requests/s within both targets. Bound: the fluid capacity for the very requests measured, counting only the",
-        "prompt tokens that were computed, or the offered rate if that is less. Rejection times are from arrival until",
-        "the client hears, which takes one and a half iterations at least.", "", "## What it says", "",
-    ]
-    lines += [f"- {sentence}" for name in found for sentence in _sentences(name, found[name], results)]
-    for name, case in found.items():
-        lines += ["", f"## {name}", "", f"Load 1 stands for {case['rate_rps']:g} requests/s.", ""]
-        lines += [*case["remark"], ""] if "remark" in case else []
-        lines += _grid(name, case, results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+def page(cases: Sequence[Case], runs: Runs) -> str:
+    """The whole page."""
+    parts = [INTRODUCTION, *(f"- {_conclusion(case, runs)}" for case in cases)]
+    for case in cases:
+        parts += ["", f"## {case.name}", "", f"Load 1 stands for {case.rate_rps:g} requests/s.", ""]
+        parts += [*case.remark, ""] if case.remark else []
+        parts += [*_grid(case, runs), *_beyond(case, runs), *_latency(case, runs)]
+    return "\n".join(parts) + "\n"
 
 
-def _loads(name: str, policy: str, results: Results) -> list[float]:
-    return sorted({load for n, p, load, _ in results if (n, p) == (name, policy)})
+def _of(runs: Runs, group: str) -> list[dict[str, Any]]:
+    return [result.summary for result in runs.get(group, []) if result.summary]
 
 
-def _runs(name: str, policy: str, load: float, results: Results) -> list[tuple[int, dict[str, Any]]]:
-    return [(seed, run) for (n, p, at, seed), run in results.items() if (n, p, at) == (name, policy, load)]
+def _loads(case: Case, what: str, runs: Runs) -> list[float]:
+    loads = {*case.loads, *case.rival_loads, *case.static_loads}
+    return [load for load in sorted(loads) if _of(runs, case.group(load, what))]
 
 
-def _mean(runs: Iterable[tuple[int, dict[str, Any]]], key: str) -> float | None:
-    values = [run[key] for _, run in runs if run.get(key) is not None]
-    return mean(values) if values else None
-
-
-def _bound_rps(case: dict[str, Any], load: float, runs: Sequence[tuple[int, dict[str, Any]]]) -> float:
+def _bound_rps(results: Sequence[PointResult]) -> float:
     """Capacity for the measured requests with the prefix hits of that run, at most what is offered; mean over seeds."""
     bounds = []
-    for seed, run in runs:
-        rate_rps = load * case["rate_rps"]
-        config = simulation_config(case["options"] | {"policy": "fluid", "rate_rps": rate_rps, "seed": seed})
+    for result in results:
+        run = result.summary
+        if run is None:
+            continue
+        config = simulation_config(result.options)
         limits, hits = limits_of(config), run.get("prefix_hit_fraction") or 0.0
         longest = min(config.max_model_len, limits.kv_capacity_tokens - limits.block_tokens)
         workload = open_workload(config.workload.model_copy(update={"max_total_tokens": longest}))
         pairs = [(request.prompt_tokens, request.output_tokens) for request in workload.requests()]
         measured = window_of(len(pairs), config.window)
-        mix = WorkloadMix.from_lengths(Lengths.from_pairs(pairs[measured.start : measured.stop]), rate_rps)
+        mix = WorkloadMix.from_lengths(Lengths.from_pairs(pairs[measured.start : measured.stop]), run["rate_rps"])
         solved = solve_pace(
             mix, load_profile(config.profile).law, limits, Targets(tpot_s=config.slo.tpot_s),
             reuse=PrefixReuse(1 - hits, 1 - hits),
@@ -75,76 +84,140 @@ def _bound_rps(case: dict[str, Any], load: float, runs: Sequence[tuple[int, dict
     return mean(bounds)
 
 
-def _sentences(name: str, case: dict[str, Any], results: Results) -> list[str]:
-    """The conclusions on one workload."""
-    loads = _loads(name, "fluid", results)
+def _conclusion(case: Case, runs: Runs) -> str:
+    loads = _loads(case, "fluid", runs)
     if not loads:
-        return [f"{name}: not run."]
-    runs = {load: _runs(name, "fluid", load, results) for load in loads}
-    goodput = {load: _mean(runs[load], "goodput_rps") or 0.0 for load in loads}
-    shares = {load: goodput[load] / _bound_rps(case, load, runs[load]) for load in loads}
-    beyond = [load for load in loads if load > 1]
-    said = [
-        f"{name}: `fluid` reaches {min(shares.values()):.2f} to {max(shares.values()):.2f} of the bound over loads "
-        f"{min(loads):g} to {max(loads):g}; of the served at most {_worst(runs, 'served_ttft_miss_fraction'):.1%} miss "
-        f"TTFT and {_worst(runs, 'served_tpot_miss_fraction'):.1%} TPOT."
+        return f"{case.name}: not run."
+    reached = {load: mean_of(_of(runs, case.group(load, "fluid")), "goodput_rps") for load in loads}
+    shares = [reached[load] / _bound_rps(runs[case.group(load, "fluid")]) for load in loads]
+    missed = [
+        max(mean_of(_of(runs, case.group(load, "fluid")), f"served_{name}_miss_fraction") for load in loads)
+        for name in ("ttft", "tpot")
     ]
+    said = (
+        f"{case.name}: `fluid` reaches {min(shares):.2f} to {max(shares):.2f} of the bound over loads {min(loads):g} "
+        f"to {max(loads):g}; of the served at most {missed[0]:.1%} miss TTFT and {missed[1]:.1%} TPOT."
+    )
+    beyond = [load for load in loads if load > 1]
     if beyond:
-        peak = max(goodput.values())
-        said[0] += f" From {min(beyond):g} on it keeps {min(goodput[load] for load in beyond) / peak:.2f} of its peak."
-    rivals = sorted({p for n, p, _, _ in results if n == name and p != "fluid"})
+        kept = min(reached[load] for load in beyond) / max(reached.values())
+        said += f" From {min(beyond):g} on it keeps {kept:.2f} of its peak."
     for load in beyond:
-        best = max(
-            ((_mean(_runs(name, rival, load, results), "goodput_rps") or 0.0, rival) for rival in rivals
-             if _runs(name, rival, load, results)), default=None,
-        )
-        if best:
-            said[0] += f" At {load:g} the best rule that others ship is {best[1]} with {best[0]:.2f}, "
-            said[0] += f"`fluid` has {goodput[load]:.2f}."
-    light = [load for load in loads if load < 1 and _runs(name, "vllm", load, results)]
-    for load in light:
-        ours = [run for run in runs[load] if run[0] == 1]
-        theirs = _mean(_runs(name, "vllm", load, results), "ttft_p99_s")
-        if ours and theirs:
-            ratio = (_mean(ours, "ttft_p99_s") or 0.0) / theirs
-            said[0] += f" p99 TTFT at load {load:g} is {ratio:.2f} of plain vLLM's (same seed)."
+        said += _beside(case, load, reached[load], runs)
+    return said + _first_tokens(case, runs) + _uncached(case, reached, runs)
+
+
+def _beside(case: Case, load: float, reached_rps: float, runs: Runs) -> str:
+    """The best rule that others ship, and the best static setting, at a load beyond capacity."""
+    said = ""
+    shipped = {rival: _of(runs, case.group(load, rival)) for rival in case.rivals}
+    best_rps, best = max(
+        ((mean_of(some, "goodput_rps"), name) for name, some in shipped.items() if some), default=(0.0, "")
+    )
+    if best:
+        said += f" At {load:g} it has {reached_rps:.2f}, the best shipped rule, {best}, {best_rps:.2f}"
+        static = [goodput(summary) for summary in _of(runs, case.group(load, "static"))]
+        said += f", the best of {len(static)} static settings {max(static):.2f}." if static else "."
     return said
 
 
-def _worst(runs: dict[float, list[tuple[int, dict[str, Any]]]], key: str) -> float:
-    return max((_mean(some, key) or 0.0) for some in runs.values())
+def _first_tokens(case: Case, runs: Runs) -> str:
+    said = ""
+    for load in (load for load in case.loads if load < 1):
+        ours = [r.summary for r in runs.get(case.group(load, "fluid"), []) if r.summary and r.options["seed"] == 1]
+        theirs = _of(runs, case.group(load, "vllm"))
+        if ours and theirs and theirs[0]["ttft_p99_s"]:
+            ratio = ours[0]["ttft_p99_s"] / theirs[0]["ttft_p99_s"]
+            said += f" p99 TTFT at load {load:g} is {ratio:.2f} of plain vLLM's (same seed)."
+    return said
 
 
-def _grid(name: str, case: dict[str, Any], results: Results) -> list[str]:
-    lines = [
-        "| policy | load | n | goodput | bound | TTFT p50, p99 (s) | TPOT p99 (ms) | miss TTFT | miss TPOT | rejected "
-        "| rejection p50, p99 (s) | prefix hits | preemptions |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    policies = ["fluid", *sorted({p for n, p, _, _ in results if n == name and p != "fluid"})]
-    for policy in policies:
-        for load in _loads(name, policy, results):
-            runs = _runs(name, policy, load, results)
-            get = {key: _mean(runs, key) for key in (
-                "goodput_rps", "ttft_p50_s", "ttft_p99_s", "tpot_p99_s", "served_ttft_miss_fraction",
-                "served_tpot_miss_fraction", "rejected_in_window", "rejection_p50_s", "rejection_p99_s",
-                "prefix_hit_fraction", "preemptions",
-            )}
-            bound = f"{_bound_rps(case, load, runs):.2f}" if policy == "fluid" else ""
-            tpot_ms = None if get["tpot_p99_s"] is None else 1000 * get["tpot_p99_s"]
-            lines.append(
-                f"| `{policy}` | {load:g} | {len(runs)} | {_text(get['goodput_rps'])} | {bound} "
-                f"| {_text(get['ttft_p50_s'])}, {_text(get['ttft_p99_s'])} | {_text(tpot_ms, 1)} "
-                f"| {_share(get['served_ttft_miss_fraction'])} | {_share(get['served_tpot_miss_fraction'])} "
-                f"| {_text(get['rejected_in_window'], 0)} | {_text(get['rejection_p50_s'])}, "
-                f"{_text(get['rejection_p99_s'])} | {_text(get['prefix_hit_fraction'])} "
-                f"| {_text(get['preemptions'], 0)} |"
-            )
+def _uncached(case: Case, reached: dict[float, float], runs: Runs) -> str:
+    loads = [load for load in reached if _of(runs, case.group(load, "uncached"))]
+    if not loads:
+        return ""
+    ratios = [reached[load] / mean_of(_of(runs, case.group(load, "uncached")), "goodput_rps") for load in loads]
+    return f" Prefix caching multiplies goodput by {min(ratios):.2f} to {max(ratios):.2f}."
+
+
+def _grid(case: Case, runs: Runs) -> list[str]:
+    lines = [COLUMNS, "|" + "---|" * (COLUMNS.count("|") - 1)]
+    for what in ("fluid", "uncached", *case.rivals):
+        for load in _loads(case, what, runs):
+            results = runs[case.group(load, what)]
+            name = "`fluid`, caching off" if what == "uncached" else f"`{what}`"
+            lines.append(f"| {name} | {load:g} {_row([r.summary for r in results if r.summary])}".replace(
+                "BOUND", f"{_bound_rps(results):.2f}" if what == "fluid" else "–"
+            ))
+    for load in _loads(case, "static", runs):
+        chosen = max(runs[case.group(load, "static")], key=lambda result: goodput(result.summary))
+        setting = f"best static: cap {chosen.options['cap']}, budget {chosen.options['token_budget']}"
+        lines.append(f"| {setting} | {load:g} {_row([chosen.summary or {}])}".replace("BOUND", "–"))
     return lines
 
 
-def _text(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+def _row(summaries: list[dict[str, Any]]) -> str:
+    def of(key: str, digits: int = 2, unit: float = 1.0) -> str:
+        values = [summary[key] for summary in summaries if summary.get(key) is not None]
+        return f"{unit * mean(values):.{digits}f}" if values else "–"
+
+    def share(key: str) -> str:
+        values = [summary[key] for summary in summaries if summary.get(key) is not None]
+        return f"{mean(values):.1%}" if values else "–"
+
+    return (
+        f"| {len(summaries)} | {of('goodput_rps')} | BOUND | {of('ttft_p50_s')}, {of('ttft_p99_s')} "
+        f"| {of('tpot_p99_s', 1, 1000)} | {share('served_ttft_miss_fraction')} | {share('served_tpot_miss_fraction')} "
+        f"| {of('rejected_in_window', 0)} | {of('rejection_p50_s')}, {of('rejection_p99_s')} "
+        f"| {of('prefix_hit_fraction')} | {of('preemptions', 0)} |"
+    )
+
+
+def _beyond(case: Case, runs: Runs) -> list[str]:
+    """Clients that come back, and whether rejections were right."""
+    loads = [load for load in case.loads if load > 1]
+    rows = []
+    for load in loads:
+        once, back, audit = (_of(runs, case.group(load, what)) for what in ("fluid", "retries", "audit"))
+        if not once or not (back or audit):
+            continue
+        row = f"| {load:g} | {goodput(once[0]):.2f} "
+        row += f"| {goodput(back[0]):.2f} | {_share(back[0]['returned_admitted_fraction'])} " if back else "| – | – "
+        found = audit[0] if audit else {}
+        row += f"| {_share(found.get('wrong_rejection_fraction'))} ({_share(found.get('wrong_rejection_low'))} to "
+        row += f"{_share(found.get('wrong_rejection_high'))}) | {_share(found.get('wrong_admission_fraction'))} |"
+        rows.append(row)
+    if not rows:
+        return []
+    return [
+        "", "Clients that come back as the openai client does, and the audit by replay (95 % interval), first seed:",
+        "",
+        "| load | goodput | with clients that come back | of those, admitted | wrong rejections | wrong admissions |",
+        "|---|---|---|---|---|---|", *rows,
+    ]
+
+
+def _latency(case: Case, runs: Runs) -> list[str]:
+    """Goodput under a latency target alone."""
+    rows = []
+    for latency_s in case.latency_s:
+        for load in (0.5, 0.9, 1.5):
+            ours, plain, static = (
+                _of(runs, case.group(load, f"latency-{latency_s:g}-{what}")) for what in ("fluid", "vllm", "static")
+            )
+            if ours:
+                best = f"{max(goodput(summary) for summary in static):.2f}" if static else "–"
+                rows.append(
+                    f"| {latency_s:g} | {load:g} | {goodput(ours[0]):.2f} | {goodput(plain[0]) if plain else 0:.2f} "
+                    f"| {best} | {ours[0]['rejected_in_window']} |"
+                )
+    if not rows:
+        return []
+    return [
+        "", "A latency target alone (goodput: requests/s that end within it), first seed:", "",
+        "| latency target (s) | load | `fluid` | plain vLLM | best static cap | rejected |",
+        "|---|---|---|---|---|---|", *rows,
+    ]
 
 
 def _share(value: float | None) -> str:

@@ -122,10 +122,14 @@ class Snapshot:
     waiting: the gate's queues by type, empty ones left out; released: requests already let through the gate that do not
     run (not taken up yet, preempted, or unable to start: a grammar compiles, adapters are full); released_requests: the
     same, one by one; running: the requests in service, oldest first. KV in tokens: kv_used_tokens is what is allocated
-    (shared blocks once), kv_read_tokens what the running requests' attention reads (None: the same).
-    prompt_backlog_tokens: what is left to compute of the prompts of those running and released. slots: most requests
+    (shared blocks once), kv_read_tokens what the coming iteration's attention reads (None: the same).
+    prompt_backlog_tokens: what is left to compute of the prompts of those running and released;
+    prompt_tokens_under_way: what the iterations under way compute of prompts. slots: most requests
     that may run at once; most_tokens: most tokens in an iteration (None: no such limit). latest: the latest executed
-    iteration.
+    iteration. decode_tokens: what the coming iteration computes to advance those that it can, their drafts included
+    (None: one token for each that runs); most_step_tokens: most output tokens that one iteration gives a request.
+    next_is_emptier: of the iterations among which a pipeline spreads the requests, the coming one has more than its
+    share.
     """
 
     now_s: float
@@ -135,16 +139,25 @@ class Snapshot:
     kv_used_tokens: int
     kv_capacity_tokens: int
     prompt_backlog_tokens: int = 0
+    prompt_tokens_under_way: int = 0
     released_requests: Sequence[Resident] = ()
     kv_read_tokens: int | None = None
     slots: int | None = None
     most_tokens: int | None = None
     latest: Iteration | None = None
+    decode_tokens: int | None = None
+    most_step_tokens: int = 1
+    next_is_emptier: bool = False
 
     @property
     def read_tokens(self) -> int:
-        """KV tokens that the running requests' attention reads."""
+        """KV tokens that the coming iteration's attention reads."""
         return self.kv_used_tokens if self.kv_read_tokens is None else self.kv_read_tokens
+
+    @property
+    def tokens_to_decode(self) -> int:
+        """Tokens that the coming iteration computes to advance those that it can."""
+        return len(self.running) if self.decode_tokens is None else self.decode_tokens
 
     @property
     def idle(self) -> bool:

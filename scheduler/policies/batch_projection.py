@@ -69,6 +69,8 @@ class BatchProjection:
         self._steps = np.diff(self._ahead, append=self._ahead[-1])
         self._edges = np.unique(np.concatenate([_geometric(longest, _STAGE_RATIO), lengths]))
         self._stays = _staying(self._edges, self._ahead, lengths, survival)
+        # Drafts have memory before they are accepted, those of the iteration under way too.
+        self._early_tokens = pace.block_tokens + 2 * (pace.computed_per_step - 1)
         self._d1 = pace.law.d1_s_per_kv_token / pace.pipeline_depth
         self._d3 = pace.law.d3_s_per_decode_token * pace.computed_per_step / pace.pipeline_depth
         self.reset(Columns([]), 0.0)
@@ -111,7 +113,7 @@ class BatchProjection:
         private, read = waiting.prompt_tokens - waiting.shared_tokens + self._ahead, waiting.prompt_tokens + self._ahead
         requests = self._requests + stays
         # Between two horizons no request is taken to leave; a last block is rarely full, the next one allocated early.
-        memory = self._memory + stays * private + requests * (self._steps + pace.block_tokens) + self._shared_tokens
+        memory = self._memory + stays * private + requests * (self._steps + self._early_tokens) + self._shared_tokens
         spread = np.sqrt(self._memory_variance + doubt * private**2)
         if float(np.max(memory + pace.overflow_z * spread)) > pace.kv_limit_tokens:
             return False

@@ -24,34 +24,48 @@ _SURE = 1.5
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """The present rates: seconds of an iteration, prompt tokens per second, and tokens ahead of any newcomer."""
+    """The present rates: seconds of an iteration, prompt tokens per second, and tokens ahead of any newcomer.
+
+    under_way_s: until the iterations under way are over; batch: where an iteration has no planned time and takes what
+    its prompts take, the requests beside them and the KV tokens that these read.
+    """
 
     pace: Pace
     iteration_s: float
     prompt_tokens_per_s: float
     backlog_tokens: int
+    under_way_s: float
+    batch: tuple[float, float] | None
 
     @classmethod
     def of(cls, pace: Pace, snapshot: Snapshot, room: float) -> FirstToken:
         """From the state of the engine and the prompt tokens for which the coming iteration has time."""
-        running = len(snapshot.running)
-        read = float(snapshot.read_tokens)
-        most = math.inf if snapshot.most_tokens is None else max(1.0, float(snapshot.most_tokens - running))
+        decodes, read = float(snapshot.tokens_to_decode), float(snapshot.read_tokens)
+        most = math.inf if snapshot.most_tokens is None else max(1.0, float(snapshot.most_tokens - decodes))
         chunk = min(max(room, pace.prompt_flow_tokens), most)
-        if math.isinf(chunk):
-            return cls(pace, pace.law.shortest_iteration_s, math.inf, snapshot.prompt_backlog_tokens)
-        seconds = pace.law.iteration_s(chunk, float(running), read)
-        if pace.iteration_s is not None and not pace.cold:
-            seconds = max(seconds, pace.iteration_s) if room <= chunk else seconds
-        return cls(pace, seconds, chunk / seconds, snapshot.prompt_backlog_tokens)
+        rate, seconds = math.inf, pace.law.shortest_iteration_s
+        if math.isfinite(chunk):
+            seconds = pace.law.iteration_s(chunk, decodes, read)
+            if pace.iteration_s is not None and not pace.cold:
+                seconds = max(seconds, pace.iteration_s) if room <= chunk else seconds
+            rate = chunk / seconds
+        under_way_s = (_ITERATIONS_UNDER_WAY + pace.pipeline_depth - 1) * seconds
+        batch = (decodes, read) if math.isinf(room) and math.isfinite(chunk) else None
+        if batch:
+            prompts = (float(snapshot.prompt_tokens_under_way), *[0.0] * pace.pipeline_depth)
+            steps_s = [pace.law.iteration_s(tokens, *batch) for tokens in prompts]
+            under_way_s = 0.0 if snapshot.idle else sum(steps_s)
+        return cls(pace, seconds, rate, snapshot.prompt_backlog_tokens, under_way_s, batch)
 
     def own_s(self, waiting: Waiting, ahead_tokens: float = 0.0) -> float:
         """Seconds from the head of the queue to the first token, behind so many more prompt tokens."""
         tokens = self.backlog_tokens + ahead_tokens + waiting.tokens_to_compute
-        under_way_s = (_ITERATIONS_UNDER_WAY + self.pace.pipeline_depth - 1) * self.iteration_s
         if math.isinf(self.prompt_tokens_per_s):
-            return under_way_s + self.pace.prefill_s(tokens)
-        return under_way_s + max(tokens / self.prompt_tokens_per_s, self.iteration_s)
+            return self.under_way_s + self.pace.prefill_s(tokens)
+        alone_s = self.iteration_s
+        if self.batch:
+            alone_s = min(alone_s, self.pace.law.iteration_s(float(tokens), *self.batch))
+        return self.under_way_s + max(tokens / self.prompt_tokens_per_s, alone_s)
 
     def too_late(self, view: QueueView, now_s: float) -> frozenset[str]:
         """Requests that have waited so long that their first token would be late; the oldest are looked at first."""
@@ -74,24 +88,24 @@ class FirstToken:
         pace = self.pace
         if pace.latency_s is None or math.isinf(waiting.expected_output_tokens):
             return limit_s
-        token_s = pace.steady_s or pace.token_s or self.iteration_s
+        token_s = pace.steady_token_s or pace.token_s or self.iteration_s
         rest_s = pace.latency_s - (waiting.expected_output_tokens - 1) * token_s
         return rest_s if pace.ttft_s is None else min(pace.ttft_s, rest_s)
 
     def beyond_limit(
-        self, view: QueueView, now_s: float, *, waiting: int, tokens: int, running: int, full: bool
+        self, view: QueueView, now_s: float, *, waiting: int, tokens: int, running: int, free_slots: int
     ) -> int:
         """How many requests at the tail are rejected: beyond the queue limit, or unlikely to be in time.
 
-        waiting, tokens: requests that go on waiting, and their prompt tokens to compute; running: admitted ones; full:
-        none enters before another leaves.
+        waiting, tokens: requests that go on waiting, and their prompt tokens to compute; running: admitted ones;
+        free_slots: how many more may enter before another leaves.
         """
         pace, limit_s = self.pace, self.pace.first_token_limit_s
         beyond = 0 if pace.queue_requests is None else max(0, waiting - pace.queue_requests)
         if limit_s is None or pace.cold or waiting <= 0:
             return beyond
         at_capacity = pace.in_service_at_capacity
-        free = 0.0 if full else max(0.0, (math.inf if at_capacity is None else at_capacity) - running)
+        free = max(0.0, min(free_slots, (math.inf if at_capacity is None else at_capacity) - running))
         left = waiting
         for place, request in enumerate(islice(view.tail(), waiting)):
             tokens -= request.tokens_to_compute

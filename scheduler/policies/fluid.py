@@ -12,6 +12,7 @@ When not to use it: with output lengths that change faster than the survival est
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Collection
 from itertools import islice
 
@@ -60,7 +61,8 @@ class Fluid(Policy):
         budget = admission.budget(snapshot, room, cached)
         beyond = first.beyond_limit(
             view, snapshot.now_s, waiting=view.length - len(late) - admitted, tokens=view.tokens_to_compute - tokens,
-            running=len(snapshot.running) + snapshot.released + admitted, full=admission.is_full or admitted == slots,
+            running=len(snapshot.running) + snapshot.released + admitted,
+            free_slots=0 if admission.is_full else slots - admitted,
         )
         return Decision(
             admit={UNKNOWN_TYPE: admitted} if admitted else {}, token_budget=budget, refuse=late, refuse_last=beyond,
@@ -81,10 +83,13 @@ class _Admission:
     def __init__(self, pace: Pace) -> None:
         self.pace = pace
         self._projection = BatchProjection(pace)
-        self._slack = None if pace.token_s is None else TpotSlack(pace.token_s, self._projection.survives)
+        self._slack = None if pace.token_s is None else TpotSlack(
+            pace.token_s, self._projection.survives, pace.pipeline_depth
+        )
         self._smallest_chunk = _smallest_chunk(pace)
         self._speed = 0.0 if pace.cold else 1.0
         self._recent_s = pace.iteration_s or 0.0
+        self._round_s: deque[float] = deque(maxlen=pace.pipeline_depth)
         self._seen = 0
         self._full_with = 0
         self._full_for = 0
@@ -100,7 +105,8 @@ class _Admission:
         if latest is None or latest.seq == self._seen:
             return
         self._seen = latest.seq
-        self._recent_s = _RECENT_MEMORY * self._recent_s + (1 - _RECENT_MEMORY) * latest.seconds
+        self._round_s.append(latest.seconds)  # a pipeline is as slow as the slowest of the batches in it
+        self._recent_s = _RECENT_MEMORY * self._recent_s + (1 - _RECENT_MEMORY) * max(self._round_s)
         predicted_s = self.pace.law.iteration_s(
             float(latest.prefill_tokens), float(latest.decode_tokens), float(latest.kv_tokens)
         )
@@ -130,27 +136,29 @@ class _Admission:
         At least a small chunk, so that prefills always progress. More than planned when prefills want it and the
         running requests have slack.
         """
-        pace, running, limit_s = self.pace, len(snapshot.running), self._iteration_s
+        pace, running, limit_s = self.pace, self._steps(snapshot), self._iteration_s
         if limit_s is None:
             return math.inf
         read = snapshot.read_tokens
         room = pace.prompt_tokens_within(limit_s, running, read)
         assert self._slack is not None
-        most = math.inf if snapshot.most_tokens is None else max(0.0, snapshot.most_tokens - running)
-        ahead = list(islice(view.heads(), _HEADS)) if view and room < most else []
-        wanted = snapshot.prompt_backlog_tokens + sum(waiting.tokens_to_compute for waiting in ahead)
-        wanted_s = pace.prefill_s(min(wanted, most) - max(room, 0.0)) if room < most else 0.0
-        busy_s = max(pace.decode_iteration_s(float(running), float(read)), pace.steady_s, self._recent_s)
+        most = math.inf if snapshot.most_tokens is None else max(0.0, snapshot.most_tokens - snapshot.tokens_to_decode)
+        decode_s = pace.law.iteration_s(0.0, float(snapshot.tokens_to_decode), float(read))
+        busy_s = max(decode_s, pace.steady_s, self._recent_s)
         gain_s = (limit_s - busy_s) * pace.pipeline_depth / pace.tokens_per_step
-        if wanted_s <= 0 or gain_s <= 0 or (self.is_full and view):
+        may_lend = gain_s > 0 and room < most and not (self.is_full and view)
+        wanted_s = pace.prefill_s(_wanted_tokens(snapshot, view, most) - max(room, 0.0)) if may_lend else 0.0
+        if wanted_s <= 0:
             self._slack.nothing_lent()
         else:
-            prompts = min(len(ahead), _HEADS) + (snapshot.prompt_backlog_tokens > 0)
+            ahead = min(view.length, _HEADS) if view else 0
+            prompts = ahead + (snapshot.prompt_backlog_tokens > 0)
+            # A longer batch delays those behind it in each of a pipeline's stages.
             spare_s = self._slack.spare_s(
-                np.array(stages_of(snapshot.running)), _first_token_s(snapshot), snapshot.now_s, wanted_s,
-                gain_s=gain_s, misses=_SLACK_SHARE * pace.miss_probability * prompts,
+                np.array(stages_of(snapshot.running)), _first_token_s(snapshot), snapshot.now_s,
+                wanted_s * pace.pipeline_depth, gain_s=gain_s, misses=_SLACK_SHARE * pace.miss_probability * prompts,
             )
-            room = pace.prompt_tokens_within(limit_s + spare_s, running, read)
+            room = pace.prompt_tokens_within(limit_s + spare_s / pace.pipeline_depth, running, read)
         return max(self._smallest_chunk, min(room, most))
 
     def budget(self, snapshot: Snapshot, room: float, cached_tokens: int = 0) -> int | None:
@@ -159,19 +167,25 @@ class _Admission:
             return None
         prompt_s = self.pace.prefill_s(1.0)
         read = cached_tokens * self.pace.law.d1_s_per_kv_token / prompt_s if prompt_s else 0.0
-        decodes = math.ceil(len(snapshot.running) * self.pace.computed_per_step)
-        return decodes + int(max(self._smallest_chunk, room - read) + 1e-6)
+        return snapshot.tokens_to_decode + int(max(self._smallest_chunk, room - read) + 1e-6)
+
+    def _steps(self, snapshot: Snapshot) -> float:
+        """Running requests, each with the drafts that it usually has: the coming iteration knows how many there are."""
+        if snapshot.decode_tokens is None:
+            return float(len(snapshot.running))
+        return snapshot.decode_tokens / self.pace.computed_per_step
 
     def admitted(
         self, view: QueueView, late: Collection[str], slots: int, snapshot: Snapshot, room: float
     ) -> tuple[int, int, int]:
         """How many are admitted, the `late` ones left out, and of these the prompt tokens to compute and the cached.
 
-        While there is a slot, time for their prompts and room for their growth. An idle engine takes the first.
+        While there is a slot, time for their prompts and room for their growth. An idle engine takes the first. Of a
+        pipeline's iterations an emptier one takes them, so that all of them have about as many requests.
         """
         prompts = room - snapshot.prompt_backlog_tokens
         taken = len(snapshot.running) + snapshot.released
-        if not slots or (prompts <= 0 and taken) or self._still_full(taken):
+        if not slots or (prompts <= 0 and taken) or snapshot.next_is_emptier or self._still_full(taken):
             return 0, 0, 0
         self._reset_projection(snapshot)
         admitted = tokens = cached = 0
@@ -214,6 +228,16 @@ def _smallest_chunk(pace: Pace) -> int:
     if pace.iteration_s is None or not prompt_s:
         return _SMALLEST_CHUNK
     return max(1, min(_SMALLEST_CHUNK, int(_SMALLEST_CHUNK_SHARE * pace.iteration_s / prompt_s)))
+
+
+def _wanted_tokens(snapshot: Snapshot, view: QueueView | None, most: float) -> float:
+    """Prompt tokens that the coming iteration could compute; no more requests are looked at than fill it."""
+    wanted = snapshot.prompt_backlog_tokens
+    for waiting in islice(view.heads(), _HEADS) if view else ():
+        if wanted >= most:
+            break
+        wanted += waiting.tokens_to_compute
+    return min(float(wanted), most)
 
 
 def _first_token_s(snapshot: Snapshot) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

@@ -19,8 +19,10 @@ class Segments:
     def __init__(self, thresholds: Thresholds) -> None:
         self._n = tuple(segment.n for segment in thresholds.segments)
         self._ends = tuple(segment.end_output_tokens for segment in thresholds.segments)
-        # The stage at which segment k+1's queue stands; beyond the last boundary nobody waits.
-        self._queue_at = {end: index + 1 for index, end in enumerate(self._ends[:-1])}
+        # The stages at which segment k+1's queue stands; beyond the last boundary nobody waits.
+        self._queue_at: dict[int, int] = {}
+        self._widest = -1
+        self._stand_within(0)
         self._max_hold_s = thresholds.max_hold_s
         self._held_since_s: dict[str, float] = {}
         self._passed: dict[str, int] = {}
@@ -30,6 +32,14 @@ class Segments:
         """n_1, the group size at the entry; None without segments."""
         return self._n[0] if self._n else None
 
+    def _stand_within(self, tokens: int) -> None:
+        """A request may find itself so many tokens past a boundary when it is first seen there."""
+        if tokens != self._widest:
+            self._widest = tokens
+            self._queue_at = {
+                end + beyond: index + 1 for index, end in enumerate(self._ends[:-1]) for beyond in range(tokens + 1)
+            }
+
     def sit_out(self, snapshot: Snapshot, *, entering: bool) -> set[str]:
         """Serving mode: who is held at a boundary now. Each hold ends when n_k stand there or after `max_hold_s`.
 
@@ -38,6 +48,8 @@ class Segments:
         """
         if not self._queue_at:
             return set()
+        # A step may cross a boundary by all of its tokens but one, and so may the one that was under way meanwhile.
+        self._stand_within(2 * (snapshot.most_step_tokens - 1))
         queues: dict[int, list[str]] = {}
         for place, stage in enumerate(stages_of(snapshot.running)):
             if stage in self._queue_at and (resident := snapshot.running[place]).type_name == UNKNOWN_TYPE:

@@ -8,6 +8,7 @@ end; what that costs is the expected number of requests that end too early.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -19,15 +20,18 @@ _SHARES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1)
 
 
 class TpotSlack:
-    """What the coming iteration may take beyond `token_s`, the time per token that is planned (seconds)."""
+    """What the coming iteration may take beyond `token_s`, the time per token that is planned (seconds).
 
-    def __init__(self, token_s: float, survives: Survives) -> None:
+    under_way: iterations composed before the results of one are there.
+    """
+
+    def __init__(self, token_s: float, survives: Survives, under_way: int = 1) -> None:
         self._token_s, self._survives = token_s, survives
-        self._lent_s = 0.0
+        self._lent_s: deque[float] = deque(maxlen=under_way)
 
     def nothing_lent(self) -> None:
         """The coming iteration takes no more than planned."""
-        self._lent_s = 0.0
+        self._lent_s.append(0.0)
 
     def spare_s(
         self, stages: NDArray[np.int64], first_token_s: Floats, now_s: float, wanted_s: float, *, gain_s: float,
@@ -42,10 +46,10 @@ class TpotSlack:
         decoding = stages > 0
         tokens, since_s = stages[decoding], first_token_s[decoding]
         slack_s = np.where(np.isnan(since_s), 0.0, (tokens - 1) * self._token_s - (now_s - since_s))
-        # What the iteration under way was lent is not in these times yet; its token is counted already.
-        slack_s = slack_s - self._token_s * (~np.isnan(since_s)) - self._lent_s
-        self._lent_s = self._most_s(tokens, slack_s, wanted_s, gain_s, misses)
-        return self._lent_s
+        # What the iterations under way were lent is not in these times yet; their tokens are counted already.
+        slack_s = slack_s - self._token_s * (~np.isnan(since_s)) - sum(self._lent_s)
+        self._lent_s.append(self._most_s(tokens, slack_s, wanted_s, gain_s, misses))
+        return self._lent_s[-1]
 
     def _most_s(
         self, tokens: NDArray[np.int64], slack_s: Floats, wanted_s: float, gain_s: float, misses: float

@@ -22,8 +22,8 @@ MINIMAL: dict[str, Any] = {
 }
 ENGINE_ARGUMENTS = [  # some of vLLM's, whose import takes half a minute; the real list is compared in test_ray_seam.py
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "dtype", "enforce_eager",
-    "model", "scheduler_cls", "additional_config", "async_scheduling", "data_parallel_size", "pipeline_parallel_size",
-    "speculative_config", "kv_transfer_config",
+    "model", "scheduler_cls", "additional_config", "async_scheduling", "data_parallel_size", "data_parallel_size_local",
+    "pipeline_parallel_size", "speculative_config", "kv_transfer_config",
 ]
 
 Key = tuple[str | int, ...]
@@ -256,10 +256,7 @@ NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ({"engine": {"data_parallel_size": 2}}, "leave data_parallel_size at 1 and run as many replicas"),
-        ({"engine": {"pipeline_parallel_size": 2}, "targets": {"tpot_s": 0.1}}, "use tensor_parallel_size instead"),
-        ({"engine": NGRAM}, "speculative decoding is not supported with policy fluid"),
-        ({"engine": NGRAM, "thresholds": {"policy": "nested_wait"}}, "take policy fcfs or wait without segments"),
+        ({"engine": {"data_parallel_size": 2, "data_parallel_size_local": 1}}, "give data_parallel_size alone"),
         ({"engine": {"kv_transfer_config": {"kv_role": "kv_both"}}}, "leave kv_transfer_config"),
         ({"controller": {"enabled": False}, "targets": {"ttft_s": 3.0}}, "leave controller.enabled at true"),
     ],
@@ -281,10 +278,11 @@ def test_an_engine_setting_that_the_policy_does_not_go_with_is_refused(
 @pytest.mark.parametrize(
     "args",
     [
-        {"engine": {"pipeline_parallel_size": 2}, "targets": {"ttft_s": 3.0}},
-        {"engine": NGRAM, "thresholds": {"policy": "fcfs"}},
+        {"engine": {"pipeline_parallel_size": 2}, "targets": {"ttft_s": 3.0, "tpot_s": 0.1}},
+        {"engine": NGRAM, "targets": {"tpot_s": 0.1}},
+        {"engine": NGRAM, "thresholds": {"policy": "nested_wait"}},
         {"engine": {"kv_transfer_config": {"kv_role": "kv_both"}}, "thresholds": {"policy": "wait"}},
-        {"controller": {"enabled": False}},
+        {"controller": {"enabled": False}}, {"engine": {"data_parallel_size": 2}},
     ],
     ids=str,
 )

@@ -17,6 +17,7 @@ from cluster import controller as controller_module
 from cluster.config import TuningConfig
 from cluster.controller import ControllerKeeper, ControlLoop
 from replicas.calls import ReplicaUnavailable
+from replicas.ranks import engine_name, replica_of
 from scheduler.messages import Ack, Apply
 from scheduler.replica_model import Proposal, ReplicaModel
 from scheduler.targets import Targets
@@ -36,6 +37,7 @@ class Cluster:
     def __init__(self) -> None:
         self.clock_s = 10_000.0
         self.engines: dict[str, SyntheticEngine] = {}
+        self.ranks = 1
         self.unreachable: set[str] = set()
         self.offered: list[Offered] = []
         self.before_apply: Callable[[str], None] = lambda _: None
@@ -48,10 +50,10 @@ class Cluster:
 
     def replica_ids(self, app_name: str) -> dict[str, str]:
         assert app_name == "headrace"
-        return {name: f"actor-of-{name}" for name in sorted(self.engines)}
+        return {replica_of(name): f"actor-of-{replica_of(name)}" for name in sorted(self.engines)}
 
-    async def call_replica(self, actor_name: str, method: str, **arguments: Any) -> Any:
-        name = actor_name.removeprefix("actor-of-")
+    async def call_replica(self, actor_name: str, method: str, *, rank: int, **arguments: Any) -> Any:
+        name = engine_name(actor_name.removeprefix("actor-of-"), rank, self.ranks)
         if name in self.unreachable:
             raise ReplicaUnavailable(f"replica {actor_name} did not answer {method}")
         engine = self.engines[name]
@@ -141,6 +143,29 @@ def test_every_replica_is_tuned_for_its_own_traffic(cluster: Cluster) -> None:
     assert a.max_in_service is not None
     assert b.max_in_service is not None
     assert a.max_in_service > b.max_in_service
+
+
+def test_every_rank_of_a_replica_is_tuned_by_itself_and_a_silent_one_stops_no_other(cluster: Cluster) -> None:
+    limits = replace(LIMITS, max_num_seqs=4096)
+    cluster.ranks = 2
+    cluster.add("a#0", limits=limits).traffic([(58, 147)], every_s=0.125, seconds=60)
+    cluster.add("a#1", limits=limits).traffic([(100, 300)], every_s=0.125, seconds=60)
+    cluster.add("b#0")
+    cluster.add("b#1")
+    cluster.unreachable = {"b#0"}
+    loop = ControlLoop("headrace", CONFIG, CONFIGURED, ranks=2)
+    one_pass(loop)
+    first, second = cluster.in_force("a#0"), cluster.in_force("a#1")
+    assert first.version == second.version == 1
+    assert first.max_in_service > second.max_in_service
+    assert loop.state()["replicas"].keys() == {"a#0", "a#1", "b#0", "b#1"}
+    assert "did not answer" in decision(loop, "b#0") and "did not answer" not in decision(loop, "b#1")
+
+    cluster.operator("a#1", pinned=True, max_in_service=3)  # one rank only
+    cluster.traffic(lengths=[(58, 20)], every_s=0.125, seconds=600)
+    one_pass(loop)
+    assert cluster.in_force("a#1").max_in_service == 3
+    assert cluster.in_force("a#0").version == 2
 
 
 def test_a_material_change_of_traffic_is_followed(cluster: Cluster) -> None:

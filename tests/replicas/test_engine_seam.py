@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 from copy import copy
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -178,10 +179,24 @@ def test_an_error_within_a_stream_stays_where_it_is() -> None:
 
 def test_ray_starts_its_client_and_answers_errors_where_this_looks() -> None:
     assert "engine_client" in inspect.getsource(vllm_engine.VLLMEngine._start_async_llm_engine)
-    for method in (vllm_engine.VLLMEngine.chat, vllm_engine.VLLMEngine.completions):
-        assert "except (ValueError, VLLMClientError)" in inspect.getsource(method)
+    for name in ("chat", "completions", "transcriptions"):
+        assert "except (ValueError, VLLMClientError)" in inspect.getsource(getattr(vllm_engine.VLLMEngine, name))
     assert issubclass(HeadraceEngine, vllm_engine.VLLMEngine)
     assert inspect.isasyncgenfunction(AsyncLLM.generate)
+
+
+@pytest.mark.parametrize("method", ["chat", "completions", "transcriptions"])
+def test_every_path_that_generates_answers_a_rejected_stream_with_one_error(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM's streams do: an event with the error, in which the rejection is a JSON text, and the end."""
+    event = json.dumps({"error": create_error_response(RequestRefused(REFUSAL)).error.model_dump()})
+    monkeypatch.setattr(
+        vllm_engine.VLLMEngine, method, lambda self, *args: given(f"data: {event}\n\n", "data: [DONE]\n\n")
+    )
+    (error,) = asyncio.run(collected(getattr(HeadraceEngine.__new__(HeadraceEngine), method)(None)))
+    assert isinstance(error, ErrorResponse) and error.error.code == HTTPStatus.TOO_MANY_REQUESTS
+    assert Refusal.from_json(error.error.message) == REFUSAL
 
 
 @pytest.mark.parametrize("serving", [chat_serving, completion_serving])

@@ -7,16 +7,34 @@ import dataclasses
 import importlib
 import inspect
 import pickle
-import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from replicas.delivery import Deliveries
+from replicas.routing_stats import RoutingStats
+from scheduler.channel import (
+    ChannelClient,
+    ChannelClosed,
+    ChannelServer,
+    new_endpoint,
+    rank_endpoint,
+    remove_endpoint,
+)
+from scheduler.control import ThresholdsInForce
+from scheduler.messages import Ack, Counters, Gauges, Telemetry
+from scheduler.thresholds import EngineLimits, Thresholds
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+LIMITS = EngineLimits(
+    kv_capacity_tokens=1000, block_tokens=16, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=512
+)
 OPENAI_MODELS = "ray.llm._internal.serve.core.configs.openai_api_models"
 
 
@@ -240,35 +258,106 @@ def test_the_server_has_what_headrace_overrides_and_calls() -> None:
     assert list(parameters(server.__init__))[:2] == ["self", "llm_config"]
     assert HeadraceServer.__name__ == name_in("replicas.calls", "SERVER_CLASS")
     assert parameters(HeadraceServer.telemetry)["cursor"].default == 0
-    assert list(parameters(HeadraceServer.apply_thresholds)) == ["self", "thresholds", "automatic"]
+    assert list(parameters(HeadraceServer.apply_thresholds)) == ["self", "thresholds", "automatic", "rank"]
 
 
-def test_a_silent_engine_is_told_of_once_and_its_last_stats_serve_on(
-    monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from replicas import server as server_module
-    from replicas.routing_stats import RoutingStats
-    from replicas.server import HeadraceServer
-    from scheduler.channel import ChannelClosed
+class Channel:
+    """Stands for the channel of one engine."""
 
-    class Silent:
-        async def report(self, **_: Any) -> Any:
+    def __init__(self, silent: bool = False) -> None:
+        self.silent = silent
+
+    async def report(self, **_: Any) -> Telemetry:
+        if self.silent:
             raise ChannelClosed("the engine did not answer")
+        return Telemetry(
+            engine_id="e", clock_s=0.0, cursor=0, limits=LIMITS, thresholds=Thresholds(max_in_service=8),
+            from_config=True, gauges=Gauges(in_service=2, waiting=1, kv_used_tokens=250), counters=Counters(),
+        )
+
+
+@pytest.fixture
+def server_over(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    from replicas.server import HeadraceServer
 
     async def nothing(self: Any) -> dict[str, Any]:
         return {}
 
+    class Server(HeadraceServer):
+        def __del__(self) -> None: ...
+
+    def made(*channels: Channel) -> Any:
+        server = object.__new__(Server)
+        server._deliveries = Deliveries()
+        server._channels, server._last_reports, server._silent = list(channels), {}, set()
+        return server
+
     monkeypatch.setattr(name_in("ray.serve.llm.deployment", "LLMServer"), "record_routing_stats", nothing)
-    monkeypatch.setattr(HeadraceServer, "__del__", lambda self: None)
+    return made
+
+
+def stats_of(server: Any) -> RoutingStats | None:
+    return RoutingStats.from_dict(asyncio.run(server.record_routing_stats()))
+
+
+def test_a_silent_engine_is_told_of_once_and_its_last_stats_serve_on(
+    monkeypatch: pytest.MonkeyPatch, server_over: Callable[..., Any]
+) -> None:
+    from replicas import server as server_module
+
     warnings: list[str] = []
-    monkeypatch.setattr(server_module.logger, "warning", lambda text, error: warnings.append(text % error))
-    server = object.__new__(HeadraceServer)
-    server._channel, server._engine_silent = Silent(), False
-    last = RoutingStats(seats=8, occupied=2, kv_used_fraction=0.5)
-    server._last_stats = (time.monotonic(), last)
+    monkeypatch.setattr(server_module.logger, "warning", lambda text, *said: warnings.append(text % said))
+    channel = Channel()
+    server = server_over(channel)
+    last = stats_of(server)
+    assert last == RoutingStats(seats=8, occupied=3, kv_used_fraction=0.25)
+    channel.silent = True
     for _ in range(3):
-        assert RoutingStats.from_dict(asyncio.run(server.record_routing_stats())) == last
-    assert warnings == ["no routing stats from the engine: the engine did not answer"]
+        assert stats_of(server) == last
+    assert warnings == ["no routing stats from the engine of rank 0: the engine did not answer"]
+
+
+def test_a_replica_s_room_is_that_of_all_its_ranks_also_while_one_is_silent(
+    monkeypatch: pytest.MonkeyPatch, server_over: Callable[..., Any]
+) -> None:
+    from replicas import server as server_module
+
+    now_s = [100.0]
+    monkeypatch.setattr(server_module, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    silent = Channel()
+    server = server_over(Channel(), silent)
+    both = RoutingStats(seats=16, occupied=6, kv_used_fraction=0.25)
+    assert stats_of(server) == both
+    silent.silent, now_s[0] = True, 120.0
+    assert stats_of(server) == both, "its last report serves a while longer"
+    now_s[0] = 131.0
+    assert stats_of(server) == RoutingStats(seats=8, occupied=3, kv_used_fraction=0.25)
+
+
+def test_a_replica_reaches_each_rank_s_engine_by_its_own_channel(server_over: Callable[..., Any]) -> None:
+    endpoint = new_endpoint()
+    engines = [ThresholdsInForce(Thresholds(), LIMITS, lambda: 0.0) for _ in range(2)]
+    channels = [
+        ChannelServer(rank_endpoint(endpoint, rank), engine.offer, lambda _: asyncio.run(Channel().report()))
+        for rank, engine in enumerate(engines)
+    ]
+
+    async def set_one() -> Ack:
+        server = server_over(*(ChannelClient(rank_endpoint(endpoint, rank)) for rank in range(2)))
+        try:
+            assert (await server.telemetry(rank=0)).engine_id == (await server.telemetry(rank=1)).engine_id == "e"
+            return await server.apply_thresholds(Thresholds(version=1, max_in_service=4), automatic=False, rank=1)
+        finally:
+            for client in server._channels:
+                client.close()
+
+    try:
+        assert asyncio.run(set_one()).accepted
+        assert [engine.current().thresholds.max_in_service for engine in engines] == [None, 4]
+    finally:
+        for channel in channels:
+            channel.close()
+        remove_endpoint(endpoint)
 
 
 # router/request_router.py

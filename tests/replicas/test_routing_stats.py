@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,6 +44,14 @@ def test_under_a_pace_seats_are_what_it_has_in_service_at_capacity(fields: dict[
         law=ServiceTimeLaw(0.01, 1e-6), survival=((0, 1.0), (98, 1.0), (99, 0.0)), kv_limit_tokens=1000, **fields,
     )
     assert RoutingStats.from_telemetry(telemetry(Thresholds(policy="fluid", pace=pace))).seats == seats
+
+
+def test_the_ranks_of_a_replica_are_one_room() -> None:
+    full = replace(telemetry(Thresholds(max_in_service=4)), gauges=Gauges(in_service=4, waiting=9, kv_used_tokens=750))
+    larger = replace(full, limits=replace(LIMITS, kv_capacity_tokens=3000))
+    stats = RoutingStats.of_engines([telemetry(Thresholds(max_in_service=12)), larger])
+    assert stats == RoutingStats(seats=16, occupied=22, kv_used_fraction=0.25)
+    assert RoutingStats.of_engines([full]) == RoutingStats.from_telemetry(full)
 
 
 def test_slack_is_the_share_of_free_seats() -> None:

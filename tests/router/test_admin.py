@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
+from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
 from scheduler.law import ServiceTimeLaw
 from scheduler.messages import Counters, Gauges, Telemetry
 from scheduler.pace import Pace
@@ -44,6 +44,25 @@ def test_setting_replaces_the_whole_pins_and_counts_the_version_on() -> None:
     planned = plan_update(update(thresholds=wanted), {"a": report(), "b": report(replace(IN_FORCE, version=11))})
     expected = Thresholds(policy="fcfs", max_in_service=8, pinned=True, reason="set by an operator")
     assert planned == {"a": replace(expected, version=8), "b": replace(expected, version=12)}
+
+
+@pytest.mark.parametrize(("replica", "pinned"), [("a", ["a#0", "a#1"]), ("a#1", ["a#1"])])
+def test_a_pin_holds_one_rank_or_all_of_a_replica(replica: str, pinned: list[str]) -> None:
+    telemetry = {"a#0": report(), "a#1": report(replace(IN_FORCE, version=11)), "b#0": report()}
+    planned = plan_update(update(replica=replica, pin=True), telemetry)
+    assert {name: (wanted.pinned, wanted.version - telemetry[name].thresholds.version)
+            for name, wanted in planned.items()} == dict.fromkeys(pinned, (True, 1))
+    assert refusal({"replica": "a#2", "pin": True}, telemetry) == (
+        404, "replica = 'a#2' does not exist; the replicas are a#0, a#1, b#0"
+    )
+
+
+def test_a_replica_is_ready_with_one_of_its_ranks() -> None:
+    silent = RuntimeError("no answer")
+    assert readiness({"a#0": silent, "a#1": report(), "b#0": silent, "b#1": silent}) == {
+        "status": "ready", "ready": 1, "replicas": 2,
+    }
+    assert readiness({"a": silent}) == {"status": "not ready", "ready": 0, "replicas": 1}
 
 
 def test_setting_without_a_policy_changes_the_named_fields_alone() -> None:

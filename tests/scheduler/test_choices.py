@@ -3,7 +3,7 @@
 import pytest
 
 from scheduler import choices as choices_module
-from scheduler.choices import Choices, parent_of
+from scheduler.choices import Choices, family_of, parent_of
 from scheduler.refusal import Refusal
 
 BUSY = Refusal("busy", 7)
@@ -29,6 +29,18 @@ def held(choices, *names):
 )
 def test_a_choice_is_told_by_its_id(request_id, parent):
     assert parent_of(request_id) == parent
+
+
+@pytest.mark.parametrize(
+    ("request_id", "family"),
+    [
+        ("cmpl-x-0-0a1b2c3d", "cmpl-x"), ("cmpl-x-17-0a1b2c3d", "cmpl-x"), ("2_cmpl-x-1-0a1b2c3d", "cmpl-x"),
+        ("chatcmpl-x-0a1b2c3d", None), ("1_chatcmpl-x-0a1b2c3d", "chatcmpl-x-0a1b2c3d"), ("cmpl-x-0", None),
+        ("transcribe-x-3-0a1b2c3d", "transcribe-x"), ("embd-x-0-0a1b2c3d", None), ("r1", None), ("", None),
+    ],
+)
+def test_the_requests_of_one_completion_are_told_by_their_ids(request_id, family):
+    assert family_of(request_id) == family
 
 
 def test_all_that_wait_are_rejected_with_one_of_them(choices):

@@ -45,6 +45,39 @@ def first_token(pace=PACE, *, backlog=0, room=FLOW_TOKENS):
     return FirstToken.of(pace, snapshot, room)
 
 
+@pytest.mark.parametrize("most_tokens", [512, 2048, 16_384])
+def test_a_prompt_alone_on_an_idle_replica_is_in_time_whatever_the_token_budget(most_tokens):
+    pace, view = replace(PACE, iteration_s=None, ttft_s=0.3), queue_of({"prompt_tokens": 2500})
+    idle = Snapshot(
+        now_s=0.0, waiting={}, released=0, running=(), kv_used_tokens=0, kv_capacity_tokens=100_000,
+        most_tokens=most_tokens,
+    )
+    assert not FirstToken.of(pace, idle, math.inf).too_late(view, 0.0), "2 500 tokens take 0.21 to 0.25 s"
+    assert FirstToken.of(replace(pace, ttft_s=0.2), idle, math.inf).too_late(view, 0.0)
+
+
+def test_without_a_planned_time_the_prompts_under_way_count_as_what_they_are():
+    pace = replace(PACE, iteration_s=None, ttft_s=0.4)
+    busy = Snapshot(
+        now_s=0.0, waiting={}, released=1, running=(), kv_used_tokens=0, kv_capacity_tokens=100_000, most_tokens=16_384,
+    )
+    view = queue_of({"prompt_tokens": 2500})
+    assert not FirstToken.of(pace, busy, math.inf).too_late(view, 0.0)
+    assert FirstToken.of(pace, replace(busy, prompt_tokens_under_way=3000), math.inf).too_late(view, 0.0)
+
+
+def test_slots_bound_how_many_of_the_queue_enter_before_a_request_leaves():
+    """At capacity 10 requests run by Little's law; an engine of fewer slots is full before."""
+    pace = replace(PACE, capacity_rps=2.0)
+    view = queue_of(*[{}] * 10)
+    rejected = [
+        first_token(pace).beyond_limit(
+            view, 0.0, waiting=10, tokens=view.tokens_to_compute, running=5, free_slots=free
+        ) for free in (0, 3, 1000)
+    ]
+    assert rejected[0] > rejected[1] > rejected[2], rejected
+
+
 def late(*requests, now_s, pace=PACE, backlog=0):
     return first_token(pace, backlog=backlog).too_late(queue_of(*requests), now_s)
 
@@ -52,7 +85,8 @@ def late(*requests, now_s, pace=PACE, backlog=0):
 def at_tail(*requests, pace=PACE, now_s=0.0, running=0, full=False, backlog=0):
     view = queue_of(*requests)
     return first_token(pace, backlog=backlog).beyond_limit(
-        view, now_s, waiting=view.length, tokens=view.tokens_to_compute, running=running, full=full
+        view, now_s, waiting=view.length, tokens=view.tokens_to_compute, running=running,
+        free_slots=0 if full else 1000,
     )
 
 

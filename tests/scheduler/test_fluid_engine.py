@@ -1,5 +1,6 @@
 """`fluid` on vLLM's real scheduler: what is let through, what a prompt costs, and what the engine tells of requests."""
 
+import random
 from collections import Counter
 
 import pytest
@@ -307,3 +308,48 @@ def test_thresholds_that_lapse_build_no_new_policy(monkeypatch):
     lapsed = engine.scheduler.in_force.current()
     assert lapsed.from_config and lapsed.policy is configured.policy and lapsed.thresholds.version == 1
     assert not built
+
+
+# Preemption with prefix caching.
+
+
+def shared_tokens(engine, name):
+    return engine.scheduler._lives[name].shared_tokens
+
+
+def test_a_preempted_request_that_resumes_shares_what_others_hold_then():
+    """Memory runs out under b, which shares a prefix with a; when b resumes, a has ended."""
+    prefix = [1] * (4 * BLOCK)
+    engine = memory_engine(blocks=12, thresholds=fluid(kv_limit_tokens=10_000), enable_prefix_caching=True)
+    engine.add("a", prompt=prefix + [2] * (2 * BLOCK), output=60)
+    engine.step()
+    engine.add("b", prompt=prefix + [3] * (2 * BLOCK), output=40)
+    while "b" not in engine.running:
+        engine.step()
+    assert shared_tokens(engine, "b") == len(prefix)
+    while engine.running != ["b"]:
+        engine.step()
+    assert telemetry(engine).counters.preemptions > 0
+    assert shared_tokens(engine, "b") == 0, "no other request holds the prefix now"
+    engine.run()
+    assert engine.finished.keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("scheduling_policy", ["fcfs", "priority"])
+def test_through_preemptions_no_memory_is_counted_twice(scheduling_policy):
+    """What the policy takes for private, with what it takes for shared, is what vLLM has allocated."""
+    rng = random.Random(1)
+    engine = memory_engine(
+        blocks=40, thresholds=fluid(kv_limit_tokens=10_000), enable_prefix_caching=True,
+        scheduling_policy=scheduling_policy,
+    )
+    for number in range(24):
+        prompt = [1 + number % 3] * (4 * BLOCK) + [10 + number] * rng.randint(1, 3 * BLOCK)
+        engine.add(f"r{number}", prompt=prompt, output=rng.randint(10, 80), priority=rng.randint(0, 3))
+    while engine.scheduler.has_unfinished_requests():
+        engine.step()
+        seen = snapshot(engine)
+        private = sum(seen.running.kv_tokens()) - sum(seen.running.shared_kv_tokens())
+        assert private <= seen.kv_used_tokens + BLOCK * len(seen.running)
+    assert telemetry(engine).counters.preemptions > 5
+    assert snapshot(engine).kv_used_tokens == 0 and len(engine.finished) == 24

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from scheduler.law import ServiceTimeLaw
 from scheduler.messages import Apply, Delivered
 from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.pace import Pace
-from scheduler.replica_model import Proposal, ReplicaModel, materially_different
+from scheduler.replica_model import PACE_TOLERANCES, Proposal, ReplicaModel, materially_different
 from scheduler.solver import WaitSolution, resident_cap, wait_thresholds
 from scheduler.targets import Targets
 from scheduler.thresholds import (
@@ -484,3 +484,35 @@ def test_a_change_of_speed_does_not_make_the_margin_forget() -> None:
         assert model.law.changes > changes
     pace = model.propose().thresholds.pace
     assert pace is not None and pace.token_s is not None and pace.token_s <= 0.08 / 1.2 * (1 + 1e-9)
+
+
+CHANGED: dict[str, Any] = {
+    "law": replace(PACE.law, d2_s_per_prefill_token=2e-4), "survival": ((0, 1.0), (50, 1.0), (51, 0.0)),
+    "kv_limit_tokens": 99_984, "block_tokens": 32, "overflow_z": 1.64, "miss_probability": 0.05, "iteration_s": 0.054,
+    "tpot_s": 0.06, "ttft_s": 2.1, "latency_s": 30.0, "first_token_within_s": 1.5, "queue_requests": 23,
+    "prompt_flow_tokens": 230.0, "capacity_rps": 2.0, "steady_s": 0.03, "variability": 1.2, "tokens_per_step": 1.2,
+    "computed_per_step": 1.2, "pipeline_depth": 2, "cold": True,
+}
+"""For each field of a pace, a value that makes an engine decide otherwise."""
+
+
+def test_every_field_of_a_pace_has_a_tolerance_and_a_change_that_exceeds_it() -> None:
+    """A new field fails here until it is decided what change of it matters."""
+    names = {field.name for field in fields(Pace)}
+    assert set(PACE_TOLERANCES) == names
+    assert set(CHANGED) == names
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_change_of_any_field_that_matters_is_pushed(name: str) -> None:
+    new, old = (Thresholds(policy="fluid", pace=pace) for pace in (replace(PACE, **{name: CHANGED[name]}), PACE))
+    assert materially_different(new, old)
+
+
+@pytest.mark.parametrize("field", ["d0_s", "d1_s_per_kv_token", "d2_s_per_prefill_token", "d3_s_per_decode_token"])
+def test_the_law_matters_where_no_iteration_time_is_planned_too(field: str) -> None:
+    """Without a TPOT target no flow of prompts is known."""
+    pace = replace(PACE, iteration_s=None, prompt_flow_tokens=0.0, law=replace(PACE.law, floor_s=0.0))
+    law = replace(pace.law, **{field: 3 * getattr(pace.law, field)})
+    new, old = (Thresholds(policy="fluid", pace=one) for one in (replace(pace, law=law), pace))
+    assert materially_different(new, old)

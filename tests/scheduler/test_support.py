@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from scheduler.support import (
+    DATA_PARALLEL_HERE,
     KV_TRANSFER_ARGS,
     SETTINGS,
     SPECULATIVE_ARGS,
     EngineSetup,
     UnsupportedSetting,
+    policy_in_effect,
     require_supported,
     support_matrix,
 )
@@ -23,14 +25,14 @@ from scheduler.thresholds import POLICY_NAMES, SegmentThreshold, Thresholds
 README = Path(__file__).resolve().parents[2] / "README.md"
 TPOT = Targets(tpot_s=0.05)
 SETUPS = {
-    "data parallel within a replica": EngineSetup(data_parallel=True),
-    "pipeline parallel with a TPOT or latency target": EngineSetup(pipeline_parallel=True, targets=TPOT),
-    "pipeline parallel without such a target": EngineSetup(pipeline_parallel=True, targets=Targets(ttft_s=2.0)),
-    "speculative decoding": EngineSetup(speculative_decoding=True),
+    "data parallel across nodes": EngineSetup(data_parallel_across_nodes=True),
     "KV transfer (P/D, offloading)": EngineSetup(kv_transfer=True),
     "targets with `controller.enabled: false`": EngineSetup(targets=Targets(ttft_s=2.0), controller=False),
 }
-NOTHING_OF_CONCERN = ("tensor parallel", "prefix caching", "structured output", "LoRA", "several choices (n > 1)")
+NOTHING_OF_CONCERN = (
+    "tensor parallel", "data parallel within a replica", "pipeline parallel", "speculative decoding", "prefix caching",
+    "structured output", "LoRA", "several choices (n > 1)",
+)
 
 
 def is_refused(setup: EngineSetup, thresholds: Thresholds) -> bool:
@@ -64,10 +66,7 @@ def test_an_engine_without_any_of_it_takes_every_policy(policy: str) -> None:
 @pytest.mark.parametrize(
     ("setup", "policy", "what_to_do"),
     [
-        (EngineSetup(data_parallel=True), "fcfs", "leave data_parallel_size at 1 and run as many replicas"),
-        (EngineSetup(pipeline_parallel=True, targets=TPOT), "fluid", "use tensor_parallel_size instead"),
-        (EngineSetup(pipeline_parallel=True, targets=Targets(latency_s=9.0)), "fluid", "latency_s out of the targets"),
-        (EngineSetup(speculative_decoding=True), "nested_wait", "take policy fcfs or wait without segments"),
+        (EngineSetup(data_parallel_across_nodes=True), "fcfs", "give data_parallel_size alone"),
         (EngineSetup(kv_transfer=True), "fluid", "leave kv_transfer_config and kv_offloading_size out"),
         (EngineSetup(targets=TPOT, controller=False), "fluid", "leave controller.enabled at true"),
     ],
@@ -82,15 +81,16 @@ def test_a_refusal_is_one_sentence_that_says_what_to_do(setup: EngineSetup, poli
 
 def test_wait_with_segments_holds_at_boundaries_as_nested_wait_does() -> None:
     segments = (SegmentThreshold(end_output_tokens=8, n=2), SegmentThreshold(end_output_tokens=64, n=1))
-    assert is_refused(EngineSetup(speculative_decoding=True), Thresholds(policy="wait", segments=segments))
-    assert not is_refused(EngineSetup(), Thresholds(policy="wait", segments=segments))
+    assert policy_in_effect(Thresholds(policy="wait", segments=segments)) == "nested_wait"
+    assert policy_in_effect(Thresholds(policy="wait")) == "wait"
 
 
 @pytest.mark.parametrize(
     ("engine_args", "found"),
     [
-        ({"data_parallel_size": 2}, "data_parallel"),
-        ({"pipeline_parallel_size": 4}, "pipeline_parallel"),
+        ({"data_parallel_size": 4, "data_parallel_size_local": 2}, "data_parallel_across_nodes"),
+        ({"data_parallel_size": 2, "data_parallel_backend": "ray"}, "data_parallel_across_nodes"),
+        ({"data_parallel_size": 2, "data_parallel_rank": 1}, "data_parallel_across_nodes"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}, "speculative_decoding"),
         ({"spec_tokens": 3}, "speculative_decoding"),
         ({"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}}, "kv_transfer"),
@@ -107,7 +107,8 @@ def test_a_configuration_tells_what_it_asks_of_the_engine(engine_args: dict[str,
     "engine_args",
     [
         {}, {"tensor_parallel_size": 8, "enable_prefix_caching": True, "enable_lora": True},
-        {"data_parallel_size": 1, "pipeline_parallel_size": 1},
+        {"data_parallel_size": 2, "data_parallel_backend": "mp"}, {"data_parallel_size": 1, "data_parallel_rank": 0},
+        {"pipeline_parallel_size": 4}, {"data_parallel_size": 1, "pipeline_parallel_size": 1},
         {"speculative_config": None, "kv_transfer_config": None},
     ],
     ids=str,
@@ -119,4 +120,5 @@ def test_other_engine_arguments_concern_no_policy(engine_args: dict[str, Any]) -
 def test_the_engine_arguments_looked_at_are_vllm_s() -> None:
     arguments = pytest.importorskip("vllm.engine.arg_utils", reason="vLLM is not installed").AsyncEngineArgs
     names = {field.name for field in dataclasses.fields(arguments)}
-    assert {"data_parallel_size", "pipeline_parallel_size", *SPECULATIVE_ARGS, *KV_TRANSFER_ARGS} <= names
+    assert {"data_parallel_size", *SPECULATIVE_ARGS, *KV_TRANSFER_ARGS} <= names
+    assert DATA_PARALLEL_HERE.keys() <= names

@@ -21,8 +21,7 @@ from scheduler.policies.fcfs import Fcfs
 from scheduler.refusal import Refusal
 from scheduler.running_requests import _RequestAsResident, batch_work, in_admission_order
 from scheduler.settings import TENANT, TENANT_WEIGHT, SchedulerSettings
-from scheduler.support import EngineSetup, UnsupportedSetting
-from scheduler.targets import NO_TARGETS
+from scheduler.support import UnsupportedSetting
 from scheduler.thresholds import InvalidThresholds, Thresholds
 from scheduler.vllm_scheduler import TOO_MANY
 
@@ -1110,10 +1109,6 @@ CONNECTOR = {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role
 @pytest.mark.parametrize(
     ("thresholds", "engine_args", "says"),
     [
-        ({"policy": "fluid"}, NGRAM, "speculative decoding is not supported with policy fluid"),
-        (nested((8, 2), (64, 1)), NGRAM, "speculative decoding is not supported with policy nested_wait"),
-        ({"policy": "fluid"}, {"pipeline_parallel_size": 2}, "pipeline parallel with a TPOT or latency target"),
-        ({"policy": "fcfs"}, {"data_parallel_size": 2}, "data_parallel_size at 1 and run as many replicas"),
         ({"policy": "fluid"}, CONNECTOR, "KV transfer .* is not supported with policy fluid"),
         ({"policy": "fluid"}, {"kv_offloading_size": 1.0}, "KV transfer .* is not supported with policy fluid"),
     ],
@@ -1128,7 +1123,7 @@ def test_an_engine_does_not_start_with_a_setting_that_its_policy_does_not_go_wit
 @pytest.mark.parametrize(
     ("thresholds", "engine_args"),
     [
-        ({"policy": "fcfs"}, NGRAM), (wait(2), NGRAM), ({"policy": "fcfs"}, CONNECTOR),
+        ({"policy": "fluid"}, NGRAM), (nested((8, 2), (64, 1)), NGRAM), ({"policy": "fcfs"}, CONNECTOR),
         ({"policy": "fluid"}, {"pipeline_parallel_size": 2}),
     ],
     ids=str,
@@ -1137,17 +1132,10 @@ def test_an_engine_starts_with_a_setting_that_its_policy_goes_with(thresholds, e
     Engine(thresholds=thresholds, **engine_args)
 
 
-def test_an_engine_among_several_that_share_no_experts_is_refused_though_it_is_told_it_is_alone():
-    config = Engine().scheduler.vllm_config
-    config.parallel_config.data_parallel_index = 1  # what vLLM leaves of it in the second engine's process
-    assert EngineSetup.from_vllm_config(config, NO_TARGETS).data_parallel
-
-
 def test_a_policy_that_does_not_go_with_the_engine_is_refused_live_too():
-    engine = Engine(thresholds={"policy": "fcfs"}, **NGRAM)
-    for offered in ({"policy": "fluid"}, nested((8, 2), (64, 1))):
-        ack = engine.apply(offered, automatic=False)
-        assert (ack.accepted, ack.code) == (False, "invalid") and "speculative decoding" in ack.reason
+    engine = Engine(thresholds={"policy": "fcfs"}, **CONNECTOR)
+    ack = engine.apply({"policy": "fluid"}, automatic=False)
+    assert (ack.accepted, ack.code) == (False, "invalid") and "KV transfer" in ack.reason
     assert engine.apply(wait(2), automatic=False).accepted
 
 

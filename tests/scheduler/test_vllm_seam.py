@@ -6,6 +6,8 @@ from dataclasses import fields
 import pytest
 import vllm
 from engine_harness import Engine
+from vllm.entrypoints.openai.completion import serving as completion_serving
+from vllm.entrypoints.speech_to_text.base import serving as speech_serving
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -15,11 +17,12 @@ from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy, cre
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.request import RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from scheduler.choices import parent_of
+from scheduler.choices import family_of, parent_of
 from scheduler.gate import GatedQueue
 from scheduler.support import EngineSetup
 from scheduler.targets import NO_TARGETS
@@ -197,6 +200,26 @@ def test_a_choice_s_id_tells_its_request():
         name, params = parent.get_child_info(index)
         assert parent_of(name) == request.request_id and params.n == 1
     assert "parent_request.get_child_info(idx)" in inspect.getsource(AsyncLLM.add_request)
+
+
+@pytest.mark.parametrize("choices", [1, 3])
+def test_a_prompt_s_id_tells_its_completion(choices):
+    source = inspect.getsource(completion_serving)
+    assert 'request_id = f"cmpl-{' in source and 'request_id_item = f"{request_id}-{i}"' in source
+    speech = inspect.getsource(speech_serving)
+    assert 'f"{self.task_type}-{self._base_request_id(raw_request)}"' in speech and 'f"{request_id}-{idx}"' in speech
+    families = set()
+    for place in range(12):
+        request = EngineCoreRequest(
+            request_id=f"cmpl-7-{place}", prompt_token_ids=[1], mm_features=None,
+            sampling_params=SamplingParams(n=choices), pooling_params=None, arrival_time=0.0, lora_request=None,
+            cache_salt=None, data_parallel_rank=None,
+        )
+        InputProcessor.assign_request_id(request)
+        parent = ParentRequest(request)
+        names = [parent.get_child_info(index)[0] for index in range(choices)] if choices > 1 else [request.request_id]
+        families |= {family_of(name) for name in names}
+    assert families == {"cmpl-7"}
 
 
 def test_the_block_manager_tells_what_the_prefix_cache_holds():

@@ -133,34 +133,59 @@ def test_a_run_that_ends_once_decided_keeps_every_request(tmp_path):
 # The audit.
 
 
-def test_the_audit_is_the_run_again_with_one_more(tmp_path):
+def test_the_audit_is_the_run_again_with_some_of_the_rejected(tmp_path):
     short = {"requests": 150, "audit": 3}
     run, _ = run_of(tmp_path, **short)
     summary = run.summary
-    servable, wrong = summary["rejected_individually_servable_fraction"], summary["wrong_rejection_fraction"]
-    assert servable in (0, 1 / 3, 2 / 3, 1)
-    assert 0 <= wrong <= servable
+    assert 0 <= summary["rejected_individually_servable_fraction"] <= 1
+    low, high = summary["wrong_rejection_low"], summary["wrong_rejection_high"]
+    assert 0 <= low <= summary["wrong_rejection_fraction"] <= high <= 1
     again = simulate(simulation_config(OVERLOADED | short))
     assert {**again, "wall_s": 0} == {**summary, "wall_s": 0}
     assert json.loads(json.dumps(again, allow_nan=False)) == again
     without = simulate(simulation_config(OVERLOADED | short | {"audit": 0}))
     assert (without["wrong_rejection_fraction"], without["rejected_individually_servable_fraction"]) == (None, None)
     assert without["goodput_rps"] == summary["goodput_rps"], "an audit changes nothing"
+    once = simulate(simulation_config(OVERLOADED | short | {"audit": 1}))
+    assert (once["wrong_rejection_low"], once["wrong_rejection_high"]) == (None, None)
+
+
+def moody_audit(monkeypatch, *, rate_rps, turned_away, audit):
+    """A door that turns away so many requests in a row, whatever the load."""
+    from simulator.contenders import CONTENDERS, Contender
+
+    def days(number):
+        return [True] * 30 + [False] * number + [True] * 10
+
+    # One in twenty is let in, and then the door is not asked.
+    lets_in = iter(days(turned_away) + audit * days(turned_away - max(1, round(turned_away / 20))))
+    moody = Contender("moody", CONTENDERS["vllm"].scheduler, door=lambda _load: next(lets_in))
+    monkeypatch.setitem(CONTENDERS, "moody", moody)
+    options = OVERLOADED | {
+        "policy": "moody", "rate_rps": rate_rps, "requests": 40 + turned_away, "audit": audit, "window": [0, 1],
+    }
+    summary = simulate(simulation_config(options))
+    assert (summary["rejected"], next(lets_in, None)) == (turned_away, None)
+    return summary
 
 
 def test_a_rule_that_turns_away_without_need_is_found_out(monkeypatch):
-    from simulator.contenders import CONTENDERS, Contender
-
-    def days(turned_away):
-        return [True] * 30 + [False] * turned_away + [True] * 10
-
-    lets_in = iter(days(20) + 4 * days(19))  # it is not asked about the one that is let in
-    moody = Contender("moody", CONTENDERS["vllm"].scheduler, door=lambda _load: next(lets_in))
-    monkeypatch.setitem(CONTENDERS, "moody", moody)
-    options = OVERLOADED | {"policy": "moody", "rate_rps": 5.0, "requests": 60, "audit": 4}
-    summary = simulate(simulation_config(options))
-    assert (summary["rejected"], next(lets_in, None)) == (20, None)
+    summary = moody_audit(monkeypatch, rate_rps=5.0, turned_away=40, audit=4)
     assert summary["wrong_rejection_fraction"] == summary["rejected_individually_servable_fraction"] == 1.0
+
+
+def test_a_request_served_in_the_place_of_another_was_rejected_rightly(monkeypatch):
+    """Where all that are let in meet their targets but as many others no longer do, nothing was wrong."""
+    from simulator import audit
+
+    config = simulation_config(OVERLOADED | {"audit": 2})
+    monkeypatch.setattr(audit, "rejected_requests", lambda *_: list(range(100)))
+    monkeypatch.setattr(audit, "good_requests", lambda *_: frozenset(range(100, 200)))
+    found = audit.audit_rejections(
+        None, config, lambda drawn: frozenset(drawn) | frozenset(range(100, 200 - len(drawn)))
+    )
+    assert found["wrong_rejection_fraction"] == found["wrong_rejection_high"] == 0.0
+    assert found["rejected_individually_servable_fraction"] == 1.0
 
 
 def test_nothing_rejected_is_nothing_wrong():

@@ -5,15 +5,23 @@ from dataclasses import fields
 
 import pytest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS
 from scheduler.vllm_scheduler import HeadraceScheduler
 from simulator.baselines import VllmV0Scheduler
-from simulator.in_process import block_hasher_of, iteration_results, make_request, make_scheduler
+from simulator.in_process import (
+    block_hasher_of,
+    drafted_requests,
+    hand_drafts,
+    iteration_results,
+    make_request,
+    make_scheduler,
+)
 from simulator.replica import watch
 
 BLOCK = 16
@@ -265,3 +273,31 @@ def test_answers_enter_the_cache_with_the_tokens_they_were_given():
     assert scheduler.schedule().num_scheduled_tokens == {"next": 80 - 4 * BLOCK}
     add(scheduler, "other", prompt=[1] * 40 + [8] * 30 + [4] * 10)
     assert scheduler.schedule().num_scheduled_tokens["other"] == 80 - 2 * BLOCK
+
+
+# Speculative decoding.
+
+
+@pytest.mark.parametrize(("asynchronous", "method"), [(False, "ngram"), (True, "ngram_gpu")])
+def test_a_scheduler_with_drafts_verifies_as_many_as_it_is_handed(asynchronous, method):
+    speculation = {"method": method, "num_speculative_tokens": 3}
+    scheduler = scheduler_of(AsyncScheduler, speculative_config=speculation, async_scheduling=asynchronous)
+    request = add(scheduler, "r", output=20)
+    gained = []
+    while not request.is_finished():
+        output = scheduler.schedule()
+        drafted = drafted_requests(output)
+        gained.append(1 if not drafted else 2)
+        before = request.num_output_tokens
+        scheduler.update_from_output(output, iteration_results(output, [], {"r": [5]}, dict.fromkeys(drafted, 2)))
+        hand_drafts(scheduler, output, 3)
+        assert request.num_output_tokens == min(before + gained[-1], 20)
+        assert output.num_scheduled_tokens == {"r": 32 if before == 0 else 4}
+    assert gained == [1, *[2] * 10]
+
+
+def test_a_drafter_s_tokens_reach_the_scheduler_as_the_engine_core_hands_them_on():
+    assert {"req_ids", "draft_token_ids"} <= {field.name for field in fields(DraftTokenIds)}
+    source = inspect.getsource(EngineCore.post_step)
+    assert "not self.async_scheduling" in source and "self.scheduler.update_draft_token_ids(draft_token_ids)" in source
+    assert "resumed_req_ids" in {field.name for field in fields(CachedRequestData)}

@@ -1,0 +1,323 @@
+"""Several tokens a step: what is measured, on vLLM's real scheduler too, and what follows for decisions."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from engine_harness import BLOCK, STEP_S, Engine
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler.fluid import solve_fluid
+from scheduler.law import ServiceTimeLaw
+from scheduler.margin import Fluctuation, tpot_margin
+from scheduler.messages import Counters, Report
+from scheduler.mix import Lengths, WorkloadMix
+from scheduler.policies import Snapshot, make_policy
+from scheduler.steps import ONE_TOKEN_A_STEP, Steps, StepsSeen
+from scheduler.targets import Targets, solve_pace
+from scheduler.thresholds import EngineLimits, SegmentThreshold, Thresholds
+
+LAW = ServiceTimeLaw(0.0034, 4.5e-7, 6.47e-5, 6.47e-5, 0.0112)
+LIMITS = EngineLimits(
+    kv_capacity_tokens=137_000, block_tokens=16, max_num_seqs=512, max_num_batched_tokens=2048, max_model_len=4096
+)
+MIX = WorkloadMix.from_lengths(Lengths.from_pairs([(300, 100), (900, 200), (1500, 400)]), 30.0)
+
+
+def sync_engine(drafts: int, gains, *, depth: int = 3, **engine_args) -> Engine:
+    speculation = {"method": "ngram", "num_speculative_tokens": depth}
+    return Engine(drafts=drafts, gains=gains, speculative_config=speculation, async_scheduling=False, **engine_args)
+
+
+def step(engine: Engine) -> dict[str, int]:
+    batch = engine.launch()
+    engine.deliver()
+    engine.now_s += STEP_S
+    return batch
+
+
+def run(engine: Engine) -> None:
+    while engine.scheduler.has_unfinished_requests():
+        step(engine)
+        assert engine.now_s < 100 * STEP_S * 100
+
+
+def counters(engine: Engine) -> Counters:
+    return engine.scheduler.telemetry(Report()).counters
+
+
+# The numbers.
+
+
+@given(st.floats(0, 1), st.integers(1, 5))
+def test_what_an_acceptance_rate_stands_for(rate, drafts):
+    """Summed over every way in which the drafts can be accepted or refused."""
+    mean = square = 0.0
+    for accepted in itertools.product((True, False), repeat=drafts):
+        chance = np.prod([rate if one else 1 - rate for one in accepted])
+        gained = 1 + next((place for place, one in enumerate(accepted) if not one), drafts)
+        mean, square = mean + chance * gained, square + chance * gained**2
+    steps = Steps.of_acceptance(rate, drafts)
+    assert steps.tokens == pytest.approx(mean)
+    assert steps.tokens_std == pytest.approx(np.sqrt(max(square - mean**2, 0.0)), abs=1e-6)
+    assert steps.computed == 1 + drafts
+
+
+def totals(steps: int, gained: int, squares: int, computed: int) -> Counters:
+    return Counters(
+        decode_steps=steps, decode_gained_tokens=gained, decode_gained_squares=squares, decode_computed_tokens=computed
+    )
+
+
+def test_a_few_steps_move_the_estimate_little_and_many_settle_it():
+    seen = StepsSeen(window_s=60.0)
+    assert seen.steps == ONE_TOKEN_A_STEP
+    seen.observe(5.0, Counters())
+    assert seen.steps == ONE_TOKEN_A_STEP, "an engine that does not speculate counts none"
+    seen.observe(10.0, totals(10, 25, 75, 40))
+    assert 1 < seen.steps.tokens < 1.2
+    seen.observe(15.0, totals(100_000, 250_000, 750_000, 400_000))
+    assert (seen.steps.tokens, seen.steps.computed) == (pytest.approx(2.5, rel=0.01), pytest.approx(4.0, rel=0.01))
+    assert seen.steps.tokens_std == pytest.approx(np.sqrt(7.5 - 2.5**2), rel=0.02)
+
+
+def test_what_is_older_than_the_window_is_forgotten():
+    seen = StepsSeen(window_s=60.0)
+    seen.observe(0.0, totals(50_000, 150_000, 450_000, 200_000))
+    for passes in range(1, 20):
+        seen.observe(5.0 * passes, totals(50_000 + 5000 * passes, 150_000 + 5000 * passes, 450_000 + 5000 * passes,
+                                          200_000 + 20_000 * passes))
+    assert seen.steps.tokens == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_late_report_changes_nothing_and_a_restarted_engine_counts_anew():
+    seen = StepsSeen(window_s=60.0)
+    seen.observe(5.0, totals(50_000, 150_000, 450_000, 200_000))
+    before = seen.steps
+    seen.observe(4.0, totals(40_000, 40_000, 40_000, 160_000))
+    assert seen.steps == before
+    seen.restart()
+    seen.observe(1.0, totals(50_000, 50_000, 50_000, 200_000))
+    assert seen.steps.tokens == 1.0
+
+
+# What the engine counts.
+
+
+@pytest.mark.parametrize(("drafts", "gained"), [(3, 4), (3, 2), (3, 1), (0, 1), (2, 3)])
+def test_an_engine_counts_its_steps_and_what_they_gain_and_cost(drafts, gained):
+    """One token comes of the prompt, the rest of steps; what is beyond an answer's end counts for none."""
+    engine = sync_engine(drafts, lambda name, given: gained, thresholds={"policy": "fcfs"})
+    for place in range(5):
+        engine.add(f"r{place}", prompt=40, output=22)
+    run(engine)
+    seen, steps = counters(engine), -(-21 // gained)
+    assert (seen.decode_steps, seen.decode_gained_tokens) == (5 * steps, 5 * 21)
+    assert seen.decode_computed_tokens == 5 * steps * (1 + drafts)
+    last = 21 - (steps - 1) * gained
+    assert seen.decode_gained_squares == 5 * ((steps - 1) * gained**2 + last**2)
+    assert {request.num_output_tokens for request in engine.finished.values()} == {22}
+
+
+def test_an_engine_that_does_not_speculate_counts_no_steps():
+    engine = Engine(thresholds={"policy": "fcfs"})
+    engine.add("r")
+    engine.run()
+    assert counters(engine).decode_steps == 0
+
+
+def test_the_law_sees_the_tokens_that_were_computed():
+    engine = sync_engine(3, lambda name, given: 2, thresholds={"policy": "fcfs"})
+    for place in range(5):
+        engine.add(f"r{place}", prompt=40, output=22)
+    run(engine)
+    iterations = engine.scheduler.telemetry(Report()).iterations
+    assert (iterations[0].prefill_tokens, iterations[0].decode_tokens) == (5 * 40, 0)
+    assert {(one.prefill_tokens, one.decode_tokens) for one in iterations[1:]} == {(0, 5 * 4)}
+
+
+def test_drafts_that_are_under_way_do_not_count_as_output():
+    """Scheduled ahead, a step has one token for certain."""
+    engine = Engine(
+        drafts=3, gains=lambda name, given: 1, thresholds={"policy": "fcfs"},
+        speculative_config={"method": "ngram_gpu", "num_speculative_tokens": 3},
+    )
+    engine.add("r", prompt=40, output=30)
+    stages = []
+    for _ in range(6):
+        engine.step()
+        stages += engine.scheduler._snapshot(engine.now_s).running.stages()
+    assert stages == [1, 2, 3, 4, 5, 6]
+    engine.run()
+    assert engine.finished["r"].num_output_tokens == 30
+
+
+# Every running request advances.
+
+FAST = {"d0_s": 4e-3, "d1_s_per_kv_token": 1e-6, "d2_s_per_prefill_token": 1e-4, "d3_s_per_decode_token": 1e-4}
+
+
+def fluid(**pace):
+    survival = [[0, 1.0], [39, 1.0], [40, 0.0]]
+    return {"policy": "fluid", "pace": {"law": FAST, "survival": survival, "kv_limit_tokens": 1023 * BLOCK, **pace}}
+
+
+@pytest.mark.parametrize("computed_per_step", [1.0, 4.0])
+def test_every_running_request_advances_beside_prompts_that_fill_the_iteration(computed_per_step):
+    """Iterations of 12 ms have time for the decodes and few prompt tokens; how many drafts there are is known."""
+    engine = sync_engine(
+        3, lambda name, given: 2, blocks=1024,
+        thresholds=fluid(iteration_s=0.012, computed_per_step=computed_per_step, tokens_per_step=1.0),
+    )
+    for place in range(12):
+        engine.add(f"r{place}", prompt=16, output=40)
+    for _ in range(4):
+        step(engine)
+    for place in range(3):
+        engine.add(f"long{place}", prompt=400, output=2)
+    beside = 0
+    for _ in range(12):
+        decoding = [name for name in engine.running if engine.requests[name].num_output_tokens]
+        before = {name: engine.requests[name].num_output_tokens for name in decoding}
+        batch = step(engine)
+        beside += any(name.startswith("long") for name in batch)
+        for name, count in before.items():
+            request = engine.requests.get(name) or engine.finished[name]
+            assert request.num_output_tokens > count and batch[name] == 4
+    assert beside > 3
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_prompt_takes_the_time_that_is_left_and_not_that_of_drafts_that_do_not_come(drafts):
+    """Of 12 ms, 4 are fixed and a token takes 0.1: ten requests leave some 80 − 10·(1 + drafts) tokens."""
+    engine = sync_engine(drafts, lambda name, given: 1, blocks=1024, thresholds=fluid(iteration_s=0.012))
+    for place in range(10):
+        engine.add(f"r{place}", prompt=16, output=40)
+    for _ in range(3):
+        step(engine)
+    engine.add("long", prompt=400, output=2)
+    step(engine)
+    step(engine)
+    chunk = engine.batches[-1]["long"]
+    assert chunk == pytest.approx(80 - 10 * (1 + drafts), abs=8)
+
+
+def test_no_more_requests_run_than_one_iteration_advances():
+    """Of 64 tokens, sixteen requests with three drafts each take all."""
+    engine = sync_engine(3, lambda name, given: 1, blocks=1024, thresholds=fluid(), max_num_batched_tokens=64)
+    for place in range(40):
+        engine.add(f"r{place}", prompt=4, output=40)
+    for _ in range(30):
+        batch = step(engine)
+        assert set(batch) == set(engine.running) | (set(batch) & set(engine.finished))
+    assert len(engine.running) == 16
+    assert replace(LIMITS, speculative_tokens=3).seats == 512
+    assert replace(LIMITS, speculative_tokens=7).seats == 256
+
+
+# Boundaries.
+
+
+class Resident:
+    def __init__(self, request_id: str, stage: int) -> None:
+        self.request_id, self.stage, self.kv_tokens, self.type_name = request_id, stage, 100 + stage, "unknown"
+
+
+def held_at(stage: int, *, before: int, most_step_tokens: int) -> bool:
+    """Whether a request is held at a boundary after 8 tokens that it reaches or jumps from `before` to `stage`."""
+    segments = (SegmentThreshold(end_output_tokens=8, n=2), SegmentThreshold(end_output_tokens=64, n=2))
+    policy = make_policy(Thresholds(policy="nested_wait", segments=segments, max_hold_s=10.0))
+    held = False
+    for now_s, reached in enumerate((before, stage)):
+        running = [Resident("jumps", reached), Resident("young", 1)]
+        held = "jumps" in policy.decide(Snapshot(
+            now_s=float(now_s), waiting={}, released=0, running=running, kv_used_tokens=0, kv_capacity_tokens=4096,
+            most_step_tokens=most_step_tokens,
+        )).sit_out
+    return held
+
+
+@pytest.mark.parametrize("stage", [8, 9, 10, 11])
+def test_a_request_that_jumps_over_a_boundary_is_held_there(stage):
+    assert held_at(stage, before=7, most_step_tokens=4)
+    assert not held_at(7, before=4, most_step_tokens=4)
+    assert held_at(stage, before=7, most_step_tokens=1) == (stage == 8)
+
+
+def test_nested_wait_holds_at_boundaries_on_an_engine_that_jumps_over_them():
+    """Steps of three tokens pass 10: two of the front stand beyond it until the four of the young do too."""
+    thresholds = {
+        "policy": "nested_wait", "max_hold_s": 10.0,
+        "segments": [{"end_output_tokens": 9, "n": 4}, {"end_output_tokens": 900, "n": 4}],
+    }
+    engine = sync_engine(3, lambda name, given: 3, thresholds=thresholds)
+    for place in range(2):
+        engine.add(f"front{place}", output=40)
+    for _ in range(2):
+        step(engine)
+    for place in range(4):
+        engine.add(f"young{place}", output=40)
+    batches = [step(engine) for _ in range(6)]
+    front = {"front0", "front1"}
+    advanced = [front <= batch.keys() for batch in batches]
+    assert advanced == [True, True, False, False, True, True]
+    assert all(batch[name] == 4 for batch in batches[1:] for name in batch), "drafts and all"
+    run(engine)
+    assert {request.num_output_tokens for request in engine.finished.values()} == {40}
+
+
+# What is solved.
+
+
+@pytest.mark.parametrize("targets", [Targets(), Targets(tpot_s=0.05), Targets(ttft_s=3.0, tpot_s=0.02)])
+def test_free_drafts_that_are_all_accepted_make_the_engine_that_many_times_as_fast(targets):
+    """Steps of two tokens at the price of one serve what an engine does whose decodes cost half."""
+    twice = replace(LAW, d0_s=LAW.d0_s / 2, floor_s=LAW.floor_s / 2, d1_s_per_kv_token=LAW.d1_s_per_kv_token / 2,
+                    d3_s_per_decode_token=LAW.d3_s_per_decode_token / 2)
+    drafting = solve_pace(MIX, LAW, LIMITS, targets, steps=Steps(tokens=2.0))
+    fast = solve_pace(MIX, twice, LIMITS, targets)
+    assert drafting.capacity_rps == pytest.approx(fast.capacity_rps, rel=0.01)
+    assert drafting.binding == fast.binding
+    if targets.tpot_s:
+        assert drafting.pace.token_s == pytest.approx(fast.pace.token_s)
+        assert drafting.pace.iteration_s == pytest.approx(2 * fast.pace.iteration_s)
+
+
+def test_drafts_that_are_never_accepted_only_cost():
+    plain, drafting = (
+        solve_pace(MIX, LAW, LIMITS, Targets(tpot_s=0.05), steps=steps).capacity_rps
+        for steps in (ONE_TOKEN_A_STEP, Steps.of_acceptance(0.0, 3))
+    )
+    assert drafting < plain
+
+
+@pytest.mark.parametrize("steps", [ONE_TOKEN_A_STEP, Steps.of_acceptance(0.7, 3), Steps.of_acceptance(0.2, 2)])
+def test_the_critical_rate_is_where_the_equilibrium_s_memory_is_full(steps):
+    critical = solve_fluid(MIX, LAW, LIMITS.kv_capacity_tokens, steps=steps).critical_rate_scale
+    at_it = solve_fluid(MIX.scaled(critical * (1 - 1e-9)), LAW, LIMITS.kv_capacity_tokens, steps=steps)
+    assert at_it.fits_memory
+    assert at_it.memory_tokens == pytest.approx(LIMITS.kv_capacity_tokens, rel=1e-5)
+    # Little's law, in iterations of a life.
+    life = MIX.merged().lengths.mean_output_tokens / steps.tokens + 1
+    assert at_it.in_service == pytest.approx(30.0 * critical * at_it.iteration_time_s * life)
+
+
+@pytest.mark.parametrize(("rate", "drafts"), [(0.7, 3), (0.3, 2), (0.9, 5)])
+@pytest.mark.parametrize("std", [0.0, 0.05])
+def test_few_accepted_drafts_miss_no_more_often_than_promised(rate, drafts, std):
+    """Requests play their steps; each has as many iterations as the target leaves its answer."""
+    generator, steps, miss = np.random.default_rng(4), Steps.of_acceptance(rate, drafts), 0.02
+    lengths = Lengths(np.full(4, 100), np.array([1, 20, 100, 400]), np.full(4, 0.25))
+    margin = tpot_margin(lengths, Fluctuation(std=std), miss, steps)
+    missed = 0.0
+    for output in (20, 100, 400):
+        refused = generator.random((3000, output, drafts)) >= rate
+        gained = np.cumsum(1 + np.where(refused.any(axis=2), refused.argmax(axis=2), drafts), axis=1)
+        number = 1 + (gained < output - 1).sum(axis=1)
+        errors = 1 + generator.standard_normal(number.size) * std / np.sqrt(number)
+        missed += 0.25 * np.mean(number * errors * steps.tokens / (1 + margin) > output - 1)
+    assert miss / 10 <= missed <= 1.5 * miss
