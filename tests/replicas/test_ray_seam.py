@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from replicas.delivery import Deliveries
 from replicas.routing_stats import RoutingStats
 from scheduler.channel import (
     ChannelClient,
@@ -287,6 +288,7 @@ def server_over(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     def made(*channels: Channel) -> Any:
         server = object.__new__(Server)
+        server._deliveries = Deliveries()
         server._channels, server._last_reports, server._silent = list(channels), {}, set()
         return server
 
