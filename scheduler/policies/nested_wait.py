@@ -29,7 +29,10 @@ class NestedWait(Policy):
         if self.strict:
             admitted, sit_out = self._segments.decide_strictly(snapshot)
             admitted = min(admitted, self.seats(snapshot))
-            return Decision({UNKNOWN_TYPE: admitted} if admitted else {}, sit_out)
+            return Decision(
+                {UNKNOWN_TYPE: admitted} if admitted else {}, sit_out,
+                evict_first=self._segments.at_boundary(snapshot, sit_out),
+            )
         admit: dict[str, int] = {}
         view, seats = snapshot.waiting.get(UNKNOWN_TYPE), self.seats(snapshot)
         if view and seats:
