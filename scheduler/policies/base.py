@@ -31,6 +31,10 @@ class Resident(Protocol):
         """Output tokens so far, those in flight included; 0 while its prompt is still being computed (paper: s)."""
 
     @property
+    def tokens_in_flight(self) -> int:
+        """Of `stage`, output tokens that an iteration under way computes: one of them may turn out to be the last."""
+
+    @property
     def kv_tokens(self) -> int:
         """KV tokens that an iteration reads for it once its prompt is computed: prompt and output so far."""
 

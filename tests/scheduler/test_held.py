@@ -3,10 +3,17 @@
 from engine_harness import MAX_MODEL_LEN, Engine
 
 
+def segments(*ends_and_n):
+    """Segments with n_k requests per stage."""
+    starts = (0, *(end for end, _ in ends_and_n))
+    return [
+        {"end_output_tokens": end, "total": n * (end - start)}
+        for start, (end, n) in zip(starts, ends_and_n, strict=False)
+    ]
+
+
 def nested(*ends_and_n, **fields):
-    return {
-        "policy": "nested_wait", "segments": [{"end_output_tokens": end, "n": n} for end, n in ends_and_n], **fields
-    }
+    return {"policy": "nested_wait", "segments": segments(*ends_and_n), **fields}
 
 
 def add_many(engine, count, prefix, **request):
@@ -25,7 +32,7 @@ def short_of_memory(max_hold_s=10.0):
     """13 usable blocks: two `old` requests stand at a boundary with three each, and three `young` outgrow the rest."""
     engine = Engine(blocks=14, thresholds={
         "policy": "wait", "types": [{"name": "known", "n": 1}], "max_hold_s": max_hold_s,
-        "segments": [{"end_output_tokens": 4, "n": 3}, {"end_output_tokens": 1000, "n": 3}],
+        "segments": segments((4, 3), (1000, 3)),
     })
     add_many(engine, 2, "old", prompt=40, output=30, max_tokens=MAX_MODEL_LEN - 40)  # of unknown length
     engine.steps(3)
