@@ -124,11 +124,11 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         name="pipeline parallel",
-        answers={"wait": _yes("holds count iterations"), "nested_wait": _yes("holds count iterations")},
+        answers=dict.fromkeys(("wait", "nested_wait", "wait_cp"), _yes("holds count iterations")),
     ),
     Setting(
         name="KV transfer (P/D, offloading)", in_use=_has("kv_transfer"),
-        answers={"fcfs": UNTESTED, "wait": UNTESTED, "nested_wait": UNTESTED, "fluid": NO},
+        answers=dict.fromkeys(("fcfs", "wait", "nested_wait", "wait_cp"), UNTESTED) | {"fluid": NO},
         because="the policy does not see requests whose KV is still being loaded, nor prompts computed elsewhere",
         instead="leave kv_transfer_config and kv_offloading_size out, or take policy fcfs",
     ),
@@ -139,7 +139,11 @@ SETTINGS: tuple[Setting, ...] = (
         because="no controller would follow the targets and the guess of a cold start would stay in force",
         instead="leave controller.enabled at true, or leave the targets out",
     ),
-    Setting(name="speculative decoding", answers={}),
+    Setting(
+        name="speculative decoding", in_use=_has("speculative_decoding"), answers={"wait_cp": NO},
+        because="the policy takes an iteration for one token of every request",
+        instead="leave speculative decoding out, or take another policy",
+    ),
     Setting(name="prefix caching", answers={}),
     Setting(name="structured output", answers={}),
     Setting(name="LoRA", answers={}),

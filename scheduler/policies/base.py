@@ -176,6 +176,7 @@ _NOBODY: frozenset[str] = frozenset()
 class Decision:
     """How many of each type may enter (from the head of its queue), and who sits this iteration out (request ids).
 
+    evict_first: of those who sit out, whose KV cache is given up before the others' where memory runs short.
     token_budget: tokens of this iteration (None: the thresholds' own). refuse: who is refused before anybody enters
     (request ids); refuse_last: how many of the unknown type are refused afterwards, those farthest from their turn;
     drain_s: seconds after which those who wait will have been served, for who is refused.
@@ -187,6 +188,7 @@ class Decision:
     refuse: Collection[str] = _NOBODY
     refuse_last: int = 0
     drain_s: float = 0.0
+    evict_first: Collection[str] = _NOBODY
 
 
 class Policy(ABC):

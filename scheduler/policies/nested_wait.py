@@ -30,7 +30,10 @@ class NestedWait(Policy):
         if self.strict:
             admitted, sit_out = self._segments.decide_strictly(snapshot)
             admitted = min(admitted, self.seats(snapshot))
-            return Decision({UNKNOWN_TYPE: admitted} if admitted else {}, sit_out)
+            return Decision(
+                {UNKNOWN_TYPE: admitted} if admitted else {}, sit_out,
+                evict_first=self._segments.at_boundary(snapshot, sit_out),
+            )
         view, seats = snapshot.waiting.get(UNKNOWN_TYPE), self.seats(snapshot)
         at_once = view is not None and (snapshot.idle or self.hold_is_over(view, snapshot))
         entering = self._segments.entering(view.length if view else 0, seats, at_once=at_once)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Collection
 
 from scheduler.policies.base import Resident, Snapshot, stages_of
 from scheduler.rotation import stage_lengths, stage_limit
@@ -144,6 +145,13 @@ class Segments:
             if not (room and unfinished):
                 sit_out.add(resident.request_id)
         return sit_out
+
+    def at_boundary(self, snapshot: Snapshot, sit_out: Collection[str]) -> set[str]:
+        """Of those who sit out, those that stand at a boundary: the paper's memory repair evicts these."""
+        return {
+            resident.request_id for resident in snapshot.running
+            if resident.stage in self._queue_at and resident.request_id in sit_out
+        }
 
     def _segment_entered_next(self, stage: int) -> int:
         """The segment (from 0) that the next token of a request at `stage` belongs to; past the end, the last."""

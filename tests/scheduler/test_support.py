@@ -28,10 +28,11 @@ SETUPS = {
     "data parallel across nodes": EngineSetup(data_parallel_across_nodes=True),
     "KV transfer (P/D, offloading)": EngineSetup(kv_transfer=True),
     "targets with `controller.enabled: false`": EngineSetup(targets=Targets(ttft_s=2.0), controller=False),
+    "speculative decoding": EngineSetup(speculative_decoding=True),
 }
 NOTHING_OF_CONCERN = (
-    "tensor parallel", "data parallel within a replica", "pipeline parallel", "speculative decoding", "prefix caching",
-    "structured output", "LoRA", "several choices (n > 1)",
+    "tensor parallel", "data parallel within a replica", "pipeline parallel", "prefix caching", "structured output",
+    "LoRA", "several choices (n > 1)",
 )
 
 
@@ -69,6 +70,7 @@ def test_an_engine_without_any_of_it_takes_every_policy(policy: str) -> None:
         (EngineSetup(data_parallel_across_nodes=True), "fcfs", "give data_parallel_size alone"),
         (EngineSetup(kv_transfer=True), "fluid", "leave kv_transfer_config and kv_offloading_size out"),
         (EngineSetup(targets=TPOT, controller=False), "fluid", "leave controller.enabled at true"),
+        (EngineSetup(speculative_decoding=True), "wait_cp", "leave speculative decoding out, or take another policy"),
     ],
 )
 def test_a_refusal_is_one_sentence_that_says_what_to_do(setup: EngineSetup, policy: str, what_to_do: str) -> None:
