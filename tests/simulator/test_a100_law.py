@@ -12,7 +12,8 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "evidence" / "a100_law.py"
 
 def test_profile_and_page_come_from_the_fit(tmp_path):
     fitted = "import json, a100_law; print(json.dumps(a100_law.profile()))"
-    found = subprocess.run([sys.executable, "-c", fitted], check=True, capture_output=True, cwd=SCRIPT.parent, timeout=60)
+    command = [sys.executable, "-c", fitted]
+    found = subprocess.run(command, check=True, capture_output=True, cwd=SCRIPT.parent, timeout=60)
     profile = json.loads(found.stdout)
     shipped = load_profile("a100-llama2-7b-vidur")
     assert tuple(profile["provenance"]) == shipped.provenance
