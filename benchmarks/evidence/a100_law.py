@@ -331,9 +331,9 @@ Fluid capacity, requests/s, 137 000 KV tokens:
 |---|---|---|---|
 {capacities}
 
-[The paper's experiments](paper-tables.md) use `a100-llama2-7b-vidur`, since the figures beside them came out of Vidur.
-All other pages use `a100-llama2-7b`, which remains the default: it includes host time, so it is the more careful one for
-a replica that has a host.
+[The paper's experiments](paper-tables.md) use `a100-llama2-7b-vidur`, since the figures beside them came out of
+Vidur. All other pages use `a100-llama2-7b`, which remains the default: it includes host time, so it is the more
+careful one for a replica that has a host.
 """
 
 

@@ -270,8 +270,8 @@ own V1 scheduler and block manager in virtual time, prefix caching without effec
 
 **Which model.** The paper's text says Llama-2-7B for all. By the authors' own notes its rows at 22 and 23 /s, its
 two-type figures and p512d1000 come from Llama-3-8B with {kv} KV tokens, WAIT's gate switched off, a cap of 21 (two
-types 30, long answers 120), Sarathi with chunks of 512 and 512 seats, vLLM with 128 seats and 4 096 tokens counted as the
-rectangle, means over the middle half of 5 000 to 10 000 requests. Each section names the model it has:
+types 30, long answers 120), Sarathi with chunks of 512 and 512 seats, vLLM with 128 seats and 4 096 tokens counted as
+the rectangle, means over the middle half of 5 000 to 10 000 requests. Each section names the model it has:
 
 - `{llama2}`: Llama-2-7B, 137 000 KV tokens, the law [fitted to Vidur's iteration times](a100-law.md).
 - `{llama3}`: that law scaled to Llama-3-8B: compute and floor by parameters (8.03 to 6.74), KV reads by its

@@ -1,10 +1,11 @@
 """The theory's claims beside simulations of its own model: docs/evidence/theory.md, its figures and its numbers.
 
-    python benchmarks/evidence/theory.py --out docs/evidence [--quick]
+    python benchmarks/evidence/theory.py --out docs/evidence [--quick] [--only SECTIONS]
 
 Writes theory.md, theory.json and figures/theory-*.{png,svg} under --out; the same code gives the same numbers. Source
 of every claim: arXiv 2504.11320. Thresholds, buffers and equilibria come from `scheduler`, the runs from
-`simulator.stylised`. Three to five minutes on one core; --quick takes seconds and is too small to conclude anything.
+`simulator.stylised`. About ten minutes on one core; --quick takes seconds and is too small to conclude anything. With
+--only, numbers of the other sections are those of the theory.json that is there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from theory_fit import loglog_slope
 from theory_limits import EntryLimit, measure_limits
 from theory_page import page, write_figures
 from theory_segments import measure_segments
+from theory_varying import measure_varying
 
 from scheduler.fluid import solve_fluid
 from scheduler.law import ServiceTimeLaw
@@ -73,14 +77,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", type=re.compile, help="measure only these sections anew (a regular expression)")
     args = parser.parse_args()
+    quick = args.quick
+    sections: dict[str, Callable[[], Any]] = {
+        "gap": lambda: measure_gaps(2, 2, 16) if quick else measure_gaps(5, 6, 400),
+        "limits": lambda: measure_limits(2, 4) if quick else measure_limits(4, 100),
+        "varying": lambda: measure_varying(2, 8) if quick else measure_varying(4, 100),
+        "overflow": lambda: measure_overflow(100 if quick else 20_000),
+        "segments": measure_segments,
+        "memory": compare_memory,
+        "worked_case": lambda: follow_worked_case(24),
+    }
+    kept = json.loads((args.out / "theory.json").read_text(encoding="utf-8")) if args.only else {}
     numbers = {
-        "gap": measure_gaps(2, 2, 16) if args.quick else measure_gaps(5, 6, 400),
-        "limits": measure_limits(2, 4) if args.quick else measure_limits(4, 100),
-        "segments": measure_segments(),
-        "overflow": measure_overflow(100 if args.quick else 20_000),
-        "memory": compare_memory(),
-        "worked_case": follow_worked_case(24),
+        name: kept[name] if args.only and name in kept and not args.only.search(name) else measure()
+        for name, measure in sections.items()
     }
     write_figures(numbers, args.out / "figures")
     (args.out / "theory.json").write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -58,8 +58,8 @@ DELAY = """\
 ## Latency and time to first token
 
 The same {rows} runs. Delays are service-normalised as in the theorems (calendar time × ζ): the mean over arrivals of
-the time in the system up to T, by Little's law, and of the time before the first output token (prefill yields none in this
-model). "Nested WAIT" has the thresholds of the next section and memory without limit, as in its theorem.
+the time in the system up to T, by Little's law, and of the time before the first output token (prefill yields none in
+this model). "Nested WAIT" has the thresholds of the next section and memory without limit, as in its theorem.
 
 COMMAND
 

@@ -130,9 +130,9 @@ LIMITS = """\
 ## What no policy can do at C = M*
 
 Two propositions of the paper: FCFS has an Ω(1) gap on an instance of two known types, and when lengths are unknown
-every policy has one. The first instance is the paper's: (l, l') = (1, 1) and (1, 2) at 1 /s each, d0 = 7/16 s,
-d1 = 1/16 s, M* = 9 tokens. The second follows its proof: l = 1, outputs of 1 or 2 tokens with equal chance, 4 /s, d0 = 14/32 s,
-d1 = 1/32 s, M* = 18. Gaps relative to the fluid throughput, T = 100 s, {rows} runs each.
+every policy has one. The first instance is the paper's: (l, l') = (1, 1) and (1, 2) at 1 /s each, d0 = 7/16 s, d1 =
+1/16 s, M* = 9 tokens. The second follows its proof: l = 1, outputs of 1 or 2 tokens with equal chance, 4 /s, d0 =
+14/32 s, d1 = 1/32 s, M* = 18. Gaps relative to the fluid throughput, T = 100 s, {rows} runs each.
 
 COMMAND
 

@@ -15,6 +15,7 @@ from theory_delay import delay_text
 from theory_fit import table
 from theory_limits import limits_text
 from theory_segments import draw_segments, segments_text
+from theory_varying import varying_text
 
 COLOURS = ("#D55E00", "#E69F00", "#0072B2", "#009E73")
 STYLE: list[Any] = [
@@ -103,6 +104,7 @@ def page(numbers: dict[str, Any], command: str) -> str:
     """The Markdown page; `command` is what wrote it."""
     parts = [
         PREFACE, gap_text(numbers["gap"]), delay_text(numbers["gap"]), limits_text(numbers["limits"]),
+        varying_text(numbers["varying"]),
         overflow_text(numbers["overflow"]), segments_text(numbers["segments"]), memory_text(numbers["memory"]),
         worked_case_text(numbers["worked_case"]), DIFFERENCES,
     ]  # fmt: skip
@@ -304,8 +306,8 @@ DIFFERENCES = """\
   and l + l' KV-token-iterations less than w. The fluid model keeps w, and so counts a little too much: 5 % of d1's work
   at p512d20, 0.2 % at p512d1000.
 - **Mean prompt.** With prompts of several lengths, the paper's sufficient condition puts the longest prompt of a
-  segment for l. `nested_wait_thresholds` takes the mean prompt of the requests that reach the segment: right on average,
-  but then δ is an estimate and no longer a guarantee.
+  segment for l. `nested_wait_thresholds` takes the mean prompt of the requests that reach the segment: right on
+  average, but then δ is an estimate and no longer a guarantee.
 - **FCFS.** Admits what fits and evicts on growth; the paper's example evicts residents to admit newcomers.
 - **A held prompt at a boundary** counts its next stage, one token more than the buffer's formula gives it.
 """
