@@ -125,16 +125,16 @@ def waiting(n: int) -> dict[float, dict[str, Any]]:
 SWEEPS = (
     Sweep(
         "waiting", "Waiting or not, under the same cap (the paper's waiting ablation)", "p512d20", LLAMA2,
-        counts(800, 8, 12, 15, 18, 19, 20, more={22: 1500, 23: 1500}),
+        counts(500, 8, 12, 15, 19, more={22: 1000, 23: 1000}),
         (Contender("cap alone", {}, waiting(1)), Contender("groups of 2", {}, waiting(2)),
          Contender("groups of 3", {}, waiting(3))),
         (column("threshold only", ABLATION_RATES, NO_WAIT), column("WAIT", ABLATION_RATES, WITH_WAIT)),
     ),
     Sweep(
         "long", "Long answers (figure of p512d1000, table of restarts)", "p512d1000", LLAMA3,
-        {0.5: 150, 1.0: 200, 2.0: 300, 3.0: 600, 3.5: 600, 4.0: 800, 4.5: 800, 5.0: 800},
+        {1.0: 60, 2.0: 100, 3.0: 200, 4.0: 300, 4.5: 300, 5.0: 300},
         (Contender("vllm-v0, 128 seats", V0), Contender("sarathi, 512 seats", SARATHI),
-         Contender("cap 120", capped(120)), Contender("wait, solved", WAIT)),
+         Contender("cap 120", capped(120))),
         (Published("vLLM", {4.5: 53.8}),
          Published("Sarathi", {3.0: 20.4, 3.5: 23.6, 4.0: "30.2 (2.88 % restarts)", 4.5: 41.7, 5.0: 59.9}),
          Published("WAIT", {3.0: 19.7, 3.5: 23.3, 4.0: "26.4 (0 %)", 4.5: 32.3, 5.0: 50.5})),
@@ -142,7 +142,7 @@ SWEEPS = (
     ),
     Sweep(
         "single", "One type (figure of p512d20), Llama-2-7B", "p512d20", LLAMA2,
-        counts(1000, 12, 16, 19, more={22: 2000, 23: 2500, 24: 2500}),
+        counts(500, 12, 16, 19, more={22: 1000, 23: 1500, 24: 1500}),
         (Contender("sarathi, 256 seats", SARATHI | {"max_num_seqs": 256}), Contender("vllm", VLLM),
          Contender("cap 21, 508 tokens", capped(21, 508)), Contender("wait, solved", WAIT)),
         tuple(column(f"{name}, N = 5 000", range(12, 25), values) for name, values in SINGLE_LLAMA2.items()),
@@ -150,7 +150,7 @@ SWEEPS = (
     ),
     Sweep(
         "single-llama3", "One type, as published: Llama-3-8B", "p512d20", LLAMA3,
-        counts(1000, 16, more={20: 1000, 22: 2000, 23: 2500}),
+        counts(500, 16, more={20: 800, 22: 1500, 23: 1500}),
         (Contender("vllm-v0, 128 seats", V0), Contender("sarathi, 512 seats", SARATHI),
          Contender("cap 21, 508 tokens", capped(21, 508))),
         (Published("vLLM, paper (N = 10 000)", {16: 1.18, 20: 3.693, 22: "18.23 (15.69)", 23: "26.78 (23.26)"}),
@@ -160,14 +160,14 @@ SWEEPS = (
     ),
     Sweep(
         "lmsys", "lmsys-chat-1m lengths, 10 to 150 /s", "lmsys", LLAMA2,
-        counts(800, 10, 30, 50, more={60: 1500, 80: 2000, 100: 2000, 150: 2000}),
+        counts(300, 10, 30, more={50: 600, 60: 1000, 80: 1000, 100: 1000, 150: 1000}),
         (Contender("sarathi, 256 seats", SARATHI | {"max_num_seqs": 256}), Contender("cap 300", capped(300, 2048)),
          Contender("vllm, 512 seats", VLLM), Contender("nested-wait, solved", NESTED)),
         tuple(column(f"{name}, N = 5 000", range(10, 151, 10), values) for name, values in LMSYS_LLAMA2.items()),
     ),
     Sweep(
         "decode-only", "Decode only (p630d20, d2 = 0: the disaggregated experiment)", "p630d20", DECODE_ONLY,
-        counts(1500, 100, 200, 300, 400, 500),
+        counts(1000, 100, 300, 500),
         (Contender("vllm, 128 seats", VLLM | {"max_num_seqs": 128, "token_budget": 65_536}),
          Contender("vllm, 720 seats", VLLM | {"max_num_seqs": 720, "token_budget": 65_536}),
          Contender("cap 720", capped(720, 65_536) | {"max_num_seqs": 720})),
@@ -175,7 +175,7 @@ SWEEPS = (
     ),
     Sweep(
         "mix", "Two types (0.7 p512d20 + 0.3 p512d50), Llama-3-8B as published", "0.7:p512d20+0.3:p512d50", LLAMA3,
-        counts(1000, 12, 16, 19, more={21: 2000, 22: 2500, 23: 2500}),
+        counts(500, 12, 16, 19, more={21: 1000, 22: 1500, 23: 1500}),
         (Contender("vllm-v0, 128 seats", V0), Contender("sarathi, 512 seats", SARATHI),
          Contender("cap 30", capped(30))),
         (Published("vLLM, paper (N = 10 000)", {16: "(1.585)", 20: "(6.16)", 22: "56.70 (25.66)", 23: "80.25 (34.96)"}),
@@ -186,10 +186,10 @@ SWEEPS = (
 
 HORIZON = Sweep(
     "horizon", "Horizon check: the mean of the first N requests", "0.7:p512d20+0.3:p512d50", LLAMA3,
-    {22.0: 10_000, 23.0: 10_000},
+    {22.0: 5_000, 23.0: 5_000},
     (Contender("sarathi, 512 seats", SARATHI), Contender("cap 30", capped(30))), (),
 )  # fmt: skip
-HORIZONS = (2_000, 5_000, 10_000)
+HORIZONS = (1_000, 2_000, 5_000)
 PUBLISHED_HORIZON = {
     (22.0, "sarathi, 512 seats"): {2_000: 2.24, 20_000: 12.66}, (22.0, "cap 30"): {2_000: 2.02, 20_000: 3.30},
     (23.0, "sarathi, 512 seats"): {2_000: 3.31, 20_000: 35.46}, (23.0, "cap 30"): {2_000: 2.44, 20_000: 24.26},
