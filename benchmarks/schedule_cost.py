@@ -34,7 +34,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "wait": {"policy": "wait", "types": [{"name": "all", "n": 8}]},
     "nested_wait": {
         "policy": "nested_wait",
-        "segments": [{"end_output_tokens": 1000, "n": 8}, {"end_output_tokens": 2000, "n": 4}],
+        "segments": [{"end_output_tokens": 1000, "total": 8000}, {"end_output_tokens": 2000, "total": 4000}],
     },
     # A replica whose memory is full, so that it looks at everybody again and again, and nobody is late or useless.
     "fluid": {

@@ -47,7 +47,8 @@ def make_plan(inputs: PlanInputs) -> dict[str, Any]:
             raise PlanError("the rates and coefficients are too large: the load is not a finite number")
         wait = wait_thresholds(mix, law, kv_tokens)
         nested = nested_wait_thresholds(
-            mix, law, kv_tokens, segments=inputs.segments, overflow_probability=inputs.overflow_probability
+            mix, law, kv_tokens, segments=inputs.segments, overflow_probability=inputs.overflow_probability,
+            whole=False,
         )
         cap = resident_cap(mix, kv_tokens, overflow_probability=inputs.overflow_probability)
     except (ValueError, OSError) as error:
@@ -77,7 +78,8 @@ def make_plan(inputs: PlanInputs) -> dict[str, Any]:
                 "iteration_s": wait.iteration_s, "memory_tokens": wait.memory_tokens,
             },
             "nested_wait": {"infeasible": nested.reason} if isinstance(nested, Infeasible) else {
-                "boundaries": list(nested.boundaries), "n": list(nested.n), "survival": list(nested.survival),
+                "boundaries": list(nested.boundaries), "n": list(nested.n), "totals": list(nested.totals),
+                "survival": list(nested.survival),
                 "iteration_s": nested.iteration_s, "memory_tokens": nested.memory_tokens,
                 "buffer_tokens": nested.buffer_tokens,
             },

@@ -148,7 +148,7 @@ def plan_tables(plan: dict[str, Any]) -> Iterator[Any]:
             yield Text("wait: " + ", ".join(f"n({name}) = {n}" for name, n in solution["n"].items()))
         else:
             pairs = zip(solution["boundaries"], solution["n"], strict=True)
-            yield Text("nested_wait: " + ", ".join(f"n(to {end}) = {n}" for end, n in pairs))
+            yield Text("nested_wait: " + ", ".join(f"n(to {end}) = {n:.3g}" for end, n in pairs))
 
 
 def doctor_table(result: dict[str, Any]) -> Iterator[Any]:
@@ -163,8 +163,8 @@ def doctor_table(result: dict[str, Any]) -> Iterator[Any]:
 
 
 def _counts(entry: dict[str, Any]) -> str:
-    types = [f"{item['name']}: {item['n']}" for item in entry["types"]]
-    segments = [f"to {item['end_output_tokens']}: {item['n']}" for item in entry["segments"]]
+    types = [f"{item['name']}: {'open' if item['n'] is None else item['n']}" for item in entry["types"]]
+    segments = [f"to {item['end_output_tokens']}: {item['total']}" for item in entry["segments"]]
     return ", ".join(types + segments) or "none"
 
 

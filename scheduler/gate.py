@@ -115,6 +115,11 @@ class GatedQueue(RequestQueue):
         self.choices.let_through(request.request_id)
         self._open.add_request(request)
 
+    def take_back(self, request: Request) -> None:
+        """Let a request of the open part wait behind the gate again, as one that has just come."""
+        self._open.remove_request(request)
+        self._hold(request, self._clock()).add(request)
+
     @property
     def held(self) -> int:
         """Requests behind the gate."""
@@ -135,6 +140,8 @@ class GatedQueue(RequestQueue):
 
     def forget(self, request: Request) -> None:
         """Drop what is remembered of a request that has left the engine."""
+        if request.request_id in self._since_s:  # it was taken back with its last token in flight
+            self.remove_request(request)
         self._type_of.pop(request.request_id, None)
         self._ledger.end(request)
 

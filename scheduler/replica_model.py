@@ -221,7 +221,8 @@ def materially_different(proposed: Thresholds, in_force: Thresholds) -> bool:
     if proposed.pace and in_force.pace:
         return not _same_pace(proposed.pace, in_force.pace)
     counts, current = _counts(proposed), _counts(in_force)
-    without_counts = _without_counts(proposed).same_rule(_without_counts(in_force))
+    last = _last_end(proposed, in_force)
+    without_counts = _without_counts(proposed, last).same_rule(_without_counts(in_force, last))
     if not without_counts or len(counts) != len(current):
         return True
     return any(abs(new - old) > max(1.0, _SETTLED * old) for new, old in zip(counts, current, strict=True))
@@ -260,14 +261,25 @@ def _survival_at(pace: Pace, at: list[int]) -> NDArray[np.float64]:
 
 
 def _counts(thresholds: Thresholds) -> list[int]:
-    counts = [entry.n for entry in thresholds.types] + [segment.n for segment in thresholds.segments]
+    counts = [entry.n or 0 for entry in thresholds.types] + [segment.total for segment in thresholds.segments]
     return [*counts, thresholds.max_in_service or 0]
 
 
-def _without_counts(thresholds: Thresholds) -> Thresholds:
+def _last_end(new: Thresholds, old: Thresholds) -> int | None:
+    """The end of both last segments where it differs by noise: nobody waits there, and it moves with every record."""
+    if not new.segments or not old.segments:
+        return None
+    ends = sorted(value.segments[-1].end_output_tokens for value in (new, old))
+    return ends[1] if ends[1] <= (1 + _SETTLED) * ends[0] else None
+
+
+def _without_counts(thresholds: Thresholds, last_end: int | None) -> Thresholds:
+    segments = tuple(replace(segment, total=1) for segment in thresholds.segments)
+    if last_end is not None:
+        segments = (*segments[:-1], replace(segments[-1], end_output_tokens=last_end))
     return replace(
         thresholds,
-        types=tuple(replace(entry, n=1) for entry in thresholds.types),
-        segments=tuple(replace(segment, n=1) for segment in thresholds.segments),
+        types=tuple(replace(entry, n=entry.n and 1) for entry in thresholds.types),  # an open gate differs from any
+        segments=segments,
         max_in_service=None if thresholds.max_in_service is None else 1,
     )

@@ -73,6 +73,11 @@ class _RequestAsResident:
         return _stage(self._request)
 
     @property
+    def tokens_in_flight(self) -> int:
+        tokens: int = self._request.num_output_placeholders
+        return tokens
+
+    @property
     def kv_tokens(self) -> int:
         request = self._request
         tokens: int = request.num_tokens + request.num_output_placeholders

@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 
 from scheduler.law import ServiceTimeLaw
 from scheduler.pace import Pace
+from scheduler.rotation import stage_lengths
 
 POLICY_NAMES = ("fcfs", "wait", "nested_wait", "fluid")
 MODES = ("serving", "strict")
@@ -69,24 +70,31 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TypeThreshold:
-    """WAIT's n_j for one type: requests whose lengths lie within both (inclusive) bounds; None means no bound."""
+    """WAIT's n_j for one type: requests whose lengths lie within both (inclusive) bounds; None means no bound.
+
+    n: None is an open gate, through which every request goes at once.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     name: str
-    n: Count
+    n: Count | None
     max_prompt_tokens: Count | None = None
     max_output_tokens: Count | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentThreshold:
-    """Nested WAIT's n_k for the decode stages up to and including `end_output_tokens` (the paper's l'_k)."""
+    """Nested WAIT's threshold for the decode stages up to and including `end_output_tokens` (the paper's l'_k).
+
+    total: requests in all stages of the segment together, the paper's B_k = n_k δ_k with δ_k = l'_k − l'_{k−1}; an
+    engine's prefill yields the first token, so that segment 1 has no stage more. Per stage it may be less than one.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     end_output_tokens: Count
-    n: Count
+    total: Count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +103,8 @@ class Thresholds:
 
     version: strictly increasing per replica; an engine refuses one that is not newer than the one in force.
     policy: one of `POLICY_NAMES`; mode: "serving" (holds are bounded) or "strict" (the paper's letter).
-    types: WAIT's thresholds, first match wins; segments: Nested WAIT's, by increasing boundary.
+    types: WAIT's thresholds, first match wins; segments: Nested WAIT's, by increasing boundary, with totals that per
+    stage never grow.
     max_in_service: most requests resident at once (None: the engine's own max_num_seqs).
     token_budget: most tokens computed in one iteration (None: the engine's own max_num_batched_tokens).
     max_hold_s: longest time, in seconds, that a request is held for the sake of a threshold.
@@ -142,28 +151,34 @@ class Thresholds:
         for index, entry in enumerate(self.types):
             usable = entry.name not in ("", UNKNOWN_TYPE)
             _require(usable, f"types[{index}].name", entry.name, f"a non-empty name other than {UNKNOWN_TYPE!r}")
-            self._check_count(f"types[{index}].n", entry.n)
+            if entry.n is not None:
+                self._check_count(f"types[{index}].n", entry.n)
             for field in ("max_prompt_tokens", "max_output_tokens"):
                 value = getattr(entry, field)
                 _require(value is None or value >= 1, f"types[{index}].{field}", value, "an integer >= 1, or null")
 
     def _check_segments(self) -> None:
-        previous_end, previous_n = 0, None
+        previous_end, per_stage = 0, math.inf
         for index, segment in enumerate(self.segments):
-            self._check_count(f"segments[{index}].n", segment.n)
             _require(
                 segment.end_output_tokens > previous_end,
                 f"segments[{index}].end_output_tokens", segment.end_output_tokens, f"an integer > {previous_end}",
             )
-            if previous_n is not None:  # p_k < n_k / n_{k-1} < 1: a later segment never waits for more
-                allowed = f"an integer from 1 to {previous_n}, the segment before it"
-                _require(segment.n <= previous_n, f"segments[{index}].n", segment.n, allowed)
-            previous_end, previous_n = segment.end_output_tokens, segment.n
+            stages = segment.end_output_tokens - previous_end
+            self._check_count(f"segments[{index}].total", segment.total, stages)
+            if index:  # p_k < n_k / n_{k-1} < 1: a later segment never waits for more, but for rounding
+                most = math.ceil(per_stage * stages - 1e-9)
+                allowed = f"an integer from 1 to {most}, as many per stage as in the segment before it"
+                _require(segment.total <= most, f"segments[{index}].total", segment.total, allowed)
+            previous_end, per_stage = segment.end_output_tokens, segment.total / stages
 
-    def _check_count(self, field: str, n: int) -> None:
+    def _check_count(self, field: str, n: int, stages: int = 1) -> None:
+        """A group, one stage's share of n, must be able to be in service at once."""
         _require(n >= 1, field, n, "an integer >= 1")
         if self.max_in_service is not None:
-            _require(n <= self.max_in_service, field, n, f"an integer from 1 to max_in_service = {self.max_in_service}")
+            times = f"{stages} stages times " if stages > 1 else ""
+            allowed = f"an integer from 1 to {times}max_in_service = {self.max_in_service}"
+            _require(n <= stages * self.max_in_service, field, n, allowed)
 
     def check_fits(self, limits: EngineLimits) -> None:
         """Raise InvalidThresholds when these values can never be met on an engine with `limits`.
@@ -176,12 +191,15 @@ class Thresholds:
             f"the engine seats max_num_seqs = {limits.max_num_seqs} requests and its KV cache holds "
             f"{limits.kv_capacity_tokens} tokens in blocks of {limits.block_tokens}"
         )
-        counts = [(f"types[{i}].n", entry.n) for i, entry in enumerate(self.types)]
-        counts += [(f"segments[{i}].n", entry.n) for i, entry in enumerate(self.segments)]
+        counts = [(f"types[{i}].n", entry.n) for i, entry in enumerate(self.types) if entry.n is not None]
         if self.max_in_service is not None:
             counts.append(("max_in_service", self.max_in_service))
         for field, n in counts:
             _require(n <= seats, field, n, f"an integer from 1 to {seats}: {seats_in_words}")
+        stages = stage_lengths(tuple(entry.end_output_tokens for entry in self.segments))
+        for index, (entry, length) in enumerate(zip(self.segments, stages, strict=True)):
+            allowed = f"an integer from 1 to {length} stages times {seats}: {seats_in_words}"
+            _require(entry.total <= length * seats, f"segments[{index}].total", entry.total, allowed)
         if self.token_budget is not None:
             most = limits.max_num_batched_tokens
             allowed = f"an integer from 1 to max_num_batched_tokens = {most}"

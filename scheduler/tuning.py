@@ -5,17 +5,27 @@ No vLLM, no clock, no telemetry: what arrives (`WorkloadMix`), the service-time 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scheduler.fluid import NO_REUSE, FluidEquilibrium, PrefixReuse, solve_fluid
 from scheduler.law import ServiceTimeLaw
 from scheduler.margin import EXACT, PUBLISHED_MAPE, Fluctuation
 from scheduler.mix import Lengths, RequestType, WorkloadMix
-from scheduler.solver import Infeasible, SegmentChain, nested_wait_thresholds, resident_cap, wait_thresholds
+from scheduler.rotation import stage_lengths
+from scheduler.solver import (
+    Infeasible,
+    SegmentChain,
+    nested_wait_thresholds,
+    on_length_grid,
+    resident_cap,
+    wait_thresholds,
+)
 from scheduler.survival import cold_lengths
 from scheduler.targets import NO_TARGETS, ONE_TOKEN_A_STEP, Promise, Steps, Targets, solve_pace
 from scheduler.thresholds import UNKNOWN_TYPE, EngineLimits, SegmentThreshold, Thresholds, TypeThreshold
@@ -24,7 +34,7 @@ MOST_TYPES = 4
 LEAST_RATE_RPS = 1e-3
 """Stands for the rate while none is known."""
 _MOST_SEGMENTS = 4
-_LENGTH_GRID = tuple(sorted(int(base * 2**power) for power in range(28) for base in (16, 24)))
+_PRACTICAL_MARGIN, _PRACTICAL_SLACK = 0.05, 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +97,12 @@ def cold_thresholds(
     return replace(tuned.thresholds, reason="nothing seen yet: a pace from the profile and the targets")
 
 
-def tune_by_cap(configured: Thresholds, mix: WorkloadMix, cap: int, *, margin: float = 0.05) -> Thresholds:
+def tune_by_cap(configured: Thresholds, mix: WorkloadMix, cap: int, *, margin: float = _PRACTICAL_MARGIN) -> Thresholds:
     """The rule of the paper's experiments: counts from a cap on prompts in service, whatever the load.
 
-    WAIT: n_j in proportion to λ_j with Σ (l'_j + 1) n_j = cap. Nested WAIT: n_k/n_{k−1} = min(p_k + margin, 0.99) and
-    Σ δ_k n_k = cap. Counts are rounded and at least 1; arXiv 2504.11320 spreads a segment's total over its stages.
+    WAIT: n_j in proportion to λ_j with Σ (l'_j + 1) n_j = cap, rounded and at least 1. Nested WAIT: n_k/n_{k−1} =
+    min(p_k + margin, 0.99) and Σ δ_k n_k = cap, where δ_1 = l'_1 has no stage for the prefill; the totals B_k = δ_k n_k
+    are rounded, and spread over the stages of their segment (`scheduler.rotation`).
     """
     known = [t for t in mix.types if t.name != UNKNOWN_TYPE]
     per_rate = cap / sum(t.rate_rps * (t.lengths.mean_output_tokens + 1) for t in mix.types)
@@ -106,12 +117,8 @@ def tune_by_cap(configured: Thresholds, mix: WorkloadMix, cap: int, *, margin: f
     if unknown:
         lengths = unknown[0].lengths
         ends = tuple(sorted({lengths.output_quantile(part / _MOST_SEGMENTS) for part in range(1, _MOST_SEGMENTS + 1)}))
-        chain = SegmentChain(ends, lengths, margin)
-        relative = np.cumprod([1.0, *chain.ratios])
-        counts = cap / float(chain.stages @ relative) * relative
-        segments = tuple(
-            SegmentThreshold(end_output_tokens=end, n=max(1, round(n))) for end, n in zip(ends, counts, strict=True)
-        )
+        shares = _relative_totals(lengths, ends, margin)
+        segments = _segments(ends, [max(1, round(total)) for total in cap * shares / shares.sum()], cap)
     reason = f"counts from a cap of {cap} in service"
     return replace(configured, types=types, segments=segments, max_in_service=cap, reason=reason)
 
@@ -166,9 +173,12 @@ class _Solver:
         if known:
             # The load of requests of unknown length counts in the rate conditions, though segments gate them.
             solution = wait_thresholds(self._mix, self._law, self._limits.kv_capacity_tokens)
-            counts = [1] * len(self._mix.types) if isinstance(solution, Infeasible) else list(solution.n)
+            # Without feasible counts the gates stand open: any whole count would throttle what enters.
+            counts: list[int | None] = [None] * len(self._mix.types)
+            if not isinstance(solution, Infeasible):
+                counts = [min(n, cap) for n in solution.n]
             types = tuple(
-                TypeThreshold(name=t.name, n=min(n, cap), max_output_tokens=_bound_of(t, last=t is known[-1]))
+                TypeThreshold(name=t.name, n=n, max_output_tokens=_bound_of(t, last=t is known[-1]))
                 for t, n in zip(self._mix.types, counts, strict=True)
                 if t.name != UNKNOWN_TYPE
             )
@@ -183,29 +193,47 @@ class _Solver:
     def _solve_segments(
         self, mix: WorkloadMix, cap: int
     ) -> tuple[tuple[SegmentThreshold, ...], str]:
-        lengths = mix.merged().lengths
-        # Counts fall strictly from segment to segment, so m segments need n_1 >= m. With more segments than the fluid
-        # has requests per stage, requests would be held for the sake of the chain and not of the load.
-        inventory = sum(solve_fluid(mix, self._law, self._limits.kv_capacity_tokens).inventories)
-        count = max(1, int(min(_MOST_SEGMENTS, inventory)))
-        boundaries = sorted({_on_grid(lengths.output_quantile(part / count)) for part in range(1, count + 1)})
         solution = nested_wait_thresholds(
-            mix, self._law, self._limits.kv_capacity_tokens,
-            boundaries=boundaries, overflow_probability=self._overflow_probability,
+            mix, self._law, self._limits.kv_capacity_tokens, segments=_MOST_SEGMENTS, whole=False, steady=True,
+            overflow_probability=self._overflow_probability,
         )
         if isinstance(solution, Infeasible):
-            return (), _solution_in_words("Nested WAIT", solution, [])
-        segments = tuple(
-            SegmentThreshold(end_output_tokens=end, n=min(n, cap))
-            for end, n in zip(solution.boundaries, solution.n, strict=True)
-        )
-        return segments, _solution_in_words("Nested WAIT", solution, [segment.n for segment in segments])
+            if not self.equilibrium.fits_memory:
+                return (), _solution_in_words("Nested WAIT", solution, [])
+            return self._practical_segments(mix, cap)
+        segments = _segments(solution.boundaries, solution.totals, cap)
+        said = ", ".join(f"{count:.3g} to {end}" for count, end in zip(solution.n, solution.boundaries, strict=True))
+        return segments, f"Nested WAIT n = {said}"
 
 
-def _on_grid(length: float) -> int:
-    """The next length on a coarse grid, so that boundaries stay put while estimates move a little."""
-    index = bisect_left(_LENGTH_GRID, length)
-    return _LENGTH_GRID[min(index, len(_LENGTH_GRID) - 1)]
+    def _practical_segments(self, mix: WorkloadMix, cap: int) -> tuple[tuple[SegmentThreshold, ...], str]:
+        """Where the load can be served but no thresholds are sure to: the rule of the paper's experiments.
+
+        Their cap on prompts in service is here what n_1 = λ ΔT* (1 + slack) makes of all segments together.
+        """
+        lengths = mix.merged().lengths
+        marks = {on_length_grid(lengths.output_quantile(part / _MOST_SEGMENTS)) for part in range(1, _MOST_SEGMENTS)}
+        longest = lengths.output_quantile(1)
+        ends = (*sorted(mark for mark in marks if mark < longest), longest)
+        first = mix.rate_rps * self.equilibrium.iteration_time_s * (1 + _PRACTICAL_SLACK)
+        totals = first * _relative_totals(lengths, ends, _PRACTICAL_MARGIN)
+        segments = _segments(ends, [max(1, math.ceil(total)) for total in totals], cap)
+        said = ", ".join(f"{segment.total} to {segment.end_output_tokens}" for segment in segments)
+        return segments, f"Nested WAIT by the practical rule, totals {said}; no thresholds keep memory for sure"
+
+
+def _relative_totals(lengths: Lengths, ends: tuple[int, ...], margin: float) -> NDArray[np.float64]:
+    """δ_k n_k/n_1 of each segment when n_k/n_{k−1} = min(p_k + margin, 0.99)."""
+    chain = SegmentChain(ends, lengths, margin)
+    return np.asarray(np.array(stage_lengths(ends)) * np.cumprod([1.0, *chain.ratios]))
+
+
+def _segments(ends: tuple[int, ...], totals: Sequence[int], cap: int) -> tuple[SegmentThreshold, ...]:
+    """Segments whose groups can be in service at once."""
+    return tuple(
+        SegmentThreshold(end_output_tokens=end, total=min(total, cap * stages))
+        for end, total, stages in zip(ends, totals, stage_lengths(ends), strict=True)
+    )
 
 
 def _group_bounds(outputs: list[int]) -> list[int]:
@@ -214,7 +242,7 @@ def _group_bounds(outputs: list[int]) -> list[int]:
         return distinct
     ordered = sorted(outputs)
     marks = [ordered[(len(ordered) - 1) * part // MOST_TYPES] for part in range(1, MOST_TYPES + 1)]
-    return sorted({_on_grid(mark) for mark in marks})
+    return sorted({on_length_grid(mark) for mark in marks})
 
 
 def _bound_of(request_type: RequestType, *, last: bool) -> int | None:
@@ -235,7 +263,7 @@ def _in_words(equilibrium: FluidEquilibrium, rate_rps: float) -> str:
     return f"{load}, {equilibrium.reason}" if equilibrium.reason else load
 
 
-def _solution_in_words(rule: str, solution: object, n: list[int]) -> str:
+def _solution_in_words(rule: str, solution: object, n: Sequence[int | None]) -> str:
     if isinstance(solution, Infeasible):
         return f"{rule} is infeasible ({solution.reason}): the gates stay open"
     return f"{rule} n = {', '.join(str(count) for count in n)}"

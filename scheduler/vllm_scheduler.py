@@ -17,7 +17,7 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vllm.logger import init_logger
@@ -33,13 +33,14 @@ from scheduler.client_input import declared_output_tokens, tenant_of
 from scheduler.control import InForce, ThresholdsInForce
 from scheduler.fair_queue import NOBODY_IN_PARTICULAR
 from scheduler.gate import GatedQueue
+from scheduler.held import HeldRequests
 from scheduler.messages import Gauges, InService, Report, Telemetry
 from scheduler.policies import UNKNOWN_TYPE, Resident, Snapshot, Waiting
 from scheduler.prefix_hits import PrefixHits
 from scheduler.profiles import load_profile
 from scheduler.recorder import Recorder
 from scheduler.refusal import Refusal
-from scheduler.running_requests import BatchWork, Life, RunningRequests, batch_work, in_admission_order
+from scheduler.running_requests import BatchWork, Life, RunningRequests, batch_work
 from scheduler.settings import SchedulerSettings
 from scheduler.support import EngineSetup, require_supported
 from scheduler.thresholds import EngineLimits, Thresholds
@@ -91,6 +92,7 @@ class HeadraceScheduler(AsyncScheduler):
             tenant_of if settings.trust_tenants else lambda request: NOBODY_IN_PARTICULAR, self._describe,
         )
         self.waiting = self.gate
+        self._held = HeldRequests(self)
         self._most_running = self.max_num_running_reqs
         self._most_tokens = self.max_num_scheduled_tokens
         # A prompt longer than the budget would never run where prompts are not computed in chunks.
@@ -125,8 +127,9 @@ class HeadraceScheduler(AsyncScheduler):
         if decision.refuse_last:
             self._refuse(self.gate.last(UNKNOWN_TYPE, decision.refuse_last), TOO_MANY, decision.drain_s)
 
-        aside = self._set_aside(decision.sit_out)
-        self.max_num_running_reqs = self._most_running - len(aside)
+        sit_out = () if self._everyone_runs else decision.sit_out
+        held = self._held.take_out(sit_out, decision.evict_first, strict=obeyed.policy.strict)
+        self.max_num_running_reqs = self._most_running - held
         asked = min(filter(None, (decision.token_budget, obeyed.thresholds.token_budget)), default=None)
         budget = (self._budget_can_split and asked) or self._most_tokens
         # Every running request gets its decode token and its drafts, however small the budget is set.
@@ -137,13 +140,13 @@ class HeadraceScheduler(AsyncScheduler):
             output = super().schedule(throttle_prefills)
             self.latest_work = batch_work(output, self.requests)
         finally:
-            self.running = in_admission_order(self.running, aside)
+            held = self._held.put_back()
             self.max_num_running_reqs = self._most_running
         for new in output.scheduled_new_reqs:
             life = self._lives[new.req_id]
             life.cached_tokens = new.num_computed_tokens
             life.shared_tokens = min(self._prefixes.shared_at_release(new.req_id), life.cached_tokens)
-        self._after_schedule(output, len(aside))
+        self._after_schedule(output, held)
         return output
 
     def _refuse(self, requests: list[Request], reason: str, drain_s: float) -> None:
@@ -219,14 +222,6 @@ class HeadraceScheduler(AsyncScheduler):
         life = self._lives[request.request_id]
         cached, shared = self._prefixes.of(request)
         return Waiting(request.num_prompt_tokens, since_s, request.request_id, cached, shared, life.expected, life.most)
-
-    def _set_aside(self, sit_out: Collection[str]) -> list[tuple[int, Request]]:
-        """Take requests out of `running` for one iteration; they keep their KV. Returns them with their places."""
-        if not sit_out or self._everyone_runs:
-            return []
-        aside = [(place, request) for place, request in enumerate(self.running) if request.request_id in sit_out]
-        self.running = [request for request in self.running if request.request_id not in sit_out]
-        return aside
 
     def _after_schedule(self, output: SchedulerOutput, sitting_out: int) -> None:
         # If those who sit out hold all the memory, nothing else can run: then everyone runs next time.

@@ -100,8 +100,7 @@ def _thresholds(config: SimulationConfig, workload: Workload) -> Thresholds:
         if config.cap:
             given = thresholds_as_dict(parse_thresholds(given | {"max_in_service": None}))
             given["max_in_service"] = config.cap
-            given["types"] = [entry | {"n": min(entry["n"], config.cap)} for entry in given["types"]]
-            given["segments"] = [entry | {"n": min(entry["n"], config.cap)} for entry in given["segments"]]
+            given["types"] = [entry | {"n": entry["n"] and min(entry["n"], config.cap)} for entry in given["types"]]
         thresholds = parse_thresholds(given)
         thresholds.check_fits(limits)
     except ValueError as error:

@@ -31,6 +31,10 @@ class Resident(Protocol):
         """Output tokens so far, those in flight included; 0 while its prompt is still being computed (paper: s)."""
 
     @property
+    def tokens_in_flight(self) -> int:
+        """Of `stage`, output tokens that an iteration under way computes: one of them may turn out to be the last."""
+
+    @property
     def kv_tokens(self) -> int:
         """KV tokens that an iteration reads for it once its prompt is computed: prompt and output so far."""
 
@@ -159,6 +163,7 @@ _NOBODY: frozenset[str] = frozenset()
 class Decision:
     """How many of each type may enter (from the head of its queue), and who sits this iteration out (request ids).
 
+    evict_first: of those who sit out, whose KV cache is given up before the others' where memory runs short.
     token_budget: tokens of this iteration (None: the thresholds' own). refuse: who is refused before anybody enters
     (request ids); refuse_last: how many of the unknown type are refused afterwards, those farthest from their turn;
     drain_s: seconds after which those who wait will have been served, for who is refused.
@@ -170,6 +175,7 @@ class Decision:
     refuse: Collection[str] = _NOBODY
     refuse_last: int = 0
     drain_s: float = 0.0
+    evict_first: Collection[str] = _NOBODY
 
 
 class Policy(ABC):

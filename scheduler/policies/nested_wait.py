@@ -4,7 +4,8 @@ Decides: requests enter in groups of n_1, and those whose answer goes on past an
 until n_k of them do. In `strict` mode a segment runs only when its queue is full and all earlier segments run. In
 `serving` mode only admission and the step over a boundary wait, each at most `max_hold_s`; requests inside a segment
 always run, and an idle engine takes whatever is there.
-Parameters: `segments` (boundary and n_k each), `max_in_service`, `max_hold_s`.
+n_k may be less than one request per stage: a segment's total is then spread over its iterations (`rotation.py`).
+Parameters: `segments` (boundary and total each), `max_in_service`, `max_hold_s`.
 When not to use it: away from memory pressure, where holding a long answer at a boundary only makes it later.
 """
 
@@ -29,12 +30,12 @@ class NestedWait(Policy):
         if self.strict:
             admitted, sit_out = self._segments.decide_strictly(snapshot)
             admitted = min(admitted, self.seats(snapshot))
-            return Decision({UNKNOWN_TYPE: admitted} if admitted else {}, sit_out)
-        admit: dict[str, int] = {}
+            return Decision(
+                {UNKNOWN_TYPE: admitted} if admitted else {}, sit_out,
+                evict_first=self._segments.at_boundary(snapshot, sit_out),
+            )
         view, seats = snapshot.waiting.get(UNKNOWN_TYPE), self.seats(snapshot)
-        if view and seats:
-            n = self._segments.entry_n
-            full = n is None or min(view.length, seats) >= n
-            if full or snapshot.idle or self.hold_is_over(view, snapshot):
-                admit[UNKNOWN_TYPE] = min(n or view.length, view.length, seats)
+        at_once = view is not None and (snapshot.idle or self.hold_is_over(view, snapshot))
+        entering = self._segments.entering(view.length if view else 0, seats, at_once=at_once)
+        admit = {UNKNOWN_TYPE: entering} if entering else {}
         return Decision(admit, self._segments.sit_out(snapshot, entering=bool(admit)))

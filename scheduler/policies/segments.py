@@ -1,15 +1,20 @@
 """The segments of Nested WAIT (arXiv 2504.11320, Algorithm 2): who waits at which output-length boundary.
 
 Segment k covers the decode stages (l'_{k-1}, l'_k]. A request whose answer is not over at l'_{k-1} queues there, its KV
-kept, until n_k of them do. Used by `nested_wait`, and by `wait` for the requests whose length nobody declared.
+kept, until n_k of them do; then n_k go on. n_k is what `stage_limit` makes of the segment's total in the iteration that
+the segment has come to: below one request per stage it is 1 in some iterations and 0 in the others. A segment comes to
+its next iteration whenever it runs, so that an incomplete group keeps its place.
+Used by `nested_wait`, and by `wait` for the requests whose length nobody declared.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Collection
 
-from scheduler.policies.base import Snapshot, stages_of
+from scheduler.policies.base import Resident, Snapshot, stages_of
+from scheduler.rotation import stage_lengths, stage_limit
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
 
@@ -17,46 +22,73 @@ class Segments:
     """Boundary queues of the requests of unknown length; without segments nobody ever waits."""
 
     def __init__(self, thresholds: Thresholds) -> None:
-        self._n = tuple(segment.n for segment in thresholds.segments)
         self._ends = tuple(segment.end_output_tokens for segment in thresholds.segments)
+        self._starts = (0, *self._ends[:-1])
+        self._stages = stage_lengths(self._ends)
+        self._totals = tuple(segment.total for segment in thresholds.segments)
+        self._steps = [0] * len(self._ends)
         # The stage at which segment k+1's queue stands; beyond the last boundary nobody waits.
         self._queue_at = {end: index + 1 for index, end in enumerate(self._ends[:-1])}
         self._max_hold_s = thresholds.max_hold_s
         self._held_since_s: dict[str, float] = {}
         self._passed: dict[str, int] = {}
 
-    @property
-    def entry_n(self) -> int | None:
-        """n_1, the group size at the entry; None without segments."""
-        return self._n[0] if self._n else None
+    def _limit(self, segment: int, position: int = 0) -> int:
+        """n_k at one of a segment's stages (from 0) in the iteration that the segment has come to."""
+        return stage_limit(self._totals[segment], self._stages[segment], self._steps[segment] - position)
+
+    def entering(self, waiting: int, seats: int, *, at_once: bool) -> int:
+        """Serving mode, once an iteration: how many of those waiting enter segment 1.
+
+        at_once: an incomplete group enters too, since its hold is over or the engine is idle.
+        """
+        able = min(waiting, seats)
+        if not self._totals:
+            return able
+        n = self._limit(0)
+        at_once = at_once and able > 0
+        if able < n and not at_once:
+            return 0
+        self._steps[0] += 1
+        return min(able, max(n, 1) if at_once else n)
 
     def sit_out(self, snapshot: Snapshot, *, entering: bool) -> set[str]:
         """Serving mode: who is held at a boundary now. Each hold ends when n_k stand there or after `max_hold_s`.
 
+        A request whose boundary token is still in flight may be finished: it does not count yet, and is not let pass.
         Requests inside a segment always run, and if everybody stood at a boundary nobody would be held (`entering`
         tells that new requests keep the engine busy).
         """
         if not self._queue_at:
             return set()
-        queues: dict[int, list[str]] = {}
+        queues: dict[int, list[Resident]] = {index: [] for index in self._queue_at.values()}
         for place, stage in enumerate(stages_of(snapshot.running)):
             if stage in self._queue_at and (resident := snapshot.running[place]).type_name == UNKNOWN_TYPE:
-                queues.setdefault(self._queue_at[stage], []).append(resident.request_id)
+                queues[self._queue_at[stage]].append(resident)
         self._forget_all_but(queues)
 
         held: set[str] = set()
-        for index, request_ids in queues.items():
-            newcomers = [name for name in request_ids if self._passed.get(name) != index]
-            for name in newcomers:
-                self._held_since_s.setdefault(name, snapshot.now_s)
-            complete = len(newcomers) >= self._n[index]
-            for name in newcomers:
-                if complete or snapshot.now_s - self._held_since_s[name] >= self._max_hold_s:
-                    self._passed[name] = index
-                else:
-                    held.add(name)
+        for index, residents in queues.items():
+            newcomers = [one for one in residents if self._passed.get(one.request_id) != index]
+            for one in newcomers:
+                self._held_since_s.setdefault(one.request_id, snapshot.now_s)
+            for name in self._passing(index, newcomers, snapshot.now_s):
+                self._passed[name] = index
+            held |= {one.request_id for one in newcomers if self._passed.get(one.request_id) != index}
         everybody_held = len(held) == len(snapshot.running)
         return set() if everybody_held and not entering and not snapshot.released else held
+
+    def _passing(self, index: int, newcomers: list[Resident], now_s: float) -> set[str]:
+        """Who steps over a boundary now: a full group, those there longest first, and whoever was held long enough."""
+        n = self._limit(index)
+        standing = [one.request_id for one in newcomers if not one.tokens_in_flight]
+        standing.sort(key=self._held_since_s.__getitem__)
+        passing = {
+            one.request_id for one in newcomers if now_s - self._held_since_s[one.request_id] >= self._max_hold_s
+        }
+        if passing or len(standing) >= n:
+            self._steps[index] += 1
+        return passing.union(standing[:n]) if len(standing) >= n else passing
 
     def decide_strictly(self, snapshot: Snapshot) -> tuple[int, set[str]]:
         """The paper's letter: how many enter segment 1, and who sits out.
@@ -67,30 +99,54 @@ class Segments:
         view = snapshot.waiting.get(UNKNOWN_TYPE)
         waiting = view.length if view else 0
         residents = [r for r in snapshot.running if r.type_name == UNKNOWN_TYPE and r.stage > 0]
-        if not self._n:
+        if not self._totals:
             return waiting, set()
-        standing = Counter(self._queue_at[r.stage] for r in residents if r.stage in self._queue_at)
-        running_segments = 0
-        for index, n in enumerate(self._n):
-            if (waiting if index == 0 else standing[index]) < n:
+        standing = Counter(
+            self._queue_at[r.stage] for r in residents if r.stage in self._queue_at and not r.tokens_in_flight
+        )
+        under_way = any(r.tokens_in_flight for r in residents)
+        for _ in range(max(self._stages)):
+            running_segments = self._running_segments(waiting, standing)
+            entering = min(self._limit(0), waiting) if running_segments else 0
+            sit_out = self._held_strictly(residents, running_segments)
+            for index in range(running_segments):
+                self._steps[index] += 1
+            # An iteration in which n_k is 0 for all who are there takes no time.
+            if entering or len(sit_out) < len(residents) or not running_segments or under_way:
                 break
-            running_segments += 1
+        return entering, sit_out
 
+    def _running_segments(self, waiting: int, standing: Counter[int]) -> int:
+        for index in range(len(self._totals)):
+            if (waiting if index == 0 else standing[index]) < self._limit(index):
+                return index
+        return len(self._totals)
+
+    def _held_strictly(self, residents: list[Resident], running_segments: int) -> set[str]:
         sit_out: set[str] = set()
         at_stage: Counter[int] = Counter()
         for resident in residents:
-            segment = self._segment_entered_next(resident.stage)
-            at_stage[resident.stage] += 1
-            if segment >= running_segments or at_stage[resident.stage] > self._n[segment]:
+            stage, segment = resident.stage, self._segment_entered_next(resident.stage)
+            unfinished = stage not in self._queue_at or not resident.tokens_in_flight
+            at_stage[stage] += unfinished
+            room = segment < running_segments and at_stage[stage] <= self._limit(segment, stage - self._starts[segment])
+            if not (room and unfinished):
                 sit_out.add(resident.request_id)
-        return (min(self._n[0], waiting) if running_segments else 0), sit_out
+        return sit_out
+
+    def at_boundary(self, snapshot: Snapshot, sit_out: Collection[str]) -> set[str]:
+        """Of those who sit out, those that stand at a boundary: the paper's memory repair evicts these."""
+        return {
+            resident.request_id for resident in snapshot.running
+            if resident.stage in self._queue_at and resident.request_id in sit_out
+        }
 
     def _segment_entered_next(self, stage: int) -> int:
         """The segment (from 0) that the next token of a request at `stage` belongs to; past the end, the last."""
         return min(bisect_left(self._ends, stage + 1), len(self._ends) - 1)
 
-    def _forget_all_but(self, queues: dict[int, list[str]]) -> None:
+    def _forget_all_but(self, queues: dict[int, list[Resident]]) -> None:
         if self._held_since_s:
-            present = {name for names in queues.values() for name in names}
+            present = {one.request_id for residents in queues.values() for one in residents}
             self._held_since_s = {name: since for name, since in self._held_since_s.items() if name in present}
             self._passed = {name: index for name, index in self._passed.items() if name in present}

@@ -4,6 +4,7 @@ Decides: type j enters in groups, when n_j of its requests wait. In `strict` mod
 progress, at most n_j requests from each stage, and if no type has one everybody waits for the next arrival. In
 `serving` mode requests in service always run, a group that stays incomplete enters after `max_hold_s`, and an idle
 engine takes whatever is there. Requests of unknown length follow the segments, as under `nested_wait`, if any are set.
+A type without n_j has an open gate: its requests enter at once and always run, in either mode.
 Parameters: `types` (n_j and length bounds, first match wins), `segments` for unknown lengths, `max_in_service`.
 When not to use it: at light load, where holding a group back only adds its hold to the time to first token; and
 whenever clients declare no lengths.
@@ -47,25 +48,34 @@ class Wait(Policy):
         admit: dict[str, int] = {}
         # Oldest first, so that the last free seats go to whoever has waited longest.
         for type_name, view in sorted(snapshot.waiting.items(), key=lambda item: item[1].oldest_since_s):
-            n = self._n.get(type_name, self._segments.entry_n)
-            full = n is None or min(view.length, seats) >= n
-            if seats and (full or snapshot.idle or self.hold_is_over(view, snapshot)):
-                admit[type_name] = min(n or view.length, view.length, seats)
-                seats -= admit[type_name]
+            at_once = snapshot.idle or self.hold_is_over(view, snapshot)
+            if type_name in self._n:
+                able = min(view.length, seats)
+                n = self._n[type_name] or able
+                entering = min(n, able) if able >= n or at_once else 0
+            else:
+                entering = self._segments.entering(view.length, seats, at_once=at_once)
+            if entering:
+                admit[type_name] = entering
+                seats -= entering
+        if UNKNOWN_TYPE not in snapshot.waiting:
+            self._segments.entering(0, seats, at_once=False)
         return Decision(admit, self._segments.sit_out(snapshot, entering=bool(admit)))
 
     def _decide_strictly(self, snapshot: Snapshot) -> Decision:
         waiting = {name: view.length for name, view in snapshot.waiting.items()}
-        known = {name: n for name, n in self._n.items() if waiting.get(name, 0) >= n}
+        open_types = {name for name, n in self._n.items() if n is None}
+        known = {name: n for name, n in self._n.items() if n is not None and waiting.get(name, 0) >= n}
         unknown_admitted, sit_out = self._segments.decide_strictly(snapshot)
         at_stage: Counter[tuple[str, int]] = Counter()
         for resident in snapshot.running:
-            if resident.type_name not in self._n or resident.stage == 0:
+            if resident.type_name not in self._n or resident.type_name in open_types or resident.stage == 0:
                 continue
             place = (resident.type_name, resident.stage)
             at_stage[place] += 1
             if at_stage[place] > known.get(resident.type_name, 0):
                 sit_out.add(resident.request_id)
+        known |= {name: waiting[name] for name in sorted(open_types & waiting.keys())}
         if unknown_admitted:
             known[UNKNOWN_TYPE] = unknown_admitted
         seats, admit = self.seats(snapshot), {}

@@ -26,7 +26,8 @@ from scheduler.thresholds import SegmentThreshold, Thresholds
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGURED = Thresholds(
-    policy="nested_wait", segments=(SegmentThreshold(end_output_tokens=64, n=4),), max_in_service=40, token_budget=900,
+    policy="nested_wait", segments=(SegmentThreshold(end_output_tokens=64, total=4),), max_in_service=40,
+    token_budget=900,
 )
 Result = tuple[int, str, str]
 
@@ -166,13 +167,13 @@ def test_a_broken_configuration_is_asked_wrongly(headrace: Any, tmp_path: Path) 
 
 def test_set_merges_into_what_is_in_force_and_pins_it(server: Server, headrace: Any) -> None:
     code, out, _ = headrace(
-        "thresholds", "set", "max_in_service=32", "segments=[{end_output_tokens: 128, n: 8}]", "--json"
+        "thresholds", "set", "max_in_service=32", "segments=[{end_output_tokens: 128, total: 8}]", "--json"
     )
     assert code == 0
     for name in ("left", "right"):
         assert server.in_force(name) == replace(
             CONFIGURED, version=1, max_in_service=32, pinned=True, reason="set by an operator",
-            segments=(SegmentThreshold(end_output_tokens=128, n=8),),
+            segments=(SegmentThreshold(end_output_tokens=128, total=8),),
         )
     answer = json.loads(out)["replicas"]
     assert answer.keys() == {"left", "right"}

@@ -448,7 +448,7 @@ def test_the_list_of_events_is_bounded(cluster: Cluster) -> None:
         one_pass(loop)
         now = cluster.in_force("a")
         other = replace(
-            now, version=now.version + 1, segments=(SegmentThreshold(end_output_tokens=number + 1, n=1),)
+            now, version=now.version + 1, segments=(SegmentThreshold(end_output_tokens=number + 1, total=1),)
         )
         assert engine.in_force.offer(Apply(thresholds=other, automatic=False)).accepted
     assert len(loop.events) == 200

@@ -76,7 +76,7 @@ CHANGES: list[dict[str, Any]] = [
     {"policy": "wait", "types": [{"name": "all", "n": 8}], "max_hold_s": 0.3},
     {"policy": "fcfs", "max_in_service": 3},
     {"policy": "nested_wait", "max_hold_s": 0.2,
-     "segments": [{"end_output_tokens": 8, "n": 4}, {"end_output_tokens": 64, "n": 3}]},
+     "segments": [{"end_output_tokens": 8, "total": 32}, {"end_output_tokens": 64, "total": 168}]},
     {"policy": "wait", "types": [{"name": "short", "n": 2, "max_output_tokens": 24}, {"name": "long", "n": 3}]},
     {"policy": "fcfs", "token_budget": 64},
 ] * 2

@@ -107,7 +107,10 @@ def test_another_replica_s_silence_does_not_matter_then() -> None:
         ({"mode": "strict"}, "serving"),
         ({"max_in_servce": 3}, "no such field"),
         ({"version": None}, "thresholds.version"),
-        ({"segments": [{"end_output_tokens": 10, "n": 1}, {"end_output_tokens": 5, "n": 1}]}, "an integer > 10"),
+        (
+            {"segments": [{"end_output_tokens": 10, "total": 1}, {"end_output_tokens": 5, "total": 1}]},
+            "an integer > 10",
+        ),
     ],
 )
 def test_values_that_cannot_be_are_400(thresholds: dict[str, Any], said: str) -> None:

@@ -26,7 +26,7 @@ LIMITS = EngineLimits(
 )
 WAIT = Thresholds(
     version=3, policy="wait", types=(TypeThreshold(name="short", n=4, max_output_tokens=50),),
-    segments=(SegmentThreshold(end_output_tokens=8, n=2),), max_in_service=32, max_hold_s=0.5, reason="λ = 2/s",
+    segments=(SegmentThreshold(end_output_tokens=8, total=2),), max_in_service=32, max_hold_s=0.5, reason="λ = 2/s",
 )
 
 

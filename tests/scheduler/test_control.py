@@ -107,7 +107,7 @@ def test_strict_mode_is_refused_unless_allowed(clock):
 
 
 def test_same_rule_keeps_the_policy_object_and_its_memory(in_force):
-    segments = (SegmentThreshold(end_output_tokens=8, n=4), SegmentThreshold(end_output_tokens=64, n=2))
+    segments = (SegmentThreshold(end_output_tokens=8, total=4), SegmentThreshold(end_output_tokens=64, total=2))
     in_force.offer(Apply(thresholds=Thresholds(version=1, policy="nested_wait", segments=segments)))
     policy = in_force.current().policy
     renewed = Thresholds(version=2, policy="nested_wait", segments=segments, reason="again", valid_for_s=9.0)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.policies import UNKNOWN_TYPE, Decision, QueueView, Snapshot, make_policy
+from scheduler.rotation import stage_limit
 from scheduler.thresholds import SegmentThreshold, Thresholds, TypeThreshold
 
 STEP_S = 1 / 64  # exact in binary: no rounding in sums of steps
@@ -18,6 +19,7 @@ class Resident:
     request_id: str
     type_name: str = UNKNOWN_TYPE
     stage: int = 0
+    tokens_in_flight: int = 0
 
 
 def types(**n_by_name):
@@ -25,7 +27,12 @@ def types(**n_by_name):
 
 
 def segments(*ends_and_n):
-    return tuple(SegmentThreshold(end_output_tokens=end, n=n) for end, n in ends_and_n)
+    """Segments with whole n_k per stage."""
+    starts = (0, *(end for end, _ in ends_and_n))
+    return tuple(
+        SegmentThreshold(end_output_tokens=end, total=n * (end - start))
+        for (end, n), start in zip(ends_and_n, starts, strict=False)
+    )
 
 
 def policy_of(policy, **fields):
@@ -185,7 +192,9 @@ def test_every_hold_at_the_entry_is_bounded(thresholds, workload):
     """Without a cap: the hold, one step, and one more for each full group that stood in front."""
     engine = drive(thresholds, workload, lambda *_: None)
     n = {entry.name: entry.n for entry in thresholds.types} if thresholds.policy == "wait" else {}
-    unknown_n = thresholds.segments[0].n if thresholds.segments and thresholds.policy != "fcfs" else 10**9
+    unknown_n = 10**9
+    if thresholds.segments and thresholds.policy != "fcfs":
+        unknown_n = thresholds.segments[0].total // thresholds.segments[0].end_output_tokens
     for name, (type_name, place) in engine.place_at_arrival.items():
         groups_in_front = place // n.get(type_name, unknown_n)
         waited_s = engine.entered_s[name] - engine.arrived_s[name]
@@ -253,6 +262,18 @@ def test_wait_lets_an_incomplete_group_in_when_its_hold_is_over():
     policy = policy_of("wait", types=types(short=4), max_hold_s=0.5)
     assert policy.decide(snapshot(now_s=10.49, running=BUSY, short=(3, 10.0))).admit == {}
     assert policy.decide(snapshot(now_s=10.5, running=BUSY, short=(3, 10.0))).admit == {"short": 3}
+
+
+@pytest.mark.parametrize("mode", ["serving", "strict"])
+def test_an_open_gate_of_wait_lets_every_request_in_at_once(mode):
+    policy = policy_of("wait", types=types(free=None, short=4), mode=mode, max_hold_s=1.0)
+    running = [*residents(1, 1, 5, type_name="free"), *residents(2, type_name="short")]
+    decision = policy.decide(snapshot(running=running, free=9, short=4))
+    assert decision.admit == {"free": 9, "short": 4} and not decision.sit_out
+    assert policy.decide(snapshot(running=running, free=1)).admit == {"free": 1}
+    assert {name for name in policy.decide(snapshot(running=running)).sit_out if name.startswith("free")} == set()
+    capped = policy_of("wait", types=types(free=None), mode=mode, max_in_service=6)
+    assert capped.decide(snapshot(running=residents(1, 1, type_name="free"), free=9)).admit == {"free": 4}
 
 
 def test_wait_keeps_a_group_together_while_seats_are_short_but_not_beyond_its_hold():
@@ -339,6 +360,76 @@ def test_boundary_opens_when_n_stand_there():
     assert policy.decide(snapshot(running=[first, second, late, inside])).sit_out == {"late"}, (
         "whoever passed passes on; who comes later starts a new group"
     )
+
+
+def test_a_last_token_in_flight_does_not_count_at_a_boundary():
+    """It may turn out to be the end of the answer; one iteration later that is known."""
+    policy = policy_of("nested_wait", segments=segments((8, 4), (64, 2)), max_hold_s=1.0)
+    inside, first = Resident("inside", stage=3), Resident("first", stage=8)
+    maybe_over = Resident("maybe over", stage=8, tokens_in_flight=1)
+    assert policy.decide(snapshot(running=[first, maybe_over, inside])).sit_out == {"first", "maybe over"}
+    maybe_over.tokens_in_flight = 0
+    assert policy.decide(snapshot(running=[first, maybe_over, inside])).sit_out == set()
+
+    strict = policy_of("nested_wait", mode="strict", segments=segments((2, 3), (8, 2)))
+    running = [Resident("a", stage=2), Resident("b", stage=2, tokens_in_flight=1), Resident("c", stage=1)]
+    assert strict.decide(snapshot(running=running, unknown=3)).sit_out == {"a", "b"}
+    running[1].tokens_in_flight = 0
+    assert strict.decide(snapshot(running=running, unknown=3)).sit_out == set()
+
+
+def less_than_one_per_stage(total, stages, **fields):
+    ends = tuple(SegmentThreshold(end_output_tokens=end, total=total) for end in (stages, 64))
+    return policy_of("nested_wait", segments=ends, max_hold_s=60.0, **fields)
+
+
+def test_below_one_request_per_stage_entries_take_turns():
+    """Two requests in ten stages: one enters in two of every ten iterations, and a place that is free keeps."""
+    policy = less_than_one_per_stage(2, 10)
+    admitted = [sum(policy.decide(snapshot(running=BUSY, unknown=5)).admit.values()) for _ in range(40)]
+    assert all(sum(admitted[at : at + 10]) == 2 for at in range(31))
+    assert max(admitted) == 1
+    for _ in range(50):
+        assert policy.decide(snapshot(running=BUSY)).admit == {}
+    first, second = (policy.decide(snapshot(running=BUSY, unknown=1)).admit for _ in range(2))
+    assert (first, second) == ({UNKNOWN_TYPE: 1}, {}), "no more than one place is kept"
+
+
+def test_below_one_request_per_stage_a_boundary_lets_one_pass_at_a_time():
+    policy = less_than_one_per_stage(14, 8)  # beyond 8 tokens: 14 requests in 56 stages, one in four iterations
+    here = [Resident(f"r{place}", stage=8) for place in range(3)]
+    passed_after = []
+    for iteration in range(10):
+        sit_out = policy.decide(snapshot(running=[*here, *BUSY])).sit_out
+        passed_after += [iteration] * (len(here) - len(sit_out))
+        here = [one for one in here if one.request_id in sit_out]
+    assert passed_after == [0, 4, 8]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(-100, 100))
+def test_a_total_is_spread_evenly_over_iterations_and_stages(total, stages, start):
+    limits = [stage_limit(total, stages, start + step) for step in range(3 * stages)]
+    assert sum(limits[:stages]) == total
+    assert set(limits) <= {total // stages, -(-total // stages)}
+    for width in range(1, len(limits) + 1):
+        for at in range(len(limits) - width + 1):
+            assert abs(sum(limits[at : at + width]) - width * total / stages) <= 1
+    assert stage_limit(total, stages, 0) >= 1
+
+
+def test_strictly_totals_let_every_request_through_undisturbed():
+    """Three requests in seven stages: who enters together finds room in each later stage, and nothing stands still."""
+    ends = (SegmentThreshold(end_output_tokens=7, total=3),)
+    engine = TinyEngine(policy_of("nested_wait", mode="strict", segments=ends))
+    for _ in range(30):
+        engine.arrive(7)
+    for _ in range(50):
+        seen, decision = engine.step()
+        assert not decision.sit_out
+        assert len(engine.running) <= 3
+    assert engine.queues[UNKNOWN_TYPE], "there is always a full group"
+    assert len(engine.finished) == 20
 
 
 def test_boundary_holds_for_max_hold_s_counted_from_reaching_it():

@@ -251,14 +251,17 @@ def test_nested_wait_has_growing_segments_that_cover_all_and_fit() -> None:
     lengths = [(50, output) for output in (20, 40, 80, 160)]
     thresholds = proposal_for(SyntheticEngine(limits=limits), NESTED, lengths, every_s=1 / 128).thresholds
     ends = [segment.end_output_tokens for segment in thresholds.segments]
-    counts = [segment.n for segment in thresholds.segments]
+    per_stage = [
+        segment.total / (end - start)
+        for segment, start, end in zip(thresholds.segments, (0, *ends), ends, strict=False)
+    ]
     assert len(ends) > 1
     assert ends == sorted(set(ends))
-    assert ends[-1] >= 160
-    assert counts == sorted(counts, reverse=True)
-    held = 0
-    for start, segment in zip([-1, *ends], thresholds.segments, strict=False):
-        held += sum(segment.n * (50 + stage) for stage in range(start + 1, segment.end_output_tokens + 1))
+    assert ends[-1] == 160, "never beyond the longest answer"
+    assert per_stage == sorted(per_stage, reverse=True)
+    held = 0.0
+    for start, end, n in zip([-1, *ends], ends, per_stage, strict=False):
+        held += sum(n * (50 + stage) for stage in range(start + 1, end + 1))
     assert 0 < held <= limits.kv_capacity_tokens
     assert thresholds.types == ()
 
@@ -302,7 +305,7 @@ def test_overload_with_declared_lengths_opens_every_gate() -> None:
     small = replace(LIMITS, kv_capacity_tokens=6000)
     lengths = [(58, 147), (100, 50)]
     proposal = proposal_for(SyntheticEngine(limits=small), WAIT, lengths, every_s=1 / 128, declared=True)
-    assert [entry.n for entry in proposal.thresholds.types] == [1, 1]
+    assert [entry.n for entry in proposal.thresholds.types] == [None, None]
     assert "WAIT is infeasible" in proposal.reason
     assert proposal.thresholds.max_in_service is not None
 
@@ -358,9 +361,14 @@ def test_every_proposal_can_be_put_in_force(
 
 def nested(*counts: int, cap: int | None = 100, first_end: int = 32, **changes: Any) -> Thresholds:
     segments = tuple(
-        SegmentThreshold(end_output_tokens=first_end * (index + 1), n=n) for index, n in enumerate(counts)
+        SegmentThreshold(end_output_tokens=first_end * (index + 1), total=total) for index, total in enumerate(counts)
     )
     return Thresholds(policy="nested_wait", segments=segments, max_in_service=cap, **changes)
+
+
+def longest(end: int) -> Thresholds:
+    ends = (SegmentThreshold(end_output_tokens=32, total=50), SegmentThreshold(end_output_tokens=end, total=20))
+    return Thresholds(policy="nested_wait", segments=ends, max_in_service=100)
 
 
 @pytest.mark.parametrize(
@@ -378,11 +386,15 @@ def nested(*counts: int, cap: int | None = 100, first_end: int = 32, **changes: 
         (nested(50, 20, cap=111), nested(50, 20, cap=100), True),
         (nested(50), nested(50, 20), True),
         (nested(50, 20, first_end=48), nested(50, 20), True),
+        (longest(68), longest(64), False),  # a new longest answer: no request waits at the last end
+        (longest(80), longest(64), True),
         (nested(50, 20, max_hold_s=0.5), nested(50, 20), True),
         (nested(50, 20, cap=None), nested(50, 20), True),
         (Thresholds(max_in_service=1), Thresholds(), True),
         (Thresholds(), Thresholds(max_in_service=1), True),
         (Thresholds(policy="wait"), Thresholds(), True),
+        (Thresholds(policy="wait", types=(TypeThreshold(name="a", n=None),)),
+         Thresholds(policy="wait", types=(TypeThreshold(name="a", n=1),)), True),
     ],
 )
 def test_only_changes_beyond_noise_are_material(proposed: Thresholds, in_force: Thresholds, different: bool) -> None:

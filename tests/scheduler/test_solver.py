@@ -25,6 +25,7 @@ modest = settings(derandomize=True, deadline=None, max_examples=60)
 
 LAW = ServiceTimeLaw(0.0034, 4.5e-7, 6.47e-5, 6.47e-5, 0.0112)
 TWO_TERM = ServiceTimeLaw(0.01, 1e-6)
+FAST = ServiceTimeLaw(0.01, 1e-8)
 laws = st.builds(
     ServiceTimeLaw,
     d0_s=st.floats(1e-3, 0.05),
@@ -189,9 +190,25 @@ def test_one_nested_segment_is_wait_without_lengths():
     assert nested == nested_wait_thresholds(mix, LAW, 10**6, segments=4)
 
 
+def test_nested_takes_the_number_of_segments_that_needs_the_least_memory():
+    """Segment design: more segments save M^π and cost buffers, so that the sum is U-shaped in their number."""
+    mix = WorkloadMix.from_lengths(Lengths.from_pairs(nested_pairs()), 1000.0)
+    cuts = {parts: tuple(40 * part // parts for part in range(1, parts + 1)) for parts in (1, 2, 3, 4, 5, 8, 10)}
+    for delta, horizon_s in ((0.1, 20.0), (1e-5, 2000.0)):
+        wanted = {"overflow_probability": delta, "horizon_s": horizon_s, "whole": False}
+        needed = [
+            nested_wait_thresholds(mix, FAST, 10**7, boundaries=ends, **wanted).needed_tokens for ends in cuts.values()
+        ]
+        best = needed.index(min(needed))
+        assert 0 < best < len(needed) - 1
+        assert needed[: best + 1] == sorted(needed[: best + 1], reverse=True) and needed[best:] == sorted(needed[best:])
+        chosen = nested_wait_thresholds(mix, FAST, 10**7, segments=10, **wanted)
+        assert chosen.needed_tokens <= min(needed) * (1 + 1e-9)
+
+
 def test_nested_falls_back_to_fewer_segments():
     mix = WorkloadMix.from_lengths(Lengths.from_pairs(nested_pairs()), 1.0)
-    assert len(nested_wait_thresholds(mix, TWO_TERM, 10**6, segments=4).n) == 4
+    assert nested_wait_thresholds(mix, TWO_TERM, 10**6, segments=4).n == (1,), "four segments need a buffer"
     # A lone segment of one prompt per stage takes 41·40 tokens; two thresholds and their buffer need more.
     assert nested_wait_thresholds(mix, TWO_TERM, 1700, segments=4).n == (1,)
     reason = nested_wait_thresholds(mix, TWO_TERM, 1600, segments=2).reason
@@ -211,7 +228,7 @@ def test_given_boundaries_are_used_as_given():
 def test_a_stricter_or_longer_guarantee_needs_a_larger_buffer():
     mix = WorkloadMix.from_lengths(Lengths.from_pairs(nested_pairs()), 50.0)
     usual, strict, long = (
-        nested_wait_thresholds(mix, TWO_TERM, 10**6, **more)
+        nested_wait_thresholds(mix, TWO_TERM, 10**6, boundaries=(10, 20, 30, 40), **more)
         for more in ({}, {"overflow_probability": 1e-6}, {"horizon_s": 1e7})
     )
     assert usual.n == strict.n == long.n

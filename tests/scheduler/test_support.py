@@ -81,7 +81,7 @@ def test_a_refusal_is_one_sentence_that_says_what_to_do(setup: EngineSetup, poli
 
 
 def test_wait_with_segments_holds_at_boundaries_as_nested_wait_does() -> None:
-    segments = (SegmentThreshold(end_output_tokens=8, n=2), SegmentThreshold(end_output_tokens=64, n=1))
+    segments = (SegmentThreshold(end_output_tokens=8, total=2), SegmentThreshold(end_output_tokens=64, total=1))
     assert is_refused(EngineSetup(speculative_decoding=True), Thresholds(policy="wait", segments=segments))
     assert not is_refused(EngineSetup(), Thresholds(policy="wait", segments=segments))
 

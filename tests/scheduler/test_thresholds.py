@@ -33,7 +33,7 @@ def _type(name="all", n=4, **bounds):
 
 
 def _segments(*ends_and_n):
-    return [{"end_output_tokens": end, "n": n} for end, n in ends_and_n]
+    return [{"end_output_tokens": end, "total": total} for end, total in ends_and_n]
 
 
 REFUSED = [
@@ -70,16 +70,16 @@ REFUSED = [
     ({"types": [_type(n=9)], "max_in_service": 8}, "types[0].n", 9, "max_in_service = 8"),
     ({"types": [{"name": "all"}]}, "types[0].n", {"name": "all"}, "required"),
     ({"types": [3]}, "types[0]", 3, "TypeThreshold"),
-    ({"segments": _segments((8, 0))}, "segments[0].n", 0, ">= 1"),
+    ({"segments": _segments((8, 0))}, "segments[0].total", 0, ">= 1"),
     ({"segments": _segments((0, 4))}, "segments[0].end_output_tokens", 0, "> 0"),
     ({"segments": _segments((16, 4), (16, 4))}, "segments[1].end_output_tokens", 16, "> 16"),
     ({"segments": _segments((16, 4), (8, 2))}, "segments[1].end_output_tokens", 8, "> 16"),
-    ({"segments": _segments((8, 4), (16, 5))}, "segments[1].n", 5, "1 to 4"),
-    ({"segments": _segments((8, 9)), "max_in_service": 8}, "segments[0].n", 9, "max_in_service = 8"),
+    ({"segments": _segments((8, 4), (16, 5))}, "segments[1].total", 5, "1 to 4"),
+    ({"segments": _segments((8, 65)), "max_in_service": 8}, "segments[0].total", 65, "8 stages times max_in_service = 8"),
     # Unknown keys: the answer lists those of the object they stand in.
     ({"max_hold": 1.0}, "max_hold", 1.0, "max_hold_s"),
     ({"types": [_type(max_tokens=5)]}, "types[0].max_tokens", 5, "max_output_tokens"),
-    ({"segments": [{"end_output_tokens": 8, "n": 2, "name": "x"}]}, "segments[0].name", "x", "end_output_tokens"),
+    ({"segments": [{"end_output_tokens": 8, "total": 2, "name": "x"}]}, "segments[0].name", "x", "end_output_tokens"),
 ]
 
 
@@ -140,7 +140,8 @@ def thresholds(draw):
         mode=draw(st.sampled_from(MODES)),
         types=tuple(draw(st.lists(type_thresholds, max_size=4, unique_by=lambda entry: entry.name))),
         segments=tuple(
-            SegmentThreshold(end_output_tokens=end, n=count) for end, count in zip(ends, n, strict=True)
+            SegmentThreshold(end_output_tokens=end, total=count * (end - start))
+            for start, end, count in zip((0, *ends), ends, n, strict=False)
         ),
         max_in_service=draw(st.none() | st.integers(50, 10**6)),
         token_budget=draw(st.none() | st.integers(1, 10**6)),
@@ -169,7 +170,7 @@ def test_whole_seconds_may_be_written_without_a_point():
     [
         (Thresholds(max_in_service=65), "max_in_service"),
         (Thresholds(types=(TypeThreshold(name="a", n=1), TypeThreshold(name="b", n=65))), "types[1].n"),
-        (Thresholds(segments=(SegmentThreshold(end_output_tokens=8, n=65),)), "segments[0].n"),
+        (Thresholds(segments=(SegmentThreshold(end_output_tokens=8, total=8 * 65),)), "segments[0].total"),
         (Thresholds(token_budget=513), "token_budget"),
     ],
     ids=lambda part: str(part)[:30],
@@ -178,7 +179,8 @@ def test_what_the_engine_cannot_seat_or_compute_does_not_fit(value, field):
     with pytest.raises(InvalidThresholds) as refused:
         value.check_fits(LIMITS)
     assert refused.value.field == field
-    assert ("512" if field == "token_budget" else "1 to 64") in refused.value.allowed
+    most = {"token_budget": "512", "segments[0].total": "8 stages times 64"}.get(field, "1 to 64")
+    assert most in refused.value.allowed
 
 
 def test_memory_seats_fewer_than_max_num_seqs():
@@ -190,7 +192,7 @@ def test_memory_seats_fewer_than_max_num_seqs():
 
 def test_what_just_fits_is_taken():
     Thresholds(
-        types=(TypeThreshold(name="a", n=64),), segments=(SegmentThreshold(end_output_tokens=8, n=64),),
+        types=(TypeThreshold(name="a", n=64),), segments=(SegmentThreshold(end_output_tokens=8, total=8 * 64),),
         max_in_service=64, token_budget=512,
     ).check_fits(LIMITS)
     Thresholds().check_fits(LIMITS)
@@ -201,7 +203,7 @@ def test_same_rule_looks_only_at_what_decides():
     assert rule.same_rule(replace(rule, version=9, reason="another", valid_for_s=5.0, pinned=True))
     for change in (
         {"policy": "fcfs"}, {"mode": "strict"}, {"types": (TypeThreshold(name="a", n=5),)}, {"max_in_service": 9},
-        {"segments": (SegmentThreshold(end_output_tokens=8, n=2),)}, {"token_budget": 100}, {"max_hold_s": 0.5},
+        {"segments": (SegmentThreshold(end_output_tokens=8, total=2),)}, {"token_budget": 100}, {"max_hold_s": 0.5},
     ):
         assert not rule.same_rule(replace(rule, **change)), change
 

@@ -80,7 +80,7 @@ def test_what_the_operator_configured_otherwise_is_kept(policy):
 
 def test_old_counts_give_way_to_solved_ones():
     configured = {
-        "types": (TypeThreshold(name="old", n=3),), "segments": (SegmentThreshold(end_output_tokens=5, n=3),),
+        "types": (TypeThreshold(name="old", n=3),), "segments": (SegmentThreshold(end_output_tokens=5, total=3),),
         "max_in_service": 3,
     }
     result = tuned("fcfs", undeclared((58, 147)), **configured).thresholds
@@ -104,13 +104,15 @@ def test_undeclared_lengths_get_segments():
     outputs = [20, 40, 80, 160]
     roomy = replace(LIMITS, kv_capacity_tokens=2_000_000)
     result = tuned("nested_wait", undeclared(*[(50, n) for n in outputs], rate_rps=150.0), roomy).thresholds
-    ends, counts = zip(*((s.end_output_tokens, s.n) for s in result.segments), strict=True)
+    ends, totals = zip(*((s.end_output_tokens, s.total) for s in result.segments), strict=True)
     assert 1 < len(ends) <= 4
-    assert ends == tuple(sorted(set(ends)))
-    assert ends[-1] >= max(outputs), "the last one covers the longest answer"
-    assert counts == tuple(sorted(set(counts), reverse=True))
+    assert set(ends) <= set(outputs), "where lengths are few they are the boundaries"
+    assert ends[-1] == max(outputs), "the last one is the longest answer"
+    per_stage = [total / (end - start) for total, start, end in zip(totals, (0, *ends), ends, strict=False)]
+    assert per_stage == sorted(per_stage, reverse=True)
     assert result.types == ()
-    assert f"Nested WAIT n = {', '.join(map(str, counts))}" in result.reason
+    said = ", ".join(f"{n:.3g} to {end}" for n, end in zip(per_stage, ends, strict=True))
+    assert f"Nested WAIT n = {said}" in result.reason
 
 
 def test_counts_never_exceed_the_cap():
@@ -129,7 +131,7 @@ def test_a_rate_that_memory_cannot_carry_opens_the_gates_and_says_so():
     ):
         result = tuned(policy, mix, SMALL)
         assert not result.equilibrium.fits_memory
-        assert [t.n for t in result.thresholds.types] == [1] * (2 if policy == "wait" else 0)
+        assert [t.n for t in result.thresholds.types] == [None] * (2 if policy == "wait" else 0)
         assert result.thresholds.segments == ()
         assert f"{words} (" in result.thresholds.reason
         assert "the gates stay open" in result.thresholds.reason
@@ -221,11 +223,13 @@ def test_counts_of_types_follow_from_a_cap_in_proportion_to_their_rates():
 
 
 def test_counts_of_segments_follow_from_a_cap_and_survival():
-    lengths = Lengths.from_pairs([(50, 10), (50, 20)])  # half go on: n_2 = 0.55 n_1, 11 n_1 + 10 n_2 = 330
+    lengths = Lengths.from_pairs([(50, 10), (50, 20)])  # half go on: n_2 = 0.55 n_1, 10 n_1 + 10 n_2 = 310
     mix = WorkloadMix((RequestType(UNKNOWN_TYPE, 5.0, lengths),))
-    thresholds = tune_by_cap(Thresholds(policy="nested_wait"), mix, 330)
-    assert [(s.end_output_tokens, s.n) for s in thresholds.segments] == [(10, 20), (20, 11)]
-    assert thresholds.max_in_service == 330
+    thresholds = tune_by_cap(Thresholds(policy="nested_wait"), mix, 310)
+    assert [(s.end_output_tokens, s.total) for s in thresholds.segments] == [(10, 200), (20, 110)]
+    assert thresholds.max_in_service == 310
+    less_than_one_a_stage = tune_by_cap(Thresholds(policy="nested_wait"), mix, 15).segments
+    assert [s.total for s in less_than_one_a_stage] == [10, 5]
 
 
 def test_an_engine_starts_with_a_pace_from_profile_and_targets():

@@ -32,8 +32,14 @@ def wait(n=8, **fields):
 
 
 def nested(*ends_and_n, **fields):
+    starts = (0, *(end for end, _ in ends_and_n))
     return {
-        "policy": "nested_wait", "segments": [{"end_output_tokens": end, "n": n} for end, n in ends_and_n], **fields
+        "policy": "nested_wait",
+        "segments": [
+            {"end_output_tokens": end, "total": n * (end - start)}
+            for (end, n), start in zip(ends_and_n, starts, strict=False)
+        ],
+        **fields,
     }
 
 
@@ -153,7 +159,7 @@ def test_those_who_sit_out_keep_their_memory_and_their_place():
     # Unknown lengths (no declaration) queue at the boundary, known ones never do: they stand in between.
     engine = Engine(thresholds={
         "policy": "wait", "types": [{"name": "known", "n": 1}], "max_hold_s": 10.0,
-        "segments": [{"end_output_tokens": 4, "n": 3}, {"end_output_tokens": 1000, "n": 3}],
+        "segments": [{"end_output_tokens": 4, "total": 12}, {"end_output_tokens": 1000, "total": 2988}],
     })
     unknown = {"max_tokens": MAX_MODEL_LEN - 32}
     engine.add("k1", output=40)
@@ -330,7 +336,10 @@ def random_thresholds(rng, seats):
             {"name": "short", "n": rng.randint(1, most), "max_output_tokens": rng.randint(1, 40)},
             {"name": "rest", "n": rng.randint(1, most)},
         ][: rng.randint(0, 2)],
-        "segments": [{"end_output_tokens": end, "n": count} for end, count in zip(ends, n, strict=True)],
+        "segments": [
+            {"end_output_tokens": end, "total": count * (end - start)}
+            for start, end, count in zip((0, *ends), ends, n, strict=False)
+        ],
         "max_in_service": rng.choice([None, most, seats]),
         "token_budget": rng.choice([None, None, 1, 16, 60]),
         "max_hold_s": rng.choice([0.0, 0.02, 0.2, 2.0]),

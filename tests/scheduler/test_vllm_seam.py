@@ -69,6 +69,11 @@ def test_nothing_but_the_known_methods_is_overridden():
         ("schedule", "while (self.waiting or self.skipped_waiting) and token_budget > 0:"),
         ("schedule", "self.running.append(request)"),
         ("schedule", "preempted_req = self.running.pop()"),
+        ("schedule", "new_blocks = self.kv_cache_manager.allocate_slots("),
+        ("schedule", "preempted_req_ids=self.reset_preempted_req_ids"),
+        ("_preempt_request", "request.status == RequestStatus.RUNNING"),
+        ("_preempt_request", "self.reset_preempted_req_ids.add(request.request_id)"),
+        ("update_from_output", "self.waiting.remove_requests(stopped_preempted_reqs)"),
         ("_select_waiting_queue_for_scheduling", "self.skipped_waiting or self.waiting"),
         ("_preempt_request", "self.waiting.prepend_request(request)"),
         ("finish_requests", "self.waiting.remove_requests("),
@@ -84,6 +89,16 @@ def test_nothing_but_the_known_methods_is_overridden():
 )
 def test_what_we_set_or_replace_is_still_used(method, reads):
     assert reads in inspect.getsource(getattr(Scheduler, method))
+
+
+def test_held_requests_are_preempted_as_vllm_does_it():
+    """`scheduler.held` puts itself in the place of `allocate_slots` and calls `_preempt_request`."""
+    assert list(inspect.signature(Scheduler._preempt_request).parameters) == [
+        "self", "request", "timestamp", "drop_stale_output",
+    ]
+    assert list(inspect.signature(KVCacheManager.allocate_slots).parameters)[:2] == ["self", "request"]
+    assert "return None" in inspect.getsource(KVCacheManager.allocate_slots)
+    assert Engine(AsyncScheduler).scheduler.requires_kv_delivery is False
 
 
 def test_the_waiting_queue_is_replaced_whole():

@@ -282,7 +282,7 @@ THRESHOLDS = st.sampled_from([
     {}, {"max_in_service": 2},
     {"policy": "wait", "types": [{"name": "short", "n": 3, "max_output_tokens": 9}], "max_hold_s": 2.5},
     {"policy": "nested_wait", "max_hold_s": 6.0,
-     "segments": [{"end_output_tokens": 8, "n": 3}, {"end_output_tokens": 30, "n": 2}]},
+     "segments": [{"end_output_tokens": 8, "total": 24}, {"end_output_tokens": 30, "total": 44}]},
 ])
 
 
