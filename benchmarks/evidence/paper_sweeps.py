@@ -32,6 +32,13 @@ def capped(cap: int, budget: int = 512) -> dict[str, Any]:
     return {"policy": "fcfs", "cap": cap, "token_budget": budget, "max_num_seqs": max(512, cap)}
 
 
+def wait_cp(cap: int, chunk: int, *, gate: bool) -> dict[str, Any]:
+    """What the authors ran: a cap spread over stages, prompts in chunks, a token gate; `gate`: their wait gate."""
+    return {
+        "policy": "wait-cp", "cap": cap, "counts": "by_cap", "prefill_chunk_tokens": chunk, "wait_gate": gate,
+    }  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Contender:
     """A column of ours; options of the simulation, or by rate where they differ."""
@@ -106,6 +113,9 @@ LMSYS_LLAMA2 = {
 }  # fmt: skip
 ABLATION_RATES = (8, 10, 12, 14, 15, 16, 18, 19, 20, 21, 22, 23)
 ABLATION_CAPS = dict(zip(ABLATION_RATES, (4, 6, 6, 7, 9, 10, 10, 11, 14, 12, 14, 14), strict=True))
+ABLATION_CHUNKS = dict(
+    zip(ABLATION_RATES, (128, 160, 224, 352, 160, 224, 224, 224, 224, 320, 192, 192), strict=True)
+)
 NO_WAIT = (0.507, 0.514, 0.563, 0.612, 0.630, 0.883, 1.630, 1.717, 2.049, 2.276, 2.654, 3.843)
 WITH_WAIT = (0.554, 0.590, 0.618, 0.653, 0.681, 0.866, 1.539, 1.594, 1.959, 2.257, 2.654, 3.843)
 
@@ -122,41 +132,46 @@ def waiting(n: int) -> dict[float, dict[str, Any]]:
     }
 
 
+def ablation(*, gate: bool) -> dict[float, dict[str, Any]]:
+    """The authors' own setting at each rate, with their wait gate or without."""
+    return {float(r): wait_cp(ABLATION_CAPS[r], ABLATION_CHUNKS[r], gate=gate) for r in ABLATION_RATES}
+
+
 SWEEPS = (
     Sweep(
         "waiting", "Waiting or not, under the same cap (the paper's waiting ablation)", "p512d20", LLAMA2,
         counts(500, 8, 12, 15, 19, more={22: 1000, 23: 1000}),
-        (Contender("cap alone", {}, waiting(1)), Contender("groups of 2", {}, waiting(2)),
-         Contender("groups of 3", {}, waiting(3))),
+        (Contender("WAIT-CP, gate off", {}, ablation(gate=False)), Contender("WAIT-CP", {}, ablation(gate=True)),
+         Contender("cap alone", {}, waiting(1)), Contender("groups of 2", {}, waiting(2))),
         (column("threshold only", ABLATION_RATES, NO_WAIT), column("WAIT", ABLATION_RATES, WITH_WAIT)),
     ),
     Sweep(
         "long", "Long answers (figure of p512d1000, table of restarts)", "p512d1000", LLAMA3,
         {1.0: 60, 2.0: 100, 3.0: 200, 4.0: 300, 4.5: 300, 5.0: 300},
         (Contender("vllm-v0, 128 seats", V0), Contender("sarathi, 512 seats", SARATHI),
-         Contender("cap 120", capped(120))),
+         Contender("WAIT-CP, cap 120", wait_cp(120, 256, gate=False))),
         (Published("vLLM", {4.5: 53.8}),
          Published("Sarathi", {3.0: 20.4, 3.5: 23.6, 4.0: "30.2 (2.88 % restarts)", 4.5: 41.7, 5.0: 59.9}),
          Published("WAIT", {3.0: 19.7, 3.5: 23.3, 4.0: "26.4 (0 %)", 4.5: 32.3, 5.0: 50.5})),
-        (("sarathi, 512 seats", "Sarathi"), ("cap 120", "WAIT")),
+        (("sarathi, 512 seats", "Sarathi"), ("WAIT-CP, cap 120", "WAIT")),
     ),
     Sweep(
         "single", "One type (figure of p512d20), Llama-2-7B", "p512d20", LLAMA2,
         counts(500, 12, 16, 19, more={22: 1000, 23: 1500, 24: 1500}),
-        (Contender("sarathi, 256 seats", SARATHI | {"max_num_seqs": 256}), Contender("vllm", VLLM),
-         Contender("cap 21, 508 tokens", capped(21, 508)), Contender("wait, solved", WAIT)),
+        (Contender("sarathi, 256 seats", SARATHI | {"max_num_seqs": 256}),
+         Contender("WAIT-CP, cap 20", wait_cp(20, 256, gate=True)), Contender("wait, solved", WAIT)),
         tuple(column(f"{name}, N = 5 000", range(12, 25), values) for name, values in SINGLE_LLAMA2.items()),
-        (("sarathi, 256 seats", "Sarathi, N = 5 000"), ("cap 21, 508 tokens", "WAIT, N = 5 000")),
+        (("sarathi, 256 seats", "Sarathi, N = 5 000"), ("WAIT-CP, cap 20", "WAIT, N = 5 000")),
     ),
     Sweep(
         "single-llama3", "One type, as published: Llama-3-8B", "p512d20", LLAMA3,
         counts(500, 16, more={20: 800, 22: 1500, 23: 1500}),
         (Contender("vllm-v0, 128 seats", V0), Contender("sarathi, 512 seats", SARATHI),
-         Contender("cap 21, 508 tokens", capped(21, 508))),
+         Contender("WAIT-CP, cap 21", wait_cp(21, 256, gate=False))),
         (Published("vLLM, paper (N = 10 000)", {16: 1.18, 20: 3.693, 22: "18.23 (15.69)", 23: "26.78 (23.26)"}),
          Published("Sarathi, paper (N = 10 000)", {16: 0.633, 20: 0.963, 22: "1.85 (1.98)", 23: "5.08 (8.94)"}),
          Published("WAIT, paper (N = 10 000)", {16: 0.590, 20: 0.799, 22: "1.03 (1.01)", 23: "1.29 (1.25)"})),
-        (("sarathi, 512 seats", "Sarathi, paper (N = 10 000)"), ("cap 21, 508 tokens", "WAIT, paper (N = 10 000)")),
+        (("sarathi, 512 seats", "Sarathi, paper (N = 10 000)"), ("WAIT-CP, cap 21", "WAIT, paper (N = 10 000)")),
     ),
     Sweep(
         "lmsys", "lmsys-chat-1m lengths, 10 to 150 /s", "lmsys", LLAMA2,
@@ -177,20 +192,20 @@ SWEEPS = (
         "mix", "Two types (0.7 p512d20 + 0.3 p512d50), Llama-3-8B as published", "0.7:p512d20+0.3:p512d50", LLAMA3,
         counts(500, 12, 16, 19, more={21: 1000, 22: 1500, 23: 1500}),
         (Contender("vllm-v0, 128 seats", V0), Contender("sarathi, 512 seats", SARATHI),
-         Contender("cap 30", capped(30))),
+         Contender("WAIT-CP, cap 30", wait_cp(30, 128, gate=False))),
         (Published("vLLM, paper (N = 10 000)", {16: "(1.585)", 20: "(6.16)", 22: "56.70 (25.66)", 23: "80.25 (34.96)"}),
          *(column(f"{name}, paper", range(12, 25), values) for name, values in MIX_LLAMA3.items())),
-        (("sarathi, 512 seats", "Sarathi, paper"), ("cap 30", "Nested WAIT, paper")),
+        (("sarathi, 512 seats", "Sarathi, paper"), ("WAIT-CP, cap 30", "Nested WAIT, paper")),
     ),
 )  # fmt: skip
 
 HORIZON = Sweep(
     "horizon", "Horizon check: the mean of the first N requests", "0.7:p512d20+0.3:p512d50", LLAMA3,
     {22.0: 5_000, 23.0: 5_000},
-    (Contender("sarathi, 512 seats", SARATHI), Contender("cap 30", capped(30))), (),
+    (Contender("sarathi, 512 seats", SARATHI), Contender("WAIT-CP, cap 30", wait_cp(30, 128, gate=False))), (),
 )  # fmt: skip
 HORIZONS = (1_000, 2_000, 5_000)
 PUBLISHED_HORIZON = {
-    (22.0, "sarathi, 512 seats"): {2_000: 2.24, 20_000: 12.66}, (22.0, "cap 30"): {2_000: 2.02, 20_000: 3.30},
-    (23.0, "sarathi, 512 seats"): {2_000: 3.31, 20_000: 35.46}, (23.0, "cap 30"): {2_000: 2.44, 20_000: 24.26},
+    (22.0, "sarathi, 512 seats"): {2_000: 2.24, 20_000: 12.66}, (22.0, "WAIT-CP, cap 30"): {2_000: 2.02, 20_000: 3.30},
+    (23.0, "sarathi, 512 seats"): {2_000: 3.31, 20_000: 35.46}, (23.0, "WAIT-CP, cap 30"): {2_000: 2.44, 20_000: 24.26},
 }  # fmt: skip

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.optimize import brentq
 from theory_fit import table
 
 from scheduler.law import ServiceTimeLaw
 from scheduler.mix import Lengths
 from scheduler.profiles import load_profile
-from scheduler.solver import SegmentChain
+from scheduler.solver import SegmentChain, _theta
 from simulator.workload import WorkloadConfig, open_workload
 
 LONGEST_TOKENS, MARGIN, SLACK = 500, 0.05, 0.05
@@ -56,22 +55,12 @@ def terms(
         return None
     n = (1 + SLACK) * rate_rps * law.d0_s / (1 - kv_load) * relative
     queue_log = math.log(count * (1 + horizon_s / law.d0_s) / delta)
-    roots = [theta(p, before, after) for p, (before, after) in zip(chain.survival, pairwise(n), strict=True)]
+    roots = [_theta(p, before, after) for p, (before, after) in zip(chain.survival, pairwise(n), strict=True)]
     return {
         "segments": count, "base": float(chain.stage_kv_tokens @ n),
         "certain": float(chain.queued_kv_tokens[1:] @ n[1:]),
         "random": float(sum(kv * queue_log / root for kv, root in zip(chain.queued_kv_tokens[1:], roots, strict=True))),
     }  # fmt: skip
-
-
-def theta(p: float, before: float, after: float) -> float:
-    """θ > 0 of e^{−θ n_k} (1 − p + p e^θ)^{n_(k−1)} = 1."""
-
-    def log_left_side(value: float) -> float:
-        return before * float(np.logaddexp(math.log1p(-p), math.log(p) + value)) - value * after
-
-    low, high = 8 * (after - before * p) / before, -before * math.log(p) / (before - after)
-    return float(brentq(log_left_side, low, high)) if log_left_side(low) < 0 < log_left_side(high) else low
 
 
 def draw_segments(figure: Figure, panels: list[dict[str, Any]]) -> None:
