@@ -177,8 +177,8 @@ def read_waiting(cells: Summaries) -> list[str]:
             for label, base in (("WAIT-CP", "WAIT-CP, gate off"), ("groups of 2", "cap alone"))
         ),
         "Caps and chunks are the authors' at each rate (4 to 14 in service, 128 to 352 tokens). WAIT-CP spreads the "
-        "cap over the stages, less than one request each; under WAIT a group of 2 must be complete before it enters, for "
-        "at most 1 s.",
+        "cap over the stages, less than one request each; under WAIT a group of 2 must be complete before it enters, "
+        "for at most 1 s.",
     ]  # fmt: skip
 
 
