@@ -3,8 +3,8 @@
     python benchmarks/evidence/paper_tables.py [--out docs/evidence] [--runs runs/paper] [--quick]
     python benchmarks/evidence/paper_tables.py --only waiting        # one experiment; a regular expression
 
-Runs that are in --runs already are kept, so an interrupted command goes on where it stopped; experiments without runs
-are left out of the page. --workers 0 only writes the page. --quick is for tests of this script and too small to
+Runs that are in --runs already are kept, so an interrupted command goes on where it stopped; where there is none, the page
+has a dash. --workers 0 only writes the page. --quick is for tests of this script and too small to
 conclude anything.
 """
 
@@ -55,7 +55,7 @@ def main() -> None:
         for sweep in (*SWEEPS, HORIZON) for contender in sweep.contenders for rate in sweep.requests
     }
     results = run_grids(args.runs, grids, Choice.of(args))
-    sections = [text for sweep in SWEEPS if (text := section(sweep, results, profiles))]
+    sections = [section(sweep, results, profiles) for sweep in SWEEPS]
     if horizon := horizon_section(results):
         sections.append(horizon)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -83,11 +83,9 @@ def found(sweep: Sweep, results: dict[str, list[PointResult]]) -> Summaries:
 
 
 def section(sweep: Sweep, results: dict[str, list[PointResult]], profiles: dict[str, str]) -> str:
-    """One experiment's table and what it shows; empty when it was not run."""
+    """One experiment's table and what it shows; without runs, the published columns alone."""
     cells = found(sweep, results)
-    if not cells:
-        return ""
-    rates = sorted({rate for _, rate in cells})
+    rates = sorted(sweep.requests)
     head = ["rate /s", "N", *(c.label for c in sweep.contenders), *(f"*{p.label}*" for p in sweep.published)]
     rows = []
     for rate in rates:
@@ -95,8 +93,10 @@ def section(sweep: Sweep, results: dict[str, list[PointResult]], profiles: dict[
         theirs = [shown(published.values.get(rate)) for published in sweep.published]
         rows.append([f"{rate:g}", f"{sweep.requests[rate]}", *ours, *theirs])
     table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-    reading = READINGS.get(sweep.name, no_reading)(cells)
-    sentences = [capacity_sentence(sweep, profiles), *distances(sweep, cells), *reading]
+    reading = READINGS.get(sweep.name, no_reading)(cells) if cells else []
+    if not cells:
+        reading = ["Not run for this page yet: the columns of ours are empty."]
+    sentences = [f"Theirs: {sweep.about}", capacity_sentence(sweep, profiles), *distances(sweep, cells), *reading]
     command = f"    {COMMAND} --only '{sweep.name}-'"
     return "\n".join([f"## {sweep.title}", "", command, "", table, "", *(f"- {s}" for s in sentences), ""])
 

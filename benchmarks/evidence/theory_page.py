@@ -36,7 +36,7 @@ def write_figures(numbers: dict[str, Any], folder: Path) -> None:
         "segments": draw_segments,
     }  # fmt: skip
     with matplotlib.style.context(STYLE):
-        for name, draw in draws.items():
+        for name, draw in ((name, draw) for name, draw in draws.items() if name in numbers):
             figure = Figure(figsize=(8.5, 3.4), layout="constrained")
             draw(figure, numbers[name])
             stem = folder / f"theory-{name.replace('_', '-')}"
@@ -102,12 +102,12 @@ def draw_worked_case(figure: Figure, numbers: list[dict[str, Any]]) -> None:
 
 def page(numbers: dict[str, Any], command: str) -> str:
     """The Markdown page; `command` is what wrote it."""
-    parts = [
-        PREFACE, gap_text(numbers["gap"]), delay_text(numbers["gap"]), limits_text(numbers["limits"]),
-        varying_text(numbers["varying"]),
-        overflow_text(numbers["overflow"]), segments_text(numbers["segments"]), memory_text(numbers["memory"]),
-        worked_case_text(numbers["worked_case"]), DIFFERENCES,
+    sections: list[tuple[str, Callable[[Any], str]]] = [
+        ("gap", gap_text), ("gap", delay_text), ("limits", limits_text), ("varying", varying_text),
+        ("overflow", overflow_text), ("segments", segments_text), ("memory", memory_text),
+        ("worked_case", worked_case_text),
     ]  # fmt: skip
+    parts = [PREFACE, *(text(numbers[name]) for name, text in sections if name in numbers), DIFFERENCES]
     return "\n".join(parts).replace("COMMAND", f"    {command}")
 
 
