@@ -297,14 +297,24 @@ def test_what_the_model_does_not_cover_is_an_error():
 
 
 def test_evidence_is_written_by_its_command(tmp_path):
-    subprocess.run([sys.executable, SCRIPT, "--out", tmp_path, "--quick"], check=True, timeout=120)
+    subprocess.run([sys.executable, SCRIPT, "--out", tmp_path, "--quick"], check=True, timeout=300)
     numbers = json.loads((tmp_path / "theory.json").read_text())
     slopes = {curve["label"]: curve["slope"] for curve in numbers["gap"]}
     assert slopes["FCFS, C = 12"] > -0.2 > slopes["WAIT at the boundary, n = 4, C = 12"]
     assert slopes["WAIT with slack, n = 5, C = 15"] == pytest.approx(-1, abs=0.2)
     assert all(row["interval_95"][0] <= row["delta"] for row in numbers["overflow"])
-    assert [round(row["computed"] / row["published"], 2) for row in numbers["memory"]["rows"]] == [1, 1, 1, 1]
+    assert all(round(row["computed"]) == row["published"] for row in numbers["memory"]["rows"])
+    delays = {curve["label"]: curve["latency_slope"][0] for curve in numbers["gap"]}
+    assert delays["FCFS, C = 12"] > 0.7 > delays["WAIT at the boundary, n = 4, C = 12"] > 0.15
+    assert all(abs(slope) < 0.15 for label, slope in delays.items() if label.startswith("Nested"))
+    assert all(row["gaps"][-1] > 0.04 for row in numbers["limits"])
+    # Rates that move: thresholds for the mean rate let the queue grow in every peak, those of the worst windows do not.
+    mean, worst = (row["slopes"]["latency"][0] for row in numbers["varying"])
+    assert mean > 0.4 > 0.2 > worst
+    for panel in numbers["segments"]:
+        total = [point["base"] + point["certain"] + point["random"] for point in panel["points"]]
+        assert min(total) < min(total[0], total[-1])
     text = (tmp_path / "theory.md").read_text()
-    for name in ("gap", "overflow", "memory", "worked-case"):
+    for name in ("gap", "overflow", "memory", "worked-case", "segments"):
         assert f"figures/theory-{name}.svg" in text
         assert all((tmp_path / "figures" / f"theory-{name}.{kind}").stat().st_size > 1000 for kind in ("png", "svg"))
