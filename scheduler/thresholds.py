@@ -15,13 +15,13 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError
 
 from scheduler.law import ServiceTimeLaw
 from scheduler.pace import Pace
 from scheduler.rotation import stage_lengths
 
-POLICY_NAMES = ("fcfs", "wait", "nested_wait", "fluid")
+POLICY_NAMES = ("fcfs", "wait", "nested_wait", "wait_cp", "fluid")
 MODES = ("serving", "strict")
 LONGEST_HOLD_S = 60.0
 """No setting may hold a request longer than this: beyond a minute a hold is an outage."""
@@ -35,6 +35,7 @@ _NO_SUCH_FIELD = ("unexpected_keyword_argument", "extra_forbidden")
 Count = Annotated[int, Strict()]
 Seconds = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
+PolicyName = Annotated[str, BeforeValidator(lambda name: name.replace("-", "_") if isinstance(name, str) else name)]
 
 
 class InvalidThresholds(ValueError):
@@ -107,6 +108,8 @@ class Thresholds:
     stage never grow.
     max_in_service: most requests resident at once (None: the engine's own max_num_seqs).
     token_budget: most tokens computed in one iteration (None: the engine's own max_num_batched_tokens).
+    prefill_chunk_tokens: most tokens of one prompt in one iteration (None: the engine's own
+    long_prefill_token_threshold); wait_gate: whether `wait_cp` waits for a group at a segment's entry.
     max_hold_s: longest time, in seconds, that a request is held for the sake of a threshold.
     valid_for_s: seconds after which the replica returns to its configured thresholds unless told again (None: no end).
     pinned: set by an operator; automatic updates are refused until it is lifted.
@@ -116,12 +119,14 @@ class Thresholds:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     version: Count = 0
-    policy: str = "fcfs"
+    policy: PolicyName = "fcfs"
     mode: str = "serving"
     types: tuple[TypeThreshold, ...] = ()
     segments: tuple[SegmentThreshold, ...] = ()
     max_in_service: Count | None = None
     token_budget: Count | None = None
+    prefill_chunk_tokens: Count | None = None
+    wait_gate: Flag = True
     pace: Pace | None = None
     max_hold_s: Seconds = 0.25
     valid_for_s: Seconds | None = None
@@ -139,7 +144,7 @@ class Thresholds:
         if self.valid_for_s is not None:
             finite = math.isfinite(self.valid_for_s) and self.valid_for_s > 0
             _require(finite, "valid_for_s", self.valid_for_s, "seconds > 0, or null for no end")
-        for field in ("max_in_service", "token_budget"):
+        for field in ("max_in_service", "token_budget", "prefill_chunk_tokens"):
             value = getattr(self, field)
             _require(value is None or value >= 1, field, value, "an integer >= 1, or null for the engine's own limit")
         self._check_types()

@@ -17,6 +17,7 @@ from scheduler.fluid import NO_REUSE, FluidEquilibrium, PrefixReuse, solve_fluid
 from scheduler.law import ServiceTimeLaw
 from scheduler.margin import EXACT, PUBLISHED_MAPE, Fluctuation
 from scheduler.mix import Lengths, RequestType, WorkloadMix
+from scheduler.policies.wait_cp import token_gate
 from scheduler.rotation import stage_lengths
 from scheduler.solver import (
     Infeasible,
@@ -73,7 +74,10 @@ def tune(
     solver = _Solver(mix, law, limits, overflow_probability)
     cap = resident_cap(mix, limits.kv_capacity_tokens, overflow_probability=overflow_probability)
     cap = max(1, min(cap, limits.seats))
-    solved = solver.solve(replace(configured, types=(), segments=(), max_in_service=cap))
+    if configured.policy == "wait_cp":
+        solved = _wait_cp(configured, mix, min(cap, configured.max_in_service or cap), limits)
+    else:
+        solved = solver.solve(replace(configured, types=(), segments=(), max_in_service=cap))
     equilibrium = solver.equilibrium
     reason = f"{_in_words(equilibrium, mix.rate_rps)}; {solved.reason}; cap {cap} from memory"
     return Tuned(replace(solved, reason=reason), equilibrium)
@@ -120,7 +124,27 @@ def tune_by_cap(configured: Thresholds, mix: WorkloadMix, cap: int, *, margin: f
         shares = _relative_totals(lengths, ends, margin)
         segments = _segments(ends, [max(1, round(total)) for total in cap * shares / shares.sum()], cap)
     reason = f"counts from a cap of {cap} in service"
-    return replace(configured, types=types, segments=segments, max_in_service=cap, reason=reason)
+    budget = _token_gate(configured, mix, cap) if configured.policy == "wait_cp" else configured.token_budget
+    return replace(
+        configured, types=types, segments=segments, max_in_service=cap, token_budget=budget, reason=reason
+    )
+
+
+def _token_gate(configured: Thresholds, mix: WorkloadMix, cap: int) -> int | None:
+    """The tokens of an iteration that the experiments allow; None where prompts are not computed in chunks."""
+    chunk, lengths = configured.prefill_chunk_tokens, mix.merged().lengths
+    if chunk is None:
+        return configured.token_budget
+    chunks = float(np.average(np.ceil(lengths.prompt_tokens / chunk), weights=lengths.weights))
+    return token_gate(cap, prefill_chunks=chunks, output_tokens=lengths.mean_output_tokens, chunk_tokens=chunk)
+
+
+def _wait_cp(configured: Thresholds, mix: WorkloadMix, cap: int, limits: EngineLimits) -> Thresholds:
+    tuned = tune_by_cap(configured, mix, cap)
+    budget = tuned.token_budget
+    if budget is not None and budget > limits.max_num_batched_tokens:  # the engine's own limit comes first
+        tuned = replace(tuned, token_budget=None)
+    return tuned
 
 
 def mix_by_length(

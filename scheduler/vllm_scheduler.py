@@ -96,6 +96,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._most_running = self.max_num_running_reqs
         self._most_tokens = self.max_num_scheduled_tokens
         # A prompt longer than the budget would never run where prompts are not computed in chunks.
+        self._engines_chunk: int = self.scheduler_config.long_prefill_token_threshold  # 0: none
         self._budget_can_split = self.scheduler_config.enable_chunked_prefill
         self.latest_work = BatchWork(0, 0, 0, 0)
         self._executing: deque[tuple[SchedulerOutput, float, BatchWork]] = deque()
@@ -135,6 +136,8 @@ class HeadraceScheduler(AsyncScheduler):
         # Every running request gets its decode token and its drafts, however small the budget is set.
         least = len(self.running) * (1 + self.num_spec_tokens)
         self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, least))
+        chunk = obeyed.thresholds.prefill_chunk_tokens if self._budget_can_split else None
+        self.scheduler_config.long_prefill_token_threshold = min(filter(None, (chunk, self._engines_chunk)), default=0)
         self._prefixes.step()
         try:
             output = super().schedule(throttle_prefills)

@@ -15,7 +15,7 @@ from simulator.contenders import CONTENDERS
 from simulator.slowdown import parse_slowdown
 from simulator.workload import WorkloadConfig
 
-_SOLVED_POLICIES = ("wait", "nested_wait", "fluid")
+_SOLVED_POLICIES = ("wait", "nested_wait", "wait_cp", "fluid")
 _SOLVED_FIELDS = frozenset(("types", "segments", "max_in_service", "pace"))
 
 
@@ -139,7 +139,9 @@ class SimulationConfig(_Strict):
         return window
 
 
-_THRESHOLD_FIELDS = ("mode", "types", "segments", "max_hold_s", "max_in_service", "pace")
+_THRESHOLD_FIELDS = (
+    "mode", "types", "segments", "max_hold_s", "max_in_service", "pace", "prefill_chunk_tokens", "wait_gate",
+)
 _PARTS = ("workload", "slo")
 
 

@@ -60,5 +60,6 @@ CONTENDERS: dict[str, Contender] = {
     "fcfs": Contender("our scheduler with open gates and, if asked for, a cap", _OURS, policy="fcfs"),
     "wait": Contender("WAIT with solved thresholds; clients declare lengths", _OURS, policy="wait", declares=True),
     "fluid": Contender("as many requests within the targets as the hardware allows", _OURS, policy="fluid"),
+    "wait-cp": Contender("what WAIT's authors ran: caps on segments, chunks, a token gate", _OURS, policy="wait_cp"),
     "nested-wait": Contender("Nested WAIT with solved thresholds; lengths unknown", _OURS, policy="nested_wait"),
 }

@@ -92,7 +92,8 @@ def _thresholds(config: SimulationConfig, workload: Workload) -> Thresholds:
     """What the replicas start with: as configured where the controller runs, as a server does; else the thresholds that
     the shipped rule solves for this workload, then what the user set."""
     limits, contender = limits_of(config), CONTENDERS[config.policy]
-    configured = Thresholds(policy=contender.policy or "fcfs")
+    chunk = config.thresholds.get("prefill_chunk_tokens")
+    configured = parse_thresholds({"policy": contender.policy or "fcfs", "prefill_chunk_tokens": chunk})
     if contender.policy != "fcfs" and not config.controlled:
         configured = _tuned(config, configured, _mix(config, workload), limits)
     given = thresholds_as_dict(configured) | config.thresholds

@@ -7,9 +7,10 @@ from scheduler.policies.fcfs import Fcfs
 from scheduler.policies.fluid import Fluid
 from scheduler.policies.nested_wait import NestedWait
 from scheduler.policies.wait import Wait
+from scheduler.policies.wait_cp import WaitCp
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
-_POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Fcfs, Wait, NestedWait, Fluid)}
+_POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Fcfs, Wait, NestedWait, WaitCp, Fluid)}
 
 
 def make_policy(thresholds: Thresholds) -> Policy:

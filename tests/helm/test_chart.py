@@ -227,7 +227,7 @@ def test_a_tenants_key_comes_from_its_secret_wherever_the_ingress_runs(chart: Ch
             assert variables[f"HEADRACE_TENANT_KEY_{index}"] == reference("keys", key)
 
 
-@pytest.mark.parametrize("policy", ["fluid", "fcfs", "wait", "nested_wait"])
+@pytest.mark.parametrize("policy", ["fluid", "fcfs", "wait", "nested_wait", "wait_cp"])
 def test_each_policy_is_accepted(chart: Chart, policy: str) -> None:
     service = ray_service(chart, {"policy": {"name": policy}})
     assert app_args(service)["thresholds"] == {"policy": policy, "max_hold_s": 0.25}

@@ -69,6 +69,8 @@ def test_nothing_but_the_known_methods_is_overridden():
         ("schedule", "while (self.waiting or self.skipped_waiting) and token_budget > 0:"),
         ("schedule", "self.running.append(request)"),
         ("schedule", "preempted_req = self.running.pop()"),
+        ("schedule", "if 0 < self.scheduler_config.long_prefill_token_threshold < num_new_tokens:"),
+        ("schedule", "threshold = self.scheduler_config.long_prefill_token_threshold"),
         ("schedule", "new_blocks = self.kv_cache_manager.allocate_slots("),
         ("schedule", "preempted_req_ids=self.reset_preempted_req_ids"),
         ("_preempt_request", "request.status == RequestStatus.RUNNING"),

@@ -1,0 +1,153 @@
+"""`wait_cp`: what the authors of WAIT ran in their experiments, WAIT with chunked prefill (arXiv 2504.11320).
+
+Source: `general_nested_chunked` in the authors' repository. Segments as in `nested_wait`, but each is judged alone.
+Decides: segment k takes B_k div δ_k requests from its entry in an iteration, one more in B_k mod δ_k of every δ_k
+(`scheduler.rotation`), and never holds more than B_k; requests inside a segment move on. The entry of segment 1 is the
+gate, that of a later one its boundary queue. With `wait_gate` a segment's entry opens only when as many stand there as
+may enter in this iteration, or when the segment is full. A prompt is computed in chunks of `prefill_chunk_tokens`, and
+`token_gate` gives the tokens of an iteration.
+In `strict` mode a closed gate stops the whole segment, as in the authors' code, though not the prompts in progress, nor
+the entry of segment 1. In `serving` mode only entries wait, at a boundary at most `max_hold_s`, whatever gate and B_k
+say, and an idle engine takes a request at once.
+Parameters: `segments` (boundary and B_k each), `max_in_service` (the authors' total limit), `wait_gate`,
+`prefill_chunk_tokens`, `token_budget`, `max_hold_s`.
+When not to use it: away from the load at which the cap binds, where it only delays the entry.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from scheduler.policies.base import Decision, Policy, Resident, Snapshot
+from scheduler.rotation import stage_lengths, stage_limit
+from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
+
+
+def token_gate(cap: int, *, prefill_chunks: float, output_tokens: float, chunk_tokens: int) -> int:
+    """Tokens of an iteration: those of `cap` requests in service spread evenly over their stages.
+
+    prefill_chunks: iterations that a prompt takes, K = ⌈l/cs⌉, and output_tokens, l', both means over requests. Of the
+    cap tl, P = tl/(K + l') are in each stage: ⌈(tl − P·K) + P·K·cs⌉.
+    """
+    prefilling = cap / (prefill_chunks + output_tokens) * prefill_chunks
+    return math.ceil(cap - prefilling + prefilling * chunk_tokens - 1e-9)
+
+
+@dataclass(slots=True)
+class _Segment:
+    """Who is in a segment: inside, standing at its entry, and arriving there with the boundary token still in flight.
+
+    In segment 1 those arriving are the prompts in progress. waiting: those and the requests at the gate.
+    """
+
+    standing: list[str] = field(default_factory=list)
+    arriving: list[str] = field(default_factory=list)
+    inside: list[str] = field(default_factory=list)
+    waiting: int = 0
+
+    @property
+    def entry_count(self) -> int:
+        return self.waiting + len(self.standing)
+
+
+class WaitCp(Policy):
+    """Entries by rotation, a cap on every segment, and the wait gate."""
+
+    name = "wait_cp"
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        super().__init__(thresholds)
+        self._ends = tuple(segment.end_output_tokens for segment in thresholds.segments)
+        self._stages = stage_lengths(self._ends)
+        self._caps = tuple(segment.total for segment in thresholds.segments)
+        self._iteration = 0
+        self._held_since_s: dict[str, float] = {}
+        self._passed: dict[str, int] = {}
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        """Who enters each segment; whoever stands at a boundary and does not enter sits out."""
+        view, seats = snapshot.waiting.get(UNKNOWN_TYPE), self.seats(snapshot)
+        waiting = view.length if view else 0
+        if not self._ends:
+            return Decision({UNKNOWN_TYPE: seats} if seats else {})
+        limits = [
+            stage_limit(cap, stages, self._iteration) for cap, stages in zip(self._caps, self._stages, strict=True)
+        ]
+        self._iteration += 1
+        segments = self._segments(snapshot, waiting)
+        opened = [
+            not self.thresholds.wait_gate or segment.entry_count >= limit
+            or segment.entry_count + len(segment.inside) >= cap
+            for segment, limit, cap in zip(segments, limits, self._caps, strict=True)
+        ]
+        sit_out: set[str] = set()
+        for index in range(1, len(segments)):
+            room = min(limits[index], self._caps[index] - len(segments[index].inside))
+            sit_out |= self._held_at(index, segments[index], max(0, room) if opened[index] else 0, snapshot.now_s)
+        entering = min(limits[0], max(0, self._caps[0] - self._occupied(segments[0])), seats)
+        if self.strict:
+            for segment, is_open in zip(segments, opened, strict=True):
+                sit_out.update(() if is_open else segment.inside)
+        else:
+            if view is None or (not opened[0] and not self.hold_is_over(view, snapshot)):
+                entering = 0
+            if snapshot.idle:
+                entering = max(1, entering)
+            entering = min(entering, seats)
+            if len(sit_out) == len(snapshot.running) and not entering and not snapshot.released:
+                sit_out = set()
+        admit = {UNKNOWN_TYPE: entering} if entering else {}
+        return Decision(admit, sit_out, evict_first=self._boundary(segments, sit_out) if self.strict else ())
+
+    def _segments(self, snapshot: Snapshot, waiting: int) -> list[_Segment]:
+        segments = [_Segment() for _ in self._ends]
+        present: set[str] = set()
+        for resident in (*snapshot.running, *snapshot.released_requests):
+            self._place(resident, segments, present)
+        segments[0].waiting += waiting
+        self._held_since_s = {name: since for name, since in self._held_since_s.items() if name in present}
+        self._passed = {name: index for name, index in self._passed.items() if name in present}
+        return segments
+
+    def _place(self, resident: Resident, segments: list[_Segment], present: set[str]) -> None:
+        name, stage = resident.request_id, resident.stage
+        if stage == 0:
+            segments[0].waiting += 1
+            segments[0].arriving.append(name)
+            return
+        index = bisect_left(self._ends, stage)
+        if index < len(self._ends) - 1 and stage == self._ends[index]:
+            present.add(name)
+            segment = segments[index + 1]
+            if self._passed.get(name) == index + 1:
+                segment.inside.append(name)
+            elif resident.tokens_in_flight:  # it may be finished
+                segment.arriving.append(name)
+            else:
+                segment.standing.append(name)
+        else:
+            segments[min(index, len(segments) - 1)].inside.append(name)
+
+    def _occupied(self, first: _Segment) -> int:
+        return len(first.arriving) + len(first.inside)
+
+    def _held_at(self, index: int, segment: _Segment, room: int, now_s: float) -> set[str]:
+        """Who of a boundary queue does not enter now; those there longest enter first."""
+        held: set[str] = set(segment.arriving)
+        for name in segment.standing + segment.arriving:
+            self._held_since_s.setdefault(name, now_s)
+        for name in sorted(segment.standing, key=self._held_since_s.__getitem__):
+            over = not self.strict and now_s - self._held_since_s[name] >= self.thresholds.max_hold_s
+            if room > 0 or over:
+                room -= 1
+                self._passed[name] = index
+            else:
+                held.add(name)
+        return held
+
+    @staticmethod
+    def _boundary(segments: list[_Segment], sit_out: Collection[str]) -> set[str]:
+        return {name for segment in segments[1:] for name in segment.standing if name in sit_out}
