@@ -48,7 +48,7 @@ def write_figures(numbers: dict[str, Any], folder: Path) -> None:
 def draw_gap(figure: Figure, numbers: list[dict[str, Any]]) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     for axes, types, title in zip(panels, (1, 2), ("one type", "two types"), strict=True):
-        shown = [c for c in numbers if c["types"] == types and c["theory"] is not None and not c["panel"]]
+        shown = [c for c in numbers if c["types"] == types and c["theory"] is not None and not c.get("panel")]
         for curve, colour in zip(shown, COLOURS[-len(shown) :], strict=True):
             label = f"{curve['label']}: {curve['slope']:.2f} (theory {curve['theory']:g})"
             axes.errorbar(curve["scales"], curve["gaps"], 2 * np.array(curve["gap_errors"]), fmt="o-", ms=3,
@@ -103,16 +103,18 @@ def draw_worked_case(figure: Figure, numbers: list[dict[str, Any]]) -> None:
 def page(numbers: dict[str, Any], command: str) -> str:
     """The Markdown page; `command` is what wrote it."""
     sections: list[tuple[str, Callable[[Any], str]]] = [
-        ("gap", gap_text), ("gap", delay_text), ("limits", limits_text), ("varying", varying_text),
+        ("gap", gap_text), ("delay", delay_text), ("limits", limits_text), ("varying", varying_text),
         ("overflow", overflow_text), ("segments", segments_text), ("memory", memory_text),
         ("worked_case", worked_case_text),
     ]  # fmt: skip
+    if "latency" in numbers["gap"][0]:  # an older theory.json has the gaps alone
+        numbers = numbers | {"delay": numbers["gap"]}
     parts = [PREFACE, *(text(numbers[name]) for name, text in sections if name in numbers), DIFFERENCES]
     return "\n".join(parts).replace("COMMAND", f"    {command}")
 
 
 def gap_text(curves: list[dict[str, Any]]) -> str:
-    curves = [c for c in curves if c["theory"] is not None and not c["panel"]]
+    curves = [c for c in curves if c["theory"] is not None and not c.get("panel")]
     slopes = table(
         ("curve", "slope", "± s.e.", "theory", "fitted from ζ", "restarts per completion"),
         [
