@@ -98,7 +98,7 @@ class WaitCp(Policy):
                 entering = max(1, entering)
             entering = min(entering, seats)
             if len(sit_out) == len(snapshot.running) and not entering and not snapshot.released:
-                sit_out = set()
+                sit_out -= self._one_of(segments)  # with nothing inside any segment, no cap is in its way
         admit = {UNKNOWN_TYPE: entering} if entering else {}
         return Decision(admit, sit_out, evict_first=self._boundary(segments, sit_out) if self.strict else ())
 
@@ -147,6 +147,16 @@ class WaitCp(Policy):
             else:
                 held.add(name)
         return held
+
+    def _one_of(self, segments: list[_Segment]) -> set[str]:
+        """A request that goes on where all would stand still: the one that has been held longest."""
+        standing = [(self._held_since_s[name], index, name) for index in range(1, len(segments))
+                    for name in segments[index].standing]
+        if not standing:
+            return set()
+        _, index, name = min(standing)
+        self._passed[name] = index
+        return {name}
 
     @staticmethod
     def _boundary(segments: list[_Segment], sit_out: Collection[str]) -> set[str]:
