@@ -155,8 +155,8 @@ SWEEPS = (
          Published("Sarathi", {3.0: 20.4, 3.5: 23.6, 4.0: "30.2 (2.88 % restarts)", 4.5: 41.7, 5.0: 59.9}),
          Published("WAIT", {3.0: 19.7, 3.5: 23.3, 4.0: "26.4 (0 %)", 4.5: 32.3, 5.0: 50.5})),
         (("sarathi, 512 seats", "Sarathi"), ("WAIT-CP, cap 120", "WAIT")),
-        "Llama-3-8B, 479 232 KV tokens, N = 2 000, the best setting at each rate; WAIT-CP with caps of 92 to 120, wait "
-        "gate off from 3.5 /s on. At 2.5 /s and less all three are within 1 % (11.7 to 17.5 s).",
+        "Llama-3-8B, 479 232 KV tokens, N = 2 000, the best setting at each rate; WAIT-CP with caps of 92 to 120, "
+        "wait gate off from 3.5 /s on. At 2.5 /s and less all three are within 1 % (11.7 to 17.5 s).",
     ),
     Sweep(
         "single", "One type (figure of p512d20), Llama-2-7B", "p512d20", LLAMA2,
@@ -167,9 +167,9 @@ SWEEPS = (
          Published("ours before, sarathi", {19: 0.74, 22: 1.09, 23: 1.64}),
          Published("ours before, cap 21", {19: 0.73, 22: 1.06, 23: 1.36})),
         (("sarathi, 256 seats", "Sarathi, N = 5 000"), ("WAIT-CP, cap 20", "WAIT, N = 5 000")),
-        "Llama-2-7B, means over all requests; Sarathi with chunks of 512 and 256 seats, WAIT-CP with chunks of 256, wait "
-        "gate on, a cap of 20 (30 at 24 /s). N = 10 000: 4.23 and 1.85 s at 24, 11.09 and 2.99 at 25, 18.63 and 4.69 at "
-        "26. 'Ours before': this page's earlier runs, law `a100-llama2-7b`, N = 3 000, three seeds.",
+        "Llama-2-7B, means over all requests; Sarathi with chunks of 512 and 256 seats, WAIT-CP with chunks of 256, "
+        "wait gate on, a cap of 20 (30 at 24 /s). N = 10 000: 4.23 and 1.85 s at 24, 11.09 and 2.99 at 25, 18.63 and "
+        "4.69 at 26. 'Ours before': this page's earlier runs, law `a100-llama2-7b`, N = 3 000, three seeds.",
     ),
     Sweep(
         "single-llama3", "One type, as published: Llama-3-8B", "p512d20", LLAMA3,
@@ -180,8 +180,8 @@ SWEEPS = (
          Published("Sarathi, paper (N = 10 000)", {16: 0.633, 20: 0.963, 22: "1.85 (1.98)", 23: "5.08 (8.94)"}),
          Published("WAIT, paper (N = 10 000)", {16: 0.590, 20: 0.799, 22: "1.03 (1.01)", 23: "1.29 (1.25)"})),
         (("sarathi, 512 seats", "Sarathi, paper (N = 10 000)"), ("WAIT-CP, cap 21", "WAIT, paper (N = 10 000)")),
-        "Llama-3-8B, middle half of the requests; at 22 and 23 /s N = 5 000, in brackets a run of 10 000. vLLM with 128 "
-        "seats and 4 096 tokens, Sarathi with 512 seats, WAIT-CP with chunks of 256, a cap of 21, wait gate off.",
+        "Llama-3-8B, middle half of the requests; at 22 and 23 /s N = 5 000, in brackets a run of 10 000. vLLM with "
+        "128 seats and 4 096 tokens, Sarathi with 512 seats, WAIT-CP with chunks of 256, a cap of 21, wait gate off.",
     ),
     Sweep(
         "lmsys", "lmsys-chat-1m lengths, 10 to 150 /s", "lmsys", LLAMA2,
@@ -189,8 +189,8 @@ SWEEPS = (
         (Contender("sarathi, 256 seats", SARATHI | {"max_num_seqs": 256}), Contender("cap 300", capped(300, 2048)),
          Contender("vllm, 512 seats", VLLM), Contender("nested-wait, solved", NESTED)),
         tuple(column(f"{name}, N = 5 000", range(10, 151, 10), values) for name, values in LMSYS_LLAMA2.items()),
-        about="Llama-2-7B, N = 5 000, middle half; Sarathi with 256 seats; WAIT-CP's best setting at each rate: from 60 "
-        "/s on one segment, chunks of 128 and a cap of 300.",
+        about="Llama-2-7B, N = 5 000, middle half; Sarathi with 256 seats; WAIT-CP's best setting at each rate: from "
+        "60 /s on one segment, chunks of 128 and a cap of 300.",
     ),
     Sweep(
         "decode-only", "Decode only (p630d20, d2 = 0: the disaggregated experiment)", "p630d20", DECODE_ONLY,
@@ -209,8 +209,8 @@ SWEEPS = (
         (Published("vLLM, paper (N = 10 000)", {16: "(1.585)", 20: "(6.16)", 22: "56.70 (25.66)", 23: "80.25 (34.96)"}),
          *(column(f"{name}, paper", range(12, 25), values) for name, values in MIX_LLAMA3.items())),
         (("sarathi, 512 seats", "Sarathi, paper"), ("WAIT-CP, cap 30", "Nested WAIT, paper")),
-        "Llama-3-8B; Sarathi with 512 seats; WAIT-CP with chunks of 192 and a cap of 20 up to 19 /s (26 at 20), chunks of "
-        "128 and a cap of 30 from 21 on.",
+        "Llama-3-8B; Sarathi with 512 seats; WAIT-CP with chunks of 192 and a cap of 20 up to 19 /s (26 at 20), "
+        "chunks of 128 and a cap of 30 from 21 on.",
     ),
 )  # fmt: skip
 

@@ -3,9 +3,9 @@
     python benchmarks/evidence/paper_tables.py [--out docs/evidence] [--runs runs/paper] [--quick]
     python benchmarks/evidence/paper_tables.py --only waiting        # one experiment; a regular expression
 
-Runs that are in --runs already are kept, so an interrupted command goes on where it stopped; where there is none, the page
-has a dash. --workers 0 only writes the page. --quick is for tests of this script and too small to
-conclude anything.
+Runs that are in --runs already are kept, so an interrupted command goes on where it stopped; where there is none, the
+page has a dash. --workers 0 only writes the page. --quick is for tests of this script and too small to conclude
+anything.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 Writes theory.md, theory.json and figures/theory-*.{png,svg} under --out; the same code gives the same numbers. Source
 of every claim: arXiv 2504.11320. Thresholds, buffers and equilibria come from `scheduler`, the runs from
 `simulator.stylised`. Two to four minutes on one core; --quick takes seconds and is too small to conclude anything. With
---only, numbers of the other sections are those of the theory.json that is there, and a section that it lacks is left out.
+--only, numbers of the other sections are those of the theory.json that is there; a section that it lacks is left out.
 """
 
 from __future__ import annotations
