@@ -34,10 +34,11 @@ from paper_sweeps import (
     Sweep,
     write_profiles,
 )
+from pyarrow import parquet
 
 from scheduler.fluid import solve_fluid
 from scheduler.profiles import load_profile
-from simulator.results import read_run
+from simulator.results import REQUESTS_FILE
 from simulator.sweep import PointResult
 from simulator.workload import WorkloadConfig, open_workload
 
@@ -265,8 +266,7 @@ def horizon_section(results: dict[str, list[PointResult]]) -> str:
 
 
 def first_means(folder: Path) -> list[float]:
-    run = read_run(folder)
-    table = run.requests
+    table = parquet.read_table(folder / REQUESTS_FILE, columns=["arrival_s", "finished_s"])
     arrivals, ends = (table[name].to_numpy() for name in ("arrival_s", "finished_s"))
     order = arrivals.argsort()
     return [float(mean((ends - arrivals)[order[:n]])) for n in HORIZONS]
