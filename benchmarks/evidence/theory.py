@@ -118,7 +118,7 @@ def gap_cases() -> list[GapCase]:
     for name, (mix, boundaries) in NESTED_CASES.items():
         nested = nested_wait_thresholds(mix, NESTED_LAW, 10**9, boundaries=boundaries, horizon_s=NESTED_HORIZON_S)
         assert isinstance(nested, NestedWaitSolution), nested
-        label, policy = f"Nested WAIT, {name}", NestedWait(nested.boundaries, nested.n)
+        label, policy = f"Nested WAIT, {name}", NestedWait(nested.boundaries, tuple(map(round, nested.n)))
         cases.append(GapCase(label, mix, NESTED_LAW, policy, math.inf, -1.0, "O(1)"))
     return cases
 
@@ -179,7 +179,7 @@ def measure_overflow(horizons: int) -> list[dict[str, Any]]:
                 mix, NESTED_LAW, 10**9, boundaries=boundaries, overflow_probability=delta, horizon_s=NESTED_HORIZON_S
             )
             assert isinstance(solution, NestedWaitSolution), solution
-            policy = NestedWait(solution.boundaries, solution.n)
+            policy = NestedWait(solution.boundaries, tuple(map(round, solution.n)))
             run = StylisedRun(StylisedModel(mix, NESTED_LAW), policy, seed=round(1 / delta), rows=horizons)
             run.run(NESTED_HORIZON_S)
             above_tokens = run.peak_tokens - solution.memory_tokens

@@ -1,5 +1,6 @@
 """The page of the paper's experiments: the models it scales, and sentences computed from runs and published figures."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from scheduler.profiles import load_profile
 from simulator.workload import WorkloadConfig, open_workload
 
 EVIDENCE = Path(__file__).parents[2] / "benchmarks" / "evidence"
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(EVIDENCE.parents[1])}
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def test_sentences_come_from_the_cells(evidence):
 
 def test_a_page_without_runs_has_dashes_beside_the_published_figures(tmp_path):
     command = [sys.executable, EVIDENCE / "paper_tables.py", "--out", tmp_path, "--runs", tmp_path / "runs"]
-    subprocess.run([*command, "--workers", "0"], check=True, timeout=120, capture_output=True)
+    subprocess.run([*command, "--workers", "0"], check=True, timeout=120, capture_output=True, env=ENVIRONMENT)
     text = (tmp_path / "paper-tables.md").read_text()
     assert "Llama-3-8B with 479,232 KV tokens" in text
     assert "| 22 | 1000 | – | – | – | 0.98 | 0.95 | 1.09 | 1.06 |" in text

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections import deque
@@ -17,6 +18,7 @@ from scheduler.solver import NestedWaitSolution, nested_wait_thresholds, wait_th
 from simulator.stylised import Fcfs, NestedWait, PerIteration, StylisedModel, StylisedRun, Wait
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "evidence" / "theory.py"
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])}
 LAW = ServiceTimeLaw(1 / 4, 1 / 16)
 ONE_TYPE = WorkloadMix.from_lengths(Lengths.point(1, 1), 4.0)
 LONGER = WorkloadMix.from_lengths(Lengths.point(2, 3), 3.0)
@@ -297,7 +299,7 @@ def test_what_the_model_does_not_cover_is_an_error():
 
 
 def test_evidence_is_written_by_its_command(tmp_path):
-    subprocess.run([sys.executable, SCRIPT, "--out", tmp_path, "--quick"], check=True, timeout=300)
+    subprocess.run([sys.executable, SCRIPT, "--out", tmp_path, "--quick"], check=True, timeout=300, env=ENVIRONMENT)
     numbers = json.loads((tmp_path / "theory.json").read_text())
     slopes = {curve["label"]: curve["slope"] for curve in numbers["gap"]}
     assert slopes["FCFS, C = 12"] > -0.2 > slopes["WAIT at the boundary, n = 4, C = 12"]
