@@ -206,13 +206,17 @@ class StylisedRun:
     """Independent replications of one system under one policy, from empty or from `start` (types, stages).
 
     `capacity_tokens` is C, infinite by default: no eviction, and `peak_tokens` tells what would have been needed. An
-    overflow evicts last in, first out, and whoever is evicted waits again with nothing done (the paper's restart).
-    Counts know the order of admission only within a type: with several types an overflow raises ValueError. Nor do they
-    know lengths that vary within a type: one who restarts draws a new one.
+    overflow evicts last in, first out, and an evicted prompt waits again with nothing done (the paper's restart).
+    Counts know the order of admission within a type, and between types as long as every resident prompt runs in every
+    iteration (its stage is then its age); an overflow of several types after one was held raises ValueError. Prompts of
+    several types that wait, or entered together, are taken in random order, restarted ones among them. Nor do counts
+    know lengths that vary within a type: a prompt that restarts draws a new one.
 
     State, for reading: `clock_s` (rows,), `counts` (rows, types, stages). Since the start: `arrived` and `completed`
     (rows, types) in prompts; `output_tokens` of completed prompts, `evicted` prompts, `iterations` and `peak_tokens`,
     the most KV resident in an iteration (all rows,). `evicted` counts restarts, not newcomers that never got in.
+    `prompt_s` (rows, types, stages) are the prompts at each stage times the seconds they were there, so that by
+    Little's law its sum over arrivals is the mean latency, and that of stages 0 and 1 the mean TTFT.
     """
 
     def __init__(
@@ -242,6 +246,8 @@ class StylisedRun:
         self.evicted: IntArray = np.zeros(rows, dtype=np.int64)
         self.iterations: IntArray = np.zeros(rows, dtype=np.int64)
         self.peak_tokens: IntArray = np.zeros(rows, dtype=np.int64)
+        self.prompt_s: FloatArray = np.zeros((rows, types, stages))
+        self._all_ran = True
 
     def run(self, until_s: float) -> None:
         """Bring every row's clock to `until_s`; an iteration that would end later stays undone."""
@@ -253,6 +259,7 @@ class StylisedRun:
         live = self.clock_s < until_s
         held_tokens = self._evict_overflow(self._resident_tokens())
         batch = self._policy.batch(self.counts)
+        self._all_ran = self._all_ran and np.array_equal(batch[:, :, 1:], self.counts[:, :, 1:])
         used_tokens = self._admit_what_fits(batch, held_tokens)
         np.maximum(self.peak_tokens, used_tokens, out=self.peak_tokens, where=live)
 
@@ -268,9 +275,11 @@ class StylisedRun:
         spent_s = np.where(live, np.minimum(need_s, until_s - self.clock_s), 0.0)
         self.clock_s = np.where(in_time, ends_s, np.where(live, until_s, self.clock_s))
 
+        self.prompt_s += self.counts * spent_s[:, None, None]
         self._advance(batch * (in_time & busy)[:, None, None])
         self.iterations += in_time & busy
         arriving = self._arrivals.during(np.where(busy, spent_s, 0.0))
+        self.prompt_s[:, :, 0] += arriving * spent_s[:, None] / 2  # they come at any time of the iteration
         if idle.any():
             rows = np.flatnonzero(idle & in_time)
             arriving[rows, type_of_next[rows]] += 1
@@ -281,9 +290,13 @@ class StylisedRun:
         """Evict until what is resident fits; takes and returns its KV tokens (rows,)."""
         if not np.any(held_tokens > self._capacity_tokens):
             return held_tokens
-        self._require_one_type()
         held_tokens = held_tokens.copy()
-        # Within a type, admission and service are first in, first out: the last in are at the lowest stages.
+        # Admission and service are first in, first out: the last in are at the lowest stages.
+        if len(self._model.rates_rps) > 1:
+            self._require_admission_order()
+            for row in np.flatnonzero(held_tokens > self._capacity_tokens):
+                held_tokens[row] = self._evict_drawn(int(row), int(held_tokens[row]))
+            return held_tokens
         for stage in self._model.stages[1:]:
             tokens = self._model.tokens[0, stage]
             surplus = np.ceil((held_tokens - self._capacity_tokens) / tokens)
@@ -294,14 +307,48 @@ class StylisedRun:
             held_tokens -= leaving * tokens
         return held_tokens
 
+    def _evict_drawn(self, row: int, held_tokens: int) -> int:
+        """Evict from one row of several types, of those that entered together in random order."""
+        counts = self.counts[row]
+        for stage in self._model.stages[1:]:
+            while held_tokens > self._capacity_tokens and counts[:, stage].any():
+                kind = self._draw(counts[:, stage])
+                counts[kind, stage] -= 1
+                counts[kind, 0] += 1
+                self.evicted[row] += 1
+                held_tokens -= int(self._model.tokens[kind, stage])
+        return held_tokens
+
     def _admit_what_fits(self, batch: IntArray, held_tokens: IntArray) -> IntArray:
         """Cut the batch's newcomers to those whose prompts fit; returns the KV tokens then resident (rows,)."""
         if np.any(held_tokens + batch[:, :, 0] @ self._model.prompt_tokens > self._capacity_tokens):
-            self._require_one_type()
-            places = (int(self._capacity_tokens) - held_tokens) // self._model.prompt_tokens[0]
-            np.minimum(batch[:, 0, 0], places, out=batch[:, 0, 0])
+            if len(self._model.rates_rps) > 1:
+                self._admit_drawn(batch, held_tokens)
+            else:
+                places = (int(self._capacity_tokens) - held_tokens) // self._model.prompt_tokens[0]
+                np.minimum(batch[:, 0, 0], places, out=batch[:, 0, 0])
         newcomers_tokens: IntArray = batch[:, :, 0] @ self._model.prompt_tokens
         return held_tokens + newcomers_tokens
+
+    def _admit_drawn(self, batch: IntArray, held_tokens: IntArray) -> None:
+        """Where the newcomers of several types do not all fit: in random order, until one does not."""
+        self._require_admission_order()
+        prompt_tokens = self._model.prompt_tokens
+        for row in np.flatnonzero(held_tokens + batch[:, :, 0] @ prompt_tokens > self._capacity_tokens):
+            wanted, room = batch[row, :, 0].copy(), self._capacity_tokens - held_tokens[row]
+            batch[row, :, 0] = 0
+            while wanted.any():
+                kind = self._draw(wanted)
+                room -= prompt_tokens[kind]
+                if room < 0:
+                    break
+                wanted[kind] -= 1
+                batch[row, kind, 0] += 1
+
+    def _draw(self, counts: IntArray) -> int:
+        """The type of one prompt among `counts` by type, each as likely as the others."""
+        ends = np.cumsum(counts)
+        return int(np.searchsorted(ends, self._rng.integers(ends[-1]), side="right"))
 
     def _advance(self, moved: IntArray) -> None:
         finished = moved * self._finishes_surely
@@ -318,8 +365,9 @@ class StylisedRun:
         resident: IntArray = np.einsum("rts,ts->r", self.counts[:, :, 1:], self._model.tokens[:, 1:])
         return resident
 
-    def _require_one_type(self) -> None:
-        if len(self._model.rates_rps) > 1:
+    def _require_admission_order(self) -> None:
+        if not self._all_ran:
             raise ValueError(
-                f"memory of {self._capacity_tokens:g} tokens overflows; with several types the last in is unknown"
+                f"memory of {self._capacity_tokens:g} tokens overflows after prompts were held; with several types the "
+                "last in is then unknown"
             )

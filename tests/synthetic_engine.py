@@ -12,7 +12,7 @@ from scheduler.thresholds import EngineLimits, Thresholds
 LIMITS = EngineLimits(
     kv_capacity_tokens=137_000, block_tokens=16, max_num_seqs=512, max_num_batched_tokens=2048, max_model_len=4096
 )
-PAPER = ServiceTimeLaw(d0_s=0.0112, d1_s_per_kv_token=4.24e-7)
+PAPER = ServiceTimeLaw(d0_s=0.0102484863577943, d1_s_per_kv_token=3.877682025836559e-07)
 """The law of arXiv 2504.11320; with LIMITS it makes the profile a100-llama2-7b-paper."""
 
 

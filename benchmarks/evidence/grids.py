@@ -21,6 +21,7 @@ from simulator.run import simulate_options
 from simulator.sweep import PointResult, SweepPlan, SweepPoint, kept_run, run_points
 from simulator.workload import WorkloadConfig, open_workload
 
+PROFILE = "a100-llama2-7b"
 CONSOLE = Console(stderr=True)
 Cells = dict[tuple[Any, ...], list[dict[str, Any]]]
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grids import Grid, mean_of
-from paper_tables import PROFILE
+from grids import PROFILE, Grid, mean_of
 
 from scheduler.mix import Lengths, RequestType, WorkloadMix
 from scheduler.profiles import load_profile

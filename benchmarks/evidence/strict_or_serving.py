@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import numpy as np
-from grids import Cells, Grid, arguments, by, fluid_of, mean_of, run_grids, slug
-from paper_tables import PROFILE
+from grids import PROFILE, Cells, Grid, arguments, by, fluid_of, mean_of, run_grids, slug
 
 from simulator.figures import Line, RatePanel, draw_against_rate
 

@@ -1,10 +1,11 @@
 """The theory's claims beside simulations of its own model: docs/evidence/theory.md, its figures and its numbers.
 
-    python benchmarks/evidence/theory.py --out docs/evidence [--quick]
+    python benchmarks/evidence/theory.py --out docs/evidence [--quick] [--only SECTIONS]
 
 Writes theory.md, theory.json and figures/theory-*.{png,svg} under --out; the same code gives the same numbers. Source
 of every claim: arXiv 2504.11320. Thresholds, buffers and equilibria come from `scheduler`, the runs from
-`simulator.stylised`. Three to five minutes on one core; --quick takes seconds and is too small to conclude anything.
+`simulator.stylised`. Two to four minutes on one core; --quick takes seconds and is too small to conclude anything. With
+--only, numbers of the other sections are those of the theory.json that is there; a section that it lacks is left out.
 """
 
 from __future__ import annotations
@@ -12,15 +13,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 from scipy.stats import binomtest
+from theory_fit import loglog_slope
+from theory_limits import EntryLimit, measure_limits
 from theory_page import page, write_figures
+from theory_segments import measure_segments
+from theory_varying import measure_varying
 
 from scheduler.fluid import solve_fluid
 from scheduler.law import ServiceTimeLaw
@@ -50,38 +56,51 @@ PROBABILITIES = (0.1, 0.01)
 
 PUBLISHED_MEMORY = {50: 34_377, 60: 55_758, 70: 100_327, 80: 250_509}
 PUBLISHED_CROSSING_RPS = 74.1
+PUBLISHED_MEAN_W = 29159.356583593526
+"""KV-token-iterations of a request, from the authors' repository."""
 
 
 @dataclass(frozen=True)
 class GapCase:
-    """One curve of the heavy-traffic figure, with the slope that the theory gives it."""
+    """One curve of the heavy-traffic figure, with the slope that the theory gives it (None: no claim)."""
 
     label: str
     mix: WorkloadMix
     law: ServiceTimeLaw
     policy: Policy
-    capacity_tokens: int
-    theory: float
+    capacity_tokens: float
+    theory: float | None
+    delay_theory: str
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", type=re.compile, help="measure only these sections anew (a regular expression)")
     args = parser.parse_args()
-    numbers = {
-        "gap": measure_gaps(2, 2, 16) if args.quick else measure_gaps(5, 6, 400),
-        "overflow": measure_overflow(100 if args.quick else 20_000),
-        "memory": compare_memory(),
-        "worked_case": follow_worked_case(24),
+    quick = args.quick
+    sections: dict[str, Callable[[], Any]] = {
+        "gap": lambda: measure_gaps(2, 2, 16) if quick else measure_gaps(4, 5, 200),
+        "limits": lambda: measure_limits(2, 4) if quick else measure_limits(3, 60),
+        "varying": lambda: measure_varying(2, 8) if quick else measure_varying(3, 60),
+        "overflow": lambda: measure_overflow(100 if quick else 20_000),
+        "segments": measure_segments,
+        "memory": compare_memory,
+        "worked_case": lambda: follow_worked_case(24),
     }
+    kept = json.loads((args.out / "theory.json").read_text(encoding="utf-8")) if args.only else {}
+    numbers = {
+        name: measure() if not args.only or args.only.search(name) else kept[name]
+        for name, measure in sections.items() if name in kept or not args.only or args.only.search(name)
+    }  # fmt: skip
     write_figures(numbers, args.out / "figures")
     (args.out / "theory.json").write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (args.out / "theory.md").write_text(page(numbers, COMMAND + " --quick" * args.quick), encoding="utf-8")
 
 
 def gap_cases() -> list[GapCase]:
-    cases = [GapCase(f"FCFS, C = {c}", ONE_TYPE, ONE_TYPE_LAW, Fcfs(), c, 0.0) for c in (12, 15)]
+    cases = [GapCase(f"FCFS, C = {c}", ONE_TYPE, ONE_TYPE_LAW, Fcfs(), c, 0.0, "–") for c in (12, 15)]
     for mix, law, capacity_tokens, slack in (
         (ONE_TYPE, ONE_TYPE_LAW, 12, 0.0),
         (ONE_TYPE, ONE_TYPE_LAW, 15, 0.05),
@@ -92,13 +111,22 @@ def gap_cases() -> list[GapCase]:
         assert isinstance(solution, WaitSolution), solution
         where, n = "with slack" if slack else "at the boundary", ", ".join(map(str, solution.n))
         label = f"WAIT {where}, n = {n}, C = {capacity_tokens}"
-        cases.append(GapCase(label, mix, law, Wait(solution.n), capacity_tokens, -1.0 if slack else -0.5))
+        theory, delay = (-1.0, "O(1)") if slack else (-0.5, "O((ζT)^1/2)")
+        cases.append(GapCase(label, mix, law, Wait(solution.n), capacity_tokens, theory, delay))
+    limit = "Entry limit 4, no waiting, C = 12"
+    cases.append(GapCase(limit, ONE_TYPE, ONE_TYPE_LAW, EntryLimit(4), 12, None, "–"))
+    for name, (mix, boundaries) in NESTED_CASES.items():
+        nested = nested_wait_thresholds(mix, NESTED_LAW, 10**9, boundaries=boundaries, horizon_s=NESTED_HORIZON_S)
+        assert isinstance(nested, NestedWaitSolution), nested
+        label, policy = f"Nested WAIT, {name}", NestedWait(nested.boundaries, tuple(map(round, nested.n)))
+        cases.append(GapCase(label, mix, NESTED_LAW, policy, math.inf, -1.0, "O(1)"))
     return cases
 
 
 def measure_gaps(powers: int, boundary_powers: int, rows: int) -> list[dict[str, Any]]:
-    """Relative throughput gap at ζ = 1, 4, 16, …, arrivals and speeds × ζ, each point over `rows` independent runs.
+    """Relative throughput gap and delays at ζ = 1, 4, 16, …, arrivals and speeds × ζ, each over `rows` runs.
 
+    Delays are times ζ, by Little's law: latency, ttft (until the first token) and wait (before the prefill).
     There are `powers` values of ζ, and `boundary_powers` at the boundary, where start-up costs die out last. The slope
     is fitted without the first two, as far as two remain. E[arrivals] = λT exactly, so the gap's mean is that of
     the output tokens still owed at T, which vary far less than arrivals do.
@@ -108,31 +136,38 @@ def measure_gaps(powers: int, boundary_powers: int, rows: int) -> list[dict[str,
         scales = [4**power for power in range(boundary_powers if case.theory == -0.5 else powers)]
         owed_at = np.array([t.lengths.mean_output_tokens for t in case.mix.types])
         means, errors = [], []
+        delays: dict[str, list[NDArray[np.float64]]] = {"latency": [], "ttft": [], "wait": []}
         for scale in scales:
             mix = case.mix.scaled(scale)
             law = ServiceTimeLaw(case.law.d0_s / scale, case.law.d1_s_per_kv_token / scale)
             model = StylisedModel(mix, law)
             run = StylisedRun(model, case.policy, seed=scale, rows=rows, capacity_tokens=case.capacity_tokens)
             run.run(BASE_HORIZON_S)
-            fluid_tokens = solve_fluid(mix, law, case.capacity_tokens).throughput_tokens_per_s * BASE_HORIZON_S
+            fluid_tokens = sum(t.rate_rps * t.lengths.mean_output_tokens for t in mix.types) * BASE_HORIZON_S
             gaps = run.counts.sum(axis=2) @ owed_at / fluid_tokens
             means.append(float(gaps.mean()))
             errors.append(float(gaps.std(ddof=1)) / math.sqrt(rows))
+            by_stage = run.prompt_s.sum(axis=1) * scale / (mix.rate_rps * BASE_HORIZON_S)
+            for key, last in (("latency", None), ("ttft", 2), ("wait", 1)):
+                delays[key].append(by_stage[:, :last].sum(axis=1))
         fit_from = min(2, len(scales) - 2)
         slope, error = loglog_slope(*(np.array(a[fit_from:]) for a in (scales, means, errors)))
+        measured = {key: [float(x.mean()) for x in values] for key, values in delays.items()}
+        delay_slopes = {
+            f"{key}_slope": loglog_slope(
+                np.array(scales[fit_from:]), np.array(measured[key][fit_from:]),
+                np.array([float(x.std(ddof=1)) / math.sqrt(rows) for x in values[fit_from:]]),
+            )
+            for key, values in delays.items()
+        }
         results.append(
-            {"label": case.label, "types": len(case.mix.types), "theory": case.theory, "slope": slope, "rows": rows,
+            {**measured, **delay_slopes, "delay_theory": case.delay_theory,
+             "panel": case.label.startswith("Nested"), "label": case.label, "types": len(case.mix.types),
+             "theory": case.theory, "slope": slope, "rows": rows,
              "slope_error": error, "fit_from_scale": scales[fit_from], "scales": scales, "gaps": means,
              "gap_errors": errors, "restarts_per_completion": float(run.evicted.sum() / run.completed.sum())}
         )  # fmt: skip
     return results
-
-
-def loglog_slope(x: NDArray[np.float64], y: NDArray[np.float64], y_errors: NDArray[np.float64]) -> tuple[float, float]:
-    """Least-squares slope of ln y against ln x, and its standard error from those of y."""
-    centred = np.log(x) - np.log(x).mean()
-    weights = centred / (centred @ centred)
-    return float(weights @ np.log(y)), float(np.linalg.norm(weights * y_errors / y))
 
 
 def measure_overflow(horizons: int) -> list[dict[str, Any]]:
@@ -144,7 +179,7 @@ def measure_overflow(horizons: int) -> list[dict[str, Any]]:
                 mix, NESTED_LAW, 10**9, boundaries=boundaries, overflow_probability=delta, horizon_s=NESTED_HORIZON_S
             )
             assert isinstance(solution, NestedWaitSolution), solution
-            policy = NestedWait(solution.boundaries, solution.n)
+            policy = NestedWait(solution.boundaries, tuple(map(round, solution.n)))
             run = StylisedRun(StylisedModel(mix, NESTED_LAW), policy, seed=round(1 / delta), rows=horizons)
             run.run(NESTED_HORIZON_S)
             above_tokens = run.peak_tokens - solution.memory_tokens
@@ -164,32 +199,29 @@ def measure_overflow(horizons: int) -> list[dict[str, Any]]:
 
 
 def compare_memory() -> dict[str, Any]:
-    """M*(λ) with the published d0, d1 and C; one number, E[w], is taken from the first published M*."""
+    """M*(λ) with the d0, d1, C and E[w] of the authors' repository, all of it a prediction."""
     profile = load_profile("a100-llama2-7b-paper")
     law, capacity = profile.law, profile.kv_capacity_tokens
-    first_rps, first_tokens = next(iter(PUBLISHED_MEMORY.items()))
+    # Any lengths with that mean weight do: M* depends on nothing else.
+    short, long = (Lengths.point(58, output).kv_token_iterations for output in (147, 200))
+    share = (PUBLISHED_MEAN_W - short) / (long - short)
+    lengths = Lengths(np.array([58, 58]), np.array([147, 200]), np.array([1 - share, share]))
 
-    def lengths(share: float) -> Lengths:
-        return Lengths(np.array([58, 58]), np.array([147, 200]), np.array([1 - share, share]))
+    def memory_tokens(rate_rps: float) -> float:
+        return solve_fluid(WorkloadMix.from_lengths(lengths, rate_rps), law, capacity).memory_tokens
 
-    def memory_tokens(share: float, rate_rps: float) -> float:
-        return solve_fluid(WorkloadMix.from_lengths(lengths(share), rate_rps), law, capacity).memory_tokens
-
-    share = float(brentq(lambda x: memory_tokens(x, first_rps) - first_tokens, 0, 1))
     rates = np.linspace(20, 84, 129)
-    crossing = solve_fluid(WorkloadMix.from_lengths(lengths(share), 1.0), law, capacity).critical_rate_scale
+    crossing = solve_fluid(WorkloadMix.from_lengths(lengths, 1.0), law, capacity).critical_rate_scale
     return {
-        "d0_mean_w_token_s": law.d0_s * lengths(share).kv_token_iterations,
-        "d1_over_d0_per_token": law.d1_s_per_kv_token / law.d0_s,
+        "d0_ms": law.d0_s * 1000, "d1_us": law.d1_s_per_kv_token * 1e6, "mean_w": lengths.kv_token_iterations,
         "capacity_tokens": capacity,
         "rows": [
-            {"rate_rps": rate, "published": published, "computed": memory_tokens(share, rate),
-             "relative_error": memory_tokens(share, rate) / published - 1}
+            {"rate_rps": rate, "published": published, "computed": memory_tokens(rate)}
             for rate, published in PUBLISHED_MEMORY.items()
         ],
         "crossing_rps": crossing,
         "published_crossing_rps": PUBLISHED_CROSSING_RPS,
-        "curve": {"rate_rps": rates.tolist(), "memory_tokens": [memory_tokens(share, rate) for rate in rates]},
+        "curve": {"rate_rps": rates.tolist(), "memory_tokens": [memory_tokens(rate) for rate in rates]},
     }  # fmt: skip
 
 

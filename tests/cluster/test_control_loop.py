@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from synthetic_engine import LIMITS, SyntheticEngine
+from synthetic_engine import LIMITS, PAPER, SyntheticEngine
 
 from cluster import controller as controller_module
 from cluster.config import TuningConfig
@@ -444,7 +444,7 @@ def test_state_is_plain_json(cluster: Cluster, every_s: float) -> None:
     assert state["passes"] == 2
     assert state["replicas"]["a"]["fluid"]["fits_memory"] is (every_s == 0.25)
     assert state["replicas"]["a"]["rate_rps"] == pytest.approx(1 / every_s, rel=0.01)
-    assert state["replicas"]["a"]["law"]["d0_s"] == 0.0112
+    assert state["replicas"]["a"]["law"]["d0_s"] == PAPER.d0_s
     assert state["replicas"]["c"]["fluid"] is None
 
 

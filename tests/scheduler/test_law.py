@@ -6,7 +6,9 @@ import math
 import numpy as np
 import pytest
 
+from scheduler.fluid import solve_fluid
 from scheduler.law import ServiceTimeLaw
+from scheduler.mix import Lengths, WorkloadMix
 from scheduler.profiles import load_profile, profile_names
 
 LAW = ServiceTimeLaw(
@@ -70,8 +72,36 @@ def test_presets_load_under_their_names():
 def test_a100_presets_have_their_published_numbers():
     measured, paper = load_profile("a100-llama2-7b"), load_profile("a100-llama2-7b-paper")
     assert measured.law == ServiceTimeLaw(0.0034, 4.5e-7, 6.47e-5, 6.47e-5, 0.0112)
-    assert paper.law == ServiceTimeLaw(0.0112, 4.24e-7)
+    assert paper.law == ServiceTimeLaw(0.0102484863577943, 3.877682025836559e-07)
     assert measured.kv_capacity_tokens == paper.kv_capacity_tokens == 137_000
+
+
+def test_the_paper_profile_gives_the_published_equilibrium_memory():
+    paper = load_profile("a100-llama2-7b-paper")
+    # Any lengths with the published mean weight do: M* depends on nothing else.
+    outputs = np.array([147, 200])
+    short, long = (Lengths.point(58, int(output)).kv_token_iterations for output in outputs)
+    share = (29159.356583593526 - short) / (long - short)
+    lengths = Lengths(np.array([58, 58]), outputs, np.array([1 - share, share]))
+
+    def fluid(rate_rps):
+        return solve_fluid(WorkloadMix.from_lengths(lengths, rate_rps), paper.law, paper.kv_capacity_tokens)
+
+    published = {50: 34_377, 60: 55_758, 70: 100_327, 80: 250_509}
+    assert {rate: round(fluid(rate).memory_tokens) for rate in published} == published
+    assert fluid(1.0).critical_rate_scale == pytest.approx(74.1378885771586, rel=1e-12)
+
+
+# Iteration times in ms that Vidur predicts, as published; prompt tokens, decodes and KV tokens of the batch.
+VIDUR = [((0, 32, 48384), 24.5), ((0, 32, 24384), 17.7), ((0, 64, 34560), 21.1), ((2560, 100, 56090), 201.2)]
+
+
+def test_the_fitted_profile_prices_what_the_default_one_overprices():
+    default, fitted = load_profile("a100-llama2-7b").law, load_profile("a100-llama2-7b-vidur").law
+    errors = [[1000 * law.iteration_s(*batch) / ms - 1 for batch, ms in VIDUR] for law in (default, fitted)]
+    assert all(0.24 < error < 0.36 for error in errors[0][:3])
+    assert all(abs(error) < 0.08 for error in errors[1])
+    assert abs(errors[0][3]) < 0.02
 
 
 def test_unknown_profile_lists_the_known_ones_and_offers_a_path():
