@@ -21,6 +21,9 @@ from scheduler.policies.base import Resident, Residents, Waiting, kv_tokens_of, 
 
 _HORIZON_RATIO, _STAGE_RATIO = 1.15, 1.05
 """Ratios of neighbouring horizons and stages: between two of them, survival changes little."""
+_LASTING = 0.43
+"""Of `overflow_z`, what time keeps free: longer iterations cost a request its target only if they last for most of its
+answer, and the realised margin answers for those that do (`docs/evidence/fluid-tried.md`)."""
 _OVERRUN = 0.1
 """Chance that an answer goes on beyond the length its client expected."""
 Floats = NDArray[np.float64]
@@ -105,7 +108,8 @@ class BatchProjection:
     def fits(self, waiting: Waiting, iteration_s: float | None) -> bool:
         """Whether one more request keeps memory within its limit, and every iteration to come within `iteration_s`.
 
-        Both with the probability that `overflow_z` stands for. None: iterations may take any time.
+        Memory with the probability that `overflow_z` stands for, time with a lasting part of it. None: iterations may
+        take any time.
         """
         pace = self._pace
         stays = self._newcomer(waiting)
@@ -121,7 +125,7 @@ class BatchProjection:
             return True
         seconds = pace.decode_iteration_s(requests, self._read + stays * read + requests * self._steps / 2)
         spread_s = np.sqrt(self._time_variance + doubt * (self._d3 + self._d1 * read) ** 2)
-        return float(np.max(seconds + pace.overflow_z * spread_s)) <= iteration_s
+        return float(np.max(seconds + _LASTING * pace.overflow_z * spread_s)) <= iteration_s
 
     def add(self, waiting: Waiting) -> None:
         """A newcomer is admitted."""
