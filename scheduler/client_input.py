@@ -29,6 +29,17 @@ def declared_output_tokens(request: Request) -> int | None:
     return int(declared) if declared is not None and declared >= 1 else None
 
 
+def declared_lengths(request: Request, longest: int) -> tuple[int | None, int | None]:
+    """The output length a client expects, and the most it allows when that is less than a context of `longest`."""
+    params = request.sampling_params
+    if params is None:
+        return None, None
+    declared = declared_output_tokens(request)
+    most: int = params.max_tokens
+    bound = most if most < longest - request.num_prompt_tokens else None
+    return (None if declared is None else min(declared, most)), bound
+
+
 def tenant_of(request: Request) -> Tenant:
     """Whose a request is, as the ingress wrote it down. To be asked only where requests come from an ingress."""
     extra = _extra_args(request)

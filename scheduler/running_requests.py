@@ -16,6 +16,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request
 
 from scheduler.gate import GatedQueue
+from scheduler.pace import Pace
 from scheduler.policies import UNKNOWN_TYPE, Resident, Residents
 
 
@@ -42,6 +43,14 @@ class Life:
     cached_tokens: int = 0
     shared_tokens: int = 0
     audited: bool = False
+
+    def missed(self, pace: Pace, first_s: float, now_s: float, outputs: int) -> dict[str, bool]:
+        """Which targets a request misses that completes now with so many tokens, the first one at `first_s`."""
+        took_s = {
+            "ttft": (first_s - self.arrived_s, pace.ttft_s), "latency": (now_s - self.arrived_s, pace.latency_s),
+            "tpot": ((now_s - first_s) / max(outputs - 1, 1), pace.tpot_s),
+        }
+        return {name: target is not None and seconds > target for name, (seconds, target) in took_s.items()}
 
 
 def batch_work(output: SchedulerOutput, requests: Mapping[str, Request]) -> BatchWork:

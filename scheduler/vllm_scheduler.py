@@ -13,7 +13,6 @@ upgrade moves any of it.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections import deque
@@ -25,12 +24,11 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from scheduler.channel import ChannelServer, engine_id, rank_endpoint
-from scheduler.choices import family_of, parent_of
-from scheduler.client_input import declared_output_tokens, tenant_of
+from scheduler.client_input import declared_lengths, tenant_of
 from scheduler.control import InForce, ThresholdsInForce
 from scheduler.fair_queue import NOBODY_IN_PARTICULAR
 from scheduler.gate import GatedQueue
@@ -42,6 +40,7 @@ from scheduler.prefix_hits import PrefixHits
 from scheduler.profiles import load_profile
 from scheduler.recorder import Recorder
 from scheduler.refusal import Refusal
+from scheduler.rejections import Rejections
 from scheduler.running_requests import BatchWork, Life, RunningRequests, batch_work, decode_steps, tokens_to_decode
 from scheduler.settings import SchedulerSettings
 from scheduler.support import EngineSetup, require_supported
@@ -61,8 +60,8 @@ class HeadraceScheduler(AsyncScheduler):
     """vLLM's asynchronous scheduler, gated by Headrace's thresholds.
 
     Settings come from `additional_config["headrace"]`, see `SchedulerSettings`. `clock` and `arrival_clock` may be
-    replaced by virtual ones before the first request. `never_refused` are ids that no refusal touches, for simulations
-    that ask what one was worth.
+    replaced by virtual ones before the first request, and `rejections.never` filled, for simulations that ask what a
+    rejection was worth.
 
     Raises:
         ValueError: the settings have an unknown key or a value out of range, which the message names; or the policy is
@@ -111,10 +110,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._executing: deque[tuple[SchedulerOutput, float, BatchWork]] = deque()
         self._outputs_s = deque([0.0] * self._depth, maxlen=self._depth)
         self._more_to_run = False
-        self._refused: list[tuple[Request, Refusal]] = []
-        self._rejecting: set[str] = set()
-        self.never_refused: set[str] = set()
-        self._audit_share = settings.audit_share
+        self.rejections = Rejections(self.gate, self._lives, settings.audit_share)
         self._everyone_runs = False
         self._channel: ChannelServer | None = None
         if settings.channel:
@@ -168,36 +164,13 @@ class HeadraceScheduler(AsyncScheduler):
         return output
 
     def _refuse(self, requests: list[Request], reason: str, drain_s: float) -> Set[str]:
-        """End requests that have not cost anything yet, with their siblings; those of one under way are let in.
+        """End those of requests that `Rejections.choose` says, by id."""
+        return self._reject(self.rejections.choose(requests, reason, drain_s))
 
-        Returns the ids of those that ended.
-        """
-        rejected: dict[str, Refusal] = {}
-        for request in requests:
-            name = request.request_id
-            if name in self.never_refused or self._is_audited(name):
-                self.gate.choices.commit(name)  # it goes on waiting for its turn
-            elif name in self.gate.choices.committed:
-                self.gate.let_through(request)
-            elif name not in rejected:
-                refusal = Refusal.for_drain_time(reason, drain_s, family_of(name) or name)
-                rejected |= dict.fromkeys(self.gate.choices.reject(name, refusal), refusal)
-        self._reject(rejected)
-        return rejected.keys()
-
-    def _is_audited(self, name: str) -> bool:
-        """Whether this request is served though it should be rejected: drawn by its id, so that a rerun agrees."""
-        if parent_of(name) is not None or name not in self._lives:
-            return False
-        drawn = int.from_bytes(hashlib.blake2b(name.encode(errors="replace"), digest_size=8, key=b"audit").digest())
-        self._lives[name].audited = drawn < self._audit_share * 2**64
-        return self._lives[name].audited
-
-    def _reject(self, rejected: Mapping[str, Refusal]) -> None:
-        """End requests by id; their clients hear of it with the iteration's outputs."""
-        self._rejecting |= rejected.keys()  # counted as such when they are freed
-        self._refused += [(self.requests[name], refusal) for name, refusal in rejected.items()]
+    def _reject(self, rejected: Mapping[str, Refusal]) -> Set[str]:
+        self.rejections.begin(rejected, self.requests)
         self.finish_requests(list(rejected), RequestStatus.FINISHED_ABORTED)
+        return rejected.keys()
 
     def _obey(self, in_force: InForce) -> None:
         before, thresholds = self._obeyed.thresholds, in_force.thresholds
@@ -300,12 +273,8 @@ class HeadraceScheduler(AsyncScheduler):
         self.gate.settle()
         if executed:
             self._more_to_run = bool(self.running)
-        for request, refusal in self._refused:
-            answer = EngineCoreOutput(
-                request.request_id, [], finish_reason=FinishReason.ABORT, stop_reason=refusal.as_json()
-            )
-            outputs.setdefault(request.client_index, EngineCoreOutputs(outputs=[])).outputs.append(answer)
-        self._refused = []
+        for client, answer in self.rejections.answers():
+            outputs.setdefault(client, EngineCoreOutputs(outputs=[])).outputs.append(answer)
         return outputs
 
     # Where a pipeline's first stage is told of each token, a request waits for its own: as in vLLM's synchronous class.
@@ -338,7 +307,7 @@ class HeadraceScheduler(AsyncScheduler):
             self._reject({request.request_id: rejection})
 
     def _life(self, request: Request) -> Life:
-        expected, most = self._declared_lengths(request)
+        expected, most = declared_lengths(request, self.max_model_len)
         return Life(
             self.clock() - self._age_s(request), math.inf if expected is None else expected,
             math.inf if most is None else most,
@@ -376,47 +345,26 @@ class HeadraceScheduler(AsyncScheduler):
         first_s = now_s if math.isnan(life.first_token_s) else life.first_token_s
         self.recorder.finished(
             now_s, request.num_prompt_tokens, outputs, aborted=request.status in _CUT_SHORT,
-            rejected=request.request_id in self._rejecting, cached_tokens=life.cached_tokens,
+            rejected=self.rejections.is_rejected(request.request_id), cached_tokens=life.cached_tokens,
             shared_tokens=life.shared_tokens, ttft_s=first_s - life.arrived_s if outputs else None,
             tpot_s=(now_s - first_s) / (outputs - 1) if outputs > 1 else None,
         )
-        if request.status not in _CUT_SHORT and outputs:
-            self._judge(life, first_s, now_s, outputs)
-        self._rejecting.discard(request.request_id)
+        pace = self._obeyed.thresholds.pace
+        if request.status not in _CUT_SHORT and outputs and pace is not None:
+            self.recorder.judged(life.missed(pace, first_s, now_s, outputs), audited=life.audited)
+        self.rejections.freed(request.request_id)
         self._awaiting_first_token.pop(request.request_id, None)
         self._prefixes.forget(request.request_id)
         self.gate.forget(request)
         return super()._free_request(request, delay_free_blocks)
-
-    def _judge(self, life: Life, first_s: float, now_s: float, outputs: int) -> None:
-        """Count the targets that a completed request missed."""
-        pace = self._obeyed.thresholds.pace
-        if pace is None:
-            return
-        took_s = {
-            "ttft": (first_s - life.arrived_s, pace.ttft_s), "latency": (now_s - life.arrived_s, pace.latency_s),
-            "tpot": ((now_s - first_s) / max(outputs - 1, 1), pace.tpot_s),
-        }
-        misses = {name: target is not None and seconds > target for name, (seconds, target) in took_s.items()}
-        self.recorder.judged(misses, audited=life.audited)
 
     def known_output_tokens(self, request: Request) -> int | None:
         """The output length a client declared: `expected_output_tokens`, at most `max_tokens`; else that; else None.
 
         A `max_tokens` that only fills the model's context up is vLLM's default and no declaration.
         """
-        expected, most = self._declared_lengths(request)
+        expected, most = declared_lengths(request, self.max_model_len)
         return most if expected is None else expected
-
-    def _declared_lengths(self, request: Request) -> tuple[int | None, int | None]:
-        """The output length a client expects, and the most it allows when that is less than the context."""
-        params = request.sampling_params
-        if params is None:
-            return None, None
-        declared = declared_output_tokens(request)
-        most: int = params.max_tokens
-        bound = most if most < self.max_model_len - request.num_prompt_tokens else None
-        return (None if declared is None else min(declared, most)), bound
 
     def _classify(self, request: Request) -> str:
         return self._obeyed.policy.classify(request.num_prompt_tokens, self.known_output_tokens(request))

@@ -116,7 +116,7 @@ class VirtualReplica:
         self.headrace = scheduler if isinstance(scheduler, HeadraceScheduler) else None
         if self.headrace:
             self.headrace.clock = self.headrace.arrival_clock = lambda: self.now_s
-            self.headrace.never_refused = {str(number) for number in self._never_rejected}
+            self.headrace.rejections.never = {str(number) for number in self._never_rejected}
         self._live: dict[str, _Live] = {}
         self._refused: dict[str, _Live] = {}
         self._giving_up: str | None = None

@@ -1006,7 +1006,7 @@ def test_counters_add_up_after_every_step(steps):
             cut_short += 1
         engine.step()
         rejected = {answer.request_id for answer in engine.answers if answer.stop_reason}
-        rejected |= {request.request_id for request, _ in engine.scheduler._refused}  # not told yet
+        rejected |= {request.request_id for request, _ in engine.scheduler.rejections.untold}  # not told yet
         counters = telemetry(engine).counters
         assert counters == replace(
             counters, arrivals=arrived, completed=len(engine.finished), aborted=cut_short, rejected=len(rejected)
