@@ -11,6 +11,7 @@ from vllm.entrypoints.speech_to_text.base import serving as speech_serving
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy, create_request_queue
@@ -89,6 +90,15 @@ def test_nothing_but_the_known_methods_is_overridden():
 )
 def test_what_we_set_or_replace_is_still_used(method, reads):
     assert reads in inspect.getsource(getattr(Scheduler, method))
+
+
+def test_the_batches_of_a_pipeline_take_turns_as_we_count_them():
+    """What `scheduler.pipeline` reads."""
+    assert "if self.current_step < request.next_decode_eligible_step:" in inspect.getsource(Scheduler.schedule)
+    told = "request.next_decode_eligible_step = self.current_step + self.pp_size"
+    assert told in inspect.getsource(AsyncScheduler)
+    assert isinstance(VllmConfig.use_v2_model_runner, property)
+    assert "self.parallel_config.pipeline_parallel_size" in inspect.getsource(VllmConfig.max_concurrent_batches.fget)
 
 
 def test_the_waiting_queue_is_replaced_whole():
