@@ -6,12 +6,12 @@ from dataclasses import fields
 import pytest
 import vllm
 from engine_harness import Engine
+from vllm.config import VllmConfig
 from vllm.entrypoints.openai.completion import serving as completion_serving
 from vllm.entrypoints.speech_to_text.base import serving as speech_serving
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy, create_request_queue
