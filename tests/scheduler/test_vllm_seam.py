@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 import vllm
 from engine_harness import Engine
+from vllm.config import VllmConfig
 from vllm.entrypoints.openai.completion import serving as completion_serving
 from vllm.entrypoints.speech_to_text.base import serving as speech_serving
 from vllm.sampling_params import SamplingParams
@@ -106,6 +107,15 @@ def test_held_requests_are_preempted_as_vllm_does_it():
     assert list(inspect.signature(KVCacheManager.allocate_slots).parameters)[:2] == ["self", "request"]
     assert "return None" in inspect.getsource(KVCacheManager.allocate_slots)
     assert Engine(AsyncScheduler).scheduler.requires_kv_delivery is False
+
+
+def test_the_batches_of_a_pipeline_take_turns_as_we_count_them():
+    """What `scheduler.pipeline` reads."""
+    assert "if self.current_step < request.next_decode_eligible_step:" in inspect.getsource(Scheduler.schedule)
+    told = "request.next_decode_eligible_step = self.current_step + self.pp_size"
+    assert told in inspect.getsource(AsyncScheduler)
+    assert isinstance(VllmConfig.use_v2_model_runner, property)
+    assert "self.parallel_config.pipeline_parallel_size" in inspect.getsource(VllmConfig.max_concurrent_batches.fget)
 
 
 def test_the_waiting_queue_is_replaced_whole():

@@ -72,7 +72,7 @@ def test_drafts_that_are_never_accepted_cost_time(tmp_path):
 def test_beyond_capacity_fluid_serves_what_the_model_with_drafts_says_is_possible():
     """The controller is told neither acceptance nor drafts: it measures them."""
     config = simulation_config({
-        "lengths": "p500~0.8d200~0.8", "rate_rps": 16.0, "requests": 1000, "policy": "fluid", "slo_ttft_s": 3.0,
+        "lengths": "p500~0.8d200~0.8", "rate_rps": 16.0, "requests": 2500, "policy": "fluid", "slo_ttft_s": 3.0,
         "slo_tpot_s": 0.025, "speculative_tokens": 3, "acceptance_rate": 0.7, "seed": 1,
     })
     mix, law = open_workload(config.workload).mix(), load_profile(config.profile).law
