@@ -1,5 +1,6 @@
 """Who gives up its KV cache where blocks run short while others are held: on vLLM's real scheduler."""
 
+import pytest
 from engine_harness import MAX_MODEL_LEN, Engine
 
 
@@ -28,12 +29,12 @@ def preempted(engine):
     return {name: request.num_preemptions for name, request in everyone.items() if request.num_preemptions}
 
 
-def short_of_memory(max_hold_s=10.0):
+def short_of_memory(max_hold_s=10.0, **engine_args):
     """13 usable blocks: two `old` requests stand at a boundary with three each, and three `young` outgrow the rest."""
     engine = Engine(blocks=14, thresholds={
         "policy": "wait", "types": [{"name": "known", "n": 1}], "max_hold_s": max_hold_s,
         "segments": segments((4, 3), (1000, 3)),
-    })
+    }, **engine_args)
     add_many(engine, 2, "old", prompt=40, output=30, max_tokens=MAX_MODEL_LEN - 40)  # of unknown length
     engine.steps(3)
     add_many(engine, 3, "young", prompt=26, output=40)
@@ -67,6 +68,23 @@ def test_nothing_is_lost_by_an_eviction():
     assert {name: request.num_output_tokens for name, request in engine.finished.items()} == {
         "old0": 30, "old1": 30, "young0": 40, "young1": 40, "young2": 40,
     }
+    assert engine.scheduler.kv_cache_manager.usage == 0.0 and not engine.scheduler.running
+
+
+@pytest.mark.parametrize(("method", "asynchronous"), [("ngram", False), ("ngram_gpu", True)])
+def test_nothing_is_lost_by_an_eviction_of_requests_with_drafts(method, asynchronous):
+    engine = short_of_memory(
+        drafts=3, gains=lambda name, given: 2, async_scheduling=asynchronous,
+        speculative_config={"method": method, "num_speculative_tokens": 3},
+    )
+    while not preempted(engine):
+        engine.step()
+    assert preempted(engine).keys() <= {"old0", "old1"}
+    engine.run()
+    outputs = {name: request.num_output_tokens for name, request in engine.finished.items()}
+    old = {outputs.pop(name) for name in ("old0", "old1")}
+    assert old <= {30, 31}, "the end comes as the first token of a step"
+    assert outputs == {"young0": 40, "young1": 40, "young2": 40}
     assert engine.scheduler.kv_cache_manager.usage == 0.0 and not engine.scheduler.running
 
 
