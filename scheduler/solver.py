@@ -314,7 +314,9 @@ def _smallest_fit(
             before = f", and in the {iteration_s:.4g} s that n_1 = {n[0]:g} takes {arriving:.1f} arrive"
             first = max(first, math.floor(arriving * parts)) + 1
             continue
-        theta = tuple(_theta(p, n_before, n_k) for p, (n_before, n_k) in zip(chain.survival, pairwise(n), strict=True))
+        theta = tuple(
+            buffer_exponent(p, n_before, n_k) for p, (n_before, n_k) in zip(chain.survival, pairwise(n), strict=True)
+        )
         buffer_tokens = chain.buffer_tokens(n, theta, queue_log)
         if memory_tokens + buffer_tokens <= room_tokens:
             return NestedWaitSolution(
@@ -327,7 +329,7 @@ def _smallest_fit(
         first += 1
 
 
-def _theta(p: float, before: float, after: float) -> float:
+def buffer_exponent(p: float, before: float, after: float) -> float:
     """θ > 0 with e^{−θ n_k} (1 − p_k + p_k e^θ)^{n_{k−1}} = 1, given p_k, n_{k−1} = before and n_k = after.
 
     It depends on their ratio alone, so that it means the same below one prompt per stage.

@@ -13,7 +13,7 @@ from theory_fit import table
 from scheduler.law import ServiceTimeLaw
 from scheduler.mix import Lengths
 from scheduler.profiles import load_profile
-from scheduler.solver import SegmentChain, _theta
+from scheduler.solver import SegmentChain, buffer_exponent
 from simulator.workload import WorkloadConfig, open_workload
 
 LONGEST_TOKENS, MARGIN, SLACK = 500, 0.05, 0.05
@@ -55,7 +55,7 @@ def terms(
         return None
     n = (1 + SLACK) * rate_rps * law.d0_s / (1 - kv_load) * relative
     queue_log = math.log(count * (1 + horizon_s / law.d0_s) / delta)
-    roots = [_theta(p, before, after) for p, (before, after) in zip(chain.survival, pairwise(n), strict=True)]
+    roots = [buffer_exponent(p, before, after) for p, (before, after) in zip(chain.survival, pairwise(n), strict=True)]
     return {
         "segments": count, "base": float(chain.stage_kv_tokens @ n),
         "certain": float(chain.queued_kv_tokens[1:] @ n[1:]),
