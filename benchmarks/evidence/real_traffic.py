@@ -18,8 +18,7 @@ from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-from grids import Choice, Grid, arguments, run_grids, slug
-from paper_tables import PROFILE
+from grids import PROFILE, Choice, Grid, arguments, run_grids, slug
 from real_traffic_page import page
 
 LOADS = (0.3, 0.7, 1.0, 1.2, 2.0, 3.0)
