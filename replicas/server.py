@@ -75,7 +75,9 @@ class HeadraceServer(LLMServer):
             ChannelClosed: the engine does not answer.
         """
         telemetry = await self._channels[rank].report(cursor, timeout_s=_ANSWER_S)
-        return telemetry if cursor is None else replace(telemetry, delivered=self._deliveries.latest())
+        # Which rank an answer came from is not known here: ranks of several go by what their own engines saw.
+        alone = cursor is not None and len(self._channels) == 1
+        return replace(telemetry, delivered=self._deliveries.latest()) if alone else telemetry
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """What Serve's request routers see of this replica: its seats and who takes them (`RoutingStats`)."""

@@ -64,6 +64,8 @@ class StepsSeen:
         """The engine's totals at a second of its clock."""
         if counters.decode_steps < self._marks[-1][1].decode_steps:
             return  # late: what it tells is counted already
+        if counters.decode_steps == self._marks[-1][1].decode_steps and len(self._marks) > 1:
+            self._marks.pop()  # nothing was decoded meanwhile, as without speculative decoding: the time alone moves on
         self._marks.append((at_s, counters))
         while len(self._marks) > 2 and self._marks[1][0] <= at_s - self._window_s and (
             counters.decode_steps - self._marks[1][1].decode_steps >= _LEAST_STEPS

@@ -116,7 +116,7 @@ def _has(field: str) -> InUse:
 
 SETTINGS: tuple[Setting, ...] = (
     Setting(name="tensor parallel", answers={}),
-    Setting(name="data parallel within a replica", answers={}),
+    Setting(name="data parallel within a replica", answers=_all_policies(_yes("not tried on GPUs"))),
     Setting(
         name="data parallel across nodes", in_use=_has("data_parallel_across_nodes"), answers=_all_policies(NO),
         because="a replica reaches the engines on its own machine only",

@@ -102,7 +102,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._held = HeldRequests(self)
         self._most_running = self.max_num_running_reqs
         self._most_tokens = self.max_num_scheduled_tokens
-        self._most_advancing = min(self._most_running, self._most_tokens // (1 + self.num_spec_tokens))
+        self._most_advancing = max(1, min(self._most_running, self._most_tokens // (1 + self.num_spec_tokens)))
         # A prompt longer than the budget would never run where prompts are not computed in chunks.
         self._engines_chunk: int = self.scheduler_config.long_prefill_token_threshold  # 0: none
         self._budget_can_split = self.scheduler_config.enable_chunked_prefill

@@ -343,3 +343,13 @@ def test_few_accepted_drafts_miss_no_more_often_than_promised(rate, drafts, std)
         errors = 1 + generator.standard_normal(number.size) * std / np.sqrt(number)
         missed += 0.25 * np.mean(number * errors * steps.tokens / (1 + margin) > output - 1)
     assert miss / 10 <= missed <= 1.5 * miss
+
+
+@pytest.mark.parametrize("decoded", [0, 5000], ids=["no speculation", "idle after it"])
+def test_an_engine_that_decodes_nothing_leaves_no_marks(decoded):
+    """A controller hears from every engine each period, for as long as it lives."""
+    seen = StepsSeen(60.0)
+    counters = Counters(decode_steps=decoded, decode_computed_tokens=4 * decoded, decode_gained_tokens=2 * decoded)
+    for period in range(2000):
+        seen.observe(5.0 * period, counters)
+    assert len(seen._marks) <= 3
