@@ -22,14 +22,13 @@ from ray.serve.llm.ingress import make_fastapi_ingress
 from cluster.config import AppConfig, ModelConfig
 from cluster.controller import ControllerKeeper
 from replicas.no_download import NoDownload
-from replicas.ranks import ranks_in
 from replicas.server import HeadraceServer
 from router.auth import Keyring, guard
 from router.errors import speak_openai
 from router.ingress import ADMIN_ENDPOINTS, HEALTH_ENDPOINTS, HeadraceIngress
 from router.request_router import FluidSlackRouter
 from scheduler.settings import SETTINGS_KEY
-from scheduler.support import EngineSetup
+from scheduler.support import EngineSetup, ranks_in
 from scheduler.thresholds import thresholds_as_dict
 
 SCHEDULER = "scheduler.vllm_scheduler.HeadraceScheduler"

@@ -20,7 +20,7 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.config import TuningConfig
-from replicas.calls import ReplicaUnavailable, call_replica, replica_ids
+from replicas.calls import ReplicaUnavailable, call_engine, replica_ids
 from replicas.ranks import EngineAddress, engine_addresses
 from scheduler.fluid import finite_or_none
 from scheduler.messages import Ack, Telemetry
@@ -118,9 +118,7 @@ class ControlLoop:
             entry.note = note
 
     async def _tune(self, name: str, engine: EngineAddress, entry: _Replica, solving: asyncio.Lock) -> None:
-        telemetry: Telemetry = await call_replica(
-            engine.actor_name, "telemetry", cursor=entry.cursor, rank=engine.rank
-        )
+        telemetry: Telemetry = await call_engine(engine, "telemetry", cursor=entry.cursor)
         async with solving:
             proposal = await asyncio.to_thread(entry.learn, telemetry, self._new_model)
         in_force = telemetry.thresholds
@@ -143,9 +141,7 @@ class ControlLoop:
     async def _push(
         self, name: str, engine: EngineAddress, entry: _Replica, old: Thresholds, new: Thresholds, changed: bool
     ) -> None:
-        ack: Ack = await call_replica(
-            engine.actor_name, "apply_thresholds", thresholds=new, automatic=True, rank=engine.rank
-        )
+        ack: Ack = await call_engine(engine, "apply_thresholds", thresholds=new, automatic=True)
         entry.note = new.reason if ack.accepted else f"refused: {ack.reason}"
         if ack.accepted:
             entry.pushed_at_s = time.monotonic()

@@ -77,6 +77,11 @@ async def call_replica(actor_name: str, method: str, *, timeout_s: float = 5.0, 
         raise ReplicaUnavailable(f"replica {actor_name} did not answer {method}: {error!r}") from error
 
 
+async def call_engine(engine: EngineAddress, method: str, *, timeout_s: float = 5.0, **kwargs: Any) -> Any:
+    """`method(rank=…, **kwargs)` for one engine, see `call_replica`."""
+    return await call_replica(engine.actor_name, method, timeout_s=timeout_s, rank=engine.rank, **kwargs)
+
+
 async def call_engines(
     targets: dict[str, EngineAddress], method: str, *, timeout_s: float = 5.0, **kwargs: Any
 ) -> dict[str, Any | ReplicaUnavailable]:
@@ -87,7 +92,7 @@ async def call_engines(
 
     async def one(engine: EngineAddress) -> Any | ReplicaUnavailable:
         try:
-            return await call_replica(engine.actor_name, method, timeout_s=timeout_s, rank=engine.rank, **kwargs)
+            return await call_engine(engine, method, timeout_s=timeout_s, **kwargs)
         except ReplicaUnavailable as error:
             return error
 

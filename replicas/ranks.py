@@ -8,7 +8,7 @@ as `REPLICA#RANK`; a replica of one engine goes by its replica's name alone. No 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 _MARK = "#"  # in no id that Ray gives a replica
 
@@ -18,12 +18,6 @@ class EngineAddress(NamedTuple):
 
     actor_name: str
     rank: int = 0
-
-
-def ranks_in(engine_args: Mapping[str, Any]) -> int:
-    """How many engines vLLM starts in a replica with these engine arguments."""
-    size = engine_args.get("data_parallel_size")
-    return size if isinstance(size, int) and size > 1 else 1
 
 
 def engine_addresses(replicas: Mapping[str, str], ranks: int) -> dict[str, EngineAddress]:

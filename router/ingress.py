@@ -20,7 +20,7 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.serve.llm.ingress import OpenAiIngress
 
-from replicas.calls import ReplicaUnavailable, call_engines, call_replica, replica_ids
+from replicas.calls import ReplicaUnavailable, call_engine, call_engines, replica_ids
 from replicas.localhost import listen_where_the_node_does
 from replicas.ranks import EngineAddress, engine_addresses
 from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
@@ -171,9 +171,7 @@ async def _apply(engine: EngineAddress | None, thresholds: Thresholds) -> Ack:
     try:
         if engine is None:
             raise ReplicaUnavailable("the replica has just gone")
-        ack: Ack = await call_replica(
-            engine.actor_name, "apply_thresholds", thresholds=thresholds, automatic=False, rank=engine.rank
-        )
+        ack: Ack = await call_engine(engine, "apply_thresholds", thresholds=thresholds, automatic=False)
     except ReplicaUnavailable as error:
         return Ack(accepted=False, version_in_force=-1, reason=str(error), code="unavailable")
     return ack

@@ -18,6 +18,8 @@ from scheduler.law import Seconds, ServiceTimeLaw, Tokens, require_number
 Real = Annotated[float, Strict()]
 Count = Annotated[int, Strict()]
 Flag = Annotated[bool, Strict()]
+ITERATIONS_UNDER_WAY = 2
+"""Before that of a prompt that has just come: the one that runs, and the one composed already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

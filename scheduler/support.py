@@ -50,7 +50,7 @@ class EngineSetup:
     ) -> EngineSetup:
         """Of a configuration. Source: vLLM's AsyncEngineArgs; what only vLLM can tell shows when the engine starts."""
         return cls(
-            data_parallel_across_nodes=_above_one(engine_args.get("data_parallel_size"))
+            data_parallel_across_nodes=ranks_in(engine_args) > 1
             and any(engine_args.get(key) not in here for key, here in DATA_PARALLEL_HERE.items()),
             speculative_decoding=any(engine_args.get(key) is not None for key in SPECULATIVE_ARGS),
             kv_transfer=any(engine_args.get(key) is not None for key in KV_TRANSFER_ARGS),
@@ -68,8 +68,10 @@ DATA_PARALLEL_HERE: Mapping[str, tuple[Any, ...]] = {
 """By engine argument: the values with which all data-parallel ranks are processes of the replica that starts them."""
 
 
-def _above_one(value: Any) -> bool:
-    return isinstance(value, int) and value > 1
+def ranks_in(engine_args: Mapping[str, Any]) -> int:
+    """How many engines vLLM starts in a replica with these engine arguments: one for each data-parallel rank."""
+    size = engine_args.get("data_parallel_size")
+    return size if isinstance(size, int) and size > 1 else 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,14 +17,12 @@ from scheduler.fluid import NO_REUSE, FluidEquilibrium, PrefixReuse, solve_fluid
 from scheduler.law import ServiceTimeLaw, require_number
 from scheduler.margin import EXACT, Fluctuation, tpot_margin
 from scheduler.mix import Lengths, WorkloadMix
-from scheduler.pace import Pace
+from scheduler.pace import ITERATIONS_UNDER_WAY, Pace
 from scheduler.queue_length import fixed_share, useful_queue
 from scheduler.steps import ONE_TOKEN_A_STEP, Steps
 from scheduler.thresholds import EngineLimits
 
 _SURVIVAL_POINTS = 48
-_ITERATIONS_UNDER_WAY = 2
-"""The one that runs when a prompt comes, and the one composed already; then come as many as a pipeline has stages."""
 _QUEUE_SHARE = 0.1
 """Of the miss probability, what a queue that runs dry may cost; the rest is for iterations that stray from the law."""
 _LEAST_MARGIN = 0.002
@@ -289,7 +287,7 @@ class _Capacity:
 
     @property
     def _iterations_to_first_token(self) -> int:
-        return _ITERATIONS_UNDER_WAY + self._steps.depth
+        return ITERATIONS_UNDER_WAY + self._steps.depth
 
     def iteration_of(self, token_s: float) -> float:
         return token_s * self._steps.tokens / self._steps.depth

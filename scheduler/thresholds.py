@@ -68,15 +68,16 @@ class EngineLimits:
     pipeline_depth: int = 1
 
     @property
-    def seats(self) -> int:
-        """Most requests that can be resident at once, in the kindest case of one KV block each.
-
-        With drafts, no more than one iteration advances.
-        """
-        seats = min(self.max_num_seqs, self.kv_capacity_tokens // self.block_tokens)
+    def slots(self) -> int:
+        """Most requests that may run: with drafts, no more than one iteration advances."""
         if not self.speculative_tokens:
-            return seats
-        return max(1, min(seats, self.max_num_batched_tokens // (1 + self.speculative_tokens)))
+            return self.max_num_seqs
+        return max(1, min(self.max_num_seqs, self.max_num_batched_tokens // (1 + self.speculative_tokens)))
+
+    @property
+    def seats(self) -> int:
+        """Most requests that can be resident at once, in the kindest case of one KV block each."""
+        return min(self.slots, self.kv_capacity_tokens // self.block_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -240,7 +240,6 @@ class _Solver:
         said = ", ".join(f"{count:.3g} to {end}" for count, end in zip(solution.n, solution.boundaries, strict=True))
         return segments, f"Nested WAIT n = {said}"
 
-
     @property
     def _unknown_over_time(self) -> tuple[Stretch, ...]:
         return tuple(

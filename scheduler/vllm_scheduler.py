@@ -102,9 +102,8 @@ class HeadraceScheduler(AsyncScheduler):
         self._held = HeldRequests(self)
         self._most_running = self.max_num_running_reqs
         self._most_tokens = self.max_num_scheduled_tokens
-        self._most_advancing = max(1, min(self._most_running, self._most_tokens // (1 + self.num_spec_tokens)))
-        # A prompt longer than the budget would never run where prompts are not computed in chunks.
         self._engines_chunk: int = self.scheduler_config.long_prefill_token_threshold  # 0: none
+        # A prompt longer than the budget would never run where prompts are not computed in chunks.
         self._budget_can_split = self.scheduler_config.enable_chunked_prefill
         self.latest_work = BatchWork(0, 0, 0, 0)
         self._executing: deque[tuple[SchedulerOutput, float, BatchWork]] = deque()
@@ -192,7 +191,7 @@ class HeadraceScheduler(AsyncScheduler):
             prompt_tokens_under_way=sum([work.prefill_tokens for _, _, work in self._executing]),
             released_requests=self._released_requests(),
             kv_read_tokens=sum([request.num_computed_tokens for request in advancing]) + len(advancing),
-            slots=self._most_advancing - self.num_waiting_for_streaming_input,
+            slots=self.in_force.limits.slots - self.num_waiting_for_streaming_input,
             most_tokens=self._most_tokens,
             latest=self.recorder.latest_iteration,
             decode_tokens=self._decode_tokens(advancing),

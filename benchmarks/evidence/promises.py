@@ -9,11 +9,13 @@ from typing import Any
 
 from grids import PROFILE, Grid, mean_of
 
-from scheduler.mix import Lengths, RequestType, WorkloadMix
+from scheduler.fluid import PrefixReuse
+from scheduler.mix import Lengths, WorkloadMix
 from scheduler.profiles import load_profile
 from scheduler.targets import Targets, solve_pace
 from scheduler.thresholds import EngineLimits
 from simulator.config import simulation_config
+from simulator.fleet import limits_of
 from simulator.measure import window_of
 from simulator.sweep import PointResult
 from simulator.workload import WorkloadConfig, open_workload
@@ -66,13 +68,17 @@ def bound_rps(mix: WorkloadMix, tpot_s: float) -> float:
 
 
 def bound_of_run(result: PointResult) -> float:
-    """The fluid bound for the lengths of the very requests that a run measures."""
+    """The fluid bound for the lengths of the very requests that a run measures, with the prefix hits it had."""
     config = simulation_config(result.options)
-    requests = list(open_workload(config.workload.model_copy(update={"max_total_tokens": 4096})).requests())
+    limits, hits = limits_of(config), (result.summary or {}).get("prefix_hit_fraction") or 0.0
+    longest = min(config.max_model_len, limits.kv_capacity_tokens - limits.block_tokens)
+    requests = list(open_workload(config.workload.model_copy(update={"max_total_tokens": longest})).requests())
     measured = window_of(len(requests), config.window)
     lengths = Lengths.from_pairs((r.prompt_tokens, r.output_tokens) for r in requests[measured.start : measured.stop])
-    assert config.slo.tpot_s is not None
-    return bound_rps(WorkloadMix((RequestType("all", 1.0, lengths),)), config.slo.tpot_s)
+    return solve_pace(
+        WorkloadMix.from_lengths(lengths, 1.0), load_profile(config.profile).law, limits,
+        Targets(tpot_s=config.slo.tpot_s), reuse=PrefixReuse(1 - hits, 1 - hits),
+    ).capacity_rps
 
 
 def resident(mix: WorkloadMix, bound: float, tpot_s: float) -> float:

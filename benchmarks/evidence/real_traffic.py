@@ -19,7 +19,7 @@ from typing import Any
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from grids import PROFILE, Choice, Grid, arguments, run_grids, slug
-from real_traffic_page import page
+from real_traffic_page import LATENCY_LOADS, page
 
 LOADS = (0.3, 0.7, 1.0, 1.2, 2.0, 3.0)
 RIVALS = ("vllm", "vllm-queue", "llm-d", "dynamo")
@@ -143,7 +143,7 @@ def latency_grids(case: Case, quick: bool) -> dict[str, Grid]:
     """A latency target alone, beside plain vLLM and, beyond capacity, the best static cap."""
     grids = {}
     for latency_s in case.latency_s:
-        for load in (0.5, 0.9, 1.5):
+        for load in LATENCY_LOADS:
             at = case.at(load, quick) | {"slo_ttft_s": None, "slo_tpot_s": None, "slo_latency_s": latency_s}
             name = f"latency-{latency_s:g}"
             grids[case.group(load, f"{name}-fluid")] = Grid(at | {"policy": "fluid"}, {}, SEEDS[:1])

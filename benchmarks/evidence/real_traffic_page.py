@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from grids import mean_of
-from promises import goodput
+from promises import Runs, bound_of_run, goodput, summaries
 
-from scheduler.fluid import PrefixReuse
-from scheduler.mix import Lengths, WorkloadMix
-from scheduler.profiles import load_profile
-from scheduler.targets import Targets, solve_pace
-from simulator.config import simulation_config
-from simulator.fleet import limits_of
-from simulator.measure import window_of
 from simulator.sweep import PointResult
-from simulator.workload import open_workload
 
 if TYPE_CHECKING:
     from real_traffic import Case
 
-Runs = Mapping[str, list[PointResult]]
+LATENCY_LOADS = (0.5, 0.9, 1.5)
 INTRODUCTION = """# Traffic as real engines see it
 
 Made by `python benchmarks/evidence/real_traffic.py --traces FOLDER --profile FILE`: vLLM's real scheduler and prefix
@@ -52,46 +44,27 @@ def page(cases: Sequence[Case], runs: Runs) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _of(runs: Runs, group: str) -> list[dict[str, Any]]:
-    return [result.summary for result in runs.get(group, []) if result.summary]
-
-
 def _loads(case: Case, what: str, runs: Runs) -> list[float]:
     loads = {*case.loads, *case.rival_loads, *case.static_loads}
-    return [load for load in sorted(loads) if _of(runs, case.group(load, what))]
+    return [load for load in sorted(loads) if summaries(runs, case.group(load, what))]
 
 
 def _bound_rps(results: Sequence[PointResult]) -> float:
-    """Capacity for the measured requests with the prefix hits of that run, at most what is offered; mean over seeds."""
-    bounds = []
-    for result in results:
-        run = result.summary
-        if run is None:
-            continue
-        config = simulation_config(result.options)
-        limits, hits = limits_of(config), run.get("prefix_hit_fraction") or 0.0
-        longest = min(config.max_model_len, limits.kv_capacity_tokens - limits.block_tokens)
-        workload = open_workload(config.workload.model_copy(update={"max_total_tokens": longest}))
-        pairs = [(request.prompt_tokens, request.output_tokens) for request in workload.requests()]
-        measured = window_of(len(pairs), config.window)
-        mix = WorkloadMix.from_lengths(Lengths.from_pairs(pairs[measured.start : measured.stop]), run["rate_rps"])
-        solved = solve_pace(
-            mix, load_profile(config.profile).law, limits, Targets(tpot_s=config.slo.tpot_s),
-            reuse=PrefixReuse(1 - hits, 1 - hits),
-        )
-        offered_rps = run["window_requests"] / (run["window_to_s"] - run["window_from_s"])
-        bounds.append(min(solved.capacity_rps, offered_rps))
-    return mean(bounds)
+    """What the fluid can serve of the very requests measured, at most what is offered; mean over seeds."""
+    return mean(
+        min(bound_of_run(result), run["window_requests"] / (run["window_to_s"] - run["window_from_s"]))
+        for result in results if (run := result.summary)
+    )
 
 
 def _conclusion(case: Case, runs: Runs) -> str:
     loads = _loads(case, "fluid", runs)
     if not loads:
         return f"{case.name}: not run."
-    reached = {load: mean_of(_of(runs, case.group(load, "fluid")), "goodput_rps") for load in loads}
+    reached = {load: mean_of(summaries(runs, case.group(load, "fluid")), "goodput_rps") for load in loads}
     shares = [reached[load] / _bound_rps(runs[case.group(load, "fluid")]) for load in loads]
     missed = [
-        max(mean_of(_of(runs, case.group(load, "fluid")), f"served_{name}_miss_fraction") for load in loads)
+        max(mean_of(summaries(runs, case.group(load, "fluid")), f"served_{name}_miss_fraction") for load in loads)
         for name in ("ttft", "tpot")
     ]
     said = (
@@ -110,13 +83,13 @@ def _conclusion(case: Case, runs: Runs) -> str:
 def _beside(case: Case, load: float, reached_rps: float, runs: Runs) -> str:
     """The best rule that others ship, and the best static setting, at a load beyond capacity."""
     said = ""
-    shipped = {rival: _of(runs, case.group(load, rival)) for rival in case.rivals}
+    shipped = {rival: summaries(runs, case.group(load, rival)) for rival in case.rivals}
     best_rps, best = max(
         ((mean_of(some, "goodput_rps"), name) for name, some in shipped.items() if some), default=(0.0, "")
     )
     if best:
         said += f" At {load:g} it has {reached_rps:.2f}, the best shipped rule, {best}, {best_rps:.2f}"
-        static = [goodput(summary) for summary in _of(runs, case.group(load, "static"))]
+        static = [goodput(summary) for summary in summaries(runs, case.group(load, "static"))]
         said += f", the best of {len(static)} static settings {max(static):.2f}." if static else "."
     return said
 
@@ -125,7 +98,7 @@ def _first_tokens(case: Case, runs: Runs) -> str:
     said = ""
     for load in (load for load in case.loads if load < 1):
         ours = [r.summary for r in runs.get(case.group(load, "fluid"), []) if r.summary and r.options["seed"] == 1]
-        theirs = _of(runs, case.group(load, "vllm"))
+        theirs = summaries(runs, case.group(load, "vllm"))
         if ours and theirs and theirs[0]["ttft_p99_s"]:
             ratio = ours[0]["ttft_p99_s"] / theirs[0]["ttft_p99_s"]
             said += f" p99 TTFT at load {load:g} is {ratio:.2f} of plain vLLM's (same seed)."
@@ -133,10 +106,10 @@ def _first_tokens(case: Case, runs: Runs) -> str:
 
 
 def _uncached(case: Case, reached: dict[float, float], runs: Runs) -> str:
-    loads = [load for load in reached if _of(runs, case.group(load, "uncached"))]
+    loads = [load for load in reached if summaries(runs, case.group(load, "uncached"))]
     if not loads:
         return ""
-    ratios = [reached[load] / mean_of(_of(runs, case.group(load, "uncached")), "goodput_rps") for load in loads]
+    ratios = [reached[load] / mean_of(summaries(runs, case.group(load, "uncached")), "goodput_rps") for load in loads]
     return f" Prefix caching multiplies goodput by {min(ratios):.2f} to {max(ratios):.2f}."
 
 
@@ -156,17 +129,17 @@ def _grid(case: Case, runs: Runs) -> list[str]:
     return lines
 
 
-def _row(summaries: list[dict[str, Any]]) -> str:
+def _row(each: list[dict[str, Any]]) -> str:
     def of(key: str, digits: int = 2, unit: float = 1.0) -> str:
-        values = [summary[key] for summary in summaries if summary.get(key) is not None]
+        values = [summary[key] for summary in each if summary.get(key) is not None]
         return f"{unit * mean(values):.{digits}f}" if values else "–"
 
     def share(key: str) -> str:
-        values = [summary[key] for summary in summaries if summary.get(key) is not None]
-        return f"{mean(values):.1%}" if values else "–"
+        values = [summary[key] for summary in each if summary.get(key) is not None]
+        return _share(mean(values) if values else None)
 
     return (
-        f"| {len(summaries)} | {of('goodput_rps')} | BOUND | {of('ttft_p50_s')}, {of('ttft_p99_s')} "
+        f"| {len(each)} | {of('goodput_rps')} | BOUND | {of('ttft_p50_s')}, {of('ttft_p99_s')} "
         f"| {of('tpot_p99_s', 1, 1000)} | {share('served_ttft_miss_fraction')} | {share('served_tpot_miss_fraction')} "
         f"| {of('rejected_in_window', 0)} | {of('rejection_p50_s')}, {of('rejection_p99_s')} "
         f"| {of('prefix_hit_fraction')} | {of('preemptions', 0)} |"
@@ -178,7 +151,7 @@ def _beyond(case: Case, runs: Runs) -> list[str]:
     loads = [load for load in case.loads if load > 1]
     rows = []
     for load in loads:
-        once, back, audit = (_of(runs, case.group(load, what)) for what in ("fluid", "retries", "audit"))
+        once, back, audit = (summaries(runs, case.group(load, what)) for what in ("fluid", "retries", "audit"))
         if not once or not (back or audit):
             continue
         row = f"| {load:g} | {goodput(once[0]):.2f} "
@@ -201,9 +174,10 @@ def _latency(case: Case, runs: Runs) -> list[str]:
     """Goodput under a latency target alone."""
     rows = []
     for latency_s in case.latency_s:
-        for load in (0.5, 0.9, 1.5):
+        for load in LATENCY_LOADS:
             ours, plain, static = (
-                _of(runs, case.group(load, f"latency-{latency_s:g}-{what}")) for what in ("fluid", "vllm", "static")
+                summaries(runs, case.group(load, f"latency-{latency_s:g}-{what}"))
+                for what in ("fluid", "vllm", "static")
             )
             if ours:
                 best = f"{max(goodput(summary) for summary in static):.2f}" if static else "–"

@@ -11,11 +11,9 @@ import math
 from dataclasses import dataclass
 from itertools import islice
 
-from scheduler.pace import Pace
+from scheduler.pace import ITERATIONS_UNDER_WAY, Pace
 from scheduler.policies.base import QueueView, Snapshot, Waiting
 
-_ITERATIONS_UNDER_WAY = 2
-"""A newcomer's own iteration is composed while one runs and one more is queued with asynchronous scheduling."""
 _COLD_SHARE = 0.5
 """Of the TTFT target: how long a request waits at a cold engine before it is rejected."""
 _SURE = 1.5
@@ -49,7 +47,7 @@ class FirstToken:
             if pace.iteration_s is not None and not pace.cold:
                 seconds = max(seconds, pace.iteration_s) if room <= chunk else seconds
             rate = chunk / seconds
-        under_way_s = (_ITERATIONS_UNDER_WAY + pace.pipeline_depth - 1) * seconds
+        under_way_s = (ITERATIONS_UNDER_WAY + pace.pipeline_depth - 1) * seconds
         batch = (decodes, read) if math.isinf(room) and math.isfinite(chunk) else None
         if batch:
             prompts = (float(snapshot.prompt_tokens_under_way), *[0.0] * pace.pipeline_depth)
@@ -57,9 +55,9 @@ class FirstToken:
             under_way_s = 0.0 if snapshot.idle else sum(steps_s)
         return cls(pace, seconds, rate, snapshot.prompt_backlog_tokens, under_way_s, batch)
 
-    def own_s(self, waiting: Waiting, ahead_tokens: float = 0.0) -> float:
-        """Seconds from the head of the queue to the first token, behind so many more prompt tokens."""
-        tokens = self.backlog_tokens + ahead_tokens + waiting.tokens_to_compute
+    def own_s(self, waiting: Waiting) -> float:
+        """Seconds from the head of the queue to the first token."""
+        tokens = self.backlog_tokens + waiting.tokens_to_compute
         if math.isinf(self.prompt_tokens_per_s):
             return self.under_way_s + self.pace.prefill_s(tokens)
         alone_s = self.iteration_s

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from scheduler.policies.base import Resident, Snapshot, stages_of
+from scheduler.policies.holds import Holds
 from scheduler.rotation import stage_lengths, stage_limit
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
@@ -32,8 +33,7 @@ class Segments:
         self._widest = -1
         self._stand_within(0)
         self._max_hold_s = thresholds.max_hold_s
-        self._held_since_s: dict[str, float] = {}
-        self._passed: dict[str, int] = {}
+        self._holds = Holds()
 
     def _limit(self, segment: int, position: int = 0) -> int:
         """n_k at one of a segment's stages (from 0) in the iteration that the segment has come to."""
@@ -77,16 +77,17 @@ class Segments:
         for place, stage in enumerate(stages_of(snapshot.running)):
             if stage in self._queue_at and (resident := snapshot.running[place]).type_name == UNKNOWN_TYPE:
                 queues[self._queue_at[stage]].append(resident)
-        self._forget_all_but(queues)
+        self._holds.forget_all_but({one.request_id for residents in queues.values() for one in residents})
 
         held: set[str] = set()
         for index, residents in queues.items():
-            newcomers = [one for one in residents if self._passed.get(one.request_id) != index]
+            newcomers = [one for one in residents if not self._holds.has_passed(one.request_id, index)]
             for one in newcomers:
-                self._held_since_s.setdefault(one.request_id, snapshot.now_s)
-            for name in self._passing(index, newcomers, snapshot.now_s):
-                self._passed[name] = index
-            held |= {one.request_id for one in newcomers if self._passed.get(one.request_id) != index}
+                self._holds.stands(one.request_id, snapshot.now_s)
+            passing = self._passing(index, newcomers, snapshot.now_s)
+            for name in passing:
+                self._holds.let_over(name, index)
+            held |= {one.request_id for one in newcomers} - passing
         everybody_held = len(held) == len(snapshot.running)
         return set() if everybody_held and not entering and not snapshot.released else held
 
@@ -94,9 +95,9 @@ class Segments:
         """Who steps over a boundary now: a full group, those there longest first, and whoever was held long enough."""
         n = self._limit(index)
         standing = [one.request_id for one in newcomers if not one.tokens_in_flight]
-        standing.sort(key=self._held_since_s.__getitem__)
+        standing.sort(key=self._holds.since_s)
         passing = {
-            one.request_id for one in newcomers if now_s - self._held_since_s[one.request_id] >= self._max_hold_s
+            one.request_id for one in newcomers if self._holds.is_over(one.request_id, now_s, self._max_hold_s)
         }
         if passing or len(standing) >= n:
             self._steps[index] += 1
@@ -156,9 +157,3 @@ class Segments:
     def _segment_entered_next(self, stage: int) -> int:
         """The segment (from 0) that the next token of a request at `stage` belongs to; past the end, the last."""
         return min(bisect_left(self._ends, stage + 1), len(self._ends) - 1)
-
-    def _forget_all_but(self, queues: dict[int, list[Resident]]) -> None:
-        if self._held_since_s:
-            present = {one.request_id for residents in queues.values() for one in residents}
-            self._held_since_s = {name: since for name, since in self._held_since_s.items() if name in present}
-            self._passed = {name: index for name, index in self._passed.items() if name in present}

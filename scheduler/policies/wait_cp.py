@@ -22,6 +22,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from scheduler.policies.base import Decision, Policy, Resident, Snapshot
+from scheduler.policies.holds import Holds
 from scheduler.rotation import stage_lengths, stage_limit
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
@@ -64,8 +65,7 @@ class WaitCp(Policy):
         self._stages = stage_lengths(self._ends)
         self._caps = tuple(segment.total for segment in thresholds.segments)
         self._iteration = 0
-        self._held_since_s: dict[str, float] = {}
-        self._passed: dict[str, int] = {}
+        self._holds = Holds()
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """Who enters each segment; whoever stands at a boundary and does not enter sits out."""
@@ -108,8 +108,7 @@ class WaitCp(Policy):
         for resident in (*snapshot.running, *snapshot.released_requests):
             self._place(resident, segments, present)
         segments[0].waiting += waiting
-        self._held_since_s = {name: since for name, since in self._held_since_s.items() if name in present}
-        self._passed = {name: index for name, index in self._passed.items() if name in present}
+        self._holds.forget_all_but(present)
         return segments
 
     def _place(self, resident: Resident, segments: list[_Segment], present: set[str]) -> None:
@@ -122,7 +121,7 @@ class WaitCp(Policy):
         if index < len(self._ends) - 1 and stage == self._ends[index]:
             present.add(name)
             segment = segments[index + 1]
-            if self._passed.get(name) == index + 1:
+            if self._holds.has_passed(name, index + 1):
                 segment.inside.append(name)
             elif resident.tokens_in_flight:  # it may be finished
                 segment.arriving.append(name)
@@ -138,24 +137,24 @@ class WaitCp(Policy):
         """Who of a boundary queue does not enter now; those there longest enter first."""
         held: set[str] = set(segment.arriving)
         for name in segment.standing + segment.arriving:
-            self._held_since_s.setdefault(name, now_s)
-        for name in sorted(segment.standing, key=self._held_since_s.__getitem__):
-            over = not self.strict and now_s - self._held_since_s[name] >= self.thresholds.max_hold_s
+            self._holds.stands(name, now_s)
+        for name in sorted(segment.standing, key=self._holds.since_s):
+            over = not self.strict and self._holds.is_over(name, now_s, self.thresholds.max_hold_s)
             if room > 0 or over:
                 room -= 1
-                self._passed[name] = index
+                self._holds.let_over(name, index)
             else:
                 held.add(name)
         return held
 
     def _one_of(self, segments: list[_Segment]) -> set[str]:
         """A request that goes on where all would stand still: the one that has been held longest."""
-        standing = [(self._held_since_s[name], index, name) for index in range(1, len(segments))
+        standing = [(self._holds.since_s(name), index, name) for index in range(1, len(segments))
                     for name in segments[index].standing]
         if not standing:
             return set()
         _, index, name = min(standing)
-        self._passed[name] = index
+        self._holds.let_over(name, index)
         return {name}
 
     @staticmethod

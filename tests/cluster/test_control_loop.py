@@ -17,7 +17,7 @@ from cluster import controller as controller_module
 from cluster.config import TuningConfig
 from cluster.controller import ControllerKeeper, ControlLoop
 from replicas.calls import ReplicaUnavailable
-from replicas.ranks import engine_name, replica_of
+from replicas.ranks import EngineAddress, engine_name, replica_of
 from scheduler.messages import Ack, Apply
 from scheduler.replica_model import Proposal, ReplicaModel
 from scheduler.targets import Targets
@@ -52,16 +52,15 @@ class Cluster:
         assert app_name == "headrace"
         return {replica_of(name): f"actor-of-{replica_of(name)}" for name in sorted(self.engines)}
 
-    async def call_replica(self, actor_name: str, method: str, *, rank: int, **arguments: Any) -> Any:
-        name = engine_name(actor_name.removeprefix("actor-of-"), rank, self.ranks)
+    async def call_engine(self, engine: EngineAddress, method: str, **arguments: Any) -> Any:
+        name = engine_name(engine.actor_name.removeprefix("actor-of-"), engine.rank, self.ranks)
         if name in self.unreachable:
-            raise ReplicaUnavailable(f"replica {actor_name} did not answer {method}")
-        engine = self.engines[name]
+            raise ReplicaUnavailable(f"replica {engine.actor_name} did not answer {method}")
         if method == "telemetry":
-            return engine.report(**arguments)
+            return self.engines[name].report(**arguments)
         assert method == "apply_thresholds"
         self.before_apply(name)
-        ack = engine.in_force.offer(Apply(**arguments))
+        ack = self.engines[name].in_force.offer(Apply(**arguments))
         self.offered.append((name, arguments["thresholds"], ack))
         return ack
 
@@ -86,7 +85,7 @@ class Cluster:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     cluster = Cluster()
     monkeypatch.setattr(controller_module, "replica_ids", cluster.replica_ids)
-    monkeypatch.setattr(controller_module, "call_replica", cluster.call_replica)
+    monkeypatch.setattr(controller_module, "call_engine", cluster.call_engine)
     clock = SimpleNamespace(monotonic=lambda: cluster.clock_s, time=lambda: 1.7e9 + cluster.clock_s)
     monkeypatch.setattr(controller_module, "time", clock)
     return cluster

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from replicas.ranks import EngineAddress, engine_addresses, named_by, ranks_in, replica_of
+from replicas.ranks import EngineAddress, engine_addresses, named_by, replica_of
+from scheduler.support import ranks_in
 
 TWO = engine_addresses({"a": "actor-a", "b": "actor-b"}, 2)
 

@@ -464,7 +464,7 @@ def test_boundary_memory_is_given_up_with_the_requests():
     for place in range(100):
         policy.decide(snapshot(running=[Resident(f"r{place}", stage=8), *BUSY]))
     policy.decide(snapshot(running=BUSY))
-    assert not policy._segments._held_since_s and not policy._segments._passed
+    assert not policy._segments._holds._since_s and not policy._segments._holds._passed
 
 
 # Strict mode: the paper's letter.
