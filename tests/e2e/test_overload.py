@@ -84,8 +84,10 @@ def test_a_burst_is_answered_whole_or_refused_before_its_first_token(cluster: Cl
     (replica,) = cluster.state()["replicas"].values()
     assert replica["counters"]["rejected"] == statuses[429]
     assert replica["preemptions"] == 0
+    # Who is ahead by how much depends on how many a machine can serve in time, and on who entered before a queue formed;
+    # turns by weight are asserted in tests/scheduler/test_fair_queue.py.
     served = {name: sum(answer.is_success for answer in given) for name, given in by_tenant.items()}
-    assert served["red"] > served["blue"] > 0, served
+    assert all(served.values()), served
 
 
 def test_when_the_burst_is_over_requests_are_answered_again(cluster: ClusterProcess) -> None:
