@@ -28,8 +28,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from vllm import LLM, SamplingParams
 
-from scheduler.channel import ChannelClient, new_endpoint, remove_endpoint
-from scheduler.fit import FitRefused, LawFit, fit_law
+from scheduler.engine.channel import ChannelClient, new_endpoint, remove_endpoint
+from scheduler.estimation.iteration_time_fit import FitRejected, IterationTimeFit, fit_iteration_time
 from scheduler.messages import Iteration, Telemetry
 
 OUTPUT_TOKENS = 16
@@ -66,8 +66,8 @@ def main() -> None:
     finally:
         remove_endpoint(endpoint)
 
-    fit = fit_law(*columns(training.iterations))
-    if isinstance(fit, FitRefused):
+    fit = fit_iteration_time(*columns(training.iterations))
+    if isinstance(fit, FitRejected):
         raise SystemExit(f"no law: {fit.reason}")
     error = held_out_error(fit, held_out.iterations)
     profile = as_profile(args, fit, training, held_out, error)
@@ -101,9 +101,9 @@ def columns(iterations: tuple[Iteration, ...]) -> tuple[Any, Any, Any, Any]:
     return table[:, 0], table[:, 1], table[:, 2], table[:, 3]
 
 
-def held_out_error(fit: LawFit, iterations: tuple[Iteration, ...]) -> dict[str, float]:
+def held_out_error(fit: IterationTimeFit, iterations: tuple[Iteration, ...]) -> dict[str, float]:
     prefill, decode, kv, seconds = columns(iterations)
-    predicted = fit.law.iteration_s(prefill, decode, kv)
+    predicted = fit.time_model.iteration_s(prefill, decode, kv)
     residual = seconds - predicted
     return {
         "r2": float(1 - np.sum(residual**2) / np.sum((seconds - seconds.mean()) ** 2)),
@@ -112,12 +112,12 @@ def held_out_error(fit: LawFit, iterations: tuple[Iteration, ...]) -> dict[str, 
 
 
 def as_profile(
-    args: argparse.Namespace, fit: LawFit, training: Telemetry, held_out: Telemetry, error: dict[str, float]
+    args: argparse.Namespace, fit: IterationTimeFit, training: Telemetry, held_out: Telemetry, error: dict[str, float]
 ) -> dict[str, Any]:
     return {
         "name": args.name,
         "description": f"{Path(args.model).name} in {args.dtype} on one CPU thread, vLLM's CPU build",
-        "law": asdict(fit.law),
+        "law": asdict(fit.time_model),
         "kv_capacity_tokens": training.limits.kv_capacity_tokens,
         "provenance": [
             f"Measured with benchmarks/measure_law.py --model {Path(args.model).name} --name {args.name}.",

@@ -29,15 +29,25 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from engine_harness import Engine
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from scheduler.channel import ChannelClient, ChannelServer, new_endpoint, remove_endpoint
+from scheduler.engine.channel import ChannelClient, ChannelServer, new_endpoint, remove_endpoint
 from scheduler.thresholds import Thresholds
 from scheduler.vllm_scheduler import HeadraceScheduler
 
-PACE: dict[str, Any] = {
-    "law": {"d0_s": 4e-3, "d1_s_per_kv_token": 4e-9, "d2_s_per_prefill_token": 6e-5, "d3_s_per_decode_token": 6e-5,
-            "floor_s": 0.011},
-    "survival": [[0, 1.0], *([100 * n, 1.0 - n / 10] for n in range(1, 11))], "kv_limit_tokens": 10**9,
-    "iteration_s": 0.05, "tpot_s": 0.05, "ttft_s": 1e6, "queue_requests": 1_000_000, "prompt_flow_tokens": 200.0,
+PARAMS: dict[str, Any] = {
+    "time_model": {
+        "d0_s": 4e-3,
+        "d1_s_per_kv_token": 4e-9,
+        "d2_s_per_prefill_token": 6e-5,
+        "d3_s_per_decode_token": 6e-5,
+        "floor_s": 0.011,
+    },
+    "survival": [[0, 1.0], *([100 * n, 1.0 - n / 10] for n in range(1, 11))],
+    "kv_limit_tokens": 10**9,
+    "iteration_s": 0.05,
+    "tpot_s": 0.05,
+    "ttft_s": 1e6,
+    "queue_limit": 1_000_000,
+    "prompt_flow_tokens": 200.0,
 }
 POLICIES: dict[str, dict[str, Any]] = {
     "fcfs, cap": {"policy": "fcfs"},
@@ -47,9 +57,9 @@ POLICIES: dict[str, dict[str, Any]] = {
         "segments": [{"end_output_tokens": 1000, "total": 8000}, {"end_output_tokens": 2000, "total": 4000}],
     },
     # Memory is full, so that all requests are looked at again and again; none is late or beyond the queue limit.
-    "fluid, memory binds": {"policy": "fluid", "pace": PACE | {"kv_limit_tokens": 1}},
-    "fluid, slots bind": {"policy": "fluid", "pace": PACE},
-    "fluid, slots bind, prompts of 16 000 tokens, a shared prefix": {"policy": "fluid", "pace": PACE},
+    "fluid, memory binds": {"policy": "fluid", "fluid": PARAMS | {"kv_limit_tokens": 1}},
+    "fluid, slots bind": {"policy": "fluid", "fluid": PARAMS},
+    "fluid, slots bind, prompts of 16 000 tokens, a shared prefix": {"policy": "fluid", "fluid": PARAMS},
 }
 _LONG, _SHARED = 16_000, 8_000
 """Prompt tokens of the long prompts, and of these what one in eight of the requests has in common."""
@@ -67,12 +77,12 @@ def main() -> None:
     for name, thresholds in POLICIES.items():
         if not re.search(args.only, name):
             continue
-        cap = {} if name.startswith("fluid") else {"max_in_service": args.running}
+        cap = {} if name.startswith("fluid") else {"max_running": args.running}
         long = "16 000" in name
         ours = loaded(HeadraceScheduler, args, thresholds | cap, long=long)
         plain = loaded(AsyncScheduler, args, None, long=long)  # anew, so that both have the same tokens behind them
         result["schedule"][name] = compared(ours, plain, args.rounds)
-    ours = loaded(HeadraceScheduler, args, POLICIES["wait"] | {"max_in_service": args.running})
+    ours = loaded(HeadraceScheduler, args, POLICIES["wait"] | {"max_running": args.running})
     result["thresholds_poll_us"] = round(poll_us(ours), 3)
     result["channel_ms_while_stepping"] = channel_ms(ours)
     print(json.dumps(result, indent=2))
@@ -88,7 +98,7 @@ def loaded(
     blocks = (_LONG // 16 + 64 if long else 64) * args.running
     engine = Engine(cls, blocks=blocks, thresholds=thresholds, **settings)
     if thresholds is not None:
-        engine.apply({"version": 1, "policy": "fcfs", "max_in_service": args.running})
+        engine.apply({"version": 1, "policy": "fcfs", "max_running": args.running})
     for index in range(args.running + args.waiting):
         prompt = [index % 8] * _SHARED + [8 + index] * (_LONG - _SHARED) if long else [7] * 32
         engine.add(f"r{index}", prompt=prompt, output=900)
@@ -181,7 +191,7 @@ def step_us(engine: Engine) -> float:
 
 def poll_us(engine: Engine, times: int = 100_000) -> float:
     """Microseconds to learn which thresholds are in force: what the live channel adds to every iteration."""
-    current = engine.scheduler.in_force.current
+    current = engine.scheduler.active.current
     begun = time.perf_counter_ns()
     for _ in range(times):
         current()
@@ -191,7 +201,7 @@ def poll_us(engine: Engine, times: int = 100_000) -> float:
 def channel_ms(engine: Engine, questions: int = 100) -> dict[str, float]:
     """From offering thresholds to the acknowledgement that they are in force, while the engine steps."""
     endpoint, done = new_endpoint(), threading.Event()
-    server = ChannelServer(endpoint, engine.scheduler.in_force.offer, engine.scheduler.telemetry)
+    server = ChannelServer(endpoint, engine.scheduler.active.offer, engine.scheduler.telemetry)
     times: list[float] = []
 
     async def ask() -> None:

@@ -26,7 +26,7 @@ from vllm.v1.request import Request
 
 from scheduler.vllm_scheduler import HeadraceScheduler
 from simulator.config import simulation_config
-from simulator.replica import VirtualReplica
+from simulator.engine.replica import VirtualReplica
 from simulator.run import simulate
 
 CONVERSATION_LIKE = "0.5:p300d150+0.3:p1200d250+0.2:p2000d350"

@@ -18,15 +18,15 @@ from typing import TypeVar
 
 import numpy as np
 
-from scheduler.messages import Arrival, Counters, Finished, Gauges, InService, Iteration, Telemetry
-from scheduler.profiles import load_profile
-from scheduler.replica_model import MIN_FINISHED, WINDOW_S, ReplicaModel
-from scheduler.targets import Targets
+from scheduler.messages import Arrival, Counters, Finished, Gauges, Iteration, RunningLengths, Telemetry
+from scheduler.model.profiles import load_profile
 from scheduler.thresholds import EngineLimits, Thresholds
+from scheduler.tuning.replica_model import MIN_FINISHED, WINDOW_S, ReplicaModel
+from scheduler.tuning.slo import Slo
 
 ITERATIONS, FINISHED, ITERATION_S, PERIOD_S = 4096, 2000, 0.05, 5.0
 LIFE_S = 50.0
-TARGETS = Targets(ttft_s=3.0, tpot_s=0.08)
+TARGETS = Slo(ttft_s=3.0, tpot_s=0.08)
 LIMITS = EngineLimits(
     kv_capacity_tokens=137_000, block_tokens=16, max_num_seqs=512, max_num_batched_tokens=2048, max_model_len=4096
 )
@@ -40,7 +40,7 @@ class _Tuning:
     min_finished: int = MIN_FINISHED
     overflow_probability: float = 0.01
     validity_s: float = 120.0
-    targets: Targets = TARGETS
+    targets: Slo = TARGETS
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def model(policy: str) -> ReplicaModel:
-    return ReplicaModel(_Tuning(), load_profile("a100-llama2-7b").law, Thresholds(policy=policy))
+    return ReplicaModel(_Tuning(), load_profile("a100-llama2-7b").time_model, Thresholds(policy=policy))
 
 
 def one_period_later(full: Telemetry) -> Telemetry:
@@ -86,12 +86,12 @@ def milliseconds(calls: list[Callable[[], object]]) -> str:
 
 def report() -> Telemetry:
     """Steady traffic up to now."""
-    random, law = np.random.default_rng(1), load_profile("a100-llama2-7b").law
+    random, time_model = np.random.default_rng(1), load_profile("a100-llama2-7b").time_model
     now_s = ITERATIONS * ITERATION_S
     seq = iter(range(1, 10**6))
     batches = random.integers((0, 60, 40_000), (500, 90, 100_000), (ITERATIONS, 3)).tolist()
     iterations = tuple(
-        Iteration(next(seq), at_s, law.iteration_s(*batch) * random.normal(1, 0.02), *batch, 90)
+        Iteration(next(seq), at_s, time_model.iteration_s(*batch) * random.normal(1, 0.02), *batch, 90)
         for at_s, batch in zip(np.linspace(0, now_s, ITERATIONS), batches, strict=True)
     )
     rate_rps = FINISHED / now_s
@@ -108,13 +108,13 @@ def report() -> Telemetry:
         for begun, end, (prompt, output) in sorted(requests, key=lambda one: one[1]) if 0 <= end <= now_s
     )
     running = tuple(
-        InService(prompt, int((now_s - begun) / ITERATION_S))
+        RunningLengths(prompt, int((now_s - begun) / ITERATION_S))
         for begun, end, (prompt, output) in requests if end > now_s
     )
     return Telemetry(
         engine_id="engine", clock_s=now_s, cursor=next(seq), limits=LIMITS, thresholds=Thresholds(), from_config=True,
         gauges=Gauges(), counters=Counters(), iterations=iterations, arrivals=arrivals, finished=finished,
-        in_service=running,
+        running=running,
     )
 
 

@@ -21,7 +21,7 @@ from ray.serve.llm.ingress import make_fastapi_ingress
 
 from cluster.config import AppConfig, ModelConfig
 from cluster.controller import ControllerKeeper
-from replicas.no_download import NoDownload
+from replicas.ray_patches import NoDownload
 from replicas.server import HeadraceServer
 from router.auth import Keyring, guard
 from router.errors import speak_openai

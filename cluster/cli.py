@@ -12,14 +12,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from bench import cli as bench_cli
-from bench.client import ServerError
-from bench.config import BenchError
 from cluster import render
-from cluster.client import DEFAULT_URL, AdminClient, AdminRefused, AdminUnavailable
+from cluster.client import DEFAULT_URL, AdminClient, AdminRejected, AdminUnavailable
 from cluster.config import ClusterConfig, ConfigError, load_config
 from cluster.plan import PlanError, PlanInputs, make_plan
-from scheduler.validation import parse_settings
+from loadgen import cli as bench_cli
+from loadgen.client import ServerError
+from loadgen.config import BenchError
+from scheduler.config_errors import parse_settings
 from simulator import cli as simulator_cli
 from simulator.config import SimulationError
 
@@ -48,7 +48,7 @@ def main() -> None:
         app()
     except (ConfigError, PlanError, SimulationError, BenchError) as error:
         _fail(error, 2)
-    except (AdminUnavailable, AdminRefused, ServerError) as error:
+    except (AdminUnavailable, AdminRejected, ServerError) as error:
         _fail(error, 1)
 
 
@@ -159,7 +159,7 @@ def thresholds_get(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
 @thresholds_app.command("set")
 def thresholds_set(
     settings: Annotated[
-        list[str], typer.Argument(help="FIELD=VALUE …, values as YAML: max_in_service=32 'types=[{name: all, n: 8}]'")
+        list[str], typer.Argument(help="FIELD=VALUE …, values as YAML: max_running=32 'types=[{name: all, n: 8}]'")
     ],
     replica: Replica = None,
     pin: Annotated[bool, typer.Option(help="Keep automatic tuning from changing them.")] = True,
@@ -169,19 +169,19 @@ def thresholds_set(
     """Change some fields and keep the others as they are in force; pins them unless --no-pin."""
     changes = _parse_settings(settings)
     client = AdminClient(url)
-    in_force = client.thresholds()["replicas"]
-    if replica is not None and replica not in in_force:
-        raise AdminRefused(f"replica {replica!r} does not exist; the replicas are {', '.join(in_force)}")
-    if not in_force:
-        raise AdminRefused("no replica is running yet; see headrace status")
-    targets = [replica] if replica else list(in_force)
+    active = client.thresholds()["replicas"]
+    if replica is not None and replica not in active:
+        raise AdminRejected(f"replica {replica!r} does not exist; the replicas are {', '.join(active)}")
+    if not active:
+        raise AdminRejected("no replica is running yet; see headrace status")
+    targets = [replica] if replica else list(active)
     for name in targets:
-        if "error" in in_force[name]:
-            raise AdminRefused(f"replica {name} does not answer, nothing is changed: {in_force[name]['error']}")
+        if "error" in active[name]:
+            raise AdminRejected(f"replica {name} does not answer, nothing is changed: {active[name]['error']}")
     results: dict[str, Any] = {}
     for name in targets:
         # The version is left to the server, so that two operators cannot lose each other's change unseen.
-        kept = {k: v for k, v in in_force[name].items() if k not in ("version", "pinned", "reason", "valid_for_s")}
+        kept = {k: v for k, v in active[name].items() if k not in ("version", "pinned", "reason", "valid_for_s")}
         answer = client.put_thresholds({"replica": name, "thresholds": kept | changes, "pin": pin})
         results |= answer["replicas"]
     _show({"replicas": results}, as_json, render.acks_table)

@@ -14,7 +14,7 @@ class AdminUnavailable(RuntimeError):
     """Nothing answers at the URL; the message says how to start it."""
 
 
-class AdminRefused(RuntimeError):
+class AdminRejected(RuntimeError):
     """The server refused, and says why."""
 
 
@@ -52,11 +52,11 @@ class AdminClient:
         try:
             answer: Any = response.json()
         except ValueError as error:
-            raise AdminRefused(f"{self._url} answered HTTP {response.status_code} and no JSON") from error
+            raise AdminRejected(f"{self._url} answered HTTP {response.status_code} and no JSON") from error
         if response.is_error:
             said = answer.get("error") if isinstance(answer, dict) else None
             message = said.get("message", response.text) if isinstance(said, dict) else response.text
-            raise AdminRefused(f"HTTP {response.status_code}: {message}")
+            raise AdminRejected(f"HTTP {response.status_code}: {message}")
         if not isinstance(answer, dict):
-            raise AdminRefused(f"{self._url} is not a Headrace application: {path} answers {response.text[:80]}")
+            raise AdminRejected(f"{self._url} is not a Headrace application: {path} answers {response.text[:80]}")
         return answer

@@ -24,12 +24,12 @@ from pydantic import (
 )
 
 from router.tenants import TenantConfig
-from scheduler.profiles import load_profile
-from scheduler.replica_model import MIN_FINISHED, WINDOW_S
+from scheduler.config_errors import describe
+from scheduler.model.profiles import load_profile
 from scheduler.support import EngineSetup, require_supported
-from scheduler.targets import NO_TARGETS, Targets, require_reachable
 from scheduler.thresholds import Thresholds, parse_thresholds
-from scheduler.validation import describe
+from scheduler.tuning.replica_model import MIN_FINISHED, WINDOW_S
+from scheduler.tuning.slo import NO_SLO, Slo, require_reachable
 
 APP_NAME = "headrace"
 IMPORT_PATH = "cluster.app:build"
@@ -90,7 +90,7 @@ class ControllerConfig(_Strict):
 class TuningConfig(ControllerConfig):
     """The controller's configuration together with what it tunes for."""
 
-    targets: Targets = NO_TARGETS
+    targets: Slo = NO_SLO
 
 
 def _thresholds(value: Any) -> Any:
@@ -109,7 +109,7 @@ class AppConfig(_Strict):
     replicas: int = Field(default=1, ge=1, le=1024)
     accelerator: AcceleratorConfig
     engine: dict[str, Any] = Field(default_factory=dict)
-    targets: Targets = NO_TARGETS
+    targets: Slo = NO_SLO
     thresholds: Annotated[Thresholds, BeforeValidator(_thresholds)] = Thresholds(policy=DEFAULT_POLICY)
     controller: ControllerConfig = Field(default_factory=ControllerConfig)
     tenants: tuple[TenantConfig, ...] = ()
@@ -161,7 +161,7 @@ class AppConfig(_Strict):
         if "profile" in self.controller.model_fields_set:
             drafts = EngineSetup.from_engine_args(self.engine, self.targets).speculative_decoding
             targets = dataclasses.replace(self.targets, tpot_s=None) if drafts else self.targets
-            require_reachable(targets, load_profile(self.controller.profile).law)
+            require_reachable(targets, load_profile(self.controller.profile).time_model)
         return self
 
     @property

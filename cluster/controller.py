@@ -20,13 +20,13 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.config import TuningConfig
-from replicas.calls import ReplicaUnavailable, call_engine, replica_ids
+from replicas.actor_calls import ReplicaUnavailable, call_engine, replica_ids
 from replicas.ranks import EngineAddress, engine_addresses
-from scheduler.fluid import finite_or_none
 from scheduler.messages import Ack, Telemetry
-from scheduler.profiles import load_profile
-from scheduler.replica_model import Proposal, ReplicaModel, materially_different
+from scheduler.model.fluid import finite_or_none
+from scheduler.model.profiles import load_profile
 from scheduler.thresholds import Thresholds, thresholds_as_dict
+from scheduler.tuning.replica_model import Proposal, ReplicaModel, materially_different
 
 NAMESPACE = "headrace"
 _KEPT_EVENTS = 200
@@ -100,7 +100,7 @@ class ControlLoop:
         self.passes += 1
 
     def _new_model(self) -> ReplicaModel:
-        return ReplicaModel(self._config, self._profile.law, self._configured)
+        return ReplicaModel(self._config, self._profile.time_model, self._configured)
 
     def _new_replica(self) -> _Replica:
         model = self._new_model()
@@ -121,12 +121,12 @@ class ControlLoop:
         telemetry: Telemetry = await call_engine(engine, "telemetry", cursor=entry.cursor)
         async with solving:
             proposal = await asyncio.to_thread(entry.learn, telemetry, self._new_model)
-        in_force = telemetry.thresholds
-        if in_force.pinned:
-            entry.note = f"pinned by an operator at version {in_force.version}"
+        active = telemetry.thresholds
+        if active.pinned:
+            entry.note = f"pinned by an operator at version {active.version}"
             return
         renewal_due = time.monotonic() - entry.pushed_at_s > self._config.validity_s / 2
-        changed = materially_different(proposal.thresholds, in_force)
+        changed = materially_different(proposal.thresholds, active)
         needs_renewal = not telemetry.from_config and proposal.thresholds.valid_for_s is not None and renewal_due
         if not changed and not needs_renewal:
             entry.note = "settled" if proposal.equilibrium else proposal.reason
@@ -135,8 +135,8 @@ class ControlLoop:
         if changed:
             wanted = replace(proposal.thresholds, reason=proposal.reason)
         else:
-            wanted = replace(in_force, valid_for_s=self._config.validity_s)
-        await self._push(name, engine, entry, in_force, wanted.with_version(in_force.version + 1), changed)
+            wanted = replace(active, valid_for_s=self._config.validity_s)
+        await self._push(name, engine, entry, active, wanted.with_version(active.version + 1), changed)
 
     async def _push(
         self, name: str, engine: EngineAddress, entry: _Replica, old: Thresholds, new: Thresholds, changed: bool
@@ -164,7 +164,7 @@ class ControlLoop:
 
 
 def _shown(model: ReplicaModel, proposal: Proposal | None) -> dict[str, Any]:
-    law = model.law
+    time_model = model.time_model
     equilibrium = proposal.equilibrium if proposal else None
     forecast = proposal.forecast if proposal else None
     fluid = None
@@ -182,7 +182,8 @@ def _shown(model: ReplicaModel, proposal: Proposal | None) -> dict[str, Any]:
     return {
         "rate_rps": model.rate_rps,
         "finished_seen": model.finished_seen,
-        "law": asdict(law.law) | {"r2": law.r2, "mape": law.mape, "records": law.records},
+        "time_model": asdict(time_model.time_model)
+        | {"r2": time_model.r2, "mape": time_model.mape, "records": time_model.records},
         "fluid": fluid,
         "forecast": forecast.as_dict() if forecast else None,
     }

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scheduler.fluid import finite_or_none, solve_fluid
-from scheduler.law import ServiceTimeLaw
-from scheduler.mix import RequestType, WorkloadMix, parse_type, read_trace
-from scheduler.profiles import load_profile
-from scheduler.solver import Infeasible, nested_wait_thresholds, resident_cap, wait_thresholds
+from scheduler.model.fluid import finite_or_none, solve_fluid
+from scheduler.model.iteration_time import IterationTimeModel
+from scheduler.model.profiles import load_profile
+from scheduler.model.wait_thresholds import Infeasible, nested_wait_thresholds, running_cap, wait_thresholds
+from scheduler.model.workload import RequestType, WorkloadMix, parse_type, read_trace
 
 
 class PlanError(ValueError):
@@ -40,17 +40,17 @@ def make_plan(inputs: PlanInputs) -> dict[str, Any]:
         PlanError: naming the option and what is allowed.
     """
     try:
-        law, kv_tokens = _law_and_memory(inputs)
+        time_model, kv_tokens = _time_model_and_memory(inputs)
         mix, warnings = _mix(inputs)
-        equilibrium = solve_fluid(mix, law, kv_tokens)
+        equilibrium = solve_fluid(mix, time_model, kv_tokens)
         if not math.isfinite(equilibrium.load + equilibrium.throughput_tokens_per_s):
             raise PlanError("the rates and coefficients are too large: the load is not a finite number")
-        wait = wait_thresholds(mix, law, kv_tokens)
+        wait = wait_thresholds(mix, time_model, kv_tokens)
         nested = nested_wait_thresholds(
-            mix, law, kv_tokens, segments=inputs.segments, overflow_probability=inputs.overflow_probability,
+            mix, time_model, kv_tokens, segments=inputs.segments, overflow_probability=inputs.overflow_probability,
             whole=False,
         )
-        cap = resident_cap(mix, kv_tokens, overflow_probability=inputs.overflow_probability)
+        cap = running_cap(mix, kv_tokens, overflow_probability=inputs.overflow_probability)
     except (ValueError, OSError) as error:
         raise PlanError(str(error)) from error
     return {
@@ -64,7 +64,7 @@ def make_plan(inputs: PlanInputs) -> dict[str, Any]:
         "reason": equilibrium.reason,
         "critical_rate_scale": equilibrium.critical_rate_scale,
         "limit": equilibrium.limit,
-        "in_service": finite_or_none(equilibrium.in_service),
+        "in_service": finite_or_none(equilibrium.running),
         "types": [
             {
                 "name": t.name, "rate_rps": t.rate_rps, "prompt_tokens": t.lengths.mean_prompt_tokens,
@@ -85,12 +85,12 @@ def make_plan(inputs: PlanInputs) -> dict[str, Any]:
             },
             "max_in_service": cap,
         },
-        "law": {name: getattr(law, name) for name in law.__dataclass_fields__},
+        "law": {name: getattr(time_model, name) for name in time_model.__dataclass_fields__},
         "warnings": warnings,
     }
 
 
-def _law_and_memory(inputs: PlanInputs) -> tuple[ServiceTimeLaw, int]:
+def _time_model_and_memory(inputs: PlanInputs) -> tuple[IterationTimeModel, int]:
     given = {name: value for name, value in inputs.coefficients.items() if value is not None}
     for name, value in given.items():
         if not math.isfinite(value) or value < 0:
@@ -107,13 +107,13 @@ def _law_and_memory(inputs: PlanInputs) -> tuple[ServiceTimeLaw, int]:
     def coefficient(name: str, of_profile: float) -> float:
         return given.get(name, of_profile)
 
-    law = base.law if base else ServiceTimeLaw(d0_s=given["d0"], d1_s_per_kv_token=given["d1"])
-    return ServiceTimeLaw(
-        d0_s=coefficient("d0", law.d0_s),
-        d1_s_per_kv_token=coefficient("d1", law.d1_s_per_kv_token),
-        d2_s_per_prefill_token=coefficient("d2", law.d2_s_per_prefill_token),
-        d3_s_per_decode_token=coefficient("d3", law.d3_s_per_decode_token),
-        floor_s=coefficient("floor", law.floor_s),
+    time_model = base.time_model if base else IterationTimeModel(d0_s=given["d0"], d1_s_per_kv_token=given["d1"])
+    return IterationTimeModel(
+        d0_s=coefficient("d0", time_model.d0_s),
+        d1_s_per_kv_token=coefficient("d1", time_model.d1_s_per_kv_token),
+        d2_s_per_prefill_token=coefficient("d2", time_model.d2_s_per_prefill_token),
+        d3_s_per_decode_token=coefficient("d3", time_model.d3_s_per_decode_token),
+        floor_s=coefficient("floor", time_model.floor_s),
     ), kv_tokens
 
 

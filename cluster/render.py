@@ -29,7 +29,7 @@ def status_tables(state: dict[str, Any]) -> Iterator[Any]:
         thresholds = replica["thresholds"]
         table.add_row(
             name, str(thresholds["version"]), thresholds["policy"], "pinned" if thresholds["pinned"] else "auto",
-            _of(replica["in_service"], thresholds["max_in_service"]), str(replica["waiting"]), str(replica["held"]),
+            _of(replica["running"], thresholds["max_running"]), str(replica["waiting"]), str(replica["held"]),
             f"{replica['kv_used_fraction']:.0%}", str(replica["preemptions"]), str(replica["counters"]["rejected"]),
         )
     yield table
@@ -61,26 +61,26 @@ def _fluid_table(replicas: dict[str, Any]) -> Table:
     for column in ("replica", "rate /s", "load", "iteration", "memory", "of", "law R²"):
         table.add_column(column, no_wrap=True)
     for name, replica in replicas.items():
-        fluid, law = replica.get("fluid") or {}, replica.get("law") or {}
+        fluid, time_model = replica.get("fluid") or {}, replica.get("time_model") or {}
         rate = replica.get("rate_rps")
         table.add_row(
             name, _number(rate, ".2f"), _number(fluid.get("load"), ".2f"),
             _number(fluid.get("iteration_time_s"), ".3f", " s"), _number(fluid.get("memory_tokens"), ".0f"),
-            _number(fluid.get("kv_capacity_tokens"), ".0f"), _number(law.get("r2"), ".3f"),
+            _number(fluid.get("kv_capacity_tokens"), ".0f"), _number(time_model.get("r2"), ".3f"),
         )
     return table
 
 
 def _forecast_table(forecasts: dict[str, Any]) -> Table:
     table = Table(title="within the targets", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for column in ("replica", "arrive /s", "good /s", "possible /s", "binds", "queue", "known from"):
+    for column in ("replica", "arrive /s", "good /s", "possible /s", "bottleneck", "queue limit", "known from"):
         table.add_column(column, no_wrap=True)
     for name, forecast in forecasts.items():
         known = "a guess" if forecast["cold"] else f"{forecast['survival_samples']:.0f} answers"
         table.add_row(
             name, _interval(forecast["rate_rps"], ".2f"), _number(forecast["goodput_rps"], ".2f"),
-            _number(forecast["capacity_rps"], ".2f"), forecast["binding"],
-            "any" if forecast["queue_requests"] is None else str(forecast["queue_requests"]), known,
+            _number(forecast["capacity_rps"], ".2f"), forecast["bottleneck"],
+            "any" if forecast["queue_limit"] is None else str(forecast["queue_limit"]), known,
         )
     return table
 
@@ -108,7 +108,7 @@ def thresholds_table(result: dict[str, Any]) -> Iterator[Any]:
             table.add_row(name, Text(entry["error"], style="red"))
             continue
         table.add_row(
-            name, str(entry["version"]), entry["policy"], _counts(entry), _or_engine(entry["max_in_service"]),
+            name, str(entry["version"]), entry["policy"], _counts(entry), _or_engine(entry["max_running"]),
             _or_engine(entry["token_budget"]), f"{entry['max_hold_s']:g} s", "pinned" if entry["pinned"] else "auto",
         )
     yield table

@@ -22,13 +22,13 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMClientError
 
 from replicas.delivery import noting
-from scheduler.refusal import Refusal
+from scheduler.rejection import Rejection
 
 _ERROR_EVENT = 'data: {"error":'
 Outputs = AsyncGenerator[Any, None]
 
 
-class RequestRefused(GenerationError, GracefulHTTPError, VLLMClientError):
+class RequestRejected(GenerationError, GracefulHTTPError, VLLMClientError):
     """A refusal on its way through vLLM's OpenAI layer.
 
     Its message is the marked object, the only part of an error that every path passes on as it is. Each base is what
@@ -36,9 +36,9 @@ class RequestRefused(GenerationError, GracefulHTTPError, VLLMClientError):
     status of a GracefulHTTPError, and Ray's engine answers a VLLMClientError instead of failing.
     """
 
-    def __init__(self, refusal: Refusal) -> None:
-        Exception.__init__(self, refusal.as_json())  # the bases' own want different arguments
-        self.message = refusal.as_json()
+    def __init__(self, rejection: Rejection) -> None:
+        Exception.__init__(self, rejection.as_json())  # the bases' own want different arguments
+        self.message = rejection.as_json()
         self.status_code = self.http_status = HTTPStatus.TOO_MANY_REQUESTS
 
 
@@ -47,7 +47,7 @@ class HeadraceEngine(VLLMEngine):
 
     def _start_async_llm_engine(self, *args: Any, **kwargs: Any) -> Any:
         client = super()._start_async_llm_engine(*args, **kwargs)
-        client.generate = noting(raising_refusals(client.generate))
+        client.generate = noting(raising_rejections(client.generate))
         return client
 
     async def chat(self, *args: Any, **kwargs: Any) -> Outputs:
@@ -69,8 +69,8 @@ class HeadraceEngine(VLLMEngine):
                 yield chunk
 
 
-def raising_refusals(generate: Callable[..., Outputs]) -> Callable[..., Outputs]:
-    """`AsyncLLM.generate`, raising `RequestRefused` where the engine core rejected the request: all of its choices.
+def raising_rejections(generate: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    """`AsyncLLM.generate`, raising `RequestRejected` where the engine core rejected the request: all of its choices.
 
     The engine core rejects or serves the choices of a request as a whole. Should one be rejected though another was
     served, it ends as aborted, and no finished choice is thrown away.
@@ -81,17 +81,17 @@ def raising_refusals(generate: Callable[..., Outputs]) -> Callable[..., Outputs]
         begun = False
         async with aclosing(generate(*args, **kwargs)) as outputs:  # closed at once, or other choices would run on
             async for output in outputs:
-                if not begun and (refusal := _refusal_of(output)):
-                    raise RequestRefused(refusal)
+                if not begun and (rejection := _rejection_of(output)):
+                    raise RequestRejected(rejection)
                 begun = True
                 yield output
 
     return generating
 
 
-def _refusal_of(output: Any) -> Refusal | None:
-    refusals = [Refusal.of_answer(choice.finish_reason, choice.stop_reason) for choice in output.outputs]
-    return refusals[0] if refusals and all(refusals) else None
+def _rejection_of(output: Any) -> Rejection | None:
+    rejections = [Rejection.of_answer(choice.finish_reason, choice.stop_reason) for choice in output.outputs]
+    return rejections[0] if rejections and all(rejections) else None
 
 
 async def errors_first(chunks: Outputs) -> Outputs:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ class RoutingStats:
     """seats: requests that may be in service at once (the cap, what a pace has in service at capacity, or the engine's
     own limit); occupied: those in service and waiting; kv_used_fraction: share of the KV cache in use."""
 
-    seats: int
+    slots: int
     occupied: int
     kv_used_fraction: float
 
@@ -31,11 +30,11 @@ class RoutingStats:
         thresholds, gauges = telemetry.thresholds, telemetry.gauges
         most = telemetry.limits.max_num_seqs
         # A replica that is slow, or has long answers, is full with fewer than another.
-        paced = thresholds.pace.in_service_at_capacity if thresholds.pace else None
-        seats = most if paced is None else min(most, max(1, round(paced)))
+        paced = thresholds.fluid.running_at_capacity if thresholds.fluid else None
+        slots = most if paced is None else min(most, max(1, round(paced)))
         return cls(
-            seats=thresholds.max_in_service or seats,
-            occupied=gauges.in_service + gauges.waiting,
+            slots=thresholds.max_running or slots,
+            occupied=gauges.running + gauges.waiting,
             kv_used_fraction=telemetry.kv_used_fraction,
         )
 
@@ -45,7 +44,7 @@ class RoutingStats:
         each = [cls.from_telemetry(report) for report in telemetry]
         capacity = sum(report.limits.kv_capacity_tokens for report in telemetry)
         return cls(
-            seats=sum(stats.seats for stats in each), occupied=sum(stats.occupied for stats in each),
+            slots=sum(stats.slots for stats in each), occupied=sum(stats.occupied for stats in each),
             kv_used_fraction=sum(report.gauges.kv_used_tokens for report in telemetry) / capacity,
         )
 
@@ -65,7 +64,7 @@ class RoutingStats:
 
     def slack(self, ongoing: int) -> float:
         """Free seats as a share of all, given the router's own, fresher count of ongoing requests; may be negative."""
-        return (self.seats - max(self.occupied, ongoing)) / self.seats
+        return (self.slots - max(self.occupied, ongoing)) / self.slots
 
 
 @lru_cache(maxsize=16)
@@ -76,20 +75,3 @@ def _warn_once(reported: str) -> None:
     )
 
 
-def best_first(
-    replicas: Sequence[_Replica], stats: Callable[[_Replica], RoutingStats | None],
-    ongoing: Callable[[_Replica], int], shuffle: Callable[[list[_Replica]], None] = random.shuffle,
-) -> list[_Replica]:
-    """The replicas by fluid slack, most first; those that have not reported yet come after those that have.
-
-    `ongoing` is the router's own, fresher count of a replica's requests. Equal slack falls in random order, so that it
-    does not always mean the same replica.
-    """
-
-    def slack(replica: _Replica) -> float:
-        reported = stats(replica)
-        return reported.slack(ongoing(replica)) if reported else -1.0 - ongoing(replica)
-
-    shuffled = list(replicas)
-    shuffle(shuffled)
-    return sorted(shuffled, key=slack, reverse=True)

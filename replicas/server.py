@@ -19,9 +19,9 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
 from replicas.delivery import Deliveries
-from replicas.localhost import listen_where_the_node_does
+from replicas.ray_patches import listen_where_the_node_does
 from replicas.routing_stats import RoutingStats
-from scheduler.channel import ChannelClient, ChannelClosed, new_endpoint, rank_endpoint, remove_endpoint
+from scheduler.engine.channel import ChannelClient, ChannelClosed, new_endpoint, rank_endpoint, remove_endpoint
 from scheduler.messages import Ack, Telemetry
 from scheduler.settings import SETTINGS_KEY
 from scheduler.support import ranks_in

@@ -57,23 +57,23 @@ def plan_update(update: ThresholdsUpdate, telemetry: Mapping[str, Telemetry | Ex
     return {name: _planned(update, name, telemetry[name]) for name in named}
 
 
-def _check_pace(thresholds: Thresholds) -> None:
-    if thresholds.policy == "fluid" and thresholds.pace is None:
-        raise AdminError(400, "thresholds.pace is missing: the controller solves it; send auto = true instead")
+def _check_params(thresholds: Thresholds) -> None:
+    if thresholds.policy == "fluid" and thresholds.fluid is None:
+        raise AdminError(400, "thresholds.fluid is missing: the controller solves it; send auto = true instead")
 
 
 def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception) -> Thresholds:
     if not isinstance(report, Telemetry):
         raise AdminError(503, f"replica {name} does not answer: {report}")
-    in_force = report.thresholds
+    active = report.thresholds
     if update.thresholds is None:
         pinned = bool(update.pin) and not update.auto
         # A pin holds until it is lifted; what resumes tuning keeps the values until the controller speaks.
-        return replace(in_force, pinned=pinned, valid_for_s=None, version=in_force.version + 1,
+        return replace(active, pinned=pinned, valid_for_s=None, version=active.version + 1,
                        reason="pinned by an operator" if pinned else "automatic tuning resumed by an operator")
     given = update.thresholds
     if "policy" not in given:
-        in_force_now = thresholds_as_dict(in_force)
+        in_force_now = thresholds_as_dict(active)
         given = {field: value for field, value in in_force_now.items() if field not in _OF_ONE_UPDATE} | given
     try:
         wanted = parse_thresholds(given)
@@ -81,13 +81,13 @@ def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception)
         wanted.check_serves()
     except InvalidThresholds as error:
         raise AdminError(400, f"replica {name}: {error}") from error
-    _check_pace(wanted)
+    _check_params(wanted)
     if "version" not in update.thresholds:
-        wanted = wanted.with_version(in_force.version + 1)
-    elif wanted.version <= in_force.version:
+        wanted = wanted.with_version(active.version + 1)
+    elif wanted.version <= active.version:
         raise AdminError(
             409, f"replica {name}: thresholds.version = {wanted.version} is not newer than version "
-            f"{in_force.version}, which is in force; allowed: more than {in_force.version}, or leave it out",
+            f"{active.version}, which is in force; allowed: more than {active.version}, or leave it out",
         )
     pinned = True if update.pin is None else update.pin
     return replace(wanted, pinned=pinned, reason=wanted.reason or "set by an operator")

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 from starlette.exceptions import HTTPException
 
-from scheduler.refusal import Refusal
+from scheduler.rejection import Rejection
 
 
 def bad_request(message: str) -> OpenAIHTTPException:
@@ -43,10 +43,10 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 async def _openai_error(request: Request, error: Exception) -> JSONResponse:
     """What Ray raises for an answer that is an error; a rejection says when to come again."""
     assert isinstance(error, OpenAIHTTPException)
-    refusal = Refusal.from_json(error.message) if error.status_code == HTTPStatus.TOO_MANY_REQUESTS else None
-    if refusal:
-        body = error_body(error.status_code, refusal.text)
-        return JSONResponse(body, error.status_code, headers={"Retry-After": str(refusal.retry_after_s)})
+    rejection = Rejection.from_json(error.message) if error.status_code == HTTPStatus.TOO_MANY_REQUESTS else None
+    if rejection:
+        body = error_body(error.status_code, rejection.text)
+        return JSONResponse(body, error.status_code, headers={"Retry-After": str(rejection.retry_after_s)})
     body = error_body(error.status_code, error.message)
     body["error"]["type"] = error.type
     return JSONResponse(body, error.status_code)

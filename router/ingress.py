@@ -20,9 +20,9 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.serve.llm.ingress import OpenAiIngress
 
-from replicas.calls import ReplicaUnavailable, call_engine, call_engines, replica_ids
-from replicas.localhost import listen_where_the_node_does
+from replicas.actor_calls import ReplicaUnavailable, call_engine, call_engines, replica_ids
 from replicas.ranks import EngineAddress, engine_addresses
+from replicas.ray_patches import listen_where_the_node_does
 from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
 from router.declared_length import move_declared_length
 from router.errors import error_body
@@ -94,7 +94,7 @@ class HeadraceIngress(OpenAiIngress):
         replicas = {}
         for name, report in telemetry.items():
             if isinstance(report, Telemetry):
-                unknown: dict[str, Any] = dict.fromkeys(("law", "fluid", "forecast"))
+                unknown: dict[str, Any] = dict.fromkeys(("time_model", "fluid", "forecast"))
                 empty = unknown | {"decision": controller.get("reason", "not seen yet")}
                 replicas[name] = {"reachable": True} | telemetry_as_dict(report) | known.get(name, empty)
             else:
@@ -126,15 +126,15 @@ class HeadraceIngress(OpenAiIngress):
         targets = await self._engines()
         answers = await asyncio.gather(*(_apply(targets.get(name), planned[name]) for name in planned))
         acks: dict[str, Ack] = dict(zip(planned, answers, strict=True))
-        refused = {name: ack.reason for name, ack in acks.items() if not ack.accepted}
+        rejected = {name: ack.reason for name, ack in acks.items() if not ack.accepted}
         results = {
             name: {"accepted": ack.accepted, "version": ack.version_in_force, "reason": ack.reason}
             for name, ack in acks.items()
         }
-        if refused:
+        if rejected:
             codes = {ack.code for ack in acks.values() if not ack.accepted}
             status = 503 if "unavailable" in codes else 409 if "stale" in codes else 400
-            return _error(status, f"refused by {', '.join(refused)}: {next(iter(refused.values()))}", results)
+            return _error(status, f"refused by {', '.join(rejected)}: {next(iter(rejected.values()))}", results)
         return JSONResponse({"replicas": results})
 
     async def healthz(self) -> Response:

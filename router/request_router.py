@@ -17,7 +17,8 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-from replicas.routing_stats import RoutingStats, best_first
+from replicas.routing_stats import RoutingStats
+from router.ranking import best_first
 
 
 class FluidSlackRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):

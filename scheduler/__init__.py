@@ -1,1 +1,1 @@
-"""The theory, the policies, and vLLM's scheduler under them. No Ray in here; the theory needs no vLLM either."""
+"""What runs inside one engine, and the theory that sets it. No Ray in here."""

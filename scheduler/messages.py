@@ -65,7 +65,7 @@ class Delivered(NamedTuple):
     tpot_s: float | None
 
 
-class InService(NamedTuple):
+class RunningLengths(NamedTuple):
     """One request still in service: a right-censored observation of an output length."""
 
     prompt_tokens: int
@@ -76,7 +76,7 @@ class InService(NamedTuple):
 class Gauges:
     """The engine's state after its latest scheduling decision. Counts of requests, KV in tokens."""
 
-    in_service: int = 0
+    running: int = 0
     waiting: int = 0
     held: int = 0
     sitting_out: int = 0
@@ -142,7 +142,7 @@ class Telemetry:
     iterations: tuple[Iteration, ...] = ()
     arrivals: tuple[Arrival, ...] = ()
     finished: tuple[Finished, ...] = ()
-    in_service: tuple[InService, ...] = ()
+    running: tuple[RunningLengths, ...] = ()
     records_lost: int = 0
     delivered: tuple[Delivered, ...] = ()
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from scheduler.targets import NO_TARGETS, Targets
 from scheduler.thresholds import Thresholds, parse_thresholds
+from scheduler.tuning.slo import NO_SLO, Slo
 
 SETTINGS_KEY = "headrace"
 EXPECTED_OUTPUT_TOKENS = "expected_output_tokens"
@@ -21,17 +21,17 @@ LONGEST_TENANT_NAME, LARGEST_TENANT_WEIGHT = 64, 1000.0
 class SchedulerSettings(BaseModel):
     """thresholds: in force until others are pushed; profile, targets, overflow_probability: from which the policy
     `fluid` solves its first pace, when the thresholds hold none (see `cold_thresholds`); channel: the control endpoint
-    (None: no live control), beside which those of data-parallel ranks above 0 are (`scheduler.channel.rank_endpoint`);
-    allow_strict: let run what is for simulation only, the paper's literal rule, which may strand requests;
-    audit_share: of the requests to be rejected, those that are served all the same to see whether the rejection was
-    right; trust_tenants: every request comes through an ingress that writes its tenant itself, so that it is
-    believed."""
+    (None: no live control), beside which those of data-parallel ranks above 0 are
+    (`scheduler.engine.channel.rank_endpoint`); allow_strict: let run what is for simulation only, the paper's literal
+    rule, which may strand requests; audit_share: of the requests to be rejected, those that are served all the same to
+    see whether the rejection was right; trust_tenants: every request comes through an ingress that writes its tenant
+    itself, so that it is believed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     thresholds: Thresholds = Field(default_factory=Thresholds)
     profile: str | None = None
-    targets: Targets = NO_TARGETS
+    targets: Slo = NO_SLO
     overflow_probability: float = Field(default=0.01, gt=0, lt=1)
     channel: str | None = None
     allow_strict: bool = False

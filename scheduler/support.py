@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from scheduler.targets import NO_TARGETS, Targets
 from scheduler.thresholds import POLICY_NAMES, Thresholds
+from scheduler.tuning.slo import NO_SLO, Slo
 
 
 class UnsupportedSetting(ValueError):
@@ -29,11 +29,11 @@ class EngineSetup:
     data_parallel_across_nodes: bool = False
     speculative_decoding: bool = False
     kv_transfer: bool = False
-    targets: Targets = NO_TARGETS
+    targets: Slo = NO_SLO
     controller: bool = True
 
     @classmethod
-    def from_vllm_config(cls, config: Any, targets: Targets) -> EngineSetup:
+    def from_vllm_config(cls, config: Any, targets: Slo) -> EngineSetup:
         """Of an engine that is about to start. Source: vLLM's VllmConfig.
 
         Where the other data-parallel ranks are is no concern of this one: only a replica has to reach all of them.
@@ -46,7 +46,7 @@ class EngineSetup:
 
     @classmethod
     def from_engine_args(
-        cls, engine_args: Mapping[str, Any], targets: Targets, *, controller: bool = True
+        cls, engine_args: Mapping[str, Any], targets: Slo, *, controller: bool = True
     ) -> EngineSetup:
         """Of a configuration. Source: vLLM's AsyncEngineArgs; what only vLLM can tell shows when the engine starts."""
         return cls(
@@ -136,7 +136,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         name="targets with `controller.enabled: false`",
-        in_use=lambda setup, thresholds: setup.targets != NO_TARGETS and not setup.controller,
+        in_use=lambda setup, thresholds: setup.targets != NO_SLO and not setup.controller,
         answers=_all_policies(NO),
         because="no controller would follow the targets and the guess of a cold start would stay in force",
         instead="leave controller.enabled at true, or leave the targets out",

@@ -17,9 +17,9 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError
 
-from scheduler.law import ServiceTimeLaw
-from scheduler.pace import Pace
-from scheduler.rotation import stage_lengths
+from scheduler.fluid_params import FluidParams
+from scheduler.model.iteration_time import IterationTimeModel
+from scheduler.model.rotation import stage_lengths
 
 POLICY_NAMES = ("fcfs", "wait", "nested_wait", "wait_cp", "fluid")
 MODES = ("serving", "strict")
@@ -75,7 +75,7 @@ class EngineLimits:
         return max(1, min(self.max_num_seqs, self.max_num_batched_tokens // (1 + self.speculative_tokens)))
 
     @property
-    def seats(self) -> int:
+    def most_running(self) -> int:
         """Most requests that can be resident at once, in the kindest case of one KV block each."""
         return min(self.slots, self.kv_capacity_tokens // self.block_tokens)
 
@@ -119,7 +119,7 @@ class Thresholds:
     policy: one of `POLICY_NAMES`; mode: "serving" (holds are bounded) or "strict" (the paper's letter).
     types: WAIT's thresholds, first match wins; segments: Nested WAIT's, by increasing boundary, with totals that per
     stage never grow.
-    max_in_service: most requests resident at once (None: the engine's own max_num_seqs).
+    max_running: most requests resident at once (None: the engine's own max_num_seqs).
     token_budget: most tokens computed in one iteration (None: the engine's own max_num_batched_tokens).
     prefill_chunk_tokens: most tokens of one prompt in one iteration (None: the engine's own
     long_prefill_token_threshold); wait_gate: whether `wait_cp` waits for a group at a segment's entry.
@@ -136,11 +136,11 @@ class Thresholds:
     mode: str = "serving"
     types: tuple[TypeThreshold, ...] = ()
     segments: tuple[SegmentThreshold, ...] = ()
-    max_in_service: Count | None = None
+    max_running: Count | None = None
     token_budget: Count | None = None
     prefill_chunk_tokens: Count | None = None
     wait_gate: Flag = True
-    pace: Pace | None = None
+    fluid: FluidParams | None = None
     max_hold_s: Seconds = 0.25
     valid_for_s: Seconds | None = None
     pinned: Flag = False
@@ -157,7 +157,7 @@ class Thresholds:
         if self.valid_for_s is not None:
             finite = math.isfinite(self.valid_for_s) and self.valid_for_s > 0
             _require(finite, "valid_for_s", self.valid_for_s, "seconds > 0, or null for no end")
-        for field in ("max_in_service", "token_budget", "prefill_chunk_tokens"):
+        for field in ("max_running", "token_budget", "prefill_chunk_tokens"):
             value = getattr(self, field)
             _require(value is None or value >= 1, field, value, "an integer >= 1, or null for the engine's own limit")
         self._check_types()
@@ -193,10 +193,10 @@ class Thresholds:
     def _check_count(self, field: str, n: int, stages: int = 1) -> None:
         """A group, one stage's share of n, must be able to be in service at once."""
         _require(n >= 1, field, n, "an integer >= 1")
-        if self.max_in_service is not None:
+        if self.max_running is not None:
             times = f"{stages} stages times " if stages > 1 else ""
-            allowed = f"an integer from 1 to {times}max_in_service = {self.max_in_service}"
-            _require(n <= stages * self.max_in_service, field, n, allowed)
+            allowed = f"an integer from 1 to {times}max_running = {self.max_running}"
+            _require(n <= stages * self.max_running, field, n, allowed)
 
     def check_fits(self, limits: EngineLimits) -> None:
         """Raise InvalidThresholds when these values can never be met on an engine with `limits`.
@@ -204,20 +204,20 @@ class Thresholds:
         Memory is judged for the kindest case, one-token prompts that take one KV block each, so that what is refused
         here is impossible and not merely unwise.
         """
-        seats = limits.seats
-        seats_in_words = (
+        slots = limits.most_running
+        slots_in_words = (
             f"the engine seats max_num_seqs = {limits.max_num_seqs} requests and its KV cache holds "
             f"{limits.kv_capacity_tokens} tokens in blocks of {limits.block_tokens}"
         )
         counts = [(f"types[{i}].n", entry.n) for i, entry in enumerate(self.types) if entry.n is not None]
-        if self.max_in_service is not None:
-            counts.append(("max_in_service", self.max_in_service))
+        if self.max_running is not None:
+            counts.append(("max_running", self.max_running))
         for field, n in counts:
-            _require(n <= seats, field, n, f"an integer from 1 to {seats}: {seats_in_words}")
+            _require(n <= slots, field, n, f"an integer from 1 to {slots}: {slots_in_words}")
         stages = stage_lengths(tuple(entry.end_output_tokens for entry in self.segments))
         for index, (entry, length) in enumerate(zip(self.segments, stages, strict=True)):
-            allowed = f"an integer from 1 to {length} stages times {seats}: {seats_in_words}"
-            _require(entry.total <= length * seats, f"segments[{index}].total", entry.total, allowed)
+            allowed = f"an integer from 1 to {length} stages times {slots}: {slots_in_words}"
+            _require(entry.total <= length * slots, f"segments[{index}].total", entry.total, allowed)
         if self.token_budget is not None:
             most = limits.max_num_batched_tokens
             allowed = f"an integer from 1 to max_num_batched_tokens = {most}"
@@ -283,7 +283,10 @@ def _as_invalid(error: ValidationError) -> InvalidThresholds:
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
     if first["type"] in _NO_SUCH_FIELD:
         parts: dict[object, type] = {
-            "types": TypeThreshold, "segments": SegmentThreshold, "pace": Pace, "law": ServiceTimeLaw,
+            "types": TypeThreshold,
+            "segments": SegmentThreshold,
+            "fluid": FluidParams,
+            "time_model": IterationTimeModel,
         }
         holder = next((parts[part] for part in reversed(first["loc"][:-1]) if part in parts), Thresholds)
         known = [known_field.name for known_field in fields(holder)]

@@ -27,25 +27,32 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
-from scheduler.channel import ChannelServer, engine_id, rank_endpoint
-from scheduler.client_input import declared_lengths, tenant_of
-from scheduler.control import InForce, ThresholdsInForce
-from scheduler.fair_queue import NOBODY_IN_PARTICULAR
-from scheduler.gate import GatedQueue
-from scheduler.held import HeldRequests
-from scheduler.messages import Gauges, InService, Report, Telemetry
-from scheduler.pipeline import coming, has_more_than_its_share, pipeline_depth
-from scheduler.policies import UNKNOWN_TYPE, Resident, Snapshot, Waiting
-from scheduler.prefix_hits import PrefixHits
-from scheduler.profiles import load_profile
-from scheduler.recorder import Recorder
-from scheduler.refusal import Refusal
-from scheduler.rejections import Rejections
-from scheduler.running_requests import BatchWork, Life, RunningRequests, batch_work, decode_steps, tokens_to_decode
+from scheduler.engine.active_thresholds import Active, ActiveThresholds
+from scheduler.engine.admission_queue import AdmissionQueue
+from scheduler.engine.channel import ChannelServer, engine_id, rank_endpoint
+from scheduler.engine.client_input import declared_lengths, tenant_of
+from scheduler.engine.fair_queue import NOBODY_IN_PARTICULAR
+from scheduler.engine.held import HeldRequests
+from scheduler.engine.pipeline import coming, has_more_than_its_share, pipeline_depth
+from scheduler.engine.prefix_hits import PrefixHits
+from scheduler.engine.recorder import Recorder
+from scheduler.engine.rejector import Rejector
+from scheduler.engine.running_requests import (
+    BatchWork,
+    EngineBatch,
+    Life,
+    batch_work,
+    decode_steps,
+    tokens_to_decode,
+)
+from scheduler.messages import Gauges, Report, RunningLengths, Telemetry
+from scheduler.model.profiles import load_profile
+from scheduler.policies import UNKNOWN_TYPE, RunningRequest, Snapshot, Waiting
+from scheduler.rejection import Rejection
 from scheduler.settings import SchedulerSettings
 from scheduler.support import EngineSetup, require_supported
 from scheduler.thresholds import EngineLimits, Thresholds
-from scheduler.tuning import cold_thresholds
+from scheduler.tuning.solve import cold_thresholds
 
 logger = init_logger(f"vllm.headrace.{__name__}")  # below vLLM's logger, so that its handlers and level apply
 
@@ -84,21 +91,21 @@ class HeadraceScheduler(AsyncScheduler):
         self.arrival_clock: Callable[[], float] = time.time  # the one that vLLM stamps `Request.arrival_time` with
         self.recorder = Recorder()
         limits = self._limits()
-        self.in_force = ThresholdsInForce(
+        self.active = ActiveThresholds(
             _first_thresholds(settings, limits), limits, lambda: self.clock(), allow_strict=settings.allow_strict,
             setup=setup,
         )
         self._engine_id = engine_id()
-        self._obeyed: InForce = self.in_force.current()
+        self._obeyed: Active = self.active.current()
         self._prefixes = PrefixHits(self.kv_cache_manager, self.block_size, self.cache_config.enable_prefix_caching)
         self._lives: dict[str, Life] = {}
         self._awaiting_first_token: dict[str, Request] = {}
-        self.gate = GatedQueue(
+        self.admission_queue = AdmissionQueue(
             self.policy, self._classify, lambda: self.clock(), self.recorder.released,
             tenant_of if settings.trust_tenants else lambda request: NOBODY_IN_PARTICULAR, self._describe,
             self._arrived_s,
         )
-        self.waiting = self.gate
+        self.waiting = self.admission_queue
         self._held = HeldRequests(self)
         self._most_running = self.max_num_running_reqs
         self._most_tokens = self.max_num_scheduled_tokens
@@ -109,32 +116,32 @@ class HeadraceScheduler(AsyncScheduler):
         self._executing: deque[tuple[SchedulerOutput, float, BatchWork]] = deque()
         self._outputs_s = deque([0.0] * self._depth, maxlen=self._depth)
         self._more_to_run = False
-        self.rejections = Rejections(self.gate, self._lives, settings.audit_share)
+        self.rejector = Rejector(self.admission_queue, self._lives, settings.audit_share)
         self._everyone_runs = False
         self._channel: ChannelServer | None = None
         if settings.channel:
             endpoint = rank_endpoint(settings.channel, vllm_config.parallel_config.data_parallel_index)
-            self._channel = ChannelServer(endpoint, self.in_force.offer, self.telemetry)
+            self._channel = ChannelServer(endpoint, self.active.offer, self.telemetry)
             logger.info("Headrace: control channel open, policy %s", settings.thresholds.policy)
 
     # One iteration.
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """One iteration under the thresholds in force: open the gate, set aside who sits out, let vLLM schedule."""
-        obeyed = self.in_force.current()
+        obeyed = self.active.current()
         if obeyed is not self._obeyed:
             self._obey(obeyed)
         now_s = self.clock()
         decision = obeyed.policy.decide(self._snapshot(now_s))
         siblings = 0
-        if decision.refuse:
-            refused = self._refuse([self.requests[name] for name in decision.refuse], TOO_LATE, decision.drain_s)
-            siblings = len(refused - set(decision.refuse))
+        if decision.reject:
+            rejected = self._reject([self.requests[name] for name in decision.reject], TOO_LATE, decision.drain_s)
+            siblings = len(rejected - set(decision.reject))
         for type_name, count in decision.admit.items():
             # Some of those that were to enter may be gone with a sibling; none enters that the policy did not look at.
-            self.gate.release(type_name, max(0, count - siblings))
-        if decision.refuse_last:
-            self._refuse(self.gate.last(UNKNOWN_TYPE, decision.refuse_last), TOO_MANY, decision.drain_s)
+            self.admission_queue.release(type_name, max(0, count - siblings))
+        if decision.reject_last:
+            self._reject(self.admission_queue.last(UNKNOWN_TYPE, decision.reject_last), TOO_MANY, decision.drain_s)
 
         sit_out = () if self._everyone_runs else decision.sit_out
         held = self._held.take_out(sit_out, decision.evict_first, strict=obeyed.policy.strict)
@@ -162,36 +169,36 @@ class HeadraceScheduler(AsyncScheduler):
         self._after_schedule(output, held)
         return output
 
-    def _refuse(self, requests: list[Request], reason: str, drain_s: float) -> Set[str]:
-        """End those of requests that `Rejections.choose` says, by id."""
-        return self._reject(self.rejections.choose(requests, reason, drain_s))
+    def _reject(self, requests: list[Request], reason: str, drain_s: float) -> Set[str]:
+        """End those of requests that `Rejector.choose` says, by id."""
+        return self._finish_rejected(self.rejector.choose(requests, reason, drain_s))
 
-    def _reject(self, rejected: Mapping[str, Refusal]) -> Set[str]:
-        self.rejections.begin(rejected, self.requests)
+    def _finish_rejected(self, rejected: Mapping[str, Rejection]) -> Set[str]:
+        self.rejector.begin(rejected, self.requests)
         self.finish_requests(list(rejected), RequestStatus.FINISHED_ABORTED)
         return rejected.keys()
 
-    def _obey(self, in_force: InForce) -> None:
-        before, thresholds = self._obeyed.thresholds, in_force.thresholds
-        self._obeyed = in_force
+    def _obey(self, active: Active) -> None:
+        before, thresholds = self._obeyed.thresholds, active.thresholds
+        self._obeyed = active
         if not thresholds.classifies_like(before):
-            self.gate.reclassify([*self.running, *self.skipped_waiting])
+            self.admission_queue.reclassify([*self.running, *self.skipped_waiting])
         logger.debug("Headrace: thresholds version %d in force: %s", thresholds.version, thresholds.reason)
 
     def _snapshot(self, now_s: float) -> Snapshot:
-        capacity, advancing = self.in_force.limits.kv_capacity_tokens, self._advancing()
+        capacity, advancing = self.active.limits.kv_capacity_tokens, self._advancing()
         return Snapshot(
             now_s=now_s,
-            waiting=self.gate.views(),
-            released=self.gate.released + len(self.skipped_waiting),
-            running=RunningRequests(self.running, self.gate, self._lives, 1 + self.num_spec_tokens),
+            waiting=self.admission_queue.views(),
+            released=self.admission_queue.released + len(self.skipped_waiting),
+            running=EngineBatch(self.running, self.admission_queue, self._lives, 1 + self.num_spec_tokens),
             kv_used_tokens=round(self.kv_cache_manager.usage * capacity),
             kv_capacity_tokens=capacity,
             prompt_backlog_tokens=self._prompt_backlog(),
             prompt_tokens_under_way=sum([work.prefill_tokens for _, _, work in self._executing]),
             released_requests=self._released_requests(),
             kv_read_tokens=sum([request.num_computed_tokens for request in advancing]) + len(advancing),
-            slots=self.in_force.limits.slots - self.num_waiting_for_streaming_input,
+            slots=self.active.limits.slots - self.num_waiting_for_streaming_input,
             most_tokens=self._most_tokens,
             latest=self.recorder.latest_iteration,
             decode_tokens=self._decode_tokens(advancing),
@@ -206,20 +213,20 @@ class HeadraceScheduler(AsyncScheduler):
     def _decode_tokens(self, advancing: list[Request]) -> int:
         return tokens_to_decode(advancing) if self.num_spec_tokens else len(advancing)
 
-    def _released_requests(self) -> Sequence[Resident]:
+    def _released_requests(self) -> Sequence[RunningRequest]:
         """The requests let through the gate that do not run, or not yet."""
-        if not self.gate.released and not self.skipped_waiting:
+        if not self.admission_queue.released and not self.skipped_waiting:
             return ()
-        requests = [*self.gate.released_requests(), *self.skipped_waiting]
-        return RunningRequests(requests, self.gate, self._lives, 1 + self.num_spec_tokens)
+        requests = [*self.admission_queue.released_requests(), *self.skipped_waiting]
+        return EngineBatch(requests, self.admission_queue, self._lives, 1 + self.num_spec_tokens)
 
     def _prompt_backlog(self) -> int:
         """Prompt tokens left to compute of the requests that run and of those let through."""
         tokens: int = sum([request.num_tokens - request.num_computed_tokens for request in self._inflight_prefills])
-        if self.gate.released or self.skipped_waiting:
+        if self.admission_queue.released or self.skipped_waiting:
             tokens += sum(
                 self._describe(request, 0.0).tokens_to_compute + request.num_output_tokens
-                for request in (*self.gate.released_requests(), *self.skipped_waiting)
+                for request in (*self.admission_queue.released_requests(), *self.skipped_waiting)
             )
         return tokens
 
@@ -243,11 +250,11 @@ class HeadraceScheduler(AsyncScheduler):
         if output.preempted_req_ids:
             self.recorder.totals.preemptions += len(output.preempted_req_ids)
         self.recorder.gauges = Gauges(
-            in_service=len(self.running),
+            running=len(self.running),
             waiting=len(self.waiting) + len(self.skipped_waiting),
-            held=self.gate.held,
+            held=self.admission_queue.held,
             sitting_out=sitting_out,
-            kv_used_tokens=round(self.kv_cache_manager.usage * self.in_force.limits.kv_capacity_tokens),
+            kv_used_tokens=round(self.kv_cache_manager.usage * self.active.limits.kv_capacity_tokens),
         )
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
@@ -269,10 +276,10 @@ class HeadraceScheduler(AsyncScheduler):
                 self.recorder.decoded(computed, gained)
         if self._awaiting_first_token:
             self._note_first_tokens()
-        self.gate.settle()
+        self.admission_queue.settle()
         if executed:
             self._more_to_run = bool(self.running)
-        for client, answer in self.rejections.answers():
+        for client, answer in self.rejector.answers():
             outputs.setdefault(client, EngineCoreOutputs(outputs=[])).outputs.append(answer)
         return outputs
 
@@ -301,9 +308,10 @@ class HeadraceScheduler(AsyncScheduler):
             self._awaiting_first_token[request.request_id] = request
         super().add_request(request)
         if request.pooling_params is not None:
-            self.gate.choices.commit(request.request_id)  # an embedding: no target is for it, nor an answer of its kind
-        if rejection := self.gate.choices.rejection_of(request.request_id):
-            self._reject({request.request_id: rejection})
+            # An embedding: it has no output that a target or a rejection could be for.
+            self.admission_queue.choices.commit(request.request_id)
+        if rejection := self.admission_queue.choices.rejection_of(request.request_id):
+            self._finish_rejected({request.request_id: rejection})
 
     def _life(self, request: Request) -> Life:
         expected, most = declared_lengths(request, self.max_model_len)
@@ -344,17 +352,17 @@ class HeadraceScheduler(AsyncScheduler):
         first_s = now_s if math.isnan(life.first_token_s) else life.first_token_s
         self.recorder.finished(
             now_s, request.num_prompt_tokens, outputs, aborted=request.status in _CUT_SHORT,
-            rejected=self.rejections.is_rejected(request.request_id), cached_tokens=life.cached_tokens,
+            rejected=self.rejector.is_rejected(request.request_id), cached_tokens=life.cached_tokens,
             shared_tokens=life.shared_tokens, ttft_s=first_s - life.arrived_s if outputs else None,
             tpot_s=(now_s - first_s) / (outputs - 1) if outputs > 1 else None,
         )
-        pace = self._obeyed.thresholds.pace
-        if request.status not in _CUT_SHORT and outputs and pace is not None:
-            self.recorder.judged(life.missed(pace, first_s, now_s, outputs), audited=life.audited)
-        self.rejections.freed(request.request_id)
+        params = self._obeyed.thresholds.fluid
+        if request.status not in _CUT_SHORT and outputs and params is not None:
+            self.recorder.judged(life.missed(params, first_s, now_s, outputs), audited=life.audited)
+        self.rejector.freed(request.request_id)
         self._awaiting_first_token.pop(request.request_id, None)
         self._prefixes.forget(request.request_id)
-        self.gate.forget(request)
+        self.admission_queue.forget(request)
         return super()._free_request(request, delay_free_blocks)
 
     def known_output_tokens(self, request: Request) -> int | None:
@@ -372,19 +380,19 @@ class HeadraceScheduler(AsyncScheduler):
 
     def telemetry(self, report: Report) -> Telemetry:
         """The engine's state and its records after `report.cursor`; safe from another thread."""
-        current = self.in_force.current()
+        current = self.active.current()
         cursor = self.recorder.cursor
         iterations, arrivals, finished, lost = self.recorder.since(report.cursor, cursor)
-        in_service = tuple(
-            InService(request.num_prompt_tokens, request.num_output_tokens)
+        running = tuple(
+            RunningLengths(request.num_prompt_tokens, request.num_output_tokens)
             for request in list(self.requests.values())
             if request.status == RequestStatus.RUNNING
         )
         return Telemetry(
-            engine_id=self._engine_id, clock_s=self.clock(), cursor=cursor, limits=self.in_force.limits,
+            engine_id=self._engine_id, clock_s=self.clock(), cursor=cursor, limits=self.active.limits,
             thresholds=current.thresholds, from_config=current.from_config, gauges=self.recorder.gauges,
             counters=self.recorder.counters(), iterations=iterations, arrivals=arrivals, finished=finished,
-            in_service=in_service, records_lost=int(lost),
+            running=running, records_lost=int(lost),
         )
 
     def shutdown(self) -> None:
@@ -410,6 +418,6 @@ def _first_thresholds(settings: SchedulerSettings, limits: EngineLimits) -> Thre
     if settings.profile is None:
         return settings.thresholds
     return cold_thresholds(
-        settings.thresholds, load_profile(settings.profile).law, limits, targets=settings.targets,
+        settings.thresholds, load_profile(settings.profile).time_model, limits, targets=settings.targets,
         overflow_probability=settings.overflow_probability,
     )

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from simulator.config import SimulationConfig
-from simulator.measure import good_requests, rejected_requests
+from simulator.output.metrics import good_requests, rejected_requests
 
 LET_IN_SHARE = 0.05
 """Of the rejections, how many a replay lets in: enough to tell a gain from chance, too few to change the load."""
@@ -35,7 +35,7 @@ def audit_rejections(
     if not rejected:
         return {}
     rng = np.random.default_rng(config.workload.seed)
-    goods = len(good_requests(requests, config.window, config.slo.promised))
+    goods = len(good_requests(requests, config.window, config.slo))
     let_in = max(1, round(LET_IN_SHARE * len(rejected)))
     gains, servable = [], 0
     for _ in range(config.audit):

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from simulator.config import options_from, simulation_config
-from simulator.contenders import CONTENDERS
+from simulator.engine.baselines import BASELINES
 
 app = typer.Typer()
 out = Console()
@@ -25,11 +25,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 def _policies(incomplete: str) -> list[str]:
-    return [name for name in CONTENDERS if name.startswith(incomplete)]
+    return [name for name in BASELINES if name.startswith(incomplete)]
 
 
 def _profiles(incomplete: str) -> list[str]:
-    from scheduler.profiles import profile_names
+    from scheduler.model.profiles import profile_names
 
     return [name for name in profile_names() if name.startswith(incomplete)]
 
@@ -52,7 +52,7 @@ def simulate(
     requests: Annotated[int | None, typer.Option(help="How many; left out: the whole trace, or 1000.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0,
     policy: Annotated[
-        str, typer.Option(help=f"One of {', '.join(CONTENDERS)}.", autocompletion=_policies)
+        str, typer.Option(help=f"One of {', '.join(BASELINES)}.", autocompletion=_policies)
     ] = "vllm",
     profile: Annotated[
         str, typer.Option(help="Service-time law and KV capacity: a preset or a JSON file.", autocompletion=_profiles)
@@ -132,7 +132,7 @@ def report(
     folder: Annotated[Path, typer.Option("--out", help="Folder for report.md and its figures.")] = Path("report"),
 ) -> None:
     """Figures (PNG, SVG) and a Markdown table from runs."""
-    from simulator.report import make_report
+    from simulator.output.report import make_report
 
     out.print(str(make_report(runs, folder, err)), highlight=False)
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import fields
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from scheduler.profiles import load_profile
-from scheduler.targets import NO_TARGETS, Targets
-from scheduler.validation import describe, parse_settings
-from simulator.clients import Retries
-from simulator.contenders import CONTENDERS
-from simulator.slowdown import parse_slowdown
-from simulator.speculation import Speculation
-from simulator.workload import WorkloadConfig
+from scheduler.config_errors import describe, parse_settings
+from scheduler.model.profiles import load_profile
+from scheduler.tuning.slo import NO_SLO, Slo
+from simulator.engine.baselines import BASELINES
+from simulator.engine.slowdown import parse_slowdown
+from simulator.engine.speculation import Speculation
+from simulator.workload.clients import Retries
+from simulator.workload.requests import WorkloadConfig
 
 _SOLVED_POLICIES = ("wait", "nested_wait", "wait_cp", "fluid")
-_SOLVED_FIELDS = frozenset(("types", "segments", "max_in_service", "pace"))
+_SOLVED_FIELDS = frozenset(("types", "segments", "max_running", "fluid"))
 
 
 class SimulationError(ValueError):
@@ -26,19 +27,6 @@ class SimulationError(ValueError):
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Slo(_Strict):
-    """Seconds within which a request counts as good: to its first token, per further token (mean), and end to end."""
-
-    ttft_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    tpot_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    latency_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-
-    @property
-    def promised(self) -> Targets:
-        """The targets as the solver takes them."""
-        return Targets(self.ttft_s, self.tpot_s, self.latency_s)
 
 
 class SimulationConfig(_Strict):
@@ -54,11 +42,11 @@ class SimulationConfig(_Strict):
     paper's experiments. period_s: the controller solves thresholds anew so often, from what the replica has seen.
     solve_once: there is no controller, and they are solved once, from the workload itself (see `controlled`).
     thresholds: fields of `Thresholds` that replace these. retries: what clients do that are rejected, see
-    `simulator.clients`; None: nothing. audit: so many further runs find out whether rejections were right, see
+    `simulator.workload.clients`; None: nothing. audit: so many further runs find out whether rejections were right, see
     `simulator.audit`. window: fractions of the arrival order between which requests are measured. slowdown: when the
-    first replica is slow, see `simulator.slowdown.parse_slowdown`. iteration_noise: relative standard deviation of
-    iterations around what the law says (lognormal, of mean 1). until_decided: end the run once no measured request that
-    is under way can meet the targets; the others' latencies are then not known.
+    first replica is slow, see `simulator.engine.slowdown.parse_slowdown`. iteration_noise: relative standard deviation
+    of iterations around what the law says (lognormal, of mean 1). until_decided: end the run once no measured request
+    that is under way can meet the targets; the others' latencies are then not known.
     """
 
     workload: WorkloadConfig
@@ -84,7 +72,7 @@ class SimulationConfig(_Strict):
     law_error: float = Field(default=0.0, ge=0)
     counts: Literal["solved", "by_cap"] = "solved"
     thresholds: dict[str, Any] = Field(default_factory=dict)
-    slo: Slo = Field(default_factory=Slo)
+    slo: Slo = NO_SLO
     window: tuple[float, float] = (0.3, 0.9)
     slowdown: str | None = None
     iteration_noise: float = Field(default=0.0, ge=0, le=2)
@@ -97,16 +85,16 @@ class SimulationConfig(_Strict):
         """Whether the shipped controller runs, as it does in serving.
 
         It does for a policy whose thresholds it solves, unless `solve_once` says otherwise or any of what it would
-        solve is given: types, segments, a pace, a cap (as `cap` or as max_in_service), or counts by the cap.
+        solve is given: types, segments, a pace, a cap (as `cap` or as max_running), or counts by the cap.
         """
-        solves = CONTENDERS[self.policy].policy in _SOLVED_POLICIES
+        solves = BASELINES[self.policy].policy in _SOLVED_POLICIES
         given = self.cap is not None or self.counts == "by_cap" or not _SOLVED_FIELDS.isdisjoint(self.thresholds)
         return solves and not self.solve_once and not given
 
     @property
     def declares(self) -> bool:
         """Whether clients tell how long their answers will be."""
-        return CONTENDERS[self.policy].declares if self.declare_lengths is None else self.declare_lengths
+        return BASELINES[self.policy].declares if self.declare_lengths is None else self.declare_lengths
 
     @property
     def speculation(self) -> Speculation | None:
@@ -118,8 +106,8 @@ class SimulationConfig(_Strict):
     @field_validator("policy")
     @classmethod
     def _policy_exists(cls, name: str) -> str:
-        if name not in CONTENDERS:
-            raise ValueError(f"policy {name!r} is not known; the policies are {', '.join(CONTENDERS)}")
+        if name not in BASELINES:
+            raise ValueError(f"policy {name!r} is not known; the policies are {', '.join(BASELINES)}")
         return name
 
     @field_validator("profile")
@@ -140,7 +128,7 @@ class SimulationConfig(_Strict):
         targets = self.slo
         if self.until_decided and targets.latency_s is None and (targets.ttft_s is None or targets.tpot_s is None):
             raise ValueError("until_decided needs slo_ttft_s and slo_tpot_s, or slo_latency_s; nothing ends it without")
-        if self.audit and targets.promised == NO_TARGETS:
+        if self.audit and targets == NO_SLO:
             raise ValueError("audit needs slo_ttft_s, slo_tpot_s or slo_latency_s; no rejection is wrong without")
         return self
 
@@ -161,9 +149,10 @@ class SimulationConfig(_Strict):
 
 
 _THRESHOLD_FIELDS = (
-    "mode", "types", "segments", "max_hold_s", "max_in_service", "pace", "prefill_chunk_tokens", "wait_gate",
+    "mode", "types", "segments", "max_hold_s", "max_running", "fluid", "prefill_chunk_tokens", "wait_gate",
 )
 _PARTS = ("workload", "slo")
+_SLO_FIELDS = tuple(field.name for field in fields(Slo))
 
 
 def simulation_config(options: dict[str, Any]) -> SimulationConfig:
@@ -209,13 +198,13 @@ def _place_of(name: str) -> tuple[str, str]:
     if plain in WorkloadConfig.model_fields:
         return "workload", plain
     target = plain.removeprefix("slo_").removeprefix("slo.")
-    if target != plain and target in Slo.model_fields:
+    if target != plain and target in _SLO_FIELDS:
         return "slo", target
     if plain in SimulationConfig.model_fields and plain not in _PARTS:
         return "", plain
     known = [
         *(field for field in SimulationConfig.model_fields if field not in _PARTS), *WorkloadConfig.model_fields,
-        *(f"slo_{field}" for field in Slo.model_fields), *_THRESHOLD_FIELDS,
+        *(f"slo_{field}" for field in _SLO_FIELDS), *_THRESHOLD_FIELDS,
     ]
     close = difflib.get_close_matches(plain, known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"

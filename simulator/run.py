@@ -8,20 +8,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from scheduler.margin import Fluctuation
-from scheduler.mix import Lengths, WorkloadMix
-from scheduler.profiles import load_profile
-from scheduler.steps import ONE_TOKEN_A_STEP
+from scheduler.estimation.iteration_time_error import IterationTimeError
+from scheduler.model.profiles import load_profile
+from scheduler.model.steps import ONE_TOKEN_A_STEP
+from scheduler.model.workload import Lengths, WorkloadMix
 from scheduler.thresholds import EngineLimits, Thresholds, parse_thresholds, thresholds_as_dict
-from scheduler.tuning import mix_by_length, tune, tune_by_cap
+from scheduler.tuning.solve import mix_by_length, tune, tune_by_cap
 from simulator.audit import audit_rejections
 from simulator.config import SimulationConfig, SimulationError, simulation_config
-from simulator.contenders import CONTENDERS
-from simulator.fleet import Fleet, limits_of
-from simulator.measure import good_requests, summarise
-from simulator.replica import Totals
-from simulator.results import RunWriter, versions
-from simulator.workload import Workload, open_workload
+from simulator.engine.baselines import BASELINES
+from simulator.engine.fleet import Fleet, limits_of
+from simulator.engine.replica import Totals
+from simulator.output.metrics import good_requests, summarise
+from simulator.output.run_files import RunWriter, versions
+from simulator.workload.requests import Workload, open_workload
 
 _SAMPLED_REQUESTS = 2000
 _PROGRESS_EVERY = 50
@@ -32,7 +32,8 @@ Progress = Callable[[int, int | None], None]
 def simulate(
     config: SimulationConfig, *, folder: Path | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Run `config` and return its summary, JSON-ready; with `folder`, leave the run there (see `simulator.results`).
+    """Run `config` and return its summary, JSON-ready; with `folder`, leave the run there (see
+    `simulator.output.run_files`).
 
     `progress` hears how many requests have arrived, and of how many (None: unknown). The same configuration gives the
     same summary but for `wall_s`.
@@ -46,7 +47,7 @@ def simulate(
         workload.mix()  # a trace that cannot be replayed is found out now and not in the end
     except (ValueError, OSError) as error:
         raise SimulationError(str(error)) from error
-    thresholds = _thresholds(config, workload) if CONTENDERS[config.policy].policy else None
+    thresholds = _thresholds(config, workload) if BASELINES[config.policy].policy else None
     header = {"config": _as_json(config, workload, thresholds), "versions": versions()}
     with RunWriter(folder, header) as writer:
         fleet = _run(config, workload, thresholds, writer, progress)
@@ -81,7 +82,7 @@ def _goods_with(
     """The requests of the window that meet their targets when those of these numbers are not rejected."""
     with RunWriter(None, {}) as writer:
         _run(config, workload, thresholds, writer, never_rejected=numbers)
-        return good_requests(writer.written_requests(), config.window, config.slo.promised)
+        return good_requests(writer.written_requests(), config.window, config.slo)
 
 
 def simulate_options(options: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -92,16 +93,16 @@ def simulate_options(options: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _thresholds(config: SimulationConfig, workload: Workload) -> Thresholds:
     """What the replicas start with: as configured where the controller runs, as a server does; else the thresholds that
     the shipped rule solves for this workload, then what the user set."""
-    limits, contender = limits_of(config), CONTENDERS[config.policy]
+    limits, baseline = limits_of(config), BASELINES[config.policy]
     chunk = config.thresholds.get("prefill_chunk_tokens")
-    configured = parse_thresholds({"policy": contender.policy or "fcfs", "prefill_chunk_tokens": chunk})
-    if contender.policy != "fcfs" and not config.controlled:
+    configured = parse_thresholds({"policy": baseline.policy or "fcfs", "prefill_chunk_tokens": chunk})
+    if baseline.policy != "fcfs" and not config.controlled:
         configured = _tuned(config, configured, _mix(config, workload), limits)
     given = thresholds_as_dict(configured) | config.thresholds
     try:
         if config.cap:
-            given = thresholds_as_dict(parse_thresholds(given | {"max_in_service": None}))
-            given["max_in_service"] = config.cap
+            given = thresholds_as_dict(parse_thresholds(given | {"max_running": None}))
+            given["max_running"] = config.cap
             given["types"] = [entry | {"n": entry["n"] and min(entry["n"], config.cap)} for entry in given["types"]]
         thresholds = parse_thresholds(given)
         thresholds.check_fits(limits)
@@ -112,10 +113,10 @@ def _thresholds(config: SimulationConfig, workload: Workload) -> Thresholds:
 
 def _tuned(config: SimulationConfig, configured: Thresholds, mix: WorkloadMix, limits: EngineLimits) -> Thresholds:
     if config.counts == "solved":
-        law = load_profile(config.profile).law.of_stage(limits.pipeline_depth)
+        time_model = load_profile(config.profile).time_model.of_stage(limits.pipeline_depth)
         return tune(
-            configured, mix, law, limits, overflow_probability=config.overflow_probability, targets=config.slo.promised,
-            fluctuation=Fluctuation.from_mape(config.law_error),
+            configured, mix, time_model, limits, overflow_probability=config.overflow_probability, targets=config.slo,
+            fluctuation=IterationTimeError.from_mape(config.law_error),
             steps=config.speculation.steps if config.speculation else ONE_TOKEN_A_STEP,
         ).thresholds
     if config.cap is None:
@@ -130,7 +131,7 @@ def _mix(config: SimulationConfig, workload: Workload) -> WorkloadMix:
         raise SimulationError("the workload holds no request that fits the engine")
     rate_rps = workload.mix().rate_rps / config.replicas
     # As in serving, no other policy looks at what clients declare.
-    if config.declares and CONTENDERS[config.policy].policy == "wait":
+    if config.declares and BASELINES[config.policy].policy == "wait":
         return mix_by_length(sample, 0, None, rate_rps=rate_rps, longest=config.max_model_len)
     return mix_by_length([], len(sample), Lengths.from_pairs(sample), rate_rps=rate_rps, longest=config.max_model_len)
 

@@ -25,9 +25,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from scheduler.validation import describe
+from scheduler.config_errors import describe
 from simulator.config import SimulationError
-from simulator.results import read_run
+from simulator.output.run_files import read_run
 
 OPTIONS_FILE = "options.json"
 _LONGEST_VALUE = 60

@@ -16,10 +16,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
-from scheduler.messages import Ack, Apply
+from scheduler.messages import Ack, Apply, Report, Telemetry
 from scheduler.thresholds import parse_thresholds
 from scheduler.vllm_scheduler import HeadraceScheduler
-from simulator.in_process import drafted_requests, hand_drafts, make_scheduler
+from simulator.engine.vllm_harness import drafted_requests, hand_drafts, make_scheduler
 
 BLOCK = 16
 STEP_S = 0.01
@@ -123,7 +123,7 @@ class Engine:
 
     def apply(self, thresholds: dict[str, Any], *, automatic: bool = True) -> Ack:
         """What the channel's thread does with thresholds that arrive."""
-        return self.scheduler.in_force.offer(Apply(thresholds=parse_thresholds(thresholds), automatic=automatic))
+        return self.scheduler.active.offer(Apply(thresholds=parse_thresholds(thresholds), automatic=automatic))
 
     @property
     def running(self) -> list[str]:
@@ -196,3 +196,26 @@ class Engine:
                 return
             self.step()
         raise AssertionError(f"stranded: {sorted(self.requests)}")
+
+
+def add_many(engine: Engine, count: int, prefix: str = "r", **request: Any) -> list[str]:
+    """Add `count` equal requests; their names."""
+    names = [f"{prefix}{place}" for place in range(count)]
+    for name in names:
+        engine.add(name, **request)
+    return names
+
+
+def telemetry(engine: Engine, cursor: int = 0) -> Telemetry:
+    """The engine's report of the records after `cursor`."""
+    return engine.scheduler.telemetry(Report(cursor=cursor))
+
+
+def fluid_params(**fields: Any) -> dict[str, Any]:
+    """JSON of `FluidParams` for outputs of 50 tokens."""
+    return {
+        "time_model": {
+            "d0_s": 4e-3, "d1_s_per_kv_token": 1e-6, "d2_s_per_prefill_token": 1e-4, "d3_s_per_decode_token": 1e-4,
+        },
+        "survival": [[0, 1.0], [49, 1.0], [50, 0.0]], "kv_limit_tokens": 256 * BLOCK, **fields,
+    }

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from scheduler.control import ThresholdsInForce
-from scheduler.law import ServiceTimeLaw
+from scheduler.engine.active_thresholds import ActiveThresholds
 from scheduler.messages import Arrival, Counters, Finished, Gauges, Iteration, Telemetry
+from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.thresholds import EngineLimits, Thresholds
 
 LIMITS = EngineLimits(
     kv_capacity_tokens=137_000, block_tokens=16, max_num_seqs=512, max_num_batched_tokens=2048, max_model_len=4096
 )
-PAPER = ServiceTimeLaw(d0_s=0.0102484863577943, d1_s_per_kv_token=3.877682025836559e-07)
+PAPER = IterationTimeModel(d0_s=0.0102484863577943, d1_s_per_kv_token=3.877682025836559e-07)
 """The law of arXiv 2504.11320; with LIMITS it makes the profile a100-llama2-7b-paper."""
 
 
@@ -24,7 +24,7 @@ class SyntheticEngine:
     ) -> None:
         self.now_s = 0.0
         self.limits, self.engine_id = limits, engine_id
-        self.in_force = ThresholdsInForce(configured or Thresholds(), limits, lambda: self.now_s)
+        self.active = ActiveThresholds(configured or Thresholds(), limits, lambda: self.now_s)
         self._seq = 0
         self._iterations: list[Iteration] = []
         self._arrivals: list[Arrival] = []
@@ -51,7 +51,7 @@ class SyntheticEngine:
             self.finish(prompt, output)
 
     def report(self, cursor: int | None = 0) -> Telemetry:
-        current = self.in_force.current()
+        current = self.active.current()
         after = self._seq if cursor is None else cursor if cursor <= self._seq else 0
         return Telemetry(
             engine_id=self.engine_id, clock_s=self.now_s, cursor=self._seq, limits=self.limits,

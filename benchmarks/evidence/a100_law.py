@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 from scipy.stats import t as student
 
-from scheduler.fluid import solve_fluid
-from scheduler.law import ServiceTimeLaw
-from scheduler.mix import WorkloadMix
-from scheduler.profiles import load_profile
-from simulator.workload import WorkloadConfig, open_workload
+from scheduler.model.fluid import solve_fluid
+from scheduler.model.iteration_time import IterationTimeModel
+from scheduler.model.profiles import load_profile
+from scheduler.model.workload import WorkloadMix
+from simulator.workload.requests import WorkloadConfig, open_workload
 
 COMMAND = "python benchmarks/evidence/a100_law.py"
 OLD, NEW = "a100-llama2-7b", "a100-llama2-7b-vidur"
@@ -83,13 +83,13 @@ POINTS = [
 class Fit:
     """A fitted law; half_width: of d1's 95 % interval, in seconds per token. errors: relative, one per point."""
 
-    law: ServiceTimeLaw
+    time_model: IterationTimeModel
     half_width: float
     errors: NDArray[np.float64]
 
     @property
     def d1_interval(self) -> tuple[float, float]:
-        return self.law.d1_s_per_kv_token - self.half_width, self.law.d1_s_per_kv_token + self.half_width
+        return self.time_model.d1_s_per_kv_token - self.half_width, self.time_model.d1_s_per_kv_token + self.half_width
 
 
 def main() -> None:
@@ -110,13 +110,13 @@ def fit(points: list[Point], *, free_d3: bool = False) -> Fit:
     # In units of 1 ms, 0.1 ms per compute token and 1 µs per KV token all parameters are of one size.
     units = np.array([1e-3, 1e-6, 1e-4, 1e-4, 1e-3])
 
-    def law_of(x: NDArray[np.float64]) -> ServiceTimeLaw:
+    def time_model_of(x: NDArray[np.float64]) -> IterationTimeModel:
         d0, d1, d2, floor, *d3 = np.abs(x)
         values = np.array([d0, d1, d2, d3[0] if d3 else d2, floor]) * units
-        return ServiceTimeLaw(*map(float, values))
+        return IterationTimeModel(*map(float, values))
 
     def errors(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.asarray(law_of(x).iteration_s(prefill, decode, kv)) / seconds - 1
+        return np.asarray(time_model_of(x).iteration_s(prefill, decode, kv)) / seconds - 1
 
     start = [4.0, 0.3, 0.65, 10.0, *([0.65] if free_d3 else [])]
     found = least_squares(errors, start)
@@ -124,14 +124,14 @@ def fit(points: list[Point], *, free_d3: bool = False) -> Fit:
     variance = float(found.fun @ found.fun) / degrees
     covariance = np.linalg.inv(found.jac.T @ found.jac) * variance
     half_width = float(student.ppf(0.975, degrees)) * math.sqrt(covariance[1, 1]) * units[1]
-    return Fit(law_of(found.x), half_width, found.fun)
+    return Fit(time_model_of(found.x), half_width, found.fun)
 
 
-def d1_alone(points: list[Point], law: ServiceTimeLaw) -> tuple[float, float]:
+def d1_alone(points: list[Point], time_model: IterationTimeModel) -> tuple[float, float]:
     """d1 with its 95 % half width when all else of `law` is kept."""
     prefill, decode, kv, seconds = arrays(points)
-    rest = np.asarray(ServiceTimeLaw(
-        law.d0_s, 0.0, law.d2_s_per_prefill_token, law.d3_s_per_decode_token, law.floor_s
+    rest = np.asarray(IterationTimeModel(
+        time_model.d0_s, 0.0, time_model.d2_s_per_prefill_token, time_model.d3_s_per_decode_token, time_model.floor_s
     ).iteration_s(prefill, decode, kv))
     x, y = kv / seconds, 1 - rest / seconds
     d1 = float(x @ y / (x @ x))
@@ -150,15 +150,15 @@ def profile() -> dict[str, object]:
     found = fit(POINTS)
     low, high = found.d1_interval
     other = fit(POINTS, free_d3=True)
-    law = rounded(found.law)
+    time_model = rounded(found.time_model)
     error, worst = np.abs(found.errors).mean(), np.abs(found.errors).max()
     return {
         "name": NEW,
         "description": "Llama-2-7B in fp16 on one NVIDIA A100 80GB, all of the law fitted to Vidur's iteration times",
         "law": {
-            "d0_s": law.d0_s, "d1_s_per_kv_token": law.d1_s_per_kv_token,
-            "d2_s_per_prefill_token": law.d2_s_per_prefill_token,
-            "d3_s_per_decode_token": law.d3_s_per_decode_token, "floor_s": law.floor_s,
+            "d0_s": time_model.d0_s, "d1_s_per_kv_token": time_model.d1_s_per_kv_token,
+            "d2_s_per_prefill_token": time_model.d2_s_per_prefill_token,
+            "d3_s_per_decode_token": time_model.d3_s_per_decode_token, "floor_s": time_model.floor_s,
         },
         "kv_capacity_tokens": load_profile(OLD).kv_capacity_tokens,
         "provenance": [
@@ -166,8 +166,8 @@ def profile() -> dict[str, object]:
             "the repository of the authors of arXiv 2504.11320 (outputs/fluid_memory): decode batches of 1 to 64 with "
             "56 to 48384 KV tokens, a prefill chunk with 0 to 8 decodes, balanced p512d20 batches of 1 to 5 a stage. "
             f"Mean relative error {error:.1%}, largest {worst:.1%}.",
-            f"d1 = {micro(found.law.d1_s_per_kv_token)} us per KV token, 95 % interval {micro(low)} to {micro(high)}; "
-            f"with d3 fitted apart from d2 {micro(other.law.d1_s_per_kv_token)} ({micro(other.d1_interval[0])} to "
+            f"d1 = {micro(found.time_model.d1_s_per_kv_token)} us per KV token, 95 % interval {micro(low)} to {micro(high)}; "
+            f"with d3 fitted apart from d2 {micro(other.time_model.d1_s_per_kv_token)} ({micro(other.d1_interval[0])} to "
             f"{micro(other.d1_interval[1])}).",
             "d3 = d2, since decodes pass through the same linear layers; a d3 of its own fits batches of 64 better and "
             "would make batches of hundreds too dear beside the linear layers' published times.",
@@ -177,10 +177,10 @@ def profile() -> dict[str, object]:
     }  # fmt: skip
 
 
-def rounded(law: ServiceTimeLaw) -> ServiceTimeLaw:
+def rounded(time_model: IterationTimeModel) -> IterationTimeModel:
     """Three significant digits of each term."""
-    return ServiceTimeLaw(*(float(f"{value:.3g}") for value in (
-        law.d0_s, law.d1_s_per_kv_token, law.d2_s_per_prefill_token, law.d3_s_per_decode_token, law.floor_s
+    return IterationTimeModel(*(float(f"{value:.3g}") for value in (
+        time_model.d0_s, time_model.d1_s_per_kv_token, time_model.d2_s_per_prefill_token, time_model.d3_s_per_decode_token, time_model.floor_s
     )))  # fmt: skip
 
 
@@ -188,14 +188,14 @@ def micro(seconds: float) -> str:
     return f"{1e6 * seconds:.3f}"
 
 
-def capacity_rps(mix: WorkloadMix, law: ServiceTimeLaw) -> str:
+def capacity_rps(mix: WorkloadMix, time_model: IterationTimeModel) -> str:
     """The fluid capacity of one request a second's mix under a law, and its limit."""
-    fluid = solve_fluid(mix, law, load_profile(OLD).kv_capacity_tokens)
+    fluid = solve_fluid(mix, time_model, load_profile(OLD).kv_capacity_tokens)
     return f"{fluid.critical_rate_scale:.2f} ({fluid.limit})"
 
 
 def page(traces: Path | None) -> str:
-    old, new = load_profile(OLD).law, rounded(fit(POINTS).law)
+    old, new = load_profile(OLD).time_model, rounded(fit(POINTS).time_model)
     lengths = {name: name for name in ("p512d20", "0.7:p512d20+0.3:p512d50", "p512d1000", "lmsys")}
     if traces is not None:
         lengths["Azure conversation"] = f"@{traces / 'azure_conv_2023.csv'}"
@@ -203,21 +203,21 @@ def page(traces: Path | None) -> str:
         name: open_workload(WorkloadConfig(lengths=text, requests=1, rate_rps=1.0)).mix()
         for name, text in lengths.items()
     }
-    laws = old, new, rounded(fit(POINTS, free_d3=True).law)
+    time_models = old, new, rounded(fit(POINTS, free_d3=True).time_model)
     capacities = [
-        f"| {name} | " + " | ".join(capacity_rps(mix, law) for law in laws) + " |" for name, mix in mixes.items()
+        f"| {name} | " + " | ".join(capacity_rps(mix, time_model) for time_model in time_models) + " |" for name, mix in mixes.items()
     ]
     return PAGE.format(
-        command=COMMAND, points="\n".join(point_row(point, old, new) for point in shown()), laws=law_table(),
+        command=COMMAND, points="\n".join(point_row(point, old, new) for point in shown()), time_models=time_model_table(),
         d1=d1_table(), capacities="\n".join(capacities), count=len(POINTS), saturation=saturation(new),
         old_errors=error_text(old), new_errors=error_text(new), bandwidth=bandwidth(new),
         layers=f"{old.d2_s_per_prefill_token * 1e6:.1f}",
     )
 
 
-def bandwidth(law: ServiceTimeLaw) -> str:
+def bandwidth(time_model: IterationTimeModel) -> str:
     """What d1 means for the KV cache's reads."""
-    achieved = KV_BYTES_PER_TOKEN / law.d1_s_per_kv_token
+    achieved = KV_BYTES_PER_TOKEN / time_model.d1_s_per_kv_token
     return f"{achieved / 1e12:.2f} TB/s, {achieved / BANDWIDTH_BYTES_PER_S:.0%} of the GPU's published bandwidth,"
 
 
@@ -231,15 +231,15 @@ def shown() -> list[Point]:
     return sorted(kept, key=lambda p: (p.kind, p.decodes, p.kv))
 
 
-def point_row(point: Point, old: ServiceTimeLaw, new: ServiceTimeLaw) -> str:
-    times = [law.iteration_s(float(point.prefill), float(point.decodes), float(point.kv)) * 1000 for law in (old, new)]
-    laws = " | ".join(f"{ms:.1f} ({100 * (ms / point.ms - 1):+.0f} %)" for ms in times)
-    return f"| {point.kind} | {point.prefill} | {point.decodes} | {point.kv} | {point.ms:.1f} | {laws} |"
+def point_row(point: Point, old: IterationTimeModel, new: IterationTimeModel) -> str:
+    times = [time_model.iteration_s(float(point.prefill), float(point.decodes), float(point.kv)) * 1000 for time_model in (old, new)]
+    time_models = " | ".join(f"{ms:.1f} ({100 * (ms / point.ms - 1):+.0f} %)" for ms in times)
+    return f"| {point.kind} | {point.prefill} | {point.decodes} | {point.kv} | {point.ms:.1f} | {time_models} |"
 
 
-def error_text(law: ServiceTimeLaw) -> str:
+def error_text(time_model: IterationTimeModel) -> str:
     prefill, decode, kv, seconds = arrays(POINTS)
-    errors = np.asarray(law.iteration_s(prefill, decode, kv)) / seconds - 1
+    errors = np.asarray(time_model.iteration_s(prefill, decode, kv)) / seconds - 1
     decode_only = np.array([point.kind == "decodes" and point.kv >= 20_000 for point in POINTS])
     return (
         f"{np.abs(errors).mean():.1%} mean, {np.abs(errors).max():.1%} largest, "
@@ -247,38 +247,38 @@ def error_text(law: ServiceTimeLaw) -> str:
     )
 
 
-def law_table() -> str:
+def time_model_table() -> str:
     rows = []
-    for name, law in ((f"`{OLD}`", load_profile(OLD).law), (f"`{NEW}`", rounded(fit(POINTS).law)),
-                      ("d3 apart from d2", rounded(fit(POINTS, free_d3=True).law)),
-                      ("`a100-llama2-7b-paper`", load_profile("a100-llama2-7b-paper").law)):
+    for name, time_model in ((f"`{OLD}`", load_profile(OLD).time_model), (f"`{NEW}`", rounded(fit(POINTS).time_model)),
+                      ("d3 apart from d2", rounded(fit(POINTS, free_d3=True).time_model)),
+                      ("`a100-llama2-7b-paper`", load_profile("a100-llama2-7b-paper").time_model)):
         rows.append(
-            f"| {name} | {law.d0_s * 1000:.2f} | {law.floor_s * 1000:.2f} | {law.d2_s_per_prefill_token * 1e6:.1f} | "
-            f"{law.d3_s_per_decode_token * 1e6:.1f} | {micro(law.d1_s_per_kv_token)} |"
+            f"| {name} | {time_model.d0_s * 1000:.2f} | {time_model.floor_s * 1000:.2f} | {time_model.d2_s_per_prefill_token * 1e6:.1f} | "
+            f"{time_model.d3_s_per_decode_token * 1e6:.1f} | {micro(time_model.d1_s_per_kv_token)} |"
         )
     return "\n".join(rows)
 
 
 def d1_table() -> str:
     """d1 and its interval by what else is fitted."""
-    law = load_profile(OLD).law
+    time_model = load_profile(OLD).time_model
     same, apart = fit(POINTS), fit(POINTS, free_d3=True)
-    rows = [("all terms, d3 = d2", same.law.d1_s_per_kv_token, same.half_width, len(POINTS)),
-            ("all terms, d3 apart from d2", apart.law.d1_s_per_kv_token, apart.half_width, len(POINTS))]
+    rows = [("all terms, d3 = d2", same.time_model.d1_s_per_kv_token, same.half_width, len(POINTS)),
+            ("all terms, d3 apart from d2", apart.time_model.d1_s_per_kv_token, apart.half_width, len(POINTS))]
     for kind in ("decodes", "balanced p512d20"):
         points = [point for point in POINTS if point.kind == kind]
-        rows.append((f"d1 alone, {kind} only", *d1_alone(points, law), len(points)))
+        rows.append((f"d1 alone, {kind} only", *d1_alone(points, time_model), len(points)))
     return "\n".join(
         f"| {name} | {micro(d1)} | {micro(d1 - half)} to {micro(d1 + half)} | {count} |"
         for name, d1, half, count in rows
     )
 
 
-def saturation(new: ServiceTimeLaw) -> str:
+def saturation(new: IterationTimeModel) -> str:
     """Completions per second of the largest balanced batch: Vidur's and both laws'."""
     point = POINTS[-1]
     batch = float(point.prefill), float(point.decodes), float(point.kv)
-    ours = [5 / law.iteration_s(*batch) for law in (load_profile(OLD).law, new)]
+    ours = [5 / time_model.iteration_s(*batch) for time_model in (load_profile(OLD).time_model, new)]
     return f"{5 / point.ms * 1000:.2f} /s under Vidur, {ours[0]:.2f} under `{OLD}`, {ours[1]:.2f} under `{NEW}`"
 
 

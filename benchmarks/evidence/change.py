@@ -20,12 +20,12 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import numpy as np
 from change_page import page
 from grids import Choice, Grid, arguments, run_grids
-from promises import CAP_SHARES, PERIOD_S, Promised, Runs, bound_rps, resident, static_grid, static_neighbours
+from promises import CAP_SHARES, PERIOD_S, Promised, Runs, bound_rps, request, static_grid, static_neighbours
 
 SEEDS = (1, 2, 3)
 CAPS_BETWEEN = 6
 BUDGETS = (512, 1024)
-CONTENDERS: dict[str, dict[str, Any]] = {
+BASELINES: dict[str, dict[str, Any]] = {
     "vllm": {"policy": "vllm", "until_decided": True},
     "dynamo": {"policy": "dynamo", "until_decided": True},
     "llm-d": {"policy": "llm-d", "until_decided": True},
@@ -104,7 +104,7 @@ def main() -> None:
         bound = bound_rps(one.promised.mix(args.traces), one.promised.tpot_s)
         rates[one.name] = round(one.load * bound, 2)
         options[one.name] = at = options_of(one, rates[one.name], args.traces, 0.05 if args.quick else 1.0)
-        for name, own in CONTENDERS.items():
+        for name, own in BASELINES.items():
             grids[f"{one.name}-{name}"] = Grid(at | own, {}, SEEDS if name == "fluid" else SEEDS[:1])
         grids[f"{one.name}-static"] = static_for(one, at, args.traces)
     choice = Choice.of(args)
@@ -114,7 +114,7 @@ def main() -> None:
         around |= static_neighbours(at, f"{name}-static", runs[f"{name}-static"])
     runs = {**runs, **run_grids(args.runs, around, choice)}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "change.md").write_text(page(scenarios, list(CONTENDERS), rates, runs))
+    (args.out / "change.md").write_text(page(scenarios, list(BASELINES), rates, runs))
 
 
 def options_of(one: Scenario, rate: float, traces: Path | None, share: float) -> dict[str, Any]:
@@ -133,14 +133,14 @@ def options_of(one: Scenario, rate: float, traces: Path | None, share: float) ->
 
 def static_for(one: Scenario, at: dict[str, Any], traces: Path | None) -> Grid:
     """The oracle's grid: caps around the requests in service, from the fewest of a workload to the most of another."""
-    seats = []
+    slots = []
     for promised in (one.promised, *one.others):
         mix = promised.mix(traces)
-        seats.append(resident(mix, bound_rps(mix, promised.tpot_s), promised.tpot_s))
-    grid = static_grid(at, seats[0], BUDGETS, one.shares)
+        slots.append(request(mix, bound_rps(mix, promised.tpot_s), promised.tpot_s))
+    grid = static_grid(at, slots[0], BUDGETS, one.shares)
     if not one.others:
         return grid
-    between = np.geomspace(CAP_SHARES[1] * min(seats), CAP_SHARES[1] * max(seats), CAPS_BETWEEN)
+    between = np.geomspace(CAP_SHARES[1] * min(slots), CAP_SHARES[1] * max(slots), CAPS_BETWEEN)
     return Grid(grid.base, grid.axes | {"cap": [round(cap) for cap in between.tolist()]}, grid.seeds)
 
 

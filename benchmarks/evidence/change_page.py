@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from grids import mean_of, with_spread
 from promises import Runs, goodput, static_cell, static_of, summaries
+from settling import PARAMETERS, settling
 
-from simulator.results import read_run
-from simulator.settling import PARAMETERS, settling
+from simulator.output.run_files import read_run
 
 if TYPE_CHECKING:
     from change import Scenario
@@ -19,20 +19,20 @@ COMMAND = "python benchmarks/evidence/change.py --traces FOLDER"
 REQUIRED = 1.10
 
 
-def page(scenarios: Sequence[Scenario], contenders: Sequence[str], rates: dict[str, float], runs: Runs) -> str:
+def page(scenarios: Sequence[Scenario], baselines: Sequence[str], rates: dict[str, float], runs: Runs) -> str:
     """The whole page."""
     return PAGE.format(
-        command=COMMAND, contenders=" | ".join(contenders), ruler="|---" * (len(contenders) + 5) + "|",
-        rows="\n".join(goodput_row(one, contenders, rates[one.name], runs) for one in scenarios),
+        command=COMMAND, baselines=" | ".join(baselines), ruler="|---" * (len(baselines) + 5) + "|",
+        rows="\n".join(goodput_row(one, baselines, rates[one.name], runs) for one in scenarios),
         settling="\n".join(row for one in scenarios for row in settling_rows(one, runs)),
         about="\n".join(f"- **{one.name}**: {one.about}." for one in scenarios), reading=READING, required=REQUIRED,
     )
 
 
-def goodput_row(one: Scenario, contenders: Sequence[str], rate: float, runs: Runs) -> str:
+def goodput_row(one: Scenario, baselines: Sequence[str], rate: float, runs: Runs) -> str:
     """Everybody's goodput in a scenario, and ours over the oracle's on the seed that both ran."""
     row = [one.name, f"{rate:g}"]
-    for name in contenders:
+    for name in baselines:
         several = summaries(runs, f"{one.name}-{name}")
         row.append(with_spread(several, "goodput_rps") if several else "–")
     best, ours = static_of(runs, f"{one.name}-static"), summaries(runs, f"{one.name}-fluid", seeds=(1,))

@@ -28,13 +28,13 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from scheduler.channel import ChannelClient, new_endpoint, remove_endpoint
-from scheduler.fit import FitRefused, LawFit, fit_law
+from scheduler.engine.channel import ChannelClient, new_endpoint, remove_endpoint
+from scheduler.estimation.iteration_time_fit import FitRejected, IterationTimeFit, fit_iteration_time
 from scheduler.messages import Iteration
 from scheduler.thresholds import EngineLimits
 from simulator.config import simulation_config
 from simulator.run import simulate
-from simulator.workload import SimRequest, WorkloadConfig, open_workload
+from simulator.workload.requests import SimRequest, WorkloadConfig, open_workload
 
 LENGTHS = "0.4:p16d12+0.3:p48d24+0.2:p96d32+0.1:p160d40"
 ENGINE = {"max_model_len": 1024, "max_num_seqs": 32, "max_num_batched_tokens": 256, "dtype": "float32"}
@@ -85,7 +85,7 @@ def requests_of(args: argparse.Namespace, seed: int) -> list[SimRequest]:
 
 async def on_the_engine(
     args: argparse.Namespace, calibration: list[SimRequest], measured: list[list[SimRequest]]
-) -> tuple[LawFit, EngineLimits, list[list[Served]], dict[str, float]]:
+) -> tuple[IterationTimeFit, EngineLimits, list[list[Served]], dict[str, float]]:
     """The law from the calibration stream, and what clients saw of the measured ones."""
     endpoint = new_endpoint()
     engine = AsyncLLM.from_engine_args(
@@ -100,8 +100,8 @@ async def on_the_engine(
         await serve(engine, calibration[:20], channel)  # warm-up: the first calls allocate and page in
         _, iterations = await serve(engine, calibration, channel)
         keep(args.work / "calibration.csv", iterations)
-        fit = fit_law(*columns(iterations))
-        if isinstance(fit, FitRefused):
+        fit = fit_iteration_time(*columns(iterations))
+        if isinstance(fit, FitRejected):
             raise SystemExit(f"no law: {fit.reason}")
         seen, records = [], []
         for stream in measured:
@@ -160,18 +160,18 @@ def columns(iterations: list[Iteration]) -> tuple[Any, Any, Any, Any]:
     return table[:, 0], table[:, 1], table[:, 2], table[:, 3]
 
 
-def error_of(fit: LawFit, iterations: list[Iteration]) -> dict[str, float]:
+def error_of(fit: IterationTimeFit, iterations: list[Iteration]) -> dict[str, float]:
     prefill, decode, kv, seconds = columns(iterations)
-    residual = seconds - fit.law.iteration_s(prefill, decode, kv)
+    residual = seconds - fit.time_model.iteration_s(prefill, decode, kv)
     return {
         "iterations": len(iterations), "mape": float(np.mean(np.abs(residual) / seconds)),
         "r2": float(1 - np.sum(residual**2) / np.sum((seconds - seconds.mean()) ** 2)),
     }
 
 
-def write_profile(path: Path, fit: LawFit, limits: EngineLimits) -> Path:
+def write_profile(path: Path, fit: IterationTimeFit, limits: EngineLimits) -> Path:
     profile = {
-        "name": "fidelity", "description": "fitted by benchmarks/evidence/fidelity.py", "law": asdict(fit.law),
+        "name": "fidelity", "description": "fitted by benchmarks/evidence/fidelity.py", "law": asdict(fit.time_model),
         "kv_capacity_tokens": limits.kv_capacity_tokens, "provenance": [COMMAND],
     }
     path.write_text(json.dumps(profile))
@@ -203,7 +203,7 @@ def summary(served: list[Served]) -> dict[str, float]:
 
 
 def page(
-    args: argparse.Namespace, fit: LawFit, held_out: dict[str, float],
+    args: argparse.Namespace, fit: IterationTimeFit, held_out: dict[str, float],
     rows: list[tuple[dict[str, float], dict[str, Any]]],
 ) -> str:
     lines = []
@@ -211,10 +211,19 @@ def page(
         for measure in MEASURES:
             error = simulated[measure] / real[measure] - 1
             lines.append(f"| {number} | {measure} | {real[measure]:.4f} | {simulated[measure]:.4f} | {error:+.1%} |")
-    law = ", ".join(f"{key} {value:.3g}" for key, value in asdict(fit.law).items())
+    time_model = ", ".join(f"{key} {value:.3g}" for key, value in asdict(fit.time_model).items())
     return PAGE.format(
-        command=COMMAND, requests=args.requests, rate=args.rate, lengths=LENGTHS, law=law, records=fit.records,
-        r2=fit.r2, mape=fit.mape, held=held_out, rows="\n".join(lines), cores=os.cpu_count(),
+        command=COMMAND,
+        requests=args.requests,
+        rate=args.rate,
+        lengths=LENGTHS,
+        time_model=time_model,
+        records=fit.records,
+        r2=fit.r2,
+        mape=fit.mape,
+        held=held_out,
+        rows="\n".join(lines),
+        cores=os.cpu_count(),
         threads=os.environ["OMP_NUM_THREADS"],
     )
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from rich.console import Console
 
-from scheduler.fluid import FluidEquilibrium, solve_fluid
-from scheduler.profiles import load_profile
+from scheduler.model.fluid import FluidEquilibrium, solve_fluid
+from scheduler.model.profiles import load_profile
 from simulator.run import simulate_options
 from simulator.sweep import PointResult, SweepPlan, SweepPoint, kept_run, run_points
-from simulator.workload import WorkloadConfig, open_workload
+from simulator.workload.requests import WorkloadConfig, open_workload
 
 PROFILE = "a100-llama2-7b"
 CONSOLE = Console(stderr=True)
@@ -44,7 +44,7 @@ def fluid_of(lengths: str, profile: str) -> FluidEquilibrium:
     """The equilibrium of one request a second; its critical rate scale is the capacity in requests/s."""
     mix = open_workload(WorkloadConfig(lengths=lengths, requests=1, rate_rps=1.0)).mix()
     loaded = load_profile(profile)
-    return solve_fluid(mix, loaded.law, loaded.kv_capacity_tokens)
+    return solve_fluid(mix, loaded.time_model, loaded.kv_capacity_tokens)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from promises import (
     Promised,
     Runs,
     bound_rps,
-    resident,
+    request,
     static_grid,
     static_neighbours,
     static_seeds,
@@ -44,7 +44,7 @@ SHIPPED_LOADS = (0.7, 1.0, 1.2, 1.5, 2.0, 3.0)
 
 
 @dataclass(frozen=True)
-class Contender:
+class Baseline:
     """Who competes, at which loads; `options` are its own. early: its runs end once the measured requests are decided;
     it is too slow there to work off what is left."""
 
@@ -55,15 +55,15 @@ class Contender:
 
 
 STRICT = {"mode": "strict", "counts": "by_cap"}
-CONTENDERS = (
-    Contender("vllm", LOADS, {"policy": "vllm"}),
-    Contender("vllm-queue", SHIPPED_LOADS, {"policy": "vllm-queue"}),
-    Contender("vllm-watermark", (1.0, 1.2, 2.0), {"policy": "vllm-watermark"}, early=True),
-    Contender("dynamo", SHIPPED_LOADS, {"policy": "dynamo"}),
-    Contender("llm-d", SHIPPED_LOADS, {"policy": "llm-d"}),
-    Contender("strict-wait", (0.7, 2.0), {"policy": "wait"} | STRICT, early=True),
-    Contender("strict-nested-wait", (0.7, 2.0), {"policy": "nested-wait"} | STRICT, early=True),
-    Contender("fluid", LOADS, {"policy": "fluid", "period_s": PERIOD_S}),
+BASELINES = (
+    Baseline("vllm", LOADS, {"policy": "vllm"}),
+    Baseline("vllm-queue", SHIPPED_LOADS, {"policy": "vllm-queue"}),
+    Baseline("vllm-watermark", (1.0, 1.2, 2.0), {"policy": "vllm-watermark"}, early=True),
+    Baseline("dynamo", SHIPPED_LOADS, {"policy": "dynamo"}),
+    Baseline("llm-d", SHIPPED_LOADS, {"policy": "llm-d"}),
+    Baseline("strict-wait", (0.7, 2.0), {"policy": "wait"} | STRICT, early=True),
+    Baseline("strict-nested-wait", (0.7, 2.0), {"policy": "nested-wait"} | STRICT, early=True),
+    Baseline("fluid", LOADS, {"policy": "fluid", "period_s": PERIOD_S}),
 )
 
 
@@ -85,7 +85,7 @@ class Case:
     free: bool = False
     named: bool = True
     seeds: tuple[int, ...] = SEEDS
-    contenders: tuple[str, ...] = field(default=tuple(contender.name for contender in CONTENDERS))
+    baselines: tuple[str, ...] = field(default=tuple(baseline.name for baseline in BASELINES))
 
 
 AZURE, LMSYS = {"trace": "azure_conv_2023.csv"}, {"trace": "lmsys_lengths.csv"}
@@ -102,11 +102,11 @@ CASES = (
     Case(Promised("lmsys lengths, 50 ms", LMSYS, 0.05), 120, budgets=(512, 1024), free=True),
     Case(
         Promised("long prompts, heavy-tailed answers, 80 ms", {"lengths": "p2500~0.3d300~1.2"}, 0.08), 600,
-        loads=(0.7, 1.0, 1.2, 2.0), static=(1.2, 2.0), early=1.2, named=False, contenders=FEW,
+        loads=(0.7, 1.0, 1.2, 2.0), static=(1.2, 2.0), early=1.2, named=False, baselines=FEW,
     ),
     Case(
         Promised("long prompts, short answers, 80 ms", {"lengths": "p1400~0.5d28~0.8"}, 0.08), 200,
-        loads=(0.7, 1.0, 1.2, 2.0), static=(1.2, 2.0), early=1.2, named=False, contenders=FEW,
+        loads=(0.7, 1.0, 1.2, 2.0), static=(1.2, 2.0), early=1.2, named=False, baselines=FEW,
     ),
 )
 
@@ -121,15 +121,15 @@ def main() -> None:
     for case in cases:
         mix = case.promised.mix(args.traces)
         bound = bounds[case.promised.name] = bound_rps(mix, case.promised.tpot_s)
-        seats = resident(mix, bound, case.promised.tpot_s)
+        slots = request(mix, bound, case.promised.tpot_s)
         for load in case.loads:
             requests = max(30, round(round(load * bound, 2) * case.arrivals_s * (0.05 if args.quick else 1.0)))
             at = {"rate_rps": round(load * bound, 2), "requests": requests}
             group = f"{slug(case.promised.name)}-{load:g}"
             options = case.promised.options(args.traces) | at
-            grids |= contenders_at(case, load, group, options, seats)
+            grids |= baselines_at(case, load, group, options, slots)
             if load in case.static:
-                grids[f"{group}-static"] = static_grid(options, seats, case.budgets)
+                grids[f"{group}-static"] = static_grid(options, slots, case.budgets)
             if load in case.static and load in REFINED_LOADS:
                 refinements[f"{group}-static"] = options
         if case.free:
@@ -141,22 +141,22 @@ def main() -> None:
     again = {k: v for name in oracles for k, v in static_seeds(name, statics(runs, name), SEEDS).items()}
     runs = {**runs, **run_grids(args.runs, again, choice)}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "overload.md").write_text(page(cases, CONTENDERS, bounds, runs))
+    (args.out / "overload.md").write_text(page(cases, BASELINES, bounds, runs))
 
 
-def contenders_at(case: Case, load: float, group: str, options: dict[str, Any], seats: float) -> dict[str, Grid]:
+def baselines_at(case: Case, load: float, group: str, options: dict[str, Any], slots: float) -> dict[str, Grid]:
     """Every contender that runs at this load."""
     grids = {}
-    for contender in CONTENDERS:
-        if contender.name not in case.contenders or load not in contender.loads:
+    for baseline in BASELINES:
+        if baseline.name not in case.baselines or load not in baseline.loads:
             continue
-        own = dict(contender.options)
+        own = dict(baseline.options)
         if "counts" in own:
-            own["cap"] = max(1, round(seats))
-        if contender.name != "fluid" and (contender.early or load > case.early):
+            own["cap"] = max(1, round(slots))
+        if baseline.name != "fluid" and (baseline.early or load > case.early):
             own["until_decided"] = True
-        seeds = case.seeds if contender.name == "fluid" and load >= SEEDED_FROM else SEEDS[:1]
-        grids[f"{group}-{contender.name}"] = Grid(options | own, {}, seeds)
+        seeds = case.seeds if baseline.name == "fluid" and load >= SEEDED_FROM else SEEDS[:1]
+        grids[f"{group}-{baseline.name}"] = Grid(options | own, {}, seeds)
     return grids
 
 

@@ -10,7 +10,7 @@ from grids import mean_of, slug, with_spread
 from promises import TTFT_S, Runs, bound_of_run, goodput, ratio, static_cell, static_summaries, summaries
 
 if TYPE_CHECKING:
-    from overload import Case, Contender
+    from overload import Baseline, Case
 
 COMMAND = "python benchmarks/evidence/overload.py --traces FOLDER"
 SHIPPED = ("vllm", "vllm-queue", "vllm-watermark", "dynamo", "llm-d")
@@ -53,14 +53,14 @@ class Measure(NamedTuple):
         return table_row(cells)
 
 
-def group(case: Case, load: float, contender: str) -> str:
+def group(case: Case, load: float, baseline: str) -> str:
     """The name of a contender's runs."""
-    return f"{slug(case.promised.name)}-{load:g}-{contender}"
+    return f"{slug(case.promised.name)}-{load:g}-{baseline}"
 
 
-def mean_goodput(runs: Runs, case: Case, load: float, contender: str) -> float | None:
+def mean_goodput(runs: Runs, case: Case, load: float, baseline: str) -> float | None:
     """Over seeds; None when it was not run."""
-    several = summaries(runs, group(case, load, contender))
+    several = summaries(runs, group(case, load, baseline))
     return mean_of(several, "goodput_rps") if several else None
 
 
@@ -111,10 +111,10 @@ def median_ttft(case: Case, runs: Runs, bound: float) -> Iterable[tuple[float | 
 
 def preemptions(case: Case, runs: Runs, bound: float) -> Iterable[tuple[float | None, str]]:
     for load in case.loads:
-        for contender in ("fluid", "fluid-without-targets"):
-            several = summaries(runs, group(case, load, contender))
+        for baseline in ("fluid", "fluid-without-targets"):
+            several = summaries(runs, group(case, load, baseline))
             lost = max((float(one["preemptions"]) for one in several), default=None)
-            yield lost, f" at {load:g}{contender.removeprefix('fluid').replace('-', ' ')}"
+            yield lost, f" at {load:g}{baseline.removeprefix('fluid').replace('-', ' ')}"
 
 
 def over_shipped(case: Case, runs: Runs, bound: float) -> Iterable[tuple[float | None, str]]:
@@ -144,21 +144,21 @@ MEASURES = (
 )
 
 
-def page(cases: Sequence[Case], contenders: Sequence[Contender], bounds: dict[str, float], runs: Runs) -> str:
+def page(cases: Sequence[Case], baselines: Sequence[Baseline], bounds: dict[str, float], runs: Runs) -> str:
     """The whole page."""
     measures = [measure.row(cases, bounds, runs) for measure in MEASURES]
     return PAGE.format(
         command=COMMAND, measures="\n".join(measures),
-        named="\n".join(section(case, contenders, bounds, runs) for case in cases if case.named),
+        named="\n".join(section(case, baselines, bounds, runs) for case in cases if case.named),
         light="\n".join(light_rows(cases, runs)),
         without_targets="\n".join(without_target_rows(cases, runs)),
-        others="\n".join(section(case, contenders, bounds, runs) for case in cases if not case.named), reading=READING,
+        others="\n".join(section(case, baselines, bounds, runs) for case in cases if not case.named), reading=READING,
     )
 
 
-def section(case: Case, contenders: Sequence[Contender], bounds: dict[str, float], runs: Runs) -> str:
+def section(case: Case, baselines: Sequence[Baseline], bounds: dict[str, float], runs: Runs) -> str:
     """One workload's table: goodput by load."""
-    names = [contender.name for contender in contenders if contender.name in case.contenders]
+    names = [baseline.name for baseline in baselines if baseline.name in case.baselines]
     head = ["load", *names, "best static", "fluid / static", "fluid / own bound", "fluid: p50 TTFT"]
     lines = [table_row(head), "|---" * len(head) + "|"]
     for load in case.loads:

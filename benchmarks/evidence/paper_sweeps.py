@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scheduler.profiles import load_profile
+from scheduler.model.profiles import load_profile
 
 LLAMA2 = "a100-llama2-7b-vidur"
 LLAMA3, DECODE_ONLY = "llama3-8b-estimate", "llama3-8b-decode-only"
@@ -32,15 +32,15 @@ def capped(cap: int, budget: int = 512) -> dict[str, Any]:
     return {"policy": "fcfs", "cap": cap, "token_budget": budget, "max_num_seqs": max(512, cap)}
 
 
-def wait_cp(cap: int, chunk: int, *, gate: bool) -> dict[str, Any]:
+def wait_cp(cap: int, chunk: int, *, admission_queue: bool) -> dict[str, Any]:
     """What the authors ran: a cap spread over stages, prompts in chunks, a token gate; `gate`: their wait gate."""
     return {
-        "policy": "wait-cp", "cap": cap, "counts": "by_cap", "prefill_chunk_tokens": chunk, "wait_gate": gate,
+        "policy": "wait-cp", "cap": cap, "counts": "by_cap", "prefill_chunk_tokens": chunk, "wait_gate": admission_queue,
     }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Contender:
+class Baseline:
     """A column of ours; options of the simulation, or by rate where they differ."""
 
     label: str
@@ -65,7 +65,7 @@ class Sweep:
     lengths: str
     model: str
     requests: dict[float, int]
-    contenders: tuple[Contender, ...]
+    baselines: tuple[Baseline, ...]
     published: tuple[Published, ...]
     compare: tuple[tuple[str, str], ...] = ()
     about: str = ""
@@ -74,12 +74,12 @@ class Sweep:
 def write_profiles(folder: Path) -> dict[str, str]:
     """Profiles that only these sweeps use, written to `folder`: name to path, and to the name of a shipped one."""
     folder.mkdir(parents=True, exist_ok=True)
-    law = load_profile(LLAMA2).law
+    time_model = load_profile(LLAMA2).time_model
     heavier = PARAMETERS_BILLION[LLAMA3] / PARAMETERS_BILLION[LLAMA2]
     scaled = {
-        "d0_s": law.d0_s, "d1_s_per_kv_token": law.d1_s_per_kv_token * KV_HEADS_SHARE,
-        "d2_s_per_prefill_token": law.d2_s_per_prefill_token * heavier,
-        "d3_s_per_decode_token": law.d3_s_per_decode_token * heavier, "floor_s": law.floor_s * heavier,
+        "d0_s": time_model.d0_s, "d1_s_per_kv_token": time_model.d1_s_per_kv_token * KV_HEADS_SHARE,
+        "d2_s_per_prefill_token": time_model.d2_s_per_prefill_token * heavier,
+        "d3_s_per_decode_token": time_model.d3_s_per_decode_token * heavier, "floor_s": time_model.floor_s * heavier,
     }  # fmt: skip
     paths = {LLAMA2: LLAMA2}
     for name, changes in ((LLAMA3, {}), (DECODE_ONLY, {"d2_s_per_prefill_token": 0.0})):
@@ -128,29 +128,29 @@ def waiting(n: int) -> dict[float, dict[str, Any]]:
     """The ablation's cap at each rate, and groups of n; n = 1 is a cap alone."""
     group = {"policy": "wait", "types": [{"name": "all", "n": n}], "max_hold_s": 1.0, "token_budget": 512}
     return {
-        float(rate): (capped(cap) if n == 1 else group | {"max_in_service": cap}) for rate, cap in ABLATION_CAPS.items()
+        float(rate): (capped(cap) if n == 1 else group | {"max_running": cap}) for rate, cap in ABLATION_CAPS.items()
     }
 
 
-def ablation(*, gate: bool) -> dict[float, dict[str, Any]]:
+def ablation(*, admission_queue: bool) -> dict[float, dict[str, Any]]:
     """The authors' own setting at each rate, with their wait gate or without."""
-    return {float(r): wait_cp(ABLATION_CAPS[r], ABLATION_CHUNKS[r], gate=gate) for r in ABLATION_RATES}
+    return {float(r): wait_cp(ABLATION_CAPS[r], ABLATION_CHUNKS[r], admission_queue=admission_queue) for r in ABLATION_RATES}
 
 
 SWEEPS = (
     Sweep(
         "waiting", "Waiting or not, under the same cap (the paper's waiting ablation)", "p512d20", LLAMA2,
         counts(500, 8, 12, 15, 19, more={22: 1000, 23: 1000}),
-        (Contender("WAIT-CP, gate off", {}, ablation(gate=False)), Contender("WAIT-CP", {}, ablation(gate=True)),
-         Contender("cap alone", {}, waiting(1)), Contender("groups of 2", {}, waiting(2))),
+        (Baseline("WAIT-CP, gate off", {}, ablation(admission_queue=False)), Baseline("WAIT-CP", {}, ablation(admission_queue=True)),
+         Baseline("cap alone", {}, waiting(1)), Baseline("groups of 2", {}, waiting(2))),
         (column("threshold only", ABLATION_RATES, NO_WAIT), column("WAIT", ABLATION_RATES, WITH_WAIT)),
         about="the same cap and chunk for both at each rate (4 to 14 in service, 128 to 352 tokens).",
     ),
     Sweep(
         "long", "Long answers (figure of p512d1000, table of restarts)", "p512d1000", LLAMA3,
         {1.0: 60, 2.0: 100, 3.0: 200, 4.0: 300, 4.5: 300, 5.0: 300},
-        (Contender("vllm-v0, 128 seats", V0), Contender("sarathi, 512 seats", SARATHI),
-         Contender("WAIT-CP, cap 120", wait_cp(120, 256, gate=False))),
+        (Baseline("vllm-v0, 128 seats", V0), Baseline("sarathi, 512 seats", SARATHI),
+         Baseline("WAIT-CP, cap 120", wait_cp(120, 256, admission_queue=False))),
         (Published("vLLM", {4.5: 53.8}),
          Published("Sarathi", {3.0: 20.4, 3.5: 23.6, 4.0: "30.2 (2.88 % restarts)", 4.5: 41.7, 5.0: 59.9}),
          Published("WAIT", {3.0: 19.7, 3.5: 23.3, 4.0: "26.4 (0 %)", 4.5: 32.3, 5.0: 50.5})),
@@ -161,8 +161,8 @@ SWEEPS = (
     Sweep(
         "single", "One type (figure of p512d20), Llama-2-7B", "p512d20", LLAMA2,
         counts(500, 12, 16, 19, more={22: 1000, 23: 1500, 24: 1500}),
-        (Contender("sarathi, 256 seats", SARATHI | {"max_num_seqs": 256}),
-         Contender("WAIT-CP, cap 20", wait_cp(20, 256, gate=True)), Contender("wait, solved", WAIT)),
+        (Baseline("sarathi, 256 seats", SARATHI | {"max_num_seqs": 256}),
+         Baseline("WAIT-CP, cap 20", wait_cp(20, 256, admission_queue=True)), Baseline("wait, solved", WAIT)),
         (*(column(f"{name}, N = 5 000", range(12, 25), values) for name, values in SINGLE_LLAMA2.items()),
          Published("ours before, sarathi", {19: 0.74, 22: 1.09, 23: 1.64}),
          Published("ours before, cap 21", {19: 0.73, 22: 1.06, 23: 1.36})),
@@ -174,8 +174,8 @@ SWEEPS = (
     Sweep(
         "single-llama3", "One type, as published: Llama-3-8B", "p512d20", LLAMA3,
         counts(500, 16, more={20: 800, 22: 1500, 23: 1500}),
-        (Contender("vllm-v0, 128 seats", V0), Contender("sarathi, 512 seats", SARATHI),
-         Contender("WAIT-CP, cap 21", wait_cp(21, 256, gate=False))),
+        (Baseline("vllm-v0, 128 seats", V0), Baseline("sarathi, 512 seats", SARATHI),
+         Baseline("WAIT-CP, cap 21", wait_cp(21, 256, admission_queue=False))),
         (Published("vLLM, paper (N = 10 000)", {16: 1.18, 20: 3.693, 22: "18.23 (15.69)", 23: "26.78 (23.26)"}),
          Published("Sarathi, paper (N = 10 000)", {16: 0.633, 20: 0.963, 22: "1.85 (1.98)", 23: "5.08 (8.94)"}),
          Published("WAIT, paper (N = 10 000)", {16: 0.590, 20: 0.799, 22: "1.03 (1.01)", 23: "1.29 (1.25)"})),
@@ -186,8 +186,8 @@ SWEEPS = (
     Sweep(
         "lmsys", "lmsys-chat-1m lengths, 10 to 150 /s", "lmsys", LLAMA2,
         counts(300, 10, 30, more={50: 600, 60: 1000, 80: 1000, 100: 1000, 150: 1000}),
-        (Contender("sarathi, 256 seats", SARATHI | {"max_num_seqs": 256}), Contender("cap 300", capped(300, 2048)),
-         Contender("vllm, 512 seats", VLLM), Contender("nested-wait, solved", NESTED)),
+        (Baseline("sarathi, 256 seats", SARATHI | {"max_num_seqs": 256}), Baseline("cap 300", capped(300, 2048)),
+         Baseline("vllm, 512 seats", VLLM), Baseline("nested-wait, solved", NESTED)),
         tuple(column(f"{name}, N = 5 000", range(10, 151, 10), values) for name, values in LMSYS_LLAMA2.items()),
         about="Llama-2-7B, N = 5 000, middle half; Sarathi with 256 seats; WAIT-CP's best setting at each rate: from "
         "60 /s on one segment, chunks of 128 and a cap of 300.",
@@ -195,17 +195,17 @@ SWEEPS = (
     Sweep(
         "decode-only", "Decode only (p630d20, d2 = 0: the disaggregated experiment)", "p630d20", DECODE_ONLY,
         counts(1000, 100, 300, 500),
-        (Contender("vllm, 128 seats", VLLM | {"max_num_seqs": 128, "token_budget": 65_536}),
-         Contender("vllm, 720 seats", VLLM | {"max_num_seqs": 720, "token_budget": 65_536}),
-         Contender("cap 720", capped(720, 65_536) | {"max_num_seqs": 720})),
+        (Baseline("vllm, 128 seats", VLLM | {"max_num_seqs": 128, "token_budget": 65_536}),
+         Baseline("vllm, 720 seats", VLLM | {"max_num_seqs": 720, "token_budget": 65_536}),
+         Baseline("cap 720", capped(720, 65_536) | {"max_num_seqs": 720})),
         (Published("WAIT against vLLM", {100.0: "−45 %", 500.0: "−55 %"}),),
         about="Llama-3-8B; vLLM with 128 seats, WAIT with a limit of 720 in service.",
     ),
     Sweep(
         "mix", "Two types (0.7 p512d20 + 0.3 p512d50), Llama-3-8B as published", "0.7:p512d20+0.3:p512d50", LLAMA3,
         counts(500, 12, 16, 19, more={21: 1000, 22: 1500, 23: 1500}),
-        (Contender("vllm-v0, 128 seats", V0), Contender("sarathi, 512 seats", SARATHI),
-         Contender("WAIT-CP, cap 30", wait_cp(30, 128, gate=False))),
+        (Baseline("vllm-v0, 128 seats", V0), Baseline("sarathi, 512 seats", SARATHI),
+         Baseline("WAIT-CP, cap 30", wait_cp(30, 128, admission_queue=False))),
         (Published("vLLM, paper (N = 10 000)", {16: "(1.585)", 20: "(6.16)", 22: "56.70 (25.66)", 23: "80.25 (34.96)"}),
          *(column(f"{name}, paper", range(12, 25), values) for name, values in MIX_LLAMA3.items())),
         (("sarathi, 512 seats", "Sarathi, paper"), ("WAIT-CP, cap 30", "Nested WAIT, paper")),
@@ -217,7 +217,7 @@ SWEEPS = (
 HORIZON = Sweep(
     "horizon", "Horizon check: the mean of the first N requests", "0.7:p512d20+0.3:p512d50", LLAMA3,
     {22.0: 5_000, 23.0: 5_000},
-    (Contender("sarathi, 512 seats", SARATHI), Contender("WAIT-CP, cap 30", wait_cp(30, 128, gate=False))), (),
+    (Baseline("sarathi, 512 seats", SARATHI), Baseline("WAIT-CP, cap 30", wait_cp(30, 128, admission_queue=False))), (),
 )  # fmt: skip
 HORIZONS = (1_000, 2_000, 5_000)
 PUBLISHED_HORIZON = {

@@ -30,17 +30,17 @@ from paper_sweeps import (
     PUBLISHED_HORIZON,
     SWEEPS,
     WITH_WAIT,
-    Contender,
+    Baseline,
     Sweep,
     write_profiles,
 )
 from pyarrow import parquet
 
-from scheduler.fluid import solve_fluid
-from scheduler.profiles import load_profile
-from simulator.results import REQUESTS_FILE
+from scheduler.model.fluid import solve_fluid
+from scheduler.model.profiles import load_profile
+from simulator.output.run_files import REQUESTS_FILE
 from simulator.sweep import PointResult
-from simulator.workload import WorkloadConfig, open_workload
+from simulator.workload.requests import WorkloadConfig, open_workload
 
 COMMAND = "python benchmarks/evidence/paper_tables.py"
 Summaries = dict[tuple[str, float], dict[str, Any]]
@@ -52,8 +52,8 @@ def main() -> None:
     args = parser.parse_args()
     profiles = write_profiles(args.runs / "profiles")
     grids = {
-        f"{sweep.name}-{slug(contender.label)}/{rate:g}": grid_of(sweep, contender, rate, profiles, args.quick)
-        for sweep in (*SWEEPS, HORIZON) for contender in sweep.contenders for rate in sweep.requests
+        f"{sweep.name}-{slug(baseline.label)}/{rate:g}": grid_of(sweep, baseline, rate, profiles, args.quick)
+        for sweep in (*SWEEPS, HORIZON) for baseline in sweep.baselines for rate in sweep.requests
     }
     results = run_grids(args.runs, grids, Choice.of(args))
     sections = [section(sweep, results, profiles) for sweep in SWEEPS]
@@ -64,21 +64,21 @@ def main() -> None:
     (args.out / "paper-tables.md").write_text(text, encoding="utf-8")
 
 
-def grid_of(sweep: Sweep, contender: Contender, rate: float, profiles: dict[str, str], quick: bool) -> Grid:
+def grid_of(sweep: Sweep, baseline: Baseline, rate: float, profiles: dict[str, str], quick: bool) -> Grid:
     requests = sweep.requests[rate]
     options = {
         "lengths": sweep.lengths, "rate_rps": rate, "requests": 40 if quick else requests, "solve_once": True,
         "profile": profiles[sweep.model],
     }  # fmt: skip
-    return Grid(options | contender.options | contender.by_rate.get(rate, {}), {}, seeds=(1,))
+    return Grid(options | baseline.options | baseline.by_rate.get(rate, {}), {}, seeds=(1,))
 
 
 def found(sweep: Sweep, results: dict[str, list[PointResult]]) -> Summaries:
     """What was run of a sweep, by contender and rate."""
     return {
-        (contender.label, rate): point.summary
-        for contender in sweep.contenders for rate in sweep.requests
-        for point in results.get(f"{sweep.name}-{slug(contender.label)}/{rate:g}", [])
+        (baseline.label, rate): point.summary
+        for baseline in sweep.baselines for rate in sweep.requests
+        for point in results.get(f"{sweep.name}-{slug(baseline.label)}/{rate:g}", [])
         if point.summary
     }  # fmt: skip
 
@@ -87,10 +87,10 @@ def section(sweep: Sweep, results: dict[str, list[PointResult]], profiles: dict[
     """One experiment's table and what it shows; without runs, the published columns alone."""
     cells = found(sweep, results)
     rates = sorted(sweep.requests)
-    head = ["rate /s", "N", *(c.label for c in sweep.contenders), *(f"*{p.label}*" for p in sweep.published)]
+    head = ["rate /s", "N", *(c.label for c in sweep.baselines), *(f"*{p.label}*" for p in sweep.published)]
     rows = []
     for rate in rates:
-        ours = [cell(cells.get((contender.label, rate))) for contender in sweep.contenders]
+        ours = [cell(cells.get((baseline.label, rate))) for baseline in sweep.baselines]
         theirs = [shown(published.values.get(rate)) for published in sweep.published]
         rows.append([f"{rate:g}", f"{sweep.requests[rate]}", *ours, *theirs])
     table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
@@ -120,7 +120,7 @@ def shown(value: float | str | None) -> str:
 def capacity_sentence(sweep: Sweep, profiles: dict[str, str]) -> str:
     mix = open_workload(WorkloadConfig(lengths=sweep.lengths, requests=1, rate_rps=1.0)).mix()
     profile = load_profile(profiles[sweep.model])
-    fluid = solve_fluid(mix, profile.law, profile.kv_capacity_tokens)
+    fluid = solve_fluid(mix, profile.time_model, profile.kv_capacity_tokens)
     return (
         f"Fluid capacity {fluid.critical_rate_scale:.2f} /s, limited by {fluid.limit} (`{sweep.model}`, "
         f"{profile.kv_capacity_tokens:,} KV tokens)."
@@ -252,12 +252,12 @@ def horizon_section(results: dict[str, list[PointResult]]) -> str:
     """Means over the first N arrivals of one long run."""
     rows = []
     for rate in HORIZON.requests:
-        for contender in HORIZON.contenders:
-            for point in results.get(f"{HORIZON.name}-{slug(contender.label)}/{rate:g}", []):
+        for baseline in HORIZON.baselines:
+            for point in results.get(f"{HORIZON.name}-{slug(baseline.label)}/{rate:g}", []):
                 means = first_means(point.folder)
-                theirs = PUBLISHED_HORIZON[rate, contender.label]
+                theirs = PUBLISHED_HORIZON[rate, baseline.label]
                 published = ", ".join(f"{value:.2f} with {n:,}" for n, value in theirs.items())
-                rows.append(f"| {rate:g} | {contender.label} | {' | '.join(f'{m:.2f}' for m in means)} | {published} |")
+                rows.append(f"| {rate:g} | {baseline.label} | {' | '.join(f'{m:.2f}' for m in means)} | {published} |")
     if not rows:
         return ""
     head = f"| rate /s | policy | {' | '.join(f'N = {n:,}' for n in HORIZONS)} | *theirs* |"

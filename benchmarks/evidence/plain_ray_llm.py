@@ -27,7 +27,7 @@ import httpx
 import cluster.app
 from cluster.config import AppConfig, load_config
 from cluster.launch import Launcher, LaunchError
-from replicas.no_download import NoDownload
+from replicas.ray_patches import NoDownload
 
 READY_TIMEOUT_S = 300.0
 

@@ -9,16 +9,17 @@ from typing import Any
 
 from grids import PROFILE, Grid, mean_of
 
-from scheduler.fluid import PrefixReuse
-from scheduler.mix import Lengths, WorkloadMix
-from scheduler.profiles import load_profile
-from scheduler.targets import Targets, solve_pace
+from scheduler.model.fluid import PrefixReuse
+from scheduler.model.profiles import load_profile
+from scheduler.model.workload import Lengths, WorkloadMix
 from scheduler.thresholds import EngineLimits
+from scheduler.tuning.fluid_plan import solve_fluid_params
+from scheduler.tuning.slo import Slo
 from simulator.config import simulation_config
-from simulator.fleet import limits_of
-from simulator.measure import window_of
+from simulator.engine.fleet import limits_of
+from simulator.output.metrics import window_of
 from simulator.sweep import PointResult
-from simulator.workload import WorkloadConfig, open_workload
+from simulator.workload.requests import WorkloadConfig, open_workload
 
 TTFT_S = 3.0
 PERIOD_S = 5.0
@@ -64,7 +65,7 @@ def bound_rps(mix: WorkloadMix, tpot_s: float) -> float:
         kv_capacity_tokens=profile.kv_capacity_tokens, block_tokens=16, max_num_seqs=512,
         max_num_batched_tokens=2048, max_model_len=4096,
     )
-    return solve_pace(mix, profile.law, limits, Targets(TTFT_S, tpot_s)).capacity_rps
+    return solve_fluid_params(mix, profile.time_model, limits, Slo(TTFT_S, tpot_s)).capacity_rps
 
 
 def bound_of_run(result: PointResult) -> float:
@@ -75,23 +76,23 @@ def bound_of_run(result: PointResult) -> float:
     requests = list(open_workload(config.workload.model_copy(update={"max_total_tokens": longest})).requests())
     measured = window_of(len(requests), config.window)
     lengths = Lengths.from_pairs((r.prompt_tokens, r.output_tokens) for r in requests[measured.start : measured.stop])
-    return solve_pace(
-        WorkloadMix.from_lengths(lengths, 1.0), load_profile(config.profile).law, limits,
-        Targets(tpot_s=config.slo.tpot_s), reuse=PrefixReuse(1 - hits, 1 - hits),
+    return solve_fluid_params(
+        WorkloadMix.from_lengths(lengths, 1.0), load_profile(config.profile).time_model, limits,
+        Slo(tpot_s=config.slo.tpot_s), reuse=PrefixReuse(1 - hits, 1 - hits),
     ).capacity_rps
 
 
-def resident(mix: WorkloadMix, bound: float, tpot_s: float) -> float:
+def request(mix: WorkloadMix, bound: float, tpot_s: float) -> float:
     """Requests in service at that capacity: Little's law over l' + 1 iterations."""
     return bound * tpot_s * (mix.merged().lengths.mean_output_tokens + 1)
 
 
 def static_grid(
-    at: dict[str, Any], seats: float, budgets: tuple[int, ...] = TOKEN_BUDGETS,
+    at: dict[str, Any], slots: float, budgets: tuple[int, ...] = TOKEN_BUDGETS,
     shares: tuple[float, ...] = CAP_SHARES,
 ) -> Grid:
     """The oracle's grid for a run `at`: caps around the fluid's requests in service, and token budgets."""
-    caps: list[Any] = sorted({max(1, round(share * seats)) for share in shares})
+    caps: list[Any] = sorted({max(1, round(share * slots)) for share in shares})
     return Grid(at | {"policy": "vllm", "give_up_s": GIVE_UP_S}, {"cap": caps, "token_budget": list(budgets)}, (1,))
 
 

@@ -30,7 +30,7 @@ import psutil
 import yaml
 from real_engine_page import page
 
-from scheduler.targets import Targets
+from scheduler.tuning.slo import Slo
 
 HERE = Path(__file__).resolve()
 HEADRACE = Path(sys.executable).with_name("headrace")
@@ -38,7 +38,7 @@ HEADRACE_STACK, PLAIN_STACK = "Headrace", "Ray Serve LLM"
 STACKS = {"headrace": HEADRACE_STACK, "plain": PLAIN_STACK}
 LOADS, QUICK_LOADS = (1.0, 2.0, 3.0), (1.0,)
 LENGTHS = "0.5:p16d16+0.5:p32d32"
-TARGETS = Targets(ttft_s=4.0, tpot_s=0.3)
+TARGETS = Slo(ttft_s=4.0, tpot_s=0.3)
 PROFILE = "cpu-smollm2"
 ENGINE = {
     "max_model_len": 512, "max_num_seqs": 64, "max_num_batched_tokens": 512, "dtype": "float32", "enforce_eager": True,
@@ -175,10 +175,10 @@ def forecast_of(url: str, stack: str) -> dict[str, Any]:
     if stack != HEADRACE_STACK:
         return {}
     state = state_of(url)
-    forecast, law = state["forecast"] or {}, state["law"] or {}
+    forecast, time_model = state["forecast"] or {}, state["time_model"] or {}
     names = ("capacity_rps", "tpot_margin", "delivery_s", "miss_probability")
     return {name: forecast.get(name) for name in names} | {
-        "law_error_std": (forecast.get("law_error_std") or {}).get("value"), "law_r2": law.get("r2"),
+        "iteration_error_std": (forecast.get("iteration_error_std") or {}).get("value"), "law_r2": time_model.get("r2"),
     }
 
 

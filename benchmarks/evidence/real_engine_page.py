@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 Row = dict[str, Any]
-_FORECAST = ("delivery_s", "tpot_margin", "law_error_std", "law_r2", "capacity_rps")
+_FORECAST = ("delivery_s", "tpot_margin", "iteration_error_std", "law_r2", "capacity_rps")
 LEAST_OF_PEAK, MOST_OF_PROMISE = 0.9, 2.0
 """Asked for: goodput at 2x and 3x over its peak, and misses among the served over the promised share."""
 HEADRACE_STACK = "Headrace"

@@ -16,7 +16,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import numpy as np
 from grids import PROFILE, Cells, Grid, arguments, by, fluid_of, mean_of, run_grids, slug
 
-from simulator.figures import Line, RatePanel, draw_against_rate
+from simulator.output.figures import Line, RatePanel, draw_against_rate
 
 COMMAND = "python benchmarks/evidence/strict_or_serving.py"
 LOADS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.05)

@@ -4,7 +4,8 @@
 
 Writes theory.md, theory.json and figures/theory-*.{png,svg} under --out; the same code gives the same numbers. Source
 of every claim: arXiv 2504.11320. Thresholds, buffers and equilibria come from `scheduler`, the runs from
-`simulator.stylised`. Two to four minutes on one core; --quick takes seconds and is too small to conclude anything. With
+`simulator.paper_model`. Two to four minutes on one core; --quick takes seconds and is too small to conclude anything.
+With
 --only, numbers of the other sections are those of the theory.json that is there; a section that it lacks is left out.
 """
 
@@ -28,23 +29,23 @@ from theory_page import page, write_figures
 from theory_segments import measure_segments
 from theory_varying import measure_varying
 
-from scheduler.fluid import solve_fluid
-from scheduler.law import ServiceTimeLaw
-from scheduler.mix import Lengths, RequestType, WorkloadMix
-from scheduler.profiles import load_profile
-from scheduler.solver import NestedWaitSolution, WaitSolution, nested_wait_thresholds, wait_thresholds
-from simulator.stylised import Fcfs, NestedWait, PerIteration, Policy, StylisedModel, StylisedRun, Wait
+from scheduler.model.fluid import solve_fluid
+from scheduler.model.iteration_time import IterationTimeModel
+from scheduler.model.profiles import load_profile
+from scheduler.model.wait_thresholds import NestedWaitSolution, WaitSolution, nested_wait_thresholds, wait_thresholds
+from scheduler.model.workload import Lengths, RequestType, WorkloadMix
+from simulator.paper_model import Fcfs, NestedWait, PaperModel, PaperRun, PerIteration, Policy, Wait
 
 COMMAND = "python benchmarks/evidence/theory.py --out docs/evidence"
 
 # Binary fractions, so that the equilibrium is met exactly: ΔT* = 1 s, M* = 12 and 40 tokens, n* = 4 and (4, 2).
 ONE_TYPE = WorkloadMix.from_lengths(Lengths.point(1, 1), 4.0)
-ONE_TYPE_LAW = ServiceTimeLaw(1 / 4, 1 / 16)
+ONE_TYPE_LAW = IterationTimeModel(1 / 4, 1 / 16)
 TWO_TYPES = WorkloadMix((RequestType("a", 4.0, Lengths.point(1, 1)), RequestType("b", 2.0, Lengths.point(2, 3))))
-TWO_TYPES_LAW = ServiceTimeLaw(3 / 8, 1 / 64)
+TWO_TYPES_LAW = IterationTimeModel(3 / 8, 1 / 64)
 BASE_HORIZON_S = 100.0
 
-NESTED_LAW = ServiceTimeLaw(1 / 4, 1 / 4800)
+NESTED_LAW = IterationTimeModel(1 / 4, 1 / 4800)
 NESTED_HORIZON_S = 200.0
 TWO_LENGTHS = Lengths(np.array([4, 4]), np.array([2, 8]), np.array([0.3, 0.7]))
 THREE_LENGTHS = Lengths(np.array([4, 4, 4]), np.array([2, 4, 8]), np.array([0.3, 0.3, 0.4]))
@@ -66,7 +67,7 @@ class GapCase:
 
     label: str
     mix: WorkloadMix
-    law: ServiceTimeLaw
+    time_model: IterationTimeModel
     policy: Policy
     capacity_tokens: float
     theory: float | None
@@ -101,18 +102,18 @@ def main() -> None:
 
 def gap_cases() -> list[GapCase]:
     cases = [GapCase(f"FCFS, C = {c}", ONE_TYPE, ONE_TYPE_LAW, Fcfs(), c, 0.0, "–") for c in (12, 15)]
-    for mix, law, capacity_tokens, slack in (
+    for mix, time_model, capacity_tokens, slack in (
         (ONE_TYPE, ONE_TYPE_LAW, 12, 0.0),
         (ONE_TYPE, ONE_TYPE_LAW, 15, 0.05),
         (TWO_TYPES, TWO_TYPES_LAW, 40, 0.0),
         (TWO_TYPES, TWO_TYPES_LAW, 60, 0.05),
     ):
-        solution = wait_thresholds(mix, law, capacity_tokens, slack=slack)
+        solution = wait_thresholds(mix, time_model, capacity_tokens, slack=slack)
         assert isinstance(solution, WaitSolution), solution
         where, n = "with slack" if slack else "at the boundary", ", ".join(map(str, solution.n))
         label = f"WAIT {where}, n = {n}, C = {capacity_tokens}"
         theory, delay = (-1.0, "O(1)") if slack else (-0.5, "O((ζT)^1/2)")
-        cases.append(GapCase(label, mix, law, Wait(solution.n), capacity_tokens, theory, delay))
+        cases.append(GapCase(label, mix, time_model, Wait(solution.n), capacity_tokens, theory, delay))
     limit = "Entry limit 4, no waiting, C = 12"
     cases.append(GapCase(limit, ONE_TYPE, ONE_TYPE_LAW, EntryLimit(4), 12, None, "–"))
     for name, (mix, boundaries) in NESTED_CASES.items():
@@ -139,9 +140,9 @@ def measure_gaps(powers: int, boundary_powers: int, rows: int) -> list[dict[str,
         delays: dict[str, list[NDArray[np.float64]]] = {"latency": [], "ttft": [], "wait": []}
         for scale in scales:
             mix = case.mix.scaled(scale)
-            law = ServiceTimeLaw(case.law.d0_s / scale, case.law.d1_s_per_kv_token / scale)
-            model = StylisedModel(mix, law)
-            run = StylisedRun(model, case.policy, seed=scale, rows=rows, capacity_tokens=case.capacity_tokens)
+            time_model = IterationTimeModel(case.time_model.d0_s / scale, case.time_model.d1_s_per_kv_token / scale)
+            model = PaperModel(mix, time_model)
+            run = PaperRun(model, case.policy, seed=scale, rows=rows, capacity_tokens=case.capacity_tokens)
             run.run(BASE_HORIZON_S)
             fluid_tokens = sum(t.rate_rps * t.lengths.mean_output_tokens for t in mix.types) * BASE_HORIZON_S
             gaps = run.counts.sum(axis=2) @ owed_at / fluid_tokens
@@ -180,7 +181,7 @@ def measure_overflow(horizons: int) -> list[dict[str, Any]]:
             )
             assert isinstance(solution, NestedWaitSolution), solution
             policy = NestedWait(solution.boundaries, tuple(map(round, solution.n)))
-            run = StylisedRun(StylisedModel(mix, NESTED_LAW), policy, seed=round(1 / delta), rows=horizons)
+            run = PaperRun(PaperModel(mix, NESTED_LAW), policy, seed=round(1 / delta), rows=horizons)
             run.run(NESTED_HORIZON_S)
             above_tokens = run.peak_tokens - solution.memory_tokens
             hits, hits_without = (int((above_tokens > room).sum()) for room in (solution.buffer_tokens, 0.0))
@@ -201,19 +202,19 @@ def measure_overflow(horizons: int) -> list[dict[str, Any]]:
 def compare_memory() -> dict[str, Any]:
     """M*(λ) with the d0, d1, C and E[w] of the authors' repository, all of it a prediction."""
     profile = load_profile("a100-llama2-7b-paper")
-    law, capacity = profile.law, profile.kv_capacity_tokens
+    time_model, capacity = profile.time_model, profile.kv_capacity_tokens
     # Any lengths with that mean weight do: M* depends on nothing else.
     short, long = (Lengths.point(58, output).kv_token_iterations for output in (147, 200))
     share = (PUBLISHED_MEAN_W - short) / (long - short)
     lengths = Lengths(np.array([58, 58]), np.array([147, 200]), np.array([1 - share, share]))
 
     def memory_tokens(rate_rps: float) -> float:
-        return solve_fluid(WorkloadMix.from_lengths(lengths, rate_rps), law, capacity).memory_tokens
+        return solve_fluid(WorkloadMix.from_lengths(lengths, rate_rps), time_model, capacity).memory_tokens
 
     rates = np.linspace(20, 84, 129)
-    crossing = solve_fluid(WorkloadMix.from_lengths(lengths, 1.0), law, capacity).critical_rate_scale
+    crossing = solve_fluid(WorkloadMix.from_lengths(lengths, 1.0), time_model, capacity).critical_rate_scale
     return {
-        "d0_ms": law.d0_s * 1000, "d1_us": law.d1_s_per_kv_token * 1e6, "mean_w": lengths.kv_token_iterations,
+        "d0_ms": time_model.d0_s * 1000, "d1_us": time_model.d1_s_per_kv_token * 1e6, "mean_w": lengths.kv_token_iterations,
         "capacity_tokens": capacity,
         "rows": [
             {"rate_rps": rate, "published": published, "computed": memory_tokens(rate)}
@@ -229,8 +230,8 @@ def follow_worked_case(iterations: int) -> list[dict[str, Any]]:
     """l = l' = 1, C = 12, exactly 4 arrivals during every iteration, from 6 waiting and 3 decoding."""
     results = []
     for label, policy in (("FCFS", Fcfs()), ("WAIT, n = 4", Wait((4,)))):
-        model, start = StylisedModel(ONE_TYPE, ONE_TYPE_LAW), np.array([[6, 3]])
-        run = StylisedRun(model, policy, seed=0, capacity_tokens=12, arrivals=PerIteration((4,)), start=start)
+        model, start = PaperModel(ONE_TYPE, ONE_TYPE_LAW), np.array([[6, 3]])
+        run = PaperRun(model, policy, seed=0, capacity_tokens=12, arrivals=PerIteration((4,)), start=start)
         completed, evicted, waiting = [0], [0], []
         for _ in range(iterations):
             run.step()

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from theory_fit import loglog_slope, table
 
-from scheduler.fluid import solve_fluid
-from scheduler.law import ServiceTimeLaw
-from scheduler.mix import Lengths, RequestType, WorkloadMix
-from simulator.stylised import Fcfs, Policy, StylisedModel, StylisedRun
+from scheduler.model.fluid import solve_fluid
+from scheduler.model.iteration_time import IterationTimeModel
+from scheduler.model.workload import Lengths, RequestType, WorkloadMix
+from simulator.paper_model import Fcfs, PaperModel, PaperRun, Policy
 
 IntArray = NDArray[np.int64]
 BASE_HORIZON_S = 100.0
@@ -22,9 +22,9 @@ BASE_HORIZON_S = 100.0
 TWO_TYPES = WorkloadMix(
     (RequestType("short", 1.0, Lengths.point(1, 1)), RequestType("long", 1.0, Lengths.point(1, 2)))
 )
-TWO_TYPES_LAW = ServiceTimeLaw(7 / 16, 1 / 16)
+TWO_TYPES_LAW = IterationTimeModel(7 / 16, 1 / 16)
 UNKNOWN = WorkloadMix.from_lengths(Lengths(np.array([1, 1]), np.array([1, 2]), np.array([0.5, 0.5])), 4.0)
-UNKNOWN_LAW = ServiceTimeLaw(14 / 32, 1 / 32)
+UNKNOWN_LAW = IterationTimeModel(14 / 32, 1 / 32)
 ENTRIES = (3, 4, 5, 6)
 BLOCK_OVERFLOW = 1 - 9 / (2 * math.e**2)
 """Of a two-iteration block of the two-type instance, as the paper's proof enumerates it."""
@@ -45,7 +45,7 @@ class EntryLimit:
 class Reserved:
     """One type of unknown length: a prompt enters only if memory suffices however long every answer turns out."""
 
-    def __init__(self, model: StylisedModel, capacity_tokens: int) -> None:
+    def __init__(self, model: PaperModel, capacity_tokens: int) -> None:
         self._tokens, self._capacity_tokens = model.tokens[0], capacity_tokens
 
     def batch(self, counts: IntArray) -> IntArray:
@@ -63,12 +63,12 @@ class LimitCase:
 
     label: str
     mix: WorkloadMix
-    law: ServiceTimeLaw
+    time_model: IterationTimeModel
     policy: Policy
 
 
 def limit_cases() -> list[LimitCase]:
-    unknown = StylisedModel(UNKNOWN, UNKNOWN_LAW)
+    unknown = PaperModel(UNKNOWN, UNKNOWN_LAW)
     capacity = capacity_tokens(UNKNOWN, UNKNOWN_LAW)
     return [
         LimitCase("two known types, FCFS", TWO_TYPES, TWO_TYPES_LAW, Fcfs()),
@@ -78,25 +78,25 @@ def limit_cases() -> list[LimitCase]:
     ]
 
 
-def capacity_tokens(mix: WorkloadMix, law: ServiceTimeLaw) -> int:
+def capacity_tokens(mix: WorkloadMix, time_model: IterationTimeModel) -> int:
     """M*, a whole number here."""
-    return round(solve_fluid(mix, law, 10**9).memory_tokens)
+    return round(solve_fluid(mix, time_model, 10**9).memory_tokens)
 
 
 def measure_limits(powers: int, rows: int) -> list[dict[str, Any]]:
     """Relative throughput gap at ζ = 1, 4, 16, … of policies at C = M*; slope from the second ζ on."""
     results = []
     for case in limit_cases():
-        capacity = capacity_tokens(case.mix, case.law)
+        capacity = capacity_tokens(case.mix, case.time_model)
         scales = [4**power for power in range(powers)]
         means, errors, restarts = [], [], 0.0
         owed_at = np.array([t.lengths.mean_output_tokens for t in case.mix.types])
         for scale in scales:
             mix = case.mix.scaled(scale)
-            law = ServiceTimeLaw(case.law.d0_s / scale, case.law.d1_s_per_kv_token / scale)
-            run = StylisedRun(StylisedModel(mix, law), case.policy, seed=scale, rows=rows, capacity_tokens=capacity)
+            time_model = IterationTimeModel(case.time_model.d0_s / scale, case.time_model.d1_s_per_kv_token / scale)
+            run = PaperRun(PaperModel(mix, time_model), case.policy, seed=scale, rows=rows, capacity_tokens=capacity)
             run.run(BASE_HORIZON_S)
-            fluid = solve_fluid(mix, law, capacity).throughput_tokens_per_s * BASE_HORIZON_S
+            fluid = solve_fluid(mix, time_model, capacity).throughput_tokens_per_s * BASE_HORIZON_S
             gaps = run.counts.sum(axis=2) @ owed_at / fluid
             means.append(float(gaps.mean()))
             errors.append(float(gaps.std(ddof=1)) / math.sqrt(rows))

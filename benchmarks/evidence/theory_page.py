@@ -192,11 +192,11 @@ def worked_case_text(rows: list[dict[str, Any]]) -> str:
 PREFACE = """\
 # The theory, checked on its own model
 
-Claims of arXiv 2504.11320 beside simulations of the model in which it proves them (`simulator/stylised.py`): an
+Claims of arXiv 2504.11320 beside simulations of the model in which it proves them (`simulator/paper_model.py`): an
 iteration takes d0 + d1·Σ(l + s), arrivals are Poisson, memory beyond C evicts last in, first out, and an
 evicted prompt restarts. Nothing here is a claim about vLLM or about a GPU. Thresholds, buffers and equilibria are those
-that Headrace computes (`scheduler/fluid.py`, `scheduler/solver.py`). Every figure and number on this page, and
-[theory.json](theory.json), come from one command, which takes two to four minutes on one core:
+that Headrace computes (`scheduler/model/fluid.py`, `scheduler/model/wait_thresholds.py`). Every figure and number on
+this page, and [theory.json](theory.json), come from one command, which takes two to four minutes on one core:
 
 COMMAND
 """

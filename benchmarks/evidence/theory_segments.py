@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from theory_fit import table
 
-from scheduler.law import ServiceTimeLaw
-from scheduler.mix import Lengths
-from scheduler.profiles import load_profile
-from scheduler.solver import SegmentChain, buffer_exponent
-from simulator.workload import WorkloadConfig, open_workload
+from scheduler.model.iteration_time import IterationTimeModel
+from scheduler.model.profiles import load_profile
+from scheduler.model.wait_thresholds import SegmentChain, buffer_exponent
+from scheduler.model.workload import Lengths
+from simulator.workload.requests import WorkloadConfig, open_workload
 
 LONGEST_TOKENS, MARGIN, SLACK = 500, 0.05, 0.05
 COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 25, 50)
@@ -28,12 +28,12 @@ LAW_RPS = 50
 
 def measure_segments() -> list[dict[str, Any]]:
     """The three terms of the memory bound by number of segments, thresholds real numbers, for every panel."""
-    law = load_profile("a100-llama2-7b-paper").law
+    time_model = load_profile("a100-llama2-7b-paper").time_model
     lengths = open_workload(WorkloadConfig(lengths="lmsys", requests=1, rate_rps=1.0)).mix().merged().lengths
     panels = []
     for rate_rps, horizon_s, delta in PANELS:
         speed = rate_rps / LAW_RPS
-        scaled = ServiceTimeLaw(law.d0_s / speed, law.d1_s_per_kv_token / speed)
+        scaled = IterationTimeModel(time_model.d0_s / speed, time_model.d1_s_per_kv_token / speed)
         points = [terms(lengths, scaled, rate_rps, horizon_s, delta, count) for count in COUNTS]
         found = [point for point in points if point]
         panels.append({"rate_rps": rate_rps, "horizon_s": horizon_s, "delta": delta, "points": found})
@@ -41,7 +41,7 @@ def measure_segments() -> list[dict[str, Any]]:
 
 
 def terms(
-    lengths: Lengths, law: ServiceTimeLaw, rate_rps: float, horizon_s: float, delta: float, count: int
+    lengths: Lengths, time_model: IterationTimeModel, rate_rps: float, horizon_s: float, delta: float, count: int
 ) -> dict[str, float] | None:
     """M^π, the boundary queues' certain and their random part, in tokens; None when no n keeps up.
 
@@ -50,11 +50,11 @@ def terms(
     boundaries = tuple(round(LONGEST_TOKENS * k / count) for k in range(1, count + 1))
     chain = SegmentChain(boundaries, lengths, MARGIN)
     relative = np.cumprod([1.0, *chain.ratios])
-    kv_load = rate_rps * law.d1_s_per_kv_token * float(chain.stage_kv_tokens @ relative)
+    kv_load = rate_rps * time_model.d1_s_per_kv_token * float(chain.stage_kv_tokens @ relative)
     if kv_load >= 1:
         return None
-    n = (1 + SLACK) * rate_rps * law.d0_s / (1 - kv_load) * relative
-    queue_log = math.log(count * (1 + horizon_s / law.d0_s) / delta)
+    n = (1 + SLACK) * rate_rps * time_model.d0_s / (1 - kv_load) * relative
+    queue_log = math.log(count * (1 + horizon_s / time_model.d0_s) / delta)
     roots = [buffer_exponent(p, before, after) for p, (before, after) in zip(chain.survival, pairwise(n), strict=True)]
     return {
         "segments": count, "base": float(chain.stage_kv_tokens @ n),

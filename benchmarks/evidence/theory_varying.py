@@ -9,15 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from theory_fit import loglog_slope, table
 
-from scheduler.law import ServiceTimeLaw
-from scheduler.mix import Lengths, WorkloadMix
-from scheduler.solver import NestedWaitSolution, nested_wait_thresholds
-from scheduler.varying import Stretch
-from simulator.stylised import NestedWait, StylisedModel, StylisedRun
+from scheduler.model.iteration_time import IterationTimeModel
+from scheduler.model.varying_rates import Stretch
+from scheduler.model.wait_thresholds import NestedWaitSolution, nested_wait_thresholds
+from scheduler.model.workload import Lengths, WorkloadMix
+from simulator.paper_model import NestedWait, PaperModel, PaperRun
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
-LAW = ServiceTimeLaw(1 / 4, 1 / 4800)
+TIME_MODEL = IterationTimeModel(1 / 4, 1 / 4800)
 LENGTHS = Lengths(np.array([4, 4]), np.array([2, 8]), np.array([0.3, 0.7]))
 BOUNDARIES = (2, 8)
 HORIZON_S = 100.0
@@ -35,7 +35,7 @@ class VaryingArrivals:
         widths = np.diff(self._edges_s)
         self._expected: FloatArray = np.concatenate([[0.0], np.cumsum(widths * np.array(rates_rps))])
         self._rng = rng
-        self.run: StylisedRun
+        self.run: PaperRun
 
     def during(self, seconds: FloatArray) -> IntArray:
         """Arrivals of the `seconds` before the clocks, which the run has moved by then."""
@@ -61,19 +61,19 @@ def measure_varying(powers: int, rows: int) -> list[dict[str, Any]]:
     stretches = tuple(Stretch(STRETCH_S, WorkloadMix.from_lengths(LENGTHS, rate)) for rate in RATES_RPS)
     for label, over_time in (("mean rate", ()), ("worst windows", stretches)):
         solution = nested_wait_thresholds(
-            mix, LAW, 10**9, boundaries=BOUNDARIES, horizon_s=HORIZON_S, over_time=over_time
+            mix, TIME_MODEL, 10**9, boundaries=BOUNDARIES, horizon_s=HORIZON_S, over_time=over_time
         )
         assert isinstance(solution, NestedWaitSolution), solution
         policy = NestedWait(solution.boundaries, tuple(round(n) for n in solution.n))
         scales = [4**power for power in range(powers)]
         measured: dict[str, list[FloatArray]] = {"gap": [], "latency": [], "ttft": []}
         for scale in scales:
-            law = ServiceTimeLaw(LAW.d0_s / scale, LAW.d1_s_per_kv_token / scale)
+            time_model = IterationTimeModel(TIME_MODEL.d0_s / scale, TIME_MODEL.d1_s_per_kv_token / scale)
             arrivals = VaryingArrivals(
                 STRETCH_S, tuple(rate * scale for rate in RATES_RPS), np.random.default_rng(scale)
             )
-            model = StylisedModel(mix.scaled(scale), law)
-            run = StylisedRun(model, policy, seed=scale, rows=rows, arrivals=arrivals)
+            model = PaperModel(mix.scaled(scale), time_model)
+            run = PaperRun(model, policy, seed=scale, rows=rows, arrivals=arrivals)
             arrivals.run = run
             run.run(HORIZON_S)
             offered = mean_rps * scale * HORIZON_S

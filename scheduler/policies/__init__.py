@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scheduler.policies.base import Decision, Policy, QueueView, Resident, Residents, Snapshot, Waiting
+from scheduler.policies.base import Decision, Policy, QueueView, RunningBatch, RunningRequest, Snapshot, Waiting
 from scheduler.policies.fcfs import Fcfs
 from scheduler.policies.fluid import Fluid
 from scheduler.policies.nested_wait import NestedWait
@@ -19,5 +19,13 @@ def make_policy(thresholds: Thresholds) -> Policy:
 
 
 __all__ = [
-    "UNKNOWN_TYPE", "Decision", "Policy", "QueueView", "Resident", "Residents", "Snapshot", "Waiting", "make_policy",
+    "UNKNOWN_TYPE",
+    "Decision",
+    "Policy",
+    "QueueView",
+    "RunningBatch",
+    "RunningRequest",
+    "Snapshot",
+    "Waiting",
+    "make_policy",
 ]

@@ -16,7 +16,7 @@ from scheduler.messages import Iteration
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
 
-class Resident(Protocol):
+class RunningRequest(Protocol):
     """A request in service, as a policy sees it."""
 
     @property
@@ -39,16 +39,16 @@ class Resident(Protocol):
         """KV tokens that an iteration reads for it once its prompt is computed: prompt and output so far."""
 
 
-class Residents(Sequence[Resident]):
+class RunningBatch(Sequence[RunningRequest]):
     """Requests in service; whole columns of them cost far less than one object each."""
 
     @abstractmethod
     def stages(self) -> list[int]:
-        """`Resident.stage` of all."""
+        """`RunningRequest.stage` of all."""
 
     @abstractmethod
     def kv_tokens(self) -> list[int]:
-        """`Resident.kv_tokens` of all."""
+        """`RunningRequest.kv_tokens` of all."""
 
     def shared_kv_tokens(self) -> list[int]:
         """Of those, the tokens in cached blocks that other requests held already when each was admitted."""
@@ -67,21 +67,21 @@ class Residents(Sequence[Resident]):
         return [math.inf] * len(self)
 
 
-def stages_of(residents: Sequence[Resident]) -> list[int]:
+def stages_of(running: Sequence[RunningRequest]) -> list[int]:
     """The stages of all."""
-    return residents.stages() if isinstance(residents, Residents) else [one.stage for one in residents]
+    return running.stages() if isinstance(running, RunningBatch) else [one.stage for one in running]
 
 
-def kv_tokens_of(residents: Sequence[Resident]) -> list[int]:
+def kv_tokens_of(running: Sequence[RunningRequest]) -> list[int]:
     """The KV tokens of all."""
-    return residents.kv_tokens() if isinstance(residents, Residents) else [one.kv_tokens for one in residents]
+    return running.kv_tokens() if isinstance(running, RunningBatch) else [one.kv_tokens for one in running]
 
 
 class Waiting(NamedTuple):
     """A request that waits at the gate, since a clock second.
 
     cached_tokens: of its prompt, those that the prefix cache holds, which need not be computed. shared_tokens: of the
-    cached ones, those in blocks that running requests hold, which add no memory. Declared lengths as in `Residents`.
+    cached ones, those in blocks that running requests hold, which add no memory. Declared lengths as in `RunningBatch`.
     """
 
     prompt_tokens: int
@@ -139,12 +139,12 @@ class Snapshot:
     now_s: float
     waiting: Mapping[str, QueueView]
     released: int
-    running: Sequence[Resident]
+    running: Sequence[RunningRequest]
     kv_used_tokens: int
     kv_capacity_tokens: int
     prompt_backlog_tokens: int = 0
     prompt_tokens_under_way: int = 0
-    released_requests: Sequence[Resident] = ()
+    released_requests: Sequence[RunningRequest] = ()
     kv_read_tokens: int | None = None
     slots: int | None = None
     most_tokens: int | None = None
@@ -185,8 +185,8 @@ class Decision:
     admit: Mapping[str, int] = field(default_factory=dict)
     sit_out: Collection[str] = _NOBODY
     token_budget: int | None = None
-    refuse: Collection[str] = _NOBODY
-    refuse_last: int = 0
+    reject: Collection[str] = _NOBODY
+    reject_last: int = 0
     drain_s: float = 0.0
     evict_first: Collection[str] = _NOBODY
 
@@ -208,9 +208,9 @@ class Policy(ABC):
     def decide(self, snapshot: Snapshot) -> Decision:
         """Who may enter and who sits out, for the iteration about to run."""
 
-    def seats(self, snapshot: Snapshot) -> int:
+    def free_slots(self, snapshot: Snapshot) -> int:
         """Requests that may still enter under the cap on requests in service."""
-        cap = self.thresholds.max_in_service
+        cap = self.thresholds.max_running
         taken = len(snapshot.running) + snapshot.released
         waiting = sum(view.length for view in snapshot.waiting.values())
         return waiting if cap is None else max(0, min(waiting, cap - taken))

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from scheduler.pace import Pace
-from scheduler.policies.base import Resident, Residents, Waiting, kv_tokens_of, stages_of
+from scheduler.fluid_params import FluidParams
+from scheduler.policies.base import RunningBatch, RunningRequest, Waiting, kv_tokens_of, stages_of
 
 _HORIZON_RATIO, _STAGE_RATIO = 1.15, 1.05
 """Ratios of neighbouring horizons and stages: between two of them, survival changes little."""
@@ -34,10 +34,10 @@ class Columns:
 
     __slots__ = ("expected", "kv", "most", "shared", "stages")
 
-    def __init__(self, requests: Sequence[Resident]) -> None:
+    def __init__(self, requests: Sequence[RunningRequest]) -> None:
         self.stages = np.array(stages_of(requests), dtype=np.int64)
         self.kv: Floats = np.array(kv_tokens_of(requests), dtype=np.float64)
-        if isinstance(requests, Residents):
+        if isinstance(requests, RunningBatch):
             self.shared: Floats = np.array(requests.shared_kv_tokens(), dtype=np.float64)
             self.expected: Floats = np.array(requests.expected_output_tokens(), dtype=np.float64)
             self.most: Floats = np.array(requests.most_output_tokens(), dtype=np.float64)
@@ -64,18 +64,18 @@ class BatchProjection:
     `reset` takes all admitted requests, `fits` and `add` one newcomer at a time.
     """
 
-    def __init__(self, pace: Pace) -> None:
-        self._pace = pace
-        lengths, survival = (np.array(column, dtype=float) for column in zip(*pace.survival, strict=True))
+    def __init__(self, params: FluidParams) -> None:
+        self._params = params
+        lengths, survival = (np.array(column, dtype=float) for column in zip(*params.survival, strict=True))
         longest = max(2.0, float(lengths[-1]))
         self._ahead = _geometric(longest, _HORIZON_RATIO)
         self._steps = np.diff(self._ahead, append=self._ahead[-1])
         self._edges = np.unique(np.concatenate([_geometric(longest, _STAGE_RATIO), lengths]))
         self._stays = _staying(self._edges, self._ahead, lengths, survival)
         # Drafts have memory before they are accepted, those of the iteration under way too.
-        self._early_tokens = pace.block_tokens + 2 * (pace.computed_per_step - 1)
-        self._d1 = pace.law.d1_s_per_kv_token / pace.pipeline_depth
-        self._d3 = pace.law.d3_s_per_decode_token * pace.computed_per_step / pace.pipeline_depth
+        self._early_tokens = params.block_tokens + 2 * (params.computed_per_step - 1)
+        self._d1 = params.time_model.d1_s_per_kv_token / params.pipeline_depth
+        self._d3 = params.time_model.d3_s_per_decode_token * params.computed_per_step / params.pipeline_depth
         self.reset(Columns([]), 0.0)
 
     def reset(self, requests: Columns, shared_tokens: float) -> None:
@@ -111,7 +111,7 @@ class BatchProjection:
         Memory with the probability that `overflow_z` stands for, time with a lasting part of it. None: iterations may
         take any time.
         """
-        pace = self._pace
+        params = self._params
         stays = self._newcomer(waiting)
         doubt = stays * (1 - stays)
         private, read = waiting.prompt_tokens - waiting.shared_tokens + self._ahead, waiting.prompt_tokens + self._ahead
@@ -119,13 +119,13 @@ class BatchProjection:
         # Between two horizons no request is taken to leave; a last block is rarely full, the next one allocated early.
         memory = self._memory + stays * private + requests * (self._steps + self._early_tokens) + self._shared_tokens
         spread = np.sqrt(self._memory_variance + doubt * private**2)
-        if float(np.max(memory + pace.overflow_z * spread)) > pace.kv_limit_tokens:
+        if float(np.max(memory + params.overflow_z * spread)) > params.kv_limit_tokens:
             return False
         if iteration_s is None:
             return True
-        seconds = pace.decode_iteration_s(requests, self._read + stays * read + requests * self._steps / 2)
+        seconds = params.decode_iteration_s(requests, self._read + stays * read + requests * self._steps / 2)
         spread_s = np.sqrt(self._time_variance + doubt * (self._d3 + self._d1 * read) ** 2)
-        return float(np.max(seconds + _LASTING * pace.overflow_z * spread_s)) <= iteration_s
+        return float(np.max(seconds + _LASTING * params.overflow_z * spread_s)) <= iteration_s
 
     def add(self, waiting: Waiting) -> None:
         """A newcomer is admitted."""

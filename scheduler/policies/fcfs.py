@@ -1,7 +1,7 @@
 """`fcfs`: first come, first served, as vLLM itself does.
 
 Decides: everyone enters at once, as long as the cap on requests in service allows; nobody sits out.
-Parameters: `max_in_service` (optional), `token_budget` (optional).
+Parameters: `max_running` (optional), `token_budget` (optional).
 When not to use it: under memory pressure without a cap, where greedy admission ends in preemption and recompute.
 """
 
@@ -18,5 +18,5 @@ class Fcfs(Policy):
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """Admit up to the cap."""
-        seats = self.seats(snapshot)
-        return Decision(admit={UNKNOWN_TYPE: seats}) if seats else Decision()
+        slots = self.free_slots(snapshot)
+        return Decision(admit={UNKNOWN_TYPE: slots}) if slots else Decision()

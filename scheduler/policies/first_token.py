@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from itertools import islice
 
-from scheduler.pace import ITERATIONS_UNDER_WAY, Pace
+from scheduler.fluid_params import ITERATIONS_UNDER_WAY, FluidParams
 from scheduler.policies.base import QueueView, Snapshot, Waiting
 
 _COLD_SHARE = 0.5
@@ -28,7 +28,7 @@ class FirstToken:
     its prompts take, the requests beside them and the KV tokens that these read.
     """
 
-    pace: Pace
+    params: FluidParams
     iteration_s: float
     prompt_tokens_per_s: float
     backlog_tokens: int
@@ -36,44 +36,44 @@ class FirstToken:
     batch: tuple[float, float] | None
 
     @classmethod
-    def of(cls, pace: Pace, snapshot: Snapshot, room: float) -> FirstToken:
+    def of(cls, params: FluidParams, snapshot: Snapshot, room: float) -> FirstToken:
         """From the state of the engine and the prompt tokens for which the coming iteration has time."""
         decodes, read = float(snapshot.tokens_to_decode), float(snapshot.read_tokens)
         most = math.inf if snapshot.most_tokens is None else max(1.0, float(snapshot.most_tokens - decodes))
-        chunk = min(max(room, pace.prompt_flow_tokens), most)
-        rate, seconds = math.inf, pace.law.shortest_iteration_s
+        chunk = min(max(room, params.prompt_flow_tokens), most)
+        rate, seconds = math.inf, params.time_model.shortest_iteration_s
         if math.isfinite(chunk):
-            seconds = pace.law.iteration_s(chunk, decodes, read)
-            if pace.iteration_s is not None and not pace.cold:
-                seconds = max(seconds, pace.iteration_s) if room <= chunk else seconds
+            seconds = params.time_model.iteration_s(chunk, decodes, read)
+            if params.iteration_s is not None and not params.cold:
+                seconds = max(seconds, params.iteration_s) if room <= chunk else seconds
             rate = chunk / seconds
-        under_way_s = (ITERATIONS_UNDER_WAY + pace.pipeline_depth - 1) * seconds
+        under_way_s = (ITERATIONS_UNDER_WAY + params.pipeline_depth - 1) * seconds
         batch = (decodes, read) if math.isinf(room) and math.isfinite(chunk) else None
         if batch:
-            prompts = (float(snapshot.prompt_tokens_under_way), *[0.0] * pace.pipeline_depth)
-            steps_s = [pace.law.iteration_s(tokens, *batch) for tokens in prompts]
+            prompts = (float(snapshot.prompt_tokens_under_way), *[0.0] * params.pipeline_depth)
+            steps_s = [params.time_model.iteration_s(tokens, *batch) for tokens in prompts]
             under_way_s = 0.0 if snapshot.idle else sum(steps_s)
-        return cls(pace, seconds, rate, snapshot.prompt_backlog_tokens, under_way_s, batch)
+        return cls(params, seconds, rate, snapshot.prompt_backlog_tokens, under_way_s, batch)
 
     def own_s(self, waiting: Waiting) -> float:
         """Seconds from the head of the queue to the first token."""
         tokens = self.backlog_tokens + waiting.tokens_to_compute
         if math.isinf(self.prompt_tokens_per_s):
-            return self.under_way_s + self.pace.prefill_s(tokens)
+            return self.under_way_s + self.params.prefill_s(tokens)
         alone_s = self.iteration_s
         if self.batch:
-            alone_s = min(alone_s, self.pace.law.iteration_s(float(tokens), *self.batch))
+            alone_s = min(alone_s, self.params.time_model.iteration_s(float(tokens), *self.batch))
         return self.under_way_s + max(tokens / self.prompt_tokens_per_s, alone_s)
 
     def too_late(self, view: QueueView, now_s: float) -> frozenset[str]:
         """Requests that have waited so long that their first token would be late; the oldest are looked at first."""
-        limit_s = self.pace.first_token_limit_s
+        limit_s = self.params.first_token_limit_s
         if limit_s is None:
             return frozenset()
         late = []
         for waiting in view.aged():
             waited_s = now_s - waiting.since_s
-            if self.pace.cold:
+            if self.params.cold:
                 if waited_s <= _COLD_SHARE * limit_s:
                     break
             elif waited_s + self.own_s(waiting) <= self._limit_s(waiting, limit_s):
@@ -83,12 +83,12 @@ class FirstToken:
 
     def _limit_s(self, waiting: Waiting, limit_s: float) -> float:
         """A declared length leaves the first token what a latency target has beyond the rest of the answer."""
-        pace = self.pace
-        if pace.latency_s is None or math.isinf(waiting.expected_output_tokens):
+        params = self.params
+        if params.latency_s is None or math.isinf(waiting.expected_output_tokens):
             return limit_s
-        token_s = pace.steady_token_s or pace.token_s or self.iteration_s
-        rest_s = pace.latency_s - (waiting.expected_output_tokens - 1) * token_s
-        return rest_s if pace.ttft_s is None else min(pace.ttft_s, rest_s)
+        token_s = params.steady_token_s or params.token_s or self.iteration_s
+        rest_s = params.latency_s - (waiting.expected_output_tokens - 1) * token_s
+        return rest_s if params.ttft_s is None else min(params.ttft_s, rest_s)
 
     def beyond_limit(
         self, view: QueueView, now_s: float, *, waiting: int, tokens: int, running: int, free_slots: int
@@ -98,11 +98,11 @@ class FirstToken:
         waiting, tokens: requests that go on waiting, and their prompt tokens to compute; running: admitted ones;
         free_slots: how many more may enter before another leaves.
         """
-        pace, limit_s = self.pace, self.pace.first_token_limit_s
-        beyond = 0 if pace.queue_requests is None else max(0, waiting - pace.queue_requests)
-        if limit_s is None or pace.cold or waiting <= 0:
+        params, limit_s = self.params, self.params.first_token_limit_s
+        beyond = 0 if params.queue_limit is None else max(0, waiting - params.queue_limit)
+        if limit_s is None or params.cold or waiting <= 0:
             return beyond
-        at_capacity = pace.in_service_at_capacity
+        at_capacity = params.running_at_capacity
         free = max(0.0, min(free_slots, (math.inf if at_capacity is None else at_capacity) - running))
         left = waiting
         for place, request in enumerate(islice(view.tail(), waiting)):
@@ -121,16 +121,16 @@ class FirstToken:
 
         free: how many of them enter before the replica is full.
         """
-        pace, slow = self.pace, max(0.0, ahead - free)
+        params, slow = self.params, max(0.0, ahead - free)
         if not ahead:
             return 0.0
         wait_s = (1 - slow / ahead) * tokens / self.prompt_tokens_per_s
-        if not slow or not pace.capacity_rps:
+        if not slow or not params.capacity_rps:
             return wait_s
-        flow_per_s = pace.prompt_flow_tokens / pace.iteration_s if pace.iteration_s else 0.0
-        wait_s += slow / ahead * tokens / flow_per_s if flow_per_s else slow / pace.capacity_rps
-        return wait_s + _SURE * math.sqrt(pace.variability * slow) / pace.capacity_rps
+        flow_per_s = params.prompt_flow_tokens / params.iteration_s if params.iteration_s else 0.0
+        wait_s += slow / ahead * tokens / flow_per_s if flow_per_s else slow / params.capacity_rps
+        return wait_s + _SURE * math.sqrt(params.variability * slow) / params.capacity_rps
 
     def drain_s(self, waiting: int) -> float:
         """Seconds in which the fluid model serves so many."""
-        return waiting / self.pace.capacity_rps if self.pace.capacity_rps else 0.0
+        return waiting / self.params.capacity_rps if self.params.capacity_rps else 0.0

@@ -5,7 +5,7 @@ iteration to come stays within the planned time, both at the stated probability.
 tokens as the rest of that time allows, and more where the running requests can spare it. A request whose first token
 cannot be in time is rejected, when it arrives if that can be foreseen, and so is one that would only lengthen a queue
 that is long enough already. Without targets no request is rejected, and only memory and slots limit admission.
-Parameters: `pace` (without one only slots limit admission), `max_in_service` (optional).
+Parameters: `pace` (without one only slots limit admission), `max_running` (optional).
 When not to use it: with output lengths that change faster than the survival estimate follows.
 """
 
@@ -18,8 +18,8 @@ from itertools import islice
 
 import numpy as np
 
-from scheduler.pace import Pace
-from scheduler.policies.base import Decision, Policy, QueueView, Residents, Snapshot, stages_of
+from scheduler.fluid_params import FluidParams
+from scheduler.policies.base import Decision, Policy, QueueView, RunningBatch, Snapshot, stages_of
 from scheduler.policies.batch_projection import BatchProjection, Columns
 from scheduler.policies.first_token import FirstToken
 from scheduler.policies.tpot_slack import TpotSlack
@@ -43,7 +43,7 @@ class Fluid(Policy):
 
     def __init__(self, thresholds: Thresholds) -> None:
         super().__init__(thresholds)
-        self._admission = _Admission(thresholds.pace) if thresholds.pace else None
+        self._admission = _Admission(thresholds.fluid) if thresholds.fluid else None
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """Reject what is too late, admit from the head, reject what cannot be in time at the tail, set the budget."""
@@ -55,7 +55,7 @@ class Fluid(Policy):
         room = admission.prompt_room(snapshot, view)
         if not view:
             return Decision(token_budget=admission.budget(snapshot, room))
-        first = FirstToken.of(admission.pace, snapshot, room)
+        first = FirstToken.of(admission.fluid, snapshot, room)
         late = first.too_late(view, snapshot.now_s)
         admitted, tokens, cached = admission.admitted(view, late, slots, snapshot, room)
         budget = admission.budget(snapshot, room, cached)
@@ -65,13 +65,13 @@ class Fluid(Policy):
             free_slots=0 if admission.is_full else slots - admitted,
         )
         return Decision(
-            admit={UNKNOWN_TYPE: admitted} if admitted else {}, token_budget=budget, refuse=late, refuse_last=beyond,
+            admit={UNKNOWN_TYPE: admitted} if admitted else {}, token_budget=budget, reject=late, reject_last=beyond,
             drain_s=first.drain_s(view.length),
         )
 
     def _free_slots(self, snapshot: Snapshot) -> int:
         """Requests that may be admitted: beyond the engine's slots they would queue where none is rejected."""
-        allowed = self.seats(snapshot)
+        allowed = self.free_slots(snapshot)
         if snapshot.slots is None:
             return allowed
         return max(0, min(allowed, snapshot.slots - len(snapshot.running) - snapshot.released))
@@ -80,16 +80,16 @@ class Fluid(Policy):
 class _Admission:
     """The decisions under one set of parameters."""
 
-    def __init__(self, pace: Pace) -> None:
-        self.pace = pace
-        self._projection = BatchProjection(pace)
-        self._slack = None if pace.token_s is None else TpotSlack(
-            pace.token_s, self._projection.survives, pace.pipeline_depth
+    def __init__(self, params: FluidParams) -> None:
+        self.fluid = params
+        self._projection = BatchProjection(params)
+        self._slack = None if params.token_s is None else TpotSlack(
+            params.token_s, self._projection.survives, params.pipeline_depth
         )
-        self._smallest_chunk = _smallest_chunk(pace)
-        self._speed = 0.0 if pace.cold else 1.0
-        self._recent_s = pace.iteration_s or 0.0
-        self._round_s: deque[float] = deque(maxlen=pace.pipeline_depth)
+        self._smallest_chunk = _smallest_chunk(params)
+        self._speed = 0.0 if params.cold else 1.0
+        self._recent_s = params.iteration_s or 0.0
+        self._round_s: deque[float] = deque(maxlen=params.pipeline_depth)
         self._seen = 0
         self._full_with = 0
         self._full_for = 0
@@ -107,7 +107,7 @@ class _Admission:
         self._seen = latest.seq
         self._round_s.append(latest.seconds)  # a pipeline is as slow as the slowest of the batches in it
         self._recent_s = _RECENT_MEMORY * self._recent_s + (1 - _RECENT_MEMORY) * max(self._round_s)
-        predicted_s = self.pace.law.iteration_s(
+        predicted_s = self.fluid.time_model.iteration_s(
             float(latest.prefill_tokens), float(latest.decode_tokens), float(latest.kv_tokens)
         )
         ratio = latest.seconds / predicted_s
@@ -120,15 +120,15 @@ class _Admission:
         The margin covers an engine that is as much slower than its model. When it is slower still, the time per token
         is held to the target itself, sooner than the controller learns of it.
         """
-        pace, speed = self.pace, self._speed
-        if pace.iteration_s is None or (pace.cold and not speed):
+        params, speed = self.fluid, self._speed
+        if params.iteration_s is None or (params.cold and not speed):
             return None
-        limit_s = pace.iteration_s
-        if pace.cold:
+        limit_s = params.iteration_s
+        if params.cold:
             limit_s /= speed
-        elif pace.tpot_s is not None:
-            limit_s = min(limit_s, pace.tpot_s * pace.tokens_per_step / pace.pipeline_depth / speed)
-        return max(limit_s, pace.decode_iteration_s(1.0, 1.0))
+        elif params.tpot_s is not None:
+            limit_s = min(limit_s, params.tpot_s * params.tokens_per_step / params.pipeline_depth / speed)
+        return max(limit_s, params.decode_iteration_s(1.0, 1.0))
 
     def prompt_room(self, snapshot: Snapshot, view: QueueView | None) -> float:
         """Prompt tokens for which the coming iteration has time beside every decode; infinite without a target.
@@ -136,18 +136,18 @@ class _Admission:
         At least a small chunk, so that prefills always progress. More than planned when prefills want it and the
         running requests have slack.
         """
-        pace, running, limit_s = self.pace, self._steps(snapshot), self._iteration_s
+        params, running, limit_s = self.fluid, self._steps(snapshot), self._iteration_s
         if limit_s is None:
             return math.inf
         read = snapshot.read_tokens
-        room = pace.prompt_tokens_within(limit_s, running, read)
+        room = params.prompt_tokens_within(limit_s, running, read)
         assert self._slack is not None
         most = math.inf if snapshot.most_tokens is None else max(0.0, snapshot.most_tokens - snapshot.tokens_to_decode)
-        decode_s = pace.law.iteration_s(0.0, float(snapshot.tokens_to_decode), float(read))
-        busy_s = max(decode_s, pace.steady_s, self._recent_s)
-        gain_s = (limit_s - busy_s) * pace.pipeline_depth / pace.tokens_per_step
+        decode_s = params.time_model.iteration_s(0.0, float(snapshot.tokens_to_decode), float(read))
+        busy_s = max(decode_s, params.steady_s, self._recent_s)
+        gain_s = (limit_s - busy_s) * params.pipeline_depth / params.tokens_per_step
         may_lend = gain_s > 0 and room < most and not (self.is_full and view)
-        wanted_s = pace.prefill_s(_wanted_tokens(snapshot, view, most) - max(room, 0.0)) if may_lend else 0.0
+        wanted_s = params.prefill_s(_wanted_tokens(snapshot, view, most) - max(room, 0.0)) if may_lend else 0.0
         if wanted_s <= 0:
             self._slack.nothing_lent()
         else:
@@ -155,25 +155,29 @@ class _Admission:
             prompts = ahead + (snapshot.prompt_backlog_tokens > 0)
             # A longer batch delays those behind it in each of a pipeline's stages.
             spare_s = self._slack.spare_s(
-                np.array(stages_of(snapshot.running)), _first_token_s(snapshot), snapshot.now_s,
-                wanted_s * pace.pipeline_depth, gain_s=gain_s, misses=_SLACK_SHARE * pace.miss_probability * prompts,
+                np.array(stages_of(snapshot.running)),
+                _first_token_s(snapshot),
+                snapshot.now_s,
+                wanted_s * params.pipeline_depth,
+                gain_s=gain_s,
+                misses=_SLACK_SHARE * params.miss_probability * prompts,
             )
-            room = pace.prompt_tokens_within(limit_s + spare_s / pace.pipeline_depth, running, read)
+            room = params.prompt_tokens_within(limit_s + spare_s / params.pipeline_depth, running, read)
         return max(self._smallest_chunk, min(room, most))
 
     def budget(self, snapshot: Snapshot, room: float, cached_tokens: int = 0) -> int | None:
         """Tokens of the coming iteration; prompts that are found cached are read though not computed."""
         if math.isinf(room):
             return None
-        prompt_s = self.pace.prefill_s(1.0)
-        read = cached_tokens * self.pace.law.d1_s_per_kv_token / prompt_s if prompt_s else 0.0
+        prompt_s = self.fluid.prefill_s(1.0)
+        read = cached_tokens * self.fluid.time_model.d1_s_per_kv_token / prompt_s if prompt_s else 0.0
         return snapshot.tokens_to_decode + int(max(self._smallest_chunk, room - read) + 1e-6)
 
     def _steps(self, snapshot: Snapshot) -> float:
         """Running requests, each with the drafts that it usually has: the coming iteration knows how many there are."""
         if snapshot.decode_tokens is None:
             return float(len(snapshot.running))
-        return snapshot.decode_tokens / self.pace.computed_per_step
+        return snapshot.decode_tokens / self.fluid.computed_per_step
 
     def admitted(
         self, view: QueueView, late: Collection[str], slots: int, snapshot: Snapshot, room: float
@@ -232,14 +236,14 @@ def _wanted_tokens(snapshot: Snapshot, view: QueueView | None, most: float) -> f
     return min(float(wanted), most)
 
 
-def _smallest_chunk(pace: Pace) -> int:
+def _smallest_chunk(params: FluidParams) -> int:
     """A chunk that is small for a GPU would take a CPU as long as all decodes of an iteration."""
-    prompt_s = pace.prefill_s(1.0)
-    if pace.iteration_s is None or not prompt_s:
+    prompt_s = params.prefill_s(1.0)
+    if params.iteration_s is None or not prompt_s:
         return _SMALLEST_CHUNK
-    return max(1, min(_SMALLEST_CHUNK, int(_SMALLEST_CHUNK_SHARE * pace.iteration_s / prompt_s)))
+    return max(1, min(_SMALLEST_CHUNK, int(_SMALLEST_CHUNK_SHARE * params.iteration_s / prompt_s)))
 
 
 def _first_token_s(snapshot: Snapshot) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     running = snapshot.running
-    return np.array(running.first_token_s() if isinstance(running, Residents) else [math.nan] * len(running))
+    return np.array(running.first_token_s() if isinstance(running, RunningBatch) else [math.nan] * len(running))

@@ -5,7 +5,7 @@ until n_k of them do. In `strict` mode a segment runs only when its queue is ful
 `serving` mode only admission and the step over a boundary wait, each at most `max_hold_s`; requests inside a segment
 always run, and an idle engine takes whatever is there.
 n_k may be less than one request per stage: a segment's total is then spread over its iterations (`rotation.py`).
-Parameters: `segments` (boundary and total each), `max_in_service`, `max_hold_s`.
+Parameters: `segments` (boundary and total each), `max_running`, `max_hold_s`.
 When not to use it: away from memory pressure, where holding a long answer at a boundary only makes it later.
 """
 
@@ -29,13 +29,13 @@ class NestedWait(Policy):
         """Open the entry when n_1 wait (or, in serving mode, one has waited long enough), and hold at boundaries."""
         if self.strict:
             admitted, sit_out = self._segments.decide_strictly(snapshot)
-            admitted = min(admitted, self.seats(snapshot))
+            admitted = min(admitted, self.free_slots(snapshot))
             return Decision(
                 {UNKNOWN_TYPE: admitted} if admitted else {}, sit_out,
                 evict_first=self._segments.at_boundary(snapshot, sit_out),
             )
-        view, seats = snapshot.waiting.get(UNKNOWN_TYPE), self.seats(snapshot)
+        view, slots = snapshot.waiting.get(UNKNOWN_TYPE), self.free_slots(snapshot)
         at_once = view is not None and (snapshot.idle or self.hold_is_over(view, snapshot))
-        entering = self._segments.entering(view.length if view else 0, seats, at_once=at_once)
+        entering = self._segments.entering(view.length if view else 0, slots, at_once=at_once)
         admit = {UNKNOWN_TYPE: entering} if entering else {}
         return Decision(admit, self._segments.sit_out(snapshot, entering=bool(admit)))

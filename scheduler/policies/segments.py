@@ -13,9 +13,9 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection
 
-from scheduler.policies.base import Resident, Snapshot, stages_of
+from scheduler.model.rotation import stage_lengths, stage_limit
+from scheduler.policies.base import RunningRequest, Snapshot, stages_of
 from scheduler.policies.holds import Holds
-from scheduler.rotation import stage_lengths, stage_limit
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
 
@@ -39,12 +39,12 @@ class Segments:
         """n_k at one of a segment's stages (from 0) in the iteration that the segment has come to."""
         return stage_limit(self._totals[segment], self._stages[segment], self._steps[segment] - position)
 
-    def entering(self, waiting: int, seats: int, *, at_once: bool) -> int:
+    def entering(self, waiting: int, slots: int, *, at_once: bool) -> int:
         """Serving mode, once an iteration: how many of those waiting enter segment 1.
 
         at_once: an incomplete group enters too, since its hold is over or the engine is idle.
         """
-        able = min(waiting, seats)
+        able = min(waiting, slots)
         if not self._totals:
             return able
         n = self._limit(0)
@@ -73,15 +73,15 @@ class Segments:
             return set()
         # A step may cross a boundary by all of its tokens but one, and so may the one that was under way meanwhile.
         self._stand_within(2 * (snapshot.most_step_tokens - 1))
-        queues: dict[int, list[Resident]] = {index: [] for index in self._queue_at.values()}
+        queues: dict[int, list[RunningRequest]] = {index: [] for index in self._queue_at.values()}
         for place, stage in enumerate(stages_of(snapshot.running)):
-            if stage in self._queue_at and (resident := snapshot.running[place]).type_name == UNKNOWN_TYPE:
-                queues[self._queue_at[stage]].append(resident)
-        self._holds.forget_all_but({one.request_id for residents in queues.values() for one in residents})
+            if stage in self._queue_at and (request := snapshot.running[place]).type_name == UNKNOWN_TYPE:
+                queues[self._queue_at[stage]].append(request)
+        self._holds.forget_all_but({one.request_id for running in queues.values() for one in running})
 
         held: set[str] = set()
-        for index, residents in queues.items():
-            newcomers = [one for one in residents if not self._holds.has_passed(one.request_id, index)]
+        for index, running in queues.items():
+            newcomers = [one for one in running if not self._holds.has_passed(one.request_id, index)]
             for one in newcomers:
                 self._holds.stands(one.request_id, snapshot.now_s)
             passing = self._passing(index, newcomers, snapshot.now_s)
@@ -91,7 +91,7 @@ class Segments:
         everybody_held = len(held) == len(snapshot.running)
         return set() if everybody_held and not entering and not snapshot.released else held
 
-    def _passing(self, index: int, newcomers: list[Resident], now_s: float) -> set[str]:
+    def _passing(self, index: int, newcomers: list[RunningRequest], now_s: float) -> set[str]:
         """Who steps over a boundary now: a full group, those there longest first, and whoever was held long enough."""
         n = self._limit(index)
         standing = [one.request_id for one in newcomers if not one.tokens_in_flight]
@@ -111,21 +111,21 @@ class Segments:
         """
         view = snapshot.waiting.get(UNKNOWN_TYPE)
         waiting = view.length if view else 0
-        residents = [r for r in snapshot.running if r.type_name == UNKNOWN_TYPE and r.stage > 0]
+        running = [r for r in snapshot.running if r.type_name == UNKNOWN_TYPE and r.stage > 0]
         if not self._totals:
             return waiting, set()
         standing = Counter(
-            self._queue_at[r.stage] for r in residents if r.stage in self._queue_at and not r.tokens_in_flight
+            self._queue_at[r.stage] for r in running if r.stage in self._queue_at and not r.tokens_in_flight
         )
-        under_way = any(r.tokens_in_flight for r in residents)
+        under_way = any(r.tokens_in_flight for r in running)
         for _ in range(max(self._stages)):
             running_segments = self._running_segments(waiting, standing)
             entering = min(self._limit(0), waiting) if running_segments else 0
-            sit_out = self._held_strictly(residents, running_segments)
+            sit_out = self._held_strictly(running, running_segments)
             for index in range(running_segments):
                 self._steps[index] += 1
             # An iteration in which n_k is 0 for all who are there takes no time.
-            if entering or len(sit_out) < len(residents) or not running_segments or under_way:
+            if entering or len(sit_out) < len(running) or not running_segments or under_way:
                 break
         return entering, sit_out
 
@@ -135,23 +135,23 @@ class Segments:
                 return index
         return len(self._totals)
 
-    def _held_strictly(self, residents: list[Resident], running_segments: int) -> set[str]:
+    def _held_strictly(self, running: list[RunningRequest], running_segments: int) -> set[str]:
         sit_out: set[str] = set()
         at_stage: Counter[int] = Counter()
-        for resident in residents:
-            stage, segment = resident.stage, self._segment_entered_next(resident.stage)
-            unfinished = stage not in self._queue_at or not resident.tokens_in_flight
+        for request in running:
+            stage, segment = request.stage, self._segment_entered_next(request.stage)
+            unfinished = stage not in self._queue_at or not request.tokens_in_flight
             at_stage[stage] += unfinished
             room = segment < running_segments and at_stage[stage] <= self._limit(segment, stage - self._starts[segment])
             if not (room and unfinished):
-                sit_out.add(resident.request_id)
+                sit_out.add(request.request_id)
         return sit_out
 
     def at_boundary(self, snapshot: Snapshot, sit_out: Collection[str]) -> set[str]:
         """Of those who sit out, those that stand at a boundary: the paper's memory repair evicts these."""
         return {
-            resident.request_id for resident in snapshot.running
-            if resident.stage in self._queue_at and resident.request_id in sit_out
+            request.request_id for request in snapshot.running
+            if request.stage in self._queue_at and request.request_id in sit_out
         }
 
     def _segment_entered_next(self, stage: int) -> int:

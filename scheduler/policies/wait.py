@@ -5,7 +5,7 @@ progress, at most n_j requests from each stage, and if no type has one everybody
 `serving` mode requests in service always run, a group that stays incomplete enters after `max_hold_s`, and an idle
 engine takes whatever is there. Requests of unknown length follow the segments, as under `nested_wait`, if any are set.
 A type without n_j has an open gate: its requests enter at once and always run, in either mode.
-Parameters: `types` (n_j and length bounds, first match wins), `segments` for unknown lengths, `max_in_service`.
+Parameters: `types` (n_j and length bounds, first match wins), `segments` for unknown lengths, `max_running`.
 When not to use it: at light load, where holding a group back only adds its hold to the time to first token; and
 whenever clients declare no lengths.
 """
@@ -44,22 +44,22 @@ class Wait(Policy):
         """Open the gate of every type that has a full group (or, in serving mode, has waited long enough)."""
         if self.strict:
             return self._decide_strictly(snapshot)
-        seats = self.seats(snapshot)
+        slots = self.free_slots(snapshot)
         admit: dict[str, int] = {}
         # Oldest first, so that the last free seats go to whoever has waited longest.
         for type_name, view in sorted(snapshot.waiting.items(), key=lambda item: item[1].oldest_since_s):
             at_once = snapshot.idle or self.hold_is_over(view, snapshot)
             if type_name in self._n:
-                able = min(view.length, seats)
+                able = min(view.length, slots)
                 n = self._n[type_name] or able
                 entering = min(n, able) if able >= n or at_once else 0
             else:
-                entering = self._segments.entering(view.length, seats, at_once=at_once)
+                entering = self._segments.entering(view.length, slots, at_once=at_once)
             if entering:
                 admit[type_name] = entering
-                seats -= entering
+                slots -= entering
         if UNKNOWN_TYPE not in snapshot.waiting:
-            self._segments.entering(0, seats, at_once=False)
+            self._segments.entering(0, slots, at_once=False)
         return Decision(admit, self._segments.sit_out(snapshot, entering=bool(admit)))
 
     def _decide_strictly(self, snapshot: Snapshot) -> Decision:
@@ -68,18 +68,18 @@ class Wait(Policy):
         known = {name: n for name, n in self._n.items() if n is not None and waiting.get(name, 0) >= n}
         unknown_admitted, sit_out = self._segments.decide_strictly(snapshot)
         at_stage: Counter[tuple[str, int]] = Counter()
-        for resident in snapshot.running:
-            if resident.type_name not in self._n or resident.type_name in open_types or resident.stage == 0:
+        for request in snapshot.running:
+            if request.type_name not in self._n or request.type_name in open_types or request.stage == 0:
                 continue
-            place = (resident.type_name, resident.stage)
+            place = (request.type_name, request.stage)
             at_stage[place] += 1
-            if at_stage[place] > known.get(resident.type_name, 0):
-                sit_out.add(resident.request_id)
+            if at_stage[place] > known.get(request.type_name, 0):
+                sit_out.add(request.request_id)
         known |= {name: waiting[name] for name in sorted(open_types & waiting.keys())}
         if unknown_admitted:
             known[UNKNOWN_TYPE] = unknown_admitted
-        seats, admit = self.seats(snapshot), {}
+        slots, admit = self.free_slots(snapshot), {}
         for name, count in known.items():
-            admit[name] = min(count, seats)
-            seats -= admit[name]
+            admit[name] = min(count, slots)
+            slots -= admit[name]
         return Decision(admit, sit_out)

@@ -2,14 +2,14 @@
 
 Source: `general_nested_chunked` in the authors' repository. Segments as in `nested_wait`, but each is judged alone.
 Decides: segment k takes B_k div δ_k requests from its entry in an iteration, one more in B_k mod δ_k of every δ_k
-(`scheduler.rotation`), and never holds more than B_k; requests inside a segment move on. The entry of segment 1 is the
-gate, that of a later one its boundary queue. With `wait_gate` a segment's entry opens only when as many stand there as
-may enter in this iteration, or when the segment is full. A prompt is computed in chunks of `prefill_chunk_tokens`, and
-`token_gate` gives the tokens of an iteration.
+(`scheduler.model.rotation`), and never holds more than B_k; requests inside a segment move on. The entry of segment 1
+is the gate, that of a later one its boundary queue. With `wait_gate` a segment's entry opens only when as many stand
+there as may enter in this iteration, or when the segment is full. A prompt is computed in chunks of
+`prefill_chunk_tokens`, and `token_gate` gives the tokens of an iteration.
 In `strict` mode a closed gate stops the whole segment, as in the authors' code, though not the prompts in progress, nor
 the entry of segment 1. In `serving` mode only entries wait, at a boundary at most `max_hold_s`, whatever gate and B_k
 say, and an idle engine takes a request at once.
-Parameters: `segments` (boundary and B_k each), `max_in_service` (the authors' total limit), `wait_gate`,
+Parameters: `segments` (boundary and B_k each), `max_running` (the authors' total limit), `wait_gate`,
 `prefill_chunk_tokens`, `token_budget`, `max_hold_s`.
 When not to use it: away from the load at which the cap binds, where it only delays the entry.
 """
@@ -21,9 +21,9 @@ from bisect import bisect_left
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from scheduler.policies.base import Decision, Policy, Resident, Snapshot
+from scheduler.model.rotation import stage_lengths, stage_limit
+from scheduler.policies.base import Decision, Policy, RunningRequest, Snapshot
 from scheduler.policies.holds import Holds
-from scheduler.rotation import stage_lengths, stage_limit
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
 
@@ -69,10 +69,10 @@ class WaitCp(Policy):
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """Who enters each segment; whoever stands at a boundary and does not enter sits out."""
-        view, seats = snapshot.waiting.get(UNKNOWN_TYPE), self.seats(snapshot)
+        view, slots = snapshot.waiting.get(UNKNOWN_TYPE), self.free_slots(snapshot)
         waiting = view.length if view else 0
         if not self._ends:
-            return Decision({UNKNOWN_TYPE: seats} if seats else {})
+            return Decision({UNKNOWN_TYPE: slots} if slots else {})
         limits = [
             stage_limit(cap, stages, self._iteration) for cap, stages in zip(self._caps, self._stages, strict=True)
         ]
@@ -87,7 +87,7 @@ class WaitCp(Policy):
         for index in range(1, len(segments)):
             room = min(limits[index], self._caps[index] - len(segments[index].inside))
             sit_out |= self._held_at(index, segments[index], max(0, room) if opened[index] else 0, snapshot.now_s)
-        entering = min(limits[0], max(0, self._caps[0] - self._occupied(segments[0])), seats)
+        entering = min(limits[0], max(0, self._caps[0] - self._occupied(segments[0])), slots)
         if self.strict:
             for segment, is_open in zip(segments, opened, strict=True):
                 sit_out.update(() if is_open else segment.inside)
@@ -96,7 +96,7 @@ class WaitCp(Policy):
                 entering = 0
             if snapshot.idle:
                 entering = max(1, entering)
-            entering = min(entering, seats)
+            entering = min(entering, slots)
             if len(sit_out) == len(snapshot.running) and not entering and not snapshot.released:
                 sit_out -= self._one_of(segments)  # with nothing inside any segment, no cap is in its way
         admit = {UNKNOWN_TYPE: entering} if entering else {}
@@ -105,14 +105,14 @@ class WaitCp(Policy):
     def _segments(self, snapshot: Snapshot, waiting: int) -> list[_Segment]:
         segments = [_Segment() for _ in self._ends]
         present: set[str] = set()
-        for resident in (*snapshot.running, *snapshot.released_requests):
-            self._place(resident, segments, present)
+        for request in (*snapshot.running, *snapshot.released_requests):
+            self._place(request, segments, present)
         segments[0].waiting += waiting
         self._holds.forget_all_but(present)
         return segments
 
-    def _place(self, resident: Resident, segments: list[_Segment], present: set[str]) -> None:
-        name, stage = resident.request_id, resident.stage
+    def _place(self, request: RunningRequest, segments: list[_Segment], present: set[str]) -> None:
+        name, stage = request.request_id, request.stage
         if stage == 0:
             segments[0].waiting += 1
             segments[0].arriving.append(name)
@@ -123,7 +123,7 @@ class WaitCp(Policy):
             segment = segments[index + 1]
             if self._holds.has_passed(name, index + 1):
                 segment.inside.append(name)
-            elif resident.tokens_in_flight:  # it may be finished
+            elif request.tokens_in_flight:  # it may be finished
                 segment.arriving.append(name)
             else:
                 segment.standing.append(name)

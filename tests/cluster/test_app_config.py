@@ -11,8 +11,8 @@ import yaml
 
 from cluster import config as config_module
 from cluster.config import ConfigError, load_config
-from scheduler.targets import Targets
 from scheduler.thresholds import Thresholds
+from scheduler.tuning.slo import Slo
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -81,7 +81,7 @@ def test_defaults(tmp_path: Path) -> None:
     assert config.ray.address == "local"
     assert config.application.args.controller.enabled
     assert config.application.args.thresholds.policy == "fluid"
-    assert config.application.args.targets == Targets()
+    assert config.application.args.targets == Slo()
 
 
 def test_thresholds_that_name_no_policy_are_those_of_fluid(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_targets_reach_the_engine_and_the_controller(tmp_path: Path) -> None:
     path = tmp_path / "targets.yaml"
     path.write_text(yaml.safe_dump(with_value((*ARGS, "targets"), {"ttft_s": 2, "tpot_s": 0.1})))
     args = load_config(path).application.args
-    assert args.tuning.targets == Targets(2, 0.1)
+    assert args.tuning.targets == Slo(2, 0.1)
     assert args.tuning.period_s == args.controller.period_s
     for wrong, said in (({"ttft_s": 0}, "ttft_s"), ({"tpot": 1}, "tpot")):
         assert said in complaint(tmp_path, (*ARGS, "targets"), wrong)
@@ -167,7 +167,7 @@ def test_a_typo_comes_with_every_allowed_key(tmp_path: Path, key: Key, some_allo
         ((*ARGS, "accelerator", "kind"), "tpu", "'cpu' or 'gpu'"),
         ((*ARGS, "thresholds", "max_hold_s"), -1, "seconds from 0 to 60"),
         ((*ARGS, "thresholds", "max_hold_s"), float("nan"), "seconds from 0 to 60"),
-        ((*ARGS, "thresholds", "max_in_service"), 0, "an integer >= 1"),
+        ((*ARGS, "thresholds", "max_running"), 0, "an integer >= 1"),
         ((*ARGS, "thresholds", "policy"), "lifo", "one of fcfs, wait, nested_wait"),
         (("http_options", "port"), 0, "greater than or equal to 1"),
         (("http_options", "port"), 65536, "65535"),

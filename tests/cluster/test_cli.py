@@ -26,7 +26,7 @@ from scheduler.thresholds import SegmentThreshold, Thresholds
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGURED = Thresholds(
-    policy="nested_wait", segments=(SegmentThreshold(end_output_tokens=64, total=4),), max_in_service=40,
+    policy="nested_wait", segments=(SegmentThreshold(end_output_tokens=64, total=4),), max_running=40,
     token_budget=900,
 )
 Result = tuple[int, str, str]
@@ -67,7 +67,7 @@ class Server:
         except AdminError as error:
             return httpx.Response(error.status_code, json={"error": {"message": str(error)}})
         acks = {
-            name: self.engines[name].in_force.offer(Apply(thresholds=wanted, automatic=False))
+            name: self.engines[name].active.offer(Apply(thresholds=wanted, automatic=False))
             for name, wanted in planned.items()
         }
         results = {
@@ -80,16 +80,16 @@ class Server:
         report = telemetry_as_dict(self.engines["left"].report(None))
         report["gauges"] = None
         known = {
-            "rate_rps": 4.25, "finished_seen": 200, "law": {"d0_s": 0.01, "r2": 0.987},
+            "rate_rps": 4.25, "finished_seen": 200, "time_model": {"d0_s": 0.01, "r2": 0.987},
             "fluid": {"load": 0.4125, "iteration_time_s": 0.01907, "memory_tokens": 18554.2,
                       "kv_capacity_tokens": 137000},
             "forecast": {
-                "binding": "TPOT target", "goodput_rps": 3.75, "capacity_rps": 3.8, "queue_requests": 9, "cold": False,
+                "bottleneck": "TPOT target", "goodput_rps": 3.75, "capacity_rps": 3.8, "queue_limit": 9, "cold": False,
                 "rate_rps": {"value": 4.25, "low": 4.0, "high": 4.5}, "iteration_s": None, "survival_samples": 198.0,
             },
             "decision": "settled [for now]",
         }
-        unknown = {"law": None, "fluid": None, "forecast": None, "decision": "not seen yet"}
+        unknown = {"time_model": None, "fluid": None, "forecast": None, "decision": "not seen yet"}
         return {
             "application": "headrace", "at_unix_s": 1.7e9,
             "replicas": {
@@ -104,8 +104,8 @@ class Server:
             ],
         }
 
-    def in_force(self, name: str) -> Thresholds:
-        return self.engines[name].in_force.current().thresholds
+    def active(self, name: str) -> Thresholds:
+        return self.engines[name].active.current().thresholds
 
 
 @pytest.fixture
@@ -167,12 +167,12 @@ def test_a_broken_configuration_is_asked_wrongly(headrace: Any, tmp_path: Path) 
 
 def test_set_merges_into_what_is_in_force_and_pins_it(server: Server, headrace: Any) -> None:
     code, out, _ = headrace(
-        "thresholds", "set", "max_in_service=32", "segments=[{end_output_tokens: 128, total: 8}]", "--json"
+        "thresholds", "set", "max_running=32", "segments=[{end_output_tokens: 128, total: 8}]", "--json"
     )
     assert code == 0
     for name in ("left", "right"):
-        assert server.in_force(name) == replace(
-            CONFIGURED, version=1, max_in_service=32, pinned=True, reason="set by an operator",
+        assert server.active(name) == replace(
+            CONFIGURED, version=1, max_running=32, pinned=True, reason="set by an operator",
             segments=(SegmentThreshold(end_output_tokens=128, total=8),),
         )
     answer = json.loads(out)["replicas"]
@@ -181,31 +181,31 @@ def test_set_merges_into_what_is_in_force_and_pins_it(server: Server, headrace: 
 
 
 def test_set_reads_values_as_yaml(server: Server, headrace: Any) -> None:
-    code, _, _ = headrace("thresholds", "set", "max_in_service=null", "max_hold_s=0.5", "token_budget=1000", "--no-pin")
+    code, _, _ = headrace("thresholds", "set", "max_running=null", "max_hold_s=0.5", "token_budget=1000", "--no-pin")
     assert code == 0
-    left = server.in_force("left")
-    assert (left.max_in_service, left.max_hold_s, left.token_budget, left.pinned) == (None, 0.5, 1000, False)
+    left = server.active("left")
+    assert (left.max_running, left.max_hold_s, left.token_budget, left.pinned) == (None, 0.5, 1000, False)
 
 
 def test_set_changes_one_replica_only(server: Server, headrace: Any) -> None:
-    assert headrace("thresholds", "set", "max_in_service=7", "--replica", "right")[0] == 0
-    assert server.in_force("right").max_in_service == 7
-    assert server.in_force("left") == CONFIGURED
+    assert headrace("thresholds", "set", "max_running=7", "--replica", "right")[0] == 0
+    assert server.active("right").max_running == 7
+    assert server.active("left") == CONFIGURED
 
 
 def test_set_leaves_the_version_to_the_server(server: Server, headrace: Any) -> None:
-    headrace("thresholds", "set", "max_in_service=7", "--replica", "left")
-    headrace("thresholds", "set", "max_in_service=8", "--replica", "left")
-    assert server.in_force("left").version == 2
+    headrace("thresholds", "set", "max_running=7", "--replica", "left")
+    headrace("thresholds", "set", "max_running=8", "--replica", "left")
+    assert server.active("left").version == 2
     assert all("version" not in put["thresholds"] for put in server.puts)
 
 
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("max_in_service=0", "thresholds.max_in_service = 0"),
-        ("max_in_service=100000", "max_num_seqs = 512"),
-        ("max_in_servce=3", "did you mean max_in_service?"),
+        ("max_running=0", "thresholds.max_running = 0"),
+        ("max_running=100000", "max_num_seqs = 512"),
+        ("max_runing=3", "did you mean max_running?"),
         ("max_hold_s=61", "seconds from 0 to 60"),
         ("mode=strict", "serving"),
     ],
@@ -215,13 +215,13 @@ def test_set_passes_the_server_s_refusal_on(server: Server, headrace: Any, setti
     assert (code, out) == (1, "")
     assert "HTTP 400: replica left: " in err
     assert said in err
-    assert server.in_force("left") == CONFIGURED
+    assert server.active("left") == CONFIGURED
 
 
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("max_in_service", "'max_in_service' is not KEY=VALUE"),
+        ("max_running", "'max_running' is not KEY=VALUE"),
         ("=3", "'=3' is not KEY=VALUE"),
         ("types=[", "the value of types is not YAML"),
         ("max_hold_s=.nan", "the value of max_hold_s"),
@@ -238,14 +238,14 @@ def test_set_with_a_malformed_setting_is_asked_wrongly(
 
 
 def test_set_on_an_unknown_replica_lists_the_known_ones(server: Server, headrace: Any) -> None:
-    code, _, err = headrace("thresholds", "set", "max_in_service=3", "--replica", "middle")
+    code, _, err = headrace("thresholds", "set", "max_running=3", "--replica", "middle")
     assert code == 1
     assert "'middle' does not exist; the replicas are left, right" in err
 
 
 def test_set_changes_nothing_when_a_replica_does_not_answer(server: Server, headrace: Any) -> None:
     server.unreachable = {"right"}
-    code, _, err = headrace("thresholds", "set", "max_in_service=3")
+    code, _, err = headrace("thresholds", "set", "max_running=3")
     assert code == 1
     assert "replica right does not answer" in err
     assert "no answer within 5 s" in err
@@ -254,7 +254,7 @@ def test_set_changes_nothing_when_a_replica_does_not_answer(server: Server, head
 
 def test_set_without_replicas_fails(server: Server, headrace: Any) -> None:
     server.engines = {}
-    code, _, err = headrace("thresholds", "set", "max_in_service=3")
+    code, _, err = headrace("thresholds", "set", "max_running=3")
     assert code == 1
     assert "no replica is running yet" in err
 
@@ -263,12 +263,12 @@ def test_pin_and_auto(server: Server, headrace: Any) -> None:
     code, out, _ = headrace("thresholds", "pin", "--replica", "left")
     assert code == 0
     assert "pinned by an operator" in out
-    assert server.in_force("left").pinned
-    assert not server.in_force("right").pinned
-    assert server.in_force("left").same_rule(CONFIGURED)
+    assert server.active("left").pinned
+    assert not server.active("right").pinned
+    assert server.active("left").same_rule(CONFIGURED)
     assert headrace("thresholds", "auto")[0] == 0
-    assert not server.in_force("left").pinned
-    assert server.in_force("left").version == 2
+    assert not server.active("left").pinned
+    assert server.active("left").version == 2
 
 
 def test_pin_of_an_unknown_replica_is_refused_by_the_server(server: Server, headrace: Any) -> None:
@@ -303,9 +303,9 @@ def test_status_shows_replicas_equilibrium_and_a_dead_controller(server: Server,
     for part in ("4.25", "0.019 s", "18554", "137000", "0.987"):
         assert part in fluid
     assert "left: settled [for now]" in out
-    (promise,) = [line for line in lines if "left" in line and "TPOT target" in line]
+    (plan,) = [line for line in lines if "left" in line and "TPOT target" in line]
     for part in ("4.25 ± 0.25", "3.75", "3.80", "198 answers"):
-        assert part in promise
+        assert part in plan
     assert "not reachable: did not answer [telemetry]" in out
     assert "controller: the controller does not answer" in out
     assert "running" not in lines[-1]
@@ -335,7 +335,7 @@ def test_status_json_is_the_state(server: Server, headrace: Any) -> None:
     assert json.loads(out) == json.loads(json.dumps(server.state()))
 
 
-@pytest.mark.parametrize("command", [("status",), ("thresholds", "get"), ("thresholds", "set", "max_in_service=3")])
+@pytest.mark.parametrize("command", [("status",), ("thresholds", "get"), ("thresholds", "set", "max_running=3")])
 def test_nothing_listening_says_how_to_start(
     headrace: Any, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:

@@ -16,12 +16,12 @@ from synthetic_engine import LIMITS, PAPER, SyntheticEngine
 from cluster import controller as controller_module
 from cluster.config import TuningConfig
 from cluster.controller import ControllerKeeper, ControlLoop
-from replicas.calls import ReplicaUnavailable
+from replicas.actor_calls import ReplicaUnavailable
 from replicas.ranks import EngineAddress, engine_name, replica_of
 from scheduler.messages import Ack, Apply
-from scheduler.replica_model import Proposal, ReplicaModel
-from scheduler.targets import Targets
 from scheduler.thresholds import SegmentThreshold, Thresholds, parse_thresholds
+from scheduler.tuning.replica_model import Proposal, ReplicaModel
+from scheduler.tuning.slo import Slo
 
 CONFIG = TuningConfig(
     profile="a100-llama2-7b-paper", min_finished=20, window_s=60.0, validity_s=120.0, period_s=5.0
@@ -60,7 +60,7 @@ class Cluster:
             return self.engines[name].report(**arguments)
         assert method == "apply_thresholds"
         self.before_apply(name)
-        ack = self.engines[name].in_force.offer(Apply(**arguments))
+        ack = self.engines[name].active.offer(Apply(**arguments))
         self.offered.append((name, arguments["thresholds"], ack))
         return ack
 
@@ -70,12 +70,12 @@ class Cluster:
             engine.traffic(lengths, every_s=every_s, seconds=seconds)
         self.clock_s += seconds
 
-    def in_force(self, name: str) -> Thresholds:
-        return self.engines[name].in_force.current().thresholds
+    def active(self, name: str) -> Thresholds:
+        return self.engines[name].active.current().thresholds
 
     def operator(self, name: str, **changes: Any) -> None:
-        now = self.in_force(name)
-        ack = self.engines[name].in_force.offer(
+        now = self.active(name)
+        ack = self.engines[name].active.offer(
             Apply(thresholds=replace(now, version=now.version + 1, valid_for_s=None, **changes), automatic=False)
         )
         assert ack.accepted
@@ -108,7 +108,7 @@ def test_a_replica_is_left_alone_until_enough_is_known(cluster: Cluster) -> None
     loop = new_loop()
     one_pass(loop)
     assert cluster.offered == []
-    assert cluster.in_force("a") == CONFIGURED
+    assert cluster.active("a") == CONFIGURED
 
 
 def test_it_pushes_once_and_then_settles(cluster: Cluster) -> None:
@@ -122,7 +122,7 @@ def test_it_pushes_once_and_then_settles(cluster: Cluster) -> None:
     assert pushed.version == 1
     assert pushed.segments
     assert pushed.valid_for_s == CONFIG.validity_s
-    assert cluster.in_force("a") == pushed
+    assert cluster.active("a") == pushed
 
     cluster.traffic(seconds=CONFIG.period_s)
     one_pass(loop)
@@ -136,12 +136,12 @@ def test_every_replica_is_tuned_for_its_own_traffic(cluster: Cluster) -> None:
     cluster.add("a", limits=limits).traffic([(58, 147)], every_s=0.125, seconds=60)
     cluster.add("b", limits=limits).traffic([(100, 300)], every_s=0.125, seconds=60)
     one_pass(new_loop())
-    a, b = cluster.in_force("a"), cluster.in_force("b")
+    a, b = cluster.active("a"), cluster.active("b")
     assert a.version == b.version == 1
     assert a.segments[-1].end_output_tokens < b.segments[-1].end_output_tokens
-    assert a.max_in_service is not None
-    assert b.max_in_service is not None
-    assert a.max_in_service > b.max_in_service
+    assert a.max_running is not None
+    assert b.max_running is not None
+    assert a.max_running > b.max_running
 
 
 def test_every_rank_of_a_replica_is_tuned_by_itself_and_a_silent_one_stops_no_other(cluster: Cluster) -> None:
@@ -154,17 +154,17 @@ def test_every_rank_of_a_replica_is_tuned_by_itself_and_a_silent_one_stops_no_ot
     cluster.unreachable = {"b#0"}
     loop = ControlLoop("headrace", CONFIG, CONFIGURED, ranks=2)
     one_pass(loop)
-    first, second = cluster.in_force("a#0"), cluster.in_force("a#1")
+    first, second = cluster.active("a#0"), cluster.active("a#1")
     assert first.version == second.version == 1
-    assert first.max_in_service > second.max_in_service
+    assert first.max_running > second.max_running
     assert loop.state()["replicas"].keys() == {"a#0", "a#1", "b#0", "b#1"}
     assert "did not answer" in decision(loop, "b#0") and "did not answer" not in decision(loop, "b#1")
 
-    cluster.operator("a#1", pinned=True, max_in_service=3)  # one rank only
+    cluster.operator("a#1", pinned=True, max_running=3)  # one rank only
     cluster.traffic(lengths=[(58, 20)], every_s=0.125, seconds=600)
     one_pass(loop)
-    assert cluster.in_force("a#1").max_in_service == 3
-    assert cluster.in_force("a#0").version == 2
+    assert cluster.active("a#1").max_running == 3
+    assert cluster.active("a#0").version == 2
 
 
 def test_a_material_change_of_traffic_is_followed(cluster: Cluster) -> None:
@@ -183,19 +183,19 @@ def test_a_material_change_of_traffic_is_followed(cluster: Cluster) -> None:
 def test_a_pin_stops_tuning_and_auto_resumes_it(cluster: Cluster) -> None:
     cluster.add("a")
     loop = new_loop()
-    cluster.operator("a", pinned=True, max_in_service=3)
+    cluster.operator("a", pinned=True, max_running=3)
     cluster.traffic()
     one_pass(loop)
     assert cluster.offered == []
     assert decision(loop, "a") == "pinned by an operator at version 1"
-    assert cluster.in_force("a").max_in_service == 3
+    assert cluster.active("a").max_running == 3
 
     cluster.operator("a", pinned=False)
     one_pass(loop)
     ((_, pushed, ack),) = cluster.offered
     assert ack.accepted
     assert pushed.version == 3
-    assert pushed.max_in_service != 3
+    assert pushed.max_running != 3
 
 
 def test_a_pin_set_between_telemetry_and_push_is_respected_and_recorded(cluster: Cluster) -> None:
@@ -208,8 +208,8 @@ def test_a_pin_set_between_telemetry_and_push_is_respected_and_recorded(cluster:
     assert not event.accepted
     assert event.reason.startswith("refused: ")
     assert "version" in event.reason
-    assert cluster.in_force("a").pinned
-    assert cluster.in_force("a").segments == ()
+    assert cluster.active("a").pinned
+    assert cluster.active("a").segments == ()
 
 
 def test_a_refused_push_is_offered_again_on_top_of_what_is_in_force(cluster: Cluster) -> None:
@@ -222,7 +222,7 @@ def test_a_refused_push_is_offered_again_on_top_of_what_is_in_force(cluster: Clu
     cluster.before_apply = lambda _: None
     one_pass(loop)
     assert cluster.offered[-1][2].accepted
-    assert cluster.in_force("a").version == 2
+    assert cluster.active("a").version == 2
 
 
 def test_an_unreachable_replica_does_not_stop_the_others(cluster: Cluster) -> None:
@@ -268,7 +268,7 @@ def test_a_solver_that_fails_forgets_nothing(cluster: Cluster, monkeypatch: pyte
         one_pass(loop)
         assert "ZeroDivisionError" in decision(loop, "a")
     one_pass(loop)
-    assert cluster.in_force("a").version == 1
+    assert cluster.active("a").version == 1
 
 
 def test_a_failure_in_the_push_is_told_too(cluster: Cluster) -> None:
@@ -332,7 +332,7 @@ def test_a_vanished_replica_is_forgotten_and_a_new_one_is_taken_in(cluster: Clus
     assert loop.state()["replicas"].keys() == {"b"}
     cluster.traffic()
     one_pass(loop)
-    assert cluster.in_force("b").version == 1
+    assert cluster.active("b").version == 1
 
 
 def test_an_application_without_replicas_is_no_error(cluster: Cluster) -> None:
@@ -347,11 +347,11 @@ def test_thresholds_are_renewed_before_they_lapse_with_the_values_in_force(clust
     loop = new_loop()
     cluster.traffic()
     one_pass(loop)
-    first = cluster.in_force("a")
+    first = cluster.active("a")
     for _ in range(60):  # five minutes of passes, over which the rate grows by 3 %
         cluster.traffic(every_s=0.2425, seconds=CONFIG.period_s)
         one_pass(loop)
-        current = engine.in_force.current()
+        current = engine.active.current()
         assert not current.from_config
         assert current.thresholds.same_rule(first)
         assert current.thresholds.reason == first.reason
@@ -366,10 +366,10 @@ def test_without_the_controller_they_lapse_to_the_configured_ones(cluster: Clust
     cluster.traffic()
     one_pass(new_loop())
     engine.now_s += CONFIG.validity_s - 1
-    assert not engine.in_force.current().from_config
+    assert not engine.active.current().from_config
     engine.now_s += 1
-    assert engine.in_force.current().from_config
-    assert engine.in_force.current().thresholds.same_rule(CONFIGURED)
+    assert engine.active.current().from_config
+    assert engine.active.current().thresholds.same_rule(CONFIGURED)
 
 
 def test_a_window_without_arrivals_returns_to_the_configured_ones_and_says_why(cluster: Cluster) -> None:
@@ -380,9 +380,9 @@ def test_a_window_without_arrivals_returns_to_the_configured_ones_and_says_why(c
     engine.now_s += CONFIG.window_s + 1
     cluster.clock_s += CONFIG.window_s + 1
     one_pass(loop)
-    assert cluster.in_force("a").same_rule(CONFIGURED)
+    assert cluster.active("a").same_rule(CONFIGURED)
     assert "no arrivals in the last 60 s" in loop.events[-1].reason
-    assert "no arrivals in the last 60 s" in cluster.in_force("a").reason
+    assert "no arrivals in the last 60 s" in cluster.active("a").reason
 
 
 def test_events_tell_what_changed_and_why(cluster: Cluster) -> None:
@@ -393,9 +393,9 @@ def test_events_tell_what_changed_and_why(cluster: Cluster) -> None:
     (event,) = loop.events
     assert (event.replica, event.old_version, event.new_version, event.accepted) == ("a", 0, 1, True)
     assert parse_thresholds(event.old) == CONFIGURED
-    assert parse_thresholds(event.new) == cluster.in_force("a")
+    assert parse_thresholds(event.new) == cluster.active("a")
     assert "requests/s, load" in event.reason
-    assert event.reason == cluster.in_force("a").reason
+    assert event.reason == cluster.active("a").reason
     assert event.at_unix_s == 1.7e9 + cluster.clock_s
 
 
@@ -404,10 +404,10 @@ def test_a_new_controller_goes_on_from_what_is_in_force(cluster: Cluster) -> Non
     cluster.traffic()
     one_pass(new_loop())
     cluster.operator("a", max_hold_s=0.25)
-    before = cluster.in_force("a")
+    before = cluster.active("a")
     restarted = new_loop()
     one_pass(restarted)
-    after = cluster.in_force("a")
+    after = cluster.active("a")
     assert after.same_rule(before)
     assert before.version <= after.version <= before.version + 1
     assert all(ack.accepted for _, _, ack in cluster.offered)
@@ -424,8 +424,8 @@ def test_a_restarted_engine_is_tuned_again(cluster: Cluster) -> None:
     one_pass(loop)
     cluster.traffic()
     one_pass(loop)
-    assert cluster.in_force("a").version >= 1
-    assert cluster.in_force("a").segments
+    assert cluster.active("a").version >= 1
+    assert cluster.active("a").segments
 
 
 @pytest.mark.parametrize("every_s", [0.25, 1 / 128], ids=["feasible", "overload"])
@@ -443,13 +443,13 @@ def test_state_is_plain_json(cluster: Cluster, every_s: float) -> None:
     assert state["passes"] == 2
     assert state["replicas"]["a"]["fluid"]["fits_memory"] is (every_s == 0.25)
     assert state["replicas"]["a"]["rate_rps"] == pytest.approx(1 / every_s, rel=0.01)
-    assert state["replicas"]["a"]["law"]["d0_s"] == PAPER.d0_s
+    assert state["replicas"]["a"]["time_model"]["d0_s"] == PAPER.d0_s
     assert state["replicas"]["c"]["fluid"] is None
 
 
 def test_state_says_what_binds_and_what_is_expected_to_be_good(cluster: Cluster) -> None:
     cluster.add("a")
-    config = CONFIG.model_copy(update={"targets": Targets(ttft_s=3.0, tpot_s=0.1)})
+    config = CONFIG.model_copy(update={"targets": Slo(ttft_s=3.0, tpot_s=0.1)})
     loop = ControlLoop("headrace", config, Thresholds(policy="fluid"))
     one_pass(loop)
     cluster.traffic(every_s=0.25)
@@ -457,11 +457,11 @@ def test_state_says_what_binds_and_what_is_expected_to_be_good(cluster: Cluster)
     state = loop.state()
     assert json.loads(json.dumps(state, allow_nan=False)) == state
     forecast = state["replicas"]["a"]["forecast"]
-    assert forecast["binding"] in ("memory", "TPOT target", "TTFT target", "nothing")
+    assert forecast["bottleneck"] in ("memory", "TPOT target", "TTFT target", "nothing")
     assert 0 < forecast["goodput_rps"] <= forecast["capacity_rps"]
     assert forecast["rate_rps"]["low"] <= 4 <= forecast["rate_rps"]["high"]
     event = state["events"][-1]
-    assert event["old"] != event["new"] and forecast["binding"] in event["reason"]
+    assert event["old"] != event["new"] and forecast["bottleneck"] in event["reason"]
 
 
 def test_the_list_of_events_is_bounded(cluster: Cluster) -> None:
@@ -470,11 +470,11 @@ def test_the_list_of_events_is_bounded(cluster: Cluster) -> None:
     cluster.traffic()
     for number in range(300):
         one_pass(loop)
-        now = cluster.in_force("a")
+        now = cluster.active("a")
         other = replace(
             now, version=now.version + 1, segments=(SegmentThreshold(end_output_tokens=number + 1, total=1),)
         )
-        assert engine.in_force.offer(Apply(thresholds=other, automatic=False)).accepted
+        assert engine.active.offer(Apply(thresholds=other, automatic=False)).accepted
     assert len(loop.events) == 200
     assert loop.events[-1].new_version == 599
 

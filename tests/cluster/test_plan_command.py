@@ -15,7 +15,7 @@ from cluster import cli
 DOCUMENTED = (
     "--type", "rate=50,prompt=58,output=147", "--d0", "0.0112", "--d1", "4.24e-7", "--d2", "0", "--kv-tokens", "137000",
 )
-LAW = ("--d0", "0.0112", "--d1", "4.24e-7", "--kv-tokens", "137000")
+TIME_MODEL = ("--d0", "0.0112", "--d1", "4.24e-7", "--kv-tokens", "137000")
 WORKLOAD = ("--type", "rate=50,prompt=58,output=147")
 REQUIRED_KEYS = {
     "load", "iteration_time_s", "memory_tokens", "throughput_tokens_per_s", "stable", "fits_memory",
@@ -29,15 +29,15 @@ def planned(*arguments: str) -> dict[str, Any]:
     """The plan as a program reads it; anything that is not strict JSON fails."""
     result = CliRunner().invoke(cli.app, ["plan", *arguments, "--json"])
     assert result.exit_code == 0, result.output
-    return json.loads(result.stdout, parse_constant=_refuse)  # type: ignore[no-any-return]
+    return json.loads(result.stdout, parse_constant=_reject)  # type: ignore[no-any-return]
 
 
-def _refuse(constant: str) -> None:
+def _reject(constant: str) -> None:
     raise AssertionError(f"{constant} is not JSON")
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def rejected(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs the command to its end as the shell does: nothing on stdout, exit code 2, and the message."""
 
     def run(*arguments: str) -> str:
@@ -83,12 +83,12 @@ def test_documented_command_s_thresholds_keep_up_and_fit() -> None:
 
 def test_the_critical_rate_is_where_memory_fills_up() -> None:
     critical = planned(*DOCUMENTED)["critical_rate_scale"]
-    at_edge = planned("--type", f"rate={50 * critical},prompt=58,output=147", *LAW)
+    at_edge = planned("--type", f"rate={50 * critical},prompt=58,output=147", *TIME_MODEL)
     assert at_edge["memory_tokens"] == pytest.approx(137000, rel=1e-9)
 
 
 def test_unstable_is_an_answer_with_a_reason() -> None:
-    plan = planned("--type", "rate=500,prompt=58,output=147", *LAW)
+    plan = planned("--type", "rate=500,prompt=58,output=147", *TIME_MODEL)
     assert plan["stable"] is False
     assert plan["fits_memory"] is False
     assert plan["iteration_time_s"] is None
@@ -118,7 +118,7 @@ def test_a_request_larger_than_memory_is_an_answer_with_a_reason() -> None:
 @pytest.mark.parametrize("kv_tokens", ["137000", "5000", "204"])
 @pytest.mark.parametrize("rate", ["50", "500"])
 def test_people_get_the_verdict_in_words(rate: str, kv_tokens: str) -> None:
-    arguments = ["plan", "--type", f"rate={rate},prompt=58,output=147", *LAW[:4], "--kv-tokens", kv_tokens]
+    arguments = ["plan", "--type", f"rate={rate},prompt=58,output=147", *TIME_MODEL[:4], "--kv-tokens", kv_tokens]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0
     feasible = rate == "50" and kv_tokens == "137000"
@@ -128,7 +128,7 @@ def test_people_get_the_verdict_in_words(rate: str, kv_tokens: str) -> None:
 
 def test_types_add_up_and_keep_their_names() -> None:
     plan = planned(
-        "--type", "rate=10,prompt=58,output=147,name=chat", "--type", "rate=5,prompt=200,output=20", *LAW
+        "--type", "rate=10,prompt=58,output=147,name=chat", "--type", "rate=5,prompt=200,output=20", *TIME_MODEL
     )
     w_second = 21 * (200 + 10)
     assert plan["load"] == pytest.approx(4.24e-7 * (10 * W + 5 * w_second))
@@ -138,14 +138,14 @@ def test_types_add_up_and_keep_their_names() -> None:
 
 
 def test_two_types_of_equal_lengths_need_no_names() -> None:
-    plan = planned(*WORKLOAD, *WORKLOAD, *LAW)
+    plan = planned(*WORKLOAD, *WORKLOAD, *TIME_MODEL)
     assert [entry["name"] for entry in plan["types"]] == ["type-1", "type-2"]
 
 
 def test_a_profile_gives_law_and_memory_and_options_override_it() -> None:
-    law = ("--d0", "0.0102484863577943", "--d1", "3.877682025836559e-07", "--kv-tokens", "137000")
+    time_model = ("--d0", "0.0102484863577943", "--d1", "3.877682025836559e-07", "--kv-tokens", "137000")
     profile = planned(*WORKLOAD, "--profile", "a100-llama2-7b-paper")
-    assert profile == planned(*WORKLOAD, *law)
+    assert profile == planned(*WORKLOAD, *time_model)
     assert profile["kv_capacity_tokens"] == 137000
     faster = planned(*WORKLOAD, "--profile", "a100-llama2-7b-paper", "--d1", "0", "--kv-tokens", "50000")
     assert faster["load"] == 0
@@ -161,7 +161,7 @@ def test_prefill_cost_counts_as_load() -> None:
 def test_a_trace_with_bad_rows_is_used_without_them_and_says_so(tmp_path: Path) -> None:
     trace = tmp_path / "trace.csv"
     trace.write_text("num_prefill_tokens,num_decode_tokens\n58,147\n0,5\n58,many\n58,147\n")
-    result = CliRunner().invoke(cli.app, ["plan", "--trace", str(trace), "--rate", "50", *LAW, "--json"])
+    result = CliRunner().invoke(cli.app, ["plan", "--trace", str(trace), "--rate", "50", *TIME_MODEL, "--json"])
     assert result.exit_code == 0
     assert "2 of 4 rows were left out" in result.stderr
     assert "line 3" in result.stderr
@@ -172,57 +172,57 @@ def test_a_trace_with_bad_rows_is_used_without_them_and_says_so(tmp_path: Path) 
 def test_a_clean_trace_says_nothing(tmp_path: Path) -> None:
     trace = tmp_path / "trace.csv"
     trace.write_text("num_prefill_tokens,num_decode_tokens\n58,147\n")
-    result = CliRunner().invoke(cli.app, ["plan", "--trace", str(trace), "--rate", "50", *LAW, "--json"])
+    result = CliRunner().invoke(cli.app, ["plan", "--trace", str(trace), "--rate", "50", *TIME_MODEL, "--json"])
     assert result.stderr == ""
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--type", "rte=50,prompt=58,output=147", *LAW), ["--type", "rte=50", "name, rate, prompt, output"]),
-        (("--type", "rate=50,prompt=58", *LAW), ["--type", "output missing", "required"]),
-        (("--type", "rate=fast,prompt=58,output=147", *LAW), ["--type", "rate is 'fast'"]),
-        (("--type", "rate=-50,prompt=58,output=147", *LAW), ["--type", "rate_rps is -50.0", ">= 0"]),
-        (("--type", "rate=nan,prompt=58,output=147", *LAW), ["--type", "rate_rps is nan", "finite"]),
-        (("--type", "rate=inf,prompt=58,output=147", *LAW), ["--type", "rate_rps is inf", "finite"]),
-        (("--type", "rate=0,prompt=58,output=147", *LAW), ["rate_rps is 0 for every type", "> 0"]),
-        (("--type", "rate=50,prompt=0,output=147", *LAW), ["--type", "prompt is '0'", "between 1 and"]),
-        (("--type", "rate=50,prompt=58,output=1.5", *LAW), ["--type", "output is '1.5'", "integer"]),
-        (("--type", "rate=1e308,prompt=58,output=147", *LAW), ["too large"]),
+        (("--type", "rte=50,prompt=58,output=147", *TIME_MODEL), ["--type", "rte=50", "name, rate, prompt, output"]),
+        (("--type", "rate=50,prompt=58", *TIME_MODEL), ["--type", "output missing", "required"]),
+        (("--type", "rate=fast,prompt=58,output=147", *TIME_MODEL), ["--type", "rate is 'fast'"]),
+        (("--type", "rate=-50,prompt=58,output=147", *TIME_MODEL), ["--type", "rate_rps is -50.0", ">= 0"]),
+        (("--type", "rate=nan,prompt=58,output=147", *TIME_MODEL), ["--type", "rate_rps is nan", "finite"]),
+        (("--type", "rate=inf,prompt=58,output=147", *TIME_MODEL), ["--type", "rate_rps is inf", "finite"]),
+        (("--type", "rate=0,prompt=58,output=147", *TIME_MODEL), ["rate_rps is 0 for every type", "> 0"]),
+        (("--type", "rate=50,prompt=0,output=147", *TIME_MODEL), ["--type", "prompt is '0'", "between 1 and"]),
+        (("--type", "rate=50,prompt=58,output=1.5", *TIME_MODEL), ["--type", "output is '1.5'", "integer"]),
+        (("--type", "rate=1e308,prompt=58,output=147", *TIME_MODEL), ["too large"]),
         (
-            ("--type", "rate=1,prompt=5,output=5,name=a", "--type", "rate=2,prompt=6,output=6,name=a", *LAW),
+            ("--type", "rate=1,prompt=5,output=5,name=a", "--type", "rate=2,prompt=6,output=6,name=a", *TIME_MODEL),
             ["'a', 'a'", "distinct names"],
         ),
-        (LAW, ["--type", "--trace"]),
-        ((*WORKLOAD, "--trace", "trace.csv", "--rate", "5", *LAW), ["--type", "--trace"]),
+        (TIME_MODEL, ["--type", "--trace"]),
+        ((*WORKLOAD, "--trace", "trace.csv", "--rate", "5", *TIME_MODEL), ["--type", "--trace"]),
         (WORKLOAD, ["--profile", "--d0", "--d1"]),
         ((*WORKLOAD, "--d0", "0.01"), ["--profile", "--d0", "--d1"]),
         ((*WORKLOAD, "--d0", "0.01", "--d1", "1e-7"), ["--kv-tokens", "--profile"]),
-        ((*WORKLOAD, *LAW[:4], "--kv-tokens", "0"), ["--kv-tokens = 0", ">= 1"]),
-        ((*WORKLOAD, "--d0", "-1", *LAW[2:]), ["--d0 = -1.0", ">= 0"]),
-        ((*WORKLOAD, *LAW, "--d2", "nan"), ["--d2 = nan", "finite"]),
-        ((*WORKLOAD, *LAW, "--floor", "inf"), ["--floor = inf", "finite"]),
-        ((*WORKLOAD, "--d0", "0", *LAW[2:]), ["d0_s and floor_s are both 0"]),
+        ((*WORKLOAD, *TIME_MODEL[:4], "--kv-tokens", "0"), ["--kv-tokens = 0", ">= 1"]),
+        ((*WORKLOAD, "--d0", "-1", *TIME_MODEL[2:]), ["--d0 = -1.0", ">= 0"]),
+        ((*WORKLOAD, *TIME_MODEL, "--d2", "nan"), ["--d2 = nan", "finite"]),
+        ((*WORKLOAD, *TIME_MODEL, "--floor", "inf"), ["--floor = inf", "finite"]),
+        ((*WORKLOAD, "--d0", "0", *TIME_MODEL[2:]), ["d0_s and floor_s are both 0"]),
         ((*WORKLOAD, "--profile", "a100"), ["profile 'a100'", "a100-llama2-7b-paper"]),
-        ((*WORKLOAD, *LAW, "--overflow-probability", "1"), ["overflow_probability is 1.0", "between 0 and 1"]),
-        ((*WORKLOAD, *LAW, "--segments", "0"), ["--segments", "equal to 1"]),
-        ((*WORKLOAD, *LAW, "--kv-tokens", "many"), ["--kv-tokens", "integer"]),
-        (("--trace", "/nowhere/trace.csv", "--rate", "5", *LAW), ["/nowhere/trace.csv", "No such file"]),
+        ((*WORKLOAD, *TIME_MODEL, "--overflow-probability", "1"), ["overflow_probability is 1.0", "between 0 and 1"]),
+        ((*WORKLOAD, *TIME_MODEL, "--segments", "0"), ["--segments", "equal to 1"]),
+        ((*WORKLOAD, *TIME_MODEL, "--kv-tokens", "many"), ["--kv-tokens", "integer"]),
+        (("--trace", "/nowhere/trace.csv", "--rate", "5", *TIME_MODEL), ["/nowhere/trace.csv", "No such file"]),
     ],
 )
 def test_what_cannot_be_planned_is_refused_with_what_is_allowed(
-    refused: Any, arguments: tuple[str, ...], said: list[str]
+    rejected: Any, arguments: tuple[str, ...], said: list[str]
 ) -> None:
-    message = refused(*arguments)
+    message = rejected(*arguments)
     for part in said:
         assert part in message
 
 
 @pytest.mark.parametrize("rate", [(), ("--rate", "0"), ("--rate", "-1"), ("--rate", "nan"), ("--rate", "inf")])
-def test_a_trace_needs_a_rate(refused: Any, tmp_path: Path, rate: tuple[str, ...]) -> None:
+def test_a_trace_needs_a_rate(rejected: Any, tmp_path: Path, rate: tuple[str, ...]) -> None:
     trace = tmp_path / "trace.csv"
     trace.write_text("num_prefill_tokens,num_decode_tokens\n58,147\n")
-    message = refused("--trace", str(trace), *rate, *LAW)
+    message = rejected("--trace", str(trace), *rate, *TIME_MODEL)
     assert "--rate = " in message
     assert "requests per second > 0" in message
 
@@ -235,9 +235,9 @@ def test_a_trace_needs_a_rate(refused: Any, tmp_path: Path, rate: tuple[str, ...
         ("", "no column"),
     ],
 )
-def test_an_unusable_trace_is_named(refused: Any, tmp_path: Path, content: str, said: str) -> None:
+def test_an_unusable_trace_is_named(rejected: Any, tmp_path: Path, content: str, said: str) -> None:
     trace = tmp_path / "trace.csv"
     trace.write_text(content)
-    message = refused("--trace", str(trace), "--rate", "5", *LAW)
+    message = rejected("--trace", str(trace), "--rate", "5", *TIME_MODEL)
     assert str(trace) in message
     assert said in message

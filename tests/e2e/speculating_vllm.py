@@ -19,10 +19,10 @@ from vllm import LLM, SamplingParams
 
 from cluster.config import TuningConfig
 from scheduler.messages import Report
-from scheduler.profiles import load_profile
-from scheduler.replica_model import ReplicaModel
-from scheduler.targets import Targets
+from scheduler.model.profiles import load_profile
 from scheduler.thresholds import Thresholds
+from scheduler.tuning.replica_model import ReplicaModel
+from scheduler.tuning.slo import Slo
 
 PROFILE, TTFT_S, TPOT_S = "cpu-smollm2", 120.0, 10.0
 """Targets that no machine misses: what is looked at is which tokens come, not when."""
@@ -66,15 +66,15 @@ def answers(model: str, stalled: list[str], **ours: Any) -> tuple[list[str], Any
 def what_is_learnt(scheduler: Any) -> dict[str, Any]:
     """What a controller makes of this engine's telemetry."""
     telemetry = scheduler.telemetry(Report())
-    config = TuningConfig(profile=PROFILE, targets=Targets(TTFT_S, TPOT_S))
-    model = ReplicaModel(config, load_profile(PROFILE).law, Thresholds(policy="fluid"))
+    config = TuningConfig(profile=PROFILE, targets=Slo(TTFT_S, TPOT_S))
+    model = ReplicaModel(config, load_profile(PROFILE).time_model, Thresholds(policy="fluid"))
     model.observe(telemetry)
-    pace, counters = model.propose().thresholds.pace, telemetry.counters
-    assert pace is not None
+    params, counters = model.propose().thresholds.fluid, telemetry.counters
+    assert params is not None
     return {
         "steps": counters.decode_steps, "gained": counters.decode_gained_tokens,
-        "computed": counters.decode_computed_tokens, "tokens_per_step": pace.tokens_per_step,
-        "computed_per_step": pace.computed_per_step, "completed": counters.completed,
+        "computed": counters.decode_computed_tokens, "tokens_per_step": params.tokens_per_step,
+        "computed_per_step": params.computed_per_step, "completed": counters.completed,
     }
 
 

@@ -74,7 +74,7 @@ def automatic_again(cluster: ClusterProcess) -> Iterator[None]:
 
 CHANGES: list[dict[str, Any]] = [
     {"policy": "wait", "types": [{"name": "all", "n": 8}], "max_hold_s": 0.3},
-    {"policy": "fcfs", "max_in_service": 3},
+    {"policy": "fcfs", "max_running": 3},
     {"policy": "nested_wait", "max_hold_s": 0.2,
      "segments": [{"end_output_tokens": 8, "total": 32}, {"end_output_tokens": 64, "total": 168}]},
     {"policy": "wait", "types": [{"name": "short", "n": 2, "max_output_tokens": 24}, {"name": "long", "n": 3}]},
@@ -136,7 +136,7 @@ def test_wait_admits_groups_of_eight_and_bounds_the_hold_of_the_ninth(cluster: C
     wait = {"policy": "wait", "types": [{"name": "all", "n": 8}], "max_hold_s": hold_s}
     assert cluster.put({"replica": chosen, "thresholds": wait}).status_code == 200
     # The other replica has one seat, taken, so the router sends everything to the chosen one.
-    assert cluster.put({"replica": other, "thresholds": {"policy": "fcfs", "max_in_service": 1}}).status_code == 200
+    assert cluster.put({"replica": other, "thresholds": {"policy": "fcfs", "max_running": 1}}).status_code == 200
 
     async def scenario() -> None:
         client = AsyncOpenAI(base_url=f"{cluster.url}/v1", api_key="none", timeout=600, max_retries=0)
@@ -148,11 +148,11 @@ def test_wait_admits_groups_of_eight_and_bounds_the_hold_of_the_ninth(cluster: C
             )
 
         busy = []
-        while not all(r["in_service"] for r in cluster.state()["replicas"].values()):
+        while not all(r["running"] for r in cluster.state()["replicas"].values()):
             assert len(busy) < 8, "one replica gets everything"
             busy.append(asyncio.create_task(request(1500)))
             await _eventually(
-                lambda s: sum(s[name]["in_service"] for name in names) == len(busy), cluster, "the next one in service"
+                lambda s: sum(s[name]["running"] for name in names) == len(busy), cluster, "the next one in service"
             )
         await asyncio.sleep(2.5)  # the routing statistics of the full replica are refreshed every second
         first = cluster.state()["replicas"]
@@ -165,7 +165,7 @@ def test_wait_admits_groups_of_eight_and_bounds_the_hold_of_the_ninth(cluster: C
             # On a busy machine Serve may pass a request on to the next best replica; another one takes its place.
             if arrived[chosen] < 9 and sum(arrived.values()) == len(group) < 20:
                 group.append(asyncio.create_task(request(120)))
-            return bool(replicas[chosen]["in_service"] == before["in_service"] + 8 and replicas[chosen]["held"] == 1)
+            return bool(replicas[chosen]["running"] == before["running"] + 8 and replicas[chosen]["held"] == 1)
 
         seen = await _eventually(eight_and_one, cluster, "eight in service and the ninth held")
         assert seen[chosen]["waiting"] == 1
@@ -212,11 +212,11 @@ def test_the_controller_tunes_from_what_it_sees(cluster: ClusterProcess) -> None
     assert event["new"] != event["old"]
     assert state["controller"]["alive"]
     replica = next(r for r in state["replicas"].values() if r["fluid"])
-    assert replica["law"]["records"] > 32
+    assert replica["time_model"]["records"] > 32
     assert replica["fluid"]["load"] > 0
-    assert replica["thresholds"]["pace"]["capacity_rps"] > 0
+    assert replica["thresholds"]["fluid"]["capacity_rps"] > 0
     assert replica["forecast"]["rate_rps"]["high"] > 0
-    assert replica["forecast"]["binding"] in ("memory", "nothing"), "no targets are set"
+    assert replica["forecast"]["bottleneck"] in ("memory", "nothing"), "no targets are set"
 
 
 def test_serving_goes_on_without_the_controller_and_a_new_one_takes_over(cluster: ClusterProcess) -> None:
@@ -322,13 +322,13 @@ def test_the_command_line_against_a_running_cluster(cluster: ClusterProcess) -> 
     state = json.loads(headrace("status", "--json").stdout)
     name = next(iter(state["replicas"]))
     assert name in headrace("status").stdout
-    done = headrace("thresholds", "set", "policy=fcfs", "max_in_service=5", "--replica", name, "--json")
+    done = headrace("thresholds", "set", "policy=fcfs", "max_running=5", "--replica", name, "--json")
     assert json.loads(done.stdout)["replicas"][name]["accepted"], done.stderr
-    in_force = json.loads(headrace("thresholds", "get", "--json").stdout)["replicas"][name]
-    assert (in_force["policy"], in_force["max_in_service"], in_force["pinned"]) == ("fcfs", 5, True)
-    refused = headrace("thresholds", "set", "max_in_service=0", "--replica", name)
-    assert refused.returncode == 1
-    assert "max_in_service" in refused.stderr
+    active = json.loads(headrace("thresholds", "get", "--json").stdout)["replicas"][name]
+    assert (active["policy"], active["max_running"], active["pinned"]) == ("fcfs", 5, True)
+    rejected = headrace("thresholds", "set", "max_running=0", "--replica", name)
+    assert rejected.returncode == 1
+    assert "max_running" in rejected.stderr
     assert headrace("thresholds", "auto").returncode == 0
     assert not json.loads(headrace("thresholds", "get", "--json").stdout)["replicas"][name]["pinned"]
 

@@ -84,14 +84,14 @@ def test_a_burst_is_answered_whole_or_refused_before_its_first_token(cluster: Cl
     (replica,) = cluster.state()["replicas"].values()
     assert replica["counters"]["rejected"] == statuses[429]
     assert replica["preemptions"] == 0
-    # Who is ahead by how much depends on how many a machine can serve in time, and on who entered before a queue formed;
-    # turns by weight are asserted in tests/scheduler/test_fair_queue.py.
+    # Who is ahead by how much depends on how many a machine can serve in time, and on who entered before a queue
+    # formed; turns by weight are asserted in tests/scheduler/test_fair_queue.py.
     served = {name: sum(answer.is_success for answer in given) for name, given in by_tenant.items()}
     assert all(served.values()), served
 
 
 def test_when_the_burst_is_over_requests_are_answered_again(cluster: ClusterProcess) -> None:
-    until(lambda: next(iter(cluster.state()["replicas"].values()))["in_service"] == 0, 120)
+    until(lambda: next(iter(cluster.state()["replicas"].values()))["running"] == 0, 120)
     headers = {"Authorization": "Bearer sk-blue"}
     answer = cluster.http.post("/v1/completions", json=body(1, stream=False), headers=headers)
     assert answer.status_code == 200, answer.text

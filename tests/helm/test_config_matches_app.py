@@ -12,7 +12,7 @@ from helm_python import Chart
 
 from cluster import config as config_module
 from cluster.config import AppConfig, ClusterConfig
-from scheduler.targets import Targets
+from scheduler.tuning.slo import Slo
 
 CHART = Path(__file__).resolve().parents[2] / "helm" / "headrace"
 ENGINE_ARGUMENTS = ["max_model_len", "max_num_seqs", "gpu_memory_utilization", "dtype", "enforce_eager"]
@@ -83,6 +83,6 @@ def test_every_key_of_the_chart_is_a_key_of_the_application(chart: Chart) -> Non
     assert args.keys() <= AppConfig.model_fields.keys()
     targets = {"ttftSeconds": 3, "tpotSeconds": 0.08, "latencySeconds": 9}
     args = serve_config(chart, {"targets": targets})["applications"][0]["args"]
-    assert AppConfig.model_validate(args).targets == Targets(3, 0.08, 9)
+    assert AppConfig.model_validate(args).targets == Slo(3, 0.08, 9)
     for key in ("model", "accelerator", "controller"):
         assert args[key].keys() <= AppConfig.model_fields[key].annotation.model_fields.keys()  # type: ignore[union-attr]

@@ -23,10 +23,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from replicas.engine import HeadraceEngine, RequestRefused, errors_first, raising_refusals
-from scheduler.refusal import Refusal
+from replicas.engine import HeadraceEngine, RequestRejected, errors_first, raising_rejections
+from scheduler.rejection import Rejection
 
-REFUSAL = Refusal("busy", 3)
+REFUSAL = Rejection("busy", 3)
 
 
 def choice(stop_reason: object = None, finish_reason: str | None = None) -> Any:
@@ -65,17 +65,17 @@ async def collected(generator: Any) -> list[Any]:
 
 
 def test_a_refusal_becomes_an_error_with_status_429_that_gives_it_back() -> None:
-    error = create_error_response(RequestRefused(REFUSAL)).error
+    error = create_error_response(RequestRejected(REFUSAL)).error
     assert error.code == HTTPStatus.TOO_MANY_REQUESTS
-    assert Refusal.from_json(error.message) == REFUSAL
+    assert Rejection.from_json(error.message) == REFUSAL
 
 
 def test_a_stream_s_refusal_comes_out_of_vllms_own_event_as_it_went_in() -> None:
     serving = GenerateBaseServing.__new__(GenerateBaseServing)
-    data = serving._convert_generation_error_to_streaming_response(RequestRefused(REFUSAL))
+    data = serving._convert_generation_error_to_streaming_response(RequestRejected(REFUSAL))
     (error,) = asyncio.run(collected(errors_first(given(f"data: {data}\n\n", "data: [DONE]\n\n"))))
     assert error.error.code == HTTPStatus.TOO_MANY_REQUESTS
-    assert Refusal.from_json(error.error.message) == REFUSAL
+    assert Rejection.from_json(error.error.message) == REFUSAL
 
 
 def test_an_aborted_answer_says_so_where_this_looks() -> None:
@@ -90,9 +90,9 @@ def test_generate_raises_what_the_engine_core_refused_and_ends_the_rest(outputs:
     inner = Given(*outputs, output(SERVED))
 
     async def main() -> None:
-        with pytest.raises(RequestRefused) as error:
-            await collected(raising_refusals(lambda: inner.items)())
-        assert Refusal.from_json(str(error.value)) == REFUSAL
+        with pytest.raises(RequestRejected) as error:
+            await collected(raising_rejections(lambda: inner.items)())
+        assert Rejection.from_json(str(error.value)) == REFUSAL
         assert inner.closed, "what else the request has in the engine stops at once"
 
     asyncio.run(main())
@@ -101,7 +101,7 @@ def test_generate_raises_what_the_engine_core_refused_and_ends_the_rest(outputs:
 @pytest.mark.parametrize("choices", [(SERVED, REFUSED), (REFUSED, SERVED)], ids=["served first", "refused first"])
 def test_a_finished_choice_is_never_thrown_away(choices: tuple[Any, ...]) -> None:
     outputs = [output(*choices)]
-    assert asyncio.run(collected(raising_refusals(lambda: given(*outputs))())) == outputs
+    assert asyncio.run(collected(raising_rejections(lambda: given(*outputs))())) == outputs
 
 
 def collector_of_two_choices(kind: RequestOutputKind, *answers: EngineCoreOutput) -> RequestOutputCollector:
@@ -130,27 +130,27 @@ def rejected_choice(index: int) -> EngineCoreOutput:
 @pytest.mark.parametrize("kind", list(RequestOutputKind), ids=str)
 def test_vllm_hands_on_a_request_whose_choices_are_all_rejected_as_one(kind: RequestOutputKind) -> None:
     collector = collector_of_two_choices(kind, rejected_choice(0), rejected_choice(1))
-    with pytest.raises(RequestRefused):
-        asyncio.run(collected(raising_refusals(lambda: given(collector.get_nowait()))()))
+    with pytest.raises(RequestRejected):
+        asyncio.run(collected(raising_rejections(lambda: given(collector.get_nowait()))()))
 
 
 @pytest.mark.parametrize("kind", list(RequestOutputKind), ids=str)
 def test_vllm_hands_on_a_finished_choice_beside_a_rejected_one(kind: RequestOutputKind) -> None:
     served = EngineCoreOutput("1_p-ab", [5, 6], finish_reason=FinishReason.LENGTH)
     collector = collector_of_two_choices(kind, rejected_choice(0), served)
-    (passed,) = asyncio.run(collected(raising_refusals(lambda: given(collector.get_nowait()))()))
+    (passed,) = asyncio.run(collected(raising_rejections(lambda: given(collector.get_nowait()))()))
     assert [list(one.token_ids) for one in passed.outputs] == [[], [5, 6]]
 
 
 @pytest.mark.parametrize("finish_reason", ["stop", "length", None])
 def test_a_client_s_own_stop_string_is_no_refusal(finish_reason: str | None) -> None:
     outputs = [output(choice(REFUSAL.as_json(), finish_reason)), output(choice(REFUSAL.text, finish_reason))]
-    assert asyncio.run(collected(raising_refusals(lambda: given(*outputs))())) == outputs
+    assert asyncio.run(collected(raising_rejections(lambda: given(*outputs))())) == outputs
 
 
 def test_other_outputs_pass_and_nothing_is_cut_after_it_has_begun() -> None:
     outputs = [output(choice()), output(choice(128001, "stop")), output(choice("END", "stop")), output(REFUSED)]
-    assert asyncio.run(collected(raising_refusals(lambda: given(*outputs))())) == outputs
+    assert asyncio.run(collected(raising_rejections(lambda: given(*outputs))())) == outputs
 
 
 def test_a_client_that_goes_away_ends_the_inner_generators() -> None:
@@ -158,7 +158,7 @@ def test_a_client_that_goes_away_ends_the_inner_generators() -> None:
     chunks = Given("data: 1\n\n", "data: 2\n\n")
 
     async def main() -> None:
-        for generator in (raising_refusals(lambda: inner.items)(), errors_first(chunks.items)):
+        for generator in (raising_rejections(lambda: inner.items)(), errors_first(chunks.items)):
             await anext(generator)
             await generator.aclose()
         assert inner.closed and chunks.closed
@@ -190,13 +190,13 @@ def test_every_path_that_generates_answers_a_rejected_stream_with_one_error(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As vLLM's streams do: an event with the error, in which the rejection is a JSON text, and the end."""
-    event = json.dumps({"error": create_error_response(RequestRefused(REFUSAL)).error.model_dump()})
+    event = json.dumps({"error": create_error_response(RequestRejected(REFUSAL)).error.model_dump()})
     monkeypatch.setattr(
         vllm_engine.VLLMEngine, method, lambda self, *args: given(f"data: {event}\n\n", "data: [DONE]\n\n")
     )
     (error,) = asyncio.run(collected(getattr(HeadraceEngine.__new__(HeadraceEngine), method)(None)))
     assert isinstance(error, ErrorResponse) and error.error.code == HTTPStatus.TOO_MANY_REQUESTS
-    assert Refusal.from_json(error.error.message) == REFUSAL
+    assert Rejection.from_json(error.error.message) == REFUSAL
 
 
 @pytest.mark.parametrize("serving", [chat_serving, completion_serving])

@@ -16,7 +16,8 @@ import pytest
 
 from replicas.delivery import Deliveries
 from replicas.routing_stats import RoutingStats
-from scheduler.channel import (
+from scheduler.engine.active_thresholds import ActiveThresholds
+from scheduler.engine.channel import (
     ChannelClient,
     ChannelClosed,
     ChannelServer,
@@ -24,7 +25,6 @@ from scheduler.channel import (
     rank_endpoint,
     remove_endpoint,
 )
-from scheduler.control import ThresholdsInForce
 from scheduler.messages import Ack, Counters, Gauges, Telemetry
 from scheduler.thresholds import EngineLimits, Thresholds
 
@@ -50,7 +50,7 @@ def test_ray_is_the_version_this_was_verified_with() -> None:
     assert ray.__version__.split(".")[:2] == ["2", "60"]
 
 
-# replicas/calls.py
+# replicas/actor_calls.py
 
 
 def test_request_metadata_names_the_method_to_call() -> None:
@@ -85,7 +85,7 @@ def test_a_replica_id_survives_its_actor_name() -> None:
 
 
 def test_replicas_are_found_by_their_actors(monkeypatch: pytest.MonkeyPatch) -> None:
-    from replicas.calls import replica_ids
+    from replicas.actor_calls import replica_ids
 
     replica_id = name_in("ray.serve.request_router", "ReplicaID")
     deployment_id = name_in("ray.serve._private.common", "DeploymentID")
@@ -106,7 +106,7 @@ def test_replicas_are_found_by_their_actors(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_a_replica_owed_is_forgotten_when_it_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from replicas import calls
+    from replicas import actor_calls as calls
 
     gone, busy = "SERVE_REPLICA::headrace#m#gone", "SERVE_REPLICA::headrace#m#busy"
     monkeypatch.setattr(calls, "_owed_answers", {gone: object(), busy: object()})
@@ -256,7 +256,7 @@ def test_the_server_has_what_headrace_overrides_and_calls() -> None:
     assert inspect.iscoroutinefunction(server.__init__)
     assert inspect.iscoroutinefunction(server.__del__)
     assert list(parameters(server.__init__))[:2] == ["self", "llm_config"]
-    assert HeadraceServer.__name__ == name_in("replicas.calls", "SERVER_CLASS")
+    assert HeadraceServer.__name__ == name_in("replicas.actor_calls", "SERVER_CLASS")
     assert parameters(HeadraceServer.telemetry)["cursor"].default == 0
     assert list(parameters(HeadraceServer.apply_thresholds)) == ["self", "thresholds", "automatic", "rank"]
 
@@ -271,8 +271,8 @@ class Channel:
         if self.silent:
             raise ChannelClosed("the engine did not answer")
         return Telemetry(
-            engine_id="e", clock_s=0.0, cursor=0, limits=LIMITS, thresholds=Thresholds(max_in_service=8),
-            from_config=True, gauges=Gauges(in_service=2, waiting=1, kv_used_tokens=250), counters=Counters(),
+            engine_id="e", clock_s=0.0, cursor=0, limits=LIMITS, thresholds=Thresholds(max_running=8),
+            from_config=True, gauges=Gauges(running=2, waiting=1, kv_used_tokens=250), counters=Counters(),
         )
 
 
@@ -310,7 +310,7 @@ def test_a_silent_engine_is_told_of_once_and_its_last_stats_serve_on(
     channel = Channel()
     server = server_over(channel)
     last = stats_of(server)
-    assert last == RoutingStats(seats=8, occupied=3, kv_used_fraction=0.25)
+    assert last == RoutingStats(slots=8, occupied=3, kv_used_fraction=0.25)
     channel.silent = True
     for _ in range(3):
         assert stats_of(server) == last
@@ -326,17 +326,17 @@ def test_a_replica_s_room_is_that_of_all_its_ranks_also_while_one_is_silent(
     monkeypatch.setattr(server_module, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
     silent = Channel()
     server = server_over(Channel(), silent)
-    both = RoutingStats(seats=16, occupied=6, kv_used_fraction=0.25)
+    both = RoutingStats(slots=16, occupied=6, kv_used_fraction=0.25)
     assert stats_of(server) == both
     silent.silent, now_s[0] = True, 120.0
     assert stats_of(server) == both, "its last report serves a while longer"
     now_s[0] = 131.0
-    assert stats_of(server) == RoutingStats(seats=8, occupied=3, kv_used_fraction=0.25)
+    assert stats_of(server) == RoutingStats(slots=8, occupied=3, kv_used_fraction=0.25)
 
 
 def test_a_replica_reaches_each_rank_s_engine_by_its_own_channel(server_over: Callable[..., Any]) -> None:
     endpoint = new_endpoint()
-    engines = [ThresholdsInForce(Thresholds(), LIMITS, lambda: 0.0) for _ in range(2)]
+    engines = [ActiveThresholds(Thresholds(), LIMITS, lambda: 0.0) for _ in range(2)]
     channels = [
         ChannelServer(rank_endpoint(endpoint, rank), engine.offer, lambda _: asyncio.run(Channel().report()))
         for rank, engine in enumerate(engines)
@@ -346,14 +346,14 @@ def test_a_replica_reaches_each_rank_s_engine_by_its_own_channel(server_over: Ca
         server = server_over(*(ChannelClient(rank_endpoint(endpoint, rank)) for rank in range(2)))
         try:
             assert (await server.telemetry(rank=0)).engine_id == (await server.telemetry(rank=1)).engine_id == "e"
-            return await server.apply_thresholds(Thresholds(version=1, max_in_service=4), automatic=False, rank=1)
+            return await server.apply_thresholds(Thresholds(version=1, max_running=4), automatic=False, rank=1)
         finally:
             for client in server._channels:
                 client.close()
 
     try:
         assert asyncio.run(set_one()).accepted
-        assert [engine.current().thresholds.max_in_service for engine in engines] == [None, 4]
+        assert [engine.current().thresholds.max_running for engine in engines] == [None, 4]
     finally:
         for channel in channels:
             channel.close()
@@ -380,7 +380,7 @@ def test_the_request_router_has_what_ours_is_made_of() -> None:
     assert cache(get_curr_time_s=lambda: 0.0).get("unknown") is None
 
 
-# replicas/localhost.py
+# replicas/ray_patches.py
 
 
 def test_serve_replicas_open_their_port_through_the_function_we_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,7 +390,7 @@ def test_serve_replicas_open_their_port_through_the_function_we_narrow(monkeypat
     bound: list[str] = []
     monkeypatch.setattr(replica, "add_port_to_grpc_server", lambda server, address: bound.append(address))
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
-    name_in("replicas.localhost", "listen_where_the_node_does")()
+    name_in("replicas.ray_patches", "listen_where_the_node_does")()
     replica.add_port_to_grpc_server(None, "[::]:0")
     assert bound == ["127.0.0.1:0"]
 
@@ -399,11 +399,11 @@ def test_on_a_real_cluster_the_port_stays_where_ray_puts_it(monkeypatch: pytest.
     replica = importlib.import_module("ray.serve._private.replica")
     before = replica.add_port_to_grpc_server
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.7")
-    name_in("replicas.localhost", "listen_where_the_node_does")()
+    name_in("replicas.ray_patches", "listen_where_the_node_does")()
     assert replica.add_port_to_grpc_server is before
 
 
-# replicas/no_download.py
+# replicas/ray_patches.py
 
 
 def test_a_callback_may_skip_the_download_before_a_node_starts() -> None:
@@ -423,7 +423,7 @@ def test_plain_http_errors_speak_openai_too() -> None:
     app = name_in("router.errors", "speak_openai")(name_in("ray.llm._internal.serve.core.ingress.ingress", "init")())
 
     @app.get("/refused")
-    def refused() -> None:
+    def rejected() -> None:
         raise HTTPException(404, "no model gpt-9")
 
     client = TestClient(app)

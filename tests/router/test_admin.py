@@ -10,21 +10,21 @@ import pytest
 from pydantic import ValidationError
 
 from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
-from scheduler.law import ServiceTimeLaw
+from scheduler.fluid_params import FluidParams
 from scheduler.messages import Counters, Gauges, Telemetry
-from scheduler.pace import Pace
+from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.thresholds import EngineLimits, Thresholds, TypeThreshold
 
 LIMITS = EngineLimits(
     kv_capacity_tokens=16_000, block_tokens=16, max_num_seqs=64, max_num_batched_tokens=1024, max_model_len=2048
 )
-IN_FORCE = Thresholds(version=7, policy="wait", max_in_service=20, valid_for_s=120.0, reason="solved")
+IN_FORCE = Thresholds(version=7, policy="wait", max_running=20, valid_for_s=120.0, reason="solved")
 
 
 def report(thresholds: Thresholds = IN_FORCE, **limits: int) -> Telemetry:
     return Telemetry(
         engine_id="engine", clock_s=1.0, cursor=0, limits=replace(LIMITS, **limits), thresholds=thresholds,
-        from_config=False, gauges=Gauges(in_service=5, waiting=2, held=1, kv_used_tokens=4000),
+        from_config=False, gauges=Gauges(running=5, waiting=2, held=1, kv_used_tokens=4000),
         counters=Counters(preemptions=3, arrivals=14, completed=9, aborted=2, rejected=1),
     )
 
@@ -33,16 +33,16 @@ def update(**body: Any) -> ThresholdsUpdate:
     return ThresholdsUpdate.model_validate(body)
 
 
-def refusal(body: dict[str, Any], telemetry: dict[str, Any]) -> tuple[int, str]:
+def rejection(body: dict[str, Any], telemetry: dict[str, Any]) -> tuple[int, str]:
     with pytest.raises(AdminError) as error:
         plan_update(update(**body), telemetry)
     return error.value.status_code, str(error.value)
 
 
 def test_setting_replaces_the_whole_pins_and_counts_the_version_on() -> None:
-    wanted = {"policy": "fcfs", "max_in_service": 8}
+    wanted = {"policy": "fcfs", "max_running": 8}
     planned = plan_update(update(thresholds=wanted), {"a": report(), "b": report(replace(IN_FORCE, version=11))})
-    expected = Thresholds(policy="fcfs", max_in_service=8, pinned=True, reason="set by an operator")
+    expected = Thresholds(policy="fcfs", max_running=8, pinned=True, reason="set by an operator")
     assert planned == {"a": replace(expected, version=8), "b": replace(expected, version=12)}
 
 
@@ -52,7 +52,7 @@ def test_a_pin_holds_one_rank_or_all_of_a_replica(replica: str, pinned: list[str
     planned = plan_update(update(replica=replica, pin=True), telemetry)
     assert {name: (wanted.pinned, wanted.version - telemetry[name].thresholds.version)
             for name, wanted in planned.items()} == dict.fromkeys(pinned, (True, 1))
-    assert refusal({"replica": "a#2", "pin": True}, telemetry) == (
+    assert rejection({"replica": "a#2", "pin": True}, telemetry) == (
         404, "replica = 'a#2' does not exist; the replicas are a#0, a#1, b#0"
     )
 
@@ -66,20 +66,22 @@ def test_a_replica_is_ready_with_one_of_its_ranks() -> None:
 
 
 def test_setting_without_a_policy_changes_the_named_fields_alone() -> None:
-    pace = Pace(law=ServiceTimeLaw(0.01, 1e-6), survival=((0, 1.0), (99, 0.0)), kv_limit_tokens=1000, ttft_s=3.0)
-    fluid = Thresholds(version=3, policy="fluid", pace=pace, valid_for_s=120.0, reason="solved", token_budget=256)
+    params = FluidParams(
+        time_model=IterationTimeModel(0.01, 1e-6), survival=((0, 1.0), (99, 0.0)), kv_limit_tokens=1000, ttft_s=3.0
+    )
+    fluid = Thresholds(version=3, policy="fluid", fluid=params, valid_for_s=120.0, reason="solved", token_budget=256)
     telemetry = {"a": report(fluid), "b": report()}
-    planned = plan_update(update(thresholds={"max_in_service": 16}), telemetry)
-    set_by_operator = {"max_in_service": 16, "pinned": True, "valid_for_s": None, "reason": "set by an operator"}
+    planned = plan_update(update(thresholds={"max_running": 16}), telemetry)
+    set_by_operator = {"max_running": 16, "pinned": True, "valid_for_s": None, "reason": "set by an operator"}
     assert planned == {
         "a": replace(fluid, version=4, **set_by_operator), "b": replace(IN_FORCE, version=8, **set_by_operator),
     }
     back = plan_update(update(thresholds={"token_budget": None}), telemetry)
-    assert (back["a"].token_budget, back["a"].policy, back["a"].pace) == (None, "fluid", pace)
+    assert (back["a"].token_budget, back["a"].policy, back["a"].fluid) == (None, "fluid", params)
 
 
 def test_setting_without_a_pin_leaves_tuning_on() -> None:
-    planned = plan_update(update(thresholds={"max_in_service": 8}, pin=False), {"a": report()})
+    planned = plan_update(update(thresholds={"max_running": 8}, pin=False), {"a": report()})
     assert planned["a"].pinned is False
 
 
@@ -116,8 +118,8 @@ def test_another_replica_s_silence_does_not_matter_then() -> None:
 @pytest.mark.parametrize(
     ("thresholds", "said"),
     [
-        ({"max_in_service": 0}, "thresholds.max_in_service = 0"),
-        ({"max_in_service": 65}, "max_num_seqs = 64"),
+        ({"max_running": 0}, "thresholds.max_running = 0"),
+        ({"max_running": 65}, "max_num_seqs = 64"),
         ({"token_budget": 1025}, "max_num_batched_tokens = 1024"),
         ({"types": [{"name": "all", "n": 65}]}, "types[0].n = 65"),
         ({"policy": "lifo"}, "one of fcfs, wait, nested_wait"),
@@ -133,17 +135,17 @@ def test_another_replica_s_silence_does_not_matter_then() -> None:
     ],
 )
 def test_values_that_cannot_be_are_400(thresholds: dict[str, Any], said: str) -> None:
-    status, message = refusal({"thresholds": thresholds}, {"a": report()})
+    status, message = rejection({"thresholds": thresholds}, {"a": report()})
     assert status == 400
     assert message.startswith("replica a: ")
     assert said in message
 
 
 @pytest.mark.parametrize(
-    "body", [{}, {"replica": "a"}, {"auto": True, "pin": True}, {"auto": True, "thresholds": {"max_in_service": 3}}]
+    "body", [{}, {"replica": "a"}, {"auto": True, "pin": True}, {"auto": True, "thresholds": {"max_running": 3}}]
 )
 def test_nothing_to_do_and_contradictions_are_400(body: dict[str, Any]) -> None:
-    assert refusal(body, {"a": report()})[0] == 400
+    assert rejection(body, {"a": report()})[0] == 400
 
 
 def test_a_typo_in_the_body_is_refused() -> None:
@@ -152,32 +154,32 @@ def test_a_typo_in_the_body_is_refused() -> None:
 
 
 def test_an_unknown_replica_is_404_with_the_known_ones() -> None:
-    status, message = refusal({"replica": "c", "pin": True}, {"a": report(), "b": report()})
+    status, message = rejection({"replica": "c", "pin": True}, {"a": report(), "b": report()})
     assert status == 404
     assert message == "replica = 'c' does not exist; the replicas are a, b"
 
 
 @pytest.mark.parametrize("version", [0, 6, 7])
 def test_an_old_version_is_409_with_what_is_in_force(version: int) -> None:
-    status, message = refusal({"thresholds": {"version": version}}, {"a": report()})
+    status, message = rejection({"thresholds": {"version": version}}, {"a": report()})
     assert status == 409
     assert f"thresholds.version = {version} is not newer than version 7" in message
 
 
 def test_a_silent_target_is_503() -> None:
-    status, message = refusal({"pin": True}, {"a": report(), "b": RuntimeError("no answer within 5 s")})
+    status, message = rejection({"pin": True}, {"a": report(), "b": RuntimeError("no answer within 5 s")})
     assert status == 503
     assert message == "replica b does not answer: no answer within 5 s"
 
 
 def test_no_replica_at_all_is_503() -> None:
-    status, message = refusal({"pin": True}, {})
+    status, message = rejection({"pin": True}, {})
     assert status == 503
     assert "/readyz" in message
 
 
 def test_what_does_not_fit_one_target_is_planned_for_none() -> None:
-    status, message = refusal({"thresholds": {"max_in_service": 50}}, {"a": report(), "b": report(max_num_seqs=40)})
+    status, message = rejection({"thresholds": {"max_running": 50}}, {"a": report(), "b": report(max_num_seqs=40)})
     assert status == 400
     assert message.startswith("replica b: ")
 
@@ -187,7 +189,7 @@ def test_a_replica_s_state_is_plain_json_with_its_use_of_memory() -> None:
     state = telemetry_as_dict(report(thresholds))
     assert json.loads(json.dumps(state, allow_nan=False)) == state
     assert state["kv_used_fraction"] == 0.25
-    assert (state["in_service"], state["waiting"], state["held"], state["preemptions"]) == (5, 2, 1, 3)
+    assert (state["running"], state["waiting"], state["held"], state["preemptions"]) == (5, 2, 1, 3)
     ways = ("completed", "aborted", "rejected", "in_flight")
     assert [state["counters"][name] for name in ("arrivals", *ways)] == [14, 9, 2, 1, 2]
     assert state["thresholds"]["types"] == [

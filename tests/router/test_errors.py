@@ -8,7 +8,7 @@ from fastapi.testclient import TestClient
 from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 
 from router.errors import speak_openai
-from scheduler.refusal import Refusal
+from scheduler.rejection import Rejection
 
 
 @pytest.fixture
@@ -25,18 +25,18 @@ def answer_to(app: FastAPI, error: Exception):
 
 
 def test_a_refusal_is_429_with_retry_after(app: FastAPI) -> None:
-    refusal = Refusal("as many requests wait as can be answered in time", 4)
-    error = OpenAIHTTPException(status_code=429, message=refusal.as_json(), type="Too Many Requests")
+    rejection = Rejection("as many requests wait as can be answered in time", 4)
+    error = OpenAIHTTPException(status_code=429, message=rejection.as_json(), type="Too Many Requests")
     response = answer_to(app, error)
     assert response.status_code == 429
     assert response.headers["retry-after"] == "4"
     assert response.json()["error"] == {
-        "message": refusal.text, "type": "rate_limit_error", "param": None, "code": 429,
+        "message": rejection.text, "type": "rate_limit_error", "param": None, "code": 429,
     }
 
 
 def test_only_a_429_that_the_engine_marked_is_a_refusal() -> None:
-    for status, message in ((400, Refusal("x", 9).as_json()), (429, "refused: by the user; retry in 60 s")):
+    for status, message in ((400, Rejection("x", 9).as_json()), (429, "refused: by the user; retry in 60 s")):
         error = OpenAIHTTPException(status_code=status, message=message, type="t")
         response = answer_to(speak_openai(FastAPI()), error)
         assert (response.status_code, response.json()["error"]["message"]) == (status, message)

@@ -20,9 +20,9 @@ from router.request_router import FluidSlackRouter
 DEPLOYMENT = DeploymentID(name="HeadraceServer:m", app_name="headrace")
 
 
-def replica(name: str, *, seats: int = 0, occupied: int = 0, models: tuple[str, ...] = ()) -> SimpleNamespace:
+def replica(name: str, *, slots: int = 0, occupied: int = 0, models: tuple[str, ...] = ()) -> SimpleNamespace:
     """A replica as Serve's routers see it; one without seats has not reported yet."""
-    stats = RoutingStats(seats=seats, occupied=occupied, kv_used_fraction=0.5).as_dict() if seats else {}
+    stats = RoutingStats(slots=slots, occupied=occupied, kv_used_fraction=0.5).as_dict() if slots else {}
     return SimpleNamespace(
         replica_id=ReplicaID(name, DEPLOYMENT), routing_stats=stats, multiplexed_model_ids=set(models)
     )
@@ -57,15 +57,15 @@ def ranks(router: FluidSlackRouter, model_id: str | None = None) -> list[list[st
 
 def test_the_largest_share_of_free_seats_comes_first() -> None:
     router = Router(
-        replica("busy", seats=10, occupied=9), replica("idle", seats=10, occupied=1),
-        replica("large", seats=100, occupied=50),
+        replica("busy", slots=10, occupied=9), replica("idle", slots=10, occupied=1),
+        replica("large", slots=100, occupied=50),
     )
     assert ranks(router) == [["idle"], ["large"], ["busy"]]
     assert ranks(router, "") == [["idle"], ["large"], ["busy"]]
 
 
 def test_stale_stats_are_corrected_by_what_was_sent_since() -> None:
-    replicas = (replica("a", seats=10, occupied=1), replica("b", seats=10, occupied=4))
+    replicas = (replica("a", slots=10, occupied=1), replica("b", slots=10, occupied=4))
     assert ranks(Router(*replicas)) == [["a"], ["b"]]
     assert ranks(Router(*replicas, ongoing={"a": 7})) == [["b"], ["a"]]
     assert ranks(Router(*replicas, ongoing={"a": 0, "b": 2})) == [["a"], ["b"]]  # the engine knows of more
@@ -73,19 +73,19 @@ def test_stale_stats_are_corrected_by_what_was_sent_since() -> None:
 
 def test_replicas_that_have_not_reported_come_last_least_busy_first() -> None:
     router = Router(
-        replica("new"), replica("full", seats=10, occupied=15), replica("newer"), ongoing={"new": 3}
+        replica("new"), replica("full", slots=10, occupied=15), replica("newer"), ongoing={"new": 3}
     )
     assert ranks(router) == [["full"], ["newer"], ["new"]]
 
 
 def test_a_full_replica_passes_on_to_the_next() -> None:
     names = [f"r{number}" for number in range(8)]
-    chosen = ranks(Router(*(replica(name, seats=10, occupied=number) for number, name in enumerate(names))))
+    chosen = ranks(Router(*(replica(name, slots=10, occupied=number) for number, name in enumerate(names))))
     assert chosen == [[name] for name in names]  # one to a rank, so every other is tried in turn
 
 
 def test_equal_replicas_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    router = Router(*(replica(name, seats=10, occupied=5) for name in ("a", "b")))
+    router = Router(*(replica(name, slots=10, occupied=5) for name in ("a", "b")))
     first = []
     for seed in range(20):
         monkeypatch.setattr(random, "shuffle", random.Random(seed).shuffle)
@@ -95,13 +95,13 @@ def test_equal_replicas_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_replica_with_the_wanted_adapter_is_preferred() -> None:
     router = Router(
-        replica("plain", seats=10), replica("adapted", seats=10, occupied=9, models=("lora",)),
+        replica("plain", slots=10), replica("adapted", slots=10, occupied=9, models=("lora",)),
     )
     assert ranks(router, "lora") == [["adapted"]]
 
 
 def test_a_replica_that_left_meanwhile_is_not_chosen() -> None:
-    router = Router(replica("a", seats=10), replica("b", seats=10))
+    router = Router(replica("a", slots=10), replica("b", slots=10))
     del router._replicas[ReplicaID("a", DEPLOYMENT)]
     assert ranks(router) == [["b"]]
     assert ranks(Router()) == []

@@ -11,19 +11,22 @@ from engine_harness import BLOCK, STEP_S, Engine
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.fluid import solve_fluid
-from scheduler.law import ServiceTimeLaw
-from scheduler.margin import Fluctuation, tpot_margin
+from scheduler.estimation.iteration_time_error import IterationTimeError
+from scheduler.estimation.steps_seen import StepsSeen
 from scheduler.messages import Counters, Report
-from scheduler.mix import Lengths, WorkloadMix
+from scheduler.model.fluid import solve_fluid
+from scheduler.model.iteration_time import IterationTimeModel
+from scheduler.model.steps import ONE_TOKEN_A_STEP, Steps
+from scheduler.model.wait_thresholds import NestedWaitSolution, nested_wait_thresholds
+from scheduler.model.workload import Lengths, WorkloadMix
 from scheduler.policies import Snapshot, make_policy
 from scheduler.policies.segments import Segments
-from scheduler.solver import NestedWaitSolution, nested_wait_thresholds
-from scheduler.steps import ONE_TOKEN_A_STEP, Steps, StepsSeen
-from scheduler.targets import Targets, solve_pace
 from scheduler.thresholds import EngineLimits, SegmentThreshold, Thresholds
+from scheduler.tuning.fluid_plan import solve_fluid_params
+from scheduler.tuning.slo import Slo
+from scheduler.tuning.tpot_margin import tpot_margin
 
-LAW = ServiceTimeLaw(0.0034, 4.5e-7, 6.47e-5, 6.47e-5, 0.0112)
+TIME_MODEL = IterationTimeModel(0.0034, 4.5e-7, 6.47e-5, 6.47e-5, 0.0112)
 LIMITS = EngineLimits(
     kv_capacity_tokens=137_000, block_tokens=16, max_num_seqs=512, max_num_batched_tokens=2048, max_model_len=4096
 )
@@ -163,9 +166,12 @@ def test_drafts_that_are_under_way_do_not_count_as_output():
 FAST = {"d0_s": 4e-3, "d1_s_per_kv_token": 1e-6, "d2_s_per_prefill_token": 1e-4, "d3_s_per_decode_token": 1e-4}
 
 
-def fluid(**pace):
+def fluid(**params):
     survival = [[0, 1.0], [39, 1.0], [40, 0.0]]
-    return {"policy": "fluid", "pace": {"law": FAST, "survival": survival, "kv_limit_tokens": 1023 * BLOCK, **pace}}
+    return {
+        "policy": "fluid",
+        "fluid": {"time_model": FAST, "survival": survival, "kv_limit_tokens": 1023 * BLOCK, **params},
+    }
 
 
 @pytest.mark.parametrize("computed_per_step", [1.0, 4.0])
@@ -217,14 +223,14 @@ def test_no_more_requests_run_than_one_iteration_advances():
         batch = step(engine)
         assert set(batch) == set(engine.running) | (set(batch) & set(engine.finished))
     assert len(engine.running) == 16
-    assert replace(LIMITS, speculative_tokens=3).seats == 512
-    assert replace(LIMITS, speculative_tokens=7).seats == 256
+    assert replace(LIMITS, speculative_tokens=3).slots == 512
+    assert replace(LIMITS, speculative_tokens=7).slots == 256
 
 
 # Boundaries.
 
 
-class Resident:
+class RunningRequest:
     def __init__(self, request_id: str, stage: int) -> None:
         self.request_id, self.stage, self.kv_tokens, self.type_name = request_id, stage, 100 + stage, "unknown"
         self.tokens_in_flight = 0
@@ -236,7 +242,7 @@ def held_at(stage: int, *, before: int, most_step_tokens: int) -> bool:
     policy = make_policy(Thresholds(policy="nested_wait", segments=segments, max_hold_s=10.0))
     held = False
     for now_s, reached in enumerate((before, stage)):
-        running = [Resident("jumps", reached), Resident("young", 1)]
+        running = [RunningRequest("jumps", reached), RunningRequest("young", 1)]
         held = "jumps" in policy.decide(Snapshot(
             now_s=float(now_s), waiting={}, released=0, running=running, kv_used_tokens=0, kv_capacity_tokens=4096,
             most_step_tokens=most_step_tokens,
@@ -276,26 +282,31 @@ def test_nested_wait_holds_at_boundaries_on_an_engine_that_jumps_over_them():
 # What is solved.
 
 
-@pytest.mark.parametrize("targets", [Targets(), Targets(tpot_s=0.05), Targets(ttft_s=3.0, tpot_s=0.02)])
+@pytest.mark.parametrize("targets", [Slo(), Slo(tpot_s=0.05), Slo(ttft_s=3.0, tpot_s=0.02)])
 def test_free_drafts_that_are_all_accepted_make_the_engine_that_many_times_as_fast(targets):
     """Steps of two tokens at the price of one serve what an engine does whose decodes cost half."""
-    twice = replace(LAW, d0_s=LAW.d0_s / 2, floor_s=LAW.floor_s / 2, d1_s_per_kv_token=LAW.d1_s_per_kv_token / 2,
-                    d3_s_per_decode_token=LAW.d3_s_per_decode_token / 2)
-    drafting = solve_pace(MIX, LAW, LIMITS, targets, steps=Steps(tokens=2.0))
-    fast = solve_pace(MIX, twice, LIMITS, targets)
+    twice = replace(
+        TIME_MODEL,
+        d0_s=TIME_MODEL.d0_s / 2,
+        floor_s=TIME_MODEL.floor_s / 2,
+        d1_s_per_kv_token=TIME_MODEL.d1_s_per_kv_token / 2,
+        d3_s_per_decode_token=TIME_MODEL.d3_s_per_decode_token / 2,
+    )
+    drafting = solve_fluid_params(MIX, TIME_MODEL, LIMITS, targets, steps=Steps(tokens=2.0))
+    fast = solve_fluid_params(MIX, twice, LIMITS, targets)
     assert drafting.capacity_rps == pytest.approx(fast.capacity_rps, rel=0.01)
-    assert drafting.binding == fast.binding
+    assert drafting.bottleneck == fast.bottleneck
     if targets.tpot_s:
-        assert drafting.pace.token_s == pytest.approx(fast.pace.token_s)
-        assert drafting.pace.iteration_s == pytest.approx(2 * fast.pace.iteration_s)
+        assert drafting.fluid.token_s == pytest.approx(fast.fluid.token_s)
+        assert drafting.fluid.iteration_s == pytest.approx(2 * fast.fluid.iteration_s)
 
 
 @pytest.mark.parametrize("steps", [ONE_TOKEN_A_STEP, Steps.of_acceptance(0.7, 3)])
 def test_the_groups_of_nested_wait_are_those_of_an_iteration_whatever_a_step_gains(steps):
     """Iterations of fixed length, so that as many arrive in each: n_1 is the same, and the engine admits it."""
-    law, lengths = ServiceTimeLaw(0.02, 0.0, 0.0, 0.0, 0.0), Lengths.from_pairs([(100, 40), (100, 160)])
+    time_model, lengths = IterationTimeModel(0.02, 0.0, 0.0, 0.0, 0.0), Lengths.from_pairs([(100, 40), (100, 160)])
     mix = WorkloadMix.from_lengths(lengths, 10.0)
-    solution = nested_wait_thresholds(mix, law, 10**6, boundaries=(40, 160), whole=False, steps=steps)
+    solution = nested_wait_thresholds(mix, time_model, 10**6, boundaries=(40, 160), whole=False, steps=steps)
     assert isinstance(solution, NestedWaitSolution)
     assert solution.n[0] == pytest.approx(9 / 40), "the first total whose share exceeds the 0.2 that arrive"
     segments = tuple(
@@ -311,7 +322,7 @@ def test_the_groups_of_nested_wait_are_those_of_an_iteration_whatever_a_step_gai
 
 def test_drafts_that_are_never_accepted_only_cost():
     plain, drafting = (
-        solve_pace(MIX, LAW, LIMITS, Targets(tpot_s=0.05), steps=steps).capacity_rps
+        solve_fluid_params(MIX, TIME_MODEL, LIMITS, Slo(tpot_s=0.05), steps=steps).capacity_rps
         for steps in (ONE_TOKEN_A_STEP, Steps.of_acceptance(0.0, 3))
     )
     assert drafting < plain
@@ -319,13 +330,13 @@ def test_drafts_that_are_never_accepted_only_cost():
 
 @pytest.mark.parametrize("steps", [ONE_TOKEN_A_STEP, Steps.of_acceptance(0.7, 3), Steps.of_acceptance(0.2, 2)])
 def test_the_critical_rate_is_where_the_equilibrium_s_memory_is_full(steps):
-    critical = solve_fluid(MIX, LAW, LIMITS.kv_capacity_tokens, steps=steps).critical_rate_scale
-    at_it = solve_fluid(MIX.scaled(critical * (1 - 1e-9)), LAW, LIMITS.kv_capacity_tokens, steps=steps)
+    critical = solve_fluid(MIX, TIME_MODEL, LIMITS.kv_capacity_tokens, steps=steps).critical_rate_scale
+    at_it = solve_fluid(MIX.scaled(critical * (1 - 1e-9)), TIME_MODEL, LIMITS.kv_capacity_tokens, steps=steps)
     assert at_it.fits_memory
     assert at_it.memory_tokens == pytest.approx(LIMITS.kv_capacity_tokens, rel=1e-5)
     # Little's law, in iterations of a life.
     life = MIX.merged().lengths.mean_output_tokens / steps.tokens + 1
-    assert at_it.in_service == pytest.approx(30.0 * critical * at_it.iteration_time_s * life)
+    assert at_it.running == pytest.approx(30.0 * critical * at_it.iteration_time_s * life)
 
 
 @pytest.mark.parametrize(("rate", "drafts"), [(0.7, 3), (0.3, 2), (0.9, 5)])
@@ -334,11 +345,11 @@ def test_few_accepted_drafts_miss_no_more_often_than_promised(rate, drafts, std)
     """Requests play their steps; each has as many iterations as the target leaves its answer."""
     generator, steps, miss = np.random.default_rng(4), Steps.of_acceptance(rate, drafts), 0.02
     lengths = Lengths(np.full(4, 100), np.array([1, 20, 100, 400]), np.full(4, 0.25))
-    margin = tpot_margin(lengths, Fluctuation(std=std), miss, steps)
+    margin = tpot_margin(lengths, IterationTimeError(std=std), miss, steps)
     missed = 0.0
     for output in (20, 100, 400):
-        refused = generator.random((3000, output, drafts)) >= rate
-        gained = np.cumsum(1 + np.where(refused.any(axis=2), refused.argmax(axis=2), drafts), axis=1)
+        rejected = generator.random((3000, output, drafts)) >= rate
+        gained = np.cumsum(1 + np.where(rejected.any(axis=2), rejected.argmax(axis=2), drafts), axis=1)
         number = 1 + (gained < output - 1).sum(axis=1)
         errors = 1 + generator.standard_normal(number.size) * std / np.sqrt(number)
         missed += 0.25 * np.mean(number * errors * steps.tokens / (1 + margin) > output - 1)

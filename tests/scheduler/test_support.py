@@ -19,15 +19,15 @@ from scheduler.support import (
     require_supported,
     support_matrix,
 )
-from scheduler.targets import NO_TARGETS, Targets
 from scheduler.thresholds import POLICY_NAMES, SegmentThreshold, Thresholds
+from scheduler.tuning.slo import NO_SLO, Slo
 
 README = Path(__file__).resolve().parents[2] / "README.md"
-TPOT = Targets(tpot_s=0.05)
+TPOT = Slo(tpot_s=0.05)
 SETUPS = {
     "data parallel across nodes": EngineSetup(data_parallel_across_nodes=True),
     "KV transfer (P/D, offloading)": EngineSetup(kv_transfer=True),
-    "targets with `controller.enabled: false`": EngineSetup(targets=Targets(ttft_s=2.0), controller=False),
+    "targets with `controller.enabled: false`": EngineSetup(targets=Slo(ttft_s=2.0), controller=False),
     "speculative decoding": EngineSetup(speculative_decoding=True),
 }
 NOTHING_OF_CONCERN = (
@@ -36,7 +36,7 @@ NOTHING_OF_CONCERN = (
 )
 
 
-def is_refused(setup: EngineSetup, thresholds: Thresholds) -> bool:
+def is_rejected(setup: EngineSetup, thresholds: Thresholds) -> bool:
     try:
         require_supported(setup, thresholds)
     except UnsupportedSetting:
@@ -56,7 +56,7 @@ def test_every_setting_is_tried_here() -> None:
 @pytest.mark.parametrize("policy", POLICY_NAMES)
 @pytest.mark.parametrize("setting", [setting for setting in SETTINGS if setting.in_use], ids=lambda one: one.name)
 def test_a_policy_is_refused_where_the_table_says_no(setting: Any, policy: str) -> None:
-    assert is_refused(SETUPS[setting.name], Thresholds(policy=policy)) == (not setting.answer(policy).allowed)
+    assert is_rejected(SETUPS[setting.name], Thresholds(policy=policy)) == (not setting.answer(policy).allowed)
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
@@ -116,7 +116,7 @@ def test_a_configuration_tells_what_it_asks_of_the_engine(engine_args: dict[str,
     ids=str,
 )
 def test_other_engine_arguments_concern_no_policy(engine_args: dict[str, Any]) -> None:
-    assert EngineSetup.from_engine_args(engine_args, NO_TARGETS) == EngineSetup()
+    assert EngineSetup.from_engine_args(engine_args, NO_SLO) == EngineSetup()
 
 
 def test_the_engine_arguments_looked_at_are_vllm_s() -> None:

@@ -50,10 +50,10 @@ REFUSED = [
     ({"max_hold_s": None}, "max_hold_s", None, "number"),
     ({"valid_for_s": 0}, "valid_for_s", 0.0, "> 0"),
     ({"valid_for_s": math.inf}, "valid_for_s", math.inf, "> 0"),
-    ({"max_in_service": 0}, "max_in_service", 0, ">= 1"),
-    ({"max_in_service": True}, "max_in_service", True, "integer"),
-    ({"max_in_service": "8"}, "max_in_service", "8", "integer"),
-    ({"max_in_service": 8.5}, "max_in_service", 8.5, "integer"),
+    ({"max_running": 0}, "max_running", 0, ">= 1"),
+    ({"max_running": True}, "max_running", True, "integer"),
+    ({"max_running": "8"}, "max_running", "8", "integer"),
+    ({"max_running": 8.5}, "max_running", 8.5, "integer"),
     ({"token_budget": 0}, "token_budget", 0, ">= 1"),
     ({"token_budget": -3}, "token_budget", -3, ">= 1"),
     ({"pinned": 1}, "pinned", 1, "boolean"),
@@ -67,7 +67,7 @@ REFUSED = [
     ({"types": [_type("a"), _type("b"), _type("a")]}, "types", ["a", "b", "a"], "distinct"),
     ({"types": [_type(max_prompt_tokens=0)]}, "types[0].max_prompt_tokens", 0, ">= 1"),
     ({"types": [_type("a"), _type("b", max_output_tokens=-1)]}, "types[1].max_output_tokens", -1, ">= 1"),
-    ({"types": [_type(n=9)], "max_in_service": 8}, "types[0].n", 9, "max_in_service = 8"),
+    ({"types": [_type(n=9)], "max_running": 8}, "types[0].n", 9, "max_running = 8"),
     ({"types": [{"name": "all"}]}, "types[0].n", {"name": "all"}, "required"),
     ({"types": [3]}, "types[0]", 3, "TypeThreshold"),
     ({"segments": _segments((8, 0))}, "segments[0].total", 0, ">= 1"),
@@ -75,7 +75,7 @@ REFUSED = [
     ({"segments": _segments((16, 4), (16, 4))}, "segments[1].end_output_tokens", 16, "> 16"),
     ({"segments": _segments((16, 4), (8, 2))}, "segments[1].end_output_tokens", 8, "> 16"),
     ({"segments": _segments((8, 4), (16, 5))}, "segments[1].total", 5, "1 to 4"),
-    ({"segments": _segments((8, 65)), "max_in_service": 8}, "segments[0].total", 65, "8 stages times max_in_service"),
+    ({"segments": _segments((8, 65)), "max_running": 8}, "segments[0].total", 65, "8 stages times max_running"),
     # Unknown keys: the answer lists those of the object they stand in.
     ({"max_hold": 1.0}, "max_hold", 1.0, "max_hold_s"),
     ({"types": [_type(max_tokens=5)]}, "types[0].max_tokens", 5, "max_output_tokens"),
@@ -85,9 +85,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("sent", "field", "value", "allowed"), REFUSED, ids=lambda part: str(part)[:40])
 def test_refusal_names_field_value_and_what_is_allowed(sent, field, value, allowed):
-    with pytest.raises(InvalidThresholds) as refused:
+    with pytest.raises(InvalidThresholds) as rejected:
         parse_thresholds(sent)
-    error = refused.value
+    error = rejected.value
     assert error.field == field
     assert error.value == value and type(error.value) is type(value)
     assert allowed in error.allowed
@@ -96,9 +96,9 @@ def test_refusal_names_field_value_and_what_is_allowed(sent, field, value, allow
 
 
 def test_not_a_number_is_refused_from_json_text():
-    with pytest.raises(InvalidThresholds) as refused:
+    with pytest.raises(InvalidThresholds) as rejected:
         parse_thresholds('{"max_hold_s": NaN}')
-    assert refused.value.field == "max_hold_s" and math.isnan(refused.value.value)
+    assert rejected.value.field == "max_hold_s" and math.isnan(rejected.value.value)
     with pytest.raises(InvalidThresholds, match="valid_for_s"):
         parse_thresholds('{"valid_for_s": NaN}')
 
@@ -110,9 +110,9 @@ def test_what_is_no_object_is_refused(body):
 
 
 def test_unknown_key_lists_only_real_fields():
-    with pytest.raises(InvalidThresholds) as refused:
+    with pytest.raises(InvalidThresholds) as rejected:
         parse_thresholds({"types": [_type(foo=1)]})
-    assert refused.value.allowed.endswith("are name, n, max_prompt_tokens, max_output_tokens")
+    assert rejected.value.allowed.endswith("are name, n, max_prompt_tokens, max_output_tokens")
 
 
 def test_python_construction_checks_as_parsing_does():
@@ -143,7 +143,7 @@ def thresholds(draw):
             SegmentThreshold(end_output_tokens=end, total=count * (end - start))
             for start, end, count in zip((0, *ends), ends, n, strict=False)
         ),
-        max_in_service=draw(st.none() | st.integers(50, 10**6)),
+        max_running=draw(st.none() | st.integers(50, 10**6)),
         token_budget=draw(st.none() | st.integers(1, 10**6)),
         max_hold_s=draw(st.floats(0, LONGEST_HOLD_S)),
         valid_for_s=draw(st.none() | st.floats(1e-6, 1e6)),
@@ -168,7 +168,7 @@ def test_whole_seconds_may_be_written_without_a_point():
 @pytest.mark.parametrize(
     ("value", "field"),
     [
-        (Thresholds(max_in_service=65), "max_in_service"),
+        (Thresholds(max_running=65), "max_running"),
         (Thresholds(types=(TypeThreshold(name="a", n=1), TypeThreshold(name="b", n=65))), "types[1].n"),
         (Thresholds(segments=(SegmentThreshold(end_output_tokens=8, total=8 * 65),)), "segments[0].total"),
         (Thresholds(token_budget=513), "token_budget"),
@@ -176,33 +176,33 @@ def test_whole_seconds_may_be_written_without_a_point():
     ids=lambda part: str(part)[:30],
 )
 def test_what_the_engine_cannot_seat_or_compute_does_not_fit(value, field):
-    with pytest.raises(InvalidThresholds) as refused:
+    with pytest.raises(InvalidThresholds) as rejected:
         value.check_fits(LIMITS)
-    assert refused.value.field == field
+    assert rejected.value.field == field
     most = {"token_budget": "512", "segments[0].total": "8 stages times 64"}.get(field, "1 to 64")
-    assert most in refused.value.allowed
+    assert most in rejected.value.allowed
 
 
 def test_memory_seats_fewer_than_max_num_seqs():
     small = replace(LIMITS, kv_capacity_tokens=160)  # ten blocks: ten requests at the very most
-    Thresholds(max_in_service=10).check_fits(small)
-    with pytest.raises(InvalidThresholds, match=r"max_in_service = 11 .* from 1 to 10: .*160 tokens in blocks of 16"):
-        Thresholds(max_in_service=11).check_fits(small)
+    Thresholds(max_running=10).check_fits(small)
+    with pytest.raises(InvalidThresholds, match=r"max_running = 11 .* from 1 to 10: .*160 tokens in blocks of 16"):
+        Thresholds(max_running=11).check_fits(small)
 
 
 def test_what_just_fits_is_taken():
     Thresholds(
         types=(TypeThreshold(name="a", n=64),), segments=(SegmentThreshold(end_output_tokens=8, total=8 * 64),),
-        max_in_service=64, token_budget=512,
+        max_running=64, token_budget=512,
     ).check_fits(LIMITS)
     Thresholds().check_fits(LIMITS)
 
 
 def test_same_rule_looks_only_at_what_decides():
-    rule = Thresholds(policy="wait", types=(TypeThreshold(name="a", n=4),), max_in_service=8)
+    rule = Thresholds(policy="wait", types=(TypeThreshold(name="a", n=4),), max_running=8)
     assert rule.same_rule(replace(rule, version=9, reason="another", valid_for_s=5.0, pinned=True))
     for change in (
-        {"policy": "fcfs"}, {"mode": "strict"}, {"types": (TypeThreshold(name="a", n=5),)}, {"max_in_service": 9},
+        {"policy": "fcfs"}, {"mode": "strict"}, {"types": (TypeThreshold(name="a", n=5),)}, {"max_running": 9},
         {"segments": (SegmentThreshold(end_output_tokens=8, total=2),)}, {"token_budget": 100}, {"max_hold_s": 0.5},
     ):
         assert not rule.same_rule(replace(rule, **change)), change
@@ -214,9 +214,9 @@ def test_with_version_changes_only_the_version():
 
 
 @pytest.mark.parametrize(
-    ("pace", "field"),
-    [({"kv_limit": 1}, "pace.kv_limit"), ({"law": {"d0": 1}}, "pace.law.d0"), ({}, "pace.law")],
+    ("params", "field"),
+    [({"kv_limit": 1}, "fluid.kv_limit"), ({"time_model": {"d0": 1}}, "fluid.time_model.d0"), ({}, "fluid.time_model")],
 )
-def test_a_mistake_within_the_pace_is_named(pace, field):
+def test_a_mistake_within_the_pace_is_named(params, field):
     with pytest.raises(InvalidThresholds, match=field.replace(".", r"\.")):
-        parse_thresholds({"policy": "fluid", "pace": pace})
+        parse_thresholds({"policy": "fluid", "fluid": params})

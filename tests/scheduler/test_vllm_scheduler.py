@@ -7,19 +7,19 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from engine_harness import BLOCK, MAX_MODEL_LEN, STEP_S, Engine
+from engine_harness import BLOCK, MAX_MODEL_LEN, STEP_S, Engine, add_many, fluid_params, telemetry
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import RequestStatus
 
-from scheduler.channel import ChannelClient, new_endpoint, remove_endpoint
-from scheduler.fair_queue import _Account
-from scheduler.law import ServiceTimeLaw
-from scheduler.messages import Arrival, Finished, Report
+from scheduler.engine.channel import ChannelClient, new_endpoint, remove_endpoint
+from scheduler.engine.fair_queue import _Account
+from scheduler.engine.running_requests import _RequestAsRunning, batch_work, in_admission_order
+from scheduler.messages import Arrival, Finished
+from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.policies.fcfs import Fcfs
-from scheduler.refusal import Refusal
-from scheduler.running_requests import _RequestAsResident, batch_work, in_admission_order
+from scheduler.rejection import Rejection
 from scheduler.settings import TENANT, TENANT_WEIGHT, SchedulerSettings
 from scheduler.support import UnsupportedSetting
 from scheduler.thresholds import InvalidThresholds, Thresholds
@@ -40,17 +40,6 @@ def nested(*ends_and_n, **fields):
         ],
         **fields,
     }
-
-
-def add_many(engine, count, prefix="r", **request):
-    names = [f"{prefix}{place}" for place in range(count)]
-    for name in names:
-        engine.add(name, **request)
-    return names
-
-
-def telemetry(engine, cursor=0):
-    return engine.scheduler.telemetry(Report(cursor=cursor))
 
 
 # WAIT at the gate.
@@ -177,8 +166,8 @@ def test_those_who_sit_out_keep_their_memory_and_their_place():
     assert engine.running == ["k1", "u1", "u2", "k2", "k3"], "admission order, the newcomer last"
     assert engine.scheduler.kv_cache_manager.usage > before
     now = telemetry(engine)
-    assert (now.gauges.in_service, now.gauges.sitting_out) == (5, 2)
-    assert len(now.in_service) == 5, "whoever sits out is in service"
+    assert (now.gauges.running, now.gauges.sitting_out) == (5, 2)
+    assert len(now.running) == 5, "whoever sits out is in service"
     engine.run()
     assert len(engine.finished) == 6
 
@@ -237,7 +226,7 @@ def test_those_who_sit_out_keep_their_seats():
     engine.steps(2)
     add_many(engine, 4, "late", output=12)
     assert len(engine.step()) == 4, "two sit out"
-    assert len(engine.running) == 6 and engine.scheduler.gate.released == 4
+    assert len(engine.running) == 6 and engine.scheduler.admission_queue.released == 4
     engine.run()
     assert len(engine.finished) == 10
 
@@ -252,7 +241,7 @@ def test_stage_counts_tokens_in_flight_and_is_zero_while_a_prompt_is_computed(
     request = SimpleNamespace(
         is_prefill_chunk=is_prefill_chunk, num_output_tokens=outputs, num_output_placeholders=in_flight
     )
-    assert _RequestAsResident(request, "any", 1).stage == stage
+    assert _RequestAsRunning(request, "any", 1).stage == stage
 
 
 # The same as vLLM's own scheduler when nothing is asked of us.
@@ -325,8 +314,8 @@ def test_fcfs_without_a_cap_schedules_exactly_as_vllm_does(name):
 # Nobody is stranded, nothing is lost.
 
 
-def random_thresholds(rng, seats):
-    most = rng.randint(1, seats)
+def random_thresholds(rng, slots):
+    most = rng.randint(1, slots)
     ends = sorted(rng.sample(range(1, 40), rng.randint(0, 3)))
     n = sorted((rng.randint(1, most) for _ in ends), reverse=True)
     return {
@@ -339,7 +328,7 @@ def random_thresholds(rng, seats):
             {"end_output_tokens": end, "total": count * (end - start)}
             for start, end, count in zip((0, *ends), ends, n, strict=False)
         ],
-        "max_in_service": rng.choice([None, most, seats]),
+        "max_running": rng.choice([None, most, slots]),
         "token_budget": rng.choice([None, None, 1, 16, 60]),
         "max_hold_s": rng.choice([0.0, 0.02, 0.2, 2.0]),
         "valid_for_s": rng.choice([None, 0.1, 1.0]),
@@ -352,33 +341,37 @@ def test_every_request_finishes_whatever_the_thresholds(name):
     for seed in range(6):
         rng = random.Random(1000 + seed)
         fields = ENGINES[name]
-        seats = min(fields.get("max_num_seqs", 64), fields.get("blocks", 256))
+        slots = min(fields.get("max_num_seqs", 64), fields.get("blocks", 256))
         coming = random_workload(rng, longest_output=50, priorities=name == "priority")
-        engine = Engine(thresholds=random_thresholds(rng, seats), **fields)
-        limits = engine.scheduler.in_force.limits
+        engine = Engine(thresholds=random_thresholds(rng, slots), **fields)
+        limits = engine.scheduler.active.limits
         aborted, changes = set(), 0
-        in_service = 0
+        running = 0
 
-        def each_step(engine, step, rng=rng, aborted=aborted, seats=seats, limits=limits):
-            nonlocal changes, in_service
+        def each_step(engine, step, rng=rng, aborted=aborted, slots=slots, limits=limits):
+            nonlocal changes, running
             scheduler = engine.scheduler
             if step and engine.batches:
                 thresholds = scheduler._obeyed.thresholds
-                taken = len(scheduler.running) + scheduler.gate.released + len(scheduler.skipped_waiting)
+                taken = (
+                    len(scheduler.running) + scheduler.admission_queue.released + len(scheduler.skipped_waiting)
+                )
                 assert len(scheduler.running) <= limits.max_num_seqs
-                if thresholds.max_in_service:
-                    assert taken <= max(thresholds.max_in_service, in_service), "admitted beyond the cap"
+                if thresholds.max_running:
+                    assert taken <= max(thresholds.max_running, running), "admitted beyond the cap"
                 computed, budget = sum(engine.batches[-1].values()), thresholds.token_budget
                 assert computed <= limits.max_num_batched_tokens
                 if budget and scheduler.scheduler_config.enable_chunked_prefill:
-                    assert computed <= max(budget, in_service)
+                    assert computed <= max(budget, running)
             if rng.random() < 0.05 and engine.requests:
                 victim = rng.choice(sorted(engine.requests))
                 engine.abort(victim)
                 aborted.add(victim)
             if rng.random() < 0.1:
-                changes += engine.apply(random_thresholds(rng, seats)).accepted
-            in_service = len(scheduler.running) + scheduler.gate.released + len(scheduler.skipped_waiting)
+                changes += engine.apply(random_thresholds(rng, slots)).accepted
+            running = (
+                len(scheduler.running) + scheduler.admission_queue.released + len(scheduler.skipped_waiting)
+            )
 
         play(engine, coming, each_step=each_step)
         assert changes > 3
@@ -388,7 +381,11 @@ def test_every_request_finishes_whatever_the_thresholds(name):
             assert request.num_output_tokens == asked[request_id]["output"], "a token was lost or made up"
         scheduler = engine.scheduler
         assert scheduler.kv_cache_manager.usage == 0.0 and not scheduler.requests and not scheduler.running
-        assert len(scheduler.waiting) == 0 and not scheduler.gate._type_of and not scheduler.gate._since_s
+        assert (
+            len(scheduler.waiting) == 0
+            and not scheduler.admission_queue._type_of
+            and not scheduler.admission_queue._since_s
+        )
         counters = telemetry(engine).counters
         assert (counters.arrivals, counters.completed, counters.aborted) == (40, 40 - len(aborted), len(aborted))
         assert not scheduler._executing, "every iteration was recorded"
@@ -398,7 +395,7 @@ def test_every_request_finishes_whatever_the_thresholds(name):
 
 
 def test_cap_limits_requests_in_service():
-    engine = Engine(thresholds={"max_in_service": 4})
+    engine = Engine(thresholds={"max_running": 4})
     add_many(engine, 10, output=6)
     while engine.scheduler.has_unfinished_requests():
         engine.step()
@@ -408,10 +405,10 @@ def test_cap_limits_requests_in_service():
 
 
 def test_cap_lowered_below_those_in_service_evicts_nobody():
-    engine = Engine(thresholds={"max_in_service": 8})
+    engine = Engine(thresholds={"max_running": 8})
     first = add_many(engine, 8, "a", output=20)
     engine.step()
-    assert engine.apply({"version": 1, "max_in_service": 3}).accepted
+    assert engine.apply({"version": 1, "max_running": 3}).accepted
     add_many(engine, 4, "b", output=20)
     while any(name in engine.requests for name in first):
         before = set(engine.running)
@@ -425,11 +422,11 @@ def test_cap_lowered_below_those_in_service_evicts_nobody():
 
 
 def test_cap_counts_those_that_are_preempted():
-    engine = Engine(blocks=16, thresholds={"max_in_service": 4})
+    engine = Engine(blocks=16, thresholds={"max_running": 4})
     add_many(engine, 8, prompt=40, output=40)
     while engine.scheduler.has_unfinished_requests():
         engine.step()
-        assert len(engine.running) + engine.scheduler.gate.released <= 4
+        assert len(engine.running) + engine.scheduler.admission_queue.released <= 4
     assert telemetry(engine).counters.preemptions > 0
     engine.run()
     assert len(engine.finished) == 8
@@ -441,7 +438,7 @@ def test_cap_counts_those_that_are_preempted():
 def assert_gone(engine, name):
     assert name not in engine.scheduler.requests and name not in engine.running
     assert name not in [request.request_id for request in engine.scheduler.waiting]
-    assert engine.scheduler.gate.type_of(name) is None
+    assert engine.scheduler.admission_queue.type_of(name) is None
     engine.run()
     assert name not in engine.finished and engine.scheduler.kv_cache_manager.usage == 0.0
 
@@ -453,7 +450,7 @@ def test_abort_while_held():
     names = add_many(engine, 3)
     engine.step()
     engine.abort(names[0])
-    assert engine.scheduler.gate.held == 2
+    assert engine.scheduler.admission_queue.held == 2
     assert telemetry(engine).finished[-1] == Finished(telemetry(engine).cursor, engine.now_s, 32, 0, True)
     assert_gone(engine, names[0])
     assert len(engine.finished) == 3
@@ -465,9 +462,9 @@ def test_abort_when_let_through_and_not_yet_running():
     engine.step()
     engine.add("next", prompt=60, output=10)
     engine.step()
-    assert engine.scheduler.gate.released == 1 and engine.running == ["big"]
+    assert engine.scheduler.admission_queue.released == 1 and engine.running == ["big"]
     engine.abort("next")
-    assert engine.scheduler.gate.released == 0
+    assert engine.scheduler.admission_queue.released == 0
     assert_gone(engine, "next")
 
 
@@ -516,7 +513,7 @@ def test_held_requests_are_counted_everywhere_vllm_looks():
     stats = scheduler.make_stats()
     assert (stats.num_running_reqs, stats.num_waiting_reqs) == (1, 3)
     gauges = telemetry(engine).gauges
-    assert (gauges.in_service, gauges.waiting, gauges.held, gauges.sitting_out) == (1, 3, 3, 0)
+    assert (gauges.running, gauges.waiting, gauges.held, gauges.sitting_out) == (1, 3, 3, 0)
     engine.abort("busy")
     assert scheduler.has_unfinished_requests(), "held requests keep the engine going"
     engine.run()
@@ -524,17 +521,19 @@ def test_held_requests_are_counted_everywhere_vllm_looks():
 
 
 def test_structured_output_requests_wait_at_the_gate_too():
-    engine = Engine(thresholds=wait(2, max_hold_s=10.0, max_in_service=3))
+    engine = Engine(thresholds=wait(2, max_hold_s=10.0, max_running=3))
     scheduler = engine.scheduler
     engine.add("busy", output=50)
     engine.step()
     engine.add("s0", structured=True)
     engine.step()
-    assert scheduler.gate.held == 1 and len(scheduler.skipped_waiting) == 0, "held, not past the gate"
+    assert scheduler.admission_queue.held == 1 and len(scheduler.skipped_waiting) == 0, "held, not past the gate"
     engine.add("s1", structured=True)
     add_many(engine, 2)
     engine.step()
-    assert scheduler.gate.held == 2 and len(scheduler.skipped_waiting) == 2, "let through, the grammar compiles"
+    assert scheduler.admission_queue.held == 2 and len(scheduler.skipped_waiting) == 2, (
+        "let through, the grammar compiles"
+    )
     engine.steps(3)
     assert engine.running == ["busy"], "the compiling ones have their seats: the cap leaves none"
     assert scheduler.get_request_counts() == (1, 4)
@@ -574,7 +573,7 @@ def test_prefix_cache_reset_that_preempts_everybody():
     add_many(engine, 6, output=20)
     engine.steps(5)
     assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
-    assert not engine.running and engine.scheduler.gate.held == 0
+    assert not engine.running and engine.scheduler.admission_queue.held == 0
     engine.run()
     assert {request.num_output_tokens for request in engine.finished.values()} == {20}
 
@@ -645,10 +644,14 @@ def test_types_are_named_anew_for_everybody_when_the_policy_changes():
     engine.add("running", prompt=60, output=30)
     engine.add("through", prompt=60, output=30)
     engine.steps(2)
-    assert engine.running == ["running"] and engine.scheduler.gate.released == 1
+    assert engine.running == ["running"] and engine.scheduler.admission_queue.released == 1
     engine.apply({"version": 1, **wait(1)})
     engine.step()
-    assert engine.scheduler.gate.type_of("running") == engine.scheduler.gate.type_of("through") == "all"
+    assert (
+        engine.scheduler.admission_queue.type_of("running")
+        == engine.scheduler.admission_queue.type_of("through")
+        == "all"
+    )
 
 
 # Telemetry.
@@ -790,12 +793,12 @@ def test_finished_and_in_service_lengths():
     engine.steps(6)
     now = telemetry(engine)
     assert [(f.prompt_tokens, f.output_tokens, f.aborted) for f in now.finished] == [(32, 3, False)]
-    assert now.in_service == ((40, 5),), "five results are back, one more is being computed"
-    assert now.gauges.in_service == 1 and now.clock_s == engine.now_s
+    assert now.running == ((40, 5),), "five results are back, one more is being computed"
+    assert now.gauges.running == 1 and now.clock_s == engine.now_s
     engine.abort("b")
     now = telemetry(engine)
     assert [(f.prompt_tokens, f.output_tokens, f.aborted) for f in now.finished] == [(32, 3, False), (40, 5, True)]
-    assert now.in_service == () and (now.counters.completed, now.counters.aborted) == (1, 1)
+    assert now.running == () and (now.counters.completed, now.counters.aborted) == (1, 1)
 
 
 def test_gauges_tell_memory_in_tokens():
@@ -867,8 +870,8 @@ def test_settings_default_to_plain_fcfs():
 
 
 def test_engine_does_not_start_with_settings_that_do_not_fit():
-    with pytest.raises(InvalidThresholds, match="max_in_service = 65"):
-        Engine(thresholds={"max_in_service": 65})
+    with pytest.raises(InvalidThresholds, match="max_running = 65"):
+        Engine(thresholds={"max_running": 65})
     with pytest.raises(InvalidThresholds, match="mode = 'strict'"):
         Engine(thresholds={"mode": "strict"})
     with pytest.raises(ValueError, match=r"headrace\.chanel"):
@@ -883,7 +886,7 @@ def test_live_channel_into_a_serving_engine():
         client = ChannelClient(endpoint)
         try:
             assert (await client.report()).from_config
-            ack = await client.apply(Thresholds(version=1, max_in_service=2))
+            ack = await client.apply(Thresholds(version=1, max_running=2))
             assert ack.accepted
             add_many(engine, 5, output=4)
             engine.step()
@@ -903,34 +906,27 @@ def test_live_channel_into_a_serving_engine():
     assert not engine.scheduler._channel._thread.is_alive(), "shutdown closes the channel"
 
 
-def fluid_pace(**fields):
-    return {
-        "law": {"d0_s": 4e-3, "d1_s_per_kv_token": 1e-6, "d2_s_per_prefill_token": 1e-4, "d3_s_per_decode_token": 1e-4},
-        "survival": [[0, 1.0], [49, 1.0], [50, 0.0]], "kv_limit_tokens": 256 * BLOCK, **fields,
-    }
-
-
 def test_fluid_refuses_the_useless_end_of_the_queue_and_tells_their_clients():
-    pace = fluid_pace(ttft_s=5.0, queue_requests=2, kv_limit_tokens=400, capacity_rps=1.0)
-    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    params = fluid_params(ttft_s=5.0, queue_limit=2, kv_limit_tokens=400, capacity_rps=1.0)
+    engine = Engine(thresholds={"policy": "fluid", "fluid": params})
     add_many(engine, 8, "r", prompt=100, output=50)
     engine.launch()
     engine.deliver()
-    refused = [answer for answer in engine.answers if answer.finish_reason is not None]
-    for answer in refused:
-        told = Refusal.of_answer(str(answer.finish_reason), answer.stop_reason)
-        assert told == Refusal.for_drain_time(TOO_MANY, 8.0, answer.request_id)
-    assert all(answer.new_token_ids == [] for answer in refused)
+    rejected = [answer for answer in engine.answers if answer.finish_reason is not None]
+    for answer in rejected:
+        told = Rejection.of_answer(str(answer.finish_reason), answer.stop_reason)
+        assert told == Rejection.for_drain_time(TOO_MANY, 8.0, answer.request_id)
+    assert all(answer.new_token_ids == [] for answer in rejected)
     # The oldest are served, the next two wait, and who came last is refused.
     served = len(engine.running)
     assert 0 < served < 6
     assert engine.running == [f"r{place}" for place in range(served)]
-    assert engine.scheduler.gate.held == 2
-    assert sorted(answer.request_id for answer in refused) == [f"r{place}" for place in range(served + 2, 8)]
+    assert engine.scheduler.admission_queue.held == 2
+    assert sorted(answer.request_id for answer in rejected) == [f"r{place}" for place in range(served + 2, 8)]
 
 
 def test_fluid_never_lets_memory_overflow_and_serves_everybody_without_targets():
-    thresholds = {"policy": "fluid", "pace": fluid_pace(kv_limit_tokens=63 * BLOCK)}
+    thresholds = {"policy": "fluid", "fluid": fluid_params(kv_limit_tokens=63 * BLOCK)}
     engine = Engine(blocks=64, thresholds=thresholds)
     add_many(engine, 30, "r", prompt=60, output=50)
     engine.run()
@@ -940,22 +936,22 @@ def test_fluid_never_lets_memory_overflow_and_serves_everybody_without_targets()
 
 def test_fluid_keeps_the_iteration_within_its_time_while_nobody_is_ahead():
     """At capacity later iterations regain nothing, so that there is no time over to lend."""
-    law = ServiceTimeLaw(0.004, 1e-6, 1e-4, 1e-4)
-    pace = fluid_pace(kv_limit_tokens=1023 * BLOCK, iteration_s=STEP_S, steady_s=STEP_S)
-    thresholds = {"policy": "fluid", "pace": pace}
+    time_model = IterationTimeModel(0.004, 1e-6, 1e-4, 1e-4)
+    params = fluid_params(kv_limit_tokens=1023 * BLOCK, iteration_s=STEP_S, steady_s=STEP_S)
+    thresholds = {"policy": "fluid", "fluid": params}
     engine = Engine(blocks=1024, thresholds=thresholds)
     add_many(engine, 60, "r", prompt=90, output=50)
     engine.run()
     slowest = max(
-        law.iteration_s(r.prefill_tokens, r.decode_tokens, r.kv_tokens) for r in telemetry(engine).iterations
+        time_model.iteration_s(r.prefill_tokens, r.decode_tokens, r.kv_tokens) for r in telemetry(engine).iterations
         if r.decode_tokens  # alone, prompts may take what they like
     )
-    assert slowest <= STEP_S + 16 * law.d2_s_per_prefill_token  # whoever has entered always gets on
+    assert slowest <= STEP_S + 16 * time_model.d2_s_per_prefill_token  # whoever has entered always gets on
     assert len(engine.finished) == 60
 
 
 def test_prompts_take_the_time_that_those_in_service_have_over():
-    thresholds = {"policy": "fluid", "pace": fluid_pace(kv_limit_tokens=1023 * BLOCK, iteration_s=2 * STEP_S)}
+    thresholds = {"policy": "fluid", "fluid": fluid_params(kv_limit_tokens=1023 * BLOCK, iteration_s=2 * STEP_S)}
     engine = Engine(blocks=1024, thresholds=thresholds)
     add_many(engine, 4, "r", prompt=20, output=50)
     engine.steps(30)
@@ -965,8 +961,8 @@ def test_prompts_take_the_time_that_those_in_service_have_over():
 
 
 def test_of_two_tenants_in_an_overload_each_is_served_by_its_weight():
-    pace = fluid_pace(ttft_s=0.5, queue_requests=12, kv_limit_tokens=900)
-    engine = Engine(thresholds={"policy": "fluid", "pace": pace}, settings={"trust_tenants": True})
+    params = fluid_params(ttft_s=0.5, queue_limit=12, kv_limit_tokens=900)
+    engine = Engine(thresholds={"policy": "fluid", "fluid": params}, settings={"trust_tenants": True})
     for round_ in range(900):
         for tenant, weight in (("big", 3), ("small", 1)):
             if round_ % 3 == 0:
@@ -975,11 +971,11 @@ def test_of_two_tenants_in_an_overload_each_is_served_by_its_weight():
         engine.step()
     under_way = dict(engine.first_scheduled)
     engine.run()
-    refused = {name for answer in engine.answers if answer.stop_reason for name in [answer.request_id]}
+    rejected = {name for answer in engine.answers if answer.stop_reason for name in [answer.request_id]}
     served = [sum(name.startswith(tenant) for name in under_way) for tenant in ("big", "small")]
     assert served[0] / served[1] == pytest.approx(3, rel=0.15)
-    assert refused and not refused & under_way.keys()
-    assert telemetry(engine).counters.rejected == len(refused)
+    assert rejected and not rejected & under_way.keys()
+    assert telemetry(engine).counters.rejected == len(rejected)
 
 
 @settings(max_examples=25, deadline=None)
@@ -992,8 +988,8 @@ def test_of_two_tenants_in_an_overload_each_is_served_by_its_weight():
 ))
 def test_counters_add_up_after_every_step(steps):
     """Arrivals, aborts, errors, rejections and completions at random; each request is counted under one name."""
-    pace = fluid_pace(ttft_s=0.08, queue_requests=4, kv_limit_tokens=900, capacity_rps=10.0)
-    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    params = fluid_params(ttft_s=0.08, queue_limit=4, kv_limit_tokens=900, capacity_rps=10.0)
+    engine = Engine(thresholds={"policy": "fluid", "fluid": params})
     arrived = cut_short = 0
     for arrivals, prompt, output, cuts, status in steps:
         for _ in range(arrivals):
@@ -1006,7 +1002,7 @@ def test_counters_add_up_after_every_step(steps):
             cut_short += 1
         engine.step()
         rejected = {answer.request_id for answer in engine.answers if answer.stop_reason}
-        rejected |= {request.request_id for request, _ in engine.scheduler.rejections.untold}  # not told yet
+        rejected |= {request.request_id for request, _ in engine.scheduler.rejector.untold}  # not told yet
         counters = telemetry(engine).counters
         assert counters == replace(
             counters, arrivals=arrived, completed=len(engine.finished), aborted=cut_short, rejected=len(rejected)
@@ -1029,19 +1025,19 @@ def of_tenant(name):
 
 
 @pytest.mark.parametrize("pushed", [
-    {"max_in_service": 1, "max_hold_s": 0.1}, {"max_in_service": 1, "valid_for_s": 0.015}, wait(1, max_in_service=1),
+    {"max_running": 1, "max_hold_s": 0.1}, {"max_running": 1, "valid_for_s": 0.015}, wait(1, max_running=1),
 ])
 def test_a_push_of_thresholds_changes_no_tenants_turn(pushed):
     """Tenant a pays for a long answer when thresholds are pushed, iteration after iteration."""
     orders = []
     for push in (False, True):
-        engine = Engine(thresholds={"max_in_service": 1}, settings={"trust_tenants": True})
+        engine = Engine(thresholds={"max_running": 1}, settings={"trust_tenants": True})
         engine.add("a-long", output=60, extra_args=of_tenant("a"))
         engine.step()
         for number in range(6):
             for name in "ba":
                 engine.add(f"{name}{number}", output=2, extra_args=of_tenant(name))
-        while engine.scheduler.gate.held:
+        while engine.scheduler.admission_queue.held:
             if push:
                 assert engine.apply({"version": 0} | pushed).accepted
             engine.step()
@@ -1052,7 +1048,7 @@ def test_a_push_of_thresholds_changes_no_tenants_turn(pushed):
 def test_a_push_that_leaves_the_types_as_they_are_sorts_nothing_anew(monkeypatch):
     engine = Engine(thresholds=wait(8))
     sorted_anew = []
-    monkeypatch.setattr(engine.scheduler.gate, "reclassify", sorted_anew.append)
+    monkeypatch.setattr(engine.scheduler.admission_queue, "reclassify", sorted_anew.append)
     engine.apply(wait(8, version=1, token_budget=100))
     engine.step()
     assert not sorted_anew
@@ -1063,7 +1059,7 @@ def test_a_push_that_leaves_the_types_as_they_are_sorts_nothing_anew(monkeypatch
 
 def test_long_answers_of_one_tenant_are_paid_for_while_they_run():
     """Ten answers of 400 tokens of a run; of the short ones that then wait, b's enter until a's are paid for."""
-    engine = Engine(blocks=1024, thresholds={"max_in_service": 12}, settings={"trust_tenants": True})
+    engine = Engine(blocks=1024, thresholds={"max_running": 12}, settings={"trust_tenants": True})
     for number in range(10):
         engine.add(f"a-long{number}", output=400, extra_args=of_tenant("a"))
     engine.add("b-long", output=400, extra_args=of_tenant("b"))
@@ -1090,8 +1086,8 @@ def test_with_one_tenant_an_iteration_counts_no_tokens(monkeypatch):
 
 
 def test_the_urgent_enter_first_and_the_others_are_refused_first():
-    pace = fluid_pace(ttft_s=5.0, queue_requests=2, kv_limit_tokens=400)
-    engine = Engine(thresholds={"policy": "fluid", "pace": pace}, scheduling_policy="priority")
+    params = fluid_params(ttft_s=5.0, queue_limit=2, kv_limit_tokens=400)
+    engine = Engine(thresholds={"policy": "fluid", "fluid": params}, scheduling_policy="priority")
     add_many(engine, 6, "later", prompt=100, output=50, priority=1)
     add_many(engine, 2, "urgent", prompt=100, output=50)
     engine.launch()
@@ -1103,10 +1099,10 @@ def test_the_urgent_enter_first_and_the_others_are_refused_first():
 def test_fluid_starts_with_a_pace_from_the_profile_and_the_targets():
     settings = {"profile": "a100-llama2-7b", "targets": {"ttft_s": 2.0, "tpot_s": 0.05}}
     engine = Engine(thresholds={"policy": "fluid"}, settings=settings)
-    in_force = telemetry(engine).thresholds
-    assert in_force.pace.ttft_s == 2.0 and 0 < in_force.pace.iteration_s <= 0.05
-    assert "from the profile" in in_force.reason
-    assert Engine(thresholds={"policy": "fluid"}).scheduler.in_force.current().thresholds.pace is None
+    active = telemetry(engine).thresholds
+    assert active.fluid.ttft_s == 2.0 and 0 < active.fluid.iteration_s <= 0.05
+    assert "from the profile" in active.reason
+    assert Engine(thresholds={"policy": "fluid"}).scheduler.active.current().thresholds.fluid is None
 
 
 # Engine settings that a policy does not go with.
@@ -1167,8 +1163,8 @@ def test_a_small_token_budget_starves_nobody_who_runs_with_speculative_decoding(
 
 def rejections(engine):
     """Those told of a rejection so far, by request id."""
-    told = {a.request_id: Refusal.of_answer(str(a.finish_reason), a.stop_reason) for a in engine.answers}
-    return {name: refusal for name, refusal in told.items() if refusal}
+    told = {a.request_id: Rejection.of_answer(str(a.finish_reason), a.stop_reason) for a in engine.answers}
+    return {name: rejection for name, rejection in told.items() if rejection}
 
 
 def step_at_once(engine):
@@ -1178,8 +1174,8 @@ def step_at_once(engine):
 
 
 def test_a_queue_that_is_too_long_loses_a_request_with_all_its_choices():
-    pace = fluid_pace(ttft_s=5.0, queue_requests=6, kv_limit_tokens=400)
-    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    params = fluid_params(ttft_s=5.0, queue_limit=6, kv_limit_tokens=400)
+    engine = Engine(thresholds={"policy": "fluid", "fluid": params})
     names = add_many(engine, 6, prompt=100, output=50)
     choices = [f"{index}_many" for index in range(4)]
     for name in choices:
@@ -1194,8 +1190,8 @@ def test_a_queue_that_is_too_long_loses_a_request_with_all_its_choices():
 
 
 def test_a_choice_whose_sibling_was_let_through_is_served_however_late():
-    pace = fluid_pace(ttft_s=0.5, queue_requests=1, kv_limit_tokens=200)
-    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    params = fluid_params(ttft_s=0.5, queue_limit=1, kv_limit_tokens=200)
+    engine = Engine(thresholds={"policy": "fluid", "fluid": params})
     choices = [f"{index}_many" for index in range(4)]
     for name in choices:
         engine.add(name, prompt=100, output=50)
@@ -1211,8 +1207,8 @@ def test_a_choice_whose_sibling_was_let_through_is_served_however_late():
 
 
 def test_a_choice_that_comes_after_a_sibling_was_rejected_is_rejected_too():
-    pace = fluid_pace(ttft_s=5.0, queue_requests=1, kv_limit_tokens=400, capacity_rps=0.1)
-    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    params = fluid_params(ttft_s=5.0, queue_limit=1, kv_limit_tokens=400, capacity_rps=0.1)
+    engine = Engine(thresholds={"policy": "fluid", "fluid": params})
     add_many(engine, 6, prompt=100, output=50)
     engine.add("0_many", prompt=100, output=50)
     step_at_once(engine)
@@ -1230,8 +1226,8 @@ def test_a_choice_that_comes_after_a_sibling_was_rejected_is_rejected_too():
 @pytest.mark.parametrize("seed", range(5))
 def test_choices_are_rejected_or_served_as_a_whole(seed):
     rng = random.Random(seed)
-    pace = fluid_pace(ttft_s=0.3, queue_requests=8, kv_limit_tokens=900, capacity_rps=20.0)
-    engine = Engine(thresholds={"policy": "fluid", "pace": pace})
+    params = fluid_params(ttft_s=0.3, queue_limit=8, kv_limit_tokens=900, capacity_rps=20.0)
+    engine = Engine(thresholds={"policy": "fluid", "fluid": params})
     late, asked = [], {}
     for number in range(60):
         asked[f"p{number}"] = [f"{index}_p{number}" for index in range(rng.randint(1, 5))]
@@ -1253,7 +1249,9 @@ def test_choices_are_rejected_or_served_as_a_whole(seed):
     assert all(len(outcomes) == 1 for outcomes in whole.values())
     assert {True} in whole.values() and {False} in whole.values(), "some of both"
     assert engine.finished.keys() | told.keys() == {name for names in asked.values() for name in names}
-    assert not engine.scheduler.gate.choices.committed and not engine.scheduler.gate.choices._waiting
+    assert (
+        not engine.scheduler.admission_queue.choices.committed and not engine.scheduler.admission_queue.choices._waiting
+    )
 
 
 # What clients say of their requests.
@@ -1279,7 +1277,7 @@ def test_no_value_that_a_client_writes_raises_in_the_engine_s_loop(trust_tenants
     ("trust_tenants", "first"), [(False, ["a0", "a1", "a2", "a3"]), (True, ["a0", "b0", "b1", "b2"])]
 )
 def test_a_client_cannot_give_itself_a_weight_unless_an_ingress_signs_requests(trust_tenants, first):
-    engine = Engine(thresholds={"policy": "fcfs", "max_in_service": 1}, settings={"trust_tenants": trust_tenants})
+    engine = Engine(thresholds={"policy": "fcfs", "max_running": 1}, settings={"trust_tenants": trust_tenants})
     add_many(engine, 4, "a", extra_args={TENANT: "a", TENANT_WEIGHT: 1})
     add_many(engine, 4, "b", extra_args={TENANT: "b", TENANT_WEIGHT: 1000})
     engine.run()
@@ -1288,7 +1286,7 @@ def test_a_client_cannot_give_itself_a_weight_unless_an_ingress_signs_requests(t
 
 @pytest.mark.parametrize(("scheduling_policy", "first"), [("fcfs", "polite"), ("priority", "pushy")])
 def test_a_client_jumps_the_queue_by_priority_only_where_the_operator_lets_priorities_count(scheduling_policy, first):
-    engine = Engine(thresholds={"policy": "fcfs", "max_in_service": 1}, scheduling_policy=scheduling_policy)
+    engine = Engine(thresholds={"policy": "fcfs", "max_running": 1}, scheduling_policy=scheduling_policy)
     engine.add("busy", output=4)
     engine.step()
     engine.add("polite", priority=0)
@@ -1298,13 +1296,13 @@ def test_a_client_jumps_the_queue_by_priority_only_where_the_operator_lets_prior
 
 
 def test_a_late_choice_that_a_policy_wants_rejected_all_the_same_is_let_in():
-    engine = Engine(thresholds={"policy": "fcfs", "max_in_service": 1})
+    engine = Engine(thresholds={"policy": "fcfs", "max_running": 1})
     add_many(engine, 2, "")  # ids "0", "1"
     engine.add("0_many")
     engine.add("1_many")
     scheduler = engine.scheduler
-    scheduler.gate.let_through(engine.requests["0_many"])
-    scheduler._refuse([engine.requests["1_many"], engine.requests["1"]], TOO_MANY, 1.0)
-    assert scheduler.gate.released == 2
+    scheduler.admission_queue.let_through(engine.requests["0_many"])
+    scheduler._reject([engine.requests["1_many"], engine.requests["1"]], TOO_MANY, 1.0)
+    assert scheduler.admission_queue.released == 2
     engine.run()
     assert engine.finished.keys() == {"0", "0_many", "1_many"} and rejections(engine).keys() == {"1"}

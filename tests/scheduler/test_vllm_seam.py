@@ -23,10 +23,10 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.request import RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from scheduler.choices import family_of, parent_of
-from scheduler.gate import GatedQueue
+from scheduler.engine.admission_queue import AdmissionQueue
+from scheduler.engine.choices import family_of, parent_of
 from scheduler.support import EngineSetup
-from scheduler.targets import NO_TARGETS
+from scheduler.tuning.slo import NO_SLO
 from scheduler.vllm_scheduler import HeadraceScheduler
 
 
@@ -100,7 +100,7 @@ def test_what_we_set_or_replace_is_still_used(method, reads):
 
 
 def test_held_requests_are_preempted_as_vllm_does_it():
-    """`scheduler.held` puts itself in the place of `allocate_slots` and calls `_preempt_request`."""
+    """`scheduler.engine.held` puts itself in the place of `allocate_slots` and calls `_preempt_request`."""
     assert list(inspect.signature(Scheduler._preempt_request).parameters) == [
         "self", "request", "timestamp", "drop_stale_output",
     ]
@@ -110,7 +110,7 @@ def test_held_requests_are_preempted_as_vllm_does_it():
 
 
 def test_the_batches_of_a_pipeline_take_turns_as_we_count_them():
-    """What `scheduler.pipeline` reads."""
+    """What `scheduler.engine.pipeline` reads."""
     assert "if self.current_step < request.next_decode_eligible_step:" in inspect.getsource(Scheduler.schedule)
     told = "request.next_decode_eligible_step = self.current_step + self.pp_size"
     assert told in inspect.getsource(AsyncScheduler)
@@ -133,9 +133,9 @@ def test_gated_queue_implements_exactly_the_abstract_methods():
         "remove_requests", "__bool__", "__len__", "__iter__",
     }
     assert abstract == RequestQueue.__abstractmethods__
-    assert abstract <= set(vars(GatedQueue)) and not GatedQueue.__abstractmethods__
+    assert abstract <= set(vars(AdmissionQueue)) and not AdmissionQueue.__abstractmethods__
     for name in abstract:
-        theirs, ours = (inspect.signature(getattr(owner, name)).parameters for owner in (RequestQueue, GatedQueue))
+        theirs, ours = (inspect.signature(getattr(owner, name)).parameters for owner in (RequestQueue, AdmissionQueue))
         assert list(theirs) == list(ours), name
     assert {policy.value for policy in SchedulingPolicy} == {"fcfs", "priority"}
     assert isinstance(create_request_queue(SchedulingPolicy.PRIORITY), RequestQueue)
@@ -211,7 +211,7 @@ def test_scheduler_attributes_we_read_or_set():
 
 def test_an_engine_is_told_what_it_does_beside_scheduling():
     config = Engine(AsyncScheduler).scheduler.vllm_config
-    assert EngineSetup.from_vllm_config(config, NO_TARGETS) == EngineSetup()
+    assert EngineSetup.from_vllm_config(config, NO_SLO) == EngineSetup()
     assert next(iter(inspect.signature(Scheduler.__init__).parameters.items()))[0] == "self"
     assert list(inspect.signature(Scheduler.__init__).parameters)[1] == "vllm_config"
     independent = inspect.getsource(type(config.parallel_config).reconfigure_for_independent_dp_rank)
@@ -252,7 +252,7 @@ def test_a_prompt_s_id_tells_its_completion(choices):
 
 
 def test_the_block_manager_tells_what_the_prefix_cache_holds():
-    """`scheduler.prefix_hits` asks it for a waiting request's cached blocks and how many requests hold each."""
+    """`scheduler.engine.prefix_hits` asks it for a waiting request's cached blocks and how many requests hold each."""
     assert list(inspect.signature(KVCacheManager.get_computed_blocks).parameters) == ["self", "request"]
     assert "ref_cnt" in {field.name for field in fields(KVCacheBlock)}
     assert "num_waiting_for_streaming_input" in inspect.getsource(Scheduler.__init__)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scheduler.profiles import load_profile
+from scheduler.model.profiles import load_profile
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "evidence" / "a100_law.py"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])}
@@ -20,7 +20,7 @@ def test_profile_and_page_come_from_the_fit(tmp_path):
     shipped = load_profile("a100-llama2-7b-vidur")
     assert tuple(profile["provenance"]) == shipped.provenance
     assert [profile["law"][term] for term in ("d0_s", "d1_s_per_kv_token", "d2_s_per_prefill_token", "floor_s")] == [
-        shipped.law.d0_s, shipped.law.d1_s_per_kv_token, shipped.law.d2_s_per_prefill_token, shipped.law.floor_s
+        shipped.time_model.d0_s, shipped.time_model.d1_s_per_kv_token, shipped.time_model.d2_s_per_prefill_token, shipped.time_model.floor_s
     ]  # fmt: skip
     assert "95 % interval" in shipped.provenance[1]
 

@@ -1,7 +1,7 @@
 """`fluid` follows change: its pace settles within 3 periods of what it can know, does not cycle, and goodput returns.
 
 What it can know: an arrival rate once its window is full of the new one, lengths once requests of the new kind have
-finished, a device's speed at once. The pace's parameters are those of `simulator.settling`.
+finished, a device's speed at once. The pace's parameters are those of `benchmarks.evidence.settling`.
 """
 
 from functools import cache
@@ -12,15 +12,16 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from scheduler.profiles import load_profile
-from scheduler.replica_model import WINDOW_S
-from scheduler.targets import Targets, solve_pace
+from benchmarks.evidence.settling import PARAMETERS, SETTLED, settling
+from scheduler.model.profiles import load_profile
 from scheduler.thresholds import EngineLimits
+from scheduler.tuning.fluid_plan import solve_fluid_params
+from scheduler.tuning.replica_model import WINDOW_S
+from scheduler.tuning.slo import Slo
 from simulator.config import simulation_config
-from simulator.results import read_run
+from simulator.output.run_files import read_run
 from simulator.run import simulate
-from simulator.settling import PARAMETERS, SETTLED, settling
-from simulator.workload import WorkloadConfig, open_workload
+from simulator.workload.requests import WorkloadConfig, open_workload
 
 PERIOD_S, PERIODS = 5.0, 3
 TTFT_S, TPOT_S = 2.0, 0.05
@@ -35,8 +36,8 @@ def capacity_rps(lengths):
         kv_capacity_tokens=137_000, block_tokens=16, max_num_seqs=512, max_num_batched_tokens=2048, max_model_len=4096
     )
     mix = open_workload(WorkloadConfig(lengths=lengths, requests=1, rate_rps=1.0)).mix()
-    law = load_profile("a100-llama2-7b").law
-    return solve_pace(mix, law, limits, Targets(TTFT_S, TPOT_S)).capacity_rps
+    time_model = load_profile("a100-llama2-7b").time_model
+    return solve_fluid_params(mix, time_model, limits, Slo(TTFT_S, TPOT_S)).capacity_rps
 
 
 class Followed(NamedTuple):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from simulator.config import SimulationError, simulation_config
-from simulator.results import read_run
+from simulator.output.run_files import read_run
 from simulator.run import simulate
 
 PLAIN = {"lengths": "p40d12", "rate_rps": 30.0, "requests": 120}

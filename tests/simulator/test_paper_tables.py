@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from scheduler.fluid import solve_fluid
-from scheduler.profiles import load_profile
-from simulator.workload import WorkloadConfig, open_workload
+from scheduler.model.fluid import solve_fluid
+from scheduler.model.profiles import load_profile
+from simulator.workload.requests import WorkloadConfig, open_workload
 
 EVIDENCE = Path(__file__).parents[2] / "benchmarks" / "evidence"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(EVIDENCE.parents[1])}
@@ -32,19 +32,19 @@ def test_the_scaled_model_has_the_published_capacity_of_long_answers(evidence, t
 
     def capacity(name):
         profile = load_profile(paths[name])
-        return solve_fluid(mix, profile.law, profile.kv_capacity_tokens).critical_rate_scale
+        return solve_fluid(mix, profile.time_model, profile.kv_capacity_tokens).critical_rate_scale
 
     assert 4.0 < capacity(sweeps.LLAMA3) < 5.0
     assert 2.0 < capacity(sweeps.LLAMA2) < 2.3
-    assert load_profile(paths[sweeps.DECODE_ONLY]).law.d2_s_per_prefill_token == 0
+    assert load_profile(paths[sweeps.DECODE_ONLY]).time_model.d2_s_per_prefill_token == 0
 
 
 def test_sentences_come_from_the_cells(evidence):
     sweeps, tables = evidence
     waiting = next(sweep for sweep in sweeps.SWEEPS if sweep.name == "waiting")
     cells = {
-        (contender.label, 8.0): {"latency_mean_s": mean, "preemptions": 0, "requests": 10}
-        for contender, mean in zip(waiting.contenders, (0.4, 0.42, 0.5, 0.6), strict=True)
+        (baseline.label, 8.0): {"latency_mean_s": mean, "preemptions": 0, "requests": 10}
+        for baseline, mean in zip(waiting.baselines, (0.4, 0.42, 0.5, 0.6), strict=True)
     }
     read = " ".join(tables.read_waiting(cells))
     assert "theirs: +9% at 8." in read

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.fluid import solve_fluid
-from scheduler.profiles import load_profile
+from scheduler.model.fluid import solve_fluid
+from scheduler.model.profiles import load_profile
 from simulator.config import simulation_config
 from simulator.run import simulate
-from simulator.workload import WorkloadConfig, open_workload
+from simulator.workload.requests import WorkloadConfig, open_workload
 
 PROFILE = load_profile("a100-llama2-7b")
 TWO_TYPES = "0.7:p512d20+0.3:p512d50"
@@ -16,7 +16,7 @@ TWO_TYPES = "0.7:p512d20+0.3:p512d50"
 
 def capacity_rps(lengths: str) -> float:
     mix = open_workload(WorkloadConfig(lengths=lengths, rate_rps=1.0, requests=10)).mix()
-    return solve_fluid(mix, PROFILE.law, PROFILE.kv_capacity_tokens).critical_rate_scale
+    return solve_fluid(mix, PROFILE.time_model, PROFILE.kv_capacity_tokens).critical_rate_scale
 
 
 def throughput_rps(lengths: str, load: float, policy: str, requests: int) -> float:

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from replicas.routing_stats import RoutingStats, best_first
-from scheduler.profiles import load_profile
-from simulator import fleet
+from replicas.routing_stats import RoutingStats
+from router.ranking import best_first
+from scheduler.model.profiles import load_profile
 from simulator.config import SimulationError, options_from, simulation_config
-from simulator.contenders import CONTENDERS
-from simulator.in_process import iteration_results, make_request, make_scheduler
-from simulator.results import read_run, versions
+from simulator.engine import fleet
+from simulator.engine.baselines import BASELINES
+from simulator.engine.vllm_harness import iteration_results, make_request, make_scheduler
+from simulator.output.run_files import read_run, versions
 from simulator.run import simulate, simulate_options
-from simulator.workload import open_workload
+from simulator.workload.requests import open_workload
 
 AZURE_TRACE = Path(__file__).parents[2].parent / "shared/data/traces/azure_conv_2023.csv"
 KEYS = {
@@ -119,21 +120,21 @@ def test_the_header_says_what_was_run(tmp_path):
     assert (config["policy"], config["cap"], config["slo"]["ttft_s"]) == ("wait", 9, 1.0)
     assert (config["workload"]["name"], config["workload"]["seed"]) == (SMALL["lengths"], 3)
     assert (config["kv_tokens"], config["token_budget"]) == (136_992, 2048)
-    in_force = config["thresholds_in_force"]
-    assert (in_force["policy"], in_force["max_in_service"], in_force["max_hold_s"]) == ("wait", 9, 0.5)
-    assert [entry["name"] for entry in in_force["types"]] == ["output<=12", "output<=30"]
-    assert "30.00 requests/s" in in_force["reason"]
+    active = config["thresholds_in_force"]
+    assert (active["policy"], active["max_running"], active["max_hold_s"]) == ("wait", 9, 0.5)
+    assert [entry["name"] for entry in active["types"]] == ["output<=12", "output<=30"]
+    assert "30.00 requests/s" in active["reason"]
     assert run_of(SMALL | {"policy": "sarathi"}, tmp_path).config["thresholds_in_force"] is None
 
 
 # The policies.
 
 
-@pytest.mark.parametrize("policy", CONTENDERS)
+@pytest.mark.parametrize("policy", BASELINES)
 @pytest.mark.parametrize("workload", [SMALL, TIGHT], ids=["room", "tight"])
 def test_every_contender_completes_everything(policy, workload):
     summary = simulate(simulation_config(workload | {"policy": policy}))
-    turned_away = summary["rejected"] if CONTENDERS[policy].door else 0
+    turned_away = summary["rejected"] if BASELINES[policy].rule else 0
     assert (summary["completed"] + turned_away, summary["stranded"]) == (120, 0)
 
 
@@ -167,8 +168,8 @@ def test_ours_without_thresholds_is_vllm_to_the_last_digit(asynchronous, tmp_pat
 @pytest.mark.parametrize("policy", ["vllm", "fcfs", "wait", "nested-wait"])
 def test_a_cap_is_reached_and_never_exceeded(policy, tmp_path):
     run = run_of(SMALL | {"policy": policy, "cap": 4}, tmp_path)
-    in_service, caps = columns(run, "in_service", "max_in_service")
-    assert in_service.max() == 4
+    running, caps = columns(run, "running", "max_running")
+    assert running.max() == 4
     assert set(caps) == {4}
     assert run.summary["completed"] == 120
 
@@ -186,24 +187,24 @@ def test_a_cap_from_memory_prevents_preemption():
 
 
 def test_declared_lengths_make_types_and_undeclared_ones_segments(tmp_path):
-    def in_force(policy, **more):
+    def active(policy, **more):
         return run_of(SMALL | {"policy": policy, "solve_once": True, **more}, tmp_path).config["thresholds_in_force"]
 
     def kinds(thresholds):
         return bool(thresholds["types"]), bool(thresholds["segments"])
 
-    assert kinds(in_force("wait")) == (True, False)
-    assert kinds(in_force("wait", declare_lengths=False)) == (False, True)
-    nested = in_force("nested-wait")
+    assert kinds(active("wait")) == (True, False)
+    assert kinds(active("wait", declare_lengths=False)) == (False, True)
+    nested = active("nested-wait")
     assert kinds(nested) == (False, True)
-    assert in_force("nested-wait", declare_lengths=True) == nested, "as in serving, it does not look at declarations"
+    assert active("nested-wait", declare_lengths=True) == nested, "as in serving, it does not look at declarations"
 
 
 def test_thresholds_given_replace_the_solved_ones(tmp_path):
     given = {"types": [{"name": "all", "n": 7}], "max_hold_s": 0.125, "policy": "wait"}
-    in_force = run_of(SMALL | given, tmp_path).config["thresholds_in_force"]
-    assert [(entry["name"], entry["n"]) for entry in in_force["types"]] == [("all", 7)]
-    assert in_force["max_hold_s"] == 0.125
+    active = run_of(SMALL | given, tmp_path).config["thresholds_in_force"]
+    assert [(entry["name"], entry["n"]) for entry in active["types"]] == [("all", 7)]
+    assert active["max_hold_s"] == 0.125
     assert run_of(SMALL | given | {"cap": 3}, tmp_path).config["thresholds_in_force"]["types"][0]["n"] == 3
 
 
@@ -247,7 +248,7 @@ def test_requests_go_where_the_routing_of_serving_puts_them(tmp_path, monkeypatc
     assert [row["replica"] for row in rows] == chosen
     assert Counter(chosen).most_common(1)[0][1] > 60, "the fullest gets even more"
     assert known[0] == [None] * 3, "nobody has reported in the first second"
-    assert all(isinstance(stats, RoutingStats) and stats.seats == 50 for stats in known[-1])
+    assert all(isinstance(stats, RoutingStats) and stats.slots == 50 for stats in known[-1])
     assert max(stats.occupied for stats in known[-1]) > 0
 
 
@@ -256,7 +257,7 @@ def test_requests_go_where_the_routing_of_serving_puts_them(tmp_path, monkeypatc
 
 def latencies_by_hand(config):
     """Latency by request from the plainest loop: schedule, price, wait, update."""
-    law = load_profile(config.profile).law
+    time_model = load_profile(config.profile).time_model
     scheduler = make_scheduler(
         Scheduler, blocks=config.kv_tokens // 16, max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=2048, async_scheduling=False,
@@ -279,7 +280,7 @@ def latencies_by_hand(config):
         preemptions += len(output.preempted_req_ids or ())
         prefill = sum(count for count in tokens.values() if count > 1)
         kv_tokens = sum(present[name].num_computed_tokens for name in tokens)
-        now_s += law.iteration_s(prefill, sum(tokens.values()) - prefill, kv_tokens)
+        now_s += time_model.iteration_s(prefill, sum(tokens.values()) - prefill, kv_tokens)
         unready = [name for name in tokens if present[name].num_computed_tokens < present[name].num_tokens]
         scheduler.update_from_output(output, iteration_results(output, unready))
         for name in [name for name in tokens if present[name].is_finished()]:
@@ -313,7 +314,7 @@ def test_synchronous_runs_equal_vllm_s_own_scheduler_driven_by_hand(options, tmp
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"policy": "wiat"}, f"policy = 'wiat'.*the policies are {', '.join(CONTENDERS)}"),
+        ({"policy": "wiat"}, f"policy = 'wiat'.*the policies are {', '.join(BASELINES)}"),
         ({"profile": "a200"}, "profile = 'a200'.*a100-llama2-7b"),
         ({"polcy": "wait"}, "no option 'polcy'; did you mean policy"),
         ({"max_holds": 1}, "no option 'max_holds'; did you mean max_hold_s"),
@@ -340,7 +341,7 @@ def test_a_wrong_option_is_named(options, said):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"policy": "fcfs", "cap": 600}, "max_in_service = 600 .* from 1 to 512"),
+        ({"policy": "fcfs", "cap": 600}, "max_running = 600 .* from 1 to 512"),
         ({"policy": "vllm", "cap": 3000}, "the engine refuses its settings: .*2048.*max_num_seqs .3000."),
         ({"policy": "vllm-v0", "token_budget": 512}, r"max_num_batched_tokens \(512\) is smaller than max_model_len"),
         ({"policy": "wait", "max_hold_s": 100}, "max_hold_s = 100.0 .* seconds from 0 to 60"),
@@ -383,7 +384,7 @@ def test_requests_longer_than_the_engine_are_left_out_and_noted(tmp_path):
     assert re.match(r"100.0% of p5000d30 left out", mixed["notes"][0])
 
 
-@pytest.mark.parametrize("policy", CONTENDERS)
+@pytest.mark.parametrize("policy", BASELINES)
 def test_the_longest_requests_that_are_let_in_fit(policy):
     options = {"lengths": "p32d16", "rate_rps": 5.0, "requests": 10, "policy": policy, "kv_tokens": 64}
     summary = simulate(simulation_config(options))
@@ -421,10 +422,10 @@ def test_counts_by_cap(tmp_path):
     with pytest.raises(SimulationError, match="give a cap too"):
         simulate(simulation_config(options))
     summary = simulate(simulation_config(options | {"cap": 8}), folder=tmp_path)
-    in_force = read_run(tmp_path).config["thresholds_in_force"]
-    assert in_force["max_in_service"] == 8
-    assert in_force["segments"]
-    assert max(read_run(tmp_path).iterations()["in_service"].to_pylist()) <= 8
+    active = read_run(tmp_path).config["thresholds_in_force"]
+    assert active["max_running"] == 8
+    assert active["segments"]
+    assert max(read_run(tmp_path).iterations()["running"].to_pylist()) <= 8
     assert summary["completed"] == summary["requests"]
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from simulator.settling import settling
+from benchmarks.evidence.settling import settling
 
 
 def history(*values, name="iteration_s"):
-    rest = {"iteration_s": 0.05, "prompt_flow_tokens": 100.0, "queue_requests": 20}
+    rest = {"iteration_s": 0.05, "prompt_flow_tokens": 100.0, "queue_limit": 20}
     return [{"at_s": 5.0 * place, **rest, name: value} for place, value in enumerate(values)]
 
 
@@ -27,13 +27,13 @@ def test_a_cycle_within_the_band_shows_in_the_swing():
 
 
 def test_one_request_more_or_less_is_rounding_two_are_not():
-    assert settling(history(9, 4, 5, 4, 5, name="queue_requests"), 0, 99) == (1, 0.0)
-    assert settling(history(9, 4, 6, 4, name="queue_requests"), 0, 99).passes == 3
+    assert settling(history(9, 4, 5, 4, 5, name="queue_limit"), 0, 99) == (1, 0.0)
+    assert settling(history(9, 4, 6, 4, name="queue_limit"), 0, 99).passes == 3
 
 
 def test_a_limit_that_comes_and_goes_is_no_rounding():
-    assert settling(history(None, None, 3, 3, name="queue_requests"), 0, 99).passes == 2
-    assert settling(history(None, None, None, name="queue_requests"), 0, 99) == (1, 0.0)
+    assert settling(history(None, None, 3, 3, name="queue_limit"), 0, 99).passes == 2
+    assert settling(history(None, None, None, name="queue_limit"), 0, 99) == (1, 0.0)
 
 
 def test_no_pass_is_an_error():

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from cluster import cli
 from simulator import cli as simulator_cli
-from simulator.results import read_run
+from simulator.output.run_files import read_run
 
 QUICK = ("simulate", "--workload", "p40d8", "--rate", "20", "--requests", "20")
 
@@ -71,9 +71,9 @@ def test_every_option_reaches_the_run(headrace, tmp_path):
     assert (config["policy"], config["profile"], config["kv_tokens"]) == ("wait", "a100-llama2-7b-paper", 20_000)
     assert (config["token_budget"], config["cap"], config["replicas"], config["max_num_seqs"]) == (1024, 6, 2, 64)
     assert config["slo"] == {"ttft_s": 0.5, "tpot_s": 0.1, "latency_s": 9.0}
-    in_force = config["thresholds_in_force"]
-    assert (in_force["max_hold_s"], in_force["max_in_service"]) == (0.5, 6)
-    assert [(entry["name"], entry["n"]) for entry in in_force["types"]] == [("all", 2)]
+    active = config["thresholds_in_force"]
+    assert (active["max_hold_s"], active["max_running"]) == (0.5, 6)
+    assert [(entry["name"], entry["n"]) for entry in active["types"]] == [("all", 2)]
 
 
 def test_a_trace_is_replayed(headrace, tmp_path):
@@ -105,7 +105,7 @@ def test_a_thousand_requests_unless_told_otherwise(headrace):
         (("--trace", "x.csv"), "give exactly one of them"),
         (("--workload", "p40"), "workload.lengths = 'p40'"),
         (("--rate", "-1"), "workload.rate_rps = -1.0"),
-        (("--policy", "fcfs", "--cap", "600"), "max_in_service = 600"),
+        (("--policy", "fcfs", "--cap", "600"), "max_running = 600"),
         (("--policy", "vllm-v0", "--token-budget", "512"), "max_num_batched_tokens (512)"),
         (("--kv-tokens", "32"), "no request of p40d8 is left"),
     ],

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from simulator.config import SimulationError
-from simulator.results import RequestRow, RunWriter, read_run
+from simulator.output.run_files import RequestRow, RunWriter, read_run
 from simulator.sweep import SweepPlan, load_sweep, run_sweep
 
 FILE = """

@@ -15,14 +15,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from scheduler.profiles import load_profile
-from scheduler.targets import Targets, solve_pace
+from scheduler.model.profiles import load_profile
 from scheduler.thresholds import EngineLimits
+from scheduler.tuning.fluid_plan import solve_fluid_params
+from scheduler.tuning.slo import Slo
 from simulator.config import simulation_config
-from simulator.measure import good_requests
-from simulator.results import REJECTED, read_run
+from simulator.output.metrics import good_requests
+from simulator.output.run_files import REJECTED, read_run
 from simulator.run import simulate
-from simulator.workload import WorkloadConfig, open_workload
+from simulator.workload.requests import WorkloadConfig, open_workload
 
 PROFILE, LENGTHS, KV_TOKENS = "a100-llama2-7b", "p700~1d120~0.7", 137_216
 TARGETS = {"ttft_s": 2.0, "tpot_s": 0.06, "latency_s": 12.0}
@@ -77,8 +78,8 @@ def capacity_rps(case: Case) -> float:
         max_num_batched_tokens=settings["token_budget"], max_model_len=4096,
     )
     mix = open_workload(WorkloadConfig(lengths=LENGTHS, requests=1, rate_rps=1.0, max_total_tokens=4096)).mix()
-    targets = Targets(**{name: TARGETS[name] for name in case.targets})
-    return solve_pace(mix, load_profile(PROFILE).law, limits, targets).capacity_rps
+    targets = Slo(**{name: TARGETS[name] for name in case.targets})
+    return solve_fluid_params(mix, load_profile(PROFILE).time_model, limits, targets).capacity_rps
 
 
 @cache

@@ -1,0 +1,41 @@
+"""Two patches of Ray: a local Ray's Serve replicas stay off the network, and a model in a folder is not downloaded.
+
+The fence around two non-public names of Ray: `tests/replicas/test_ray_seam.py` fails when an upgrade moves either.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.llm._internal.common.callbacks.base import CallbackBase
+from ray.serve._private import replica as serve_replica
+
+LOCALHOST = "127.0.0.1"
+ALL_INTERFACES = "[::]:"
+
+
+def listen_where_the_node_does() -> None:
+    """On a node whose address is 127.0.0.1, bind this process's Serve ports to it; call before Serve opens them.
+
+    Every Serve replica opens a gRPC port for other deployments on all interfaces, whatever the node's own address is.
+    """
+    if ray.util.get_node_ip_address() != LOCALHOST:
+        return
+    bind = serve_replica.add_port_to_grpc_server
+
+    def bind_locally(server: Any, address: str) -> Any:
+        return bind(server, address.replace(ALL_INTERFACES, f"{LOCALHOST}:"))
+
+    serve_replica.add_port_to_grpc_server = bind_locally
+
+
+class NoDownload(CallbackBase):
+    """Skips Ray Serve LLM's download task; for models in a local folder.
+
+    That task runs on every node of a replica before it starts, and imports vLLM first.
+    """
+
+    async def on_before_node_init(self) -> None:
+        """Ray Serve LLM asks this first."""
+        self.ctx.run_init_node = False

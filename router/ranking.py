@@ -1,0 +1,27 @@
+"""The order in which replicas are offered a request."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from replicas.routing_stats import RoutingStats, _Replica
+
+
+def best_first(
+    replicas: Sequence[_Replica], stats: Callable[[_Replica], RoutingStats | None],
+    ongoing: Callable[[_Replica], int], shuffle: Callable[[list[_Replica]], None] = random.shuffle,
+) -> list[_Replica]:
+    """The replicas by fluid slack, most first; those that have not reported yet come after those that have.
+
+    `ongoing` is the router's own, fresher count of a replica's requests. Equal slack falls in random order, so that it
+    does not always mean the same replica.
+    """
+
+    def slack(replica: _Replica) -> float:
+        reported = stats(replica)
+        return reported.slack(ongoing(replica)) if reported else -1.0 - ongoing(replica)
+
+    shuffled = list(replicas)
+    shuffle(shuffled)
+    return sorted(shuffled, key=slack, reverse=True)

@@ -1,0 +1,1 @@
+"""The parts of the scheduler that live in the engine-core process."""

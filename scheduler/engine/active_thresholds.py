@@ -1,0 +1,117 @@
+"""Which thresholds are in force, and which offers are taken or refused.
+
+One `ActiveThresholds` lives in each engine. Offers come from the channel's thread, the scheduler reads `current` at
+the start of every iteration; a change is one reference swapped, so it is whole or not there, and takes effect with the
+next iteration.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from scheduler.messages import Ack, Apply
+from scheduler.policies import Policy, make_policy
+from scheduler.support import EngineSetup, UnsupportedSetting, require_supported
+from scheduler.thresholds import EngineLimits, InvalidThresholds, Thresholds
+
+
+@dataclass(frozen=True, slots=True)
+class Active:
+    """Thresholds, the policy object they made, and the clock second at which they lapse (None: never)."""
+
+    thresholds: Thresholds
+    policy: Policy
+    lapses_at_s: float | None
+    from_config: bool
+
+
+class ActiveThresholds:
+    """Takes newer, valid, fitting thresholds; falls back to the configured ones when the latest are not renewed.
+
+    `setup` tells what the engine does beside scheduling, which some policies do not go with.
+
+    Raises:
+        InvalidThresholds: from the constructor, when the configured thresholds do not fit the engine.
+        UnsupportedSetting: likewise, when their policy does not go with an engine setting.
+    """
+
+    def __init__(
+        self, configured: Thresholds, limits: EngineLimits, clock: Callable[[], float], *, allow_strict: bool = False,
+        setup: EngineSetup | None = None,
+    ) -> None:
+        self.limits = limits
+        self._allow_strict = allow_strict
+        self._setup = setup or EngineSetup()
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._check(configured)
+        self._configured = configured
+        # Made once: what thresholds fall back to when they lapse costs the engine's loop nothing then.
+        self._configured_policy = make_policy(configured)
+        self._current = Active(configured, self._configured_policy, None, from_config=True)
+
+    def current(self) -> Active:
+        """What the next iteration obeys."""
+        current = self._current
+        if current.lapses_at_s is not None and self._clock() >= current.lapses_at_s:
+            current = self._lapse(current)
+        return current
+
+    def offer(self, apply: Apply) -> Ack:
+        """Put thresholds in force, or say why not."""
+        with self._lock:
+            now = self._current_locked()
+            active = now.thresholds
+            offered = apply.thresholds
+            if offered.version == 0:
+                offered = offered.with_version(active.version + 1)
+            rejection = self._rejection(offered, active, apply.automatic)
+            if rejection:
+                return rejection
+            lapses = None if offered.valid_for_s is None else self._clock() + offered.valid_for_s
+            # The same rule keeps its policy object: what the policy remembers of holds stays true.
+            policy = now.policy if offered.same_rule(active) else make_policy(offered)
+            self._current = Active(offered, policy, lapses, from_config=False)
+            return Ack(accepted=True, version_in_force=offered.version, reason=offered.reason)
+
+    def _current_locked(self) -> Active:
+        current = self._current
+        if current.lapses_at_s is not None and self._clock() >= current.lapses_at_s:
+            current = self._current = self._fallback(current)
+        return current
+
+    def _lapse(self, lapsed: Active) -> Active:
+        with self._lock:
+            if self._current is lapsed:
+                self._current = self._fallback(lapsed)
+            return self._current
+
+    def _fallback(self, lapsed: Active) -> Active:
+        # Versions never go back, or a late duplicate of what just lapsed would look new.
+        configured = self._configured.with_version(lapsed.thresholds.version)
+        return Active(configured, self._configured_policy, None, from_config=True)
+
+    def _rejection(self, offered: Thresholds, active: Thresholds, automatic: bool) -> Ack | None:
+        def reject(code: Literal["stale", "pinned", "invalid"], reason: str) -> Ack:
+            return Ack(accepted=False, version_in_force=active.version, reason=reason, code=code)
+
+        if offered.version <= active.version:
+            reason = f"version {offered.version} is not newer than version {active.version}, which is in force"
+            return reject("stale", reason)
+        if automatic and active.pinned:
+            reason = f"version {active.version} is pinned by an operator; lift the pin to resume automatic tuning"
+            return reject("pinned", reason)
+        try:
+            self._check(offered)
+        except (InvalidThresholds, UnsupportedSetting) as error:
+            return reject("invalid", str(error))
+        return None
+
+    def _check(self, thresholds: Thresholds) -> None:
+        thresholds.check_fits(self.limits)
+        if not self._allow_strict:
+            thresholds.check_serves()
+        require_supported(self._setup, thresholds)

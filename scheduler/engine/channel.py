@@ -1,0 +1,227 @@
+"""The live channel: thresholds into an engine-core process and telemetry out of it, while it serves.
+
+The scheduler lives in a process that answers no calls of ours, so it opens a ZeroMQ socket of its own, served by one
+daemon thread. The thread judges and answers; the engine's loop only reads a reference each iteration and never waits.
+Every answer carries the id of its question, so a late or doubled answer is recognised and dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import itertools
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import zmq
+import zmq.asyncio
+from pydantic import TypeAdapter, ValidationError
+
+from scheduler.messages import ACK, TELEMETRY, Ack, Apply, Report, Telemetry
+from scheduler.thresholds import InvalidThresholds, Thresholds, parse_thresholds, thresholds_as_dict
+
+_QUESTION: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
+_FOLDER = "headrace-channel"
+_locks: dict[str, int] = {}
+"""By endpoint that this process made: the descriptor of its folder, which holds the lock."""
+_LARGEST_QUESTION_BYTES = 1 << 20
+logger = logging.getLogger(__name__)
+
+
+class ChannelClosed(RuntimeError):
+    """The engine did not answer in time, or the channel is closed; serving goes on either way."""
+
+
+def new_endpoint() -> str:
+    """A fresh private endpoint on this machine, in a folder only this user may enter.
+
+    The folder is locked for as long as this process lives. Those that no living process holds are swept away on the
+    occasion: the lock tells also where the folder for temporary files is shared and process ids are not.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}-*"):
+        _remove_unless_held(folder)
+    # Under its final name a folder has its lock already, or a replica that starts at the same time would take it away.
+    nascent = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}-"))
+    lock = os.open(nascent, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = nascent.rename(nascent.with_name(nascent.name.removeprefix(".")))
+    endpoint = f"ipc://{folder}/engine"
+    _locks[endpoint] = lock
+    return endpoint
+
+
+def _remove_unless_held(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # held, gone already, or another user's
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def rank_endpoint(endpoint: str, rank: int) -> str:
+    """Where the engine of a data-parallel rank listens, given the endpoint that all of them were told.
+
+    Beside that of rank 0, which is `endpoint` itself, so that it lives and goes with it.
+    """
+    return endpoint if rank == 0 else f"{endpoint}-rank{rank}"
+
+
+def remove_endpoint(endpoint: str) -> None:
+    """Remove what `new_endpoint` made; absent files are fine."""
+    shutil.rmtree(Path(endpoint.removeprefix("ipc://")).parent, ignore_errors=True)
+    lock = _locks.pop(endpoint, None)
+    if lock is not None:
+        os.close(lock)
+
+
+class ChannelServer:
+    """Answers `Apply` and `Report` at `endpoint` from a daemon thread until closed.
+
+    apply: judges thresholds and answers with an Ack; report: gives the telemetry after a cursor. Garbage gets an
+    answer that says so and changes nothing.
+
+    Raises:
+        RuntimeError: the endpoint cannot be bound.
+    """
+
+    def __init__(self, endpoint: str, apply: Callable[[Apply], Ack], report: Callable[[Report], Telemetry]) -> None:
+        self._apply, self._report = apply, report
+        self._context = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, _LARGEST_QUESTION_BYTES)
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise RuntimeError(f"cannot open the control channel at {endpoint}: {error}") from error
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="headrace-channel", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering and free the endpoint."""
+        self._closing.set()
+        self._thread.join(timeout=2.0)
+        self._context.destroy(linger=0)
+
+    def _serve(self) -> None:
+        while not self._closing.is_set():
+            try:
+                if not self._socket.poll(200):
+                    continue
+                frames = self._socket.recv_multipart()
+                if len(frames) == 3:  # sender, question id, question
+                    self._socket.send_multipart([frames[0], frames[1], self._answer(frames[2])], flags=zmq.NOBLOCK)
+            except zmq.ZMQError as error:  # a vanished peer, or the context closing under us
+                if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
+                    return
+                logger.warning("control channel: %s", error)
+
+    def _answer(self, question: bytes) -> bytes:
+        try:
+            asked = _QUESTION.validate_json(question)
+            if "apply" in asked:
+                offered = parse_thresholds(asked["apply"])
+                ack = self._apply(Apply(thresholds=offered, automatic=bool(asked.get("automatic", True))))
+                return ACK.dump_json(ack)
+            if "report" in asked:
+                cursor = asked["report"]
+                return TELEMETRY.dump_json(self._report(Report(cursor=None if cursor is None else int(cursor))))
+            rejection = f"unknown question {sorted(asked)}; ask 'apply' or 'report'"
+        except InvalidThresholds as error:
+            rejection = str(error)
+        except (ValidationError, ValueError, TypeError) as error:
+            rejection = f"not understood: {error}"
+        except Exception as error:  # one bad question must never silence the channel
+            logger.exception("control channel: a question failed")
+            rejection = f"internal error: {error!r}"
+        return ACK.dump_json(Ack(accepted=False, version_in_force=-1, reason=rejection, code="invalid"))
+
+
+class ChannelClient:
+    """Asks the engine behind `endpoint`; safe for concurrent use within one event loop."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._endpoint = endpoint
+        self._context = zmq.asyncio.Context(io_threads=1)
+        self._ids = itertools.count(1)
+        self._lock = asyncio.Lock()
+        self._socket: zmq.asyncio.Socket | None = None
+
+    async def apply(self, thresholds: Thresholds, *, automatic: bool = True, timeout_s: float = 5.0) -> Ack:
+        """Offer thresholds; the answer says which version is in force now.
+
+        Raises:
+            ChannelClosed: no answer within `timeout_s`. Asking again is safe: a version is taken once.
+        """
+        question = {"apply": thresholds_as_dict(thresholds), "automatic": automatic}
+        return ACK.validate_json(await self._ask(question, timeout_s))
+
+    async def report(self, cursor: int | None = 0, *, timeout_s: float = 5.0) -> Telemetry:
+        """Telemetry with the records after `cursor` (None: without records).
+
+        Raises:
+            ChannelClosed: no answer within `timeout_s`, or one that is no telemetry.
+        """
+        answer = await self._ask({"report": cursor}, timeout_s)
+        try:
+            return TELEMETRY.validate_json(answer)
+        except ValidationError as error:
+            raise ChannelClosed(f"the engine at {self._endpoint} gave no telemetry: {answer[:200]!r}") from error
+
+    async def _ask(self, question: dict[str, Any], timeout_s: float) -> bytes:
+        try:
+            async with asyncio.timeout(timeout_s), self._lock:
+                return await self._exchange(_QUESTION.dump_json(question))
+        except (TimeoutError, zmq.ZMQError) as error:
+            raise ChannelClosed(
+                f"the engine did not answer at {self._endpoint} within {timeout_s:g} s; "
+                "it is busy, starting or gone, and goes on with the thresholds it has"
+            ) from error
+
+    async def _exchange(self, question: bytes) -> bytes:
+        question_id = str(next(self._ids)).encode()
+        try:
+            socket = self._connected()
+            await socket.send_multipart([question_id, question])
+            while True:
+                answer_id, answer = await socket.recv_multipart()
+                if answer_id == question_id:
+                    return bytes(answer)
+        except BaseException:  # the time is up: a fresh socket asks the next question
+            self._disconnect()
+            raise
+
+    def _connected(self) -> zmq.asyncio.Socket:
+        if self._socket is None:
+            self._socket = self._context.socket(zmq.DEALER)
+            self._socket.setsockopt(zmq.LINGER, 0)
+            self._socket.connect(self._endpoint)
+        return self._socket
+
+    def _disconnect(self) -> None:
+        if self._socket is not None:
+            self._socket.close(linger=0)
+            self._socket = None
+
+    def close(self) -> None:
+        """Close the socket; the engine notices nothing."""
+        self._disconnect()
+        with contextlib.suppress(zmq.ZMQError):
+            self._context.destroy(linger=0)
+
+
+def engine_id() -> str:
+    """A new name, for one life of one engine: a restarted engine gets another, also under the same process id."""
+    return str(uuid.uuid4())

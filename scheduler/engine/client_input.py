@@ -1,0 +1,63 @@
+"""What a client may say of its request beside the prompt: how long the answer will be, and whose the request is.
+
+All of it comes from outside (OpenAI's `vllm_xargs`, vLLM's `SamplingParams.extra_args`) and is read in the engine's
+loop, where an exception ends the engine: a value that makes no sense counts as not given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from scheduler.engine.fair_queue import NOBODY_IN_PARTICULAR, Tenant
+from scheduler.settings import (
+    EXPECTED_OUTPUT_TOKENS,
+    LARGEST_TENANT_WEIGHT,
+    LONGEST_TENANT_NAME,
+    TENANT,
+    TENANT_WEIGHT,
+)
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+def declared_output_tokens(request: Request) -> int | None:
+    """The output length that a client declared; None when it declared none."""
+    declared = _number(_extra_args(request).get(EXPECTED_OUTPUT_TOKENS))
+    return int(declared) if declared is not None and declared >= 1 else None
+
+
+def declared_lengths(request: Request, longest: int) -> tuple[int | None, int | None]:
+    """The output length a client expects, and the most it allows when that is less than a context of `longest`."""
+    params = request.sampling_params
+    if params is None:
+        return None, None
+    declared = declared_output_tokens(request)
+    most: int = params.max_tokens
+    bound = most if most < longest - request.num_prompt_tokens else None
+    return (None if declared is None else min(declared, most)), bound
+
+
+def tenant_of(request: Request) -> Tenant:
+    """Whose a request is, as the ingress wrote it down. To be asked only where requests come from an ingress."""
+    extra = _extra_args(request)
+    name, weight = extra.get(TENANT), _number(extra.get(TENANT_WEIGHT, 1.0))
+    if not isinstance(name, str) or not 1 <= len(name) <= LONGEST_TENANT_NAME:
+        return NOBODY_IN_PARTICULAR
+    if weight is None or not 0 < weight <= LARGEST_TENANT_WEIGHT:
+        return NOBODY_IN_PARTICULAR
+    return Tenant(name, float(weight))
+
+
+def _extra_args(request: Request) -> Mapping[str, Any]:
+    extra = request.sampling_params.extra_args if request.sampling_params is not None else None
+    return extra if isinstance(extra, dict) else {}
+
+
+def _number(value: object) -> int | float | None:
+    """A finite number, or None; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if isinstance(value, int) or math.isfinite(value) else None

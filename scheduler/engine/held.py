@@ -1,0 +1,88 @@
+"""The running requests that sit an iteration out: out of vLLM's sight, and the first to give up their KV cache.
+
+Where blocks run short, vLLM preempts the latest admitted of the requests that run. Requests that are held back by a
+threshold make no use of their memory, so they are preempted before any that runs, the latest admitted first. Source:
+the memory repair of arXiv 2504.11320 (June 2026), which evicts the most recently admitted prompt that stands at a
+boundary queue and is not selected, and never a selected one.
+
+Part of the fence around vLLM's non-public surface: `tests/scheduler/test_vllm_seam.py` fails when an upgrade moves it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.request import Request, RequestStatus
+
+from scheduler.engine.running_requests import in_admission_order
+
+if TYPE_CHECKING:
+    from scheduler.vllm_scheduler import HeadraceScheduler
+
+
+class HeldRequests:
+    """Takes requests out of a scheduler's `running` for one iteration and puts back those that kept their KV cache."""
+
+    def __init__(self, scheduler: HeadraceScheduler) -> None:
+        self._scheduler = scheduler
+        self._aside: list[tuple[int, Request]] = []
+        self._victims: list[Request] = []
+        self._strict = False
+        self._allocate_slots = scheduler.kv_cache_manager.allocate_slots
+
+    def take_out(self, sit_out: Collection[str], evict_first: Collection[str], *, strict: bool) -> int:
+        """Hide the requests named in `sit_out` from vLLM until `put_back`; returns how many these are.
+
+        Those of them in `evict_first` give up their KV cache before the others. `strict`: what was let through the gate
+        is selected too, so that room is made for it, and an evicted request waits behind the gate again; else room is
+        made only for what runs, and an evicted request is the next to be taken up.
+        """
+        if not sit_out:
+            return 0
+        running, self._strict = self._scheduler.running, strict
+        self._aside = [(place, request) for place, request in enumerate(running) if request.request_id in sit_out]
+        self._scheduler.running = [request for request in running if request.request_id not in sit_out]
+        if self._scheduler.num_spec_tokens and self._scheduler.scheduler_config.async_scheduling:
+            for _, request in self._aside:
+                request.spec_token_ids = []  # the worker keeps drafts for one iteration only
+        order = {request.request_id: place for place, request in self._aside}
+        self._victims = sorted(
+            (request for _, request in self._aside),
+            key=lambda one: (one.request_id in evict_first, one.priority, order[one.request_id]),
+        )
+        self._scheduler.kv_cache_manager.allocate_slots = self._allocate
+        return len(self._aside)
+
+    def put_back(self) -> int:
+        """Back to their places in `running`, but for those that were evicted; returns how many these are."""
+        if not self._aside:
+            return 0
+        merged = in_admission_order(self._scheduler.running, self._aside)
+        kept = len(self._victims)
+        if kept < len(self._aside):
+            merged = [request for request in merged if request.status == RequestStatus.RUNNING]
+        self._scheduler.running, self._aside, self._victims = merged, [], []
+        self._scheduler.kv_cache_manager.allocate_slots = self._allocate_slots
+        return kept
+
+    def _allocate(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's `allocate_slots`, which evicts held requests until there are blocks for a selected one.
+
+        When they were not enough, vLLM goes on with those that run.
+        """
+        blocks = self._allocate_slots(request, *args, **kwargs)
+        while blocks is None and self._victims and (self._strict or request.status == RequestStatus.RUNNING):
+            self._evict(self._victims.pop())
+            blocks = self._allocate_slots(request, *args, **kwargs)
+        return blocks
+
+    def _evict(self, victim: Request) -> None:
+        scheduler = self._scheduler
+        scheduler._preempt_request(victim, time.monotonic(), drop_stale_output=scheduler.requires_kv_delivery)
+        if self._strict:
+            scheduler.admission_queue.take_back(victim)
+            scheduler.max_num_running_reqs += 1
+        else:  # as after any preemption, the iteration admits none, or the evicted one would come straight back
+            scheduler.max_num_running_reqs = len(scheduler.running)

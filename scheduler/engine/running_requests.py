@@ -1,0 +1,183 @@
+"""The requests of an engine as a policy sees them: columns of the running ones, and the work of a batch.
+
+Part of the fence around vLLM's non-public surface (`Request`, `SchedulerOutput`): `tests/scheduler/test_vllm_seam.py`
+fails when an upgrade moves it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.request import Request
+
+from scheduler.engine.admission_queue import AdmissionQueue
+from scheduler.fluid_params import FluidParams
+from scheduler.policies import UNKNOWN_TYPE, RunningBatch, RunningRequest
+
+
+class BatchWork(NamedTuple):
+    """The work of one iteration: tokens computed by kind, KV tokens read, requests in the batch."""
+
+    prefill_tokens: int
+    decode_tokens: int
+    kv_tokens: int
+    batch_size: int
+
+
+@dataclass(slots=True)
+class Life:
+    """What is remembered of a request until it leaves: clock seconds, declared lengths, prompt tokens found cached.
+
+    expected, most: output tokens (infinite: not declared); first_token_s: NaN until it is out.
+    """
+
+    arrived_s: float
+    expected: float
+    most: float
+    first_token_s: float = math.nan
+    cached_tokens: int = 0
+    shared_tokens: int = 0
+    audited: bool = False
+
+    def missed(self, params: FluidParams, first_s: float, now_s: float, outputs: int) -> dict[str, bool]:
+        """Which targets a request misses that completes now with so many tokens, the first one at `first_s`."""
+        took_s = {
+            "ttft": (first_s - self.arrived_s, params.ttft_s), "latency": (now_s - self.arrived_s, params.latency_s),
+            "tpot": ((now_s - first_s) / max(outputs - 1, 1), params.tpot_s),
+        }
+        return {name: target is not None and seconds > target for name, (seconds, target) in took_s.items()}
+
+
+def batch_work(output: SchedulerOutput, requests: Mapping[str, Request]) -> BatchWork:
+    """What an iteration just scheduled will compute and read."""
+    counts, drafted = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
+    if drafted:  # a decode step then has its draft tokens too
+        prefilling = [n for name, n in counts.items() if n > 1 + len(drafted.get(name, ()))]
+    else:
+        prefilling = [n for n in counts.values() if n > 1]
+    prefill = sum(prefilling)
+    kv_tokens = sum([requests[name].num_computed_tokens for name in counts])  # counted after this iteration
+    return BatchWork(prefill, output.total_num_scheduled_tokens - prefill, kv_tokens, len(counts))
+
+
+def tokens_to_decode(running: list[Request]) -> int:
+    """Tokens that the next decode step of each of these computes: one, and the drafts it has."""
+    return len(running) + sum([len(request.spec_token_ids) for request in running])
+
+
+def decode_steps(output: SchedulerOutput, results: Mapping[int, EngineCoreOutputs]) -> Iterator[tuple[int, int]]:
+    """Of each decoding request that got tokens from an iteration: tokens computed for it (with drafts), and gained."""
+    counts, drafted = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
+    first = {new.req_id for new in output.scheduled_new_reqs}
+    for client in results.values():
+        for answer in client.outputs:
+            computed = counts.get(answer.request_id, 0)
+            decoded = 0 < computed <= 1 + len(drafted.get(answer.request_id, ()))
+            if decoded and answer.new_token_ids and answer.request_id not in first:
+                yield computed, len(answer.new_token_ids)
+
+
+class _RequestAsRunning:
+    """A vLLM request in service, as a policy sees it."""
+
+    __slots__ = ("_request", "_step_tokens", "type_name")
+
+    def __init__(self, request: Request, type_name: str, step_tokens: int) -> None:
+        self._request, self.type_name, self._step_tokens = request, type_name, step_tokens
+
+    @property
+    def request_id(self) -> str:
+        name: str = self._request.request_id
+        return name
+
+    @property
+    def stage(self) -> int:
+        return _stage(self._request, self._step_tokens)
+
+    @property
+    def tokens_in_flight(self) -> int:
+        tokens: int = self._request.num_output_placeholders
+        return tokens
+
+    @property
+    def kv_tokens(self) -> int:
+        request = self._request
+        tokens: int = request.num_tokens + request.num_output_placeholders
+        return tokens
+
+
+class EngineBatch(RunningBatch):
+    """The running requests as residents, made only when a policy looks at them.
+
+    step_tokens: most tokens that one decode step computes for a request, its drafts included.
+    """
+
+    __slots__ = ("_gate", "_lives", "_running", "_stages", "_step_tokens")
+
+    def __init__(
+        self, running: list[Request], admission_queue: AdmissionQueue, lives: Mapping[str, Life], step_tokens: int = 1
+    ) -> None:
+        self._running, self._gate, self._lives, self._step_tokens = running, admission_queue, lives, step_tokens
+        self._stages: list[int] | None = None  # a policy may ask for them more than once
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def __getitem__(self, index: Any) -> Any:
+        request = self._running[index]
+        type_name = self._gate.type_of(request.request_id) or UNKNOWN_TYPE
+        return _RequestAsRunning(request, type_name, self._step_tokens)
+
+    def __iter__(self) -> Iterator[RunningRequest]:
+        return (self[index] for index in range(len(self._running)))
+
+    def stages(self) -> list[int]:
+        if self._stages is None:
+            self._stages = [_stage(request, self._step_tokens) for request in self._running]
+        return self._stages
+
+    def kv_tokens(self) -> list[int]:
+        return [request.num_tokens + request.num_output_placeholders for request in self._running]
+
+    def shared_kv_tokens(self) -> list[int]:
+        return [self._lives[request.request_id].shared_tokens for request in self._running]
+
+    def first_token_s(self) -> list[float]:
+        return [self._lives[request.request_id].first_token_s for request in self._running]
+
+    def expected_output_tokens(self) -> list[float]:
+        return [self._lives[request.request_id].expected for request in self._running]
+
+    def most_output_tokens(self) -> list[float]:
+        return [self._lives[request.request_id].most for request in self._running]
+
+
+def _stage(request: Request, step_tokens: int) -> int:
+    if request.is_prefill_chunk:
+        return 0
+    stage: int = request.num_output_tokens
+    under_way: int = request.num_output_placeholders
+    # Of a step under way one token is certain; its drafts may be refused.
+    return stage + (under_way if step_tokens == 1 else -(-under_way // step_tokens))
+
+
+def in_admission_order(running: list[Request], aside: list[tuple[int, Request]]) -> list[Request]:
+    """Put those who sat out back in their places: vLLM preempts from the end, the latest admitted first."""
+    if not aside:
+        return running
+    places = dict(aside)
+    merged: list[Request] = []
+    others = iter(running)
+    place = 0
+    for request in others:
+        while place in places:
+            merged.append(places.pop(place))
+            place += 1
+        merged.append(request)
+        place += 1
+    return merged + list(places.values())

@@ -1,0 +1,1 @@
+"""From an engine's telemetry to estimates with intervals."""

@@ -1,0 +1,245 @@
+"""What has been seen of one engine: its arrivals, its answers, and since when they are alike.
+
+Fed with telemetry, it forgets what is from before a change, so that estimates follow a step within a few periods and
+are quiet otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from scheduler.estimation.arrival_rates import ArrivalRates, arrival_rates
+from scheduler.estimation.output_lengths import Answers, have_changed
+from scheduler.messages import Arrival, Finished, Telemetry
+from scheduler.model.fluid import NO_REUSE, PrefixReuse
+from scheduler.model.workload import Lengths
+
+KEPT_LENGTHS = 2000
+_SPLITS = (0.25, 0.5, 0.75)
+"""Where the answers are split to look for a change, as shares of those that have ended."""
+_RECENT = (1.5, 3.0, 6.0)
+"""And how many of the latest ones are set against all the others, in units of the fewest that count."""
+_MOST_MARKS = 2048
+_REUSED = ("cached_tokens", "shared_tokens")
+_LONGEST = 2**31
+
+
+def length_classes(tokens: ArrayLike) -> NDArray[np.int64]:
+    """The class of each length, named by the longest one in it: within a class, lengths differ by a factor of four."""
+    _, bits = np.frexp(np.maximum(np.asarray(tokens, dtype=np.float64), 1.0) - 1.0)
+    return np.asarray(4 ** ((bits.astype(np.int64) + 1) // 2))
+
+
+def type_of(arrival: Arrival) -> str:
+    """The type of an arrival: the class of its prompt and, when its client declared one, of its answer's length."""
+    name = f"prompt<={length_classes(arrival.prompt_tokens)}"
+    if arrival.known_output_tokens is None:
+        return name
+    return f"{name},output<={length_classes(min(arrival.known_output_tokens, _LONGEST))}"
+
+
+class TrafficMonitor:
+    """Arrivals of the last `window_s` seconds and the latest answers of one engine, on that engine's own clock.
+
+    A change of answers is acted on when `least_answers` have ended since.
+    """
+
+    def __init__(self, window_s: float, least_answers: int) -> None:
+        self._window_s, self._least_answers = window_s, least_answers
+        self._arrivals: deque[tuple[Arrival, str]] = deque()
+        self._finished: deque[Finished] = deque(maxlen=KEPT_LENGTHS)
+        self._marks: deque[tuple[float, float]] = deque(maxlen=_MOST_MARKS)
+        self._gained = 0.0
+        self._now_s = self._since_s = 0.0
+        self._answers_since_s = -np.inf
+        self._running: tuple[tuple[int, int], ...] = ()
+        self._ended, self._ended_at_s = np.zeros((0, 2), dtype=np.int64), np.zeros(0)
+        self._rates: ArrivalRates | None = None
+        self._before_s = 0.0
+        self._moved: deque[tuple[float, float]] = deque(maxlen=_MOST_MARKS)
+
+    def restart(self, telemetry: Telemetry) -> None:
+        """Another engine has taken over: rates and progress start anew, on another clock; lengths stay."""
+        oldest_s = telemetry.arrivals[0].at_s if telemetry.arrivals else telemetry.clock_s
+        self._since_s = max(oldest_s, telemetry.clock_s - self._window_s)
+        self._arrivals.clear()
+        self._marks.clear()
+        self._moved.clear()
+        self._gained, self._rates, self._answers_since_s = 0.0, None, -np.inf
+        self._finished = deque((done._replace(at_s=-np.inf) for done in self._finished), maxlen=KEPT_LENGTHS)
+        if telemetry.cursor and telemetry.counters.arrivals > len(telemetry.arrivals) and telemetry.iterations:
+            self._answers_since_s = telemetry.iterations[0].at_s
+
+    def observe(self, telemetry: Telemetry, cursor: int, tokens_per_iteration: float = 1.0) -> None:
+        """Take in the records newer than `cursor`, and look for changes.
+
+        tokens_per_iteration: what each answer under way gains in one, by expectation.
+        """
+        self._before_s, self._now_s = self._now_s, telemetry.clock_s
+        fresh = [iteration.at_s for iteration in telemetry.iterations if iteration.seq > cursor]
+        if fresh:
+            gained = len(fresh) * tokens_per_iteration
+            self._marks.extend([(fresh[0], self._gained + tokens_per_iteration), (fresh[-1], self._gained + gained)])
+            self._gained += gained
+        self._arrivals.extend((one, type_of(one)) for one in telemetry.arrivals if one.seq > cursor)
+        while self._arrivals and self._arrivals[0][0].at_s < self._now_s - self._window_s:
+            self._arrivals.popleft()
+        self._since_s = max(self._since_s, self._now_s - self._window_s)
+        if len(self._finished) == KEPT_LENGTHS:
+            self._answers_since_s = max(self._answers_since_s, self._finished[0].at_s)
+        self._finished.extend(
+            done for done in telemetry.finished if done.seq > cursor and not done.aborted and done.output_tokens > 0
+        )
+        self._ended = np.array(
+            [(one.prompt_tokens, one.output_tokens) for one in self._finished], dtype=np.int64
+        ).reshape(-1, 2)
+        self._ended_at_s = np.array([one.at_s for one in self._finished], dtype=np.float64)
+        self._running = tuple((one.prompt_tokens, one.output_tokens) for one in telemetry.running)
+        self._update_rates()
+        self._forget_changed_answers()
+
+    @property
+    def arrivals(self) -> list[Arrival]:
+        """Those that are alike, or all of the window while there is none such."""
+        all_of_them = [one for one, _ in self._arrivals]
+        alike = [one for one in all_of_them if one.at_s >= self._since_s]
+        return alike or all_of_them
+
+    @property
+    def rates(self) -> ArrivalRates:
+        """As long as nothing speaks against them, the same ones: see `ArrivalRates.still_holds`."""
+        if self._rates is None:
+            return arrival_rates([], [], self._now_s - 1.0, self._now_s)
+        return self._rates
+
+    @property
+    def stretches(self) -> list[tuple[float, list[Arrival]]]:
+        """While rates move within a period: each stretch at other rates, its seconds and arrivals, the latest one last.
+
+        They do when they changed since the report before, or twice within the window; otherwise the list is empty.
+        """
+        oldest_s = self._now_s - self._window_s
+        moved = [(max(from_s, oldest_s), until_s) for from_s, until_s in self._moved if until_s > oldest_s]
+        if not moved or (len(moved) < 2 and moved[-1][1] < self._before_s):
+            return []
+        edges = [*moved, (moved[-1][1], self._now_s)]
+        return [
+            (max(until_s - from_s, 1.0), [one for one, _ in self._arrivals if from_s <= one.at_s < until_s])
+            for from_s, until_s in edges
+        ]
+
+    @property
+    def finished(self) -> list[tuple[int, int]]:
+        """(prompt, output) tokens of the answers that ended since they are alike."""
+        return [(int(p), int(o)) for p, o in self._ended[self._alike]]
+
+    @property
+    def prefix_reuse(self) -> PrefixReuse:
+        """What the prefix cache saved of the prompts of the latest finished requests."""
+        prompts = sum(done.prompt_tokens for done in self._finished)
+        if not prompts:
+            return NO_REUSE
+        cached, shared = (sum(getattr(done, name) for done in self._finished) for name in _REUSED)
+        return PrefixReuse(computed=1 - cached / prompts, private=1 - shared / prompts)
+
+    @property
+    def finished_count(self) -> int:
+        """How many those are."""
+        return int(self._alike.sum())
+
+    @property
+    def _alike(self) -> NDArray[np.bool_]:
+        return np.asarray((self._ended_at_s > self._answers_since_s) | np.isneginf(self._answers_since_s))
+
+    @property
+    def answers_since_s(self) -> float:
+        """Since when the answers are alike; minus infinity: always."""
+        return float(self._answers_since_s)
+
+    def answers(self, guessed: Sequence[tuple[int, int]] = ()) -> Answers:
+        """All answers that are alike, ended and going on; `guessed` ones count as ended."""
+        seen = self._answers_between(self._answers_since_s, self._now_s)
+        return seen.with_ended(guessed) if guessed else seen
+
+    def _update_rates(self) -> None:
+        alike = [(one.at_s, kind) for one, kind in self._arrivals if one.at_s >= self._since_s]
+        newer = arrival_rates([at for at, _ in alike], [kind for _, kind in alike], self._since_s, self._now_s)
+        if newer.since_s > self._since_s:
+            self._moved.append((self._since_s, newer.since_s))
+        self._since_s = newer.since_s
+        if self._rates is None or not self._rates.still_holds(newer):
+            self._rates = newer
+
+    def _forget_changed_answers(self) -> None:
+        if not self._marks:
+            return
+        ends = self._ended_at_s[self._alike]
+        marks = {round(share * ends.size) for share in _SPLITS}
+        marks |= {ends.size - math.ceil(share * self._least_answers) for share in _RECENT}
+        last = ends.size - self._least_answers - 1  # so many are left in any case
+        splits = sorted({float(ends[mark]) for mark in marks if 0 < mark <= last and np.isfinite(ends[mark])})
+        for split_s in reversed(splits):
+            earlier = self._answers_between(self._answers_since_s, split_s)
+            if have_changed(earlier, self._answers_between(split_s, self._now_s), tests=len(splits)):
+                self._answers_since_s = split_s
+                return
+
+    def _answers_between(self, from_s: float, until_s: float) -> Answers:
+        """As they would have been seen by someone who watched from then until then."""
+        recent = (self._ended_at_s > from_s) | np.isneginf(from_s)
+        running = len(self._running)
+        pairs = np.concatenate([self._ended[recent], np.array(self._running, dtype=np.int64).reshape(-1, 2)])
+        finished = np.arange(len(pairs)) < len(pairs) - running
+        output, entry = pairs[:, 1], np.zeros(len(pairs))
+        if np.isfinite(from_s) or until_s < self._now_s:
+            at_s = np.concatenate([self._ended_at_s[recent], np.full(running, self._now_s)])
+            if np.isfinite(from_s):
+                entry = np.maximum(0.0, output - self._tokens_between(from_s, at_s))
+            later = at_s > until_s
+            if later.any():
+                since = np.ceil(self._tokens_between(until_s, at_s)).astype(np.int64)
+                output, finished = np.where(later, output - since, output), finished & ~later
+        seen = output > entry
+        return Answers(pairs[seen, 0], output[seen], finished[seen], entry[seen])
+
+    def _tokens_between(self, from_s: float, until_s: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Tokens that the iterations in between added to every answer under way."""
+        if not self._marks:
+            return np.full(until_s.shape, np.inf)  # nothing is known of their progress: nobody counts as late
+        times, counts = np.array(self._marks, dtype=np.float64).T
+        between = np.interp(until_s, times, counts) - np.interp(from_s, times, counts)
+        return np.asarray(between, dtype=np.float64)
+
+
+def stratified(lengths: Lengths, prompts: list[int], rates: ArrivalRates) -> Lengths:
+    """`lengths` with each class of prompts as frequent as it arrives: a shift shows in arrivals before it ends.
+
+    Prompts of a class that `lengths` does not have yet come with answers as long as anybody's. Source:
+    post-stratification.
+    """
+    classes, arrived = length_classes(lengths.prompt_tokens), np.array(prompts, dtype=np.int64)
+    share: dict[int, float] = {}
+    for name, rate in rates.by_type.items():
+        stratum = int(name.removeprefix("prompt<=").partition(",")[0])
+        share[stratum] = share.get(stratum, 0.0) + rate.value
+    if not share:
+        return lengths
+    total = sum(share.values())
+    parts_prompt, parts_output, parts_weight = [], [], []
+    for stratum, rate_rps in share.items():
+        member = classes == stratum
+        if member.any():
+            own = lengths.weights[member]
+            parts_prompt.append(lengths.prompt_tokens[member])
+            parts_output.append(lengths.output_tokens[member])
+        else:
+            own, like = lengths.weights, arrived[length_classes(arrived) == stratum]
+            parts_prompt.append(np.resize(like if like.size else np.array([stratum]), own.size))
+            parts_output.append(lengths.output_tokens)
+        parts_weight.append(own / own.sum() * rate_rps / total)
+    return Lengths(np.concatenate(parts_prompt), np.concatenate(parts_output), np.concatenate(parts_weight))

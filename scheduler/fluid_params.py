@@ -1,0 +1,158 @@
+"""The pace: what the `fluid` policy needs to know of the hardware, the targets and the answers' lengths.
+
+Solved by the controller, obeyed by the engine between two iterations; a part of `Thresholds`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, ClassVar, overload
+
+import numpy as np
+from pydantic import ConfigDict, Strict
+
+from scheduler.model.iteration_time import IterationTimeModel, Seconds, Tokens, require_number
+
+Real = Annotated[float, Strict()]
+Count = Annotated[int, Strict()]
+Flag = Annotated[bool, Strict()]
+ITERATIONS_UNDER_WAY = 2
+"""Before that of a prompt that has just come: the one that runs, and the one composed already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FluidParams:
+    """law: seconds of an iteration. iteration_s: what none may exceed (None: no such target); tpot_s, latency_s: the
+    targets per output token and end to end behind it.
+
+    survival: (output tokens x, P(output > x)) by increasing x from 0 on; beyond the last x nobody goes on.
+    kv_limit_tokens: memory that admitted requests may grow into, given out in blocks of block_tokens. overflow_z:
+    standard deviations of that growth kept free beside its mean, in memory and in time, so that it overflows with about
+    miss_probability. ttft_s: the target for the first token; first_token_within_s: how soon it must come, with what a
+    latency target leaves it (None: any time).
+    queue_limit: how many waiting requests are of use (None: any number). prompt_flow_tokens: prompt tokens that an
+    iteration computes at capacity; capacity_rps: requests per second served then (0: not known). steady_s: an
+    iteration's expected time at the present load (0: not known). variability: variance over mean of the number of
+    requests that are served in a while.
+
+    tokens_per_step: output tokens that a request gains in an iteration that advances it, computed_per_step: tokens
+    computed for it then (both above 1 with speculative decoding); pipeline_depth: iterations from one step of a request
+    to the next. cold: lengths are a prior and the law a profile's; a guess rejects no request.
+    Raises ValueError for values out of range.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    time_model: IterationTimeModel
+    survival: tuple[tuple[int, Real], ...]
+    kv_limit_tokens: int
+    block_tokens: int = 16
+    overflow_z: Real = 2.33
+    iteration_s: Real | None = None
+    tpot_s: Real | None = None
+    ttft_s: Real | None = None
+    latency_s: Real | None = None
+    first_token_within_s: Real | None = None
+    miss_probability: Real = 0.01
+    queue_limit: Count | None = None
+    prompt_flow_tokens: Real = 0.0
+    capacity_rps: Real = 0.0
+    steady_s: Real = 0.0
+    variability: Real = 1.0
+    tokens_per_step: Real = 1.0
+    computed_per_step: Real = 1.0
+    pipeline_depth: Count = 1
+    cold: Flag = False
+
+    def __post_init__(self) -> None:
+        lengths, survival = [x for x, _ in self.survival], [p for _, p in self.survival]
+        falling = all(a < b for a, b in pairwise(lengths)) and all(a >= b for a, b in pairwise(survival))
+        if not (lengths and lengths[0] == 0 and falling and survival[0] <= 1 and survival[-1] >= 0):
+            raise ValueError(
+                "survival must be pairs (tokens, probability), tokens rising from 0, probabilities falling from 1 to 0"
+            )
+        if self.kv_limit_tokens < 1 or self.block_tokens < 1:
+            raise ValueError(
+                f"kv_limit_tokens is {self.kv_limit_tokens} and block_tokens {self.block_tokens}; both must be >= 1"
+            )
+        for name in ("iteration_s", "tpot_s", "ttft_s", "latency_s", "first_token_within_s"):
+            value = getattr(self, name)
+            if value is not None:
+                require_number(name, value, allow_zero=False)
+        for name in (
+            "overflow_z", "prompt_flow_tokens", "capacity_rps", "steady_s", "variability", "miss_probability",
+        ):
+            require_number(name, getattr(self, name))
+        for name in ("tokens_per_step", "computed_per_step", "pipeline_depth"):
+            if not 1 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number >= 1")
+        if self.iteration_s is not None and self.decode_iteration_s(1.0, 1.0) > self.iteration_s:
+            alone_s = self.decode_iteration_s(1.0, 1.0)
+            raise ValueError(f"iteration_s is {self.iteration_s}; a single request alone takes {alone_s:.4g} s")
+        if self.queue_limit is not None and self.queue_limit < 1:
+            raise ValueError(f"queue_limit is {self.queue_limit}; it must be >= 1, or null for any number")
+
+    @property
+    def first_token_limit_s(self) -> float | None:
+        """Seconds within which a first token must come to be of use; None: any time."""
+        return self.ttft_s if self.first_token_within_s is None else self.first_token_within_s
+
+    @property
+    def token_s(self) -> float | None:
+        """Seconds per output token of a request when every iteration takes `iteration_s`."""
+        return None if self.iteration_s is None else self.iteration_s * self.pipeline_depth / self.tokens_per_step
+
+    @property
+    def steady_token_s(self) -> float:
+        """Seconds per output token at the present load (0: not known)."""
+        return self.steady_s * self.pipeline_depth / self.tokens_per_step
+
+    @property
+    def running_at_capacity(self) -> float | None:
+        """Requests in service when the replica is full, by Little's law over l' + 1 iterations; None: not known."""
+        if self.token_s is None or not self.capacity_rps:
+            return None
+        return self.capacity_rps * self.token_s * (self.mean_output_tokens + 1)
+
+    @property
+    def mean_output_tokens(self) -> float:
+        """Of the answers that the survival foresees: Σ P(l' > x), linear between its points."""
+        lengths, survival = zip(*self.survival, strict=True)
+        return float(np.trapezoid(survival, lengths) + survival[0] / 2)
+
+    @overload
+    def decode_iteration_s(self, requests: float, kv_tokens: float) -> float: ...
+
+    @overload
+    def decode_iteration_s(self, requests: Tokens, kv_tokens: Tokens) -> Seconds: ...
+
+    def decode_iteration_s(self, requests: Tokens, kv_tokens: Tokens) -> Seconds:
+        """Seconds of an iteration without prompts, when so many requests with so many KV tokens decode.
+
+        Of a pipeline's each iteration has its share of them.
+        """
+        computed = requests * (self.computed_per_step / self.pipeline_depth)
+        return self.time_model.iteration_s(0.0 * computed, computed, kv_tokens * (1 / self.pipeline_depth))
+
+    def prompt_tokens_within(self, seconds: float, requests: float, kv_tokens: float) -> float:
+        """Prompt tokens for which an iteration of so many seconds has time beside such a batch; may be negative.
+
+        Infinite when prompts take no time. The inverse of `law.iteration_s` in its prompt tokens. The requests are
+        those in the batch, of a pipeline's those whose turn it is.
+        """
+        time_model, per_token_s = (
+            self.time_model,
+            self.time_model.d2_s_per_prefill_token + self.time_model.d1_s_per_kv_token,
+        )
+        computed, read_s = requests * self.computed_per_step, time_model.d1_s_per_kv_token * kv_tokens
+        if read_s + time_model.floor_s > seconds:
+            return -math.inf
+        if per_token_s == 0:
+            return math.inf
+        return (seconds - time_model.d0_s - time_model.d3_s_per_decode_token * computed - read_s) / per_token_s
+
+    def prefill_s(self, prompt_tokens: float) -> float:
+        """What so many prompt tokens add to an iteration."""
+        return prompt_tokens * (self.time_model.d2_s_per_prefill_token + self.time_model.d1_s_per_kv_token)

@@ -1,0 +1,1 @@
+"""The queueing model: numbers in, numbers out. NumPy and SciPy only."""

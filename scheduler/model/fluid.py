@@ -1,0 +1,193 @@
+"""Fluid equilibrium of one replica: what the arrivals demand, and whether its speed and memory can meet it.
+
+Source: arXiv 2504.11320, the fluid benchmark, with the time law's terms for prefill and decode compute added. Arrivals
+are a steady flow and every prompt is processed in every iteration, so that stage s = 0..l' of type j holds the same
+n_j prompts.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from scheduler.model.iteration_time import IterationTimeModel, require_number
+from scheduler.model.steps import ONE_TOKEN_A_STEP, Steps
+from scheduler.model.workload import WorkloadMix
+
+COMPUTE_BOUND_GAIN = 0.05
+"""Compute is called the limit when unlimited memory would raise the critical rate by less than this fraction."""
+
+
+@dataclass(frozen=True, slots=True)
+class FluidEquilibrium:
+    """The equilibrium of `solve_fluid`.
+
+    load: ρ, seconds of work that arrive per second; prefill_load and kv_load are its shares d2·Λ_l and d1·Λ_W.
+    stable: ρ < 1. fits_memory: M* <= C and the largest single request fits. reason: why not, in words; None if both.
+    iteration_time_s: ΔT*, and memory_tokens: M*; both infinite when unstable.
+    throughput_tokens_per_s: Σ λ_j E[l'_j], the output tokens demanded; delivered only if stable and within memory.
+    inventories: n_j* = λ_j ΔT*, prompts of type j in each stage. running: Σ n_j* E[l'_j + 1] prompts.
+    critical_rate_scale: multiplier of all rates at which M* reaches C or ρ reaches 1; every smaller one is
+        feasible. 0 when a single request exceeds the memory.
+    limit: what keeps that multiplier from growing, see `COMPUTE_BOUND_GAIN`.
+    """
+
+    load: float
+    prefill_load: float
+    kv_load: float
+    stable: bool
+    fits_memory: bool
+    reason: str | None
+    iteration_time_s: float
+    memory_tokens: float
+    kv_capacity_tokens: int
+    throughput_tokens_per_s: float
+    inventories: tuple[float, ...]
+    running: float
+    critical_rate_scale: float
+    limit: Literal["memory", "compute"]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixReuse:
+    """What the prefix cache saves of the prompts, as shares of their tokens (0 to 1).
+
+    computed: those that the engine computes; private: those in KV blocks that no other running request holds.
+    """
+
+    computed: float = 1.0
+    private: float = 1.0
+
+
+NO_REUSE = PrefixReuse()
+
+
+def solve_fluid(
+    mix: WorkloadMix, time_model: IterationTimeModel, kv_capacity_tokens: int, reuse: PrefixReuse = NO_REUSE,
+    steps: Steps = ONE_TOKEN_A_STEP,
+) -> FluidEquilibrium:
+    """The fluid equilibrium of `mix` on one replica.
+
+    With the work that arrives per second, Λ_W KV-token-iterations, Λ_l prefill and Λ_o decode tokens,
+
+        ρ = d1 Λ_W + d2 Λ_l + d3 Λ_o          ΔT* = max(floor/(1 − d1 Λ_W), d0/(1 − ρ))          M* = Λ_W ΔT*
+
+    ΔT* solves ΔT = max(floor, d0 + (d2 Λ_l + d3 Λ_o) ΔT) + d1 Λ_W ΔT. With floor = d2 = d3 = 0 this is the paper's
+    equilibrium. A demand that is unstable or does not fit is a result with a reason. Raises ValueError when every
+    rate is zero and for a capacity below one token. With `reuse`, Λ_l counts computed prompt tokens, Λ_W in ΔT* all
+    that attention reads, and Λ_W in M* private ones. With `steps` of several tokens a request lives fewer iterations,
+    and Λ_o counts the tokens computed in them; inventories are prompts per iteration of a life. In a pipeline of
+    depth D each iteration has one of D groups of prompts: M* = D Λ_W ΔT*, and inventories and running count all.
+    """
+    require_number("kv_capacity_tokens", kv_capacity_tokens, allow_zero=False)
+    rates_rps = [t.rate_rps for t in mix.types]
+    if mix.rate_rps == 0:
+        raise ValueError("rate_rps is 0 for every type; at least one must be > 0")
+
+    flow = _stage_tokens(rates_rps, mix, reuse, steps)
+    kv_load = time_model.d1_s_per_kv_token * flow.kv_tokens
+    prefill_load = time_model.d2_s_per_prefill_token * flow.prefill_tokens
+    load = kv_load + prefill_load + time_model.d3_s_per_decode_token * flow.decode_tokens
+    stable = load < 1
+    iteration_time_s = max(time_model.floor_s / (1 - kv_load), time_model.d0_s / (1 - load)) if stable else math.inf
+    memory_flow = steps.depth * flow.memory_tokens
+    memory_tokens = memory_flow * iteration_time_s
+    critical, limit = _critical_rate(memory_flow, load, kv_load, time_model, kv_capacity_tokens)
+
+    reason = None
+    if mix.max_total_tokens > kv_capacity_tokens:
+        reason = f"one request of {mix.max_total_tokens} tokens exceeds the KV capacity of {kv_capacity_tokens} tokens"
+        critical, limit = 0.0, "memory"
+    elif not stable:
+        reason = f"load is {load:.3f} s of work per second, not below 1 (at most {critical:.3f} of the rate fits)"
+    elif memory_tokens > kv_capacity_tokens:
+        reason = (
+            f"equilibrium memory is {memory_tokens:.0f} tokens, above the KV capacity of {kv_capacity_tokens} tokens "
+            f"(at most {critical:.3f} of the rate fits)"
+        )
+    inventories = tuple(steps.depth * rate * iteration_time_s if rate else 0.0 for rate in rates_rps)
+    return FluidEquilibrium(
+        load=load,
+        prefill_load=prefill_load,
+        kv_load=kv_load,
+        stable=stable,
+        fits_memory=stable and reason is None,
+        reason=reason,
+        iteration_time_s=iteration_time_s,
+        memory_tokens=memory_tokens,
+        kv_capacity_tokens=kv_capacity_tokens,
+        throughput_tokens_per_s=sum(t.rate_rps * t.lengths.mean_output_tokens for t in mix.types),
+        inventories=inventories,
+        running=sum(
+            n * (t.lengths.mean_output_tokens / steps.tokens + 1) for n, t in zip(inventories, mix.types, strict=True)
+        ),
+        critical_rate_scale=critical,
+        limit=limit,
+    )
+
+
+def batch_memory_tokens(
+    per_stage: Sequence[float], mix: WorkloadMix, steps: Steps = ONE_TOKEN_A_STEP
+) -> float:
+    """M(n) = Σ n_j E[w_j]: KV tokens with n_j prompts of type j in every stage of its life."""
+    return _stage_tokens(per_stage, mix, steps=steps).kv_tokens
+
+
+def batch_time_s(
+    per_stage: Sequence[float], mix: WorkloadMix, time_model: IterationTimeModel, steps: Steps = ONE_TOKEN_A_STEP
+) -> float:
+    """ΔT(n): seconds of the iteration that processes n_j prompts of type j in every stage.
+
+    It reads M(n) KV tokens and computes Σ n_j E[l_j] prefill and Σ n_j E[l'_j] decode tokens.
+    """
+    batch = _stage_tokens(per_stage, mix, steps=steps)
+    return time_model.iteration_s(batch.prefill_tokens, batch.decode_tokens, batch.kv_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _StageTokens:
+    kv_tokens: float
+    prefill_tokens: float
+    decode_tokens: float
+    memory_tokens: float
+
+
+def _stage_tokens(
+    per_stage: Sequence[float], mix: WorkloadMix, reuse: PrefixReuse = NO_REUSE, steps: Steps = ONE_TOKEN_A_STEP
+) -> _StageTokens:
+    """Tokens of a batch with n_j prompts per stage; with rates for n_j, the tokens that arrive per second.
+
+    decode_tokens: those computed. KV tokens count once for every step that reads them.
+    """
+    if len(per_stage) != len(mix.types):
+        raise ValueError(f"per_stage has {len(per_stage)} entries; the mix has {len(mix.types)} types")
+    kv = prefill = decode = memory = 0.0
+    for count, request_type in zip(per_stage, mix.types, strict=True):
+        lengths = request_type.lengths
+        kv += count * lengths.kv_token_iterations / steps.tokens
+        prefill += count * lengths.mean_prompt_tokens * reuse.computed
+        private = lengths.kv_token_iterations - (1 - reuse.private) * lengths.prompt_token_iterations
+        memory += count * private / steps.tokens
+        decode += count * lengths.mean_output_tokens * steps.computed_per_token
+    return _StageTokens(kv, prefill, decode, memory)
+
+
+def _critical_rate(
+    kv_flow: float, load: float, kv_load: float, time_model: IterationTimeModel, kv_capacity_tokens: int
+) -> tuple[float, Literal["memory", "compute"]]:
+    """Largest multiplier s of all rates with M*(s) <= C, and its limit.
+
+    M*(s) is the larger of s Λ_W d0/(1 − sρ) and s Λ_W floor/(1 − s d1 Λ_W); both grow with s, and setting each equal
+    to C gives s in closed form. Neither exceeds 1/ρ, which is where unlimited memory would lead.
+    """
+    critical = min(
+        kv_capacity_tokens / (kv_flow * fixed_s + share * kv_capacity_tokens)
+        for fixed_s, share in ((time_model.d0_s, load), (time_model.floor_s, kv_load))
+        if fixed_s > 0 or share > 0
+    )
+    return critical, "compute" if critical * load * (1 + COMPUTE_BOUND_GAIN) > 1 else "memory"
+
+
+def finite_or_none(value: float) -> float | None:
+    """A figure of an equilibrium for JSON, which has no infinity: None when it is infinite."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""From estimates and latency targets to the thresholds of one replica."""

@@ -1,0 +1,316 @@
+"""From targets to the parameters of `fluid`: what one replica can promise, and what limits it.
+
+Source: the fluid equilibrium of arXiv 2504.11320 with the longest iteration fixed by a target instead of by the load,
+and with the engine's slots and its token budget as constraints beside memory and time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri
+
+from scheduler.estimation.iteration_time_error import EXACT, IterationTimeError
+from scheduler.fluid_params import ITERATIONS_UNDER_WAY, FluidParams
+from scheduler.model.fluid import NO_REUSE, FluidEquilibrium, PrefixReuse, solve_fluid
+from scheduler.model.iteration_time import IterationTimeModel
+from scheduler.model.queue_limit import fixed_share, queue_limit
+from scheduler.model.steps import ONE_TOKEN_A_STEP, Steps
+from scheduler.model.workload import Lengths, WorkloadMix
+from scheduler.thresholds import EngineLimits
+from scheduler.tuning.slo import Slo
+from scheduler.tuning.tpot_margin import tpot_margin
+
+_SURVIVAL_POINTS = 48
+_QUEUE_SHARE = 0.1
+"""Of the miss probability, what a queue that runs dry may cost; the rest is for iterations that stray from the law."""
+_LEAST_MARGIN = 0.002
+"""Even an exact model is off by a few tokens: requests whose last token is under way are counted once more."""
+_STAGE_MARGIN = 0.004
+"""For each further pipeline stage: it waits where two batches that follow one another are not of one length."""
+_LARGEST_MARGIN = 0.5
+"""A model whose errors ask for more says nothing any more about the hardware."""
+_ITERATION_TIMES = 32
+_WAIT_SHARE = 0.9
+"""A wait within a latency target may cost the other tenth of the requests that would have been in time without it."""
+Floats = NDArray[np.float64]
+
+
+
+
+
+
+
+
+
+
+@dataclass(frozen=True, slots=True)
+class FluidPlan:
+    """The parameters for `fluid`, the capacity they give, and the bottleneck.
+
+    bottleneck: memory, slots, token budget, TPOT target, TTFT target, latency target or nothing. in_time: share of
+    requests whose lengths allow them to meet every target. tpot_margin: how far, relative to them, iterations stay
+    below `tpot_s`, the TPOT target. alone_s: where the target is below what one mean request alone takes per token,
+    these seconds.
+    """
+
+    fluid: FluidParams
+    capacity_rps: float
+    load: float
+    bottleneck: str
+    goodput_rps: float
+    in_time: float
+    tpot_margin: float
+    tpot_s: float | None
+    equilibrium: FluidEquilibrium
+    alone_s: float | None = None
+
+
+def solve_fluid_params(
+    mix: WorkloadMix, time_model: IterationTimeModel, limits: EngineLimits, targets: Slo, *,
+    fluctuation: IterationTimeError = EXACT, miss_probability: float = 0.01, dispersion: float = 1.0,
+    reuse: PrefixReuse = NO_REUSE, steps: Steps = ONE_TOKEN_A_STEP, realised_margin: float = 0.0,
+    delivery_s: float = 0.0,
+) -> FluidPlan:
+    """The parameters for `mix` on one replica.
+
+    fluctuation: of iterations under the law; the longest iteration stays so far below the TPOT target that all but
+    `miss_probability` of requests meet it. realised_margin: the margin that the latest requests would have needed, if
+    that is more. dispersion: of the arrivals, the variance of their counts over its mean. delivery_s: seconds from a
+    first token in the engine until its client has it; so much earlier it has to come.
+    """
+    lengths = mix.merged().lengths
+    capacity = _Capacity(mix, time_model, limits, reuse, steps)
+    margin = tpot_margin(lengths, fluctuation, (1 - _QUEUE_SHARE) * miss_probability, steps)
+    margin = max(margin, realised_margin, _LEAST_MARGIN) + _STAGE_MARGIN * (steps.depth - 1)
+    margin = min(margin, _LARGEST_MARGIN)
+    token_s = None if targets.tpot_s is None else targets.tpot_s / (1 + margin)
+    within = capacity.within_latency(token_s, targets.delivered_within(delivery_s), margin)
+    iteration_s = within.iteration_s
+    served_rps, limit = capacity.at(iteration_s)
+    known_rps = served_rps if math.isfinite(served_rps) else 0.0
+    planned_s = None if token_s is None else capacity.iteration_of(token_s)
+    reachable = iteration_s is None or planned_s is None or planned_s >= capacity.alone_s
+    if not reachable:  # the engine plans for one request alone, and what is promised is what the target leaves
+        served_rps, limit = capacity.at(planned_s)
+    load = mix.rate_rps / served_rps if served_rps > 0 else math.inf
+    steady_s = capacity.iteration_s(min(mix.rate_rps, served_rps), iteration_s)
+    params = FluidParams(
+        time_model=time_model, survival=survival_of(lengths), kv_limit_tokens=capacity.kv_limit_tokens,
+        block_tokens=limits.block_tokens, overflow_z=-float(ndtri(miss_probability)), iteration_s=iteration_s,
+        tpot_s=targets.tpot_s, ttft_s=targets.ttft_s, latency_s=targets.latency_s,
+        first_token_within_s=within.first_token_s, miss_probability=miss_probability,
+        prompt_flow_tokens=known_rps * lengths.mean_prompt_tokens * reuse.computed * (iteration_s or 0.0),
+        capacity_rps=known_rps, steady_s=steady_s, variability=capacity.decode_share,
+        tokens_per_step=steps.tokens, computed_per_step=steps.computed, pipeline_depth=steps.depth,
+    )
+    soon = 1.0
+    if within.first_token_s is not None:
+        spare_s = within.first_token_s - capacity.first_token_s(params, load)
+        soon = float(lengths.weights @ (spare_s >= 0))
+        params = replace(params, queue_limit=capacity.queue_limit(params, spare_s, miss_probability, dispersion))
+    # Requests whose first token cannot be in time are rejected, and take no capacity.
+    if load * soon >= 1:
+        bottleneck = limit
+    elif 1 - soon > miss_probability:
+        bottleneck = "TTFT target" if targets.ttft_s is not None else "latency target"
+    else:
+        bottleneck = "nothing"
+    goodput = min(mix.rate_rps * soon, served_rps) * within.share
+    return FluidPlan(
+        params, served_rps, load, bottleneck, goodput, soon * within.share, margin, targets.tpot_s, capacity.fluid,
+        alone_s=None if reachable else capacity.alone_s,
+    )
+
+
+def survival_of(lengths: Lengths) -> tuple[tuple[int, float], ...]:
+    """Output tokens x and P(output > x), just before and at quantiles of the output length, where it falls most."""
+    marks = lengths.output_quantiles(np.linspace(0, 1, _SURVIVAL_POINTS))
+    at = np.unique(np.concatenate([[0], marks, marks - 1]))
+    return tuple(zip(at.tolist(), lengths.survivals(at).tolist(), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Within:
+    """The longest iteration and the time for the first token that the targets leave, and the share of requests whose
+    lengths allow them to meet a latency target with these."""
+
+    iteration_s: float | None
+    first_token_s: float | None
+    share: float = 1.0
+
+
+class _Capacity:
+    """What one replica can serve of a mix, by memory, by slots, by the token budget and by time."""
+
+    def __init__(
+        self, mix: WorkloadMix, time_model: IterationTimeModel, limits: EngineLimits, reuse: PrefixReuse, steps: Steps
+    ) -> None:
+        self._time_model, self._reuse, self._steps, self._rate_rps = time_model, reuse, steps, mix.rate_rps
+        self._lengths = mix.merged().lengths
+        self.kv_limit_tokens = limits.kv_capacity_tokens - limits.block_tokens
+        self._slots, self._budget = limits.most_running, limits.max_num_batched_tokens
+        self.fluid = solve_fluid(mix, time_model, self.kv_limit_tokens, reuse, steps)
+        # Seconds of work that one request brings, in all, and of it what comes on top of the floor.
+        decode = self._lengths.mean_output_tokens * time_model.d3_s_per_decode_token
+        self._kv_work_s = self.fluid.kv_load / mix.rate_rps
+        self._prefill_work_s = self.fluid.prefill_load / mix.rate_rps
+        self._work_s = self._kv_work_s + self._prefill_work_s + decode * steps.computed_per_token
+        self._life = self._lengths.mean_output_tokens / steps.tokens + 1
+        self._by_memory = self.fluid.critical_rate_scale * mix.rate_rps
+        computed = self._lengths.mean_output_tokens * steps.computed_per_token
+        self._tokens = self._lengths.mean_prompt_tokens * reuse.computed + computed
+        self._branches = ((time_model.d0_s, self._work_s), (time_model.floor_s, self._kv_work_s))
+
+    @property
+    def alone_s(self) -> float:
+        """An iteration of one request: no target can ask for less."""
+        steps = self._steps
+        return self._time_model.iteration_s(0.0, steps.computed, float(self._lengths.mean_resident_kv_tokens))
+
+    def at(self, iteration_s: float | None) -> tuple[float, str]:
+        """Requests/s with iterations of at most so long, and what limits them."""
+        limits = {
+            "memory": self._by_memory,
+            "slots": self._by_count(self._slots, self._life * self._steps.depth),
+            "token budget": self._by_count(self._budget, self._tokens),
+            "TPOT target": math.inf if iteration_s is None else self._by_time(iteration_s),
+        }
+        limit = min(limits, key=lambda name: limits[name])
+        return limits[limit], limit
+
+    def _by_count(self, most: float, each: float) -> float:
+        """Requests/s when an iteration has `most` of something of which every request takes `each` in its life.
+
+        λ·τ·each <= most, with the equilibrium's iteration time τ = fixed / (1 − λ·work).
+        """
+        return min(
+            (most / (fixed_s * each + most * work_s) for fixed_s, work_s in self._branches if fixed_s or work_s),
+            default=math.inf,
+        )
+
+    def _by_time(self, iteration_s: float) -> float:
+        """Requests/s with every iteration filled: the time beyond the fixed part is what their work can have."""
+        return min(
+            max(0.0, 1 - fixed_s / iteration_s) / work_s if work_s else math.inf if fixed_s < iteration_s else 0.0
+            for fixed_s, work_s in self._branches
+        )
+
+    def iteration_s(self, rate_rps: float, most_s: float | None) -> float:
+        """The equilibrium's iteration time when so many requests/s are served; 0: no such equilibrium is known."""
+        times = [fixed_s / (1 - rate_rps * work_s) for fixed_s, work_s in self._branches if rate_rps * work_s < 1]
+        if len(times) < len(self._branches) or not math.isfinite(rate_rps):
+            return most_s or 0.0
+        return max(times) if most_s is None else min(max(times), most_s)
+
+    @property
+    def decode_share(self) -> float:
+        """Of a request's work, what its prompt does not foretell."""
+        return 1 - self._prefill_work_s / self._work_s if self._work_s else 1.0
+
+    def within_latency(self, token_s: float | None, targets: Slo, margin: float) -> _Within:
+        """The iteration time with the most requests in time: (first token) + (l' − 1)·(time per token) <= latency.
+
+        Up to capacity the load decides about the iteration time, and nothing is held back; beyond it, shorter
+        iterations serve fewer requests but more of the long ones in time.
+        """
+        longest_s = None if token_s is None else max(self.iteration_of(token_s), self.alone_s)
+        if targets.latency_s is None:
+            return _Within(longest_s, targets.ttft_s)
+        natural_s = self.iteration_s(min(self._rate_rps, 0.999 * self.at(longest_s)[0]), longest_s)
+        candidates: list[float | None] = [longest_s]
+        if natural_s > self.alone_s:
+            just_in_time = np.clip(self._just_in_time_s(targets.latency_s, margin), self.alone_s, natural_s)
+            candidates += np.unique(just_in_time).tolist()
+        best, best_rps = _Within(longest_s, targets.ttft_s), -1.0
+        for candidate in candidates:
+            served_rps = min(self._rate_rps, self.at(candidate)[0])
+            iteration_s = self.iteration_s(min(served_rps, 0.999 * self.at(candidate)[0]), candidate)
+            share = self._share_in_time(targets.latency_s, iteration_s * (1 + margin), 0.0)
+            if served_rps * share > best_rps * (1 + 1e-3):
+                best_rps = served_rps * share
+                wait_s = self._longest_wait_s(targets.latency_s, iteration_s * (1 + margin), share)
+                if targets.ttft_s is not None:
+                    wait_s = min(wait_s, targets.ttft_s)
+                best = _Within(candidate, wait_s, share)
+        return best
+
+    def _just_in_time_s(self, latency_s: float, margin: float) -> Floats:
+        """The iteration times with which answers of each quantile of the length just meet a latency target."""
+        longest = self._lengths.output_quantiles(np.linspace(0, 1, _ITERATION_TIMES)).astype(np.float64)
+        steps = self._iterations_to_first_token + (longest - 1) * self._steps.depth / self._steps.tokens
+        return np.asarray(max(latency_s - self._prefill_s, 0.0) / steps / (1 + margin) * (1 - 1e-9))
+
+    @property
+    def _prefill_s(self) -> float:
+        return self._lengths.mean_prompt_tokens * self._reuse.computed * self._time_model.d2_s_per_prefill_token
+
+    @property
+    def _iterations_to_first_token(self) -> int:
+        return ITERATIONS_UNDER_WAY + self._steps.depth
+
+    def iteration_of(self, token_s: float) -> float:
+        return token_s * self._steps.tokens / self._steps.depth
+
+    def _share_in_time(self, latency_s: float, iteration_s: float, wait_s: float) -> float:
+        """Share of requests in time when each waits so long and every iteration takes so long."""
+        token_s = iteration_s * self._steps.depth / self._steps.tokens
+        left_s = latency_s - wait_s - self._iterations_to_first_token * iteration_s - self._prefill_s
+        return 1.0 - self._lengths.survival(1 + left_s / token_s + 1e-9) if left_s >= 0 else 0.0
+
+    def _longest_wait_s(self, latency_s: float, iteration_s: float, share: float) -> float:
+        """The longest wait for a first token that leaves nearly as many requests in time as none."""
+        waits = np.linspace(0.0, latency_s, 64)
+        good = [self._share_in_time(latency_s, iteration_s, wait_s) >= _WAIT_SHARE * share for wait_s in waits]
+        wait_s = float(waits[max(index for index, fine in enumerate(good) if fine)])
+        return max(wait_s, latency_s / 20) + self._iterations_to_first_token * iteration_s
+
+    def first_token_s(self, params: FluidParams, load: float) -> Floats:
+        """Seconds to the first token of each of the lengths without a wait, beside the decodes served at `load`."""
+        iteration_s = params.iteration_s
+        prompts = np.asarray(self._lengths.prompt_tokens * self._reuse.computed, dtype=np.float64)
+        if iteration_s is None:
+            own_s = params.time_model.iteration_s(prompts, 0.0, prompts)
+            under_way_s = (self._iterations_to_first_token - 1) * params.time_model.shortest_iteration_s
+            return np.asarray(under_way_s + own_s, dtype=np.float64)
+        decode_s = (self._work_s - self._prefill_work_s) * self._rate_rps * min(1.0, 1.0 / load) * iteration_s
+        prompt_s = params.prefill_s(1.0)
+        room = (iteration_s - params.time_model.d0_s - decode_s) / prompt_s if prompt_s else math.inf
+        iterations = self._iterations_to_first_token - 1 + np.ceil(prompts / max(room, params.prompt_flow_tokens, 1.0))
+        return np.asarray(iteration_s * iterations, dtype=np.float64)
+
+    def queue_limit(
+        self, params: FluidParams, spare_s: Floats, miss_probability: float, dispersion: float
+    ) -> int | None:
+        """How many waiting requests are of use beyond capacity, at the least one; None up to it.
+
+        Up to capacity a queue empties by itself: only requests that would be late are rejected. Those that cannot be in
+        time do not count.
+        """
+        time_model, lengths, served_rps = self._time_model, self._lengths, params.capacity_rps
+        if not served_rps or self._rate_rps <= served_rps:
+            return None
+        most = params.kv_limit_tokens / lengths.mean_resident_kv_tokens
+        iteration_s = params.iteration_s
+        if iteration_s is None:
+            iteration_s = time_model.iteration_s(0.0, min(most, float(self._slots)), float(params.kv_limit_tokens))
+        running = min(most, float(self._slots), served_rps * iteration_s * self._life * self._steps.depth)
+        work_s = (
+            time_model.d1_s_per_kv_token * lengths.kv_token_iterations_each / self._steps.tokens
+            + time_model.d2_s_per_prefill_token * lengths.prompt_tokens * self._reuse.computed
+            + time_model.d3_s_per_decode_token * lengths.output_tokens * self._steps.computed_per_token
+        )
+        mean_s = float(lengths.weights @ work_s)
+        work_variation = float(lengths.weights @ (work_s - mean_s) ** 2) / mean_s**2 if mean_s > 0 else 0.0
+        in_time = spare_s >= 0
+        spare = float(np.average(spare_s[in_time], weights=lengths.weights[in_time])) if in_time.any() else 0.0
+        rate_rps = self._rate_rps
+        return queue_limit(
+            rate_rps=rate_rps, capacity_rps=served_rps, running=running,
+            slowdown=fixed_share(time_model, iteration_s), admitted_per_iteration=served_rps * iteration_s,
+            variability=(rate_rps * dispersion + served_rps * work_variation) / (rate_rps + served_rps),
+            miss_probability=_QUEUE_SHARE * miss_probability, most_requests=served_rps * spare,
+        )

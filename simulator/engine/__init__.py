@@ -1,0 +1,1 @@
+"""vLLM's scheduler in virtual time: replicas, the policies to compare, and the controller."""

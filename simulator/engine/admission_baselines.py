@@ -1,0 +1,43 @@
+"""Overload rules that others put before an engine, at their documented defaults: refuse a request when it arrives.
+
+The engines behind them are plain vLLM. Their statistics are always fresh here, which flatters them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from scheduler.model.iteration_time import IterationTimeModel
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a rule may know of a replica when a request arrives: requests not in service yet, prompt tokens of requests
+    without a first token, share of KV blocks in use; the law; and the operator's target."""
+
+    waiting: int
+    prefill_tokens: int
+    kv_used_fraction: float
+    time_model: IterationTimeModel
+    ttft_s: float | None
+
+
+AdmissionRule = Callable[[Load], bool]
+
+
+def queued_tokens(load: Load) -> bool:
+    """vLLM's max_num_queued_tokens, set as documented: target TTFT times prefill throughput (needs a TTFT target)."""
+    if load.ttft_s is None or load.time_model.d2_s_per_prefill_token == 0:
+        return True
+    return load.prefill_tokens < load.ttft_s / load.time_model.d2_s_per_prefill_token
+
+
+def llm_d_utilisation(load: Load) -> bool:
+    """llm-d's saturation detector: open below a queue depth of 5 and a KV use of 0.8."""
+    return load.waiting < 5 and load.kv_used_fraction < 0.8
+
+
+def dynamo_busy(load: Load) -> bool:
+    """Dynamo's busy thresholds: open up to 0.85 of decode blocks and 10 000 prefill tokens."""
+    return load.kv_used_fraction <= 0.85 and load.prefill_tokens <= 10_000

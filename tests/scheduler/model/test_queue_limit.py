@@ -1,0 +1,71 @@
+"""The useful length of a queue, against simulated chains."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler.model.queue_limit import queue_limit
+
+BASE = {
+    "capacity_rps": 10.0, "running": 20.0, "slowdown": 0.1, "variability": 1.0, "admitted_per_iteration": 0.5,
+    "miss_probability": 0.01, "most_requests": 60.0,
+}
+
+
+def queue(rate_rps, **changes):
+    return queue_limit(rate_rps=rate_rps, **(BASE | changes))
+
+
+@given(st.floats(10.01, 40), st.floats(1.0, 4.0))
+def test_more_arrivals_need_less_of_a_queue_beyond_capacity(rate_rps, factor):
+    assert 1 <= queue(rate_rps * factor) <= queue(rate_rps) <= BASE["most_requests"]
+
+
+@given(st.floats(0.01, 10.0))
+def test_up_to_capacity_only_the_target_limits_the_queue(rate_rps):
+    assert queue(rate_rps) == 60
+
+
+def test_a_smaller_chance_of_a_miss_needs_a_longer_queue():
+    lengths = [queue(10.5, miss_probability=p, most_requests=1000.0) for p in (0.1, 0.01, 0.001)]
+    assert lengths == sorted(set(lengths))
+
+
+def test_an_iteration_s_admissions_are_always_there():
+    assert queue(40.0, admitted_per_iteration=2.0) >= 5  # P(Poisson(2) > 5) is 1.7 %
+    assert queue(40.0, admitted_per_iteration=2.0, most_requests=3.0) == 3
+
+
+def test_bursts_need_a_longer_queue():
+    assert queue(11.0, variability=3.0, most_requests=1000.0) > 2 * queue(11.0, most_requests=1000.0)
+
+
+@pytest.mark.parametrize("rate_rps", [10.2, 11.0, 13.0])
+def test_the_promised_share_of_capacity_is_delivered_by_a_simulated_replica(rate_rps):
+    """A chain of arrivals and ends, played event by event, with the queue that was promised to be enough."""
+    miss, slowdown, slots = 0.02, 0.3, 10
+    places = queue(
+        rate_rps, miss_probability=miss, slowdown=slowdown, running=slots, most_requests=1e4,
+        admitted_per_iteration=1e-6,
+    )
+
+    def delivered(places):
+        generator = np.random.default_rng(7)
+        inside, served, time_s = slots, 0, 0.0
+        draws, kinds = generator.standard_exponential(400_000), generator.random(400_000)
+        for gap, kind in zip(draws.tolist(), kinds.tolist(), strict=True):
+            share = min(inside / slots, 1.0)
+            serve_rps = 10.0 * share / (slowdown + (1 - slowdown) * share)
+            total = rate_rps + serve_rps
+            time_s += gap / total
+            if kind < serve_rps / total:
+                inside, served = inside - 1, served + 1
+            elif inside < slots + places:
+                inside += 1
+        return served / time_s / 10.0
+
+    assert delivered(places) == pytest.approx(1 - miss, abs=0.006)
+    assert places == 0 or delivered(places // 3) < 1 - miss + 0.003

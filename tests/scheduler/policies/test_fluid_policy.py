@@ -1,0 +1,177 @@
+"""`fluid` as a pure object: who enters, what an iteration computes, who is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+from scheduler.fluid_params import FluidParams
+from scheduler.messages import Iteration
+from scheduler.model.iteration_time import IterationTimeModel
+from scheduler.model.workload import Lengths
+from scheduler.policies import UNKNOWN_TYPE, QueueView, Snapshot, Waiting, make_policy
+from scheduler.thresholds import Thresholds
+from scheduler.tuning.fluid_plan import survival_of
+
+TIME_MODEL = IterationTimeModel(0.004, 4e-7, 6e-5, 6e-5, 0.011)
+PARAMS = FluidParams(
+    time_model=TIME_MODEL,
+    survival=survival_of(Lengths.point(500, 100)),
+    kv_limit_tokens=100_000,
+    iteration_s=0.05,
+    ttft_s=2.0,
+    queue_limit=5,
+    prompt_flow_tokens=200.0,
+)
+
+
+@dataclass
+class RunningRequest:
+    request_id: str
+    stage: int
+    kv_tokens: int
+    type_name: str = UNKNOWN_TYPE
+
+
+def crowd(count: int, stage: int = 50) -> list[RunningRequest]:
+    return [RunningRequest(f"r{number}", stage, 500 + stage) for number in range(count)]
+
+
+def snapshot(running=(), waiting=(), *, now_s=0.0, backlog=0):
+    heads = [Waiting(prompt, since_s, f"w{place}") for place, (prompt, since_s) in enumerate(waiting)]
+    aged = sorted(heads, key=lambda each: each.since_s)
+    view = aged and QueueView(len(heads), aged[0].since_s, lambda: iter(heads), lambda: iter(aged))
+    views = {UNKNOWN_TYPE: view} if view else {}
+    return Snapshot(
+        now_s=now_s, waiting=views, released=0, running=list(running), prompt_backlog_tokens=backlog,
+        kv_used_tokens=sum(request.kv_tokens for request in running), kv_capacity_tokens=100_000, most_tokens=2048,
+    )
+
+
+def decide(*args, fluid=PARAMS, policy=None, **fields):
+    return (policy or make_policy(Thresholds(policy="fluid", fluid=fluid))).decide(snapshot(*args, **fields))
+
+
+def entering(decision):
+    return decision.admit.get(UNKNOWN_TYPE, 0)
+
+
+def test_an_idle_replica_admits_at_once():
+    assert entering(decide((), [(500, 0.0)])) == 1
+    hopeless = replace(PARAMS, kv_limit_tokens=1)
+    assert entering(decide((), [(500, 0.0)], fluid=hopeless)) == 1  # alone it harms no other request
+
+
+def test_a_plan_under_which_a_single_request_could_not_run_is_no_plan():
+    with pytest.raises(ValueError, match="single request"):
+        replace(PARAMS, iteration_s=0.0012)
+
+
+def test_at_light_load_everybody_enters_whose_prompt_has_time():
+    assert entering(decide(crowd(5), [(200, 0.0)] * 3)) == 3
+    assert decide(crowd(5), [(200, 0.0)] * 3).reject_last == 0
+
+
+def test_an_iteration_never_computes_more_than_its_time_allows():
+    for count in (1, 20, 60):
+        running = crowd(count)
+        budget = decide(running).token_budget
+        prompts = budget - count
+        kv = sum(request.kv_tokens for request in running)
+        assert TIME_MODEL.iteration_s(prompts, count, kv + prompts) <= PARAMS.iteration_s * (1 + 1e-9)
+    assert decide(crowd(300)).token_budget == 300 + 16  # everybody's decode, and prompts under way still get on
+
+
+def test_prompts_get_on_without_taking_the_time_of_the_decodes_where_each_token_is_slow():
+    """On a CPU 16 prompt tokens take 63 ms; a twentieth of this iteration is time for two."""
+    cpu = IterationTimeModel(0.0715, 1.17e-5, 0.00395, 0.00524)
+    budget = decide(crowd(30), fluid=replace(PARAMS, time_model=cpu, iteration_s=0.2)).token_budget
+    assert budget == 30 + 2
+
+
+def test_an_engine_slower_than_its_margin_allows_is_held_to_the_target_at_once():
+    """The margin is a fifth: an engine a tenth slower than its law has what was planned, one of 1.5 times has less."""
+    params = replace(PARAMS, tpot_s=0.06)
+    planned = decide(crowd(20), fluid=params).token_budget
+    for factor, fewer in ((1.1, False), (1.5, True)):
+        policy = make_policy(Thresholds(policy="fluid", fluid=params))
+        for seq in range(1, 21):
+            latest = Iteration(seq, 0.05 * seq, factor * TIME_MODEL.iteration_s(0, 20, 11_000), 0, 20, 11_000, 20)
+            decision = policy.decide(replace(snapshot(crowd(20)), latest=latest))
+        assert (decision.token_budget < planned) is fewer
+        prompts = decision.token_budget - 20
+        assert factor * TIME_MODEL.iteration_s(prompts, 20, 11_000 + prompts) <= params.tpot_s * 1.01
+
+
+def test_nobody_enters_while_prompts_under_way_fill_the_iteration():
+    assert entering(decide(crowd(5), [(200, 0.0)], backlog=10_000)) == 0
+    assert entering(decide(crowd(5), [(200, 0.0)], backlog=0)) == 1
+
+
+def test_a_full_replica_admits_nobody_until_somebody_leaves():
+    policy = make_policy(Thresholds(policy="fluid", fluid=PARAMS))
+    full = crowd(170, stage=1)
+    assert entering(decide(full, [(500, 0.0)], policy=policy)) == 0
+    assert entering(decide(full, [(500, 0.0)], policy=policy)) == 0
+    assert entering(decide(crowd(20, stage=1), [(500, 0.0)], policy=policy)) == 1
+
+
+def test_time_makes_room_too():
+    """Nobody has left, but all have grown old: they end soon."""
+    policy = make_policy(Thresholds(policy="fluid", fluid=replace(PARAMS, iteration_s=None, kv_limit_tokens=30_100)))
+    assert entering(decide(crowd(48, stage=1), [(500, 0.0)], policy=policy)) == 0
+    later = [entering(decide(crowd(48, stage=98), [(300, 0.0)], policy=policy)) for _ in range(9)]
+    assert max(later) == 1
+
+
+def test_who_is_too_late_is_refused_and_the_next_one_enters():
+    decision = decide(crowd(5), [(500, 0.0), (500, 0.1), (500, 2.5)], now_s=2.6)
+    assert (set(decision.reject), entering(decision)) == ({"w0", "w1"}, 1)
+
+
+def test_a_long_prompt_is_late_earlier():
+    fits = decide(crowd(60), [(100, 0.0)], now_s=1.7)
+    too_long = decide(crowd(60), [(40_000, 0.0)], now_s=1.7)
+    assert (len(fits.reject), len(too_long.reject)) == (0, 1)
+
+
+def test_whoever_is_late_is_refused_wherever_the_turn_order_puts_them():
+    """With tenants or priorities the oldest need not be at the head."""
+    decision = decide(crowd(5), [(200, 2.5), (200, 0.0), (200, 2.5)], now_s=2.6)
+    assert (set(decision.reject), entering(decision)) == ({"w1"}, 2)
+
+
+def test_the_refused_are_told_how_long_the_queue_takes_to_drain():
+    params = replace(PARAMS, capacity_rps=3.0)
+    assert decide(crowd(170, stage=1), [(500, 0.0)] * 9, fluid=params).drain_s == pytest.approx(3.0)
+    assert decide(crowd(170, stage=1), [(500, 0.0)] * 9).drain_s == 0.0  # not known
+
+
+def test_a_queue_longer_than_useful_is_cut_at_its_end():
+    decision = decide(crowd(170, stage=1), [(500, 0.0)] * 9)
+    assert (entering(decision), len(decision.reject), decision.reject_last) == (0, 0, 4)
+
+
+def test_without_targets_nobody_is_refused_and_no_budget_is_set():
+    free = replace(PARAMS, iteration_s=None, ttft_s=None, queue_limit=None)
+    decision = decide(crowd(400, stage=1), [(500, 0.0)] * 50, fluid=free, now_s=1000.0)
+    assert (len(decision.reject), decision.reject_last, decision.token_budget) == (0, 0, None)
+    assert entering(decision) == 0
+
+
+def test_without_a_pace_the_gate_is_open():
+    decision = decide(crowd(400), [(500, 0.0)] * 50, fluid=None)
+    assert (len(decision.reject), decision.reject_last, decision.token_budget) == (0, 0, None)
+    assert entering(decision) == 50
+
+
+def test_the_cap_holds_as_well():
+    policy = make_policy(Thresholds(policy="fluid", fluid=PARAMS, max_running=6))
+    assert entering(decide(crowd(5), [(100, 0.0)] * 3, policy=policy)) == 1
+
+
+@pytest.mark.parametrize("bad", [{"survival": ((0, 1.0), (0, 0.5))}, {"kv_limit_tokens": 0}, {"iteration_s": 0.0}])
+def test_a_pace_that_cannot_be_is_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        replace(PARAMS, **bad)
