@@ -1,4 +1,4 @@
-"""The service-time law of Llama-2-7B on an A100, fitted to published iteration times: docs/evidence/a100-law.md.
+"""The iteration-time model of Llama-2-7B on an A100, fitted to published iteration times: docs/evidence/a100-law.md.
 
     python benchmarks/evidence/a100_law.py [--out docs/evidence] [--traces FOLDER] [--write-profile]
 
@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from conclusions import a100_law
 from numpy.typing import NDArray
+from page_tables import with_conclusion
 from scipy.optimize import least_squares
 from scipy.stats import t as student
 
@@ -81,7 +83,7 @@ POINTS = [
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted law; half_width: of d1's 95 % interval, in seconds per token. errors: relative, one per point."""
+    """A fitted iteration-time model; half_width: of d1's 95 % interval, in seconds per token. errors: relative, one per point."""
 
     time_model: IterationTimeModel
     half_width: float
@@ -128,7 +130,7 @@ def fit(points: list[Point], *, free_d3: bool = False) -> Fit:
 
 
 def d1_alone(points: list[Point], time_model: IterationTimeModel) -> tuple[float, float]:
-    """d1 with its 95 % half width when all else of `law` is kept."""
+    """d1 with its 95 % half width when all else of `time_model` is kept."""
     prefill, decode, kv, seconds = arrays(points)
     rest = np.asarray(IterationTimeModel(
         time_model.d0_s, 0.0, time_model.d2_s_per_prefill_token, time_model.d3_s_per_decode_token, time_model.floor_s
@@ -189,7 +191,7 @@ def micro(seconds: float) -> str:
 
 
 def capacity_rps(mix: WorkloadMix, time_model: IterationTimeModel) -> str:
-    """The fluid capacity of one request a second's mix under a law, and its limit."""
+    """The fluid capacity of one request a second's mix under a model, and its limit."""
     fluid = solve_fluid(mix, time_model, load_profile(OLD).kv_capacity_tokens)
     return f"{fluid.critical_rate_scale:.2f} ({fluid.limit})"
 
@@ -207,12 +209,15 @@ def page(traces: Path | None) -> str:
     capacities = [
         f"| {name} | " + " | ".join(capacity_rps(mix, time_model) for time_model in time_models) + " |" for name, mix in mixes.items()
     ]
-    return PAGE.format(
+    text = PAGE.format(
         command=COMMAND, points="\n".join(point_row(point, old, new) for point in shown()), time_models=time_model_table(),
         d1=d1_table(), capacities="\n".join(capacities), count=len(POINTS), saturation=saturation(new),
         old_errors=error_text(old), new_errors=error_text(new), bandwidth=bandwidth(new),
+        old_d1=f"{old.d1_s_per_kv_token * 1e6:.2f}",
+        old_bandwidth=f"{KV_BYTES_PER_TOKEN / old.d1_s_per_kv_token / 1e12:.2f} TB/s",
         layers=f"{old.d2_s_per_prefill_token * 1e6:.1f}",
     )
+    return with_conclusion(text, a100_law)
 
 
 def bandwidth(time_model: IterationTimeModel) -> str:
@@ -242,8 +247,7 @@ def error_text(time_model: IterationTimeModel) -> str:
     errors = np.asarray(time_model.iteration_s(prefill, decode, kv)) / seconds - 1
     decode_only = np.array([point.kind == "decodes" and point.kv >= 20_000 for point in POINTS])
     return (
-        f"{np.abs(errors).mean():.1%} mean, {np.abs(errors).max():.1%} largest, "
-        f"{errors[decode_only].mean():+.1%} on decode batches with at least 20 000 KV tokens"
+        f"{np.abs(errors).mean():.1%} | {np.abs(errors).max():.1%} | {errors[decode_only].mean():+.1%}"
     )
 
 
@@ -275,28 +279,39 @@ def d1_table() -> str:
 
 
 def saturation(new: IterationTimeModel) -> str:
-    """Completions per second of the largest balanced batch: Vidur's and both laws'."""
+    """Completions per second of the largest balanced batch: Vidur's and both profiles'."""
     point = POINTS[-1]
     batch = float(point.prefill), float(point.decodes), float(point.kv)
     ours = [5 / time_model.iteration_s(*batch) for time_model in (load_profile(OLD).time_model, new)]
     return f"{5 / point.ms * 1000:.2f} /s under Vidur, {ours[0]:.2f} under `{OLD}`, {ours[1]:.2f} under `{NEW}`"
 
 
-PAGE = """# Where the A100's service-time law comes from
+PAGE = """# Where the A100's iteration-time model comes from
+
+<!-- conclusion: begin -->
+<!-- conclusion: end -->
 
 Made by `{command}` (`--traces FOLDER` for the Azure row). The {count} points are
 iteration times of Llama-2-7B on one A100 80GB as the Vidur simulator predicts them, published with arXiv 2504.11320 in
 its authors' repository (`outputs/fluid_memory`). They are a simulator's, made from kernel profiles; no GPU was measured
-for this page. The law is τ = max(floor, d0 + d2·prefill + d3·decodes) + d1·KV.
+for this page.
 
-| law | d0, ms | floor, ms | d2, µs | d3, µs | d1, µs per KV token |
+## The model
+
+τ = max(floor, d0 + d2·prefill + d3·decodes) + d1·KV
+
+| profile or fit | d0, ms | floor, ms | d2, µs | d3, µs | d1, µs per KV token |
 |---|---|---|---|---|---|
-{laws}
+{time_models}
 
-Errors against the points:
+## Errors
 
-- `a100-llama2-7b`: {old_errors}
-- `a100-llama2-7b-vidur`: {new_errors}
+Relative errors over all points, and the mean signed error on decode batches with at least 20 000 KV tokens.
+
+| profile | mean | largest | on these decode batches |
+|---|---|---|---|
+| `a100-llama2-7b` | {old_errors} |
+| `a100-llama2-7b-vidur` | {new_errors} |
 
 ## d1, and what its interval depends on
 
@@ -307,7 +322,7 @@ Errors against the points:
 With everything else kept as in `a100-llama2-7b`, decode batches and balanced batches contradict each other: no d1
 serves both, because that profile adds 2 ms of host time, which Vidur does not count, and has no term for the attention
 of a prompt. So all terms are fitted together. With 512 KiB a token, d1 is an effective
-{bandwidth} under the fit; the old 0.45 µs assumed 1.1 TB/s or so.
+{bandwidth} under the fit; the {old_d1} µs of `a100-llama2-7b` are {old_bandwidth}.
 
 A d3 of its own fits the batches of 64 decodes better, but there are no larger ones among the points, and the linear
 layers' published times ({layers} µs a token between 128 and 512) say that hundreds of decodes cost d2 each. So

@@ -20,7 +20,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import numpy as np
 from change_page import page
 from grids import Choice, Grid, arguments, run_grids
-from promises import CAP_SHARES, PERIOD_S, Promised, Runs, bound_rps, request, static_grid, static_neighbours
+from promises import CAP_SHARES, PERIOD_S, Promised, Runs, bound_rps, running_at_capacity, static_grid, static_neighbours
 
 SEEDS = (1, 2, 3)
 CAPS_BETWEEN = 6
@@ -40,7 +40,7 @@ class Scenario:
     """A run in which something changes.
 
     promised: the workload whose fluid bound is capacity, with the target; load: the rate over that capacity; options:
-    what changes. others: workloads after a shift, whose requests in service the oracle's caps are tried around as
+    what changes. others: workloads after a shift, whose running requests the oracle's caps are tried around as
     well, as around `shares` of them. changes_s: virtual seconds of lasting changes, for the time to settle.
     """
 
@@ -132,15 +132,15 @@ def options_of(one: Scenario, rate: float, traces: Path | None, share: float) ->
 
 
 def static_for(one: Scenario, at: dict[str, Any], traces: Path | None) -> Grid:
-    """The oracle's grid: caps around the requests in service, from the fewest of a workload to the most of another."""
-    slots = []
+    """The oracle's grid: caps around the running requests, from the fewest of a workload to the most of another."""
+    running = []
     for promised in (one.promised, *one.others):
         mix = promised.mix(traces)
-        slots.append(request(mix, bound_rps(mix, promised.tpot_s), promised.tpot_s))
-    grid = static_grid(at, slots[0], BUDGETS, one.shares)
+        running.append(running_at_capacity(mix, bound_rps(mix, promised.tpot_s), promised.tpot_s))
+    grid = static_grid(at, running[0], BUDGETS, one.shares)
     if not one.others:
         return grid
-    between = np.geomspace(CAP_SHARES[1] * min(slots), CAP_SHARES[1] * max(slots), CAPS_BETWEEN)
+    between = np.geomspace(CAP_SHARES[1] * min(running), CAP_SHARES[1] * max(running), CAPS_BETWEEN)
     return Grid(grid.base, grid.axes | {"cap": [round(cap) for cap in between.tolist()]}, grid.seeds)
 
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from conclusions import change
 from grids import mean_of, with_spread
+from page_tables import with_conclusion
 from promises import Runs, goodput, static_cell, static_of, summaries
 from settling import PARAMETERS, settling
 
@@ -21,16 +23,17 @@ REQUIRED = 1.10
 
 def page(scenarios: Sequence[Scenario], baselines: Sequence[str], rates: dict[str, float], runs: Runs) -> str:
     """The whole page."""
-    return PAGE.format(
+    text = PAGE.format(
         command=COMMAND, baselines=" | ".join(baselines), ruler="|---" * (len(baselines) + 5) + "|",
         rows="\n".join(goodput_row(one, baselines, rates[one.name], runs) for one in scenarios),
         settling="\n".join(row for one in scenarios for row in settling_rows(one, runs)),
-        about="\n".join(f"- **{one.name}**: {one.about}." for one in scenarios), reading=READING, required=REQUIRED,
+        about="\n".join(f"- **{one.name}**: {one.about}." for one in scenarios), required=REQUIRED,
     )
+    return with_conclusion(text, change)
 
 
 def goodput_row(one: Scenario, baselines: Sequence[str], rate: float, runs: Runs) -> str:
-    """Everybody's goodput in a scenario, and ours over the oracle's on the seed that both ran."""
+    """The goodput of all policies in a scenario, and ours over the oracle's on the seed that both ran."""
     row = [one.name, f"{rate:g}"]
     for name in baselines:
         several = summaries(runs, f"{one.name}-{name}")
@@ -43,7 +46,7 @@ def goodput_row(one: Scenario, baselines: Sequence[str], rate: float, runs: Runs
 
 
 def settling_rows(one: Scenario, runs: Runs) -> list[str]:
-    """After each lasting change: the periods until each parameter of the pace stays put, and the swing afterwards."""
+    """After each lasting change: the control cycles until each parameter stays put, and the swing afterwards."""
     first = next((run for run in runs.get(f"{one.name}-fluid", []) if run.options["seed"] == 1), None)
     if first is None or not one.changes_s:
         return []
@@ -57,7 +60,10 @@ def settling_rows(one: Scenario, runs: Runs) -> list[str]:
     return rows
 
 
-PAGE = """# While things change
+PAGE = """# While load, lengths and hardware change
+
+<!-- conclusion: begin -->
+<!-- conclusion: end -->
 
 Made by `{command}`. Goodput in requests/s: of the requests between 10 % and 95 % of
 the arrival order, those that met both targets, TTFT ≤ 3 s and 80 ms per further token on average. Profile
@@ -66,37 +72,30 @@ has a range, mean and range over three. Capacity is the fluid bound.
 
 {about}
 
-`fluid` has the targets and nothing else; its controller starts from the profile's law and a guess of lengths and
-re-solves every 5 s. "Best static" is an oracle: the best single setting for that very run, of a grid of caps (around
-the requests in service of each workload of the scenario, and between them), token budgets (512 and 1 024) and, for the
-best of these, times after which clients leave (1, 2, 2.5 s) and caps 6 % beside it; "of 9" says how many of
-these settings were run. Required: `fluid` over it at least {required:.2f}.
+`fluid` has the targets and nothing else; its controller starts from the profile's iteration-time model and a prior for
+lengths, and solves anew every 5 s. "Best static" is an oracle: the best single setting for that very run, of a grid of
+caps (around the number of running requests of each workload of the scenario, and between them), token budgets (512 and
+1 024) and, for the best of these, times after which clients leave (1, 2, 2.5 s) and caps 6 % beside it; "of 9" says how
+many of these settings were run. Required: `fluid` over it at least {required:.2f}.
 
-| scenario | rate /s | {contenders} | best static | fluid / static | fluid: preemptions |
+## Goodput
+
+| scenario | rate /s | {baselines} | best static | fluid / static | fluid: preemptions |
 {ruler}
 {rows}
 
-## How fast it settles
+Where load steps, follows a sine or comes in bursts, lengths stay as they are and so does the best cap: there a static
+setting can be near the fluid bound, and no policy that serves in the order of arrival has much to gain. A change of
+the mix is what a single setting cannot follow, and no static setting anticipates a slowdown. Requests that already run
+when a replica slows down miss their target under any policy.
 
-Passes of the controller (5 s each) after a lasting change until a parameter of the pace in force stays within 5 % (a
-queue: within one request) of what it is in the end, and the largest change from pass to pass afterwards.
+## How fast parameters settle
 
-| scenario | change at | iteration time | prompt flow | queue length | all | swing afterwards |
+Control cycles (5 s each) after a lasting change until a parameter that is active stays within 5 % (a queue limit:
+within one request) of its last value, and the largest change from cycle to cycle afterwards. Where a trace replaces
+another with far longer outputs, estimates follow as these outputs end.
+
+| scenario | change at | iteration time | prompt flow | queue limit | all | swing afterwards |
 |---|---|---|---|---|---|---|
 {settling}
-
-## What it says
-
-{reading}
 """
-
-READING = """\
-- A step of the rate, a diurnal sine, bursts and on-off arrivals leave the workload as it is, and with it the best cap.
-  There the oracle is near the fluid bound most of the time, and so is `fluid`: **they are level within what chance
-  decides (3 %), and the required 1.10 is out of reach** for whoever serves in the order of arrival.
-- A change of the mix is where a single setting cannot follow, and a replica that slows down is where no setting knows.
-  Nobody can save those who were in service when it did; for the others the law is scaled within one pass.
-- The pace settles within a pass or two of a step, a shift of the mix and a change of speed. Where a trace replaces
-  another, whose answers are far longer, it follows as their ends become known, in 13 and 17 passes; what it costs is
-  small, since the policy looks at the state anyway. Nothing cycles: after settling no parameter moves by more than 4 %
-  from pass to pass."""

@@ -2,8 +2,8 @@
 
     python benchmarks/evidence/fidelity.py --model .models/SmolLM2-135M-Instruct [--out docs/evidence]
 
-Starts vLLM's engine with Headrace's scheduler on this machine, measures its service-time law on one stream of requests,
-serves another (open loop), and simulates that one with the law. Takes about nine minutes; needs a quiet machine.
+Starts vLLM's engine with Headrace's scheduler on this machine, measures its iteration time on one stream of requests,
+serves another (open loop), and simulates that one with the fitted model. Takes about nine minutes; needs a quiet machine.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+from conclusions import fidelity
+from page_tables import with_conclusion
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -86,7 +88,7 @@ def requests_of(args: argparse.Namespace, seed: int) -> list[SimRequest]:
 async def on_the_engine(
     args: argparse.Namespace, calibration: list[SimRequest], measured: list[list[SimRequest]]
 ) -> tuple[IterationTimeFit, EngineLimits, list[list[Served]], dict[str, float]]:
-    """The law from the calibration stream, and what clients saw of the measured ones."""
+    """The fitted model from the calibration stream, and what clients saw of the measured ones."""
     endpoint = new_endpoint()
     engine = AsyncLLM.from_engine_args(
         AsyncEngineArgs(
@@ -102,7 +104,7 @@ async def on_the_engine(
         keep(args.work / "calibration.csv", iterations)
         fit = fit_iteration_time(*columns(iterations))
         if isinstance(fit, FitRejected):
-            raise SystemExit(f"no law: {fit.reason}")
+            raise SystemExit(f"no iteration-time model: {fit.reason}")
         seen, records = [], []
         for stream in measured:
             served, iterations = await serve(engine, stream, channel)
@@ -150,7 +152,7 @@ async def ask(engine: AsyncLLM, name: str, prompt: list[int], request: SimReques
 
 
 def keep(path: Path, iterations: list[Iteration]) -> None:
-    """The engine's records, for whoever wants to fit another law."""
+    """The engine's records, to fit another model to."""
     lines = [",".join(str(value) for value in iteration) for iteration in iterations]
     path.write_text("\n".join([",".join(Iteration._fields), *lines, ""]))
 
@@ -212,7 +214,7 @@ def page(
             error = simulated[measure] / real[measure] - 1
             lines.append(f"| {number} | {measure} | {real[measure]:.4f} | {simulated[measure]:.4f} | {error:+.1%} |")
     time_model = ", ".join(f"{key} {value:.3g}" for key, value in asdict(fit.time_model).items())
-    return PAGE.format(
+    text = PAGE.format(
         command=COMMAND,
         requests=args.requests,
         rate=args.rate,
@@ -226,17 +228,22 @@ def page(
         cores=os.cpu_count(),
         threads=os.environ["OMP_NUM_THREADS"],
     )
+    return with_conclusion(text, fidelity)
 
 
 PAGE = """# The simulator beside the real engine
 
+<!-- conclusion: begin -->
+<!-- conclusion: end -->
+
 Made by `{command}`.
 {requests} requests of `{lengths}` at {rate} requests/s (Poisson)
-to vLLM's CPU engine with SmolLM2-135M-Instruct in float32 and Headrace's scheduler with open gates, sent open loop by a
+to vLLM's CPU engine with SmolLM2-135M-Instruct in float32 and Headrace's scheduler without thresholds, sent open loop by a
 client in another process; the same arrivals and lengths in the simulator. Machine: {cores} cores, {threads} thread for
-the model. The law was fitted before, from another stream of half as many requests on the same engine:
-{law} ({records} iterations, R² {r2:.4f}, MAPE {mape:.1%}). On the iterations of the measured streams it has R²
-{held[r2]:.4f} and MAPE {held[mape]:.1%} ({held[iterations]} iterations). Published for such laws: R² 0.994 to 0.996,
+the model. The iteration-time model was fitted before, on another stream of half as many requests on the same
+engine:
+{time_model} ({records} iterations, R² {r2:.4f}, MAPE {mape:.1%}). On the iterations of the measured streams it has R²
+{held[r2]:.4f} and MAPE {held[mape]:.1%} ({held[iterations]} iterations). Published for such models: R² 0.994 to 0.996,
 MAPE 1.5 to 1.9 % on GPUs.
 
 | stream | measure (s) | engine | simulator | difference |

@@ -127,7 +127,7 @@ def by(results: Iterable[PointResult], *keys: str) -> Cells:
 
 
 def mean_of(summaries: list[dict[str, Any]], key: str) -> float:
-    """Mean over seeds; a measure that nobody reached counts as 0."""
+    """Mean over seeds; a measure without a value counts as 0."""
     return mean(summary[key] or 0.0 for summary in summaries)
 
 

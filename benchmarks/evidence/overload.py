@@ -18,7 +18,7 @@ from typing import Any
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from grids import Choice, Grid, arguments, run_grids, slug
-from overload_page import page
+from overload_page import draw, page
 from promises import (
     PERIOD_S,
     PROFILE,
@@ -26,7 +26,7 @@ from promises import (
     Promised,
     Runs,
     bound_rps,
-    request,
+    running_at_capacity,
     static_grid,
     static_neighbours,
     static_seeds,
@@ -40,12 +40,12 @@ SEEDS = (1, 2, 3)
 SEEDED_FROM = 0.9
 """Below this load every request is served in time whatever the seed, and one is run."""
 SHIPPED_LOADS = (0.7, 1.0, 1.2, 1.5, 2.0, 3.0)
-"""Below these the rules that others ship refuse nobody, and are plain vLLM."""
+"""Below these the rules that others ship reject nothing, and are plain vLLM."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Who competes, at which loads; `options` are its own. early: its runs end once the measured requests are decided;
+    """A policy to compare with, at which loads; `options` are its own. early: its runs end once the measured requests are decided;
     it is too slow there to work off what is left."""
 
     name: str
@@ -121,15 +121,15 @@ def main() -> None:
     for case in cases:
         mix = case.promised.mix(args.traces)
         bound = bounds[case.promised.name] = bound_rps(mix, case.promised.tpot_s)
-        slots = request(mix, bound, case.promised.tpot_s)
+        running = running_at_capacity(mix, bound, case.promised.tpot_s)
         for load in case.loads:
             requests = max(30, round(round(load * bound, 2) * case.arrivals_s * (0.05 if args.quick else 1.0)))
             at = {"rate_rps": round(load * bound, 2), "requests": requests}
             group = f"{slug(case.promised.name)}-{load:g}"
             options = case.promised.options(args.traces) | at
-            grids |= baselines_at(case, load, group, options, slots)
+            grids |= baselines_at(case, load, group, options, running)
             if load in case.static:
-                grids[f"{group}-static"] = static_grid(options, slots, case.budgets)
+                grids[f"{group}-static"] = static_grid(options, running, case.budgets)
             if load in case.static and load in REFINED_LOADS:
                 refinements[f"{group}-static"] = options
         if case.free:
@@ -141,18 +141,20 @@ def main() -> None:
     again = {k: v for name in oracles for k, v in static_seeds(name, statics(runs, name), SEEDS).items()}
     runs = {**runs, **run_grids(args.runs, again, choice)}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "overload.md").write_text(page(cases, BASELINES, bounds, runs))
+    text = page(cases, BASELINES, bounds, runs)
+    (args.out / "overload.md").write_text(text)
+    draw(args.out / "figures" / "overload-azure", text, bounds)
 
 
-def baselines_at(case: Case, load: float, group: str, options: dict[str, Any], slots: float) -> dict[str, Grid]:
-    """Every contender that runs at this load."""
+def baselines_at(case: Case, load: float, group: str, options: dict[str, Any], running: float) -> dict[str, Grid]:
+    """Every baseline that runs at this load."""
     grids = {}
     for baseline in BASELINES:
         if baseline.name not in case.baselines or load not in baseline.loads:
             continue
         own = dict(baseline.options)
         if "counts" in own:
-            own["cap"] = max(1, round(slots))
+            own["cap"] = max(1, round(running))
         if baseline.name != "fluid" and (baseline.early or load > case.early):
             own["until_decided"] = True
         seeds = case.seeds if baseline.name == "fluid" and load >= SEEDED_FROM else SEEDS[:1]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from conclusions import overload
 from grids import mean_of, slug, with_spread
+from page_tables import draw_goodput, tables, titled, with_conclusion
 from promises import TTFT_S, Runs, bound_of_run, goodput, ratio, static_cell, static_summaries, summaries
 
 if TYPE_CHECKING:
@@ -16,6 +19,7 @@ COMMAND = "python benchmarks/evidence/overload.py --traces FOLDER"
 SHIPPED = ("vllm", "vllm-queue", "vllm-watermark", "dynamo", "llm-d")
 BEYOND = (1.2, 1.5, 2.0, 3.0)
 LIGHT = (0.3, 0.5, 0.7)
+DRAWN = ("vllm", "llm-d", "dynamo", "fluid")
 
 
 class Worst(NamedTuple):
@@ -54,7 +58,7 @@ class Measure(NamedTuple):
 
 
 def group(case: Case, load: float, baseline: str) -> str:
-    """The name of a contender's runs."""
+    """The name of a baseline's runs."""
     return f"{slug(case.promised.name)}-{load:g}-{baseline}"
 
 
@@ -131,7 +135,7 @@ MEASURES = (
     Measure("goodput at 1.2 to 3 over its own peak", 0.95, True, over_own_peak),
     Measure("peak goodput over the fluid bound", 0.97, True, peak_over_bound),
     Measure("goodput over the best static setting", 1.0, True, over_static),
-    Measure("the same on the Azure conversation", 1.08, True, over_static, only="Azure"),
+    Measure("goodput over the best static setting, Azure conversation", 1.08, True, over_static, only="Azure"),
     Measure("goodput at 1.2 to 3 over the best rule that others ship, traces", 2.0, True, over_shipped),
     Measure("mean latency over plain vLLM's, up to 0.7", 1.01, False, over_vllm("latency_mean_s", LIGHT)),
     Measure("p99 TTFT over plain vLLM's, up to 0.7", 1.01, False, over_vllm("ttft_p99_s", LIGHT)),
@@ -147,13 +151,23 @@ MEASURES = (
 def page(cases: Sequence[Case], baselines: Sequence[Baseline], bounds: dict[str, float], runs: Runs) -> str:
     """The whole page."""
     measures = [measure.row(cases, bounds, runs) for measure in MEASURES]
-    return PAGE.format(
-        command=COMMAND, measures="\n".join(measures),
+    drawn = any(name.startswith("Azure") for name in bounds)
+    text = PAGE.format(
+        figure=FIGURE if drawn else "", command=COMMAND, measures="\n".join(measures),
         named="\n".join(section(case, baselines, bounds, runs) for case in cases if case.named),
         light="\n".join(light_rows(cases, runs)),
         without_targets="\n".join(without_target_rows(cases, runs)),
-        others="\n".join(section(case, baselines, bounds, runs) for case in cases if not case.named), reading=READING,
+        others="\n".join(section(case, baselines, bounds, runs) for case in cases if not case.named),
     )
+    return with_conclusion(text, overload)
+
+
+def draw(stem: Path, text: str, bounds: dict[str, float]) -> None:
+    """Goodput on the Azure conversation against the arrival rate, from the page's own tables."""
+    names = {target: f"Azure conversation, {target}" for target in ("80 ms", "50 ms")}
+    panels = {target: (titled(tables(text), name), bounds[name]) for target, name in names.items() if name in bounds}
+    if panels:
+        draw_goodput(stem, "Azure conversation", panels, DRAWN)
 
 
 def section(case: Case, baselines: Sequence[Baseline], bounds: dict[str, float], runs: Runs) -> str:
@@ -184,7 +198,7 @@ def over_own_bound(case: Case, load: float, runs: Runs) -> str:
 
 
 def light_rows(cases: Sequence[Case], runs: Runs) -> list[str]:
-    """Mean latency and p99 TTFT where there is room for everybody."""
+    """Mean latency and p99 TTFT below capacity."""
     return [
         table_row([case.promised.name, f"{load:g}", *pair_of(case, load, "", runs, ("latency_mean_s", "ttft_p99_s"))])
         for case in cases for load in LIGHT
@@ -193,7 +207,7 @@ def light_rows(cases: Sequence[Case], runs: Runs) -> list[str]:
 
 
 def without_target_rows(cases: Sequence[Case], runs: Runs) -> list[str]:
-    """Mean latency and preemptions when nothing is promised."""
+    """Mean latency and preemptions without targets."""
     rows = []
     for case in cases:
         for load in (0.9, 1.0, 1.1):
@@ -219,9 +233,15 @@ def table_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+FIGURE = """![Goodput against the arrival rate, Azure conversation](figures/overload-azure.svg)
+
+"""
 PAGE = """# Goodput below, at and beyond capacity
 
-Made by `{command}` (the folder has azure_conv_2023.csv and
+<!-- conclusion: begin -->
+<!-- conclusion: end -->
+
+{figure}Made by `{command}` (the folder has azure_conv_2023.csv and
 lmsys_lengths.csv; without it only the synthetic workloads are run). Goodput in requests/s: those that arrived in the
 central window and met both targets, TTFT ≤ 3 s and the mean time per output token named. Poisson arrivals at multiples
 of the fluid bound, the capacity with every iteration within the target; profile `a100-llama2-7b`, 137 000 KV tokens,
@@ -236,9 +256,9 @@ dash: not run.
 
 `vllm-queue` is V1 with max_num_queued_tokens = target TTFT × prefill rate, `vllm-watermark` keeps 5 % of memory free,
 `dynamo` and `llm-d` are their rules at documented defaults, with always fresh statistics. `strict-wait` and
-`strict-nested-wait` are the paper's literal rules, their counts following from the fluid model's requests in service
-as in the paper's experiments. `fluid` has the targets and nothing else: its controller starts from the profile's law
-and a guess of lengths, and re-solves every 5 s from the replica's own telemetry. "Best static" is an oracle: the best
+`strict-nested-wait` are the paper's literal rules, their counts following from the fluid model's running requests as in
+the paper's experiments. `fluid` has the targets and nothing else: its controller starts from the profile's
+iteration-time model and a prior for lengths, and solves anew every 5 s from the replica's own telemetry. "Best static" is an oracle: the best
 of a grid of caps and token budgets with clients that leave after 2.5 s, found for that very workload and load
 on the first seed; at 2 also with clients that leave after 1 and 2 s and with caps 6 % beside the best. The cell is the
 mean of the seeds that the best one was run on, and static and `fluid` are compared on the seeds that both ran. "Of 9"
@@ -248,10 +268,15 @@ from the trace's. Runs that could not work off what is left (strict rules, the w
 all but `fluid`) end once every measured request has met or missed its targets, which changes no goodput
 (`until_decided`).
 
-{named}
-## Where there is room
+Plain vLLM and the shipped rules bound queues or memory, and neither is what a TPOT target needs. Where goodput on the
+traces differs by less than 3 %, the difference is chance: which requests are served decides about their mean length.
+"Own bound" takes out the part that arrivals cause.
 
-Mean latency and p99 TTFT in seconds, below 0.7 of capacity.
+{named}
+## Below capacity
+
+Mean latency and p99 TTFT in seconds, up to 0.7 of capacity. `fluid` computes long prompts in several iterations unless
+the running requests have TPOT slack, which shows in the p99 TTFT.
 
 | workload | load | latency: vllm | fluid | ratio | p99 TTFT: vllm | fluid | ratio |
 |---|---|---|---|---|---|---|---|
@@ -259,43 +284,17 @@ Mean latency and p99 TTFT in seconds, below 0.7 of capacity.
 
 ## Without targets
 
-Mean latency in seconds over all requests of the central window, and preemptions of the whole run; `fluid` is told no
-target and refuses nobody.
+Mean latency in seconds over all requests of the central window, and preemptions of the whole run; `fluid` has no
+target and rejects no request. Memory may overflow with a probability of 1 %.
 
 | workload | load | latency: vllm | fluid | ratio | preemptions: vllm | fluid | ratio |
 |---|---|---|---|---|---|---|---|
 {without_targets}
 
-## Workloads that it was not made for
+## Workloads that `fluid` was not designed on
 
-Lognormal lengths: prompts of mean 2 500 (coefficient of variation 0.3) with answers of mean 300 (1.2; some beyond
-1 000), and prompts of mean 1 400 (0.5) with answers of mean 28 (0.8); what is longer than 4 096 tokens in all is left
+Lognormal lengths: prompts of mean 2 500 (coefficient of variation 0.3) with outputs of mean 300 (1.2; some beyond
+1 000), and prompts of mean 1 400 (0.5) with outputs of mean 28 (0.8); what is longer than 4 096 tokens in all is left
 out.
 
-{others}
-## What it says
-
-{reading}
-"""
-
-READING = """\
-- Beyond capacity plain vLLM and the rules at their defaults serve next to nobody in time: they bound queues or
-  memory, neither of which is what a target per token needs. On the Azure conversation the strict rules lose most of
-  the goodput even at 0.7 of capacity, as nothing moves while a group is incomplete. On p512d1000, where memory and
-  target coincide, llm-d and Dynamo do well.
-- `fluid` delivers what the fluid model allows: over three seeds its goodput from 1 to 3 times capacity is within 4 %
-  of the bound of the very requests that arrived, on the traces and on short answers alike.
-- A static cap with the right token budget is a strong opponent, if somebody searches for the pair for every workload,
-  target and load. **No policy that serves in the order of arrival can be 8 % better at 80 ms:** there the oracle
-  reaches 95 to 98 % of the fluid bound on the Azure conversation, and `fluid` is 3 to 5 % ahead. At 50 ms, where
-  fluctuations weigh more, it reaches 88 %, and `fluid` is 12 % ahead. On the other workloads the two are level.
-- Where goodput in requests/s differs by less than 3 % on the traces, the difference is chance: which requests happen
-  to be served decides about their mean length. "Own bound" takes out the part that the arrivals cause.
-- **On p512d1000 goodput beyond 1.2 falls below its own peak.** Every answer has 1 000 tokens, so those who entered
-  together at the start leave together, about every 80 s; while all are old, memory holds a third fewer of them than
-  when their ages are spread. The more arrive, the more enter at once.
-- Below capacity it admits at once, and its mean latency is that of plain vLLM or less. **Its p99 TTFT is above plain
-  vLLM's at 0.5 to 0.7 on the Azure conversation, most of all at 50 ms:** it computes long prompts in several
-  iterations, unless everybody in service has time in hand. Plain vLLM with 768 tokens an iteration has such a p99 too.
-- Without targets three requests of the Azure conversation were preempted at capacity in one run, where plain vLLM
-  preempted 53: memory's overflow is accepted with a probability of 1 %."""
+{others}"""

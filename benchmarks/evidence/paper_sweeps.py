@@ -28,14 +28,14 @@ NESTED: dict[str, Any] = {"policy": "nested-wait"}
 
 
 def capped(cap: int, budget: int = 512) -> dict[str, Any]:
-    """No threshold: at most `cap` in service, `budget` tokens an iteration."""
+    """No threshold: at most `cap` running, `budget` tokens an iteration."""
     return {"policy": "fcfs", "cap": cap, "token_budget": budget, "max_num_seqs": max(512, cap)}
 
 
-def wait_cp(cap: int, chunk: int, *, admission_queue: bool) -> dict[str, Any]:
-    """What the authors ran: a cap spread over stages, prompts in chunks, a token gate; `gate`: their wait gate."""
+def wait_cp(cap: int, chunk: int, *, wait_gate: bool) -> dict[str, Any]:
+    """What the authors ran: a cap spread over stages, prompts in chunks, a token gate; `wait_gate`: theirs."""
     return {
-        "policy": "wait-cp", "cap": cap, "counts": "by_cap", "prefill_chunk_tokens": chunk, "wait_gate": admission_queue,
+        "policy": "wait-cp", "cap": cap, "counts": "by_cap", "prefill_chunk_tokens": chunk, "wait_gate": wait_gate,
     }  # fmt: skip
 
 
@@ -132,84 +132,84 @@ def waiting(n: int) -> dict[float, dict[str, Any]]:
     }
 
 
-def ablation(*, admission_queue: bool) -> dict[float, dict[str, Any]]:
+def ablation(*, wait_gate: bool) -> dict[float, dict[str, Any]]:
     """The authors' own setting at each rate, with their wait gate or without."""
-    return {float(r): wait_cp(ABLATION_CAPS[r], ABLATION_CHUNKS[r], admission_queue=admission_queue) for r in ABLATION_RATES}
+    return {float(r): wait_cp(ABLATION_CAPS[r], ABLATION_CHUNKS[r], wait_gate=wait_gate) for r in ABLATION_RATES}
 
 
 SWEEPS = (
     Sweep(
         "waiting", "Waiting or not, under the same cap (the paper's waiting ablation)", "p512d20", LLAMA2,
         counts(500, 8, 12, 15, 19, more={22: 1000, 23: 1000}),
-        (Baseline("WAIT-CP, gate off", {}, ablation(admission_queue=False)), Baseline("WAIT-CP", {}, ablation(admission_queue=True)),
+        (Baseline("WAIT-CP, gate off", {}, ablation(wait_gate=False)), Baseline("WAIT-CP", {}, ablation(wait_gate=True)),
          Baseline("cap alone", {}, waiting(1)), Baseline("groups of 2", {}, waiting(2))),
         (column("threshold only", ABLATION_RATES, NO_WAIT), column("WAIT", ABLATION_RATES, WITH_WAIT)),
-        about="the same cap and chunk for both at each rate (4 to 14 in service, 128 to 352 tokens).",
+        about="the same cap and chunk for both at each rate (4 to 14 running, 128 to 352 tokens).",
     ),
     Sweep(
         "long", "Long answers (figure of p512d1000, table of restarts)", "p512d1000", LLAMA3,
         {1.0: 60, 2.0: 100, 3.0: 200, 4.0: 300, 4.5: 300, 5.0: 300},
-        (Baseline("vllm-v0, 128 seats", V0), Baseline("sarathi, 512 seats", SARATHI),
-         Baseline("WAIT-CP, cap 120", wait_cp(120, 256, admission_queue=False))),
+        (Baseline("vllm-v0, 128 slots", V0), Baseline("sarathi, 512 slots", SARATHI),
+         Baseline("WAIT-CP, cap 120", wait_cp(120, 256, wait_gate=False))),
         (Published("vLLM", {4.5: 53.8}),
          Published("Sarathi", {3.0: 20.4, 3.5: 23.6, 4.0: "30.2 (2.88 % restarts)", 4.5: 41.7, 5.0: 59.9}),
          Published("WAIT", {3.0: 19.7, 3.5: 23.3, 4.0: "26.4 (0 %)", 4.5: 32.3, 5.0: 50.5})),
-        (("sarathi, 512 seats", "Sarathi"), ("WAIT-CP, cap 120", "WAIT")),
+        (("sarathi, 512 slots", "Sarathi"), ("WAIT-CP, cap 120", "WAIT")),
         "Llama-3-8B, 479 232 KV tokens, N = 2 000, the best setting at each rate; WAIT-CP with caps of 92 to 120, "
         "wait gate off from 3.5 /s on. At 2.5 /s and less all three are within 1 % (11.7 to 17.5 s).",
     ),
     Sweep(
         "single", "One type (figure of p512d20), Llama-2-7B", "p512d20", LLAMA2,
         counts(500, 12, 16, 19, more={22: 1000, 23: 1500, 24: 1500}),
-        (Baseline("sarathi, 256 seats", SARATHI | {"max_num_seqs": 256}),
-         Baseline("WAIT-CP, cap 20", wait_cp(20, 256, admission_queue=True)), Baseline("wait, solved", WAIT)),
+        (Baseline("sarathi, 256 slots", SARATHI | {"max_num_seqs": 256}),
+         Baseline("WAIT-CP, cap 20", wait_cp(20, 256, wait_gate=True)), Baseline("wait, solved", WAIT)),
         (*(column(f"{name}, N = 5 000", range(12, 25), values) for name, values in SINGLE_LLAMA2.items()),
          Published("ours before, sarathi", {19: 0.74, 22: 1.09, 23: 1.64}),
          Published("ours before, cap 21", {19: 0.73, 22: 1.06, 23: 1.36})),
-        (("sarathi, 256 seats", "Sarathi, N = 5 000"), ("WAIT-CP, cap 20", "WAIT, N = 5 000")),
-        "Llama-2-7B, means over all requests; Sarathi with chunks of 512 and 256 seats, WAIT-CP with chunks of 256, "
+        (("sarathi, 256 slots", "Sarathi, N = 5 000"), ("WAIT-CP, cap 20", "WAIT, N = 5 000")),
+        "Llama-2-7B, means over all requests; Sarathi with chunks of 512 and 256 slots, WAIT-CP with chunks of 256, "
         "wait gate on, a cap of 20 (30 at 24 /s). N = 10 000: 4.23 and 1.85 s at 24, 11.09 and 2.99 at 25, 18.63 and "
         "4.69 at 26. 'Ours before': this page's earlier runs, law `a100-llama2-7b`, N = 3 000, three seeds.",
     ),
     Sweep(
         "single-llama3", "One type, as published: Llama-3-8B", "p512d20", LLAMA3,
         counts(500, 16, more={20: 800, 22: 1500, 23: 1500}),
-        (Baseline("vllm-v0, 128 seats", V0), Baseline("sarathi, 512 seats", SARATHI),
-         Baseline("WAIT-CP, cap 21", wait_cp(21, 256, admission_queue=False))),
+        (Baseline("vllm-v0, 128 slots", V0), Baseline("sarathi, 512 slots", SARATHI),
+         Baseline("WAIT-CP, cap 21", wait_cp(21, 256, wait_gate=False))),
         (Published("vLLM, paper (N = 10 000)", {16: 1.18, 20: 3.693, 22: "18.23 (15.69)", 23: "26.78 (23.26)"}),
          Published("Sarathi, paper (N = 10 000)", {16: 0.633, 20: 0.963, 22: "1.85 (1.98)", 23: "5.08 (8.94)"}),
          Published("WAIT, paper (N = 10 000)", {16: 0.590, 20: 0.799, 22: "1.03 (1.01)", 23: "1.29 (1.25)"})),
-        (("sarathi, 512 seats", "Sarathi, paper (N = 10 000)"), ("WAIT-CP, cap 21", "WAIT, paper (N = 10 000)")),
+        (("sarathi, 512 slots", "Sarathi, paper (N = 10 000)"), ("WAIT-CP, cap 21", "WAIT, paper (N = 10 000)")),
         "Llama-3-8B, middle half of the requests; at 22 and 23 /s N = 5 000, in brackets a run of 10 000. vLLM with "
-        "128 seats and 4 096 tokens, Sarathi with 512 seats, WAIT-CP with chunks of 256, a cap of 21, wait gate off.",
+        "128 slots and 4 096 tokens, Sarathi with 512 slots, WAIT-CP with chunks of 256, a cap of 21, wait gate off.",
     ),
     Sweep(
         "lmsys", "lmsys-chat-1m lengths, 10 to 150 /s", "lmsys", LLAMA2,
         counts(300, 10, 30, more={50: 600, 60: 1000, 80: 1000, 100: 1000, 150: 1000}),
-        (Baseline("sarathi, 256 seats", SARATHI | {"max_num_seqs": 256}), Baseline("cap 300", capped(300, 2048)),
-         Baseline("vllm, 512 seats", VLLM), Baseline("nested-wait, solved", NESTED)),
+        (Baseline("sarathi, 256 slots", SARATHI | {"max_num_seqs": 256}), Baseline("cap 300", capped(300, 2048)),
+         Baseline("vllm, 512 slots", VLLM), Baseline("nested-wait, solved", NESTED)),
         tuple(column(f"{name}, N = 5 000", range(10, 151, 10), values) for name, values in LMSYS_LLAMA2.items()),
-        about="Llama-2-7B, N = 5 000, middle half; Sarathi with 256 seats; WAIT-CP's best setting at each rate: from "
+        about="Llama-2-7B, N = 5 000, middle half; Sarathi with 256 slots; WAIT-CP's best setting at each rate: from "
         "60 /s on one segment, chunks of 128 and a cap of 300.",
     ),
     Sweep(
         "decode-only", "Decode only (p630d20, d2 = 0: the disaggregated experiment)", "p630d20", DECODE_ONLY,
         counts(1000, 100, 300, 500),
-        (Baseline("vllm, 128 seats", VLLM | {"max_num_seqs": 128, "token_budget": 65_536}),
-         Baseline("vllm, 720 seats", VLLM | {"max_num_seqs": 720, "token_budget": 65_536}),
+        (Baseline("vllm, 128 slots", VLLM | {"max_num_seqs": 128, "token_budget": 65_536}),
+         Baseline("vllm, 720 slots", VLLM | {"max_num_seqs": 720, "token_budget": 65_536}),
          Baseline("cap 720", capped(720, 65_536) | {"max_num_seqs": 720})),
         (Published("WAIT against vLLM", {100.0: "−45 %", 500.0: "−55 %"}),),
-        about="Llama-3-8B; vLLM with 128 seats, WAIT with a limit of 720 in service.",
+        about="Llama-3-8B; vLLM with 128 slots, WAIT with a limit of 720 running.",
     ),
     Sweep(
         "mix", "Two types (0.7 p512d20 + 0.3 p512d50), Llama-3-8B as published", "0.7:p512d20+0.3:p512d50", LLAMA3,
         counts(500, 12, 16, 19, more={21: 1000, 22: 1500, 23: 1500}),
-        (Baseline("vllm-v0, 128 seats", V0), Baseline("sarathi, 512 seats", SARATHI),
-         Baseline("WAIT-CP, cap 30", wait_cp(30, 128, admission_queue=False))),
+        (Baseline("vllm-v0, 128 slots", V0), Baseline("sarathi, 512 slots", SARATHI),
+         Baseline("WAIT-CP, cap 30", wait_cp(30, 128, wait_gate=False))),
         (Published("vLLM, paper (N = 10 000)", {16: "(1.585)", 20: "(6.16)", 22: "56.70 (25.66)", 23: "80.25 (34.96)"}),
          *(column(f"{name}, paper", range(12, 25), values) for name, values in MIX_LLAMA3.items())),
-        (("sarathi, 512 seats", "Sarathi, paper"), ("WAIT-CP, cap 30", "Nested WAIT, paper")),
-        "Llama-3-8B; Sarathi with 512 seats; WAIT-CP with chunks of 192 and a cap of 20 up to 19 /s (26 at 20), "
+        (("sarathi, 512 slots", "Sarathi, paper"), ("WAIT-CP, cap 30", "Nested WAIT, paper")),
+        "Llama-3-8B; Sarathi with 512 slots; WAIT-CP with chunks of 192 and a cap of 20 up to 19 /s (26 at 20), "
         "chunks of 128 and a cap of 30 from 21 on.",
     ),
 )  # fmt: skip
@@ -217,10 +217,10 @@ SWEEPS = (
 HORIZON = Sweep(
     "horizon", "Horizon check: the mean of the first N requests", "0.7:p512d20+0.3:p512d50", LLAMA3,
     {22.0: 5_000, 23.0: 5_000},
-    (Baseline("sarathi, 512 seats", SARATHI), Baseline("WAIT-CP, cap 30", wait_cp(30, 128, admission_queue=False))), (),
+    (Baseline("sarathi, 512 slots", SARATHI), Baseline("WAIT-CP, cap 30", wait_cp(30, 128, wait_gate=False))), (),
 )  # fmt: skip
 HORIZONS = (1_000, 2_000, 5_000)
 PUBLISHED_HORIZON = {
-    (22.0, "sarathi, 512 seats"): {2_000: 2.24, 20_000: 12.66}, (22.0, "WAIT-CP, cap 30"): {2_000: 2.02, 20_000: 3.30},
-    (23.0, "sarathi, 512 seats"): {2_000: 3.31, 20_000: 35.46}, (23.0, "WAIT-CP, cap 30"): {2_000: 2.44, 20_000: 24.26},
+    (22.0, "sarathi, 512 slots"): {2_000: 2.24, 20_000: 12.66}, (22.0, "WAIT-CP, cap 30"): {2_000: 2.02, 20_000: 3.30},
+    (23.0, "sarathi, 512 slots"): {2_000: 3.31, 20_000: 35.46}, (23.0, "WAIT-CP, cap 30"): {2_000: 2.44, 20_000: 24.26},
 }  # fmt: skip

@@ -82,17 +82,17 @@ def bound_of_run(result: PointResult) -> float:
     ).capacity_rps
 
 
-def request(mix: WorkloadMix, bound: float, tpot_s: float) -> float:
-    """Requests in service at that capacity: Little's law over l' + 1 iterations."""
+def running_at_capacity(mix: WorkloadMix, bound: float, tpot_s: float) -> float:
+    """Running requests at that capacity: Little's law over l' + 1 iterations."""
     return bound * tpot_s * (mix.merged().lengths.mean_output_tokens + 1)
 
 
 def static_grid(
-    at: dict[str, Any], slots: float, budgets: tuple[int, ...] = TOKEN_BUDGETS,
+    at: dict[str, Any], running: float, budgets: tuple[int, ...] = TOKEN_BUDGETS,
     shares: tuple[float, ...] = CAP_SHARES,
 ) -> Grid:
-    """The oracle's grid for a run `at`: caps around the fluid's requests in service, and token budgets."""
-    caps: list[Any] = sorted({max(1, round(share * slots)) for share in shares})
+    """The oracle's grid for a run `at`: caps around the fluid's running requests, and token budgets."""
+    caps: list[Any] = sorted({max(1, round(share * running)) for share in shares})
     return Grid(at | {"policy": "vllm", "give_up_s": GIVE_UP_S}, {"cap": caps, "token_budget": list(budgets)}, (1,))
 
 
@@ -154,7 +154,7 @@ def static_cell(runs: Runs, name: str) -> str:
 
 
 def goodput(summary: dict[str, Any] | None) -> float:
-    """Requests/s within the targets; nobody is 0."""
+    """Requests/s within the targets; 0 where a run has none."""
     return float((summary or {}).get("goodput_rps") or 0.0)
 
 

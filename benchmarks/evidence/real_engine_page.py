@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import textwrap
 from statistics import fmean
 from typing import Any
 
 Row = dict[str, Any]
 _FORECAST = ("delivery_s", "tpot_margin", "iteration_error_std", "law_r2", "capacity_rps")
-LEAST_OF_PEAK, MOST_OF_PROMISE = 0.9, 2.0
-"""Asked for: goodput at 2x and 3x over its peak, and misses among the served over the promised share."""
+LEAST_OF_PEAK, MOST_OF_PROBABILITY = 0.9, 2.0
+"""Asked for: goodput at 2x and 3x over its peak, and misses among the served over the miss probability."""
 HEADRACE_STACK = "Headrace"
 COLUMNS = {
     "requests": "requests", "completed": "served", "rejected": "rejected", "timed_out": "timed out",
     "failed": "failed", "goodput_rps": "goodput /s", "served_ttft_miss_fraction": "miss TTFT",
     "served_tpot_miss_fraction": "miss TPOT", "ttft_p50_s": "TTFT p50", "ttft_p99_s": "p99", "tpot_p50_s": "TPOT p50",
-    "tpot_p99_s": "p99", "send_lag_p99_s": "client late, p99",
+    "tpot_p99_s": "p99", "send_lag_p99_s": "send lag, p99",
 }
 
 
@@ -27,40 +28,47 @@ def page(rows: list[Row], about: dict[str, Any]) -> str:
     ours = [row for row in rows if row["stack"] == HEADRACE_STACK]
     return _PAGE.format(
         **about, columns=" | ".join(COLUMNS.values()), rules="|---" * len(COLUMNS), rows=table,
-        judged="\n".join(f"- {line}" for line in [*_of_peak(ours), *_misses(ours), *_beside(rows)]),
+        judged="\n".join(_bullet(line) for line in [*_of_peak(ours), *_misses(ours), *_beside(rows)]),
         seen=_seen(ours), noise=_noise(rows),
     )
+
+
+def _bullet(text: str) -> str:
+    return textwrap.fill(f"- {text}", 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _of_peak(ours: list[Row]) -> list[str]:
     """Over all starts: the machine is not the same twice."""
     mean = {load: fmean(row["goodput_rps"] for row in ours if row["load"] == load) for load in _loads(ours)}
     peak = max(mean, key=lambda load: mean[load])
-    lines = [f"The peak of the mean goodput is {mean[peak]:.2f}/s, at {peak:g}×."]
-    for load, goodput_rps in mean.items():
-        if load > 1:
-            share = goodput_rps / mean[peak]
-            lines.append(
-                f"At {load:g}× it is {share:.2f} of that; asked for are {LEAST_OF_PEAK:g}: "
-                f"{'met' if share >= LEAST_OF_PEAK else '**missed**'}."
-            )
-    return lines
+    said = f"Mean goodput peaks at {mean[peak]:.2f} requests/s, at {peak:g}×."
+    kept = {load: goodput_rps / mean[peak] for load, goodput_rps in mean.items() if load > 1}
+    if kept:
+        shares = ", ".join(f"{share:.2f} at {load:g}×" for load, share in kept.items())
+        said += f" Of this remain {shares}; asked for are {LEAST_OF_PEAK:g}: {_verdict(kept, LEAST_OF_PEAK, 1)}."
+    return [said]
 
 
 def _misses(ours: list[Row]) -> list[str]:
-    lines, promised = [], ours[0]["forecast"]["miss_probability"]
-    for load in _loads(ours):
-        rows = [row for row in ours if row["load"] == load]
-        served = sum(row["completed"] for row in rows)
-        for name in ("ttft", "tpot"):
+    lines, probability = [], ours[0]["forecast"]["miss_probability"]
+    for name in ("ttft", "tpot"):
+        times = {}
+        for load in _loads(ours):
+            rows = [row for row in ours if row["load"] == load]
             count = sum(round(row[f"served_{name}_miss_fraction"] * row["completed"]) for row in rows)
-            times = count / served / promised
-            lines.append(
-                f"At {load:g}× {count} of {served} served requests missed the {name.upper()} target, {times:.1f} times "
-                f"the promised {promised:.0%}; allowed are {MOST_OF_PROMISE:g} times: "
-                f"{'met' if times <= MOST_OF_PROMISE else '**missed**'}."
-            )
+            times[load] = count / sum(row["completed"] for row in rows) / probability
+        shares = ", ".join(f"{time * probability:.1%} at {load:g}×" for load, time in times.items())
+        lines.append(
+            f"Of the served requests {shares} miss the {name.upper()} target; allowed are {MOST_OF_PROBABILITY:g} "
+            f"times {probability:.0%}: {_verdict(times, MOST_OF_PROBABILITY, -1)}."
+        )
     return lines
+
+
+def _verdict(values: dict[float, float], limit: float, sign: int) -> str:
+    """Met, or at which loads not; sign: 1 where values have to be at least `limit`, −1 for at most."""
+    missed = [f"{load:g}×" for load, value in values.items() if sign * value < sign * limit]
+    return f"**missed** at {' and '.join(missed)}" if missed else "met"
 
 
 def _beside(rows: list[Row]) -> list[str]:
@@ -106,7 +114,9 @@ def _cell(value: float | int | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
-_PAGE = """# The promise on the real engine
+_PAGE = """# Service levels on the real engine
+
+{judged}
 
 Made by `{command}`.
 
@@ -121,12 +131,10 @@ Seconds.
 |---|---|---{rules}|
 {rows}
 
-{judged}
-
 What Headrace knew when each load had ended: misses that its engine counted, the time that first tokens are taken to
-need to leave the replica, how far iterations are kept below the TPOT target, and the law's errors.
+need to leave the replica, how far iterations are kept below the TPOT target, and the iteration-time model's errors.
 
-| load | start | completed | miss TTFT | miss TPOT | delivery s | margin | iteration error | law R² | capacity /s |
+| load | start | completed | miss TTFT | miss TPOT | delivery s | margin | iteration error | model R² | capacity /s |
 |---|---|---|---|---|---|---|---|---|---|
 {seen}
 

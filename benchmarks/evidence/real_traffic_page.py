@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from conclusions import real_traffic
 from grids import mean_of
+from page_tables import BEGIN, END, with_conclusion
 from promises import Runs, bound_of_run, goodput, summaries
 
 from simulator.sweep import PointResult
@@ -15,19 +17,16 @@ if TYPE_CHECKING:
     from real_traffic import Case
 
 LATENCY_LOADS = (0.5, 0.9, 1.5)
-INTRODUCTION = """# Traffic as real engines see it
-
+TITLE = "# Traffic as real engines see it"
+INTRODUCTION = """\
 Made by `python benchmarks/evidence/real_traffic.py --traces FOLDER --profile FILE`: vLLM's real scheduler and prefix
 cache in virtual time, caching on as vLLM has it by default, the controller live from a cold start, the central 60 %
 of the requests measured (beyond capacity more arrive, so that as many are served). n is the number of seeds; with
 several, means. Goodput in requests/s within both targets. Bound: the fluid capacity for the very requests measured,
 counting only the prompt tokens that were computed, or the offered rate if that is less. Rejection times are from
-arrival until the client hears, which takes one and a half iterations at least. Best static: plain vLLM with the best
-of the caps and token budgets tried, whose clients leave after 2.5 s without a token. A dash stands where nothing was
-run.
-
-## What it says
-"""
+arrival until the client has the response, which takes one and a half iterations at least. Best static: plain vLLM with
+the best of the caps and token budgets tried, whose clients leave after 2.5 s without a token. A dash stands where
+nothing was run."""
 COLUMNS = (
     "| policy | load | n | goodput | bound | TTFT p50, p99 (s) | TPOT p99 (ms) | miss TTFT | miss TPOT | rejected "
     "| rejection p50, p99 (s) | prefix hits | preemptions |"
@@ -36,12 +35,13 @@ COLUMNS = (
 
 def page(cases: Sequence[Case], runs: Runs) -> str:
     """The whole page."""
-    parts = [INTRODUCTION, *(f"- {_conclusion(case, runs)}" for case in cases)]
+    parts = [TITLE, "", BEGIN + END, INTRODUCTION, "", "## By workload", ""]
+    parts += [f"- {_conclusion(case, runs)}" for case in cases]
     for case in cases:
         parts += ["", f"## {case.name}", "", f"Load 1 stands for {case.rate_rps:g} requests/s.", ""]
         parts += [*case.remark, ""] if case.remark else []
         parts += [*_grid(case, runs), *_beyond(case, runs), *_latency(case, runs)]
-    return "\n".join(parts) + "\n"
+    return with_conclusion("\n".join(parts) + "\n", real_traffic)
 
 
 def _loads(case: Case, what: str, runs: Runs) -> list[float]:

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import numpy as np
+from conclusions import strict_or_serving
 from grids import PROFILE, Cells, Grid, arguments, by, fluid_of, mean_of, run_grids, slug
+from page_tables import with_conclusion
 
 from simulator.output.figures import Line, RatePanel, draw_against_rate
 
@@ -56,8 +58,9 @@ def main() -> None:
         stem = args.out / "figures" / f"strict-{slug(name)}"
         draw(stem, name, cells)
         sections.append(section(name, capacity, loads, cells))
-    text = PAGE.format(command=COMMAND, sections="\n".join(sections), reading=READING)
-    (args.out / "strict-or-serving.md").write_text(text)
+    first = next(iter(CASES))
+    text = PAGE.format(command=COMMAND, sections="\n".join(sections), first=first, first_slug=slug(first))
+    (args.out / "strict-or-serving.md").write_text(with_conclusion(text, strict_or_serving))
 
 
 def grid_of(name: str, rule: str, loads: tuple[float, ...], capacity: float, share: float) -> Grid:
@@ -92,8 +95,8 @@ def line(label: str, cells: Cells, key: str) -> Line:
 
 
 def section(name: str, capacity: float, loads: tuple[float, ...], cells: dict[str, Cells]) -> str:
-    """One case: latency, TTFT, and who is left behind, by load."""
-    head = "| load | rate /s | " + " | ".join(f"{rule}: latency / TTFT" for rule in RULES) + " | strict: stranded |"
+    """One case: latency, TTFT, and requests that are never scheduled, by load."""
+    head = "| load | rate /s | " + " | ".join(f"{rule}: latency / TTFT" for rule in RULES) + " | strict: never scheduled |"
     rows = []
     for load, (rate,) in zip(loads, cells["vllm"], strict=True):
         row = [f"{load:g}", f"{rate:g}"]
@@ -102,42 +105,33 @@ def section(name: str, capacity: float, loads: tuple[float, ...], cells: dict[st
             row.append(f"{mean_of(runs, 'latency_mean_s'):.2f} / {mean_of(runs, 'ttft_mean_s'):.2f}")
         row.append(f"{mean_of(cells['strict'][rate,], 'stranded'):.0f}")
         rows.append("| " + " | ".join(row) + " |")
-    figure = f"![{name}](figures/strict-{slug(name)}.svg)"
+    figure = f"![{name}](figures/strict-{slug(name)}.svg)" if name != next(iter(CASES)) else ""
     title = [f"## {name}", "", f"Fluid capacity {capacity:.2f} requests/s.", ""]
-    return "\n".join([*title, head, "|---" * 6 + "|", *rows, "", figure, ""])
+    return "\n".join([*title, head, "|---" * 6 + "|", *rows, "", *([figure, ""] if figure else [])])
 
 
-PAGE = """# The literal rule beside the serving mode
+PAGE = """# The paper's literal rule beside the serving mode
+
+<!-- conclusion: begin -->
+<!-- conclusion: end -->
+
+![{first}](figures/strict-{first_slug}.svg)
 
 Made by `{command}`, tables and figures. Mean end-to-end latency and mean time to
 first token, both in seconds, of the requests that arrived in the central window; one seed; profile `a100-llama2-7b`.
-Under the literal (`strict`) rule nothing moves for a type whose group is incomplete, and whoever is left when arrivals
-end is stranded. In `serving` mode only admission and the step over a boundary wait, at most 0.25 s each, and an idle
-engine admits at once. Both run with the same thresholds. WAIT's are those of the shipped solver for that rate. For
-Nested WAIT the solver finds none at most of these loads (whole requests per stage do not fit), so its counts follow
-from a cap on requests in service, as in the paper's experiments: 64 on the mix, 400 on lmsys lengths.
+Under the literal (`strict`) rule no request of a type moves while the type's group is incomplete, and requests that are
+left when arrivals end are never scheduled. In `serving` mode only admission and the step over a boundary wait, at most
+0.25 s each, and an idle engine admits at once. Both run with the same thresholds. WAIT's are those of the shipped
+solver for that rate. For Nested WAIT the solver finds none at most of these loads (whole requests per stage do not
+fit), so its counts follow from a cap on running requests, as in the paper's experiments: 64 on the mix, 400 on lmsys
+lengths.
 
-{sections}
-## What it costs and what it buys
+A request moves one stage only when another group is complete, so under the literal rule the decode stands still and the
+first token does not. Requests that are never scheduled are in no average of the strict column, which flatters it. Where
+the serving mode wins, the cause is smoothing: groups keep the prompts of one iteration few, so that the decodes beside
+them are not slowed. A token budget does that too (see [the paper's experiments](paper-tables.md)).
 
-{reading}
-"""
-
-READING = """- **Literal waiting costs latency in inverse proportion to the load.** A request moves one stage only when
-  another group is complete, so at 0.3 of capacity p512d20 takes 7 times as long as in serving mode, the mix 15 to 19
-  times, lmsys lengths 15 times. The first token is about as early up to 0.7 of capacity: it is the decode that stands
-  still, which no user of a stream would accept.
-- **It buys nothing here.** The best it does against the serving mode is a tie past capacity (p512d20, and Nested WAIT
-  on the mix, at 1.05). Against plain vLLM it wins only where the serving mode wins as well.
-- **It strands whoever comes last**: once arrivals end, nobody is left to complete a group. These requests are in no
-  average of the strict column, which flatters it.
-- **The serving mode costs at most its hold.** It is never more than 0.1 s slower than plain vLLM up to 0.8 of capacity
-  and beats it close to capacity on the short answers: by up to 30 % on p512d20 (0.9), 13 % with Nested WAIT on the
-  mix (0.95). Past capacity WAIT loses on p512d20 (6.49 s, plain vLLM 5.77 s). On lmsys lengths, far from memory
-  pressure, it wins nothing until capacity is passed; plain vLLM is the better choice there.
-- The cause of the wins is smoothing: groups keep the prompts of one iteration few, so that the decodes beside them are
-  not slowed. A token budget does that too (see [the paper's tables](paper-tables.md), where 512 tokens an iteration
-  come close)."""
+{sections}"""
 
 
 if __name__ == "__main__":

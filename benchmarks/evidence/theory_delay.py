@@ -71,8 +71,8 @@ COMMAND
   gap falls with slopes of {nested}; the theorem says O(1/(ζT)).
 - At the boundary the slopes of latency are {boundary} where the theorem has at most 1/2: √(ζT) on top of a constant
   that small ζ still show, the fill of the stages and the wait for the first group.
-- An entry limit of the same size without any waiting has a latency slope of {limit} at the boundary too: it is the
-  limit that keeps up, not the waiting. The authors' own ablation says the same of p512d20.
+- An entry limit of the same size without any waiting has a latency slope of {limit} at the boundary too: the
+  limit is what keeps up, not the waiting. The authors' own ablation says the same of p512d20.
 
 No policy with a vanishing gap can do better at C = M* (the paper's square-root proposition). Its proof compares the
 entry queue with a walk that has no drift; the mean wait of that walk beside the measured time before the prefill:

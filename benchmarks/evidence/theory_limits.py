@@ -144,6 +144,6 @@ COMMAND
   first token than on average, and room for the longest answer of all is idle most of the time. The least of these
   losses is {least} ({least_label}). The steepest slope of the table is {steepest}; a vanishing gap would show −0.5 or
   −1. Simulations of some policies are an illustration, and the paper's proof is for all.
-- FCFS here admits what fits and evicts when it grows. In the paper's worked example it evicts residents to admit
-  newcomers. Both keep the cycle going at 3 to 3.5 completions an iteration instead of 4.
+- FCFS here admits what fits and evicts when it grows. In the paper's worked example it evicts running requests to
+  admit new ones. Both keep the cycle going at 3 to 3.5 completions an iteration instead of 4.
 """

@@ -9,8 +9,10 @@ from typing import Any
 
 import matplotlib.style
 import numpy as np
+from conclusions import theory
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from page_tables import with_conclusion
 from theory_delay import delay_text
 from theory_fit import table
 from theory_limits import limits_text
@@ -110,7 +112,7 @@ def page(numbers: dict[str, Any], command: str) -> str:
     if "latency" in numbers["gap"][0]:  # an older theory.json has the gaps alone
         numbers = numbers | {"delay": numbers["gap"]}
     parts = [PREFACE, *(text(numbers[name]) for name, text in sections if name in numbers), DIFFERENCES]
-    return "\n".join(parts).replace("COMMAND", f"    {command}")
+    return with_conclusion("\n".join(parts).replace("COMMAND", f"    {command}"), theory)
 
 
 def gap_text(curves: list[dict[str, Any]]) -> str:
@@ -192,6 +194,11 @@ def worked_case_text(rows: list[dict[str, Any]]) -> str:
 PREFACE = """\
 # The theory, checked on its own model
 
+<!-- conclusion: begin -->
+<!-- conclusion: end -->
+
+![Throughput gap against ζ, log-log](figures/theory-gap.svg)
+
 Claims of arXiv 2504.11320 beside simulations of the model in which it proves them (`simulator/paper_model.py`): an
 iteration takes d0 + d1·Σ(l + s), arrivals are Poisson, memory beyond C evicts last in, first out, and an
 evicted prompt restarts. Nothing here is a claim about vLLM or about a GPU. Thresholds, buffers and equilibria are those
@@ -205,9 +212,8 @@ GAP = """\
 ## Throughput gap in heavy traffic
 
 Arrivals and speeds × ζ (rates × ζ, d0 and d1 ÷ ζ), horizon T = 100 s, starting empty, thresholds fixed. The gap is the
-fluid throughput less the achieved one (output tokens of completed prompts), divided by the fluid throughput.
-
-![Throughput gap against ζ, log-log](figures/theory-gap.svg)
+fluid throughput less the achieved one (output tokens of completed prompts), divided by the fluid throughput. The figure
+above shows it.
 
 COMMAND
 
@@ -282,7 +288,7 @@ WORKED_CASE = """\
 ## FCFS at C = M*, iteration by iteration
 
 l = l' = 1, C = 12, exactly 4 arrivals during every iteration, from 6 waiting and 3 decoding. Balance is 4 in prefill
-and 4 in decode, 4·1 + 4·2 = 12 tokens. FCFS lets in all that fit, whose memory doubles one iteration later.
+and 4 in decode, 4·1 + 4·2 = 12 tokens. FCFS admits all that fit, and their memory doubles one iteration later.
 
 ![Completions and waiting prompts by iteration](figures/theory-worked-case.svg)
 
@@ -294,12 +300,12 @@ Completions per iteration:
 
 {means}
 
-FCFS fills all 12 places with prefills, evicts 6 of them when they grow, completes the other 6 and starts over: 6
+FCFS fills all 12 tokens with prefills, evicts 6 of them when they grow, completes the other 6 and starts over: 6
 completions in two iterations, while its queue grows by one prompt an iteration.
 """
 
 DIFFERENCES = """\
-## Where the code differs from the letter, without harm
+## Where the code differs from the paper's text, without harm
 
 - **Boundary stage.** Algorithm 2 gives each boundary an index of its own in segment k, so that a crossing costs an
   iteration without a token. The paper's ΔT(n), δ_k and M^π leave that stage out. Here a boundary is the segment's first
@@ -310,6 +316,6 @@ DIFFERENCES = """\
 - **Mean prompt.** With prompts of several lengths, the paper's sufficient condition puts the longest prompt of a
   segment for l. `nested_wait_thresholds` takes the mean prompt of the requests that reach the segment: right on
   average, but then δ is an estimate and no longer a guarantee.
-- **FCFS.** Admits what fits and evicts on growth; the paper's example evicts residents to admit newcomers.
+- **FCFS.** Admits what fits and evicts on growth; the paper's example evicts running requests to admit new ones.
 - **A held prompt at a boundary** counts its next stage, one token more than the buffer's formula gives it.
 """

@@ -113,9 +113,9 @@ SEGMENTS = """\
 
 The paper's segment-design theorem allows any L ≤ m segments, and its three figures plot the bound's three terms against
 L. Here: lengths of the workload `lmsys` up to 500 tokens, segments of equal width, n_k/n_(k−1) = min(p_k + 0.05, 0.99),
-n_1 5 % above what keeps up, thresholds as real numbers, the law of `a100-llama2-7b-paper`. The paper does not say which
-law its figures have; at 500 arrivals a second that of its other experiments is overloaded 5 to 6 times, so arrivals and
-speeds are scaled together there, as its ζ does, and only the logarithm changes.
+n_1 5 % above what keeps up, thresholds as real numbers, iteration times of `a100-llama2-7b-paper`. The paper does not
+say which its figures have; at 500 arrivals a second those of its other experiments are overloaded 5 to 6 times, so
+arrivals and speeds are scaled together there, as its ζ does, and only the logarithm changes.
 
 ![Memory against the number of segments](figures/theory-segments.svg)
 
