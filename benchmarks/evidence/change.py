@@ -20,7 +20,16 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import numpy as np
 from change_page import page
 from grids import Choice, Grid, arguments, run_grids
-from promises import CAP_SHARES, PERIOD_S, Promised, Runs, bound_rps, running_at_capacity, static_grid, static_neighbours
+from promises import (
+    CAP_SHARES,
+    PERIOD_S,
+    Promised,
+    Runs,
+    bound_rps,
+    running_at_capacity,
+    static_grid,
+    static_neighbours,
+)
 
 SEEDS = (1, 2, 3)
 CAPS_BETWEEN = 6

@@ -115,8 +115,9 @@ def strict_or_serving(several: list[Table]) -> str:
     starved = [int(x or 0) for table in cases for x in table.numbers("strict: never scheduled")]
     return (
         f"At {min(at for at, _, _ in slower):g} of capacity the paper's literal rule takes {min(lowest):.0f} to "
-        f"{max(lowest):.0f} times the latency of the serving mode; the best it does against it is {percent(min(against)[0])} "
-        f"({min(against)[1]}). It leaves {min(starved)} to {max(starved)} requests unscheduled when arrivals end. "
+        f"{max(lowest):.0f} times the latency of the serving mode; the best it does against it is "
+        f"{percent(min(against)[0])} ({min(against)[1]}). It leaves {min(starved)} to {max(starved)} requests "
+        "unscheduled when arrivals end. "
         f"Up to 0.8 of capacity the serving mode is at most {max(late)[0]:.2f} s slower than plain vLLM. Its largest "
         f"gain is {percent(max(gains)[0], '.0')} ({max(gains)[1]}), its largest loss {percent(-min(gains)[0], '.0')} "
         f"({min(gains)[1]})."
@@ -214,7 +215,8 @@ def theory(several: list[Table]) -> str:
 
 CONCLUSIONS: dict[str, Callable[[list[Table]], str]] = {
     "a100-law.md": a100_law, "change.md": change, "fidelity.md": fidelity, "overload.md": overload,
-    "paper-tables.md": paper_tables, "real-traffic.md": real_traffic, "strict-or-serving.md": strict_or_serving, "theory.md": theory,
+    "paper-tables.md": paper_tables, "real-traffic.md": real_traffic,
+    "strict-or-serving.md": strict_or_serving, "theory.md": theory,
 }
 
 

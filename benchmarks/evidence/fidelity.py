@@ -3,7 +3,8 @@
     python benchmarks/evidence/fidelity.py --model .models/SmolLM2-135M-Instruct [--out docs/evidence]
 
 Starts vLLM's engine with Headrace's scheduler on this machine, measures its iteration time on one stream of requests,
-serves another (open loop), and simulates that one with the fitted model. Takes about nine minutes; needs a quiet machine.
+serves another (open loop), and simulates that one with the fitted model. Takes about nine minutes; the machine must be
+quiet.
 """
 
 from __future__ import annotations
@@ -238,9 +239,9 @@ PAGE = """# The simulator beside the real engine
 
 Made by `{command}`.
 {requests} requests of `{lengths}` at {rate} requests/s (Poisson)
-to vLLM's CPU engine with SmolLM2-135M-Instruct in float32 and Headrace's scheduler without thresholds, sent open loop by a
-client in another process; the same arrivals and lengths in the simulator. Machine: {cores} cores, {threads} thread for
-the model. The iteration-time model was fitted before, on another stream of half as many requests on the same
+to vLLM's CPU engine with SmolLM2-135M-Instruct in float32 and Headrace's scheduler without thresholds, sent open loop
+by a client in another process; the same arrivals and lengths in the simulator. Machine: {cores} cores, {threads} thread
+for the model. The iteration-time model was fitted before, on another stream of half as many requests on the same
 engine:
 {time_model} ({records} iterations, R² {r2:.4f}, MAPE {mape:.1%}). On the iterations of the measured streams it has R²
 {held[r2]:.4f} and MAPE {held[mape]:.1%} ({held[iterations]} iterations). Published for such models: R² 0.994 to 0.996,

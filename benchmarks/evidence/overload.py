@@ -45,8 +45,8 @@ SHIPPED_LOADS = (0.7, 1.0, 1.2, 1.5, 2.0, 3.0)
 
 @dataclass(frozen=True)
 class Baseline:
-    """A policy to compare with, at which loads; `options` are its own. early: its runs end once the measured requests are decided;
-    it is too slow there to work off what is left."""
+    """A policy to compare with, and at which loads; `options` are its own. early: its runs end once the measured
+    requests are decided, because its backlog would take too long."""
 
     name: str
     loads: tuple[float, ...]

@@ -258,15 +258,14 @@ dash: not run.
 `dynamo` and `llm-d` are their rules at documented defaults, with always fresh statistics. `strict-wait` and
 `strict-nested-wait` are the paper's literal rules, their counts following from the fluid model's running requests as in
 the paper's experiments. `fluid` has the targets and nothing else: its controller starts from the profile's
-iteration-time model and a prior for lengths, and solves anew every 5 s from the replica's own telemetry. "Best static" is an oracle: the best
-of a grid of caps and token budgets with clients that leave after 2.5 s, found for that very workload and load
-on the first seed; at 2 also with clients that leave after 1 and 2 s and with caps 6 % beside the best. The cell is the
-mean of the seeds that the best one was run on, and static and `fluid` are compared on the seeds that both ran. "Of 9"
-says how many settings were run. "Own bound" is the fluid bound for the lengths of the very
-requests that a run measures: a window of 1 000 requests of the Azure conversation has a bound that differs by ±4 %
-from the trace's. Runs that could not work off what is left (strict rules, the watermark, and on the longest answers
-all but `fluid`) end once every measured request has met or missed its targets, which changes no goodput
-(`until_decided`).
+iteration-time model and a prior for lengths, and solves anew every 5 s from the replica's own telemetry. "Best static"
+is an oracle: the best of a grid of caps and token budgets with clients that leave after 2.5 s, found for that very
+workload and load on the first seed; at 2 also with clients that leave after 1 and 2 s and with caps 6 % beside the
+best. The cell is the mean of the seeds that the best one was run on, and static and `fluid` are compared on the seeds
+that both ran. "Of 9" says how many settings were run. "Own bound" is the fluid bound for the lengths of the very
+requests that a run measures: a window of 1 000 requests of the Azure conversation has a bound that differs by ±4 % from
+the trace's. Runs that could not work off what is left (strict rules, the watermark, and on the longest answers all but
+`fluid`) end once every measured request has met or missed its targets, which changes no goodput (`until_decided`).
 
 Plain vLLM and the shipped rules bound queues or memory, and neither is what a TPOT target needs. Where goodput on the
 traces differs by less than 3 %, the difference is chance: which requests are served decides about their mean length.

@@ -141,7 +141,8 @@ SWEEPS = (
     Sweep(
         "waiting", "Waiting or not, under the same cap (the paper's waiting ablation)", "p512d20", LLAMA2,
         counts(500, 8, 12, 15, 19, more={22: 1000, 23: 1000}),
-        (Baseline("WAIT-CP, gate off", {}, ablation(wait_gate=False)), Baseline("WAIT-CP", {}, ablation(wait_gate=True)),
+        (Baseline("WAIT-CP, gate off", {}, ablation(wait_gate=False)),
+         Baseline("WAIT-CP", {}, ablation(wait_gate=True)),
          Baseline("cap alone", {}, waiting(1)), Baseline("groups of 2", {}, waiting(2))),
         (column("threshold only", ABLATION_RATES, NO_WAIT), column("WAIT", ABLATION_RATES, WITH_WAIT)),
         about="the same cap and chunk for both at each rate (4 to 14 running, 128 to 352 tokens).",

@@ -20,6 +20,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from conclusions import paper_tables as conclude
 from grids import Choice, Grid, arguments, run_grids, slug
+from page_tables import with_conclusion
 from paper_sweeps import (
     ABLATION_CAPS,
     HORIZON,
@@ -35,7 +36,6 @@ from paper_sweeps import (
     Sweep,
     write_profiles,
 )
-from page_tables import with_conclusion
 from pyarrow import parquet
 
 from scheduler.model.fluid import solve_fluid

@@ -96,7 +96,8 @@ def line(label: str, cells: Cells, key: str) -> Line:
 
 def section(name: str, capacity: float, loads: tuple[float, ...], cells: dict[str, Cells]) -> str:
     """One case: latency, TTFT, and requests that are never scheduled, by load."""
-    head = "| load | rate /s | " + " | ".join(f"{rule}: latency / TTFT" for rule in RULES) + " | strict: never scheduled |"
+    delays = " | ".join(f"{rule}: latency / TTFT" for rule in RULES)
+    head = f"| load | rate /s | {delays} | strict: never scheduled |"
     rows = []
     for load, (rate,) in zip(loads, cells["vllm"], strict=True):
         row = [f"{load:g}", f"{rate:g}"]

@@ -20,7 +20,8 @@ def test_profile_and_page_come_from_the_fit(tmp_path):
     shipped = load_profile("a100-llama2-7b-vidur")
     assert tuple(profile["provenance"]) == shipped.provenance
     assert [profile["law"][term] for term in ("d0_s", "d1_s_per_kv_token", "d2_s_per_prefill_token", "floor_s")] == [
-        shipped.time_model.d0_s, shipped.time_model.d1_s_per_kv_token, shipped.time_model.d2_s_per_prefill_token, shipped.time_model.floor_s
+        shipped.time_model.d0_s, shipped.time_model.d1_s_per_kv_token, shipped.time_model.d2_s_per_prefill_token,
+        shipped.time_model.floor_s,
     ]  # fmt: skip
     assert "95 % interval" in shipped.provenance[1]
 

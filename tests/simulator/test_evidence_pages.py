@@ -1,10 +1,14 @@
 """Evidence pages conclude what their own tables show."""
 
+import ast
+import re
 from pathlib import Path
+from string import Formatter
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "benchmarks" / "evidence").glob("*.py"))
 PAGES = (
     "a100-law.md", "change.md", "fidelity.md", "overload.md", "paper-tables.md", "real-traffic.md",
     "strict-or-serving.md", "theory.md",
@@ -63,6 +67,23 @@ def test_a_conclusion_replaces_the_one_that_was_there(evidence):
     text = page_tables.with_conclusion(PAGE, lambda tables: f"best {max(tables[0].numbers('fluid')):g}")
     assert "typed" not in text
     assert "begin -->\nbest 4.88\n<!-- conclusion: end" in text
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_templates_get_every_field_they_name(script):
+    tree = ast.parse(script.read_text())
+    templates = {
+        node.targets[0].id: node.value for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    for call in ast.walk(tree):
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "format"):
+            continue
+        template = templates.get(getattr(call.func.value, "id", ""))
+        given = {keyword.arg for keyword in call.keywords}
+        if isinstance(template, ast.Constant) and None not in given:
+            named = {re.split(r"[.\[]", field)[0] for _, field, _, _ in Formatter().parse(template.value) if field}
+            assert named == given, f"{script.name}, line {call.lineno}"
 
 
 def test_numbers_of_cells(evidence):
