@@ -291,7 +291,7 @@ for this page. The law is τ = max(floor, d0 + d2·prefill + d3·decodes) + d1·
 
 | law | d0, ms | floor, ms | d2, µs | d3, µs | d1, µs per KV token |
 |---|---|---|---|---|---|
-{laws}
+{time_models}
 
 Errors against the points:
 

@@ -72,7 +72,7 @@ the requests in service of each workload of the scenario, and between them), tok
 best of these, times after which clients leave (1, 2, 2.5 s) and caps 6 % beside it; "of 9" says how many of
 these settings were run. Required: `fluid` over it at least {required:.2f}.
 
-| scenario | rate /s | {contenders} | best static | fluid / static | fluid: preemptions |
+| scenario | rate /s | {baselines} | best static | fluid / static | fluid: preemptions |
 {ruler}
 {rows}
 

@@ -235,7 +235,7 @@ Made by `{command}`.
 to vLLM's CPU engine with SmolLM2-135M-Instruct in float32 and Headrace's scheduler with open gates, sent open loop by a
 client in another process; the same arrivals and lengths in the simulator. Machine: {cores} cores, {threads} thread for
 the model. The law was fitted before, from another stream of half as many requests on the same engine:
-{law} ({records} iterations, R² {r2:.4f}, MAPE {mape:.1%}). On the iterations of the measured streams it has R²
+{time_model} ({records} iterations, R² {r2:.4f}, MAPE {mape:.1%}). On the iterations of the measured streams it has R²
 {held[r2]:.4f} and MAPE {held[mape]:.1%} ({held[iterations]} iterations). Published for such laws: R² 0.994 to 0.996,
 MAPE 1.5 to 1.9 % on GPUs.
 
