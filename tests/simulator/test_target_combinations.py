@@ -96,7 +96,7 @@ def outcome(case: Case, policy: str) -> Outcome:
         table = read_run(Path(folder)).requests()
     rows = table.select(["index", "outcome"]).to_pylist()
     rejected = frozenset(row["index"] for row in rows if row["outcome"] == REJECTED)
-    return Outcome(summary, rejected, good_requests(table, config.window, config.slo.promised))
+    return Outcome(summary, rejected, good_requests(table, config.window, config.slo))
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)

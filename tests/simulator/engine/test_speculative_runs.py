@@ -77,8 +77,8 @@ def test_beyond_capacity_fluid_serves_what_the_model_with_drafts_says_is_possibl
     })
     mix, time_model = open_workload(config.workload).mix(), load_profile(config.profile).time_model
     steps = replace(Steps.of_acceptance(0.7, 3), tokens_std=0.0)
-    bound = solve_fluid_params(mix, time_model, limits_of(config), config.slo.promised, steps=steps)
-    without = solve_fluid_params(mix, time_model, limits_of(config), config.slo.promised)
+    bound = solve_fluid_params(mix, time_model, limits_of(config), config.slo, steps=steps)
+    without = solve_fluid_params(mix, time_model, limits_of(config), config.slo)
     summary = simulate(config)
     assert 1.2 * without.capacity_rps < bound.capacity_rps < 16.0
     assert summary["goodput_rps"] >= 0.95 * bound.capacity_rps
