@@ -121,7 +121,9 @@ def test_an_engine_that_cannot_answer_says_why() -> None:
             read_answer(answer_of(ACK), kind)
 
 
-@pytest.mark.parametrize("text", [b"", b"\xff", b"[]", b"null", b'{"schema"', b"[" * 100_000], ids=lambda text: text[:9])
+@pytest.mark.parametrize(
+    "text", [b"", b"\xff", b"[]", b"null", b'{"schema"', b"[" * 100_000], ids=lambda text: str(text[:9])
+)
 def test_what_is_no_object_is_unreadable(text: bytes) -> None:
     with pytest.raises(UnreadableMessage, match="not understood"):
         read_answer(text, Telemetry)
@@ -214,7 +216,7 @@ KEYS_OF_SCHEMA_1 = {
 
 @pytest.mark.parametrize("message", KEYS_OF_SCHEMA_1, ids=lambda message: message.__name__)
 def test_within_a_schema_version_keys_are_added_only(message: Any) -> None:
-    """Whoever renames or removes a key raises `SCHEMA`, and writes the keys down here anew."""
+    """Renaming or removing a key raises `SCHEMA`; the keys are then written down here anew."""
     now = set(getattr(message, "_fields", None) or [field.name for field in fields(message)])
     assert SCHEMA == 1 and set(KEYS_OF_SCHEMA_1[message].split()) <= now
 
