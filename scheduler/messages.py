@@ -7,15 +7,17 @@ ever compared.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from scheduler.thresholds import EngineLimits, Thresholds
+
+SCHEMA = 1
+"""The version of the messages' keys; what raises it is in `scheduler.wire`."""
 
 
 class Iteration(NamedTuple):
@@ -88,25 +90,25 @@ class ByColumn:
         self._record = record
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_before_validator_function(
-            self._rows, handler(source),
-            serialization=core_schema.plain_serializer_function_ser_schema(self._columns),
-        )
+        columns = core_schema.typed_dict_schema({
+            name: core_schema.typed_dict_field(
+                core_schema.list_schema(handler.generate_schema(hint)),
+                required=name not in self._record._field_defaults,
+            )
+            for name, hint in get_type_hints(self._record).items()
+        })
+        written = core_schema.plain_serializer_function_ser_schema(self._columns, return_schema=columns)
+        return core_schema.no_info_after_validator_function(self._rows, columns, serialization=written)
 
     def _columns(self, records: tuple[Any, ...]) -> dict[str, list[Any]]:
         columns = zip(*records, strict=True) if records else repeat(())
         return {name: list(column) for name, column in zip(self._record._fields, columns, strict=False)}
 
-    def _rows(self, columns: Any) -> tuple[tuple[Any, ...], ...]:
+    def _rows(self, columns: dict[str, list[Any]]) -> tuple[Any, ...]:
         fields, defaults = self._record._fields, self._record._field_defaults
-        if not isinstance(columns, Mapping) or not all(isinstance(column, list) for column in columns.values()):
-            raise ValueError(f"must be an object with an array for each of {', '.join(fields)}")
-        missing = [name for name in fields if name not in columns and name not in defaults]
-        if missing:
-            raise ValueError(f"no column {', '.join(missing)}")
         count = len(columns[fields[0]])
         every = (columns[name] if name in columns else repeat(defaults[name], count) for name in fields)
-        return tuple(zip(*every, strict=True))
+        return tuple(map(self._record._make, zip(*every, strict=True)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +171,7 @@ class Telemetry:
     their own; the replica adds them to what its engine tells.
     """
 
+    schema: int = SCHEMA
     engine_id: str
     clock_s: float
     cursor: int
@@ -198,6 +201,7 @@ class Stats:
     thresholds_version: the version of the thresholds in force.
     """
 
+    schema: int = SCHEMA
     engine_id: str
     slots: int
     running: int
@@ -237,6 +241,7 @@ class Ack:
     does not answer). `version_in_force` is -1 where it is not known.
     """
 
+    schema: int = SCHEMA
     accepted: bool
     version_in_force: int
     reason: str = ""

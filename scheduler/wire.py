@@ -17,10 +17,9 @@ from typing import Annotated, Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
-from scheduler.messages import Ack, Apply, AskStats, ByColumn, Delivered, Report, Stats, Telemetry
+from scheduler.messages import SCHEMA, Ack, Apply, AskStats, ByColumn, Delivered, Report, Stats, Telemetry
 from scheduler.thresholds import Thresholds, parse_thresholds, thresholds_as_dict
 
-SCHEMA = 1
 _QUESTIONS = {"apply": {"apply", "automatic"}, "report": {"report"}, "stats": {"stats"}}
 """By what is asked: the keys that may stand beside the schema version."""
 _LONGEST_SHOWN = 200
@@ -99,7 +98,8 @@ def read_question(text: bytes) -> Apply | Report | AskStats:
 
 def answer_of(answer: Ack | Telemetry | Stats) -> bytes:
     """An answer as JSON."""
-    return _text(_ADAPTERS[type(answer)].dump_python(answer, mode="json"))
+    text: bytes = _ADAPTERS[type(answer)].dump_json(answer)
+    return text
 
 
 def with_delivered(telemetry: bytes, delivered: Iterable[Delivered]) -> bytes:
@@ -120,7 +120,7 @@ def read_answer(text: bytes, kind: type[_Answer]) -> _Answer:
         UnreadableMessage: a key is missing or a value cannot be.
     """
     answer = _object(text)
-    schema = answer.pop("schema", None)
+    schema = answer.get("schema")
     if schema != SCHEMA:
         raise OtherSchema("the replica", schema)
     if kind is not Ack and answer.get("accepted") is False:

@@ -154,8 +154,8 @@ def test_a_newer_replica_s_added_key_is_ignored_wherever_it_stands(answer: Telem
 @pytest.mark.parametrize(
     ("path", "key", "missing"),
     [("", "engine_id", "engine_id"), ("", "gauges", "gauges"), ("limits", "max_num_seqs", "limits.max_num_seqs"),
-     ("iterations", "seq", "no column seq"), ("iterations", "kv_tokens", "no column kv_tokens"),
-     ("running", "output_tokens", "no column output_tokens"),
+     ("iterations", "seq", "iterations.seq: Field required"), ("iterations", "kv_tokens", "iterations.kv_tokens: Field required"),
+     ("running", "output_tokens", "running.output_tokens: Field required"),
      ("thresholds.fluid", "survival", "thresholds.fluid.survival")],
 )
 @pytest.mark.parametrize("renamed", [False, True])
@@ -189,10 +189,10 @@ def test_an_answer_of_another_schema_version_is_not_read(schema: object) -> None
 
 
 KEYS_OF_SCHEMA_1 = {
-    Telemetry: "engine_id clock_s cursor limits thresholds from_config gauges counters iterations arrivals finished "
+    Telemetry: "schema engine_id clock_s cursor limits thresholds from_config gauges counters iterations arrivals finished "
     "running records_lost delivered",
-    Stats: "engine_id slots running waiting kv_used_tokens kv_capacity_tokens thresholds_version",
-    Ack: "accepted version_in_force reason code",
+    Stats: "schema engine_id slots running waiting kv_used_tokens kv_capacity_tokens thresholds_version",
+    Ack: "schema accepted version_in_force reason code",
     Gauges: "running waiting held sitting_out kv_used_tokens",
     Counters: "arrivals completed aborted rejected preemptions iterations held hold_s ttft_misses tpot_misses "
     "latency_misses audited audited_met decode_steps decode_computed_tokens decode_gained_tokens decode_gained_squares",
