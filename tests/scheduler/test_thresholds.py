@@ -100,7 +100,8 @@ def test_refusal_names_field_value_and_what_is_allowed(sent, field, value, allow
 
 
 def test_a_missing_field_is_said_to_be_missing_and_not_to_be_wrong():
-    with pytest.raises(InvalidThresholds, match=r"^thresholds\.types\[0\]\.n is missing in \{'name': 'all'\}; allowed: "):
+    said = r"^thresholds\.types\[0\]\.n is missing in \{'name': 'all'\}; allowed: "
+    with pytest.raises(InvalidThresholds, match=said):
         parse_thresholds({"types": [{"name": "all"}]})
 
 

@@ -154,7 +154,8 @@ def test_a_newer_replica_s_added_key_is_ignored_wherever_it_stands(answer: Telem
 @pytest.mark.parametrize(
     ("path", "key", "missing"),
     [("", "engine_id", "engine_id"), ("", "gauges", "gauges"), ("limits", "max_num_seqs", "limits.max_num_seqs"),
-     ("iterations", "seq", "iterations.seq: Field required"), ("iterations", "kv_tokens", "iterations.kv_tokens: Field required"),
+     ("iterations", "seq", "iterations.seq: Field required"),
+     ("iterations", "kv_tokens", "iterations.kv_tokens: Field required"),
      ("running", "output_tokens", "running.output_tokens: Field required"),
      ("thresholds.fluid", "survival", "thresholds.fluid.survival")],
 )
@@ -189,8 +190,8 @@ def test_an_answer_of_another_schema_version_is_not_read(schema: object) -> None
 
 
 KEYS_OF_SCHEMA_1 = {
-    Telemetry: "schema engine_id clock_s cursor limits thresholds from_config gauges counters iterations arrivals finished "
-    "running records_lost delivered",
+    Telemetry: "schema engine_id clock_s cursor limits thresholds from_config gauges counters iterations arrivals "
+    "finished running records_lost delivered",
     Stats: "schema engine_id slots running waiting kv_used_tokens kv_capacity_tokens thresholds_version",
     Ack: "schema accepted version_in_force reason code",
     Gauges: "running waiting held sitting_out kv_used_tokens",
