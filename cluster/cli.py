@@ -146,8 +146,7 @@ def status(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
 @app.command()
 def events(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     """The latest changes of thresholds: when, where, why; with --json also the old and the new values."""
-    state = AdminClient(url).state()
-    _show({"events": state["events"]}, as_json, render.events_table)
+    _show(AdminClient(url).events(), as_json, render.events_table)
 
 
 @thresholds_app.command("get")

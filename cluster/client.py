@@ -34,6 +34,10 @@ class AdminClient:
         """`GET /admin/state`."""
         return self._ask("GET", "/admin/state")
 
+    def events(self) -> dict[str, Any]:
+        """`GET /admin/events`."""
+        return self._ask("GET", "/admin/events")
+
     def thresholds(self) -> dict[str, Any]:
         """`GET /admin/thresholds`."""
         return self._ask("GET", "/admin/thresholds")

@@ -20,13 +20,15 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.config import TuningConfig
-from replicas.actor_calls import ReplicaUnavailable, call_engine, replica_ids
+from replicas.actor_calls import ReplicaUnavailable, replica_ids
+from replicas.questions import ask_telemetry, offer_thresholds
 from replicas.ranks import EngineAddress, engine_addresses
-from scheduler.messages import Ack, Telemetry
+from scheduler.messages import Telemetry
 from scheduler.model.fluid import finite_or_none
 from scheduler.model.profiles import load_profile
 from scheduler.thresholds import Thresholds, thresholds_as_dict
 from scheduler.tuning.replica_model import Proposal, ReplicaModel, materially_different
+from scheduler.wire import UnreadableMessage
 
 NAMESPACE = "headrace"
 _KEPT_EVENTS = 200
@@ -111,6 +113,11 @@ class ControlLoop:
             await self._tune(name, engine, entry, solving)
         except ReplicaUnavailable as error:
             entry.note = str(error)
+        except UnreadableMessage as error:  # of another release, during an upgrade: it keeps what it has
+            note = f"not tuned: {error}"
+            if note != entry.note:
+                logger.warning("replica %s is %s", name, note)
+            entry.note = note
         except Exception as error:
             note = f"not tuned: {error!r}"
             if note != entry.note:  # the same failure every few seconds is told once
@@ -118,7 +125,7 @@ class ControlLoop:
             entry.note = note
 
     async def _tune(self, name: str, engine: EngineAddress, entry: _Replica, solving: asyncio.Lock) -> None:
-        telemetry: Telemetry = await call_engine(engine, "telemetry", cursor=entry.cursor)
+        telemetry = await ask_telemetry(engine, entry.cursor)
         async with solving:
             proposal = await asyncio.to_thread(entry.learn, telemetry, self._new_model)
         active = telemetry.thresholds
@@ -141,8 +148,8 @@ class ControlLoop:
     async def _push(
         self, name: str, engine: EngineAddress, entry: _Replica, old: Thresholds, new: Thresholds, changed: bool
     ) -> None:
-        ack: Ack = await call_engine(engine, "apply_thresholds", thresholds=new, automatic=True)
-        entry.note = new.reason if ack.accepted else f"refused: {ack.reason}"
+        ack = await offer_thresholds(engine, new, automatic=True)
+        entry.note = new.reason if ack.accepted else f"rejected: {ack.reason}"
         if ack.accepted:
             entry.pushed_at_s = time.monotonic()
         if changed or not ack.accepted:
@@ -154,12 +161,11 @@ class ControlLoop:
             logger.info("thresholds of %s: version %d -> %d: %s", name, old.version, new.version, entry.note)
 
     def state(self) -> dict[str, Any]:
-        """What the controller knows, as plain JSON-ready objects."""
+        """What the controller knows of every replica, as plain JSON-ready objects."""
         return {
             "passes": self.passes,
             "period_s": self._config.period_s,
             "replicas": {name: entry.shown | {"decision": entry.note} for name, entry in self._replicas.items()},
-            "events": [asdict(event) for event in self.events],
         }
 
 
@@ -207,6 +213,10 @@ class ControllerActor:
     async def state(self) -> dict[str, Any]:
         """See `ControlLoop.state`; `started_unix_s` tells one controller from the next."""
         return {"started_unix_s": self._started_unix_s} | self._loop.state()
+
+    async def events(self) -> dict[str, Any]:
+        """The latest changes of thresholds, at most 200, oldest first, with the old and the new values."""
+        return {"events": [asdict(event) for event in self._loop.events]}
 
     async def _run(self) -> None:
         while True:

@@ -45,7 +45,7 @@ from scheduler.engine.running_requests import (
     decode_steps,
     tokens_to_decode,
 )
-from scheduler.messages import Gauges, Report, RunningLengths, Telemetry
+from scheduler.messages import Gauges, Report, RunningLengths, Stats, Telemetry
 from scheduler.model.profiles import load_profile
 from scheduler.policies import UNKNOWN_TYPE, RunningRequest, Snapshot, Waiting
 from scheduler.rejection import Rejection
@@ -121,7 +121,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._channel: ChannelServer | None = None
         if settings.channel:
             endpoint = rank_endpoint(settings.channel, vllm_config.parallel_config.data_parallel_index)
-            self._channel = ChannelServer(endpoint, self.active.offer, self.telemetry)
+            self._channel = ChannelServer(endpoint, self.active.offer, self.telemetry, self.stats)
             logger.info("Headrace: control channel open, policy %s", settings.thresholds.policy)
 
     # One iteration.
@@ -379,13 +379,17 @@ class HeadraceScheduler(AsyncScheduler):
     # Telemetry (called from the channel's thread) and the end.
 
     def telemetry(self, report: Report) -> Telemetry:
-        """The engine's state and its records after `report.cursor`; safe from another thread."""
+        """The engine's state and its records after `report.cursor`; safe from another thread.
+
+        Without a cursor there are no records, and the requests are not walked.
+        """
         current = self.active.current()
         cursor = self.recorder.cursor
         iterations, arrivals, finished, lost = self.recorder.since(report.cursor, cursor)
+        requests = [] if report.cursor is None else list(self.requests.values())
         running = tuple(
             RunningLengths(request.num_prompt_tokens, request.num_output_tokens)
-            for request in list(self.requests.values())
+            for request in requests
             if request.status == RequestStatus.RUNNING
         )
         return Telemetry(
@@ -394,6 +398,11 @@ class HeadraceScheduler(AsyncScheduler):
             counters=self.recorder.counters(), iterations=iterations, arrivals=arrivals, finished=finished,
             running=running, records_lost=int(lost),
         )
+
+    def stats(self) -> Stats:
+        """What routing and readiness need; safe from another thread, and as cheap with any number of requests."""
+        thresholds = self.active.current().thresholds
+        return Stats.of_engine(self._engine_id, self.active.limits, thresholds, self.recorder.gauges)
 
     def shutdown(self) -> None:
         """Close the channel, then vLLM's own shutdown."""

@@ -11,7 +11,6 @@ from pydantic import ValidationError
 
 from replicas.routing_stats import RoutingStats
 from router.ranking import best_first
-from scheduler.messages import Report
 from scheduler.model.profiles import load_profile
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS
 from scheduler.thresholds import EngineLimits, Thresholds, thresholds_as_dict
@@ -135,7 +134,7 @@ class Fleet:
 
     def _report(self) -> None:
         self._stats = {
-            replica.index: RoutingStats.from_telemetry(replica.headrace.telemetry(Report(cursor=None)))
+            replica.index: RoutingStats.of_engines([replica.headrace.stats()])
             for replica in self.replicas if replica.headrace
         }
 

@@ -41,6 +41,10 @@ class Server:
         self.puts: list[dict[str, Any]] = []
         self.headers: list[httpx.Headers] = []
         self.answer: httpx.Response | None = None
+        self.events: list[dict[str, Any]] = [
+            {"at_unix_s": 1.7e9, "replica": "left", "old_version": 3, "new_version": 4, "accepted": True,
+             "reason": "1.20 requests/s of 3.40 possible [nothing binds]", "old": {}, "new": {"version": 4}},
+        ]
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         self.headers.append(request.headers)
@@ -49,6 +53,8 @@ class Server:
         route = (request.method, request.url.path)
         if route == ("GET", "/admin/state"):
             return httpx.Response(200, json=self.state())
+        if route == ("GET", "/admin/events"):
+            return httpx.Response(200, json={"events": self.events, "controller": self.state()["controller"]})
         if route == ("GET", "/admin/thresholds"):
             return httpx.Response(200, json={"replicas": {name: self.entry(name) for name in self.engines}})
         assert route == ("PUT", "/admin/thresholds")
@@ -98,10 +104,6 @@ class Server:
                 "gone": {"reachable": False, "reason": "did not answer [telemetry]"},
             },
             "controller": {"alive": False, "reason": "the controller does not answer"},
-            "events": [
-                {"at_unix_s": 1.7e9, "replica": "left", "old_version": 3, "new_version": 4, "accepted": True,
-                 "reason": "1.20 requests/s of 3.40 possible [nothing binds]", "old": {}, "new": {"version": 4}},
-            ],
         }
 
     def active(self, name: str) -> Thresholds:
@@ -318,6 +320,16 @@ def test_events_name_the_replica_the_versions_and_the_reason(server: Server, hea
     for part in ("2023-11-1", "3 → 4", "yes", "1.20 requests/s of 3.40 possible [nothing binds]"):
         assert part in event
     assert json.loads(headrace("events", "--json")[1])["events"][0]["new"] == {"version": 4}
+
+
+def test_events_say_when_no_controller_could_tell_of_any(server: Server, headrace: Any) -> None:
+    server.events = []
+    assert headrace("events")[:2] == (0, "the controller does not answer\n")
+    console = Console(width=300)
+    with console.capture() as capture:
+        for table in render.events_table({"events": [], "controller": {"alive": True}}):
+            console.print(table)
+    assert capture.get() == "no change of thresholds yet\n"
 
 
 def test_status_shows_a_living_controller() -> None:
