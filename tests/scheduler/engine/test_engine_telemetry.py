@@ -89,15 +89,18 @@ def test_iterations_leave_out_those_who_sit_out():
 
 
 def test_speculative_tokens_are_decode_tokens():
-    engine = Engine()
-    engine.add("prompt", prompt=100)
-    engine.add("decode")
-    output = SimpleNamespace(
-        num_scheduled_tokens={"prompt": 100, "decode": 4}, total_num_scheduled_tokens=104,
-        scheduled_spec_decode_tokens={"decode": [-1, -1, -1]},
+    engine = Engine(
+        drafts=3, speculative_config={"method": "ngram", "num_speculative_tokens": 3}, async_scheduling=False
     )
-    prefill, decode, _, batch_size = batch_work(output, engine.scheduler.requests)
-    assert (prefill, decode, batch_size) == (100, 4, 2)
+    engine.add("decode", output=20)
+    for _ in range(2):
+        engine.launch()
+        engine.deliver()
+    engine.add("prompt", prompt=100)
+    assert engine.launch() == {"decode": 4, "prompt": 100}
+    engine.deliver()
+    record = telemetry(engine).iterations[-1]
+    assert (record.prefill_tokens, record.decode_tokens, record.batch_size) == (100, 4, 2)
 
 
 def test_idle_iterations_are_not_recorded():

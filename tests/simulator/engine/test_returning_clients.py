@@ -93,7 +93,7 @@ def test_the_audit_is_the_run_again_with_some_of_the_rejected(tmp_path):
 
 def moody_audit(monkeypatch, *, rate_rps, turned_away, audit):
     """A door that turns away so many requests in a row, whatever the load."""
-    from simulator.engine.baselines import BASELINES, Baseline
+    from simulator.scenario.baselines import BASELINES, Baseline
 
     def days(number):
         return [True] * 30 + [False] * number + [True] * 10
