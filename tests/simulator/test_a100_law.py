@@ -22,9 +22,8 @@ def test_profile_and_page_come_from_the_fit(tmp_path):
     profile = json.loads(found.stdout)
     shipped = load_profile("a100-llama2-7b-vidur")
     assert tuple(profile["provenance"]) == shipped.provenance
-    assert [profile["law"][term] for term in ("d0_s", "d1_s_per_kv_token", "d2_s_per_prefill_token", "floor_s")] == [
-        shipped.time_model.d0_s, shipped.time_model.d1_s_per_kv_token, shipped.time_model.d2_s_per_prefill_token, shipped.time_model.floor_s
-    ]  # fmt: skip
+    terms = ("d0_s", "d1_s_per_kv_token", "d2_s_per_prefill_token", "floor_s")
+    assert [profile["law"][term] for term in terms] == [getattr(shipped.time_model, term) for term in terms]
     assert "95 % interval" in shipped.provenance[1]
 
     subprocess.run([sys.executable, SCRIPT, "--out", tmp_path], check=True, timeout=60, env=ENVIRONMENT)

@@ -1,12 +1,10 @@
 """What an engine reports: iterations, arrivals, finished requests, gauges and counters."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 from engine_harness import BLOCK, MAX_MODEL_LEN, STEP_S, Engine, add_many, boundary_engine, telemetry, wait
 
-from scheduler.engine.running_requests import batch_work
 from scheduler.messages import Arrival
 
 # Telemetry.
