@@ -44,8 +44,8 @@ class SimulationConfig(_Strict):
     thresholds: fields of `Thresholds` that replace these. retries: what clients do that are rejected, see
     `simulator.workload.clients`; None: nothing. audit: so many further runs find out whether rejections were right, see
     `simulator.audit`. window: fractions of the arrival order between which requests are measured. slowdown: when the
-    first replica is slow, see `simulator.scenario.slowdown.parse_slowdown`. iteration_noise: relative standard deviation
-    of iterations around what the law says (lognormal, of mean 1). until_decided: end the run once no measured request
+    first replica is slow, see `simulator.scenario.slowdown`. iteration_noise: relative standard deviation of iterations
+    around what the law says (lognormal, of mean 1). until_decided: end the run once no measured request
     that is under way can meet the targets; the others' latencies are then not known.
     """
 

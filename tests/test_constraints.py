@@ -10,7 +10,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-WANTED = [*PROJECT["dependencies"], *(one for extra in ("cpu", "dev") for one in PROJECT["optional-dependencies"][extra])]
+EXTRAS = PROJECT["optional-dependencies"]
+ELSEWHERE = {"gpu", "model"}
+"""Extras of other environments, and the model, which pyproject.toml pins itself."""
+WANTED = [
+    *PROJECT["dependencies"],
+    *(one for name, extra in EXTRAS.items() if name not in ELSEWHERE for one in extra if "headrace[" not in one),
+]
 LINES = [line for line in (ROOT / "constraints-cpu.txt").read_text("utf-8").splitlines() if not line.startswith("#")]
 PINNED = {canonicalize_name(name): version for name, version in (line.split("==") for line in LINES)}
 

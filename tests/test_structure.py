@@ -15,7 +15,7 @@ from import_graph import PACKAGES, ROOT, imports_in, modules_of
 LAYERS = {
     "scheduler": [
         "vllm_scheduler", "engine", "support settings", "tuning", "estimation config_errors", "policies",
-        "messages rejection", "thresholds", "fluid_params", "model",
+        "wire", "messages rejection", "thresholds", "fluid_params", "survival", "model",
     ],
     "simulator": ["cli", "sweep run", "audit", "engine", "config", "scenario", "output", "workload paper_model"],
 }

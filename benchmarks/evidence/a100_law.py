@@ -166,8 +166,10 @@ def profile() -> dict[str, object]:
             "the repository of the authors of arXiv 2504.11320 (outputs/fluid_memory): decode batches of 1 to 64 with "
             "56 to 48384 KV tokens, a prefill chunk with 0 to 8 decodes, balanced p512d20 batches of 1 to 5 a stage. "
             f"Mean relative error {error:.1%}, largest {worst:.1%}.",
-            f"d1 = {micro(found.time_model.d1_s_per_kv_token)} us per KV token, 95 % interval {micro(low)} to {micro(high)}; "
-            f"with d3 fitted apart from d2 {micro(other.time_model.d1_s_per_kv_token)} ({micro(other.d1_interval[0])} to "
+            f"d1 = {micro(found.time_model.d1_s_per_kv_token)} us per KV token, "
+            f"95 % interval {micro(low)} to {micro(high)}; "
+            f"with d3 fitted apart from d2 {micro(other.time_model.d1_s_per_kv_token)} "
+            f"({micro(other.d1_interval[0])} to "
             f"{micro(other.d1_interval[1])}).",
             "d3 = d2, since decodes pass through the same linear layers; a d3 of its own fits batches of 64 better and "
             "would make batches of hundreds too dear beside the linear layers' published times.",
@@ -180,7 +182,8 @@ def profile() -> dict[str, object]:
 def rounded(time_model: IterationTimeModel) -> IterationTimeModel:
     """Three significant digits of each term."""
     return IterationTimeModel(*(float(f"{value:.3g}") for value in (
-        time_model.d0_s, time_model.d1_s_per_kv_token, time_model.d2_s_per_prefill_token, time_model.d3_s_per_decode_token, time_model.floor_s
+        time_model.d0_s, time_model.d1_s_per_kv_token, time_model.d2_s_per_prefill_token,
+        time_model.d3_s_per_decode_token, time_model.floor_s,
     )))  # fmt: skip
 
 
@@ -205,10 +208,12 @@ def page(traces: Path | None) -> str:
     }
     time_models = old, new, rounded(fit(POINTS, free_d3=True).time_model)
     capacities = [
-        f"| {name} | " + " | ".join(capacity_rps(mix, time_model) for time_model in time_models) + " |" for name, mix in mixes.items()
+        f"| {name} | " + " | ".join(capacity_rps(mix, time_model) for time_model in time_models) + " |"
+        for name, mix in mixes.items()
     ]
     return PAGE.format(
-        command=COMMAND, points="\n".join(point_row(point, old, new) for point in shown()), time_models=time_model_table(),
+        command=COMMAND, points="\n".join(point_row(point, old, new) for point in shown()),
+        laws=time_model_table(),
         d1=d1_table(), capacities="\n".join(capacities), count=len(POINTS), saturation=saturation(new),
         old_errors=error_text(old), new_errors=error_text(new), bandwidth=bandwidth(new),
         layers=f"{old.d2_s_per_prefill_token * 1e6:.1f}",
@@ -232,7 +237,8 @@ def shown() -> list[Point]:
 
 
 def point_row(point: Point, old: IterationTimeModel, new: IterationTimeModel) -> str:
-    times = [time_model.iteration_s(float(point.prefill), float(point.decodes), float(point.kv)) * 1000 for time_model in (old, new)]
+    batch = float(point.prefill), float(point.decodes), float(point.kv)
+    times = [time_model.iteration_s(*batch) * 1000 for time_model in (old, new)]
     time_models = " | ".join(f"{ms:.1f} ({100 * (ms / point.ms - 1):+.0f} %)" for ms in times)
     return f"| {point.kind} | {point.prefill} | {point.decodes} | {point.kv} | {point.ms:.1f} | {time_models} |"
 
@@ -253,7 +259,8 @@ def time_model_table() -> str:
                       ("d3 apart from d2", rounded(fit(POINTS, free_d3=True).time_model)),
                       ("`a100-llama2-7b-paper`", load_profile("a100-llama2-7b-paper").time_model)):
         rows.append(
-            f"| {name} | {time_model.d0_s * 1000:.2f} | {time_model.floor_s * 1000:.2f} | {time_model.d2_s_per_prefill_token * 1e6:.1f} | "
+            f"| {name} | {time_model.d0_s * 1000:.2f} | {time_model.floor_s * 1000:.2f} | "
+            f"{time_model.d2_s_per_prefill_token * 1e6:.1f} | "
             f"{time_model.d3_s_per_decode_token * 1e6:.1f} | {micro(time_model.d1_s_per_kv_token)} |"
         )
     return "\n".join(rows)

@@ -35,7 +35,8 @@ def capped(cap: int, budget: int = 512) -> dict[str, Any]:
 def wait_cp(cap: int, chunk: int, *, admission_queue: bool) -> dict[str, Any]:
     """What the authors ran: a cap spread over stages, prompts in chunks, a token gate; `gate`: their wait gate."""
     return {
-        "policy": "wait-cp", "cap": cap, "counts": "by_cap", "prefill_chunk_tokens": chunk, "wait_gate": admission_queue,
+        "policy": "wait-cp", "cap": cap, "counts": "by_cap", "prefill_chunk_tokens": chunk,
+        "wait_gate": admission_queue,
     }  # fmt: skip
 
 
@@ -134,14 +135,17 @@ def waiting(n: int) -> dict[float, dict[str, Any]]:
 
 def ablation(*, admission_queue: bool) -> dict[float, dict[str, Any]]:
     """The authors' own setting at each rate, with their wait gate or without."""
-    return {float(r): wait_cp(ABLATION_CAPS[r], ABLATION_CHUNKS[r], admission_queue=admission_queue) for r in ABLATION_RATES}
+    return {
+        float(r): wait_cp(ABLATION_CAPS[r], ABLATION_CHUNKS[r], admission_queue=admission_queue) for r in ABLATION_RATES
+    }
 
 
 SWEEPS = (
     Sweep(
         "waiting", "Waiting or not, under the same cap (the paper's waiting ablation)", "p512d20", LLAMA2,
         counts(500, 8, 12, 15, 19, more={22: 1000, 23: 1000}),
-        (Baseline("WAIT-CP, gate off", {}, ablation(admission_queue=False)), Baseline("WAIT-CP", {}, ablation(admission_queue=True)),
+        (Baseline("WAIT-CP, gate off", {}, ablation(admission_queue=False)),
+         Baseline("WAIT-CP", {}, ablation(admission_queue=True)),
          Baseline("cap alone", {}, waiting(1)), Baseline("groups of 2", {}, waiting(2))),
         (column("threshold only", ABLATION_RATES, NO_WAIT), column("WAIT", ABLATION_RATES, WITH_WAIT)),
         about="the same cap and chunk for both at each rate (4 to 14 in service, 128 to 352 tokens).",

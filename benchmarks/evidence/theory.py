@@ -214,7 +214,8 @@ def compare_memory() -> dict[str, Any]:
     rates = np.linspace(20, 84, 129)
     crossing = solve_fluid(WorkloadMix.from_lengths(lengths, 1.0), time_model, capacity).critical_rate_scale
     return {
-        "d0_ms": time_model.d0_s * 1000, "d1_us": time_model.d1_s_per_kv_token * 1e6, "mean_w": lengths.kv_token_iterations,
+        "d0_ms": time_model.d0_s * 1000, "d1_us": time_model.d1_s_per_kv_token * 1e6,
+        "mean_w": lengths.kv_token_iterations,
         "capacity_tokens": capacity,
         "rows": [
             {"rate_rps": rate, "published": published, "computed": memory_tokens(rate)}

@@ -97,7 +97,7 @@ def test_an_engine_s_parts_are_made_of_what_we_pass():
 
 
 def test_blocks_are_hashed_with_the_functions_we_call():
-    assert list(inspect.signature(get_request_block_hasher).parameters)[:2] == ["block_size", "caching_hash_fn"]
+    assert list(inspect.signature(get_request_block_hasher).parameters)[:2] == ["hash_block_size", "caching_hash_fn"]
     assert len(inspect.signature(init_none_hash).parameters) == 1
     assert callable(get_hash_fn_by_name("sha256"))
 
