@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from simulator.config import options_from, simulation_config
-from simulator.engine.baselines import BASELINES
+from simulator.scenario.baselines import BASELINES
 
 app = typer.Typer()
 out = Console()

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from scheduler.config_errors import describe, parse_settings
 from scheduler.model.profiles import load_profile
 from scheduler.tuning.slo import NO_SLO, Slo
-from simulator.engine.baselines import BASELINES
-from simulator.engine.slowdown import parse_slowdown
-from simulator.engine.speculation import Speculation
+from simulator.scenario.baselines import BASELINES
+from simulator.scenario.slowdown import parse_slowdown
+from simulator.scenario.speculation import Speculation
 from simulator.workload.clients import Retries
 from simulator.workload.requests import WorkloadConfig
 
@@ -44,8 +44,8 @@ class SimulationConfig(_Strict):
     thresholds: fields of `Thresholds` that replace these. retries: what clients do that are rejected, see
     `simulator.workload.clients`; None: nothing. audit: so many further runs find out whether rejections were right, see
     `simulator.audit`. window: fractions of the arrival order between which requests are measured. slowdown: when the
-    first replica is slow, see `simulator.engine.slowdown.parse_slowdown`. iteration_noise: relative standard deviation
-    of iterations around what the law says (lognormal, of mean 1). until_decided: end the run once no measured request
+    first replica is slow, see `simulator.scenario.slowdown`. iteration_noise: relative standard deviation of iterations
+    around what the law says (lognormal, of mean 1). until_decided: end the run once no measured request
     that is under way can meet the targets; the others' latencies are then not known.
     """
 

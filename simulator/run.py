@@ -16,11 +16,11 @@ from scheduler.thresholds import EngineLimits, Thresholds, parse_thresholds, thr
 from scheduler.tuning.solve import mix_by_length, tune, tune_by_cap
 from simulator.audit import audit_rejections
 from simulator.config import SimulationConfig, SimulationError, simulation_config
-from simulator.engine.baselines import BASELINES
 from simulator.engine.fleet import Fleet, limits_of
 from simulator.engine.replica import Totals
 from simulator.output.metrics import good_requests, summarise
 from simulator.output.run_files import RunWriter, versions
+from simulator.scenario.baselines import BASELINES
 from simulator.workload.requests import Workload, open_workload
 
 _SAMPLED_REQUESTS = 2000

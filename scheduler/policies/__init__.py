@@ -1,4 +1,4 @@
-"""The scheduling policies, one file each, by the name thresholds give them."""
+"""The policies, one file each: which requests enter, pause or are rejected, decided from a snapshot; pure."""
 
 from __future__ import annotations
 

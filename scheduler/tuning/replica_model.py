@@ -311,7 +311,7 @@ def materially_different(proposed: Thresholds, active: Thresholds) -> bool:
 
 
 def _same_params(new: FluidParams, old: FluidParams) -> bool:
-    """True when a new pace would make hardly a difference; a field that `FLUID_TOLERANCES` leaves out may not change."""
+    """True when new parameters would change little; a field that `FLUID_TOLERANCES` leaves out may not change."""
     return all(
         FLUID_TOLERANCES.get(field.name, Tolerance()).covers(getattr(new, field.name), getattr(old, field.name))
         for field in fields(FluidParams) if field.name not in ("time_model", "survival")

@@ -15,13 +15,13 @@ from scheduler.model.profiles import load_profile
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS
 from scheduler.thresholds import EngineLimits, Thresholds, thresholds_as_dict
 from simulator.config import SimulationConfig, SimulationError
-from simulator.engine.baselines import BASELINES
 from simulator.engine.controller import VirtualController
 from simulator.engine.replica import VirtualReplica
-from simulator.engine.slowdown import parse_slowdown
-from simulator.engine.speculation import speculative_args
 from simulator.output.metrics import window_of
 from simulator.output.run_files import UNFINISHED, RequestRow, RunWriter
+from simulator.scenario.baselines import BASELINES
+from simulator.scenario.slowdown import parse_slowdown
+from simulator.scenario.speculation import speculative_args
 from simulator.workload.clients import SHORTEST_PAUSE_S, Attempt, Returns
 from simulator.workload.requests import SimRequest
 

@@ -17,9 +17,6 @@ from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.rejection import Rejection
 from scheduler.tuning.slo import Slo
 from scheduler.vllm_scheduler import HeadraceScheduler
-from simulator.engine.admission_baselines import AdmissionRule, Load
-from simulator.engine.slowdown import Slowdown
-from simulator.engine.speculation import Speculation
 from simulator.engine.vllm_harness import (
     block_hasher_of,
     drafted_requests,
@@ -28,6 +25,9 @@ from simulator.engine.vllm_harness import (
     make_request,
 )
 from simulator.output.run_files import COMPLETED, GAVE_UP, REJECTED, UNFINISHED, IterationRow, RequestRow
+from simulator.scenario.admission_baselines import AdmissionRule, Load
+from simulator.scenario.slowdown import Slowdown
+from simulator.scenario.speculation import Speculation
 from simulator.workload.clients import Attempt, Returns
 from simulator.workload.prompts import answer_token_id, prompt_token_ids
 from simulator.workload.requests import SimRequest

@@ -152,6 +152,7 @@ def test_nothing_but_failures_is_a_failure(headrace):
     assert (code, json.loads(out)["failed"]) == (1, 3)
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
     async def interrupt_at_the_third(call):
         if call.number < 3:

@@ -183,7 +183,9 @@ def test_shipped_engine_arguments_are_vllm_s(path: Path) -> None:
     from cluster.app import SCHEDULER, llm_config
     from cluster.config import _engine_argument_names, load_config
 
-    assert {"scheduler_cls", "additional_config", "async_scheduling", "model"} <= set(_engine_argument_names())
+    arguments = {field.name for field in dataclasses.fields(name_in("vllm.engine.arg_utils", "AsyncEngineArgs"))}
+    assert set(_engine_argument_names()) == arguments
+    assert {"scheduler_cls", "additional_config", "async_scheduling", "model"} <= arguments
     args = load_config(path).application.args
     config = llm_config(args)
     assert config.engine_kwargs["scheduler_cls"] == SCHEDULER
@@ -446,6 +448,9 @@ def test_a_callback_may_skip_the_download_before_a_node_starts() -> None:
     assert engine.index('run_callback("on_before_node_init")') < engine.index("if callback.ctx.run_init_node:")
     fields = {f.name for f in dataclasses.fields(name_in("ray.llm._internal.common.callbacks.base", "CallbackCtx"))}
     assert "run_init_node" in fields
+    callback = name_in("ray.llm._internal.common.callbacks.base", "CallbackBase")
+    assert issubclass(name_in("replicas.ray_patches", "NoDownload"), callback)
+    assert inspect.iscoroutinefunction(callback.on_before_node_init)
 
 
 # router/errors.py
