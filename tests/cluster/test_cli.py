@@ -19,7 +19,8 @@ from rich.console import Console
 from synthetic_engine import SyntheticEngine
 from typer.testing import CliRunner
 
-from cluster import cli, render
+from cluster import render
+from headrace import cli
 from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
 from scheduler.messages import Apply
 from scheduler.thresholds import SegmentThreshold, Thresholds
@@ -121,7 +122,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 @pytest.fixture
 def headrace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs the command as the shell does: exit code, stdout, stderr."""
-    monkeypatch.setattr(cli, "out", Console(width=300))
+    monkeypatch.setattr(cluster_cli, "out", Console(width=300))
 
     def run(*arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["headrace", *arguments])

@@ -14,7 +14,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cluster import cli, doctor
+from cluster import doctor
+from headrace import cli
 
 VERSIONS = {"ray": "2.60.0", "vllm": "0.29.0"}
 
