@@ -109,7 +109,8 @@ class AppConfig(_Strict):
     targets: what requests are to be kept within (seconds: ttft_s, tpot_s, latency_s), each optional; replicas: how many
     engines; engine: vLLM engine arguments by their own names; thresholds: what a replica runs with until the controller
     speaks; scheduler: the class of each engine's scheduler, as vLLM's --scheduler-cls takes it, which may be a subclass
-    of ours with a policy of your own (examples/own_policy.py); tenants: who shares the replicas, by API key; env: environment variables of the replicas.
+    of ours with a policy of your own (examples/own_policy.py); tenants: who shares the replicas, by API key; env:
+    environment variables of the replicas.
     """
 
     model: ModelConfig

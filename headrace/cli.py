@@ -35,10 +35,11 @@ def main() -> None:
     except CommandFailed as error:
         fail(error, 1)
     except ModuleNotFoundError as error:
-        if error.name not in EXTRA_WITH:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRA_WITH:
             raise
-        install = f"pip install 'headrace[{EXTRA_WITH[error.name]}]'"
-        fail(CommandFailed(f"this command needs {error.name}, which is not installed: {install}"), 1)
+        install = f"pip install 'headrace[{EXTRA_WITH[missing]}]'"
+        fail(CommandFailed(f"this command needs {missing}, which is not installed: {install}"), 1)
 
 
 def _print_version(wanted: bool) -> None:

@@ -281,7 +281,10 @@ NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}
     [
         ({"engine": {"data_parallel_size": 2, "data_parallel_size_local": 1}}, "give data_parallel_size alone"),
         ({"engine": {"kv_transfer_config": {"kv_role": "kv_both"}}}, "leave kv_transfer_config"),
-        ({"controller": {"enabled": False, "profile": PROFILE}, "targets": {"ttft_s": 3.0}}, "leave controller.enabled at true"),
+        (
+            {"controller": {"enabled": False, "profile": PROFILE}, "targets": {"ttft_s": 3.0}},
+            "leave controller.enabled at true",
+        ),
         (
             {"targets": {"tpot_s": 0.008}},
             "targets.tpot_s = 0.008 is below the 0.0112 s that a token takes one request alone",

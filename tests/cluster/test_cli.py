@@ -19,6 +19,7 @@ from rich.console import Console
 from synthetic_engine import SyntheticEngine
 from typer.testing import CliRunner
 
+from cluster import cli as cluster_cli
 from cluster import render
 from headrace import cli
 from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
@@ -395,7 +396,8 @@ def test_up_without_its_model_names_the_path(
     monkeypatch.setattr("signal.signal", lambda *_: None)
     path = tmp_path / "x.yaml"
     path.write_text(
-        "applications: [{args: {model: {id: m, source: ./nowhere}, accelerator: {kind: cpu}}}]\nray: {address: auto}\n"
+        "applications: [{args: {model: {id: m, source: ./nowhere}, accelerator: {kind: cpu}, "
+        "controller: {profile: cpu-smollm2}}}]\nray: {address: auto}\n"
     )
     code, _, err = headrace("up", str(path))
     assert code == 2

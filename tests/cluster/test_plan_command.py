@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -169,6 +171,34 @@ def test_a_trace_with_bad_rows_is_used_without_them_and_says_so(tmp_path: Path) 
     assert "line 3" in result.stderr
     assert "warnings" not in json.loads(result.stdout)
     assert json.loads(result.stdout)["load"] == pytest.approx(4.24e-7 * 50 * W)
+
+
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2026-01-01 00:00:00,58,147\n"
+BURSTGPT = "Timestamp,Request tokens,Response tokens\n0,58,147\n"
+MOONCAKE = json.dumps({"timestamp": 0, "input_length": 58, "output_length": 147, "hash_ids": [0]})
+SHAREGPT = json.dumps(
+    [{"conversations": [{"from": "human", "value": "x" * 4 * 58}, {"from": "gpt", "value": "y" * 4 * 147}]}]
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("azure.csv", AZURE), ("burst.csv", BURSTGPT), ("mooncake.jsonl", MOONCAKE), ("sharegpt.json", SHAREGPT)],
+    ids=("azure", "burstgpt", "mooncake", "sharegpt"),
+)
+def test_a_trace_may_have_any_format_that_simulate_reads(tmp_path: Path, name: str, content: str) -> None:
+    trace = tmp_path / name
+    trace.write_text(content)
+    plan = planned("--trace", str(trace), "--rate", "50", *TIME_MODEL)
+    same = planned(*WORKLOAD, *TIME_MODEL)
+    assert plan["load"] == pytest.approx(same["load"])
+    assert plan["types"] == [same["types"][0] | {"name": "all"}]
+
+
+def test_a_parquet_trace_is_read_too(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.parquet"
+    pq.write_table(pa.table({"num_prefill_tokens": [58], "num_decode_tokens": [147]}), trace)
+    assert planned("--trace", str(trace), "--rate", "50", *TIME_MODEL)["load"] == pytest.approx(4.24e-7 * 50 * W)
 
 
 def test_a_clean_trace_says_nothing(tmp_path: Path) -> None:
