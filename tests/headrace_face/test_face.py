@@ -54,13 +54,20 @@ def test_vllm_finds_the_scheduler_by_its_public_name() -> None:
     assert found is headrace.HeadraceScheduler
 
 
-def test_ray_serve_finds_the_application_by_its_import_path() -> None:
-    from ray._common.utils import import_attr
+SERVING = """
+import sys
+sys.modules["matplotlib"] = None
+from ray._common.utils import import_attr
+build = import_attr("headrace:build")
+assert build is import_attr("cluster.app:build")
+print("LOADED", *sorted({"simulator", "loadgen"} & set(sys.modules)))
+"""
 
-    import cluster.app
 
-    assert import_attr("headrace:build") is cluster.app.build
-    assert import_attr("cluster.app:build") is cluster.app.build
+def test_ray_serve_finds_the_application_and_serves_without_what_only_measures() -> None:
+    run = python(SERVING)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "LOADED"
 
 
 STATE = """
