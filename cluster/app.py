@@ -1,6 +1,6 @@
 """The Serve application: ingress, router and replicas put together from an `AppConfig`.
 
-    serve run cluster.app:build …        serve deploy configs/local.yaml        headrace up
+    serve run headrace:build …            serve deploy configs/local.yaml        headrace up
 
 Follows `ray.serve.llm.build_openai_app`, with Headrace's ingress, its endpoints and its request router in the places
 that Ray leaves open for them.
@@ -31,7 +31,6 @@ from scheduler.settings import SETTINGS_KEY
 from scheduler.support import EngineSetup, ranks_in
 from scheduler.thresholds import thresholds_as_dict
 
-SCHEDULER = "scheduler.vllm_scheduler.HeadraceScheduler"
 _ROUTING_STATS_PERIOD_S = 1.0
 _HEALTH_CHECK_TIMEOUT_S = 60.0  # a busy replica must not be taken for a dead one
 
@@ -79,7 +78,7 @@ def llm_config(args: AppConfig) -> LLMConfig:
         server_cls=HeadraceServer,
         engine_kwargs={
             **args.engine,
-            "scheduler_cls": SCHEDULER,
+            "scheduler_cls": args.scheduler,
             # Not every speculator can be scheduled ahead; vLLM knows which, and refuses to be told.
             **({} if setup.speculative_decoding else {"async_scheduling": True}),
             "additional_config": {SETTINGS_KEY: settings},

@@ -7,14 +7,16 @@ from typing import Any
 
 import httpx
 
+from scheduler.config_errors import CommandFailed
+
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
-class AdminUnavailable(RuntimeError):
+class AdminUnavailable(CommandFailed):
     """Nothing answers at the URL; the message says how to start it."""
 
 
-class AdminRejected(RuntimeError):
+class AdminRejected(CommandFailed):
     """The server refused, and says why."""
 
 

@@ -10,18 +10,20 @@ validity are what serving live users adds to them.
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError
 
+from scheduler.config_errors import did_you_mean
 from scheduler.fluid_params import FluidParams
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.rotation import stage_lengths
 
 POLICY_NAMES = ("fcfs", "wait", "nested_wait", "wait_cp", "fluid")
+DEFAULT_POLICY = "fluid"
+"""The policy where none is named; without fluid parameters it admits while a slot is free."""
 MODES = ("serving", "strict")
 LONGEST_HOLD_S = 60.0
 """No setting may hold a request longer than this: beyond a minute a hold is an outage."""
@@ -139,7 +141,7 @@ class Thresholds:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     version: Count = 0
-    policy: PolicyName = "fcfs"
+    policy: PolicyName = DEFAULT_POLICY
     mode: str = "serving"
     types: tuple[TypeThreshold, ...] = ()
     segments: tuple[SegmentThreshold, ...] = ()
@@ -321,6 +323,5 @@ def _as_invalid(error: ValidationError) -> InvalidThresholds:
 
 def _known_fields(holder: type, unknown: object) -> str:
     known = [known_field.name for known_field in fields(holder)]
-    close = difflib.get_close_matches(str(unknown), known, n=1)
-    hint = _HINTS.get((holder, unknown)) or (f"; did you mean {close[0]}?" if close else "")
+    hint = _HINTS.get((holder, unknown)) or did_you_mean(str(unknown), known)
     return f"no such field; the fields are {', '.join(known)}{hint}"

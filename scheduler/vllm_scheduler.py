@@ -1,6 +1,6 @@
 """`HeadraceScheduler`: vLLM's own V1 scheduler with a policy at its gate. Usable alone, without Ray.
 
-    vllm serve MODEL --scheduler-cls scheduler.vllm_scheduler.HeadraceScheduler \\
+    vllm serve MODEL --scheduler-cls headrace.HeadraceScheduler \\
         --additional-config '{"headrace": {"thresholds": {"policy": "wait", "types": [{"name": "all", "n": 8}]}}}'
 
 Preemption, prefix cache, chunked prefill, LoRA, structured output, priorities and aborts stay vLLM's. This class
@@ -47,7 +47,7 @@ from scheduler.engine.running_requests import (
 )
 from scheduler.messages import Gauges, Report, RunningLengths, Stats, Telemetry
 from scheduler.model.profiles import load_profile
-from scheduler.policies import UNKNOWN_TYPE, RunningRequest, Snapshot, Waiting
+from scheduler.policies import UNKNOWN_TYPE, Policy, RunningRequest, Snapshot, Waiting, make_policy
 from scheduler.rejection import Rejection
 from scheduler.settings import SchedulerSettings
 from scheduler.support import EngineSetup, require_supported
@@ -93,7 +93,7 @@ class HeadraceScheduler(AsyncScheduler):
         limits = self._limits()
         self.active = ActiveThresholds(
             _first_thresholds(settings, limits), limits, lambda: self.clock(), allow_strict=settings.allow_strict,
-            setup=setup,
+            setup=setup, policy_of=self.make_policy,
         )
         self._engine_id = engine_id()
         self._obeyed: Active = self.active.current()
@@ -123,6 +123,13 @@ class HeadraceScheduler(AsyncScheduler):
             endpoint = rank_endpoint(settings.channel, vllm_config.parallel_config.data_parallel_index)
             self._channel = ChannelServer(endpoint, self.active.offer, self.telemetry, self.stats)
             logger.info("Headrace: control channel open, policy %s", settings.thresholds.policy)
+
+    def make_policy(self, thresholds: Thresholds) -> Policy:
+        """The policy that these thresholds name; override it to schedule by one of your own (examples/own_policy.py).
+
+        Called for the configured thresholds while the scheduler is built, and for each change of what they say.
+        """
+        return make_policy(thresholds)
 
     # One iteration.
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import fields
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from scheduler.config_errors import describe, parse_settings
+from scheduler.config_errors import UsageError, describe, did_you_mean, parse_settings
 from scheduler.model.profiles import load_profile
 from scheduler.tuning.slo import NO_SLO, Slo
 from simulator.scenario.baselines import BASELINES
@@ -21,7 +20,7 @@ _SOLVED_POLICIES = ("wait", "nested_wait", "wait_cp", "fluid")
 _SOLVED_FIELDS = frozenset(("types", "segments", "max_running", "fluid"))
 
 
-class SimulationError(ValueError):
+class SimulationError(UsageError):
     """A simulation that cannot be run as asked; the message names the option, the value and what is allowed."""
 
 
@@ -206,6 +205,5 @@ def _place_of(name: str) -> tuple[str, str]:
         *(field for field in SimulationConfig.model_fields if field not in _PARTS), *WorkloadConfig.model_fields,
         *(f"slo_{field}" for field in _SLO_FIELDS), *_THRESHOLD_FIELDS,
     ]
-    close = difflib.get_close_matches(plain, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"
-    raise SimulationError(f"no option {name!r}; {hint}")
+    hint = did_you_mean(plain, known) or f"; the options are {', '.join(known)}"
+    raise SimulationError(f"no option {name!r}{hint}")

@@ -19,7 +19,9 @@ from rich.console import Console
 from synthetic_engine import SyntheticEngine
 from typer.testing import CliRunner
 
-from cluster import cli, render
+from cluster import cli as cluster_cli
+from cluster import render
+from headrace import cli
 from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
 from scheduler.messages import Apply
 from scheduler.thresholds import SegmentThreshold, Thresholds
@@ -123,7 +125,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 @pytest.fixture
 def headrace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs the command as the shell does: exit code, stdout, stderr."""
-    monkeypatch.setattr(cli, "out", Console(width=300))
+    monkeypatch.setattr(cluster_cli, "out", Console(width=300))
 
     def run(*arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["headrace", *arguments])
@@ -406,7 +408,8 @@ def test_up_without_its_model_names_the_path(
     monkeypatch.setattr("signal.signal", lambda *_: None)
     path = tmp_path / "x.yaml"
     path.write_text(
-        "applications: [{args: {model: {id: m, source: ./nowhere}, accelerator: {kind: cpu}}}]\nray: {address: auto}\n"
+        "applications: [{args: {model: {id: m, source: ./nowhere}, accelerator: {kind: cpu}, "
+        "controller: {profile: cpu-smollm2}}}]\nray: {address: auto}\n"
     )
     code, _, err = headrace("up", str(path))
     assert code == 2

@@ -180,8 +180,8 @@ def test_engine_arguments_can_be_changed_before_the_engine_starts() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_engine_arguments_are_vllm_s(path: Path) -> None:
-    from cluster.app import SCHEDULER, llm_config
-    from cluster.config import _engine_argument_names, load_config
+    from cluster.app import llm_config
+    from cluster.config import SCHEDULER, _engine_argument_names, load_config
 
     arguments = {field.name for field in dataclasses.fields(name_in("vllm.engine.arg_utils", "AsyncEngineArgs"))}
     assert set(_engine_argument_names()) == arguments
@@ -198,14 +198,17 @@ def test_vllm_decides_which_speculators_are_scheduled_ahead() -> None:
     from cluster.app import llm_config
     from cluster.config import AppConfig
 
-    args: dict[str, Any] = {"model": {"id": "m", "source": "org/m"}, "accelerator": {"kind": "cpu"}}
+    args: dict[str, Any] = {
+        "model": {"id": "m", "source": "org/m"}, "accelerator": {"kind": "cpu"},
+        "controller": {"profile": "cpu-smollm2"},
+    }
     speculating = {"engine": {"speculative_config": {"method": "ngram"}}, "thresholds": {"policy": "fcfs"}}
     assert llm_config(AppConfig.model_validate(args)).engine_kwargs["async_scheduling"] is True
     assert "async_scheduling" not in llm_config(AppConfig.model_validate(args | speculating)).engine_kwargs
 
 
 def test_the_scheduler_is_where_the_engine_looks_for_it() -> None:
-    from cluster.app import SCHEDULER
+    from cluster.config import SCHEDULER
 
     module, _, name = SCHEDULER.rpartition(".")
     assert inspect.isclass(name_in(module, name))

@@ -6,7 +6,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from cluster import cli
+from headrace import cli
 from simulator import cli as simulator_cli
 from simulator.output.run_files import read_run
 

@@ -89,7 +89,7 @@ def test_types_are_named_anew_for_everybody_when_the_policy_changes():
 def test_an_operator_s_token_budget_bounds_that_of_the_policy_and_does_not_replace_it(monkeypatch, pinned, most):
     decide = Fcfs.decide
     monkeypatch.setattr(Fcfs, "decide", lambda self, snapshot: replace(decide(self, snapshot), token_budget=150))
-    engine = Engine(thresholds={"token_budget": pinned})
+    engine = Engine(thresholds={"policy": "fcfs", "token_budget": pinned})
     add_many(engine, 8, prompt=480, output=20)
     assert {sum(batch.values()) for batch in engine.steps(20)} == {most}
 

@@ -23,7 +23,7 @@ from scheduler.tuning.solve import cold_thresholds
 
 TIME_MODEL = load_profile("a100-llama2-7b").time_model
 TARGETS = Slo(ttft_s=3.0, tpot_s=0.08)
-CONFIG = TuningConfig(targets=TARGETS)
+CONFIG = TuningConfig(profile="a100-llama2-7b", targets=TARGETS)
 PERIOD_S, ITERATION_S = 5.0, 0.05
 
 

@@ -288,7 +288,7 @@ def test_outputs_longer_than_a_hundred_thousand_tokens_do_not_stop_tuning() -> N
 
 
 def test_fcfs_gets_a_cap_and_no_gates() -> None:
-    thresholds = proposal_for(SyntheticEngine(), Thresholds(), [(58, 147)], every_s=0.125).thresholds
+    thresholds = proposal_for(SyntheticEngine(), Thresholds(policy="fcfs"), [(58, 147)], every_s=0.125).thresholds
     assert (thresholds.policy, thresholds.types, thresholds.segments) == ("fcfs", (), ())
     assert thresholds.max_running == min(LIMITS.max_num_seqs, running_cap(
         WorkloadMix.from_lengths(Lengths.point(58, 147), 8.0), LIMITS.kv_capacity_tokens
