@@ -140,7 +140,7 @@ def measure_gaps(powers: int, boundary_powers: int, rows: int) -> list[dict[str,
         delays: dict[str, list[NDArray[np.float64]]] = {"latency": [], "ttft": [], "wait": []}
         for scale in scales:
             mix = case.mix.scaled(scale)
-            time_model = IterationTimeModel(case.time_model.d0_s / scale, case.time_model.d1_s_per_kv_token / scale)
+            time_model = case.time_model.faster(scale)
             model = PaperModel(mix, time_model)
             run = PaperRun(model, case.policy, seed=scale, rows=rows, capacity_tokens=case.capacity_tokens)
             run.run(BASE_HORIZON_S)
@@ -214,8 +214,8 @@ def compare_memory() -> dict[str, Any]:
     rates = np.linspace(20, 84, 129)
     crossing = solve_fluid(WorkloadMix.from_lengths(lengths, 1.0), time_model, capacity).critical_rate_scale
     return {
-        "d0_ms": time_model.d0_s * 1000, "d1_us": time_model.d1_s_per_kv_token * 1e6, "mean_w": lengths.kv_token_iterations,
-        "capacity_tokens": capacity,
+        "d0_ms": time_model.d0_s * 1000, "d1_us": time_model.d1_s_per_kv_token * 1e6,
+        "mean_w": lengths.kv_token_iterations, "capacity_tokens": capacity,
         "rows": [
             {"rate_rps": rate, "published": published, "computed": memory_tokens(rate)}
             for rate, published in PUBLISHED_MEMORY.items()

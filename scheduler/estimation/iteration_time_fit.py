@@ -167,5 +167,3 @@ def _is_clearly_better(
     error, reference = (_squared_error(time_model, tokens, measured_s) for time_model in (with_floor, without))
     records = measured_s.size
     return bool(error < reference * min(1 - _FLOOR_MIN_GAIN, records ** (-4 / records)))
-
-

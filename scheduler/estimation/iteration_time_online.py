@@ -155,7 +155,7 @@ class OnlineIterationTimeModel:
         return None if means is None else math.sqrt(max(means[1] - means[0] ** 2, 0.0))
 
     @property
-    def fluctuation(self) -> IterationTimeError:
+    def error(self) -> IterationTimeError:
         """How recent iterations strayed from their predictions; before 32 records, as a published law's did."""
         means = self._means()
         if means is None:

@@ -147,7 +147,8 @@ class _Admission:
         busy_s = max(decode_s, params.steady_s, self._recent_s)
         gain_s = (limit_s - busy_s) * params.pipeline_depth / params.tokens_per_step
         may_lend = gain_s > 0 and room < most and not (self.is_full and view)
-        wanted_s = params.prefill_s(_wanted_tokens(snapshot, view, most) - max(room, 0.0)) if may_lend else 0.0
+        wanted_tokens = _wanted_tokens(snapshot, view, most) - max(room, 0.0) if may_lend else 0.0
+        wanted_s = params.time_model.prefill_s(wanted_tokens)
         if wanted_s <= 0:
             self._slack.nothing_lent()
         else:
@@ -169,8 +170,8 @@ class _Admission:
         """Tokens of the coming iteration; prompts that are found cached are read though not computed."""
         if math.isinf(room):
             return None
-        prompt_s = self.fluid.prefill_s(1.0)
-        read = cached_tokens * self.fluid.time_model.d1_s_per_kv_token / prompt_s if prompt_s else 0.0
+        prompt_s = self.fluid.time_model.prefill_s(1.0)
+        read = self.fluid.time_model.added_s(kv_tokens=float(cached_tokens)) / prompt_s if prompt_s else 0.0
         return snapshot.tokens_to_decode + int(max(self._smallest_chunk, room - read) + 1e-6)
 
     def _steps(self, snapshot: Snapshot) -> float:
@@ -238,7 +239,7 @@ def _wanted_tokens(snapshot: Snapshot, view: QueueView | None, most: float) -> f
 
 def _smallest_chunk(params: FluidParams) -> int:
     """A chunk that is small for a GPU would take a CPU as long as all decodes of an iteration."""
-    prompt_s = params.prefill_s(1.0)
+    prompt_s = params.time_model.prefill_s(1.0)
     if params.iteration_s is None or not prompt_s:
         return _SMALLEST_CHUNK
     return max(1, min(_SMALLEST_CHUNK, int(_SMALLEST_CHUNK_SHARE * params.iteration_s / prompt_s)))

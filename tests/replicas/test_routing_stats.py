@@ -14,6 +14,7 @@ from router.ranking import best_first
 from scheduler.fluid_params import FluidParams
 from scheduler.messages import Counters, Gauges, Telemetry
 from scheduler.model.iteration_time import IterationTimeModel
+from scheduler.survival import Survival
 from scheduler.thresholds import EngineLimits, Thresholds
 
 LIMITS = EngineLimits(
@@ -43,7 +44,7 @@ def test_under_a_pace_seats_are_what_it_has_in_service_at_capacity(fields: dict[
     """Little's law: half the capacity, half the seats, so that a slow replica counts as full sooner."""
     params = FluidParams(
         time_model=IterationTimeModel(0.01, 1e-6),
-        survival=((0, 1.0), (98, 1.0), (99, 0.0)),
+        survival=Survival(((0, 1.0), (98, 1.0), (99, 0.0))),
         kv_limit_tokens=1000,
         **fields,
     )

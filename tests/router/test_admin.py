@@ -13,6 +13,7 @@ from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, t
 from scheduler.fluid_params import FluidParams
 from scheduler.messages import Counters, Gauges, Telemetry
 from scheduler.model.iteration_time import IterationTimeModel
+from scheduler.survival import Survival
 from scheduler.thresholds import EngineLimits, Thresholds, TypeThreshold
 
 LIMITS = EngineLimits(
@@ -67,7 +68,8 @@ def test_a_replica_is_ready_with_one_of_its_ranks() -> None:
 
 def test_setting_without_a_policy_changes_the_named_fields_alone() -> None:
     params = FluidParams(
-        time_model=IterationTimeModel(0.01, 1e-6), survival=((0, 1.0), (99, 0.0)), kv_limit_tokens=1000, ttft_s=3.0
+        time_model=IterationTimeModel(0.01, 1e-6), survival=Survival(((0, 1.0), (99, 0.0))),
+        kv_limit_tokens=1000, ttft_s=3.0,
     )
     fluid = Thresholds(version=3, policy="fluid", fluid=params, valid_for_s=120.0, reason="solved", token_budget=256)
     telemetry = {"a": report(fluid), "b": report()}

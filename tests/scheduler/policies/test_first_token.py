@@ -10,7 +10,7 @@ from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.workload import Lengths
 from scheduler.policies.base import QueueView, Snapshot, Waiting
 from scheduler.policies.first_token import FirstToken
-from scheduler.tuning.fluid_plan import survival_of
+from scheduler.survival import Survival
 
 TTFT_S = 2.0
 ITERATION_S = 0.05
@@ -18,7 +18,7 @@ FLOW_TOKENS = 500
 """Prompt tokens of an iteration, which takes `ITERATION_S`: 10 000 a second."""
 PARAMS = FluidParams(
     time_model=IterationTimeModel(0.01, 0.0, 8e-5, 1e-4),
-    survival=survival_of(Lengths.point(500, 100)),
+    survival=Survival.of(Lengths.point(500, 100)),
     kv_limit_tokens=100_000,
     iteration_s=ITERATION_S,
     ttft_s=TTFT_S,

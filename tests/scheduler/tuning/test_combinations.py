@@ -14,7 +14,7 @@ from scheduler.policies import QueueView, Snapshot, Waiting, make_policy
 from scheduler.thresholds import UNKNOWN_TYPE, EngineLimits, Thresholds, parse_thresholds, thresholds_as_dict
 from scheduler.tuning.fluid_plan import FluidPlan
 from scheduler.tuning.slo import Slo
-from scheduler.tuning.solve import tune
+from scheduler.tuning.solve import tune_fluid
 
 TIME_MODEL = IterationTimeModel(0.0034, 4.5e-7, 6.47e-5, 6.47e-5, 0.0112)
 LENGTHS = Lengths.from_pairs([(40, 30), (300, 100), (900, 200), (2500, 700)])
@@ -31,24 +31,17 @@ OVERLOAD_RPS = 100.0
 
 @cache
 def solved(names: tuple[str, ...], tight: bool, slots: int, budget: int, block: int, rate_rps: float) -> FluidPlan:
-    plan = tuned(names, tight, slots, budget, block, rate_rps)[1]
-    assert plan is not None
-    return plan
+    return tuned(names, tight, slots, budget, block, rate_rps)[1]
 
 
 def tuned(
     names: tuple[str, ...], tight: bool, slots: int, budget: int, block: int, rate_rps: float
-) -> tuple[Thresholds, FluidPlan | None]:
+) -> tuple[Thresholds, FluidPlan]:
     targets = Slo(**{name: (TIGHT if tight else LOOSE)[name] for name in names})
-    result = tune(
-        Thresholds(policy="fluid"),
-        WorkloadMix.from_lengths(LENGTHS, rate_rps),
-        TIME_MODEL,
-        limits(slots, budget, block),
-        overflow_probability=0.01,
-        targets=targets,
+    return tune_fluid(
+        Thresholds(policy="fluid"), WorkloadMix.from_lengths(LENGTHS, rate_rps), TIME_MODEL,
+        limits(slots, budget, block), targets, miss_probability=0.01,
     )
-    return result.thresholds, result.plan
 
 
 def limits(slots: int, budget: int, block: int) -> EngineLimits:
