@@ -11,13 +11,12 @@ of a bucket-by-horizon table, whatever the longest answer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scheduler.fluid_params import FluidParams
-from scheduler.policies.base import RunningBatch, RunningRequest, Waiting, kv_tokens_of, stages_of
+from scheduler.policies.base import NO_REQUESTS, RunningBatch, Waiting
 from scheduler.survival import Survival
 
 _HORIZON_RATIO, _STAGE_RATIO = 1.15, 1.05
@@ -35,20 +34,16 @@ class Columns:
 
     __slots__ = ("expected", "kv", "most", "shared", "stages")
 
-    def __init__(self, requests: Sequence[RunningRequest]) -> None:
-        self.stages = np.array(stages_of(requests), dtype=np.int64)
-        self.kv: Floats = np.array(kv_tokens_of(requests), dtype=np.float64)
-        if isinstance(requests, RunningBatch):
-            self.shared: Floats = np.array(requests.shared_kv_tokens(), dtype=np.float64)
-            self.expected: Floats = np.array(requests.expected_output_tokens(), dtype=np.float64)
-            self.most: Floats = np.array(requests.most_output_tokens(), dtype=np.float64)
-        else:
-            self.shared = np.zeros(len(self.stages))
-            self.expected = self.most = np.full(len(self.stages), math.inf)
+    def __init__(self, requests: RunningBatch = NO_REQUESTS) -> None:
+        self.stages = np.array(requests.stages(), dtype=np.int64)
+        self.kv: Floats = np.array(requests.kv_tokens(), dtype=np.float64)
+        self.shared: Floats = np.array(requests.shared_kv_tokens(), dtype=np.float64)
+        self.expected: Floats = np.array(requests.expected_output_tokens(), dtype=np.float64)
+        self.most: Floats = np.array(requests.most_output_tokens(), dtype=np.float64)
 
     def joined(self, other: Columns) -> Columns:
         """These and others."""
-        both = Columns([])
+        both = Columns()
         for name in self.__slots__:
             setattr(both, name, np.concatenate([getattr(self, name), getattr(other, name)]))
         return both
@@ -78,7 +73,7 @@ class BatchProjection:
         model = params.time_model
         self._read_s = model.added_s(kv_tokens=1.0) / params.pipeline_depth
         self._step_s = model.added_s(decode_tokens=params.computed_per_step) / params.pipeline_depth
-        self.reset(Columns([]), 0.0)
+        self.reset(Columns(), 0.0)
 
     def reset(self, requests: Columns, shared_tokens: float) -> None:
         """Start from the admitted requests; shared_tokens: memory in blocks that count for no single one of them."""

@@ -19,7 +19,7 @@ from itertools import islice
 import numpy as np
 
 from scheduler.fluid_params import FluidParams
-from scheduler.policies.base import Decision, Policy, QueueView, RunningBatch, Snapshot, stages_of
+from scheduler.policies.base import Decision, Policy, QueueView, Snapshot
 from scheduler.policies.batch_projection import BatchProjection, Columns
 from scheduler.policies.first_token import FirstToken
 from scheduler.policies.tpot_slack import TpotSlack
@@ -156,8 +156,8 @@ class _Admission:
             prompts = ahead + (snapshot.prompt_backlog_tokens > 0)
             # A longer batch delays those behind it in each of a pipeline's stages.
             spare_s = self._slack.spare_s(
-                np.array(stages_of(snapshot.running)),
-                _first_token_s(snapshot),
+                np.array(snapshot.running.stages()),
+                np.array(snapshot.running.first_token_s()),
                 snapshot.now_s,
                 wanted_s * params.pipeline_depth,
                 gain_s=gain_s,
@@ -243,8 +243,3 @@ def _smallest_chunk(params: FluidParams) -> int:
     if params.iteration_s is None or not prompt_s:
         return _SMALLEST_CHUNK
     return max(1, min(_SMALLEST_CHUNK, int(_SMALLEST_CHUNK_SHARE * params.iteration_s / prompt_s)))
-
-
-def _first_token_s(snapshot: Snapshot) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    running = snapshot.running
-    return np.array(running.first_token_s() if isinstance(running, RunningBatch) else [math.nan] * len(running))

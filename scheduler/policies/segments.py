@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from scheduler.model.rotation import stage_lengths, stage_limit
-from scheduler.policies.base import RunningRequest, Snapshot, stages_of
+from scheduler.policies.base import RunningRequest, Snapshot
 from scheduler.policies.holds import Holds
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
@@ -74,7 +74,7 @@ class Segments:
         # A step may cross a boundary by all of its tokens but one, and so may the one that was under way meanwhile.
         self._stand_within(2 * (snapshot.most_step_tokens - 1))
         queues: dict[int, list[RunningRequest]] = {index: [] for index in self._queue_at.values()}
-        for place, stage in enumerate(stages_of(snapshot.running)):
+        for place, stage in enumerate(snapshot.running.stages()):
             if stage in self._queue_at and (request := snapshot.running[place]).type_name == UNKNOWN_TYPE:
                 queues[self._queue_at[stage]].append(request)
         self._holds.forget_all_but({one.request_id for running in queues.values() for one in running})

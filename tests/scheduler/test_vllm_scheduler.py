@@ -15,9 +15,10 @@ from vllm.v1.request import RequestStatus
 
 from scheduler.engine.channel import ChannelClient, new_endpoint, remove_endpoint
 from scheduler.engine.fair_queue import _Account
-from scheduler.engine.running_requests import _RequestAsRunning, batch_work, in_admission_order
+from scheduler.engine.running_requests import EngineBatch, batch_work, in_admission_order
 from scheduler.messages import Arrival, Finished
 from scheduler.model.iteration_time import IterationTimeModel
+from scheduler.policies import RunningRequest
 from scheduler.policies.fcfs import Fcfs
 from scheduler.rejection import Rejection
 from scheduler.settings import TENANT, TENANT_WEIGHT, SchedulerSettings
@@ -239,9 +240,12 @@ def test_stage_counts_tokens_in_flight_and_is_zero_while_a_prompt_is_computed(
     is_prefill_chunk, outputs, in_flight, stage
 ):
     request = SimpleNamespace(
-        is_prefill_chunk=is_prefill_chunk, num_output_tokens=outputs, num_output_placeholders=in_flight
+        request_id="a", is_prefill_chunk=is_prefill_chunk, num_tokens=100 + outputs, num_output_tokens=outputs,
+        num_output_placeholders=in_flight,
     )
-    assert _RequestAsRunning(request, "any", 1).stage == stage
+    batch = EngineBatch([request], SimpleNamespace(type_of=lambda name: "any"), {})
+    assert batch.stages() == [stage] == [one.stage for one in batch]
+    assert list(batch) == [RunningRequest("a", "any", stage, in_flight, batch.kv_tokens()[0])]
 
 
 # The same as vLLM's own scheduler when nothing is asked of us.

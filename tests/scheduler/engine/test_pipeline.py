@@ -12,7 +12,7 @@ from scheduler.fluid_params import FluidParams
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.steps import Steps
 from scheduler.model.workload import Lengths, WorkloadMix
-from scheduler.policies import UNKNOWN_TYPE, QueueView, Snapshot, Waiting, make_policy
+from scheduler.policies import UNKNOWN_TYPE, QueueView, RunningBatch, RunningRequest, Snapshot, Waiting, make_policy
 from scheduler.policies.tpot_slack import TpotSlack
 from scheduler.survival import Survival
 from scheduler.thresholds import Thresholds
@@ -88,16 +88,12 @@ def test_vllm_keeps_a_batch_for_each_stage():
 # The decisions.
 
 
-class RunningRequest:
-    def __init__(self, stage):
-        self.request_id, self.stage, self.kv_tokens, self.type_name = "r", stage, 500 + stage, UNKNOWN_TYPE
-
-
 def decide(*, advancing, full=False, fluid=PARAMS):
     heads = [Waiting(64, 0.0, "w")]
     view = QueueView(1, 0.0, lambda: iter(heads), lambda: iter(heads))
     snapshot = Snapshot(
-        now_s=0.0, waiting={UNKNOWN_TYPE: view}, released=0, running=[RunningRequest(50)] * 100, kv_used_tokens=55_000,
+        now_s=0.0, waiting={UNKNOWN_TYPE: view}, released=0,
+        running=RunningBatch([RunningRequest("r", stage=50, kv_tokens=550)] * 100), kv_used_tokens=55_000,
         kv_capacity_tokens=100_000, most_tokens=2048, decode_tokens=advancing, kv_read_tokens=550 * advancing,
         next_is_emptier=full,
     )

@@ -164,3 +164,20 @@ def test_nobody_counts_as_late_where_no_progress_is_known():
     watch.observe(report, 0)
     assert watch.finished_count == 300
     assert math.isinf(watch.answers_since_s)
+
+
+def test_answers_are_those_that_an_observer_of_a_while_would_have_seen():
+    """The example of `TrafficMonitor.answers_between`, from 100 s until 120 s with one token a second."""
+    engine, monitor = SyntheticEngine(), TrafficMonitor(window_s=60.0, least_answers=20)
+    ends = {90: (1, 50), 110: (2, 30), 125: (3, 30), 130: (4, 8)}
+    for second in range(1, 131):
+        engine.now_s = float(second)
+        engine.iterate(0, 1, 100, 1.0)
+        if second in ends:
+            engine.finish(*ends[second])
+    monitor.observe(replace(engine.report(), running=(RunningLengths(5, 12),)), cursor=0)
+    seen = monitor.answers_between(100.0, 120.0)
+    columns = (seen.prompt_tokens, seen.entry, seen.output_tokens, seen.ended)
+    assert list(zip(*(column.tolist() for column in columns), strict=True)) == [
+        (2, 20.0, 30, True), (3, 5.0, 25, False), (5, 0.0, 2, False),
+    ]

@@ -33,7 +33,7 @@ def params_of(lengths: Lengths, *, memory: int, iteration_s: float | None = None
 
 
 def columns(stages, kv, *, shared=0.0, expected=math.inf, most=math.inf) -> Columns:
-    made = Columns([])
+    made = Columns()
     made.stages, made.kv = np.asarray(stages, dtype=np.int64), np.asarray(kv, dtype=np.float64)
     made.shared, made.expected, made.most = (np.full(len(made.stages), value) for value in (shared, expected, most))
     return made

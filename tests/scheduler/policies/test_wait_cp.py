@@ -9,7 +9,7 @@ from engine_harness import Engine
 
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.workload import Lengths, RequestType, WorkloadMix
-from scheduler.policies import UNKNOWN_TYPE, QueueView, Snapshot, make_policy
+from scheduler.policies import UNKNOWN_TYPE, QueueView, RunningBatch, Snapshot, make_policy
 from scheduler.policies.wait_cp import token_gate
 from scheduler.thresholds import EngineLimits, InvalidThresholds, SegmentThreshold, Thresholds, parse_thresholds
 from scheduler.tuning.solve import tune_by_cap, tune_counts
@@ -38,7 +38,7 @@ def thresholds(*ends_and_totals, **fields):
 def snapshot(running, waiting=0, *, now_s=0.0, since_s=0.0):
     views = {UNKNOWN_TYPE: QueueView(waiting, since_s)} if waiting else {}
     return Snapshot(
-        now_s=now_s, waiting=views, released=0, running=running, kv_used_tokens=0, kv_capacity_tokens=4096
+        now_s=now_s, waiting=views, released=0, running=RunningBatch(running), kv_used_tokens=0, kv_capacity_tokens=4096
     )
 
 

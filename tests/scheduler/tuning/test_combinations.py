@@ -10,7 +10,7 @@ import pytest
 
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.workload import Lengths, WorkloadMix
-from scheduler.policies import QueueView, Snapshot, Waiting, make_policy
+from scheduler.policies import NO_REQUESTS, QueueView, Snapshot, Waiting, make_policy
 from scheduler.thresholds import UNKNOWN_TYPE, EngineLimits, Thresholds, parse_thresholds, thresholds_as_dict
 from scheduler.tuning.fluid_plan import FluidPlan
 from scheduler.tuning.slo import Slo
@@ -78,8 +78,8 @@ def admits_one_alone(thresholds: Thresholds, slots: int, budget: int) -> bool:
     waiting = [Waiting(longest, 0.0, "alone")]
     view = QueueView(1, 0.0, lambda: iter(waiting), lambda: iter(waiting), lambda: iter(waiting), longest)
     decision = make_policy(thresholds).decide(Snapshot(
-        now_s=0.0, waiting={UNKNOWN_TYPE: view}, released=0, running=(), kv_used_tokens=0, kv_capacity_tokens=KV_TOKENS,
-        kv_read_tokens=0, slots=slots, most_tokens=budget,
+        now_s=0.0, waiting={UNKNOWN_TYPE: view}, released=0, running=NO_REQUESTS, kv_used_tokens=0,
+        kv_capacity_tokens=KV_TOKENS, kv_read_tokens=0, slots=slots, most_tokens=budget,
     ))
     budgeted = decision.token_budget is None or decision.token_budget >= 1
     return decision.admit == {UNKNOWN_TYPE: 1} and not decision.reject and not decision.reject_last and budgeted

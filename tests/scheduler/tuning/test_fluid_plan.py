@@ -13,7 +13,7 @@ from scheduler.estimation.iteration_time_error import IterationTimeError
 from scheduler.model.fluid import PrefixReuse, solve_fluid
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.workload import Lengths, RequestType, WorkloadMix
-from scheduler.policies import Snapshot, make_policy
+from scheduler.policies import NO_REQUESTS, Snapshot, make_policy
 from scheduler.thresholds import EngineLimits, Thresholds
 from scheduler.tuning.fluid_plan import solve_fluid_params
 from scheduler.tuning.slo import Slo, UnreachableTarget, require_reachable
@@ -63,7 +63,7 @@ def test_a_law_may_leave_any_of_its_terms_out(present, floor_alone, rate_rps, ta
         Thresholds(policy="fluid"), time_model, LIMITS, Slo(ttft_s, tpot_s, latency_s), overflow_probability=0.01
     )
     make_policy(cold).decide(
-        Snapshot(now_s=0.0, waiting={}, released=0, running=(), kv_used_tokens=0, kv_capacity_tokens=137_000)
+        Snapshot(now_s=0.0, waiting={}, released=0, running=NO_REQUESTS, kv_used_tokens=0, kv_capacity_tokens=137_000)
     )
 
 
