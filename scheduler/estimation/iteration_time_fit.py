@@ -129,7 +129,7 @@ def _fit_regimes(
 
 
 def _fit_floor(tokens: tuple[_Array, _Array, _Array], measured_s: _Array) -> IterationTimeModel | None:
-    """The best law with a floor, or None when the records do not show both regimes."""
+    """The best model with a floor, or None when the records do not show both regimes."""
     computed = tokens[0] + tokens[1]
     time_models = []
     # The active set can settle in a poor place, so it starts from several.

@@ -5,7 +5,7 @@ iteration to come stays within the planned time, both at the stated probability.
 tokens as the rest of that time allows, and more where the running requests can spare it. A request whose first token
 cannot be in time is rejected, when it arrives if that can be foreseen, and so is one that would only lengthen a queue
 that is long enough already. Without targets no request is rejected, and only memory and slots limit admission.
-Parameters: `pace` (without one only slots limit admission), `max_running` (optional).
+Parameters: `fluid` (without them only slots limit admission), `max_running` (optional).
 When not to use it: with output lengths that change faster than the survival estimate follows.
 """
 

@@ -1,4 +1,4 @@
-"""From targets to the parameters of `fluid`: what one replica can promise, and what limits it.
+"""From targets to the parameters of `fluid`: what one replica can serve in time, and its bottleneck.
 
 Source: the fluid equilibrium of arXiv 2504.11320 with the longest iteration fixed by a target instead of by the load,
 and with the engine's slots and its token budget as constraints beside memory and time.
@@ -77,8 +77,8 @@ def solve_fluid_params(
     """
     lengths = mix.merged().lengths
     capacity = _Capacity(mix, time_model, limits, reuse, steps)
-    margin = tpot_margin(lengths, error, (1 - _QUEUE_SHARE) * miss_probability, steps)
-    margin = max(margin, realised_margin, _LEAST_MARGIN) + _STAGE_MARGIN * (steps.depth - 1)
+    modelled_margin = tpot_margin(lengths, error, (1 - _QUEUE_SHARE) * miss_probability, steps)
+    margin = max(modelled_margin, realised_margin, _LEAST_MARGIN) + _STAGE_MARGIN * (steps.depth - 1)
     margin = min(margin, _LARGEST_MARGIN)
     token_s = None if targets.tpot_s is None else targets.tpot_s / (1 + margin)
     within = capacity.within_latency(token_s, targets.delivered_within(delivery_s), margin)
@@ -87,7 +87,7 @@ def solve_fluid_params(
     known_rps = served_rps if math.isfinite(served_rps) else 0.0
     planned_s = None if token_s is None else capacity.iteration_of(token_s)
     reachable = iteration_s is None or planned_s is None or planned_s >= capacity.alone_s
-    if not reachable:  # the engine plans for one request alone, and what is promised is what the target leaves
+    if not reachable:  # the engine plans for one request alone, and the capacity is what the target leaves
         served_rps, limit = capacity.at(planned_s)
     load = mix.rate_rps / served_rps if served_rps > 0 else math.inf
     steady_s = capacity.iteration_s(min(mix.rate_rps, served_rps), iteration_s)
@@ -112,9 +112,10 @@ def solve_fluid_params(
         bottleneck = "TTFT target" if targets.ttft_s is not None else "latency target"
     else:
         bottleneck = "nothing"
-    goodput = min(mix.rate_rps * soon, served_rps) * within.share
     return FluidPlan(
-        params, served_rps, load, bottleneck, goodput, soon * within.share, margin, targets.tpot_s, capacity.fluid,
+        fluid=params, capacity_rps=served_rps, load=load, bottleneck=bottleneck,
+        goodput_rps=min(mix.rate_rps * soon, served_rps) * within.share, in_time=soon * within.share,
+        tpot_margin=margin, tpot_s=targets.tpot_s, equilibrium=capacity.fluid,
         alone_s=None if reachable else capacity.alone_s,
     )
 

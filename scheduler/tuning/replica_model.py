@@ -103,7 +103,7 @@ class ReplicaModel:
 
     @property
     def delivery_s(self) -> float:
-        """Seconds from a first token in the engine until it has left the replica, for all but the promised share; 0
+        """Seconds from a first token in the engine until it has left the replica, for all but the accepted share; 0
         while too little is known, and at most half of what the targets leave."""
         targets = self._settings.targets
         most_s = min((t for t in (targets.ttft_s, targets.latency_s) if t is not None), default=0.0) / 2

@@ -115,7 +115,7 @@ def cold_thresholds(
 
 
 def tune_by_cap(configured: Thresholds, mix: WorkloadMix, cap: int, *, margin: float = _PRACTICAL_MARGIN) -> Thresholds:
-    """The rule of the paper's experiments: counts from a cap on prompts in service, whatever the load.
+    """The rule of the paper's experiments: counts from a cap on running requests, whatever the load.
 
     WAIT: n_j in proportion to λ_j with Σ (l'_j + 1) n_j = cap, rounded and at least 1. Nested WAIT: n_k/n_{k−1} =
     min(p_k + margin, 0.99) and Σ δ_k n_k = cap, where δ_1 = l'_1 has no stage for the prefill; the totals B_k = δ_k n_k
@@ -136,7 +136,7 @@ def tune_by_cap(configured: Thresholds, mix: WorkloadMix, cap: int, *, margin: f
         ends = tuple(sorted({lengths.output_quantile(part / _MOST_SEGMENTS) for part in range(1, _MOST_SEGMENTS + 1)}))
         shares = _relative_totals(lengths, ends, margin)
         segments = _segments(ends, [max(1, round(total)) for total in cap * shares / shares.sum()], cap)
-    reason = f"counts from a cap of {cap} in service"
+    reason = f"counts from a cap of {cap} running requests"
     budget = _token_gate(configured, mix, cap) if configured.policy == "wait_cp" else configured.token_budget
     return replace(
         configured, types=types, segments=segments, max_running=cap, token_budget=budget, reason=reason
@@ -253,7 +253,7 @@ class _Solver:
     def _practical_segments(self, mix: WorkloadMix, cap: int) -> tuple[tuple[SegmentThreshold, ...], str]:
         """Where the load can be served but no thresholds are sure to: the rule of the paper's experiments.
 
-        Their cap on prompts in service is here what n_1 = λ ΔT* (1 + slack) makes of all segments together.
+        Their cap on running requests is here what n_1 = λ ΔT* (1 + slack) makes of all segments together.
         """
         lengths = mix.merged().lengths
         marks = {on_length_grid(lengths.output_quantile(part / _MOST_SEGMENTS)) for part in range(1, _MOST_SEGMENTS)}
@@ -274,7 +274,7 @@ def _relative_totals(lengths: Lengths, ends: tuple[int, ...], margin: float) -> 
 
 
 def _segments(ends: tuple[int, ...], totals: Sequence[int], cap: int) -> tuple[SegmentThreshold, ...]:
-    """Segments whose groups can be in service at once."""
+    """Segments whose groups can run at once."""
     return tuple(
         SegmentThreshold(end_output_tokens=end, total=min(total, cap * stages))
         for end, total, stages in zip(ends, totals, stage_lengths(ends), strict=True)

@@ -26,8 +26,8 @@ def tpot_margin(
 
     A request of l' tokens has l' − 1 iterations between its first token and its last; with one token it has no time
     per token and cannot miss. Solves Σ P(l') P(mean error of l' − 1 iterations > m) = miss_probability for normal
-    errors. A mean error that speaks for a faster engine is no reason to promise more. Where steps gain several tokens,
-    iterations of target·(tokens a step)/(1 + m): a request that gains few of them by chance is late.
+    errors. A mean error that speaks for a faster engine is no reason for a smaller margin. Where steps gain several
+    tokens, iterations of target·(tokens a step)/(1 + m): a request that gains few of them by chance is late.
     """
     shift = max(0.0, error.mean)
     if error.std == 0 and steps.tokens_std == 0:
