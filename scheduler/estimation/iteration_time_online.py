@@ -157,7 +157,7 @@ class RecursiveLeastSquares:
 class SpeedChange:
     """Page's CUSUM test (1954) for a lasting change of an engine's speed, over measured/predicted seconds.
 
-    In standard deviations of the relative error. No record counts for more than the bound, so fewer than 8 never are a
+    In standard deviations of the relative error. No record counts for more than the bound, so fewer than 9 never are a
     change; a lasting one of one standard deviation shows after 40. With independent errors a false alarm comes once in
     some 10^9 records (Siegmund's approximation), which leaves room for correlated ones.
     """
