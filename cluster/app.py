@@ -43,7 +43,9 @@ def build(args: AppConfig) -> Application:
     # One ingress process: it only passes bytes on, and every one more costs memory and a control connection.
     options |= {"autoscaling_config": None, "num_replicas": 1, "max_ongoing_requests": 4 * args.max_ongoing_requests}
     ranks = ranks_in(args.engine)
-    keeper = ControllerKeeper(args.tuning, args.thresholds, ranks) if args.controller.enabled else None
+    keeper = None
+    if args.controller.enabled:
+        keeper = ControllerKeeper(args.controller, args.targets, args.thresholds, ranks)
     keys = Keyring(args.tenants)
     ingress = make_fastapi_ingress(
         HeadraceIngress,

@@ -27,7 +27,7 @@ from scheduler.config_errors import UsageError, describe, did_you_mean
 from scheduler.model.profiles import load_profile, profile_names
 from scheduler.support import EngineSetup, require_supported
 from scheduler.thresholds import Thresholds, parse_thresholds
-from scheduler.tuning.replica_model import MIN_FINISHED, WINDOW_S
+from scheduler.tuning.settings import TuningSettings
 from scheduler.tuning.slo import NO_SLO, Slo, require_reachable
 
 APP_NAME = "headrace"
@@ -35,6 +35,7 @@ IMPORT_PATH = "headrace:build"
 SCHEDULER = "headrace.HeadraceScheduler"
 _OURS_TO_SET = ("scheduler_cls", "additional_config", "model", "async_scheduling")
 _WITHOUT_VLLM = {"engine": "unchecked"}
+_DEFAULTS = TuningSettings()
 
 
 class ConfigError(UsageError):
@@ -75,10 +76,10 @@ class ControllerConfig(_Strict):
     enabled: bool = True
     period_s: float = Field(default=5.0, gt=0, le=3600, allow_inf_nan=False)
     profile: str = Field(default="", validate_default=True)
-    min_finished: int = Field(default=MIN_FINISHED, ge=1)
-    window_s: float = Field(default=WINDOW_S, gt=0, allow_inf_nan=False)
-    validity_s: float = Field(default=120.0, gt=0, allow_inf_nan=False)
-    overflow_probability: float = Field(default=0.01, gt=0, lt=1)
+    min_finished: int = Field(default=_DEFAULTS.min_finished, ge=1)
+    window_s: float = Field(default=_DEFAULTS.window_s, gt=0, allow_inf_nan=False)
+    validity_s: float = Field(default=_DEFAULTS.validity_s, gt=0, allow_inf_nan=False)
+    overflow_probability: float = Field(default=_DEFAULTS.overflow_probability, gt=0, lt=1)
 
     @field_validator("profile")
     @classmethod
@@ -92,11 +93,12 @@ class ControllerConfig(_Strict):
         load_profile(name)
         return name
 
-
-class TuningConfig(ControllerConfig):
-    """The controller's configuration together with what it tunes for."""
-
-    targets: Slo = NO_SLO
+    def settings(self, targets: Slo) -> TuningSettings:
+        """How a replica is tuned for these targets."""
+        return TuningSettings(
+            window_s=self.window_s, min_finished=self.min_finished, overflow_probability=self.overflow_probability,
+            validity_s=self.validity_s, targets=targets,
+        )
 
 
 def _thresholds(value: Any) -> Any:
@@ -169,11 +171,6 @@ class AppConfig(_Strict):
         targets = dataclasses.replace(self.targets, tpot_s=None) if drafts else self.targets
         require_reachable(targets, load_profile(self.controller.profile).time_model)
         return self
-
-    @property
-    def tuning(self) -> TuningConfig:
-        """What the controller is told."""
-        return TuningConfig(**self.controller.model_dump(), targets=self.targets)
 
 
 class RayConfig(_Strict):

@@ -40,8 +40,8 @@ class OwnScheduler(HeadraceScheduler):
 def simulate_beside_fcfs() -> dict[str, dict[str, float]]:
     """Summaries of both on an A100 whose memory is short, by name (see docs/simulator.md)."""
     from simulator.config import simulation_config
-    from simulator.scenario.baselines import BASELINES, Baseline
     from simulator.run import simulate
+    from simulator.scenario.baselines import BASELINES, Baseline
 
     BASELINES["leave-room"] = Baseline("a policy of one's own", "own_policy:OwnScheduler", policy="fcfs")
     common = {"lengths": "p100d300", "rate_rps": 8.0, "requests": 300, "kv_tokens": 6_000, "seed": 1}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from vllm.logger import init_logger
@@ -47,7 +47,7 @@ from scheduler.engine.running_requests import (
 )
 from scheduler.messages import Gauges, Report, RunningLengths, Stats, Telemetry
 from scheduler.model.profiles import load_profile
-from scheduler.policies import UNKNOWN_TYPE, Policy, RunningRequest, Snapshot, Waiting, make_policy
+from scheduler.policies import NO_REQUESTS, UNKNOWN_TYPE, Policy, RunningBatch, Snapshot, Waiting, make_policy
 from scheduler.rejection import Rejection
 from scheduler.settings import SchedulerSettings
 from scheduler.support import EngineSetup, require_supported
@@ -220,10 +220,10 @@ class HeadraceScheduler(AsyncScheduler):
     def _decode_tokens(self, advancing: list[Request]) -> int:
         return tokens_to_decode(advancing) if self.num_spec_tokens else len(advancing)
 
-    def _released_requests(self) -> Sequence[RunningRequest]:
+    def _released_requests(self) -> RunningBatch:
         """The requests let through the gate that do not run, or not yet."""
         if not self.admission_queue.released and not self.skipped_waiting:
-            return ()
+            return NO_REQUESTS
         requests = [*self.admission_queue.released_requests(), *self.skipped_waiting]
         return EngineBatch(requests, self.admission_queue, self._lives, 1 + self.num_spec_tokens)
 

@@ -13,6 +13,7 @@ from cluster import config as config_module
 from cluster.config import ConfigError, load_config
 from scheduler.model.profiles import profile_names
 from scheduler.thresholds import Thresholds
+from scheduler.tuning.settings import TuningSettings
 from scheduler.tuning.slo import Slo
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -103,8 +104,8 @@ def test_targets_reach_the_engine_and_the_controller(tmp_path: Path) -> None:
     path = tmp_path / "targets.yaml"
     path.write_text(yaml.safe_dump(with_value((*ARGS, "targets"), {"ttft_s": 2, "tpot_s": 0.1})))
     args = load_config(path).application.args
-    assert args.tuning.targets == Slo(2, 0.1)
-    assert args.tuning.period_s == args.controller.period_s
+    assert args.targets == Slo(2, 0.1)
+    assert args.controller.settings(args.targets) == TuningSettings(targets=Slo(2, 0.1)), "by default its defaults"
     for wrong, said in (({"ttft_s": 0}, "ttft_s"), ({"tpot": 1}, "tpot")):
         assert said in complaint(tmp_path, (*ARGS, "targets"), wrong)
 

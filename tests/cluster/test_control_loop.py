@@ -14,7 +14,7 @@ import pytest
 from synthetic_engine import LIMITS, PAPER, SyntheticEngine
 
 from cluster import controller as controller_module
-from cluster.config import TuningConfig
+from cluster.config import ControllerConfig
 from cluster.controller import ControllerActor, ControllerKeeper, ControlLoop
 from replicas import questions
 from replicas.actor_calls import ReplicaUnavailable
@@ -22,10 +22,10 @@ from replicas.ranks import engine_name, replica_of
 from scheduler.messages import Ack, Apply, Telemetry
 from scheduler.thresholds import SegmentThreshold, Thresholds, parse_thresholds
 from scheduler.tuning.replica_model import Proposal, ReplicaModel
-from scheduler.tuning.slo import Slo
+from scheduler.tuning.slo import NO_SLO, Slo
 from scheduler.wire import SCHEMA, answer_of, read_question
 
-CONFIG = TuningConfig(
+CONFIG = ControllerConfig(
     profile="a100-llama2-7b-paper", min_finished=20, window_s=60.0, validity_s=120.0, period_s=5.0
 )
 CONFIGURED = Thresholds(policy="nested_wait", max_hold_s=0.25)
@@ -103,7 +103,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 
 def new_loop() -> ControlLoop:
-    return ControlLoop("headrace", CONFIG, CONFIGURED)
+    return ControlLoop("headrace", CONFIG, NO_SLO, CONFIGURED)
 
 
 def one_pass(loop: ControlLoop) -> None:
@@ -163,7 +163,7 @@ def test_every_rank_of_a_replica_is_tuned_by_itself_and_a_silent_one_stops_no_ot
     cluster.add("b#0")
     cluster.add("b#1")
     cluster.unreachable = {"b#0"}
-    loop = ControlLoop("headrace", CONFIG, CONFIGURED, ranks=2)
+    loop = ControlLoop("headrace", CONFIG, NO_SLO, CONFIGURED, ranks=2)
     one_pass(loop)
     first, second = cluster.active("a#0"), cluster.active("a#1")
     assert first.version == second.version == 1
@@ -554,8 +554,7 @@ def test_state_is_plain_json(cluster: Cluster, every_s: float) -> None:
 
 def test_state_says_what_binds_and_what_is_expected_to_be_good(cluster: Cluster) -> None:
     cluster.add("a")
-    config = CONFIG.model_copy(update={"targets": Slo(ttft_s=3.0, tpot_s=0.1)})
-    loop = ControlLoop("headrace", config, Thresholds(policy="fluid"))
+    loop = ControlLoop("headrace", CONFIG, Slo(ttft_s=3.0, tpot_s=0.1), Thresholds(policy="fluid"))
     one_pass(loop)
     cluster.traffic(every_s=0.25)
     one_pass(loop)
@@ -586,6 +585,6 @@ def test_the_list_of_events_is_bounded(cluster: Cluster) -> None:
 
 
 def test_a_lost_controller_is_looked_for_within_its_period() -> None:
-    keeper = ControllerKeeper(CONFIG, CONFIGURED)
+    keeper = ControllerKeeper(CONFIG, NO_SLO, CONFIGURED)
     assert keeper.check_every_s < CONFIG.period_s
-    assert ControllerKeeper(CONFIG.model_copy(update={"period_s": 0.01}), CONFIGURED).check_every_s >= 0.5
+    assert ControllerKeeper(CONFIG.model_copy(update={"period_s": 0.01}), NO_SLO, CONFIGURED).check_every_s >= 0.5

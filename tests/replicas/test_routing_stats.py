@@ -14,6 +14,7 @@ from router.ranking import best_first
 from scheduler.fluid_params import FluidParams
 from scheduler.messages import Gauges, Stats
 from scheduler.model.iteration_time import IterationTimeModel
+from scheduler.survival import Survival
 from scheduler.thresholds import EngineLimits, Thresholds
 
 LIMITS = EngineLimits(
@@ -44,7 +45,7 @@ def test_under_fluid_slots_are_what_runs_at_capacity(fields: dict[str, float], s
     """Little's law: half the capacity, half the slots, so that a slow replica counts as full sooner."""
     params = FluidParams(
         time_model=IterationTimeModel(0.01, 1e-6),
-        survival=((0, 1.0), (98, 1.0), (99, 0.0)),
+        survival=Survival(((0, 1.0), (98, 1.0), (99, 0.0))),
         kv_limit_tokens=1000,
         **fields,
     )

@@ -13,6 +13,7 @@ from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, t
 from scheduler.fluid_params import FluidParams
 from scheduler.messages import Counters, Gauges, Stats, Telemetry
 from scheduler.model.iteration_time import IterationTimeModel
+from scheduler.survival import Survival
 from scheduler.thresholds import EngineLimits, Thresholds, TypeThreshold
 from scheduler.wire import OtherSchema, UnreadableMessage
 
@@ -80,7 +81,8 @@ def test_a_replica_of_another_release_cannot_be_set() -> None:
 
 def test_setting_without_a_policy_changes_the_named_fields_alone() -> None:
     params = FluidParams(
-        time_model=IterationTimeModel(0.01, 1e-6), survival=((0, 1.0), (99, 0.0)), kv_limit_tokens=1000, ttft_s=3.0
+        time_model=IterationTimeModel(0.01, 1e-6), survival=Survival(((0, 1.0), (99, 0.0))),
+        kv_limit_tokens=1000, ttft_s=3.0,
     )
     fluid = Thresholds(version=3, policy="fluid", fluid=params, valid_for_s=120.0, reason="solved", token_budget=256)
     telemetry = {"a": report(fluid), "b": report()}

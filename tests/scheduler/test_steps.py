@@ -18,7 +18,7 @@ from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.steps import ONE_TOKEN_A_STEP, Steps
 from scheduler.model.wait_thresholds import NestedWaitSolution, nested_wait_thresholds
 from scheduler.model.workload import Lengths, WorkloadMix
-from scheduler.policies import Snapshot, make_policy
+from scheduler.policies import RunningBatch, RunningRequest, Snapshot, make_policy
 from scheduler.policies.segments import Segments
 from scheduler.thresholds import EngineLimits, SegmentThreshold, Thresholds
 from scheduler.tuning.fluid_plan import solve_fluid_params
@@ -90,19 +90,13 @@ def test_a_late_report_changes_nothing_and_a_restarted_engine_counts_anew():
 # Boundaries.
 
 
-class RunningRequest:
-    def __init__(self, request_id: str, stage: int) -> None:
-        self.request_id, self.stage, self.kv_tokens, self.type_name = request_id, stage, 100 + stage, "unknown"
-        self.tokens_in_flight = 0
-
-
 def held_at(stage: int, *, before: int, most_step_tokens: int) -> bool:
     """Whether a request is held at a boundary after 8 tokens that it reaches or jumps from `before` to `stage`."""
     segments = (SegmentThreshold(end_output_tokens=8, total=16), SegmentThreshold(end_output_tokens=64, total=112))
     policy = make_policy(Thresholds(policy="nested_wait", segments=segments, max_hold_s=10.0))
     held = False
     for now_s, reached in enumerate((before, stage)):
-        running = [RunningRequest("jumps", reached), RunningRequest("young", 1)]
+        running = RunningBatch([RunningRequest("jumps", stage=reached), RunningRequest("young", stage=1)])
         held = "jumps" in policy.decide(Snapshot(
             now_s=float(now_s), waiting={}, released=0, running=running, kv_used_tokens=0, kv_capacity_tokens=4096,
             most_step_tokens=most_step_tokens,

@@ -16,7 +16,7 @@ from benchmarks.evidence.settling import PARAMETERS, SETTLED, settling
 from scheduler.model.profiles import load_profile
 from scheduler.thresholds import EngineLimits
 from scheduler.tuning.fluid_plan import solve_fluid_params
-from scheduler.tuning.replica_model import WINDOW_S
+from scheduler.tuning.settings import TuningSettings
 from scheduler.tuning.slo import Slo
 from simulator.config import simulation_config
 from simulator.output.metrics import good_requests
@@ -81,7 +81,7 @@ def followed(scenario):
     return Followed(history, table["arrival_s"].to_numpy(), np.isin(table["index"].to_numpy(), list(good)))
 
 
-ONCE_KNOWN = {"step": WINDOW_S, "mix": SERVICE_S, "slow": 0.0}
+ONCE_KNOWN = {"step": TuningSettings().window_s, "mix": SERVICE_S, "slow": 0.0}
 # As the rate after a shift of the mix is known better, a queue of five becomes one of three, once and much later.
 SETTLING = {"step": PARAMETERS, "mix": PARAMETERS[:2], "slow": PARAMETERS}
 

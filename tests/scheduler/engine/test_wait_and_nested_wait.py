@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 from engine_harness import MAX_MODEL_LEN, STEP_S, Engine, add_many, boundary_engine, nested, telemetry, wait
 
-from scheduler.engine.running_requests import _RequestAsRunning, in_admission_order
+from scheduler.engine.running_requests import EngineBatch, in_admission_order
+from scheduler.policies import RunningRequest
 
 # WAIT at the gate.
 
@@ -195,6 +196,9 @@ def test_stage_counts_tokens_in_flight_and_is_zero_while_a_prompt_is_computed(
     is_prefill_chunk, outputs, in_flight, stage
 ):
     request = SimpleNamespace(
-        is_prefill_chunk=is_prefill_chunk, num_output_tokens=outputs, num_output_placeholders=in_flight
+        request_id="a", is_prefill_chunk=is_prefill_chunk, num_tokens=100 + outputs, num_output_tokens=outputs,
+        num_output_placeholders=in_flight,
     )
-    assert _RequestAsRunning(request, "any", 1).stage == stage
+    batch = EngineBatch([request], SimpleNamespace(type_of=lambda name: "any"), {})
+    assert batch.stages() == [stage] == [one.stage for one in batch]
+    assert list(batch) == [RunningRequest("a", "any", stage, in_flight, batch.kv_tokens()[0])]

@@ -8,10 +8,10 @@ import pytest
 
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.workload import Lengths, RequestType, WorkloadMix
-from scheduler.policies import UNKNOWN_TYPE, QueueView, Snapshot, make_policy
+from scheduler.policies import UNKNOWN_TYPE, QueueView, RunningBatch, Snapshot, make_policy
 from scheduler.policies.wait_cp import token_gate
 from scheduler.thresholds import EngineLimits, InvalidThresholds, SegmentThreshold, Thresholds, parse_thresholds
-from scheduler.tuning.solve import tune, tune_by_cap
+from scheduler.tuning.solve import tune_by_cap, tune_counts
 
 STEP_S = 1 / 64
 TIME_MODEL = IterationTimeModel(d0_s=0.011, d1_s_per_kv_token=4e-7)
@@ -37,7 +37,7 @@ def thresholds(*ends_and_totals, **fields):
 def snapshot(running, waiting=0, *, now_s=0.0, since_s=0.0):
     views = {UNKNOWN_TYPE: QueueView(waiting, since_s)} if waiting else {}
     return Snapshot(
-        now_s=now_s, waiting=views, released=0, running=running, kv_used_tokens=0, kv_capacity_tokens=4096
+        now_s=now_s, waiting=views, released=0, running=RunningBatch(running), kv_used_tokens=0, kv_capacity_tokens=4096
     )
 
 
@@ -204,7 +204,7 @@ def test_parameters_follow_from_the_cap_as_in_the_experiments():
 @pytest.mark.parametrize(("cap", "budget"), [(21, 508), (None, None)])
 def test_the_controller_keeps_to_the_operators_cap_and_else_to_what_memory_holds(cap, budget):
     configured = Thresholds(policy="wait_cp", prefill_chunk_tokens=256, max_running=cap)
-    tuned = tune(configured, one_type(512, 20), TIME_MODEL, LIMITS, overflow_probability=0.01).thresholds
+    tuned, _ = tune_counts(configured, one_type(512, 20), TIME_MODEL, LIMITS, overflow_probability=0.01)
     tuned.check_fits(LIMITS)
     assert tuned.token_budget == budget, "a gate beyond the engine's own limit is none"
     assert tuned.max_running == (cap or tuned.segments[-1].total) and tuned.segments[-1].end_output_tokens == 20
