@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from import_graph import packages_reached
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -44,6 +45,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--fast"):
         sys.meta_path.insert(0, Blocker())
+        settings.register_profile("fast", max_examples=25, deadline=None)  # `make test` tries more
+        settings.load_profile("fast")
 
 
 def markers(path: Path, functions: frozenset[str] = frozenset()) -> set[str]:

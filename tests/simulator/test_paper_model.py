@@ -110,6 +110,7 @@ def two_types_in_order(script, steps):
     return tokens / steps, evicted / steps
 
 
+@pytest.mark.slow
 def test_fcfs_of_two_types_is_close_to_a_simulation_prompt_by_prompt():
     rng = np.random.default_rng(3)
     script = [rng.permutation([1] * rng.poisson(1) + [2] * rng.poisson(1)).tolist() for _ in range(4000)]
@@ -308,6 +309,7 @@ def test_whole_totals_are_whole_thresholds():
     assert np.array_equal(by_totals, NESTED.batch(counts))
 
 
+@pytest.mark.slow
 def test_the_buffer_holds_for_less_than_one_prompt_per_stage():
     """A fifth of a prompt per stage: the queues of rotating thresholds stay within the buffer too."""
     mix = WorkloadMix.from_lengths(Lengths(np.array([4, 4]), np.array([20, 60]), np.array([0.4, 0.6])), 0.6)

@@ -69,6 +69,7 @@ def without_figures(monkeypatch):
     monkeypatch.setattr(figures, "_save", lambda figure, stem: None)
 
 
+@pytest.mark.slow
 def test_report_of_a_sweep(report_of_sweep):
     drawn = {
         "p58d147-goodput", "p58d147-latency-mean", "p58d147-ttft-p99", "p58d147-tpot", "p58d147-latency-ecdf",
@@ -103,6 +104,7 @@ def test_equal_runs_give_equal_bytes(sweep_folder, report_of_sweep, tmp_path):
         assert first.read_bytes() == (tmp_path / "figures" / first.name).read_bytes(), first.name
 
 
+@pytest.mark.slow
 def test_seeds_are_averaged_with_a_band(sweep_folder, tmp_path, monkeypatch, without_figures):
     drawn = {}
     monkeypatch.setattr(report, "draw_against_rate", lambda stem, title, panels: drawn.update({stem.name: panels}))
@@ -135,11 +137,13 @@ def figure_names(monkeypatch):
     return names
 
 
+@pytest.mark.slow
 def test_each_workload_has_its_figures(tmp_path, figure_names):
     make_report([write_run(tmp_path / name, workload=name) for name in ("p58d147", "lmsys")], tmp_path / "out")
     assert {"p58d147-goodput", "lmsys-goodput"} <= set(figure_names)
 
 
+@pytest.mark.slow
 def test_runs_over_time_can_be_chosen(sweep_folder, tmp_path, figure_names):
     make_report([sweep_folder], tmp_path, over_time=[sweep_folder / "wait-1-2"])
     assert [name for name in figure_names if name.startswith("over-time")] == [
@@ -147,6 +151,7 @@ def test_runs_over_time_can_be_chosen(sweep_folder, tmp_path, figure_names):
     ]
 
 
+@pytest.mark.slow
 def test_few_runs_are_all_drawn_over_time(sweep_folder, tmp_path, figure_names):
     make_report([sweep_folder / f"vllm-{rate}-1" for rate in (1, 4)], tmp_path)
     assert sum(name.startswith("over-time") for name in figure_names) == 2

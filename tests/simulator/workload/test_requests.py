@@ -144,6 +144,7 @@ def test_replay_reads_only_what_is_asked_for(trace):
     assert made.rows_read == 10
 
 
+@pytest.mark.slow
 def test_memory_of_a_long_run_stays_flat(trace):
     path = trace((n, 1 + n % 3, 1) for n in range(30_000))
     for options in ({"trace": path, "arrivals": "replay"}, SYNTHETIC | {"requests": 60_000}):
