@@ -1,4 +1,4 @@
-# Two commands: `make serve` and `make test`. Both make everything they need.
+# `make serve` serves, `make check` is the fast check, `make test` runs everything. Each makes what it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,19 +7,23 @@ CONFIG ?= configs/local.yaml
 # uv does not read pip's settings; pass on where pip has been told to look for wheels.
 export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 export HF_HUB_OFFLINE = 1
-INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[cpu,model,dev]'
+INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[cpu,model,dev]' \
+	--constraints constraints-cpu.txt
 
-.PHONY: serve test install lint types tests clean
+.PHONY: serve check test install lint types fast tests clean
 
 serve: install
 	@$(BIN)/headrace up $(CONFIG)
+
+# Lint, types and every test that needs neither vLLM nor Ray.
+check: install lint types fast
 
 test: install lint types tests
 
 install: $(VENV)/.installed
 
 # The CPU build of torch is on PyTorch's own index; --torch-backend makes uv look there if nothing nearer has it.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
@@ -33,6 +37,9 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+
+fast: install
+	$(BIN)/pytest --fast --numprocesses 2
 
 tests: install
 	$(BIN)/pytest

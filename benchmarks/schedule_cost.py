@@ -201,7 +201,9 @@ def poll_us(engine: Engine, times: int = 100_000) -> float:
 def channel_ms(engine: Engine, questions: int = 100) -> dict[str, float]:
     """From offering thresholds to the acknowledgement that they are in force, while the engine steps."""
     endpoint, done = new_endpoint(), threading.Event()
-    server = ChannelServer(endpoint, engine.scheduler.active.offer, engine.scheduler.telemetry)
+    server = ChannelServer(
+        endpoint, engine.scheduler.active.offer, engine.scheduler.telemetry, engine.scheduler.stats
+    )
     times: list[float] = []
 
     async def ask() -> None:

@@ -12,7 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -21,7 +21,8 @@ import numpy as np
 from scheduler.messages import Arrival, Counters, Finished, Gauges, Iteration, RunningLengths, Telemetry
 from scheduler.model.profiles import load_profile
 from scheduler.thresholds import EngineLimits, Thresholds
-from scheduler.tuning.replica_model import MIN_FINISHED, WINDOW_S, ReplicaModel
+from scheduler.tuning.replica_model import ReplicaModel
+from scheduler.tuning.settings import TuningSettings
 from scheduler.tuning.slo import Slo
 
 ITERATIONS, FINISHED, ITERATION_S, PERIOD_S = 4096, 2000, 0.05, 5.0
@@ -32,15 +33,6 @@ LIMITS = EngineLimits(
 )
 
 Record = TypeVar("Record", Iteration, Arrival, Finished)
-
-
-@dataclass(frozen=True)
-class _Tuning:
-    window_s: float = WINDOW_S
-    min_finished: int = MIN_FINISHED
-    overflow_probability: float = 0.01
-    validity_s: float = 120.0
-    targets: Slo = TARGETS
 
 
 def main() -> None:
@@ -57,7 +49,8 @@ def main() -> None:
 
 
 def model(policy: str) -> ReplicaModel:
-    return ReplicaModel(_Tuning(), load_profile("a100-llama2-7b").time_model, Thresholds(policy=policy))
+    time_model = load_profile("a100-llama2-7b").time_model
+    return ReplicaModel(TuningSettings(targets=TARGETS), time_model, Thresholds(policy=policy))
 
 
 def one_period_later(full: Telemetry) -> Telemetry:

@@ -1,6 +1,6 @@
 """The Serve application: ingress, router and replicas put together from an `AppConfig`.
 
-    serve run cluster.app:build …        serve deploy configs/local.yaml        headrace up
+    serve run headrace:build …            serve deploy configs/local.yaml        headrace up
 
 Follows `ray.serve.llm.build_openai_app`, with Headrace's ingress, its endpoints and its request router in the places
 that Ray leaves open for them.
@@ -31,7 +31,6 @@ from scheduler.settings import SETTINGS_KEY
 from scheduler.support import EngineSetup, ranks_in
 from scheduler.thresholds import thresholds_as_dict
 
-SCHEDULER = "scheduler.vllm_scheduler.HeadraceScheduler"
 _ROUTING_STATS_PERIOD_S = 1.0
 _HEALTH_CHECK_TIMEOUT_S = 60.0  # a busy replica must not be taken for a dead one
 
@@ -44,7 +43,9 @@ def build(args: AppConfig) -> Application:
     # One ingress process: it only passes bytes on, and every one more costs memory and a control connection.
     options |= {"autoscaling_config": None, "num_replicas": 1, "max_ongoing_requests": 4 * args.max_ongoing_requests}
     ranks = ranks_in(args.engine)
-    keeper = ControllerKeeper(args.tuning, args.thresholds, ranks) if args.controller.enabled else None
+    keeper = None
+    if args.controller.enabled:
+        keeper = ControllerKeeper(args.controller, args.targets, args.thresholds, ranks)
     keys = Keyring(args.tenants)
     ingress = make_fastapi_ingress(
         HeadraceIngress,
@@ -79,7 +80,7 @@ def llm_config(args: AppConfig) -> LLMConfig:
         server_cls=HeadraceServer,
         engine_kwargs={
             **args.engine,
-            "scheduler_cls": SCHEDULER,
+            "scheduler_cls": args.scheduler,
             # Not every speculator can be scheduled ahead; vLLM knows which, and refuses to be told.
             **({} if setup.speculative_decoding else {"async_scheduling": True}),
             "additional_config": {SETTINGS_KEY: settings},

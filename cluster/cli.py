@@ -1,35 +1,27 @@
-"""The `headrace` command. Tables for people, `--json` for programs; exit code 0 done, 1 failed, 2 asked wrongly."""
+"""The cluster's part of the `headrace` command. Tables for people, `--json` for programs."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
-from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from cluster import render
-from cluster.client import DEFAULT_URL, AdminClient, AdminRejected, AdminUnavailable
-from cluster.config import ClusterConfig, ConfigError, load_config
-from cluster.plan import PlanError, PlanInputs, make_plan
-from loadgen import cli as bench_cli
-from loadgen.client import ServerError
-from loadgen.config import BenchError
-from scheduler.config_errors import parse_settings
-from simulator import cli as simulator_cli
-from simulator.config import SimulationError
+from cluster.client import DEFAULT_URL, AdminClient, AdminRejected
+from scheduler.config_errors import UsageError, parse_settings
 
-app = typer.Typer(help="Serve language models on Ray with fluid-guided thresholds.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from cluster.config import ClusterConfig
+
+app = typer.Typer()
 thresholds_app = typer.Typer(help="Show and set thresholds while they are in force.", no_args_is_help=True)
 model_app = typer.Typer(help="The bundled model.", no_args_is_help=True)
 app.add_typer(thresholds_app, name="thresholds")
 app.add_typer(model_app, name="model")
-app.add_typer(simulator_cli.app)
-app.add_typer(bench_cli.app)
 
 out = Console()
 err = Console(stderr=True)
@@ -41,41 +33,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Replica = Annotated[str | None, typer.Option(help="One replica's id (see status); all when left out.")]
 
 
-def main() -> None:
-    """Entry point: turns expected errors into one clear line and an exit code."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vllm is imported
-    try:
-        app()
-    except (ConfigError, PlanError, SimulationError, BenchError) as error:
-        _fail(error, 2)
-    except (AdminUnavailable, AdminRejected, ServerError) as error:
-        _fail(error, 1)
-
-
-def _fail(error: Exception, code: int) -> None:
+def fail(error: Exception, code: int) -> NoReturn:
+    """End the command with the error's message in one line, and this exit code."""
     err.print(f"[red]error:[/red] {render.plain(str(error))}", soft_wrap=True)
     raise SystemExit(code) from error
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        out.print(f"headrace {installed_version('headrace')}", highlight=False)
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    pass
 
 
 @app.command()
 def up(config_file: ConfigFile = DEFAULT_CONFIG) -> None:
     """Deploy a configuration; with a Ray of its own it stays in the foreground until Ctrl-C."""
     from cluster import launch
+    from cluster.config import load_config
     from cluster.model import ModelUnavailable
 
     with err.status("reading the configuration"):
@@ -94,7 +62,7 @@ def up(config_file: ConfigFile = DEFAULT_CONFIG) -> None:
     except KeyboardInterrupt:
         pass
     except (launch.LaunchError, ModelUnavailable) as error:
-        _fail(error, 1)
+        fail(error, 1)
     finally:
         for name in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not leave processes behind
             signal.signal(name, signal.SIG_IGN)
@@ -122,6 +90,7 @@ def _say_ready(config: ClusterConfig, foreground: bool) -> None:
 def down(config_file: ConfigFile = DEFAULT_CONFIG) -> None:
     """Stop what `up` started: the foreground process, or the application on its cluster."""
     from cluster import launch
+    from cluster.config import load_config
 
     config = load_config(config_file, with_engine=False)
     try:
@@ -133,7 +102,7 @@ def down(config_file: ConfigFile = DEFAULT_CONFIG) -> None:
         else:
             out.print(f"{config.application.name} is not running on this machine")
     except launch.LaunchError as error:
-        _fail(error, 1)
+        fail(error, 1)
 
 
 @app.command()
@@ -146,8 +115,7 @@ def status(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
 @app.command()
 def events(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     """The latest changes of thresholds: when, where, why; with --json also the old and the new values."""
-    state = AdminClient(url).state()
-    _show({"events": state["events"]}, as_json, render.events_table)
+    _show(AdminClient(url).events(), as_json, render.events_table)
 
 
 @thresholds_app.command("get")
@@ -203,7 +171,7 @@ def _parse_settings(settings: list[str]) -> dict[str, Any]:
     try:
         return parse_settings(settings)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise UsageError(str(error)) from error
 
 
 @app.command()
@@ -211,7 +179,7 @@ def plan(
     types: Annotated[
         list[str] | None, typer.Option("--type", help="rate=R,prompt=TOKENS,output=TOKENS[,name=NAME]; repeatable.")
     ] = None,
-    trace: Annotated[Path | None, typer.Option(help="CSV with num_prefill_tokens, num_decode_tokens.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Trace: CSV, Parquet, ShareGPT JSON, Mooncake JSONL.")] = None,
     rate: Annotated[float | None, typer.Option(help="Requests per second, with --trace.")] = None,
     profile: Annotated[str | None, typer.Option(help="Named service-time law and KV capacity.")] = None,
     d0: Annotated[float | None, typer.Option(help="Seconds every iteration takes.")] = None,
@@ -225,6 +193,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Solve the fluid model for a workload: load, iteration time, memory, throughput, thresholds."""
+    from cluster.plan import PlanInputs, make_plan
+
     inputs = PlanInputs(
         types=tuple(types or ()), trace=trace, rate=rate, profile=profile, kv_tokens=kv_tokens,
         coefficients={"d0": d0, "d1": d1, "d2": d2, "d3": d3, "floor": floor},
@@ -260,7 +230,7 @@ def model_prepare(
         with err.status(f"writing {folder}"):
             out.print(str(prepare_bundled_model(folder)), highlight=False)
     except ModelUnavailable as error:
-        _fail(error, 1)
+        fail(error, 1)
 
 
 def _show(result: dict[str, Any], as_json: bool, tables: Any) -> None:

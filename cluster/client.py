@@ -7,14 +7,16 @@ from typing import Any
 
 import httpx
 
+from scheduler.config_errors import CommandFailed
+
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
-class AdminUnavailable(RuntimeError):
+class AdminUnavailable(CommandFailed):
     """Nothing answers at the URL; the message says how to start it."""
 
 
-class AdminRejected(RuntimeError):
+class AdminRejected(CommandFailed):
     """The server refused, and says why."""
 
 
@@ -33,6 +35,10 @@ class AdminClient:
     def state(self) -> dict[str, Any]:
         """`GET /admin/state`."""
         return self._ask("GET", "/admin/state")
+
+    def events(self) -> dict[str, Any]:
+        """`GET /admin/events`."""
+        return self._ask("GET", "/admin/events")
 
     def thresholds(self) -> dict[str, Any]:
         """`GET /admin/thresholds`."""

@@ -7,7 +7,6 @@ which Ray cluster `headrace up` joins or starts. Every object forbids unknown ke
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,21 +23,22 @@ from pydantic import (
 )
 
 from router.tenants import TenantConfig
-from scheduler.config_errors import describe
-from scheduler.model.profiles import load_profile
+from scheduler.config_errors import UsageError, describe, did_you_mean
+from scheduler.model.profiles import load_profile, profile_names
 from scheduler.support import EngineSetup, require_supported
 from scheduler.thresholds import Thresholds, parse_thresholds
-from scheduler.tuning.replica_model import MIN_FINISHED, WINDOW_S
+from scheduler.tuning.settings import TuningSettings
 from scheduler.tuning.slo import NO_SLO, Slo, require_reachable
 
 APP_NAME = "headrace"
-IMPORT_PATH = "cluster.app:build"
-DEFAULT_POLICY = "fluid"
+IMPORT_PATH = "headrace:build"
+SCHEDULER = "headrace.HeadraceScheduler"
 _OURS_TO_SET = ("scheduler_cls", "additional_config", "model", "async_scheduling")
 _WITHOUT_VLLM = {"engine": "unchecked"}
+_DEFAULTS = TuningSettings()
 
 
-class ConfigError(ValueError):
+class ConfigError(UsageError):
     """The configuration cannot be used; the message names the key, the value and what is allowed."""
 
 
@@ -67,34 +67,42 @@ class AcceleratorConfig(_Strict):
 
 
 class ControllerConfig(_Strict):
-    """The central controller. period_s: seconds between two solutions; profile: the service-time law to start from;
+    """The central controller. period_s: seconds between two solutions; profile: the iteration-time model to start
+    from, by a preset's name or a JSON file's path; it has no default, as it must be that of the model and the device.
     min_finished: finished requests to see before a replica's thresholds are touched; window_s: seconds of arrivals that
     count; validity_s: how long pushed thresholds stay in force without the controller; overflow_probability: accepted
     chance that memory overflows or that a request misses its time per token."""
 
     enabled: bool = True
     period_s: float = Field(default=5.0, gt=0, le=3600, allow_inf_nan=False)
-    profile: str = "a100-llama2-7b"
-    min_finished: int = Field(default=MIN_FINISHED, ge=1)
-    window_s: float = Field(default=WINDOW_S, gt=0, allow_inf_nan=False)
-    validity_s: float = Field(default=120.0, gt=0, allow_inf_nan=False)
-    overflow_probability: float = Field(default=0.01, gt=0, lt=1)
+    profile: str = Field(default="", validate_default=True)
+    min_finished: int = Field(default=_DEFAULTS.min_finished, ge=1)
+    window_s: float = Field(default=_DEFAULTS.window_s, gt=0, allow_inf_nan=False)
+    validity_s: float = Field(default=_DEFAULTS.validity_s, gt=0, allow_inf_nan=False)
+    overflow_probability: float = Field(default=_DEFAULTS.overflow_probability, gt=0, lt=1)
 
     @field_validator("profile")
     @classmethod
     def _profile_exists(cls, name: str) -> str:
+        if not name:
+            raise ValueError(
+                "name the profile of this model on this device, from which requests are planned until they are "
+                f"measured: {', '.join(profile_names())}, or the path of a profile's JSON file; measure one with "
+                "python benchmarks/measure_law.py --model MODEL --name NAME"
+            )
         load_profile(name)
         return name
 
-
-class TuningConfig(ControllerConfig):
-    """The controller's configuration together with what it tunes for."""
-
-    targets: Slo = NO_SLO
+    def settings(self, targets: Slo) -> TuningSettings:
+        """How a replica is tuned for these targets."""
+        return TuningSettings(
+            window_s=self.window_s, min_finished=self.min_finished, overflow_probability=self.overflow_probability,
+            validity_s=self.validity_s, targets=targets,
+        )
 
 
 def _thresholds(value: Any) -> Any:
-    return parse_thresholds({"policy": DEFAULT_POLICY} | value) if isinstance(value, dict) else value
+    return parse_thresholds(value) if isinstance(value, dict) else value
 
 
 class AppConfig(_Strict):
@@ -102,7 +110,9 @@ class AppConfig(_Strict):
 
     targets: what requests are to be kept within (seconds: ttft_s, tpot_s, latency_s), each optional; replicas: how many
     engines; engine: vLLM engine arguments by their own names; thresholds: what a replica runs with until the controller
-    speaks; tenants: who shares the replicas, by API key; env: environment variables of the replicas.
+    speaks; scheduler: the class of each engine's scheduler, as vLLM's --scheduler-cls takes it, which may be a subclass
+    of ours with a policy of your own (examples/own_policy.py); tenants: who shares the replicas, by API key; env:
+    environment variables of the replicas.
     """
 
     model: ModelConfig
@@ -110,8 +120,9 @@ class AppConfig(_Strict):
     accelerator: AcceleratorConfig
     engine: dict[str, Any] = Field(default_factory=dict)
     targets: Slo = NO_SLO
-    thresholds: Annotated[Thresholds, BeforeValidator(_thresholds)] = Thresholds(policy=DEFAULT_POLICY)
-    controller: ControllerConfig = Field(default_factory=ControllerConfig)
+    thresholds: Annotated[Thresholds, BeforeValidator(_thresholds)] = Thresholds()
+    scheduler: str = Field(default=SCHEDULER, pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
+    controller: ControllerConfig = Field(default_factory=dict, validate_default=True)
     tenants: tuple[TenantConfig, ...] = ()
     env: dict[str, str] = Field(default_factory=dict)
     max_ongoing_requests: int = Field(default=1024, ge=1)
@@ -125,9 +136,7 @@ class AppConfig(_Strict):
         known = [] if info.context == _WITHOUT_VLLM else _engine_argument_names()
         for key in engine:
             if known and key not in known:
-                close = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {close[0]}?" if close else ""
-                raise ValueError(f"{key} is not an engine argument of vLLM{hint}")
+                raise ValueError(f"{key} is not an engine argument of vLLM{did_you_mean(key, known)}")
         return engine
 
     @field_validator("thresholds")
@@ -154,20 +163,14 @@ class AppConfig(_Strict):
 
     @model_validator(mode="after")
     def _targets_can_be_met(self) -> Self:
-        """Judged by the law of a profile that the file names; one that is only the default says nothing of it.
+        """Judged by the profile's iteration-time model.
 
         How many tokens a step of speculative decoding gains is not known before, and so no time per token either.
         """
-        if "profile" in self.controller.model_fields_set:
-            drafts = EngineSetup.from_engine_args(self.engine, self.targets).speculative_decoding
-            targets = dataclasses.replace(self.targets, tpot_s=None) if drafts else self.targets
-            require_reachable(targets, load_profile(self.controller.profile).time_model)
+        drafts = EngineSetup.from_engine_args(self.engine, self.targets).speculative_decoding
+        targets = dataclasses.replace(self.targets, tpot_s=None) if drafts else self.targets
+        require_reachable(targets, load_profile(self.controller.profile).time_model)
         return self
-
-    @property
-    def tuning(self) -> TuningConfig:
-        """What the controller is told."""
-        return TuningConfig(**self.controller.model_dump(), targets=self.targets)
 
 
 class RayConfig(_Strict):

@@ -13,20 +13,24 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
-from cluster.config import TuningConfig
-from replicas.actor_calls import ReplicaUnavailable, call_engine, replica_ids
+from cluster.config import ControllerConfig
+from replicas.actor_calls import ReplicaUnavailable, replica_ids
+from replicas.questions import ask_telemetry, offer_thresholds
 from replicas.ranks import EngineAddress, engine_addresses
-from scheduler.messages import Ack, Telemetry
+from scheduler.messages import Telemetry
 from scheduler.model.fluid import finite_or_none
 from scheduler.model.profiles import load_profile
 from scheduler.thresholds import Thresholds, thresholds_as_dict
-from scheduler.tuning.replica_model import Proposal, ReplicaModel, materially_different
+from scheduler.tuning.next_push import next_push
+from scheduler.tuning.replica_model import Proposal, ReplicaModel
+from scheduler.tuning.slo import Slo
+from scheduler.wire import UnreadableMessage
 
 NAMESPACE = "headrace"
 _KEPT_EVENTS = 200
@@ -78,8 +82,11 @@ class ControlLoop:
     ranks: engines in each replica (data parallel). Each is tuned by itself, as a replica of its own.
     """
 
-    def __init__(self, app_name: str, config: TuningConfig, configured: Thresholds, ranks: int = 1) -> None:
+    def __init__(
+        self, app_name: str, config: ControllerConfig, targets: Slo, configured: Thresholds, ranks: int = 1
+    ) -> None:
         self._app_name, self._config, self._configured, self._ranks = app_name, config, configured, ranks
+        self._settings = config.settings(targets)
         self._profile = load_profile(config.profile)
         self._replicas: dict[str, _Replica] = {}
         self.events: deque[Event] = deque(maxlen=_KEPT_EVENTS)
@@ -100,7 +107,7 @@ class ControlLoop:
         self.passes += 1
 
     def _new_model(self) -> ReplicaModel:
-        return ReplicaModel(self._config, self._profile.time_model, self._configured)
+        return ReplicaModel(self._settings, self._profile.time_model, self._configured)
 
     def _new_replica(self) -> _Replica:
         model = self._new_model()
@@ -111,6 +118,11 @@ class ControlLoop:
             await self._tune(name, engine, entry, solving)
         except ReplicaUnavailable as error:
             entry.note = str(error)
+        except UnreadableMessage as error:  # of another release, during an upgrade: it keeps what it has
+            note = f"not tuned: {error}"
+            if note != entry.note:
+                logger.warning("replica %s is %s", name, note)
+            entry.note = note
         except Exception as error:
             note = f"not tuned: {error!r}"
             if note != entry.note:  # the same failure every few seconds is told once
@@ -118,31 +130,22 @@ class ControlLoop:
             entry.note = note
 
     async def _tune(self, name: str, engine: EngineAddress, entry: _Replica, solving: asyncio.Lock) -> None:
-        telemetry: Telemetry = await call_engine(engine, "telemetry", cursor=entry.cursor)
+        telemetry = await ask_telemetry(engine, entry.cursor)
         async with solving:
             proposal = await asyncio.to_thread(entry.learn, telemetry, self._new_model)
-        active = telemetry.thresholds
-        if active.pinned:
-            entry.note = f"pinned by an operator at version {active.version}"
-            return
-        renewal_due = time.monotonic() - entry.pushed_at_s > self._config.validity_s / 2
-        changed = materially_different(proposal.thresholds, active)
-        needs_renewal = not telemetry.from_config and proposal.thresholds.valid_for_s is not None and renewal_due
-        if not changed and not needs_renewal:
-            entry.note = "settled" if proposal.equilibrium else proposal.reason
-            return
-        # A renewal repeats what is in force; noise in the estimates must not ride along with it.
-        if changed:
-            wanted = replace(proposal.thresholds, reason=proposal.reason)
+        push = next_push(
+            telemetry, proposal, pushed_s_ago=time.monotonic() - entry.pushed_at_s, validity_s=self._config.validity_s
+        )
+        if push.thresholds is None:
+            entry.note = push.reason
         else:
-            wanted = replace(active, valid_for_s=self._config.validity_s)
-        await self._push(name, engine, entry, active, wanted.with_version(active.version + 1), changed)
+            await self._push(name, engine, entry, telemetry.thresholds, push.thresholds, push.changed)
 
     async def _push(
         self, name: str, engine: EngineAddress, entry: _Replica, old: Thresholds, new: Thresholds, changed: bool
     ) -> None:
-        ack: Ack = await call_engine(engine, "apply_thresholds", thresholds=new, automatic=True)
-        entry.note = new.reason if ack.accepted else f"refused: {ack.reason}"
+        ack = await offer_thresholds(engine, new, automatic=True)
+        entry.note = new.reason if ack.accepted else f"rejected: {ack.reason}"
         if ack.accepted:
             entry.pushed_at_s = time.monotonic()
         if changed or not ack.accepted:
@@ -154,12 +157,11 @@ class ControlLoop:
             logger.info("thresholds of %s: version %d -> %d: %s", name, old.version, new.version, entry.note)
 
     def state(self) -> dict[str, Any]:
-        """What the controller knows, as plain JSON-ready objects."""
+        """What the controller knows of every replica, as plain JSON-ready objects."""
         return {
             "passes": self.passes,
             "period_s": self._config.period_s,
             "replicas": {name: entry.shown | {"decision": entry.note} for name, entry in self._replicas.items()},
-            "events": [asdict(event) for event in self.events],
         }
 
 
@@ -192,8 +194,10 @@ def _shown(model: ReplicaModel, proposal: Proposal | None) -> dict[str, Any]:
 class ControllerActor:
     """The Ray actor around a `ControlLoop`."""
 
-    def __init__(self, app_name: str, config: TuningConfig, configured: Thresholds, ranks: int = 1) -> None:
-        self._loop = ControlLoop(app_name, config, configured, ranks)
+    def __init__(
+        self, app_name: str, config: ControllerConfig, targets: Slo, configured: Thresholds, ranks: int = 1
+    ) -> None:
+        self._loop = ControlLoop(app_name, config, targets, configured, ranks)
         self._config = config
         self._task: asyncio.Task[None] | None = None
         self._started_unix_s = time.time()
@@ -207,6 +211,10 @@ class ControllerActor:
     async def state(self) -> dict[str, Any]:
         """See `ControlLoop.state`; `started_unix_s` tells one controller from the next."""
         return {"started_unix_s": self._started_unix_s} | self._loop.state()
+
+    async def events(self) -> dict[str, Any]:
+        """The latest changes of thresholds, at most 200, oldest first, with the old and the new values."""
+        return {"events": [asdict(event) for event in self._loop.events]}
 
     async def _run(self) -> None:
         while True:
@@ -222,7 +230,8 @@ class ControllerActor:
 class ControllerKeeper:
     """How an ingress replica makes sure that there is a controller; any number of them may try at once."""
 
-    config: TuningConfig
+    config: ControllerConfig
+    targets: Slo
     configured: Thresholds
     ranks: int = 1
 
@@ -239,7 +248,7 @@ class ControllerKeeper:
         remote = ray.remote(ControllerActor)
         actor = remote.options(
             name=controller_name(app_name), namespace=NAMESPACE, get_if_exists=True, num_cpus=0, max_restarts=-1
-        ).remote(app_name, self.config, self.configured, self.ranks)
+        ).remote(app_name, self.config, self.targets, self.configured, self.ranks)
         actor.keep_running.remote()
         return actor
 

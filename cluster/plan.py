@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from scheduler.config_errors import UsageError
 from scheduler.model.fluid import finite_or_none, solve_fluid
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.profiles import load_profile
 from scheduler.model.wait_thresholds import Infeasible, nested_wait_thresholds, running_cap, wait_thresholds
-from scheduler.model.workload import RequestType, WorkloadMix, parse_type, read_trace
+from scheduler.model.workload import Lengths, RequestType, WorkloadMix, token_count
 
 
-class PlanError(ValueError):
+class PlanError(UsageError):
     """The plan's inputs cannot be used; the message names the option, the value and what is allowed."""
 
 
@@ -124,12 +125,10 @@ def _mix(inputs: PlanInputs) -> tuple[WorkloadMix, list[str]]:
         return WorkloadMix(tuple(_type(text, number) for number, text in enumerate(inputs.types, 1))), []
     if inputs.rate is None or not math.isfinite(inputs.rate) or inputs.rate <= 0:
         raise PlanError(f"--rate = {inputs.rate} is not allowed; allowed: requests per second > 0, with --trace")
-    report = read_trace(inputs.trace)
-    warnings = []
-    if report.bad_row_count:
-        shown = "; ".join(report.bad_rows[:3])
-        warnings.append(f"{inputs.trace}: {report.bad_row_count} of {report.rows} rows were left out: {shown}")
-    return WorkloadMix.from_lengths(report.lengths, inputs.rate), warnings
+    from simulator.workload.requests import WorkloadConfig, open_workload  # only traces need the extra `sim`
+
+    workload = open_workload(WorkloadConfig(trace=inputs.trace, rate_rps=inputs.rate))
+    return workload.mix(), list(workload.notes())
 
 
 def _type(text: str, number: int) -> RequestType:
@@ -138,3 +137,27 @@ def _type(text: str, number: int) -> RequestType:
     except ValueError as error:
         raise PlanError(f"--type {text!r}: {error}") from error
     return parsed if "name=" in text else replace(parsed, name=f"type-{number}")
+
+
+def parse_type(text: str) -> RequestType:
+    """The request type written as "rate=50,prompt=58,output=147", optionally with "name=chat".
+
+    Without a name it is called p58d147. Raises ValueError naming the key at fault.
+    """
+    allowed = ("name", "rate", "prompt", "output")
+    given: dict[str, str] = {}
+    for part in text.split(","):
+        key, equals, value = (s.strip() for s in part.partition("="))
+        if key not in allowed or not equals:
+            raise ValueError(f"{part.strip()!r} in {text!r}: write key=value with one of the keys {', '.join(allowed)}")
+        if key in given:
+            raise ValueError(f"{key} is given twice in {text!r}")
+        given[key] = value
+    if missing := [key for key in allowed[1:] if key not in given]:
+        raise ValueError(f"{', '.join(missing)} missing in {text!r}; rate, prompt and output are required")
+    try:
+        rate_rps = float(given["rate"])
+    except ValueError:
+        raise ValueError(f"rate is {given['rate']!r}; it must be a number of requests per second") from None
+    prompt, output = (token_count(key, given[key]) for key in ("prompt", "output"))
+    return RequestType(given.get("name", f"p{prompt}d{output}"), rate_rps, Lengths.point(prompt, output))

@@ -85,17 +85,20 @@ def _forecast_table(forecasts: dict[str, Any]) -> Table:
     return table
 
 
-def events_table(state: dict[str, Any]) -> Iterator[Any]:
+def events_table(answer: dict[str, Any]) -> Iterator[Any]:
     """`headrace events`, the newest last."""
     table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for column in ("at", "replica", "version", "taken"):
         table.add_column(column, no_wrap=True)
     table.add_column("reason")
-    for event in state["events"]:
+    for event in answer["events"]:
         at = datetime.fromtimestamp(event["at_unix_s"], UTC).astimezone().isoformat(" ", "seconds")
         versions = f"{event['old_version']} → {event['new_version']}"
         table.add_row(at, event["replica"], versions, "yes" if event["accepted"] else "no", plain(event["reason"]))
-    yield table if state["events"] else Text("no change of thresholds yet")
+    if answer["events"]:
+        yield table
+    else:
+        yield Text("no change of thresholds yet" if answer["controller"]["alive"] else answer["controller"]["reason"])
 
 
 def thresholds_table(result: dict[str, Any]) -> Iterator[Any]:

@@ -1,28 +1,16 @@
-"""`headrace bench`: the command, its progress bar and its tables."""
+"""`headrace bench`: the command and its tables. It imports what it needs when it runs."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-
-from loadgen.client import Exchange, Server
-from loadgen.config import BenchConfig, Load, bench_config, draw_load
-from loadgen.open_loop import OnChange, OpenLoop, allow_many_connections
-from loadgen.results import is_good, summary_of, table_of, warnings_of, write_results
-from simulator.output.run_files import COMPLETED, REJECTED
 
 app = typer.Typer()
 out = Console()
@@ -67,6 +55,10 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Send requests to a running server when they are due, and measure what comes back. Ctrl-C keeps what is there."""
+    from loadgen.config import bench_config
+    from loadgen.measurement import measure
+    from loadgen.open_loop import allow_many_connections
+
     config = bench_config(
         url=url, model=model, label=label, duration_s=duration, warmup=warmup, timeout_s=timeout,
         declare_lengths=declare_lengths, slo={"ttft_s": slo_ttft, "tpot_s": slo_tpot, "latency_s": slo_latency},
@@ -76,7 +68,9 @@ def bench(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # before an hour of sending rather than after it
     allow_many_connections()
-    summary = asyncio.run(_measure(config, api_key, folder, show_progress=err.is_terminal and not as_json))
+    summary = asyncio.run(
+        measure(config, api_key, folder, progress_on=err if err.is_terminal and not as_json else None)
+    )
     for note in summary.pop("notes"):
         err.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
     for message, count in summary["messages"].items():
@@ -89,64 +83,6 @@ def bench(
         raise typer.Exit(INTERRUPTED)
     if summary["failed"] and not summary["completed"]:
         raise typer.Exit(1)
-
-
-async def _measure(
-    config: BenchConfig, api_key: str | None, folder: Path | None, *, show_progress: bool
-) -> dict[str, Any]:
-    async with Server(config.url, api_key) as server:
-        model = await server.model(config.model)
-        load = draw_load(config, model.max_model_len)
-        begun_unix_s, begun_s = time.time(), time.monotonic()
-        with _progress(config, load, shown=show_progress) as on_change:
-            loop = OpenLoop(
-                server, model.id, timeout_s=config.timeout_s, declare_lengths=config.declare_lengths,
-                on_change=on_change,
-            )
-            whole = await loop.run(load.requests)
-    requests = table_of(loop.exchanges, config.slo)
-    measures = summary_of(requests, config.slo, warmup=config.warmup)
-    summary = {
-        "url": server.url, "model": model.id, "workload": load.name, "rate_rps": load.rate_rps, **measures,
-        "slo": asdict(config.slo), "interrupted": not whole, "begun_unix_s": begun_unix_s,
-        "wall_s": time.monotonic() - begun_s, "notes": [*load.notes, *warnings_of(requests, measures)],
-    }
-    if folder is not None:
-        write_results(folder, requests, _as_run(config, load, model.id), summary)
-    return summary
-
-
-def _as_run(config: BenchConfig, load: Load, model: str) -> dict[str, Any]:
-    """The configuration under the names that `headrace report` looks for."""
-    data = config.model_dump(mode="json") | {"model": model, "policy": config.label or model}
-    data["workload"] |= {"name": load.name, "rate_rps": load.rate_rps, "requests": len(load.requests)}
-    return data
-
-
-@contextmanager
-def _progress(config: BenchConfig, load: Load, *, shown: bool) -> Iterator[OnChange]:
-    columns = (
-        TextColumn("answered"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[counts]}"),
-    )
-    with Progress(*columns, console=err, transient=True, disable=not shown) as bar:
-        task = bar.add_task("requests", total=len(load.requests), counts="")
-        seen: Counter[str] = Counter()
-        begun_s = time.monotonic()
-
-        def on_change(exchange: Exchange) -> None:
-            if exchange.ended_s is None:
-                seen["sent"] += 1
-            else:
-                seen["ended"] += 1
-                seen[exchange.outcome if exchange.outcome in (COMPLETED, REJECTED) else "failed"] += 1
-                seen["good"] += is_good(exchange, config.slo)
-            goodput_rps = seen["good"] / max(time.monotonic() - begun_s, 1.0)
-            counts = f"sent {seen['sent']}, refused {seen[REJECTED]}, failed {seen['failed']}, " \
-                f"goodput {goodput_rps:.2f}/s"
-            bar.update(task, completed=seen["ended"], counts=counts)
-
-        yield on_change if shown else lambda _: None
 
 
 def _table(summary: dict[str, Any]) -> Table:

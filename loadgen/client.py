@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 import httpx
 
 from loadgen.stream import StreamError, TokenStream
+from scheduler.config_errors import CommandFailed
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS
 from simulator.output.run_files import COMPLETED, REJECTED
 from simulator.workload.requests import SimRequest
@@ -22,7 +23,7 @@ _SETUP_TIMEOUT_S = 15.0
 _KEEP_IDLE_S = 2.0  # shorter than servers keep theirs (uvicorn: 5 s), so that none closes under a new request
 
 
-class ServerError(RuntimeError):
+class ServerError(CommandFailed):
     """The server cannot be measured: nothing answers, or not as an OpenAI-style server; the message says what to do."""
 
 

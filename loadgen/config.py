@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from scheduler.config_errors import describe
+from scheduler.config_errors import UsageError, describe
 from scheduler.tuning.slo import NO_SLO, Slo
 from simulator.workload.requests import SimRequest, WorkloadConfig, open_workload
 
 _AS_MANY_AS_COME = sys.maxsize
 
 
-class BenchError(ValueError):
+class BenchError(UsageError):
     """A measurement that cannot be made as asked; the message names the option, the value and what is allowed."""
 
 

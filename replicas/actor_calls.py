@@ -17,8 +17,6 @@ from ray.serve._private.common import RequestMetadata
 from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve.request_router import ReplicaID
 
-from replicas.ranks import EngineAddress
-
 SERVER_CLASS = "HeadraceServer"
 """Ray Serve LLM names a deployment by its server class and its model: HeadraceServer:MODEL."""
 
@@ -75,26 +73,3 @@ async def call_replica(actor_name: str, method: str, *, timeout_s: float = 5.0, 
             raise
     except (ValueError, TimeoutError, ray.exceptions.RayError) as error:
         raise ReplicaUnavailable(f"replica {actor_name} did not answer {method}: {error!r}") from error
-
-
-async def call_engine(engine: EngineAddress, method: str, *, timeout_s: float = 5.0, **kwargs: Any) -> Any:
-    """`method(rank=…, **kwargs)` for one engine, see `call_replica`."""
-    return await call_replica(engine.actor_name, method, timeout_s=timeout_s, rank=engine.rank, **kwargs)
-
-
-async def call_engines(
-    targets: dict[str, EngineAddress], method: str, *, timeout_s: float = 5.0, **kwargs: Any
-) -> dict[str, Any | ReplicaUnavailable]:
-    """`method(rank=…, **kwargs)` for every engine of `targets` (see `engine_addresses`) at once.
-
-    One result per engine; one that does not answer has its ReplicaUnavailable as result.
-    """
-
-    async def one(engine: EngineAddress) -> Any | ReplicaUnavailable:
-        try:
-            return await call_engine(engine, method, timeout_s=timeout_s, **kwargs)
-        except ReplicaUnavailable as error:
-            return error
-
-    results = await asyncio.gather(*(one(engine) for engine in targets.values()))
-    return dict(zip(targets, results, strict=True))

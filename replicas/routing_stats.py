@@ -6,46 +6,32 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
-from scheduler.messages import Telemetry
+from scheduler.messages import Stats
 
 _KEY = "headrace"
 logger = logging.getLogger(__name__)
-_Replica = TypeVar("_Replica")
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingStats:
-    """seats: requests that may be in service at once (the cap, what a pace has in service at capacity, or the engine's
-    own limit); occupied: those in service and waiting; kv_used_fraction: share of the KV cache in use."""
+    """slots: requests that may run at once before the replica counts as full (`scheduler.messages.Stats`); occupied:
+    requests that run or wait; kv_used_fraction: share of the KV cache in use."""
 
     slots: int
     occupied: int
     kv_used_fraction: float
 
     @classmethod
-    def from_telemetry(cls, telemetry: Telemetry) -> RoutingStats:
-        """The stats of one engine."""
-        thresholds, gauges = telemetry.thresholds, telemetry.gauges
-        most = telemetry.limits.max_num_seqs
-        # A replica that is slow, or has long answers, is full with fewer than another.
-        paced = thresholds.fluid.running_at_capacity if thresholds.fluid else None
-        slots = most if paced is None else min(most, max(1, round(paced)))
-        return cls(
-            slots=thresholds.max_running or slots,
-            occupied=gauges.running + gauges.waiting,
-            kv_used_fraction=telemetry.kv_used_fraction,
-        )
-
-    @classmethod
-    def of_engines(cls, telemetry: Sequence[Telemetry]) -> RoutingStats:
+    def of_engines(cls, engines: Sequence[Stats]) -> RoutingStats:
         """The stats of a replica's engines together: the room of all, as vLLM spreads its requests over them."""
-        each = [cls.from_telemetry(report) for report in telemetry]
-        capacity = sum(report.limits.kv_capacity_tokens for report in telemetry)
         return cls(
-            slots=sum(stats.slots for stats in each), occupied=sum(stats.occupied for stats in each),
-            kv_used_fraction=sum(report.gauges.kv_used_tokens for report in telemetry) / capacity,
+            slots=sum(stats.slots for stats in engines),
+            occupied=sum(stats.running + stats.waiting for stats in engines),
+            kv_used_fraction=(
+                sum(stats.kv_used_tokens for stats in engines) / sum(stats.kv_capacity_tokens for stats in engines)
+            ),
         )
 
     @classmethod
@@ -63,7 +49,7 @@ class RoutingStats:
         return {_KEY: asdict(self)}
 
     def slack(self, ongoing: int) -> float:
-        """Free seats as a share of all, given the router's own, fresher count of ongoing requests; may be negative."""
+        """Free slots as a share of all, given the router's own, fresher count of ongoing requests; may be negative."""
         return (self.slots - max(self.occupied, ongoing)) / self.slots
 
 
@@ -73,5 +59,3 @@ def _warn_once(reported: str) -> None:
         "a replica reports its room as %s, and not as %s: another version? It is ranked last",
         reported or "nothing", ", ".join(field.name for field in fields(RoutingStats)),
     )
-
-

@@ -1,8 +1,8 @@
 """`HeadraceServer`: one replica. Ray's LLMServer plus the control channels into its engines, one a data-parallel rank.
 
-The replica owns the channels: it names the endpoint before the engine starts, passes thresholds in, telemetry out, and
-tells Serve's request routers how much room it has. It never waits for the controller: it starts, and restarts, with the
-configured thresholds.
+The replica owns the channels: it names the endpoint before the engine starts, passes questions in and answers out as
+the JSON they are (`scheduler.wire`), and tells Serve's request routers how much room it has. It never waits for the
+controller: it starts, and restarts, with the configured thresholds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import copy
 import logging
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import replace
 from typing import Any
 
 from ray.serve.llm import LLMConfig
@@ -22,10 +21,18 @@ from replicas.delivery import Deliveries
 from replicas.ray_patches import listen_where_the_node_does
 from replicas.routing_stats import RoutingStats
 from scheduler.engine.channel import ChannelClient, ChannelClosed, new_endpoint, rank_endpoint, remove_endpoint
-from scheduler.messages import Ack, Telemetry
+from scheduler.messages import Ack, Stats
 from scheduler.settings import SETTINGS_KEY
 from scheduler.support import ranks_in
-from scheduler.thresholds import Thresholds
+from scheduler.wire import (
+    QuestionFailed,
+    UnreadableMessage,
+    answer_of,
+    read_answer,
+    stats_question,
+    telemetry_question,
+    with_delivered,
+)
 
 _STALE_STATS_S = 30.0
 _ANSWER_S = 4.0
@@ -42,10 +49,10 @@ class HeadraceServer(LLMServer):
         _open_channel_at(self._endpoint, llm_config)
         ranks = ranks_in(llm_config.engine_kwargs)
         self._channels = [ChannelClient(rank_endpoint(self._endpoint, rank)) for rank in range(ranks)]
-        self._last_reports: dict[int, tuple[float, Telemetry]] = {}
+        self._last_stats: dict[int, tuple[float, Stats]] = {}
         self._silent: set[int] = set()
         self._deliveries = Deliveries()
-        from replicas.engine import HeadraceEngine  # imports vLLM, which whoever only deploys need not wait for
+        from replicas.engine import HeadraceEngine  # imports vLLM, which a process that only deploys need not wait for
 
         await super().__init__(llm_config, **({"engine_cls": HeadraceEngine} | kwargs))
 
@@ -61,42 +68,46 @@ class HeadraceServer(LLMServer):
         chunks = await super().completions(request, raw_request_info)
         return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
 
-    async def apply_thresholds(self, thresholds: Thresholds, automatic: bool = True, rank: int = 0) -> Ack:
-        """Offer thresholds to the engine of a rank; the Ack names the version in force now, taken or not."""
-        try:
-            return await self._channels[rank].apply(thresholds, automatic=automatic, timeout_s=_ANSWER_S)
-        except ChannelClosed as error:
-            return Ack(accepted=False, version_in_force=-1, reason=str(error), code="unavailable")
+    async def apply_thresholds(self, offer: bytes, rank: int = 0) -> bytes:
+        """Pass an offer of thresholds to the engine of a rank; the answer is an `Ack`."""
+        return await self._ask(rank, offer)
 
-    async def telemetry(self, cursor: int | None = 0, rank: int = 0) -> Telemetry:
-        """The telemetry of a rank's engine with the records after `cursor`, and the latest answers as they left here.
-
-        Raises:
-            ChannelClosed: the engine does not answer.
-        """
-        telemetry = await self._channels[rank].report(cursor, timeout_s=_ANSWER_S)
+    async def telemetry(self, cursor: int | None = 0, rank: int = 0) -> bytes:
+        """The `Telemetry` of a rank's engine with the records after `cursor`, and the latest answers as they left
+        here; or an `Ack` that says why there is none."""
+        answer = await self._ask(rank, telemetry_question(cursor))
         # Which rank an answer came from is not known here: ranks of several go by what their own engines saw.
         alone = cursor is not None and len(self._channels) == 1
-        return replace(telemetry, delivered=self._deliveries.latest()) if alone else telemetry
+        return with_delivered(answer, self._deliveries.latest()) if alone else answer
+
+    async def stats(self, rank: int = 0) -> bytes:
+        """The `Stats` of a rank's engine, or an `Ack` that says why there are none."""
+        return await self._ask(rank, stats_question())
+
+    async def _ask(self, rank: int, question: bytes) -> bytes:
+        try:
+            return await self._channels[rank].ask(question, timeout_s=_ANSWER_S)
+        except ChannelClosed as error:
+            return answer_of(Ack(accepted=False, version_in_force=-1, reason=str(error), code="unavailable"))
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """What Serve's request routers see of this replica: its seats and who takes them (`RoutingStats`)."""
-        stats: dict[str, Any] = dict(await super().record_routing_stats())
-        await asyncio.gather(*(self._ask_for_stats(rank) for rank in range(len(self._channels))))
-        # The latest known report of an engine serves a while longer, then routers treat the replica as unknown.
+        """What Serve's request routers see of this replica: its slots and how many are taken (`RoutingStats`)."""
+        routing: dict[str, Any] = dict(await super().record_routing_stats())
+        await asyncio.gather(*(self._refresh_stats(rank) for rank in range(len(self._channels))))
+        # The latest known stats of an engine serve a while longer, then routers treat the replica as unknown.
         fresh_s = time.monotonic() - _STALE_STATS_S
-        reports = [report for at_s, report in self._last_reports.values() if at_s > fresh_s]
-        return stats | RoutingStats.of_engines(reports).as_dict() if reports else stats
+        latest = [stats for at_s, stats in self._last_stats.values() if at_s > fresh_s]
+        return routing | RoutingStats.of_engines(latest).as_dict() if latest else routing
 
-    async def _ask_for_stats(self, rank: int) -> None:
+    async def _refresh_stats(self, rank: int) -> None:
         try:
-            report = await self._channels[rank].report(cursor=None, timeout_s=1.0)
-        except ChannelClosed as error:
+            stats = read_answer(await self._channels[rank].ask(stats_question(), timeout_s=1.0), Stats)
+        except (ChannelClosed, QuestionFailed, UnreadableMessage) as error:
             if rank not in self._silent:
                 logger.warning("no routing stats from the engine of rank %d: %s", rank, error)
             self._silent.add(rank)
             return
-        self._last_reports[rank] = (time.monotonic(), report)
+        self._last_stats[rank] = (time.monotonic(), stats)
         self._silent.discard(rank)
 
     async def __del__(self) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from replicas.ranks import named_by, replica_of
-from scheduler.messages import Telemetry
+from scheduler.messages import Stats, Telemetry
 from scheduler.thresholds import InvalidThresholds, Thresholds, parse_thresholds, thresholds_as_dict
+from scheduler.wire import OtherSchema, UnreadableMessage
 
 _OF_ONE_UPDATE = ("version", "valid_for_s", "pinned", "reason")
 """Fields that say how thresholds came into force, and not how requests are scheduled."""
@@ -63,6 +64,8 @@ def _check_params(thresholds: Thresholds) -> None:
 
 
 def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception) -> Thresholds:
+    if isinstance(report, UnreadableMessage):
+        raise AdminError(503, f"replica {name} cannot be set from here: {report}")
     if not isinstance(report, Telemetry):
         raise AdminError(503, f"replica {name} does not answer: {report}")
     active = report.thresholds
@@ -93,10 +96,13 @@ def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception)
     return replace(wanted, pinned=pinned, reason=wanted.reason or "set by an operator")
 
 
-def readiness(telemetry: Mapping[str, Telemetry | Exception]) -> dict[str, Any]:
-    """The body of `/readyz`: how many replicas there are, and how many of them have an engine that answers."""
-    ready = {replica_of(name) for name, report in telemetry.items() if isinstance(report, Telemetry)}
-    replicas = len({replica_of(name) for name in telemetry})
+def readiness(answers: Mapping[str, Stats | Exception]) -> dict[str, Any]:
+    """The body of `/readyz`: how many replicas there are, and how many of them have an engine that answers.
+
+    An answer in another schema version is an answer: a replica of another release serves.
+    """
+    ready = {replica_of(name) for name, answer in answers.items() if isinstance(answer, Stats | OtherSchema)}
+    replicas = len({replica_of(name) for name in answers})
     return {"status": "ready" if ready else "not ready", "ready": len(ready), "replicas": replicas}
 
 

@@ -1,6 +1,7 @@
 """`HeadraceIngress`: Ray's OpenAI ingress, and beside `/v1/*` the endpoints that show and set the thresholds.
 
-    GET  /admin/state        every replica: thresholds in force, law and fit, KV use, requests; the fluid equilibrium
+    GET  /admin/state        every replica: thresholds in force, iteration-time model, KV use, requests; the equilibrium
+    GET  /admin/events       the latest changes of thresholds, with the old and the new values
     GET  /admin/thresholds   thresholds in force by replica
     PUT  /admin/thresholds   set, `pin` or return to `auto`, on all replicas or one
     GET  /healthz, /readyz   this process lives; at least one replica serves
@@ -20,7 +21,8 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.serve.llm.ingress import OpenAiIngress
 
-from replicas.actor_calls import ReplicaUnavailable, call_engine, call_engines, replica_ids
+from replicas.actor_calls import ReplicaUnavailable, replica_ids
+from replicas.questions import Unanswered, ask_all, ask_stats, ask_telemetry, offer_thresholds
 from replicas.ranks import EngineAddress, engine_addresses
 from replicas.ray_patches import listen_where_the_node_does
 from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
@@ -28,7 +30,8 @@ from router.declared_length import move_declared_length
 from router.errors import error_body
 from router.tenants import sign
 from scheduler.messages import Ack, Telemetry
-from scheduler.thresholds import Thresholds
+from scheduler.thresholds import Thresholds, thresholds_as_dict
+from scheduler.wire import UnreadableMessage
 
 _CONTROLLER_ANSWER_S = 3.0
 _NO_CONTROLLER = "the controller does not answer; replicas go on with the thresholds they have"
@@ -89,7 +92,7 @@ class HeadraceIngress(OpenAiIngress):
 
     async def admin_state(self) -> Response:
         """Everything the cluster knows of itself; what is unreachable is named, not left out."""
-        telemetry, controller = await asyncio.gather(self._telemetry(), self._controller_state())
+        telemetry, controller = await asyncio.gather(self._telemetry(), self._ask_controller("state"))
         known = controller.get("replicas", {})
         replicas = {}
         for name, report in telemetry.items():
@@ -103,28 +106,33 @@ class HeadraceIngress(OpenAiIngress):
             "application": self._app_name,
             "at_unix_s": time.time(),
             "replicas": replicas,
-            "controller": {key: value for key, value in controller.items() if key not in ("replicas", "events")},
-            "events": controller.get("events", []),
+            "controller": {key: value for key, value in controller.items() if key != "replicas"},
         }
         return JSONResponse(state)
+
+    async def admin_events(self) -> Response:
+        """The latest changes of thresholds that the controller made; none while it does not answer, and `controller`
+        says so."""
+        controller = await self._ask_controller("events")
+        return JSONResponse({"events": controller.pop("events", []), "controller": controller})
 
     async def get_thresholds(self) -> Response:
         """Thresholds in force by replica."""
         telemetry = await self._telemetry()
         replicas = {
-            name: telemetry_as_dict(report)["thresholds"] if isinstance(report, Telemetry) else {"error": str(report)}
+            name: thresholds_as_dict(report.thresholds) if isinstance(report, Telemetry) else {"error": str(report)}
             for name, report in telemetry.items()
         }
         return JSONResponse({"replicas": replicas})
 
     async def put_thresholds(self, body: ThresholdsUpdate) -> Response:
         """Set, pin or free thresholds. Everything is checked against every target before anything is changed."""
+        engines = await self._engines()
         try:
-            planned = plan_update(body, await self._telemetry())
+            planned = plan_update(body, await ask_all(engines, _without_records))
         except AdminError as error:
             return _error(error.status_code, str(error))
-        targets = await self._engines()
-        answers = await asyncio.gather(*(_apply(targets.get(name), planned[name]) for name in planned))
+        answers = await asyncio.gather(*(_apply(engines[name], planned[name]) for name in planned))
         acks: dict[str, Ack] = dict(zip(planned, answers, strict=True))
         rejected = {name: ack.reason for name, ack in acks.items() if not ack.accepted}
         results = {
@@ -134,7 +142,7 @@ class HeadraceIngress(OpenAiIngress):
         if rejected:
             codes = {ack.code for ack in acks.values() if not ack.accepted}
             status = 503 if "unavailable" in codes else 409 if "stale" in codes else 400
-            return _error(status, f"refused by {', '.join(rejected)}: {next(iter(rejected.values()))}", results)
+            return _error(status, f"rejected by {', '.join(rejected)}: {next(iter(rejected.values()))}", results)
         return JSONResponse({"replicas": results})
 
     async def healthz(self) -> Response:
@@ -143,42 +151,43 @@ class HeadraceIngress(OpenAiIngress):
 
     async def readyz(self) -> Response:
         """At least one replica's engine answers."""
-        telemetry = await self._telemetry(cursor=None)
-        body = readiness(telemetry)
+        body = readiness(await ask_all(await self._engines(), ask_stats))
         return JSONResponse(body, status_code=200 if body["ready"] else 503)
 
-    async def _telemetry(self, cursor: int | None = None) -> dict[str, Telemetry | ReplicaUnavailable]:
-        return await call_engines(await self._engines(), "telemetry", cursor=cursor)
+    async def _telemetry(self) -> dict[str, Telemetry | Unanswered]:
+        return await ask_all(await self._engines(), _without_records)
 
     async def _engines(self) -> dict[str, EngineAddress]:
         return engine_addresses(await asyncio.to_thread(replica_ids, self._app_name), self._ranks)
 
-    async def _controller_state(self) -> dict[str, Any]:
+    async def _ask_controller(self, method: str) -> dict[str, Any]:
         if self._controller is None:
             reason = _NO_CONTROLLER if self._keeper else "automatic tuning is off in the configuration"
             return {"alive": False, "reason": reason}
         try:
-            reference = self._controller.state.remote()
-            state: dict[str, Any] = await asyncio.wait_for(
+            reference = getattr(self._controller, method).remote()
+            answer: dict[str, Any] = await asyncio.wait_for(
                 asyncio.wrap_future(reference.future()), _CONTROLLER_ANSWER_S
             )
-            return {"alive": True} | state
+            return {"alive": True} | answer
         except Exception as error:  # gone, restarting or busy: the state of the replicas is still worth showing
             return {"alive": False, "reason": f"{_NO_CONTROLLER} ({type(error).__name__})"}
 
 
-async def _apply(engine: EngineAddress | None, thresholds: Thresholds) -> Ack:
+async def _without_records(engine: EngineAddress) -> Telemetry:
+    return await ask_telemetry(engine, cursor=None)
+
+
+async def _apply(engine: EngineAddress, thresholds: Thresholds) -> Ack:
     try:
-        if engine is None:
-            raise ReplicaUnavailable("the replica has just gone")
-        ack: Ack = await call_engine(engine, "apply_thresholds", thresholds=thresholds, automatic=False)
-    except ReplicaUnavailable as error:
+        return await offer_thresholds(engine, thresholds, automatic=False)
+    except (ReplicaUnavailable, UnreadableMessage) as error:
         return Ack(accepted=False, version_in_force=-1, reason=str(error), code="unavailable")
-    return ack
 
 
 ADMIN_ENDPOINTS = {
     "admin_state": lambda app: app.get("/admin/state"),
+    "admin_events": lambda app: app.get("/admin/events"),
     "get_thresholds": lambda app: app.get("/admin/thresholds"),
     "put_thresholds": lambda app: app.put("/admin/thresholds"),
 }

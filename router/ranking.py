@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-from replicas.routing_stats import RoutingStats, _Replica
+from replicas.routing_stats import RoutingStats
+
+_Replica = TypeVar("_Replica")
 
 
 def best_first(

@@ -1,13 +1,32 @@
-"""What is wrong with a file or a set of options, in words that name the key, the value and what is allowed."""
+"""What is wrong with a file or a set of options, in words that name the key, the value and what is allowed.
+
+Also the two kinds of error with which the `headrace` command ends, so that it need not import the packages that raise
+them.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+
+
+class UsageError(ValueError):
+    """Options or a file that cannot be used as given: the `headrace` command ends with exit code 2."""
+
+
+class CommandFailed(RuntimeError):
+    """What was asked for did not succeed: the `headrace` command ends with exit code 1."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean max_running?"` for the known name closest to `name`; empty when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
@@ -18,9 +37,7 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             known = _known_keys(model, item["loc"][:-1])
-            close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            message = f"no such key; allowed here: {', '.join(known)}{hint}"
+            message = f"no such key; allowed here: {', '.join(known)}{did_you_mean(str(item['loc'][-1]), known)}"
             lines.append(f"{key}: {message}")
         elif item["type"] == "missing":
             lines.append(f"{key}: this key is required")

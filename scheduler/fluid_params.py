@@ -1,4 +1,4 @@
-"""The pace: what the `fluid` policy needs to know of the hardware, the targets and the answers' lengths.
+"""What the `fluid` policy needs to know of the hardware, the targets and the output lengths.
 
 Solved by the controller, obeyed by the engine between two iterations; a part of `Thresholds`.
 """
@@ -7,27 +7,38 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Annotated, ClassVar, overload
+from typing import Annotated, ClassVar, NamedTuple, overload
 
-import numpy as np
 from pydantic import ConfigDict, Strict
 
 from scheduler.model.iteration_time import IterationTimeModel, Seconds, Tokens, require_number
+from scheduler.model.littles_law import requests_running
+from scheduler.survival import Survival
 
 Real = Annotated[float, Strict()]
 Count = Annotated[int, Strict()]
 Flag = Annotated[bool, Strict()]
 ITERATIONS_UNDER_WAY = 2
 """Before that of a prompt that has just come: the one that runs, and the one composed already."""
+_FULL_DECODES = 100.0
+"""Decoding requests of a full iteration: only to compare iteration times, for which their number hardly matters."""
+
+
+class Batch(NamedTuple):
+    """The tokens of an iteration, as `IterationTimeModel.iteration_s` takes them."""
+
+    prefill_tokens: float
+    decode_tokens: float
+    kv_tokens: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FluidParams:
-    """law: seconds of an iteration. iteration_s: what none may exceed (None: no such target); tpot_s, latency_s: the
-    targets per output token and end to end behind it.
+    """One engine's parameters.
 
-    survival: (output tokens x, P(output > x)) by increasing x from 0 on; beyond the last x nobody goes on.
+    time_model: of its iterations. iteration_s: what no iteration may exceed (None: no such target); tpot_s, latency_s:
+    the targets per output token and end to end behind it.
+    survival: of the output lengths of new requests, in tokens.
     kv_limit_tokens: memory that admitted requests may grow into, given out in blocks of block_tokens. overflow_z:
     standard deviations of that growth kept free beside its mean, in memory and in time, so that it overflows with about
     miss_probability. ttft_s: the target for the first token; first_token_within_s: how soon it must come, with what a
@@ -36,17 +47,16 @@ class FluidParams:
     iteration computes at capacity; capacity_rps: requests per second served then (0: not known). steady_s: an
     iteration's expected time at the present load (0: not known). variability: variance over mean of the number of
     requests that are served in a while.
-
     tokens_per_step: output tokens that a request gains in an iteration that advances it, computed_per_step: tokens
     computed for it then (both above 1 with speculative decoding); pipeline_depth: iterations from one step of a request
-    to the next. cold: lengths are a prior and the law a profile's; a guess rejects no request.
+    to the next. cold: lengths are a guess and the model is a profile's; a guess rejects no request.
     Raises ValueError for values out of range.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     time_model: IterationTimeModel
-    survival: tuple[tuple[int, Real], ...]
+    survival: Survival
     kv_limit_tokens: int
     block_tokens: int = 16
     overflow_z: Real = 2.33
@@ -67,12 +77,6 @@ class FluidParams:
     cold: Flag = False
 
     def __post_init__(self) -> None:
-        lengths, survival = [x for x, _ in self.survival], [p for _, p in self.survival]
-        falling = all(a < b for a, b in pairwise(lengths)) and all(a >= b for a, b in pairwise(survival))
-        if not (lengths and lengths[0] == 0 and falling and survival[0] <= 1 and survival[-1] >= 0):
-            raise ValueError(
-                "survival must be pairs (tokens, probability), tokens rising from 0, probabilities falling from 1 to 0"
-            )
         if self.kv_limit_tokens < 1 or self.block_tokens < 1:
             raise ValueError(
                 f"kv_limit_tokens is {self.kv_limit_tokens} and block_tokens {self.block_tokens}; both must be >= 1"
@@ -111,16 +115,16 @@ class FluidParams:
 
     @property
     def running_at_capacity(self) -> float | None:
-        """Requests in service when the replica is full, by Little's law over l' + 1 iterations; None: not known."""
+        """Requests that run when the replica is full, one stage for each output token and the prompt; None: not known.
+        """
         if self.token_s is None or not self.capacity_rps:
             return None
-        return self.capacity_rps * self.token_s * (self.mean_output_tokens + 1)
+        return requests_running(self.capacity_rps, self.survival.mean + 1, self.token_s)
 
     @property
-    def mean_output_tokens(self) -> float:
-        """Of the answers that the survival foresees: Σ P(l' > x), linear between its points."""
-        lengths, survival = zip(*self.survival, strict=True)
-        return float(np.trapezoid(survival, lengths) + survival[0] / 2)
+    def full_batch(self) -> Batch:
+        """A full iteration: the prompts of capacity, and decodes that read all KV tokens."""
+        return Batch(self.prompt_flow_tokens, _FULL_DECODES, float(self.kv_limit_tokens))
 
     @overload
     def decode_iteration_s(self, requests: float, kv_tokens: float) -> float: ...
@@ -139,20 +143,6 @@ class FluidParams:
     def prompt_tokens_within(self, seconds: float, requests: float, kv_tokens: float) -> float:
         """Prompt tokens for which an iteration of so many seconds has time beside such a batch; may be negative.
 
-        Infinite when prompts take no time. The inverse of `law.iteration_s` in its prompt tokens. The requests are
-        those in the batch, of a pipeline's those whose turn it is.
+        The requests are those in the batch, of a pipeline's those whose turn it is.
         """
-        time_model, per_token_s = (
-            self.time_model,
-            self.time_model.d2_s_per_prefill_token + self.time_model.d1_s_per_kv_token,
-        )
-        computed, read_s = requests * self.computed_per_step, time_model.d1_s_per_kv_token * kv_tokens
-        if read_s + time_model.floor_s > seconds:
-            return -math.inf
-        if per_token_s == 0:
-            return math.inf
-        return (seconds - time_model.d0_s - time_model.d3_s_per_decode_token * computed - read_s) / per_token_s
-
-    def prefill_s(self, prompt_tokens: float) -> float:
-        """What so many prompt tokens add to an iteration."""
-        return prompt_tokens * (self.time_model.d2_s_per_prefill_token + self.time_model.d1_s_per_kv_token)
+        return self.time_model.prompt_tokens_within(seconds, requests * self.computed_per_step, kv_tokens)

@@ -10,18 +10,20 @@ validity are what serving live users adds to them.
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError
 
+from scheduler.config_errors import did_you_mean
 from scheduler.fluid_params import FluidParams
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.rotation import stage_lengths
 
 POLICY_NAMES = ("fcfs", "wait", "nested_wait", "wait_cp", "fluid")
+DEFAULT_POLICY = "fluid"
+"""The policy where none is named; without fluid parameters it admits while a slot is free."""
 MODES = ("serving", "strict")
 LONGEST_HOLD_S = 60.0
 """No setting may hold a request longer than this: beyond a minute a hold is an outage."""
@@ -30,6 +32,7 @@ UNKNOWN_TYPE = "unknown"
 """The type of a request whose output length nobody declared."""
 _LONGEST_SHOWN = 200
 _NO_SUCH_FIELD = ("unexpected_keyword_argument", "extra_forbidden")
+_MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
 
 # What is sent must have the very type: a "8" or a true in place of a number is a mistake and not a number.
 Count = Annotated[int, Strict()]
@@ -42,12 +45,18 @@ class InvalidThresholds(ValueError):
     """A threshold value that cannot be used: names the field, the value given and what is allowed."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        shown = repr(value)
-        shown = shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}…"
-        super().__init__(f"thresholds.{field} = {shown} is not allowed; allowed: {allowed}")
+        super().__init__(f"thresholds.{field} = {_shown(value)} is not allowed; allowed: {allowed}")
         self.field = field
         self.value = value
         self.allowed = allowed
+
+
+class MissingField(InvalidThresholds):
+    """A threshold object without a field that has no default."""
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        super().__init__(field, value, allowed)
+        self.args = (f"thresholds.{field} is missing in {_shown(value)}; allowed: {allowed}",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +141,7 @@ class Thresholds:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     version: Count = 0
-    policy: PolicyName = "fcfs"
+    policy: PolicyName = DEFAULT_POLICY
     mode: str = "serving"
     types: tuple[TypeThreshold, ...] = ()
     segments: tuple[SegmentThreshold, ...] = ()
@@ -274,23 +283,45 @@ def _require(condition: bool, field: str, value: object, allowed: str) -> None:
         raise InvalidThresholds(field, value, allowed)
 
 
+def _shown(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}…"
+
+
+_HOLDERS: dict[object, type] = {
+    "types": TypeThreshold, "segments": SegmentThreshold, "fluid": FluidParams, "time_model": IterationTimeModel,
+}
+"""By the key under which it stands: what the object is."""
+_HINTS: dict[tuple[type, object], str] = {
+    (SegmentThreshold, "n"): (
+        "; did you mean total? total = n × stages, the stages being the segment's output tokens: its end_output_tokens "
+        "less those of the segment before it"
+    ),
+}
+_ABOUT_MISSING: dict[tuple[type, object], str] = {
+    (TypeThreshold, "n"): "an integer >= 1, or null for a type whose requests are never held",
+    (SegmentThreshold, "total"): "an integer >= 1, the requests in all stages of the segment together",
+}
+
+
 def _as_invalid(error: ValidationError) -> InvalidThresholds:
     errors = error.errors(include_url=False)
     first = next((one for one in errors if one["type"] in _NO_SUCH_FIELD), errors[0])
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InvalidThresholds):
         return cause
-    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    path = first["loc"]
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+    holder = next((_HOLDERS[part] for part in reversed(path[:-1]) if part in _HOLDERS), Thresholds)
     if first["type"] in _NO_SUCH_FIELD:
-        parts: dict[object, type] = {
-            "types": TypeThreshold,
-            "segments": SegmentThreshold,
-            "fluid": FluidParams,
-            "time_model": IterationTimeModel,
-        }
-        holder = next((parts[part] for part in reversed(first["loc"][:-1]) if part in parts), Thresholds)
-        known = [known_field.name for known_field in fields(holder)]
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        return InvalidThresholds(field, first["input"], f"no such field; the fields are {', '.join(known)}{hint}")
+        return InvalidThresholds(field, first["input"], _known_fields(holder, path[-1]))
+    if first["type"] in _MISSING:
+        allowed = _ABOUT_MISSING.get((holder, path[-1]), "a value; the field has no default")
+        return MissingField(field, first["input"], allowed)
     return InvalidThresholds(field or "(body)", first["input"], first["msg"])
+
+
+def _known_fields(holder: type, unknown: object) -> str:
+    known = [known_field.name for known_field in fields(holder)]
+    hint = _HINTS.get((holder, unknown)) or did_you_mean(str(unknown), known)
+    return f"no such field; the fields are {', '.join(known)}{hint}"

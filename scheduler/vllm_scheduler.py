@@ -1,6 +1,6 @@
 """`HeadraceScheduler`: vLLM's own V1 scheduler with a policy at its gate. Usable alone, without Ray.
 
-    vllm serve MODEL --scheduler-cls scheduler.vllm_scheduler.HeadraceScheduler \\
+    vllm serve MODEL --scheduler-cls headrace.HeadraceScheduler \\
         --additional-config '{"headrace": {"thresholds": {"policy": "wait", "types": [{"name": "all", "n": 8}]}}}'
 
 Preemption, prefix cache, chunked prefill, LoRA, structured output, priorities and aborts stay vLLM's. This class
@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from vllm.logger import init_logger
@@ -45,9 +45,9 @@ from scheduler.engine.running_requests import (
     decode_steps,
     tokens_to_decode,
 )
-from scheduler.messages import Gauges, Report, RunningLengths, Telemetry
+from scheduler.messages import Gauges, Report, RunningLengths, Stats, Telemetry
 from scheduler.model.profiles import load_profile
-from scheduler.policies import UNKNOWN_TYPE, RunningRequest, Snapshot, Waiting
+from scheduler.policies import NO_REQUESTS, UNKNOWN_TYPE, Policy, RunningBatch, Snapshot, Waiting, make_policy
 from scheduler.rejection import Rejection
 from scheduler.settings import SchedulerSettings
 from scheduler.support import EngineSetup, require_supported
@@ -93,7 +93,7 @@ class HeadraceScheduler(AsyncScheduler):
         limits = self._limits()
         self.active = ActiveThresholds(
             _first_thresholds(settings, limits), limits, lambda: self.clock(), allow_strict=settings.allow_strict,
-            setup=setup,
+            setup=setup, policy_of=self.make_policy,
         )
         self._engine_id = engine_id()
         self._obeyed: Active = self.active.current()
@@ -121,8 +121,15 @@ class HeadraceScheduler(AsyncScheduler):
         self._channel: ChannelServer | None = None
         if settings.channel:
             endpoint = rank_endpoint(settings.channel, vllm_config.parallel_config.data_parallel_index)
-            self._channel = ChannelServer(endpoint, self.active.offer, self.telemetry)
+            self._channel = ChannelServer(endpoint, self.active.offer, self.telemetry, self.stats)
             logger.info("Headrace: control channel open, policy %s", settings.thresholds.policy)
+
+    def make_policy(self, thresholds: Thresholds) -> Policy:
+        """The policy that these thresholds name; override it to schedule by one of your own (examples/own_policy.py).
+
+        Called for the configured thresholds while the scheduler is built, and for each change of what they say.
+        """
+        return make_policy(thresholds)
 
     # One iteration.
 
@@ -213,10 +220,10 @@ class HeadraceScheduler(AsyncScheduler):
     def _decode_tokens(self, advancing: list[Request]) -> int:
         return tokens_to_decode(advancing) if self.num_spec_tokens else len(advancing)
 
-    def _released_requests(self) -> Sequence[RunningRequest]:
+    def _released_requests(self) -> RunningBatch:
         """The requests let through the gate that do not run, or not yet."""
         if not self.admission_queue.released and not self.skipped_waiting:
-            return ()
+            return NO_REQUESTS
         requests = [*self.admission_queue.released_requests(), *self.skipped_waiting]
         return EngineBatch(requests, self.admission_queue, self._lives, 1 + self.num_spec_tokens)
 
@@ -379,13 +386,17 @@ class HeadraceScheduler(AsyncScheduler):
     # Telemetry (called from the channel's thread) and the end.
 
     def telemetry(self, report: Report) -> Telemetry:
-        """The engine's state and its records after `report.cursor`; safe from another thread."""
+        """The engine's state and its records after `report.cursor`; safe from another thread.
+
+        Without a cursor there are no records, and the requests are not walked.
+        """
         current = self.active.current()
         cursor = self.recorder.cursor
         iterations, arrivals, finished, lost = self.recorder.since(report.cursor, cursor)
+        requests = [] if report.cursor is None else list(self.requests.values())
         running = tuple(
             RunningLengths(request.num_prompt_tokens, request.num_output_tokens)
-            for request in list(self.requests.values())
+            for request in requests
             if request.status == RequestStatus.RUNNING
         )
         return Telemetry(
@@ -394,6 +405,11 @@ class HeadraceScheduler(AsyncScheduler):
             counters=self.recorder.counters(), iterations=iterations, arrivals=arrivals, finished=finished,
             running=running, records_lost=int(lost),
         )
+
+    def stats(self) -> Stats:
+        """What routing and readiness need; safe from another thread, and as cheap with any number of requests."""
+        thresholds = self.active.current().thresholds
+        return Stats.of_engine(self._engine_id, self.active.limits, thresholds, self.recorder.gauges)
 
     def shutdown(self) -> None:
         """Close the channel, then vLLM's own shutdown."""

@@ -1,1 +1,1 @@
-"""vLLM's real scheduler in virtual time: workloads, the event loop, results, and the theory's own model."""
+"""vLLM's real scheduler in virtual time. Imports downwards: run, engine, config, scenario, output, workload."""

@@ -1,4 +1,4 @@
-"""`headrace simulate`, `sweep` and `report`: the simulator's commands. vLLM is imported only when something runs."""
+"""`headrace simulate`, `sweep` and `report`: the simulator's commands. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from simulator.config import options_from, simulation_config
-from simulator.engine.baselines import BASELINES
+from simulator.scenario.baselines import BASELINES
 
 app = typer.Typer()
 out = Console()
@@ -94,6 +93,8 @@ def simulate(
     options = {name: value for name, value in given.items() if value is not None}
     if workload is not None:
         options.setdefault("requests", _DEFAULT_REQUESTS)
+    from simulator.config import options_from, simulation_config
+
     config = simulation_config(options | options_from(settings or []))
     with err.status("loading vLLM"):
         from simulator.run import simulate as run

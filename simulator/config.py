@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import fields
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from scheduler.config_errors import describe, parse_settings
+from scheduler.config_errors import UsageError, describe, did_you_mean, parse_settings
 from scheduler.model.profiles import load_profile
 from scheduler.tuning.slo import NO_SLO, Slo
-from simulator.engine.baselines import BASELINES
-from simulator.engine.slowdown import parse_slowdown
-from simulator.engine.speculation import Speculation
+from simulator.scenario.baselines import BASELINES
+from simulator.scenario.slowdown import parse_slowdown
+from simulator.scenario.speculation import Speculation
 from simulator.workload.clients import Retries
 from simulator.workload.requests import WorkloadConfig
 
@@ -21,7 +20,7 @@ _SOLVED_POLICIES = ("wait", "nested_wait", "wait_cp", "fluid")
 _SOLVED_FIELDS = frozenset(("types", "segments", "max_running", "fluid"))
 
 
-class SimulationError(ValueError):
+class SimulationError(UsageError):
     """A simulation that cannot be run as asked; the message names the option, the value and what is allowed."""
 
 
@@ -44,8 +43,8 @@ class SimulationConfig(_Strict):
     thresholds: fields of `Thresholds` that replace these. retries: what clients do that are rejected, see
     `simulator.workload.clients`; None: nothing. audit: so many further runs find out whether rejections were right, see
     `simulator.audit`. window: fractions of the arrival order between which requests are measured. slowdown: when the
-    first replica is slow, see `simulator.engine.slowdown.parse_slowdown`. iteration_noise: relative standard deviation
-    of iterations around what the law says (lognormal, of mean 1). until_decided: end the run once no measured request
+    first replica is slow, see `simulator.scenario.slowdown`. iteration_noise: relative standard deviation of iterations
+    around what the law says (lognormal, of mean 1). until_decided: end the run once no measured request
     that is under way can meet the targets; the others' latencies are then not known.
     """
 
@@ -206,6 +205,5 @@ def _place_of(name: str) -> tuple[str, str]:
         *(field for field in SimulationConfig.model_fields if field not in _PARTS), *WorkloadConfig.model_fields,
         *(f"slo_{field}" for field in _SLO_FIELDS), *_THRESHOLD_FIELDS,
     ]
-    close = difflib.get_close_matches(plain, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"
-    raise SimulationError(f"no option {name!r}; {hint}")
+    hint = did_you_mean(plain, known) or f"; the options are {', '.join(known)}"
+    raise SimulationError(f"no option {name!r}{hint}")

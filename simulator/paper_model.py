@@ -29,8 +29,8 @@ class PaperModel:
     """
 
     def __init__(self, mix: WorkloadMix, time_model: IterationTimeModel) -> None:
-        if time_model.d2_s_per_prefill_token or time_model.d3_s_per_decode_token or time_model.floor_s:
-            raise ValueError(f"the law is {time_model}; the paper's has only d0 and d1")
+        if not time_model.is_the_papers:
+            raise ValueError(f"time_model is {time_model}; the paper's has only d0 and d1")
         for t in mix.types:
             if np.unique(t.lengths.prompt_tokens).size > 1:
                 raise ValueError(f"type {t.name!r} has several prompt lengths; every type must have one")

@@ -13,14 +13,14 @@ from scheduler.model.profiles import load_profile
 from scheduler.model.steps import ONE_TOKEN_A_STEP
 from scheduler.model.workload import Lengths, WorkloadMix
 from scheduler.thresholds import EngineLimits, Thresholds, parse_thresholds, thresholds_as_dict
-from scheduler.tuning.solve import mix_by_length, tune, tune_by_cap
+from scheduler.tuning.solve import mix_by_length, tune_by_cap, tune_counts, tune_fluid
 from simulator.audit import audit_rejections
 from simulator.config import SimulationConfig, SimulationError, simulation_config
-from simulator.engine.baselines import BASELINES
 from simulator.engine.fleet import Fleet, limits_of
 from simulator.engine.replica import Totals
 from simulator.output.metrics import good_requests, summarise
 from simulator.output.run_files import RunWriter, versions
+from simulator.scenario.baselines import BASELINES
 from simulator.workload.requests import Workload, open_workload
 
 _SAMPLED_REQUESTS = 2000
@@ -114,11 +114,15 @@ def _thresholds(config: SimulationConfig, workload: Workload) -> Thresholds:
 def _tuned(config: SimulationConfig, configured: Thresholds, mix: WorkloadMix, limits: EngineLimits) -> Thresholds:
     if config.counts == "solved":
         time_model = load_profile(config.profile).time_model.of_stage(limits.pipeline_depth)
-        return tune(
-            configured, mix, time_model, limits, overflow_probability=config.overflow_probability, targets=config.slo,
-            fluctuation=IterationTimeError.from_mape(config.law_error),
-            steps=config.speculation.steps if config.speculation else ONE_TOKEN_A_STEP,
-        ).thresholds
+        steps = config.speculation.steps if config.speculation else ONE_TOKEN_A_STEP
+        if configured.policy != "fluid":
+            return tune_counts(
+                configured, mix, time_model, limits, overflow_probability=config.overflow_probability, steps=steps
+            )[0]
+        return tune_fluid(
+            configured, mix, time_model, limits, config.slo, miss_probability=config.overflow_probability,
+            error=IterationTimeError.from_mape(config.law_error), steps=steps,
+        )[0]
     if config.cap is None:
         raise SimulationError("counts = 'by_cap': give a cap too, from which they follow")
     return tune_by_cap(configured, mix, config.cap)

@@ -219,3 +219,28 @@ def fluid_params(**fields: Any) -> dict[str, Any]:
         },
         "survival": [[0, 1.0], [49, 1.0], [50, 0.0]], "kv_limit_tokens": 256 * BLOCK, **fields,
     }
+
+
+def wait(n: int = 8, **fields: Any) -> dict[str, Any]:
+    """JSON of WAIT's thresholds: one type, groups of `n`."""
+    return {"policy": "wait", "types": [{"name": "all", "n": n}], **fields}
+
+
+def nested(*ends_and_n: tuple[int, int], **fields: Any) -> dict[str, Any]:
+    """JSON of Nested WAIT's thresholds: one segment for each (last output token, requests a stage)."""
+    starts = (0, *(end for end, _ in ends_and_n))
+    return {
+        "policy": "nested_wait",
+        "segments": [
+            {"end_output_tokens": end, "total": n * (end - start)}
+            for (end, n), start in zip(ends_and_n, starts, strict=False)
+        ],
+        **fields,
+    }
+
+
+def boundary_engine(**fields: Any) -> tuple[Engine, list[str]]:
+    """An engine whose two requests reach the boundary after four tokens; four that come later keep it busy."""
+    engine = Engine(thresholds=nested((4, 4), (1000, 4), **fields))
+    front = add_many(engine, 2, "front", output=12)
+    return engine, front

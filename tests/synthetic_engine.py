@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from scheduler.engine.active_thresholds import ActiveThresholds
-from scheduler.messages import Arrival, Counters, Finished, Gauges, Iteration, Telemetry
+from scheduler.messages import Arrival, Counters, Finished, Gauges, Iteration, Stats, Telemetry
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.thresholds import EngineLimits, Thresholds
 
@@ -60,6 +60,9 @@ class SyntheticEngine:
             arrivals=tuple(record for record in self._arrivals if record.seq > after),
             finished=tuple(record for record in self._finished if record.seq > after),
         )
+
+    def stats(self) -> Stats:
+        return Stats.of_engine(self.engine_id, self.limits, self.active.current().thresholds, Gauges())
 
     def _next(self) -> int:
         self._seq += 1

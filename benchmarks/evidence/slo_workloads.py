@@ -10,6 +10,7 @@ from typing import Any
 from grids import PROFILE, Grid, mean_of
 
 from scheduler.model.fluid import PrefixReuse
+from scheduler.model.littles_law import requests_running
 from scheduler.model.profiles import load_profile
 from scheduler.model.workload import Lengths, WorkloadMix
 from scheduler.thresholds import EngineLimits
@@ -83,8 +84,8 @@ def bound_of_run(result: PointResult) -> float:
 
 
 def running_at_capacity(mix: WorkloadMix, bound: float, tpot_s: float) -> float:
-    """Running requests at that capacity: Little's law over l' + 1 iterations."""
-    return bound * tpot_s * (mix.merged().lengths.mean_output_tokens + 1)
+    """Requests that run at that capacity, over l' + 1 iterations."""
+    return requests_running(bound, mix.merged().lengths.mean_output_tokens + 1, tpot_s)
 
 
 def static_grid(

@@ -140,7 +140,7 @@ def measure_gaps(powers: int, boundary_powers: int, rows: int) -> list[dict[str,
         delays: dict[str, list[NDArray[np.float64]]] = {"latency": [], "ttft": [], "wait": []}
         for scale in scales:
             mix = case.mix.scaled(scale)
-            time_model = IterationTimeModel(case.time_model.d0_s / scale, case.time_model.d1_s_per_kv_token / scale)
+            time_model = case.time_model.faster(scale)
             model = PaperModel(mix, time_model)
             run = PaperRun(model, case.policy, seed=scale, rows=rows, capacity_tokens=case.capacity_tokens)
             run.run(BASE_HORIZON_S)

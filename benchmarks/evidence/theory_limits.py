@@ -93,7 +93,7 @@ def measure_limits(powers: int, rows: int) -> list[dict[str, Any]]:
         owed_at = np.array([t.lengths.mean_output_tokens for t in case.mix.types])
         for scale in scales:
             mix = case.mix.scaled(scale)
-            time_model = IterationTimeModel(case.time_model.d0_s / scale, case.time_model.d1_s_per_kv_token / scale)
+            time_model = case.time_model.faster(scale)
             run = PaperRun(PaperModel(mix, time_model), case.policy, seed=scale, rows=rows, capacity_tokens=capacity)
             run.run(BASE_HORIZON_S)
             fluid = solve_fluid(mix, time_model, capacity).throughput_tokens_per_s * BASE_HORIZON_S

@@ -33,7 +33,7 @@ def measure_segments() -> list[dict[str, Any]]:
     panels = []
     for rate_rps, horizon_s, delta in PANELS:
         speed = rate_rps / LAW_RPS
-        scaled = IterationTimeModel(time_model.d0_s / speed, time_model.d1_s_per_kv_token / speed)
+        scaled = time_model.faster(speed)
         points = [terms(lengths, scaled, rate_rps, horizon_s, delta, count) for count in COUNTS]
         found = [point for point in points if point]
         panels.append({"rate_rps": rate_rps, "horizon_s": horizon_s, "delta": delta, "points": found})

@@ -68,7 +68,7 @@ def measure_varying(powers: int, rows: int) -> list[dict[str, Any]]:
         scales = [4**power for power in range(powers)]
         measured: dict[str, list[FloatArray]] = {"gap": [], "latency": [], "ttft": []}
         for scale in scales:
-            time_model = IterationTimeModel(TIME_MODEL.d0_s / scale, TIME_MODEL.d1_s_per_kv_token / scale)
+            time_model = TIME_MODEL.faster(scale)
             arrivals = VaryingArrivals(
                 STRETCH_S, tuple(rate * scale for rate in RATES_RPS), np.random.default_rng(scale)
             )

@@ -31,7 +31,8 @@ class Active:
 class ActiveThresholds:
     """Takes newer, valid, fitting thresholds; falls back to the configured ones when the latest are not renewed.
 
-    `setup` tells what the engine does beside scheduling, which some policies do not go with.
+    `setup` tells what the engine does beside scheduling, which some policies do not go with; `policy_of` makes the
+    policy object of thresholds.
 
     Raises:
         InvalidThresholds: from the constructor, when the configured thresholds do not fit the engine.
@@ -40,9 +41,10 @@ class ActiveThresholds:
 
     def __init__(
         self, configured: Thresholds, limits: EngineLimits, clock: Callable[[], float], *, allow_strict: bool = False,
-        setup: EngineSetup | None = None,
+        setup: EngineSetup | None = None, policy_of: Callable[[Thresholds], Policy] = make_policy,
     ) -> None:
         self.limits = limits
+        self._policy_of = policy_of
         self._allow_strict = allow_strict
         self._setup = setup or EngineSetup()
         self._clock = clock
@@ -50,7 +52,7 @@ class ActiveThresholds:
         self._check(configured)
         self._configured = configured
         # Made once: what thresholds fall back to when they lapse costs the engine's loop nothing then.
-        self._configured_policy = make_policy(configured)
+        self._configured_policy = self._policy_of(configured)
         self._current = Active(configured, self._configured_policy, None, from_config=True)
 
     def current(self) -> Active:
@@ -73,7 +75,7 @@ class ActiveThresholds:
                 return rejection
             lapses = None if offered.valid_for_s is None else self._clock() + offered.valid_for_s
             # The same rule keeps its policy object: what the policy remembers of holds stays true.
-            policy = now.policy if offered.same_rule(active) else make_policy(offered)
+            policy = now.policy if offered.same_rule(active) else self._policy_of(offered)
             self._current = Active(offered, policy, lapses, from_config=False)
             return Ack(accepted=True, version_in_force=offered.version, reason=offered.reason)
 

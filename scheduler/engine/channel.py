@@ -2,7 +2,8 @@
 
 The scheduler lives in a process that answers no calls of ours, so it opens a ZeroMQ socket of its own, served by one
 daemon thread. The thread judges and answers; the engine's loop only reads a reference each iteration and never waits.
-Every answer carries the id of its question, so a late or doubled answer is recognised and dropped.
+Every answer carries the id of its question, so a late or doubled answer is recognised and dropped. Questions and
+answers are the JSON of `scheduler.wire`.
 """
 
 from __future__ import annotations
@@ -19,16 +20,23 @@ import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import zmq
 import zmq.asyncio
-from pydantic import TypeAdapter, ValidationError
 
-from scheduler.messages import ACK, TELEMETRY, Ack, Apply, Report, Telemetry
-from scheduler.thresholds import InvalidThresholds, Thresholds, parse_thresholds, thresholds_as_dict
+from scheduler.messages import Ack, Apply, Report, Stats, Telemetry
+from scheduler.thresholds import InvalidThresholds, Thresholds
+from scheduler.wire import (
+    OtherSchema,
+    QuestionFailed,
+    UnreadableMessage,
+    answer_of,
+    offer_of,
+    read_answer,
+    read_question,
+    telemetry_question,
+)
 
-_QUESTION: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 _FOLDER = "headrace-channel"
 _locks: dict[str, int] = {}
 """By endpoint that this process made: the descriptor of its folder, which holds the lock."""
@@ -85,17 +93,20 @@ def remove_endpoint(endpoint: str) -> None:
 
 
 class ChannelServer:
-    """Answers `Apply` and `Report` at `endpoint` from a daemon thread until closed.
+    """Answers questions at `endpoint` from a daemon thread until closed.
 
-    apply: judges thresholds and answers with an Ack; report: gives the telemetry after a cursor. Garbage gets an
-    answer that says so and changes nothing.
+    apply: judges thresholds and answers with an Ack; report: gives the telemetry after a cursor; stats: gives a few
+    numbers. Garbage gets an answer that says so and changes nothing.
 
     Raises:
         RuntimeError: the endpoint cannot be bound.
     """
 
-    def __init__(self, endpoint: str, apply: Callable[[Apply], Ack], report: Callable[[Report], Telemetry]) -> None:
-        self._apply, self._report = apply, report
+    def __init__(
+        self, endpoint: str, apply: Callable[[Apply], Ack], report: Callable[[Report], Telemetry],
+        stats: Callable[[], Stats],
+    ) -> None:
+        self._apply, self._report, self._stats = apply, report, stats
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -129,24 +140,20 @@ class ChannelServer:
                 logger.warning("control channel: %s", error)
 
     def _answer(self, question: bytes) -> bytes:
+        code = "invalid"
         try:
-            asked = _QUESTION.validate_json(question)
-            if "apply" in asked:
-                offered = parse_thresholds(asked["apply"])
-                ack = self._apply(Apply(thresholds=offered, automatic=bool(asked.get("automatic", True))))
-                return ACK.dump_json(ack)
-            if "report" in asked:
-                cursor = asked["report"]
-                return TELEMETRY.dump_json(self._report(Report(cursor=None if cursor is None else int(cursor))))
-            rejection = f"unknown question {sorted(asked)}; ask 'apply' or 'report'"
-        except InvalidThresholds as error:
+            asked = read_question(question)
+            if isinstance(asked, Apply):
+                return answer_of(self._apply(asked))
+            return answer_of(self._report(asked) if isinstance(asked, Report) else self._stats())
+        except OtherSchema as error:
+            code, rejection = "schema", str(error)
+        except (InvalidThresholds, UnreadableMessage) as error:
             rejection = str(error)
-        except (ValidationError, ValueError, TypeError) as error:
-            rejection = f"not understood: {error}"
         except Exception as error:  # one bad question must never silence the channel
             logger.exception("control channel: a question failed")
             rejection = f"internal error: {error!r}"
-        return ACK.dump_json(Ack(accepted=False, version_in_force=-1, reason=rejection, code="invalid"))
+        return answer_of(Ack(accepted=False, version_in_force=-1, reason=rejection, code=code))
 
 
 class ChannelClient:
@@ -164,26 +171,32 @@ class ChannelClient:
 
         Raises:
             ChannelClosed: no answer within `timeout_s`. Asking again is safe: a version is taken once.
+            UnreadableMessage: see `scheduler.wire.read_answer`.
         """
-        question = {"apply": thresholds_as_dict(thresholds), "automatic": automatic}
-        return ACK.validate_json(await self._ask(question, timeout_s))
+        return read_answer(await self.ask(offer_of(thresholds, automatic=automatic), timeout_s=timeout_s), Ack)
 
     async def report(self, cursor: int | None = 0, *, timeout_s: float = 5.0) -> Telemetry:
         """Telemetry with the records after `cursor` (None: without records).
 
         Raises:
             ChannelClosed: no answer within `timeout_s`, or one that is no telemetry.
+            UnreadableMessage: see `scheduler.wire.read_answer`.
         """
-        answer = await self._ask({"report": cursor}, timeout_s)
+        answer = await self.ask(telemetry_question(cursor), timeout_s=timeout_s)
         try:
-            return TELEMETRY.validate_json(answer)
-        except ValidationError as error:
-            raise ChannelClosed(f"the engine at {self._endpoint} gave no telemetry: {answer[:200]!r}") from error
+            return read_answer(answer, Telemetry)
+        except QuestionFailed as error:
+            raise ChannelClosed(f"the engine at {self._endpoint} gave no telemetry: {error}") from error
 
-    async def _ask(self, question: dict[str, Any], timeout_s: float) -> bytes:
+    async def ask(self, question: bytes, *, timeout_s: float = 5.0) -> bytes:
+        """The answer to a question, both as `scheduler.wire` writes them.
+
+        Raises:
+            ChannelClosed: no answer within `timeout_s`.
+        """
         try:
             async with asyncio.timeout(timeout_s), self._lock:
-                return await self._exchange(_QUESTION.dump_json(question))
+                return await self._exchange(question)
         except (TimeoutError, zmq.ZMQError) as error:
             raise ChannelClosed(
                 f"the engine did not answer at {self._endpoint} within {timeout_s:g} s; "

@@ -12,20 +12,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from vllm.v1.request import Request, RequestStatus
 
+from scheduler.engine.admission_queue import AdmissionQueue
 from scheduler.engine.running_requests import in_admission_order
 
-if TYPE_CHECKING:
-    from scheduler.vllm_scheduler import HeadraceScheduler
+
+class GatedScheduler(Protocol):
+    """What is needed of a scheduler: vLLM's own, with its waiting queue in `admission_queue`."""
+
+    running: list[Request]
+    admission_queue: AdmissionQueue
+    kv_cache_manager: Any
+    scheduler_config: Any
+    num_spec_tokens: int
+    max_num_running_reqs: int
+    requires_kv_delivery: bool
+
+    def _preempt_request(self, request: Request, timestamp: float, *, drop_stale_output: bool) -> None: ...
 
 
 class HeldRequests:
     """Takes requests out of a scheduler's `running` for one iteration and puts back those that kept their KV cache."""
 
-    def __init__(self, scheduler: HeadraceScheduler) -> None:
+    def __init__(self, scheduler: GatedScheduler) -> None:
         self._scheduler = scheduler
         self._aside: list[tuple[int, Request]] = []
         self._victims: list[Request] = []

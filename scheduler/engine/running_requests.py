@@ -82,79 +82,51 @@ def decode_steps(output: SchedulerOutput, results: Mapping[int, EngineCoreOutput
                 yield computed, len(answer.new_token_ids)
 
 
-class _RequestAsRunning:
-    """A vLLM request in service, as a policy sees it."""
-
-    __slots__ = ("_request", "_step_tokens", "type_name")
-
-    def __init__(self, request: Request, type_name: str, step_tokens: int) -> None:
-        self._request, self.type_name, self._step_tokens = request, type_name, step_tokens
-
-    @property
-    def request_id(self) -> str:
-        name: str = self._request.request_id
-        return name
-
-    @property
-    def stage(self) -> int:
-        return _stage(self._request, self._step_tokens)
-
-    @property
-    def tokens_in_flight(self) -> int:
-        tokens: int = self._request.num_output_placeholders
-        return tokens
-
-    @property
-    def kv_tokens(self) -> int:
-        request = self._request
-        tokens: int = request.num_tokens + request.num_output_placeholders
-        return tokens
-
-
 class EngineBatch(RunningBatch):
-    """The running requests as residents, made only when a policy looks at them.
+    """Requests of the engine; objects of them are made only when a policy looks at one.
 
     step_tokens: most tokens that one decode step computes for a request, its drafts included.
     """
 
-    __slots__ = ("_gate", "_lives", "_running", "_stages", "_step_tokens")
+    __slots__ = ("_lives", "_queue", "_stages", "_step_tokens")
+    _requests: list[Request]
 
     def __init__(
-        self, running: list[Request], admission_queue: AdmissionQueue, lives: Mapping[str, Life], step_tokens: int = 1
+        self, requests: list[Request], queue: AdmissionQueue, lives: Mapping[str, Life], step_tokens: int = 1
     ) -> None:
-        self._running, self._gate, self._lives, self._step_tokens = running, admission_queue, lives, step_tokens
+        self._requests, self._queue, self._lives, self._step_tokens = requests, queue, lives, step_tokens
         self._stages: list[int] | None = None  # a policy may ask for them more than once
 
-    def __len__(self) -> int:
-        return len(self._running)
-
     def __getitem__(self, index: Any) -> Any:
-        request = self._running[index]
-        type_name = self._gate.type_of(request.request_id) or UNKNOWN_TYPE
-        return _RequestAsRunning(request, type_name, self._step_tokens)
+        request = self._requests[index]
+        under_way = request.num_output_placeholders
+        return RunningRequest(
+            request.request_id, self._queue.type_of(request.request_id) or UNKNOWN_TYPE,
+            _stage(request, self._step_tokens), under_way, request.num_tokens + under_way,
+        )
 
     def __iter__(self) -> Iterator[RunningRequest]:
-        return (self[index] for index in range(len(self._running)))
+        return (self[index] for index in range(len(self._requests)))
 
     def stages(self) -> list[int]:
         if self._stages is None:
-            self._stages = [_stage(request, self._step_tokens) for request in self._running]
+            self._stages = [_stage(request, self._step_tokens) for request in self._requests]
         return self._stages
 
     def kv_tokens(self) -> list[int]:
-        return [request.num_tokens + request.num_output_placeholders for request in self._running]
+        return [request.num_tokens + request.num_output_placeholders for request in self._requests]
 
     def shared_kv_tokens(self) -> list[int]:
-        return [self._lives[request.request_id].shared_tokens for request in self._running]
+        return [self._lives[request.request_id].shared_tokens for request in self._requests]
 
     def first_token_s(self) -> list[float]:
-        return [self._lives[request.request_id].first_token_s for request in self._running]
+        return [self._lives[request.request_id].first_token_s for request in self._requests]
 
     def expected_output_tokens(self) -> list[float]:
-        return [self._lives[request.request_id].expected for request in self._running]
+        return [self._lives[request.request_id].expected for request in self._requests]
 
     def most_output_tokens(self) -> list[float]:
-        return [self._lives[request.request_id].most for request in self._running]
+        return [self._lives[request.request_id].most for request in self._requests]
 
 
 def _stage(request: Request, step_tokens: int) -> int:

@@ -47,17 +47,5 @@ def rate_estimate(events: int, seconds: float, *, dispersion: float = 1.0, confi
     return Estimate(events / seconds, low * per_s, float(gammaincinv(seen + 1, 1 - tail)) * per_s)
 
 
-
-
-
-
-
-
-
-
-
-
-
-
 def _two_sided_z() -> float:
     return math.sqrt(float(chdtri(1, 1 - CONFIDENCE)))

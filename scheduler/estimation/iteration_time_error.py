@@ -16,13 +16,13 @@ from scipy.special import chdtri
 from scheduler.estimation.intervals import CONFIDENCE, Estimate
 
 PUBLISHED_MAPE = 0.019
-"""Mean relative error of a linear law fitted on an A100, as arXiv 2504.11320 reports it: a law's until it is known."""
+"""Mean relative error of a linear model fitted on an A100, as arXiv 2504.11320 reports it: any model's until known."""
 _MOST_CORRELATED = 0.99
 
 
 @dataclass(frozen=True, slots=True)
 class IterationTimeError:
-    """Relative errors of iterations under the law, (measured − predicted)/predicted.
+    """Relative errors of iterations under the iteration-time model, (measured − predicted)/predicted.
 
     mean, std: of one iteration; correlation: of one with the next, from −1 to 1; iterations: how many it is known from
     (an effective number; infinite: known for certain).
@@ -64,4 +64,7 @@ class IterationTimeError:
     @property
     def _inflation(self) -> float:
         return (1 + self._rho) / (1 - self._rho)
+
+
 EXACT = IterationTimeError()
+"""Of a model that is right about every iteration."""

@@ -1,5 +1,4 @@
-"""The service-time law from measured iterations: all at once (`fit_iteration_time`) or one by one while serving
-(`OnlineIterationTimeModel`).
+"""The iteration-time model from measured iterations, all at once; `OnlineIterationTimeModel` does it one by one.
 
 Both treat τ = max(floor, d0 + d2·prefill + d3·decode) + d1·kv as linear within each of its two regimes: records at the
 floor have the features (1, 0, 0, 0, kv), records above it (0, 1, prefill, decode, kv).
@@ -11,17 +10,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import nnls
 
-from scheduler.estimation.iteration_time_error import PUBLISHED_MAPE, IterationTimeError
 from scheduler.model.iteration_time import IterationTimeModel, Tokens
 
 MIN_RECORDS = 32
-"""Fewest records to fit a law from, or to judge one by."""
+"""Fewest records to fit a model from, or to judge one by."""
 
 _Array = NDArray[np.float64]
-_TERMS = ("floor_s", "d0_s", "d2_s_per_prefill_token", "d3_s_per_decode_token", "d1_s_per_kv_token")
+TERMS = ("floor_s", "d0_s", "d2_s_per_prefill_token", "d3_s_per_decode_token", "d1_s_per_kv_token")
 _LARGEST_CONDITION = 1e3
-_NO_VARIANCE = 1e-20
-_PUBLISHED_STD = IterationTimeError.from_mape(PUBLISHED_MAPE).std
 _FLOOR_ROUNDS = 30
 _FLOOR_MIN_RECORDS = 8
 _FLOOR_MIN_GAIN = 0.05
@@ -29,9 +25,9 @@ _FLOOR_MIN_GAIN = 0.05
 
 @dataclass(frozen=True, slots=True)
 class IterationTimeFit:
-    """A fitted law. r2 and mape (a fraction) are over the `records` it was fitted to.
+    """A fitted model. r2 and mape (a fraction) are over the `records` it was fitted to.
 
-    identified: the law's fields that the records determine, if only as 0. The others are 0 because their tokens never
+    identified: the model's fields that the records determine, if only as 0. The others are 0 because their tokens never
     occurred or, for floor_s, because no floor showed.
     """
 
@@ -44,7 +40,7 @@ class IterationTimeFit:
 
 @dataclass(frozen=True, slots=True)
 class FitRejected:
-    """No law can be told from these records; `reason` says why."""
+    """No model can be told from these records; `reason` says why."""
 
     reason: str
     records: int
@@ -53,7 +49,7 @@ class FitRejected:
 def fit_iteration_time(
     prefill_tokens: ArrayLike, decode_tokens: ArrayLike, kv_tokens: ArrayLike, seconds: ArrayLike
 ) -> IterationTimeFit | FitRejected:
-    """Least squares for the law's coefficients, none negative, over iterations measured in `seconds`.
+    """Least squares for the model's coefficients, none negative, over iterations measured in `seconds`.
 
     One entry per iteration in each array, tokens as in `IterationTimeModel`. The floor is found by an active set: which
     records lie at it, then their fit, until both agree. It is kept only if it lowers the squared error clearly.
@@ -78,7 +74,7 @@ def fit_iteration_time(
     coefficients = _fit_regimes(tokens, measured_s, at_floor=np.zeros(records, dtype=bool))
     if isinstance(coefficients, str):
         return FitRejected(coefficients, records)
-    time_model = _time_model(coefficients)
+    time_model = model_of(coefficients)
     with_floor = _fit_floor(tokens, measured_s)
     if with_floor is not None and (
         time_model is None or _is_clearly_better(with_floor, time_model, tokens, measured_s)
@@ -94,46 +90,46 @@ def fit_iteration_time(
         r2=1 - _squared_error(time_model, tokens, measured_s) / variation if variation > 0 else 0.0,
         mape=float(np.mean(np.abs(time_model.iteration_s(*tokens) / measured_s - 1))),
         records=records,
-        identified=tuple(term for term, is_determined in zip(_TERMS, determined, strict=True) if is_determined),
+        identified=tuple(term for term, is_determined in zip(TERMS, determined, strict=True) if is_determined),
     )
 
 
-def _features(tokens: tuple[Tokens, Tokens, Tokens], at_floor: bool | NDArray[np.bool_]) -> _Array:
-    """What each term of `_TERMS` multiplies, along the last axis, in the regime given."""
+def features_of(tokens: tuple[Tokens, Tokens, Tokens], at_floor: bool | NDArray[np.bool_]) -> _Array:
+    """What each term of `TERMS` multiplies, along the last axis, in the regime given."""
     prefill, decode, kv = tokens
     above = np.logical_not(at_floor)
     return np.stack([np.asarray(at_floor), above, above * prefill, above * decode, kv], axis=-1, dtype=np.float64)
 
 
-def _is_at_floor(time_model: IterationTimeModel, tokens: tuple[Tokens, Tokens, Tokens]) -> bool | NDArray[np.bool_]:
+def is_at_floor(time_model: IterationTimeModel, tokens: tuple[Tokens, Tokens, Tokens]) -> bool | NDArray[np.bool_]:
     return time_model.iteration_s(tokens[0], tokens[1], 0) <= time_model.floor_s
 
 
-def _time_model(coefficients: _Array) -> IterationTimeModel | None:
-    """The law with these values of `_TERMS`, or None when its empty batch would take no time."""
-    time_model = dict(zip(_TERMS, coefficients.tolist(), strict=True))
+def model_of(coefficients: _Array) -> IterationTimeModel | None:
+    """The model with these values of `TERMS`, or None when its empty batch would take no time."""
+    time_model = dict(zip(TERMS, coefficients.tolist(), strict=True))
     return IterationTimeModel(**time_model) if max(time_model["d0_s"], time_model["floor_s"]) > 0 else None
 
 
 def _fit_regimes(
     tokens: tuple[_Array, _Array, _Array], measured_s: _Array, at_floor: NDArray[np.bool_]
 ) -> _Array | str:
-    """Non-negative least squares for `_TERMS` with the regimes given, or the reason why there is none."""
-    features = _features(tokens, at_floor)
+    """Non-negative least squares for `TERMS` with the regimes given, or the reason why there is none."""
+    features = features_of(tokens, at_floor)
     size = np.linalg.norm(features, axis=0)
     occurs = size > 0
     left, singular, right = np.linalg.svd(features[:, occurs] / size[occurs], full_matrices=False)
     if singular[0] > _LARGEST_CONDITION * singular[-1]:
         involved = np.abs(right[-1]) > 0.1
-        names = [term for term, is_in in zip(np.array(_TERMS)[occurs], involved, strict=True) if is_in]
+        names = [term for term, is_in in zip(np.array(TERMS)[occurs], involved, strict=True) if is_in]
         return f"the records do not vary enough to tell apart the terms {', '.join(names)}"
-    coefficients = np.zeros(len(_TERMS))
+    coefficients = np.zeros(len(TERMS))
     coefficients[occurs] = nnls(singular[:, None] * right, left.T @ measured_s)[0] / size[occurs]
     return coefficients
 
 
 def _fit_floor(tokens: tuple[_Array, _Array, _Array], measured_s: _Array) -> IterationTimeModel | None:
-    """The best law with a floor, or None when the records do not show both regimes."""
+    """The best model with a floor, or None when the records do not show both regimes."""
     computed = tokens[0] + tokens[1]
     time_models = []
     # The active set can settle in a poor place, so it starts from several.
@@ -144,8 +140,8 @@ def _fit_floor(tokens: tuple[_Array, _Array, _Array], measured_s: _Array) -> Ite
                 time_model = None
                 break
             coefficients = _fit_regimes(tokens, measured_s, at_floor)
-            time_model = None if isinstance(coefficients, str) else _time_model(coefficients)
-            previous, at_floor = at_floor, np.asarray(time_model is not None and _is_at_floor(time_model, tokens))
+            time_model = None if isinstance(coefficients, str) else model_of(coefficients)
+            previous, at_floor = at_floor, np.asarray(time_model is not None and is_at_floor(time_model, tokens))
             if time_model is None or np.array_equal(at_floor, previous):
                 break
         if time_model is not None and time_model.floor_s > time_model.d0_s:
@@ -167,5 +163,3 @@ def _is_clearly_better(
     error, reference = (_squared_error(time_model, tokens, measured_s) for time_model in (with_floor, without))
     records = measured_s.size
     return bool(error < reference * min(1 - _FLOOR_MIN_GAIN, records ** (-4 / records)))
-
-

@@ -1,7 +1,7 @@
 """How long answers will be, from those that have ended and those that go on.
 
 Ended answers alone are too short a sample: while load or lengths change, the long ones are still running. Those count
-as right-censored observations, and whoever was under way when watching began counts only from then on. Sources: the
+as right-censored observations, and those under way when observation began count only from then on. Sources: the
 product-limit estimator of Kaplan and Meier (1958) with delayed entry (Tsai, Jewell and Wang 1987), and the one-sample
 log-rank test.
 """
@@ -43,8 +43,8 @@ def cold_lengths(longest: int) -> Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Answers watched for a while, one entry each: prompt tokens, output tokens when they were last seen, whether
-    they have `ended`, and the output tokens they had when watching began (`entry`, 0 for whoever came later)."""
+    """Answers observed for a while, one element each: prompt tokens, output tokens when they were last seen, whether
+    they have `ended`, and the output tokens they had when observation began (`entry`, 0 for those that came later)."""
 
     prompt_tokens: Ints
     output_tokens: Ints
@@ -53,7 +53,7 @@ class Answers:
 
     @classmethod
     def of(cls, finished: Pairs, running: Pairs, entry: Floats | None = None) -> Answers:
-        """From (prompt, output) pairs; `entry` has the finished ones first. Who has no output yet says nothing."""
+        """From (prompt, output) pairs; `entry` has the finished ones first. One without output says nothing."""
         pairs = np.array([*finished, *running], dtype=np.int64).reshape(-1, 2)
         ended = np.arange(len(pairs)) < len(finished)
         begun = np.zeros(len(pairs)) if entry is None else entry
@@ -75,7 +75,7 @@ class Answers:
     def hazards(self) -> tuple[Ints, Floats, Floats]:
         """Lengths at which answers ended, how many ended there, and how many were at risk of it.
 
-        Someone who goes on with x tokens is at risk of ending with x: the next token is not out. Few at risk where
+        An answer that goes on with x tokens is at risk of ending with x: the next token is not out. Few at risk where
         many end later can only come from late entries, and would decide over all of them: such sets count as larger.
         """
         lengths, events = np.unique(self.output_tokens[self.ended], return_counts=True)
@@ -90,7 +90,7 @@ class Answers:
 def product_limit(answers: Answers, longest: int) -> Lengths:
     """The joint lengths (prompt, output) of the requests behind `answers`.
 
-    At each length x that an answer ended with, the share 1 − ended/at risk goes on. Whoever outlives all that ended is
+    At each length x that an answer ended with, the share 1 − ended/at risk goes on. What outlives all that ended is
     spread over those still going on, at twice their output so far but at most `longest`: the median of what is left
     when nothing more is known than the age. Prompts stay those of the requests themselves. Raises ValueError when
     none has ended.

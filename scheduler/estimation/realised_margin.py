@@ -1,4 +1,4 @@
-"""What requests really got: the margin that would have kept the promise, and the time tokens spend outside the engine.
+"""What requests really got: the margin that would have met the target, and the time tokens spend outside the engine.
 
 A model's margin covers the errors that it knows of. Requests also wait for what no model of iterations sees (growth
 that was unlikely, a neighbour on the device, time outside the engine), so what they got, when they end, closes the
@@ -40,10 +40,10 @@ class LastingQuantile:
 
 
 class RealisedMargin:
-    """The margin that all but the promised share of the latest requests would have needed.
+    """The margin that all but the accepted share of the latest requests would have needed.
 
-    Each request is compared with the plan in force when it ended, so that a wider margin does not look like a faster
-    engine, and the loop cannot swing.
+    Each request is compared with the plan that was active when it ended, so that a wider margin does not look like a
+    faster engine, and the loop cannot swing.
     """
 
     def __init__(self) -> None:

@@ -163,7 +163,7 @@ class TrafficMonitor:
 
     def answers(self, guessed: Sequence[tuple[int, int]] = ()) -> Answers:
         """All answers that are alike, ended and going on; `guessed` ones count as ended."""
-        seen = self._answers_between(self._answers_since_s, self._now_s)
+        seen = self.answers_between(self._answers_since_s, self._now_s)
         return seen.with_ended(guessed) if guessed else seen
 
     def _update_rates(self) -> None:
@@ -184,33 +184,46 @@ class TrafficMonitor:
         last = ends.size - self._least_answers - 1  # so many are left in any case
         splits = sorted({float(ends[mark]) for mark in marks if 0 < mark <= last and np.isfinite(ends[mark])})
         for split_s in reversed(splits):
-            earlier = self._answers_between(self._answers_since_s, split_s)
-            if have_changed(earlier, self._answers_between(split_s, self._now_s), tests=len(splits)):
+            earlier = self.answers_between(self._answers_since_s, split_s)
+            if have_changed(earlier, self.answers_between(split_s, self._now_s), tests=len(splits)):
                 self._answers_since_s = split_s
                 return
 
-    def _answers_between(self, from_s: float, until_s: float) -> Answers:
-        """As they would have been seen by someone who watched from then until then."""
-        recent = (self._ended_at_s > from_s) | np.isneginf(from_s)
-        running = len(self._running)
-        pairs = np.concatenate([self._ended[recent], np.array(self._running, dtype=np.int64).reshape(-1, 2)])
-        finished = np.arange(len(pairs)) < len(pairs) - running
-        output, entry = pairs[:, 1], np.zeros(len(pairs))
-        if np.isfinite(from_s) or until_s < self._now_s:
-            at_s = np.concatenate([self._ended_at_s[recent], np.full(running, self._now_s)])
-            if np.isfinite(from_s):
-                entry = np.maximum(0.0, output - self._tokens_between(from_s, at_s))
-            later = at_s > until_s
-            if later.any():
-                since = np.ceil(self._tokens_between(until_s, at_s)).astype(np.int64)
-                output, finished = np.where(later, output - since, output), finished & ~later
+    def answers_between(self, from_s: float, until_s: float) -> Answers:
+        """The answers as they would have been seen by an observer from `from_s` until `until_s` (engine's clock).
+
+        Left truncation: an answer that was under way at `from_s` was seen only from the tokens on that it had then, its
+        entry; had it ended with fewer, it would not have been seen at all. Right censoring: of an answer that went on
+        at `until_s` it is known only that it has at least the tokens that it had then.
+        How many those were follows from its tokens when it was last seen, since every iteration in between gave each
+        answer under way the same number. With one token a second, seen from 100 s until 120 s:
+
+            30 tokens, ended at 110 s      entry 20, output 30, ended
+            30 tokens, ended at 125 s      entry 5, output 25, goes on (censored)
+            12 tokens, goes on at 130 s    entry 0, output 2, goes on
+            50 tokens, ended at 90 s       left out: over before
+             8 tokens, ended at 130 s      left out: it had no token yet at 120 s
+        """
+        known = (self._ended_at_s > from_s) | np.isneginf(from_s)
+        running = np.array(self._running, dtype=np.int64).reshape(-1, 2)
+        pairs = np.concatenate([self._ended[known], running])
+        prompt, output = pairs[:, 0], pairs[:, 1]
+        ended = np.arange(len(pairs)) < len(pairs) - len(running)
+        last_seen_s = np.concatenate([self._ended_at_s[known], np.full(len(running), self._now_s)])
+        entry = np.zeros(len(pairs))
+        if np.isfinite(from_s):
+            entry = np.maximum(0.0, output - self._tokens_between(from_s, last_seen_s))
+        censored = last_seen_s > until_s
+        if censored.any():
+            since = np.ceil(self._tokens_between(until_s, last_seen_s)).astype(np.int64)
+            output, ended = np.where(censored, output - since, output), ended & ~censored
         seen = output > entry
-        return Answers(pairs[seen, 0], output[seen], finished[seen], entry[seen])
+        return Answers(prompt[seen], output[seen], ended[seen], entry[seen])
 
     def _tokens_between(self, from_s: float, until_s: NDArray[np.float64]) -> NDArray[np.float64]:
         """Tokens that the iterations in between added to every answer under way."""
         if not self._marks:
-            return np.full(until_s.shape, np.inf)  # nothing is known of their progress: nobody counts as late
+            return np.full(until_s.shape, np.inf)  # their progress is not known: all count from their first token
         times, counts = np.array(self._marks, dtype=np.float64).T
         between = np.interp(until_s, times, counts) - np.interp(from_s, times, counts)
         return np.asarray(between, dtype=np.float64)
@@ -219,7 +232,7 @@ class TrafficMonitor:
 def stratified(lengths: Lengths, prompts: list[int], rates: ArrivalRates) -> Lengths:
     """`lengths` with each class of prompts as frequent as it arrives: a shift shows in arrivals before it ends.
 
-    Prompts of a class that `lengths` does not have yet come with answers as long as anybody's. Source:
+    Prompts of a class that `lengths` does not have yet come with answers as long as all others'. Source:
     post-stratification.
     """
     classes, arrived = length_classes(lengths.prompt_tokens), np.array(prompts, dtype=np.int64)

@@ -1,6 +1,7 @@
 """Fluid equilibrium of one replica: what the arrivals demand, and whether its speed and memory can meet it.
 
-Source: arXiv 2504.11320, the fluid benchmark, with the time law's terms for prefill and decode compute added. Arrivals
+Source: arXiv 2504.11320, the fluid benchmark, with the iteration-time model's terms for prefill and decode compute
+added. Arrivals
 are a steady flow and every prompt is processed in every iteration, so that stage s = 0..l' of type j holds the same
 n_j prompts.
 """
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from scheduler.model.iteration_time import IterationTimeModel, require_number
+from scheduler.model.littles_law import requests_running
 from scheduler.model.steps import ONE_TOKEN_A_STEP, Steps
 from scheduler.model.workload import WorkloadMix
 
@@ -62,6 +64,43 @@ class PrefixReuse:
 NO_REUSE = PrefixReuse()
 
 
+@dataclass(frozen=True, slots=True)
+class Regimes:
+    """How long iterations take under a steady flow: the longer of two regimes, above the model's floor and at it.
+
+    With rate r an iteration takes τ = fixed + r·work·τ in each. branches: the pairs (fixed, in seconds; work, in
+    seconds of an iteration per unit of the rate).
+    """
+
+    branches: tuple[tuple[float, float], ...]
+
+    @classmethod
+    def of(cls, time_model: IterationTimeModel, work_s: float, kv_work_s: float) -> "Regimes":
+        """work_s: seconds of work that a unit of the rate brings; kv_work_s: of these, for reading the KV cache."""
+        return cls(((time_model.d0_s, work_s), (time_model.floor_s, kv_work_s)))
+
+    def iteration_s(self, rate: float) -> float:
+        """The equilibrium's iteration time; infinite where the work of a second takes a second or more."""
+        if not math.isfinite(rate) or any(rate * work_s >= 1 for _, work_s in self.branches):
+            return math.inf
+        return max(fixed_s / (1 - rate * work_s) for fixed_s, work_s in self.branches)
+
+    def most_by_count(self, most: float, each: float) -> float:
+        """The highest rate when an iteration has `most` of something of which a unit of the rate takes `each` in its
+        life: r·τ·each <= most. Infinite when nothing limits it."""
+        return min(
+            (most / (fixed_s * each + work_s * most) for fixed_s, work_s in self.branches if fixed_s > 0 or work_s > 0),
+            default=math.inf,
+        )
+
+    def most_by_time(self, iteration_s: float) -> float:
+        """The highest rate when iterations take at most so long, each filled with work beyond its fixed part."""
+        return min(
+            max(0.0, 1 - fixed_s / iteration_s) / work_s if work_s else math.inf if fixed_s < iteration_s else 0.0
+            for fixed_s, work_s in self.branches
+        )
+
+
 def solve_fluid(
     mix: WorkloadMix, time_model: IterationTimeModel, kv_capacity_tokens: int, reuse: PrefixReuse = NO_REUSE,
     steps: Steps = ONE_TOKEN_A_STEP,
@@ -89,10 +128,15 @@ def solve_fluid(
     prefill_load = time_model.d2_s_per_prefill_token * flow.prefill_tokens
     load = kv_load + prefill_load + time_model.d3_s_per_decode_token * flow.decode_tokens
     stable = load < 1
-    iteration_time_s = max(time_model.floor_s / (1 - kv_load), time_model.d0_s / (1 - load)) if stable else math.inf
+    regimes = Regimes.of(time_model, load, kv_load)
+    iteration_time_s = regimes.iteration_s(1.0)
     memory_flow = steps.depth * flow.memory_tokens
     memory_tokens = memory_flow * iteration_time_s
-    critical, limit = _critical_rate(memory_flow, load, kv_load, time_model, kv_capacity_tokens)
+    # The multiplier s of all rates at which M*(s) = C. It never exceeds 1/ρ, where unlimited memory would lead.
+    critical = regimes.most_by_count(kv_capacity_tokens, memory_flow)
+    limit: Literal["memory", "compute"] = (
+        "compute" if critical * load * (1 + COMPUTE_BOUND_GAIN) > 1 else "memory"
+    )
 
     reason = None
     if mix.max_total_tokens > kv_capacity_tokens:
@@ -119,7 +163,8 @@ def solve_fluid(
         throughput_tokens_per_s=sum(t.rate_rps * t.lengths.mean_output_tokens for t in mix.types),
         inventories=inventories,
         running=sum(
-            n * (t.lengths.mean_output_tokens / steps.tokens + 1) for n, t in zip(inventories, mix.types, strict=True)
+            requests_running(t.rate_rps, steps.life(t.lengths.mean_output_tokens), steps.depth * iteration_time_s)
+            for t in mix.types if t.rate_rps
         ),
         critical_rate_scale=critical,
         limit=limit,
@@ -170,22 +215,6 @@ def _stage_tokens(
         memory += count * private / steps.tokens
         decode += count * lengths.mean_output_tokens * steps.computed_per_token
     return _StageTokens(kv, prefill, decode, memory)
-
-
-def _critical_rate(
-    kv_flow: float, load: float, kv_load: float, time_model: IterationTimeModel, kv_capacity_tokens: int
-) -> tuple[float, Literal["memory", "compute"]]:
-    """Largest multiplier s of all rates with M*(s) <= C, and its limit.
-
-    M*(s) is the larger of s Λ_W d0/(1 − sρ) and s Λ_W floor/(1 − s d1 Λ_W); both grow with s, and setting each equal
-    to C gives s in closed form. Neither exceeds 1/ρ, which is where unlimited memory would lead.
-    """
-    critical = min(
-        kv_capacity_tokens / (kv_flow * fixed_s + share * kv_capacity_tokens)
-        for fixed_s, share in ((time_model.d0_s, load), (time_model.floor_s, kv_load))
-        if fixed_s > 0 or share > 0
-    )
-    return critical, "compute" if critical * load * (1 + COMPUTE_BOUND_GAIN) > 1 else "memory"
 
 
 def finite_or_none(value: float) -> float | None:

@@ -1,4 +1,4 @@
-"""The service-time law: how long one engine iteration takes, given what is in its batch."""
+"""The iteration-time model: how long one engine iteration takes, given what is in its batch."""
 
 from __future__ import annotations
 
@@ -50,8 +50,17 @@ class IterationTimeModel:
             raise ValueError("d0_s and floor_s are both 0; at least one must be > 0")
 
     def of_stage(self, stages: int) -> IterationTimeModel:
-        """The law of one of so many pipeline stages, each with an equal part of the layers."""
-        return IterationTimeModel(**{field.name: getattr(self, field.name) / stages for field in fields(self)})
+        """The model of one of so many pipeline stages, each with an equal part of the layers."""
+        return self.faster(stages)
+
+    def faster(self, times: float) -> IterationTimeModel:
+        """The model of an engine that is so many times as fast."""
+        return IterationTimeModel(**{field.name: getattr(self, field.name) / times for field in fields(self)})
+
+    @property
+    def is_the_papers(self) -> bool:
+        """Whether an iteration takes d0 + d1·kv_tokens and no more, as in arXiv 2504.11320."""
+        return not (self.d2_s_per_prefill_token or self.d3_s_per_decode_token or self.floor_s)
 
     @property
     def shortest_iteration_s(self) -> float:
@@ -71,3 +80,43 @@ class IterationTimeModel:
         if isinstance(linear_s, float):
             return max(linear_s, self.floor_s) + self.d1_s_per_kv_token * kv_tokens
         return np.maximum(linear_s, self.floor_s) + self.d1_s_per_kv_token * kv_tokens
+
+    @overload
+    def added_s(
+        self, *, prefill_tokens: float = 0.0, decode_tokens: float = 0.0, kv_tokens: float = 0.0
+    ) -> float: ...
+
+    @overload
+    def added_s(
+        self, *, prefill_tokens: Tokens = 0.0, decode_tokens: Tokens = 0.0, kv_tokens: Tokens = 0.0
+    ) -> Seconds: ...
+
+    def added_s(
+        self, *, prefill_tokens: Tokens = 0.0, decode_tokens: Tokens = 0.0, kv_tokens: Tokens = 0.0
+    ) -> Seconds:
+        """Seconds that these tokens add to an iteration that is above its floor already."""
+        return (
+            self.d2_s_per_prefill_token * prefill_tokens + self.d3_s_per_decode_token * decode_tokens
+            + self.d1_s_per_kv_token * kv_tokens
+        )
+
+    def prompt_tokens_within(
+        self, seconds: float, decode_tokens: float, kv_tokens: float, *, other_s: float = 0.0
+    ) -> float:
+        """Prompt tokens for which an iteration of so many seconds has time beside these tokens and `other_s` of work.
+
+        The inverse of `iteration_s` in its prompt tokens, each of which is also read. Negative where there is less than
+        no time: minus infinity where the batch alone takes longer whatever its prompts; infinite where prompts take no
+        time.
+        """
+        per_token_s = self.d2_s_per_prefill_token + self.d1_s_per_kv_token
+        read_s = self.d1_s_per_kv_token * kv_tokens
+        if read_s + self.floor_s > seconds:
+            return -math.inf
+        if per_token_s == 0:
+            return math.inf
+        return (seconds - self.d0_s - other_s - self.d3_s_per_decode_token * decode_tokens - read_s) / per_token_s
+
+    def prefill_s(self, prompt_tokens: float) -> float:
+        """Seconds that so many prompt tokens, computed and read, add to an iteration that is above its floor."""
+        return prompt_tokens * (self.d2_s_per_prefill_token + self.d1_s_per_kv_token)

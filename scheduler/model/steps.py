@@ -36,7 +36,9 @@ class Steps:
         """Tokens computed for each output token."""
         return self.computed / self.tokens
 
+    def life(self, output_tokens: float) -> float:
+        """Steps of a request with so many output tokens: one for its prompt, and those that gain the tokens."""
+        return output_tokens / self.tokens + 1
+
 
 ONE_TOKEN_A_STEP = Steps()
-
-

@@ -1,11 +1,9 @@
 """What arrives: joint prompt and output lengths, request types with their rates, and the mix of all types."""
 
-import csv
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +12,6 @@ from numpy.typing import NDArray
 from scheduler.model.iteration_time import require_number
 
 _MAX_TOKENS = 2**31 - 1
-_PROMPT_COLUMN, _OUTPUT_COLUMN = "num_prefill_tokens", "num_decode_tokens"
-_BAD_ROW_MESSAGES = 20
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -252,32 +248,8 @@ class WorkloadMix:
         return RequestType("+".join(t.name for t in arriving), self.rate_rps, lengths)
 
 
-def parse_type(text: str) -> RequestType:
-    """The request type written as "rate=50,prompt=58,output=147", optionally with "name=chat".
-
-    Without a name it is called p58d147. Raises ValueError naming the key at fault.
-    """
-    allowed = ("name", "rate", "prompt", "output")
-    given: dict[str, str] = {}
-    for part in text.split(","):
-        key, equals, value = (s.strip() for s in part.partition("="))
-        if key not in allowed or not equals:
-            raise ValueError(f"{part.strip()!r} in {text!r}: write key=value with one of the keys {', '.join(allowed)}")
-        if key in given:
-            raise ValueError(f"{key} is given twice in {text!r}")
-        given[key] = value
-    if missing := [key for key in allowed[1:] if key not in given]:
-        raise ValueError(f"{', '.join(missing)} missing in {text!r}; rate, prompt and output are required")
-    try:
-        rate_rps = float(given["rate"])
-    except ValueError:
-        raise ValueError(f"rate is {given['rate']!r}; it must be a number of requests per second") from None
-    prompt, output = (token_count(key, given[key]) for key in ("prompt", "output"))
-    return RequestType(given.get("name", f"p{prompt}d{output}"), rate_rps, Lengths.point(prompt, output))
-
-
 def token_count(name: str, text: str | None) -> int:
-    """The integer between 1 and 2^31 - 1 that `text` is; ValueError, naming the field `name`, for anything else."""
+    """The number of tokens written as `text`, within the bounds of `Lengths`; ValueError naming `name` for another."""
     try:
         count = int(text or "")
     except ValueError:
@@ -285,46 +257,3 @@ def token_count(name: str, text: str | None) -> int:
     if not 1 <= count <= _MAX_TOKENS:
         raise ValueError(f"{name} is {text!r}; it must be an integer between 1 and {_MAX_TOKENS}")
     return count
-
-
-@dataclass(frozen=True, slots=True)
-class TraceReport:
-    """What a trace held: its lengths, rows read, and rows left out (all counted, the first 20 explained)."""
-
-    lengths: Lengths
-    rows: int
-    bad_rows: tuple[str, ...]
-    bad_row_count: int
-
-
-def read_trace(path: str | Path) -> TraceReport:
-    """Lengths from a CSV with the columns num_prefill_tokens and num_decode_tokens; other columns are ignored.
-
-    A row whose two values are not integers >= 1 is left out and reported. Raises ValueError when a column is missing
-    or no row is usable, OSError when the file cannot be read.
-    """
-    pairs: list[tuple[int, int]] = []
-    bad_rows: list[str] = []
-    rows = bad = 0
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        reader = csv.DictReader(file)
-        try:
-            columns = reader.fieldnames or ()
-            if missing := [c for c in (_PROMPT_COLUMN, _OUTPUT_COLUMN) if c not in columns]:
-                raise ValueError(
-                    f"{path} has no column {' and no column '.join(missing)}; its columns: {list(columns)}"
-                )
-            for row in reader:
-                rows += 1
-                try:
-                    prompt, output = (token_count(column, row[column]) for column in (_PROMPT_COLUMN, _OUTPUT_COLUMN))
-                    pairs.append((prompt, output))
-                except ValueError as error:
-                    bad += 1
-                    if bad <= _BAD_ROW_MESSAGES:
-                        bad_rows.append(f"line {reader.line_num}: {error}")
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-    if not pairs:
-        raise ValueError(f"{path} has no usable row among {rows}; {bad_rows[0] if bad_rows else 'it is empty'}")
-    return TraceReport(Lengths.from_pairs(pairs), rows, tuple(bad_rows), bad)

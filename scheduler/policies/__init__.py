@@ -1,8 +1,17 @@
-"""The scheduling policies, one file each, by the name thresholds give them."""
+"""The policies, one file each: which requests enter, pause or are rejected, decided from a snapshot; pure."""
 
 from __future__ import annotations
 
-from scheduler.policies.base import Decision, Policy, QueueView, RunningBatch, RunningRequest, Snapshot, Waiting
+from scheduler.policies.base import (
+    NO_REQUESTS,
+    Decision,
+    Policy,
+    QueueView,
+    RunningBatch,
+    RunningRequest,
+    Snapshot,
+    Waiting,
+)
 from scheduler.policies.fcfs import Fcfs
 from scheduler.policies.fluid import Fluid
 from scheduler.policies.nested_wait import NestedWait
@@ -19,6 +28,7 @@ def make_policy(thresholds: Thresholds) -> Policy:
 
 
 __all__ = [
+    "NO_REQUESTS",
     "UNKNOWN_TYPE",
     "Decision",
     "Policy",

@@ -8,47 +8,54 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 from scheduler.messages import Iteration
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
 
-class RunningRequest(Protocol):
-    """A request in service, as a policy sees it."""
+class RunningRequest(NamedTuple):
+    """A running request, as a policy sees it.
 
-    @property
-    def request_id(self) -> str: ...
+    type_name: what `Policy.classify` said of it. stage: output tokens so far, those in flight included; 0 while its
+    prompt is still being computed (paper: s). tokens_in_flight: of `stage`, tokens that an iteration under way
+    computes: one of them may turn out to be the last. kv_tokens: what an iteration reads for it once its prompt is
+    computed, prompt and output so far.
+    """
 
-    @property
-    def type_name(self) -> str:
-        """What `Policy.classify` said of it."""
-
-    @property
-    def stage(self) -> int:
-        """Output tokens so far, those in flight included; 0 while its prompt is still being computed (paper: s)."""
-
-    @property
-    def tokens_in_flight(self) -> int:
-        """Of `stage`, output tokens that an iteration under way computes: one of them may turn out to be the last."""
-
-    @property
-    def kv_tokens(self) -> int:
-        """KV tokens that an iteration reads for it once its prompt is computed: prompt and output so far."""
+    request_id: str
+    type_name: str = UNKNOWN_TYPE
+    stage: int = 0
+    tokens_in_flight: int = 0
+    kv_tokens: int = 0
 
 
 class RunningBatch(Sequence[RunningRequest]):
-    """Requests in service; whole columns of them cost far less than one object each."""
+    """Running requests, the oldest first; whole columns of them cost far less than one object each.
 
-    @abstractmethod
+    This class holds requests given one by one, without declared lengths; the engine's is `EngineBatch`.
+    """
+
+    __slots__ = ("_requests",)
+
+    def __init__(self, requests: Iterable[RunningRequest] = ()) -> None:
+        self._requests: Sequence[Any] = tuple(requests)
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._requests[index]
+
     def stages(self) -> list[int]:
         """`RunningRequest.stage` of all."""
+        return [one.stage for one in self._requests]
 
-    @abstractmethod
     def kv_tokens(self) -> list[int]:
         """`RunningRequest.kv_tokens` of all."""
+        return [one.kv_tokens for one in self._requests]
 
     def shared_kv_tokens(self) -> list[int]:
         """Of those, the tokens in cached blocks that other requests held already when each was admitted."""
@@ -67,18 +74,11 @@ class RunningBatch(Sequence[RunningRequest]):
         return [math.inf] * len(self)
 
 
-def stages_of(running: Sequence[RunningRequest]) -> list[int]:
-    """The stages of all."""
-    return running.stages() if isinstance(running, RunningBatch) else [one.stage for one in running]
-
-
-def kv_tokens_of(running: Sequence[RunningRequest]) -> list[int]:
-    """The KV tokens of all."""
-    return running.kv_tokens() if isinstance(running, RunningBatch) else [one.kv_tokens for one in running]
+NO_REQUESTS = RunningBatch()
 
 
 class Waiting(NamedTuple):
-    """A request that waits at the gate, since a clock second.
+    """A request that waits in the admission queue, since a clock second.
 
     cached_tokens: of its prompt, those that the prefix cache holds, which need not be computed. shared_tokens: of the
     cached ones, those in blocks that running requests hold, which add no memory. Declared lengths as in `RunningBatch`.
@@ -98,24 +98,24 @@ class Waiting(NamedTuple):
         return self.prompt_tokens - self.cached_tokens
 
 
-def _nobody() -> Iterator[Waiting]:
+def _none() -> Iterator[Waiting]:
     return iter(())
 
 
 @dataclass(frozen=True, slots=True)
 class QueueView:
-    """The requests of one type that wait at the gate: how many, and since when the oldest does (clock seconds).
+    """The requests of one type that wait for admission: how many, and since when the oldest does (clock seconds).
 
     `heads` goes through them from the head of the queue, `aged` from the oldest on, `tail` from the one farthest from
-    its turn; a policy takes no more of them than it may admit or refuse. tokens_to_compute: prompt tokens of all of
+    its turn; a policy takes no more of them than it may admit or reject. tokens_to_compute: prompt tokens of all of
     them, less what the prefix cache held when each arrived.
     """
 
     length: int
     oldest_since_s: float
-    heads: Callable[[], Iterator[Waiting]] = field(default=_nobody, compare=False)
-    aged: Callable[[], Iterator[Waiting]] = field(default=_nobody, compare=False)
-    tail: Callable[[], Iterator[Waiting]] = field(default=_nobody, compare=False)
+    heads: Callable[[], Iterator[Waiting]] = field(default=_none, compare=False)
+    aged: Callable[[], Iterator[Waiting]] = field(default=_none, compare=False)
+    tail: Callable[[], Iterator[Waiting]] = field(default=_none, compare=False)
     tokens_to_compute: int = field(default=0, compare=False)
 
 
@@ -123,9 +123,9 @@ class QueueView:
 class Snapshot:
     """The state of one engine just before an iteration.
 
-    waiting: the gate's queues by type, empty ones left out; released: requests already let through the gate that do not
-    run (not taken up yet, preempted, or unable to start: a grammar compiles, adapters are full); released_requests: the
-    same, one by one; running: the requests in service, oldest first. KV in tokens: kv_used_tokens is what is allocated
+    waiting: the admission queues by type, empty ones left out; released: requests already admitted that do not run (not
+    taken up yet, preempted, or unable to start: a grammar compiles, adapters are full); released_requests: the
+    same, one by one; running: oldest first. KV in tokens: kv_used_tokens is what is allocated
     (shared blocks once), kv_read_tokens what the coming iteration's attention reads (None: the same).
     prompt_backlog_tokens: what is left to compute of the prompts of those running and released;
     prompt_tokens_under_way: what the iterations under way compute of prompts. slots: most requests
@@ -139,12 +139,12 @@ class Snapshot:
     now_s: float
     waiting: Mapping[str, QueueView]
     released: int
-    running: Sequence[RunningRequest]
+    running: RunningBatch
     kv_used_tokens: int
     kv_capacity_tokens: int
     prompt_backlog_tokens: int = 0
     prompt_tokens_under_way: int = 0
-    released_requests: Sequence[RunningRequest] = ()
+    released_requests: RunningBatch = NO_REQUESTS
     kv_read_tokens: int | None = None
     slots: int | None = None
     most_tokens: int | None = None
@@ -169,26 +169,26 @@ class Snapshot:
         return not self.running and not self.released
 
 
-_NOBODY: frozenset[str] = frozenset()
+_NO_IDS: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How many of each type may enter (from the head of its queue), and who sits this iteration out (request ids).
+    """How many of each type may enter (from the head of its queue), and which requests sit this iteration out (ids).
 
-    evict_first: of those who sit out, whose KV cache is given up before the others' where memory runs short.
-    token_budget: tokens of this iteration (None: the thresholds' own). refuse: who is refused before anybody enters
-    (request ids); refuse_last: how many of the unknown type are refused afterwards, those farthest from their turn;
-    drain_s: seconds after which those who wait will have been served, for who is refused.
+    evict_first: of those that sit out, the ones whose KV cache is given up before the others' where memory runs short.
+    token_budget: tokens of this iteration (None: the thresholds' own). reject: requests that are rejected before any
+    enters (ids); reject_last: how many of the unknown type are rejected afterwards, those farthest from their turn;
+    drain_s: seconds after which the waiting requests will have been served, told to the rejected ones.
     """
 
     admit: Mapping[str, int] = field(default_factory=dict)
-    sit_out: Collection[str] = _NOBODY
+    sit_out: Collection[str] = _NO_IDS
     token_budget: int | None = None
-    reject: Collection[str] = _NOBODY
+    reject: Collection[str] = _NO_IDS
     reject_last: int = 0
     drain_s: float = 0.0
-    evict_first: Collection[str] = _NOBODY
+    evict_first: Collection[str] = _NO_IDS
 
 
 class Policy(ABC):
@@ -206,10 +206,10 @@ class Policy(ABC):
 
     @abstractmethod
     def decide(self, snapshot: Snapshot) -> Decision:
-        """Who may enter and who sits out, for the iteration about to run."""
+        """Which requests may enter and which sit out, for the iteration about to run."""
 
     def free_slots(self, snapshot: Snapshot) -> int:
-        """Requests that may still enter under the cap on requests in service."""
+        """Requests that may still enter under the cap on running requests."""
         cap = self.thresholds.max_running
         taken = len(snapshot.running) + snapshot.released
         waiting = sum(view.length for view in snapshot.waiting.values())

@@ -11,13 +11,13 @@ of a bucket-by-horizon table, whatever the longest answer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scheduler.fluid_params import FluidParams
-from scheduler.policies.base import RunningBatch, RunningRequest, Waiting, kv_tokens_of, stages_of
+from scheduler.policies.base import NO_REQUESTS, RunningBatch, Waiting
+from scheduler.survival import Survival
 
 _HORIZON_RATIO, _STAGE_RATIO = 1.15, 1.05
 """Ratios of neighbouring horizons and stages: between two of them, survival changes little."""
@@ -34,20 +34,16 @@ class Columns:
 
     __slots__ = ("expected", "kv", "most", "shared", "stages")
 
-    def __init__(self, requests: Sequence[RunningRequest]) -> None:
-        self.stages = np.array(stages_of(requests), dtype=np.int64)
-        self.kv: Floats = np.array(kv_tokens_of(requests), dtype=np.float64)
-        if isinstance(requests, RunningBatch):
-            self.shared: Floats = np.array(requests.shared_kv_tokens(), dtype=np.float64)
-            self.expected: Floats = np.array(requests.expected_output_tokens(), dtype=np.float64)
-            self.most: Floats = np.array(requests.most_output_tokens(), dtype=np.float64)
-        else:
-            self.shared = np.zeros(len(self.stages))
-            self.expected = self.most = np.full(len(self.stages), math.inf)
+    def __init__(self, requests: RunningBatch = NO_REQUESTS) -> None:
+        self.stages = np.array(requests.stages(), dtype=np.int64)
+        self.kv: Floats = np.array(requests.kv_tokens(), dtype=np.float64)
+        self.shared: Floats = np.array(requests.shared_kv_tokens(), dtype=np.float64)
+        self.expected: Floats = np.array(requests.expected_output_tokens(), dtype=np.float64)
+        self.most: Floats = np.array(requests.most_output_tokens(), dtype=np.float64)
 
     def joined(self, other: Columns) -> Columns:
         """These and others."""
-        both = Columns([])
+        both = Columns()
         for name in self.__slots__:
             setattr(both, name, np.concatenate([getattr(self, name), getattr(other, name)]))
         return both
@@ -66,17 +62,18 @@ class BatchProjection:
 
     def __init__(self, params: FluidParams) -> None:
         self._params = params
-        lengths, survival = (np.array(column, dtype=float) for column in zip(*params.survival, strict=True))
+        lengths = params.survival.tokens
         longest = max(2.0, float(lengths[-1]))
         self._ahead = _geometric(longest, _HORIZON_RATIO)
         self._steps = np.diff(self._ahead, append=self._ahead[-1])
         self._edges = np.unique(np.concatenate([_geometric(longest, _STAGE_RATIO), lengths]))
-        self._stays = _staying(self._edges, self._ahead, lengths, survival)
+        self._stays = _staying(params.survival, self._edges, self._ahead)
         # Drafts have memory before they are accepted, those of the iteration under way too.
         self._early_tokens = params.block_tokens + 2 * (params.computed_per_step - 1)
-        self._d1 = params.time_model.d1_s_per_kv_token / params.pipeline_depth
-        self._d3 = params.time_model.d3_s_per_decode_token * params.computed_per_step / params.pipeline_depth
-        self.reset(Columns([]), 0.0)
+        model = params.time_model
+        self._read_s = model.added_s(kv_tokens=1.0) / params.pipeline_depth
+        self._step_s = model.added_s(decode_tokens=params.computed_per_step) / params.pipeline_depth
+        self.reset(Columns(), 0.0)
 
     def reset(self, requests: Columns, shared_tokens: float) -> None:
         """Start from the admitted requests; shared_tokens: memory in blocks that count for no single one of them."""
@@ -124,7 +121,7 @@ class BatchProjection:
         if iteration_s is None:
             return True
         seconds = params.decode_iteration_s(requests, self._read + stays * read + requests * self._steps / 2)
-        spread_s = np.sqrt(self._time_variance + doubt * (self._d3 + self._d1 * read) ** 2)
+        spread_s = np.sqrt(self._time_variance + doubt * (self._step_s + self._read_s * read) ** 2)
         return float(np.max(seconds + _LASTING * params.overflow_z * spread_s)) <= iteration_s
 
     def add(self, waiting: Waiting) -> None:
@@ -156,7 +153,7 @@ class BatchProjection:
         self._read = self._read + (stays * read).sum(axis=0)
         self._memory = self._memory + (stays * memory).sum(axis=0)
         self._memory_variance = self._memory_variance + (doubt * memory**2).sum(axis=0)
-        self._time_variance = self._time_variance + (doubt * (self._d3 + self._d1 * read) ** 2).sum(axis=0)
+        self._time_variance = self._time_variance + (doubt * (self._step_s + self._read_s * read) ** 2).sum(axis=0)
 
     def _add_bucketed(self, place: NDArray[np.int64], kv: Floats, shared: Floats) -> None:
         """Requests by bucket of stages: the sums of `_add_each`, with powers of the KV tokens expanded."""
@@ -168,7 +165,7 @@ class BatchProjection:
             return np.bincount(place, values, minlength=size).astype(np.float64)
 
         count, kv_sum, private_sum, private_square = sums(None), sums(kv), sums(private), sums(private**2)
-        work = self._d3 + self._d1 * kv
+        work = self._step_s + self._read_s * kv
         work_sum, work_square = sums(work), sums(work**2)
         doubt = self._stays * (1 - self._stays)
         requests, doubted = count @ self._stays, count @ doubt
@@ -178,7 +175,7 @@ class BatchProjection:
         self._memory_variance = (
             self._memory_variance + private_square @ doubt + 2 * ahead * (private_sum @ doubt) + ahead**2 * doubted
         )
-        step = self._d1 * ahead
+        step = self._read_s * ahead
         self._time_variance = (
             self._time_variance + work_square @ doubt + 2 * step * (work_sum @ doubt) + step**2 * doubted
         )
@@ -190,13 +187,12 @@ def _geometric(longest: float, ratio: float) -> Floats:
     return np.unique(np.round(np.concatenate([[0.0], np.geomspace(1.0, longest, steps)])))
 
 
-def _staying(stages: Floats, ahead: Floats, lengths: Floats, survival: Floats) -> Floats:
+def _staying(survival: Survival, stages: Floats, ahead: Floats) -> Floats:
     """P(still there after h more | there at s), one row a stage and one column a horizon.
 
     A request longer than every observed output is assumed to end next.
     """
-    later = np.interp(stages[:, None] + ahead, lengths, survival, right=0.0)
-    now = np.interp(stages, lengths, survival, right=0.0)[:, None]
+    later, now = survival.at(stages[:, None] + ahead), survival.at(stages)[:, None]
     stays = np.divide(later, now, out=np.zeros_like(later), where=now > 0)
     stays[:, 0] = 1.0
     return stays

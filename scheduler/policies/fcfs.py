@@ -1,6 +1,6 @@
 """`fcfs`: first come, first served, as vLLM itself does.
 
-Decides: everyone enters at once, as long as the cap on requests in service allows; nobody sits out.
+Decides: every request enters at once, as long as the cap on running requests allows; none sits out.
 Parameters: `max_running` (optional), `token_budget` (optional).
 When not to use it: under memory pressure without a cap, where greedy admission ends in preemption and recompute.
 """
@@ -12,7 +12,7 @@ from scheduler.thresholds import UNKNOWN_TYPE
 
 
 class Fcfs(Policy):
-    """vLLM's own order, with an optional cap on requests in service."""
+    """vLLM's own order, with an optional cap on running requests."""
 
     name = "fcfs"
 

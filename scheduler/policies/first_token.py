@@ -59,7 +59,7 @@ class FirstToken:
         """Seconds from the head of the queue to the first token."""
         tokens = self.backlog_tokens + waiting.tokens_to_compute
         if math.isinf(self.prompt_tokens_per_s):
-            return self.under_way_s + self.params.prefill_s(tokens)
+            return self.under_way_s + self.params.time_model.prefill_s(tokens)
         alone_s = self.iteration_s
         if self.batch:
             alone_s = min(alone_s, self.params.time_model.iteration_s(float(tokens), *self.batch))

@@ -5,7 +5,7 @@ iteration to come stays within the planned time, both at the stated probability.
 tokens as the rest of that time allows, and more where the running requests can spare it. A request whose first token
 cannot be in time is rejected, when it arrives if that can be foreseen, and so is one that would only lengthen a queue
 that is long enough already. Without targets no request is rejected, and only memory and slots limit admission.
-Parameters: `pace` (without one only slots limit admission), `max_running` (optional).
+Parameters: `fluid` (without them only slots limit admission), `max_running` (optional).
 When not to use it: with output lengths that change faster than the survival estimate follows.
 """
 
@@ -19,7 +19,7 @@ from itertools import islice
 import numpy as np
 
 from scheduler.fluid_params import FluidParams
-from scheduler.policies.base import Decision, Policy, QueueView, RunningBatch, Snapshot, stages_of
+from scheduler.policies.base import Decision, Policy, QueueView, Snapshot
 from scheduler.policies.batch_projection import BatchProjection, Columns
 from scheduler.policies.first_token import FirstToken
 from scheduler.policies.tpot_slack import TpotSlack
@@ -147,7 +147,8 @@ class _Admission:
         busy_s = max(decode_s, params.steady_s, self._recent_s)
         gain_s = (limit_s - busy_s) * params.pipeline_depth / params.tokens_per_step
         may_lend = gain_s > 0 and room < most and not (self.is_full and view)
-        wanted_s = params.prefill_s(_wanted_tokens(snapshot, view, most) - max(room, 0.0)) if may_lend else 0.0
+        wanted_tokens = _wanted_tokens(snapshot, view, most) - max(room, 0.0) if may_lend else 0.0
+        wanted_s = params.time_model.prefill_s(wanted_tokens)
         if wanted_s <= 0:
             self._slack.nothing_lent()
         else:
@@ -155,8 +156,8 @@ class _Admission:
             prompts = ahead + (snapshot.prompt_backlog_tokens > 0)
             # A longer batch delays those behind it in each of a pipeline's stages.
             spare_s = self._slack.spare_s(
-                np.array(stages_of(snapshot.running)),
-                _first_token_s(snapshot),
+                np.array(snapshot.running.stages()),
+                np.array(snapshot.running.first_token_s()),
                 snapshot.now_s,
                 wanted_s * params.pipeline_depth,
                 gain_s=gain_s,
@@ -169,8 +170,8 @@ class _Admission:
         """Tokens of the coming iteration; prompts that are found cached are read though not computed."""
         if math.isinf(room):
             return None
-        prompt_s = self.fluid.prefill_s(1.0)
-        read = cached_tokens * self.fluid.time_model.d1_s_per_kv_token / prompt_s if prompt_s else 0.0
+        prompt_s = self.fluid.time_model.prefill_s(1.0)
+        read = self.fluid.time_model.added_s(kv_tokens=float(cached_tokens)) / prompt_s if prompt_s else 0.0
         return snapshot.tokens_to_decode + int(max(self._smallest_chunk, room - read) + 1e-6)
 
     def _steps(self, snapshot: Snapshot) -> float:
@@ -238,12 +239,7 @@ def _wanted_tokens(snapshot: Snapshot, view: QueueView | None, most: float) -> f
 
 def _smallest_chunk(params: FluidParams) -> int:
     """A chunk that is small for a GPU would take a CPU as long as all decodes of an iteration."""
-    prompt_s = params.prefill_s(1.0)
+    prompt_s = params.time_model.prefill_s(1.0)
     if params.iteration_s is None or not prompt_s:
         return _SMALLEST_CHUNK
     return max(1, min(_SMALLEST_CHUNK, int(_SMALLEST_CHUNK_SHARE * params.iteration_s / prompt_s)))
-
-
-def _first_token_s(snapshot: Snapshot) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    running = snapshot.running
-    return np.array(running.first_token_s() if isinstance(running, RunningBatch) else [math.nan] * len(running))

@@ -1,10 +1,10 @@
-"""The segments of Nested WAIT (arXiv 2504.11320, Algorithm 2): who waits at which output-length boundary.
+"""The segments of Nested WAIT (arXiv 2504.11320, Algorithm 2): which requests wait at which output-length boundary.
 
 Segment k covers the decode stages (l'_{k-1}, l'_k]. A request whose answer is not over at l'_{k-1} queues there, its KV
 kept, until n_k of them do; then n_k go on. n_k is what `stage_limit` makes of the segment's total in the iteration that
 the segment has come to: below one request per stage it is 1 in some iterations and 0 in the others. A segment comes to
 its next iteration whenever it runs, so that an incomplete group keeps its place.
-Used by `nested_wait`, and by `wait` for the requests whose length nobody declared.
+Used by `nested_wait`, and by `wait` for the requests of undeclared length.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections import Counter
 from collections.abc import Collection
 
 from scheduler.model.rotation import stage_lengths, stage_limit
-from scheduler.policies.base import RunningRequest, Snapshot, stages_of
+from scheduler.policies.base import RunningRequest, Snapshot
 from scheduler.policies.holds import Holds
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
 
 class Segments:
-    """Boundary queues of the requests of unknown length; without segments nobody ever waits."""
+    """Boundary queues of the requests of unknown length; without segments none ever waits."""
 
     def __init__(self, thresholds: Thresholds) -> None:
         self._ends = tuple(segment.end_output_tokens for segment in thresholds.segments)
@@ -28,7 +28,7 @@ class Segments:
         self._stages = stage_lengths(self._ends)
         self._totals = tuple(segment.total for segment in thresholds.segments)
         self._steps = [0] * len(self._ends)
-        # The stages at which segment k+1's queue stands; beyond the last boundary nobody waits.
+        # The stages at which segment k+1's queue stands; beyond the last boundary none waits.
         self._queue_at: dict[int, int] = {}
         self._widest = -1
         self._stand_within(0)
@@ -63,18 +63,18 @@ class Segments:
             }
 
     def sit_out(self, snapshot: Snapshot, *, entering: bool) -> set[str]:
-        """Serving mode: who is held at a boundary now. Each hold ends when n_k stand there or after `max_hold_s`.
+        """Serving mode: the requests that are held at a boundary now.
 
-        A request whose boundary token is still in flight may be finished: it does not count yet, and is not let pass.
-        Requests inside a segment always run, and if everybody stood at a boundary nobody would be held (`entering`
-        tells that new requests keep the engine busy).
+        Each hold ends when n_k stand there or after `max_hold_s`. A request whose boundary token is still in flight may
+        be finished: it does not count yet, and is not let pass. Requests inside a segment always run, and if all stood
+        at a boundary none would be held (`entering` tells that new requests keep the engine busy).
         """
         if not self._queue_at:
             return set()
         # A step may cross a boundary by all of its tokens but one, and so may the one that was under way meanwhile.
         self._stand_within(2 * (snapshot.most_step_tokens - 1))
         queues: dict[int, list[RunningRequest]] = {index: [] for index in self._queue_at.values()}
-        for place, stage in enumerate(stages_of(snapshot.running)):
+        for place, stage in enumerate(snapshot.running.stages()):
             if stage in self._queue_at and (request := snapshot.running[place]).type_name == UNKNOWN_TYPE:
                 queues[self._queue_at[stage]].append(request)
         self._holds.forget_all_but({one.request_id for running in queues.values() for one in running})
@@ -88,11 +88,11 @@ class Segments:
             for name in passing:
                 self._holds.let_over(name, index)
             held |= {one.request_id for one in newcomers} - passing
-        everybody_held = len(held) == len(snapshot.running)
-        return set() if everybody_held and not entering and not snapshot.released else held
+        all_held = len(held) == len(snapshot.running)
+        return set() if all_held and not entering and not snapshot.released else held
 
     def _passing(self, index: int, newcomers: list[RunningRequest], now_s: float) -> set[str]:
-        """Who steps over a boundary now: a full group, those there longest first, and whoever was held long enough."""
+        """The requests that step over a boundary now: a full group, oldest first, and those held long enough."""
         n = self._limit(index)
         standing = [one.request_id for one in newcomers if not one.tokens_in_flight]
         standing.sort(key=self._holds.since_s)
@@ -104,7 +104,7 @@ class Segments:
         return passing.union(standing[:n]) if len(standing) >= n else passing
 
     def decide_strictly(self, snapshot: Snapshot) -> tuple[int, set[str]]:
-        """The paper's letter: how many enter segment 1, and who sits out.
+        """The paper's letter: how many enter segment 1, and which requests sit out.
 
         Segment k runs only if n_k stand at its queue and every earlier segment runs; a running segment advances at most
         n_k requests per stage; a held segment holds all later ones.
@@ -124,7 +124,7 @@ class Segments:
             sit_out = self._held_strictly(running, running_segments)
             for index in range(running_segments):
                 self._steps[index] += 1
-            # An iteration in which n_k is 0 for all who are there takes no time.
+            # An iteration in which n_k is 0 for all that are there takes no time.
             if entering or len(sit_out) < len(running) or not running_segments or under_way:
                 break
         return entering, sit_out
@@ -148,7 +148,7 @@ class Segments:
         return sit_out
 
     def at_boundary(self, snapshot: Snapshot, sit_out: Collection[str]) -> set[str]:
-        """Of those who sit out, those that stand at a boundary: the paper's memory repair evicts these."""
+        """Of those that sit out, the ones that stand at a boundary: the paper's memory repair evicts these."""
         return {
             request.request_id for request in snapshot.running
             if request.stage in self._queue_at and request.request_id in sit_out

@@ -1,8 +1,8 @@
 """`wait`: WAIT, for requests whose output length is known (arXiv 2504.11320, Algorithm 1).
 
 Decides: type j enters in groups, when n_j of its requests wait. In `strict` mode only types with a full group make
-progress, at most n_j requests from each stage, and if no type has one everybody waits for the next arrival. In
-`serving` mode requests in service always run, a group that stays incomplete enters after `max_hold_s`, and an idle
+progress, at most n_j requests from each stage, and if no type has one all wait for the next arrival. In
+`serving` mode running requests always go on, a group that stays incomplete enters after `max_hold_s`, and an idle
 engine takes whatever is there. Requests of unknown length follow the segments, as under `nested_wait`, if any are set.
 A type without n_j has an open gate: its requests enter at once and always run, in either mode.
 Parameters: `types` (n_j and length bounds, first match wins), `segments` for unknown lengths, `max_running`.
@@ -46,7 +46,7 @@ class Wait(Policy):
             return self._decide_strictly(snapshot)
         slots = self.free_slots(snapshot)
         admit: dict[str, int] = {}
-        # Oldest first, so that the last free seats go to whoever has waited longest.
+        # Oldest first, so that the last free slots go to the requests that have waited longest.
         for type_name, view in sorted(snapshot.waiting.items(), key=lambda item: item[1].oldest_since_s):
             at_once = snapshot.idle or self.hold_is_over(view, snapshot)
             if type_name in self._n:

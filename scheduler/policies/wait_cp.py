@@ -28,7 +28,7 @@ from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
 
 def token_gate(cap: int, *, prefill_chunks: float, output_tokens: float, chunk_tokens: int) -> int:
-    """Tokens of an iteration: those of `cap` requests in service spread evenly over their stages.
+    """Tokens of an iteration: those of `cap` running requests spread evenly over their stages.
 
     prefill_chunks: iterations that a prompt takes, K = ⌈l/cs⌉, and output_tokens, l', both means over requests. Of the
     cap tl, P = tl/(K + l') are in each stage: ⌈(tl − P·K) + P·K·cs⌉.
@@ -39,7 +39,7 @@ def token_gate(cap: int, *, prefill_chunks: float, output_tokens: float, chunk_t
 
 @dataclass(slots=True)
 class _Segment:
-    """Who is in a segment: inside, standing at its entry, and arriving there with the boundary token still in flight.
+    """The requests of a segment: inside, standing at its entry, and arriving there with a token still in flight.
 
     In segment 1 those arriving are the prompts in progress. waiting: those and the requests at the gate.
     """
@@ -68,7 +68,7 @@ class WaitCp(Policy):
         self._holds = Holds()
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        """Who enters each segment; whoever stands at a boundary and does not enter sits out."""
+        """The requests that enter each segment; one that stands at a boundary and does not enter sits out."""
         view, slots = snapshot.waiting.get(UNKNOWN_TYPE), self.free_slots(snapshot)
         waiting = view.length if view else 0
         if not self._ends:
@@ -134,7 +134,7 @@ class WaitCp(Policy):
         return len(first.arriving) + len(first.inside)
 
     def _held_at(self, index: int, segment: _Segment, room: int, now_s: float) -> set[str]:
-        """Who of a boundary queue does not enter now; those there longest enter first."""
+        """The requests of a boundary queue that do not enter now; those there longest enter first."""
         held: set[str] = set(segment.arriving)
         for name in segment.standing + segment.arriving:
             self._holds.stands(name, now_s)

@@ -1,4 +1,4 @@
-"""From targets to the parameters of `fluid`: what one replica can promise, and what limits it.
+"""From targets to the parameters of `fluid`: what one replica can serve in time, and its bottleneck.
 
 Source: the fluid equilibrium of arXiv 2504.11320 with the longest iteration fixed by a target instead of by the load,
 and with the engine's slots and its token budget as constraints beside memory and time.
@@ -15,18 +15,19 @@ from scipy.special import ndtri
 
 from scheduler.estimation.iteration_time_error import EXACT, IterationTimeError
 from scheduler.fluid_params import ITERATIONS_UNDER_WAY, FluidParams
-from scheduler.model.fluid import NO_REUSE, FluidEquilibrium, PrefixReuse, solve_fluid
+from scheduler.model.fluid import NO_REUSE, FluidEquilibrium, PrefixReuse, Regimes, solve_fluid
 from scheduler.model.iteration_time import IterationTimeModel
-from scheduler.model.queue_limit import fixed_share, queue_limit
+from scheduler.model.littles_law import requests_running
+from scheduler.model.queue_limit import FullReplica, queue_limit
 from scheduler.model.steps import ONE_TOKEN_A_STEP, Steps
-from scheduler.model.workload import Lengths, WorkloadMix
+from scheduler.model.workload import WorkloadMix
+from scheduler.survival import Survival
 from scheduler.thresholds import EngineLimits
 from scheduler.tuning.slo import Slo
 from scheduler.tuning.tpot_margin import tpot_margin
 
-_SURVIVAL_POINTS = 48
 _QUEUE_SHARE = 0.1
-"""Of the miss probability, what a queue that runs dry may cost; the rest is for iterations that stray from the law."""
+"""Of the miss probability, what a queue that runs dry may cost; the rest is for errors of the iteration-time model."""
 _LEAST_MARGIN = 0.002
 """Even an exact model is off by a few tokens: requests whose last token is under way are counted once more."""
 _STAGE_MARGIN = 0.004
@@ -37,14 +38,6 @@ _ITERATION_TIMES = 32
 _WAIT_SHARE = 0.9
 """A wait within a latency target may cost the other tenth of the requests that would have been in time without it."""
 Floats = NDArray[np.float64]
-
-
-
-
-
-
-
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,21 +64,21 @@ class FluidPlan:
 
 def solve_fluid_params(
     mix: WorkloadMix, time_model: IterationTimeModel, limits: EngineLimits, targets: Slo, *,
-    fluctuation: IterationTimeError = EXACT, miss_probability: float = 0.01, dispersion: float = 1.0,
+    error: IterationTimeError = EXACT, miss_probability: float = 0.01, dispersion: float = 1.0,
     reuse: PrefixReuse = NO_REUSE, steps: Steps = ONE_TOKEN_A_STEP, realised_margin: float = 0.0,
     delivery_s: float = 0.0,
 ) -> FluidPlan:
     """The parameters for `mix` on one replica.
 
-    fluctuation: of iterations under the law; the longest iteration stays so far below the TPOT target that all but
+    error: of iterations under the model; the longest iteration stays so far below the TPOT target that all but
     `miss_probability` of requests meet it. realised_margin: the margin that the latest requests would have needed, if
     that is more. dispersion: of the arrivals, the variance of their counts over its mean. delivery_s: seconds from a
     first token in the engine until its client has it; so much earlier it has to come.
     """
     lengths = mix.merged().lengths
     capacity = _Capacity(mix, time_model, limits, reuse, steps)
-    margin = tpot_margin(lengths, fluctuation, (1 - _QUEUE_SHARE) * miss_probability, steps)
-    margin = max(margin, realised_margin, _LEAST_MARGIN) + _STAGE_MARGIN * (steps.depth - 1)
+    modelled_margin = tpot_margin(lengths, error, (1 - _QUEUE_SHARE) * miss_probability, steps)
+    margin = max(modelled_margin, realised_margin, _LEAST_MARGIN) + _STAGE_MARGIN * (steps.depth - 1)
     margin = min(margin, _LARGEST_MARGIN)
     token_s = None if targets.tpot_s is None else targets.tpot_s / (1 + margin)
     within = capacity.within_latency(token_s, targets.delivered_within(delivery_s), margin)
@@ -94,12 +87,12 @@ def solve_fluid_params(
     known_rps = served_rps if math.isfinite(served_rps) else 0.0
     planned_s = None if token_s is None else capacity.iteration_of(token_s)
     reachable = iteration_s is None or planned_s is None or planned_s >= capacity.alone_s
-    if not reachable:  # the engine plans for one request alone, and what is promised is what the target leaves
+    if not reachable:  # the engine plans for one request alone, and the capacity is what the target leaves
         served_rps, limit = capacity.at(planned_s)
     load = mix.rate_rps / served_rps if served_rps > 0 else math.inf
     steady_s = capacity.iteration_s(min(mix.rate_rps, served_rps), iteration_s)
     params = FluidParams(
-        time_model=time_model, survival=survival_of(lengths), kv_limit_tokens=capacity.kv_limit_tokens,
+        time_model=time_model, survival=Survival.of(lengths), kv_limit_tokens=capacity.kv_limit_tokens,
         block_tokens=limits.block_tokens, overflow_z=-float(ndtri(miss_probability)), iteration_s=iteration_s,
         tpot_s=targets.tpot_s, ttft_s=targets.ttft_s, latency_s=targets.latency_s,
         first_token_within_s=within.first_token_s, miss_probability=miss_probability,
@@ -119,18 +112,12 @@ def solve_fluid_params(
         bottleneck = "TTFT target" if targets.ttft_s is not None else "latency target"
     else:
         bottleneck = "nothing"
-    goodput = min(mix.rate_rps * soon, served_rps) * within.share
     return FluidPlan(
-        params, served_rps, load, bottleneck, goodput, soon * within.share, margin, targets.tpot_s, capacity.fluid,
+        fluid=params, capacity_rps=served_rps, load=load, bottleneck=bottleneck,
+        goodput_rps=min(mix.rate_rps * soon, served_rps) * within.share, in_time=soon * within.share,
+        tpot_margin=margin, tpot_s=targets.tpot_s, equilibrium=capacity.fluid,
         alone_s=None if reachable else capacity.alone_s,
     )
-
-
-def survival_of(lengths: Lengths) -> tuple[tuple[int, float], ...]:
-    """Output tokens x and P(output > x), just before and at quantiles of the output length, where it falls most."""
-    marks = lengths.output_quantiles(np.linspace(0, 1, _SURVIVAL_POINTS))
-    at = np.unique(np.concatenate([[0], marks, marks - 1]))
-    return tuple(zip(at.tolist(), lengths.survivals(at).tolist(), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,15 +142,15 @@ class _Capacity:
         self._slots, self._budget = limits.most_running, limits.max_num_batched_tokens
         self.fluid = solve_fluid(mix, time_model, self.kv_limit_tokens, reuse, steps)
         # Seconds of work that one request brings, in all, and of it what comes on top of the floor.
-        decode = self._lengths.mean_output_tokens * time_model.d3_s_per_decode_token
-        self._kv_work_s = self.fluid.kv_load / mix.rate_rps
+        decode_s = time_model.added_s(decode_tokens=self._lengths.mean_output_tokens) * steps.computed_per_token
+        kv_work_s = self.fluid.kv_load / mix.rate_rps
         self._prefill_work_s = self.fluid.prefill_load / mix.rate_rps
-        self._work_s = self._kv_work_s + self._prefill_work_s + decode * steps.computed_per_token
-        self._life = self._lengths.mean_output_tokens / steps.tokens + 1
+        self._work_s = kv_work_s + self._prefill_work_s + decode_s
+        self._regimes = Regimes.of(time_model, self._work_s, kv_work_s)
+        self._life = steps.life(self._lengths.mean_output_tokens)
         self._by_memory = self.fluid.critical_rate_scale * mix.rate_rps
         computed = self._lengths.mean_output_tokens * steps.computed_per_token
         self._tokens = self._lengths.mean_prompt_tokens * reuse.computed + computed
-        self._branches = ((time_model.d0_s, self._work_s), (time_model.floor_s, self._kv_work_s))
 
     @property
     def alone_s(self) -> float:
@@ -175,36 +162,19 @@ class _Capacity:
         """Requests/s with iterations of at most so long, and what limits them."""
         limits = {
             "memory": self._by_memory,
-            "slots": self._by_count(self._slots, self._life * self._steps.depth),
-            "token budget": self._by_count(self._budget, self._tokens),
-            "TPOT target": math.inf if iteration_s is None else self._by_time(iteration_s),
+            "slots": self._regimes.most_by_count(self._slots, self._life * self._steps.depth),
+            "token budget": self._regimes.most_by_count(self._budget, self._tokens),
+            "TPOT target": math.inf if iteration_s is None else self._regimes.most_by_time(iteration_s),
         }
         limit = min(limits, key=lambda name: limits[name])
         return limits[limit], limit
 
-    def _by_count(self, most: float, each: float) -> float:
-        """Requests/s when an iteration has `most` of something of which every request takes `each` in its life.
-
-        λ·τ·each <= most, with the equilibrium's iteration time τ = fixed / (1 − λ·work).
-        """
-        return min(
-            (most / (fixed_s * each + most * work_s) for fixed_s, work_s in self._branches if fixed_s or work_s),
-            default=math.inf,
-        )
-
-    def _by_time(self, iteration_s: float) -> float:
-        """Requests/s with every iteration filled: the time beyond the fixed part is what their work can have."""
-        return min(
-            max(0.0, 1 - fixed_s / iteration_s) / work_s if work_s else math.inf if fixed_s < iteration_s else 0.0
-            for fixed_s, work_s in self._branches
-        )
-
     def iteration_s(self, rate_rps: float, most_s: float | None) -> float:
         """The equilibrium's iteration time when so many requests/s are served; 0: no such equilibrium is known."""
-        times = [fixed_s / (1 - rate_rps * work_s) for fixed_s, work_s in self._branches if rate_rps * work_s < 1]
-        if len(times) < len(self._branches) or not math.isfinite(rate_rps):
+        seconds = self._regimes.iteration_s(rate_rps)
+        if math.isinf(seconds):
             return most_s or 0.0
-        return max(times) if most_s is None else min(max(times), most_s)
+        return seconds if most_s is None else min(seconds, most_s)
 
     @property
     def decode_share(self) -> float:
@@ -246,7 +216,7 @@ class _Capacity:
 
     @property
     def _prefill_s(self) -> float:
-        return self._lengths.mean_prompt_tokens * self._reuse.computed * self._time_model.d2_s_per_prefill_token
+        return self._time_model.added_s(prefill_tokens=self._lengths.mean_prompt_tokens * self._reuse.computed)
 
     @property
     def _iterations_to_first_token(self) -> int:
@@ -277,8 +247,7 @@ class _Capacity:
             under_way_s = (self._iterations_to_first_token - 1) * params.time_model.shortest_iteration_s
             return np.asarray(under_way_s + own_s, dtype=np.float64)
         decode_s = (self._work_s - self._prefill_work_s) * self._rate_rps * min(1.0, 1.0 / load) * iteration_s
-        prompt_s = params.prefill_s(1.0)
-        room = (iteration_s - params.time_model.d0_s - decode_s) / prompt_s if prompt_s else math.inf
+        room = params.time_model.prompt_tokens_within(iteration_s, 0.0, 0.0, other_s=decode_s)
         iterations = self._iterations_to_first_token - 1 + np.ceil(prompts / max(room, params.prompt_flow_tokens, 1.0))
         return np.asarray(iteration_s * iterations, dtype=np.float64)
 
@@ -297,20 +266,23 @@ class _Capacity:
         iteration_s = params.iteration_s
         if iteration_s is None:
             iteration_s = time_model.iteration_s(0.0, min(most, float(self._slots)), float(params.kv_limit_tokens))
-        running = min(most, float(self._slots), served_rps * iteration_s * self._life * self._steps.depth)
-        work_s = (
-            time_model.d1_s_per_kv_token * lengths.kv_token_iterations_each / self._steps.tokens
-            + time_model.d2_s_per_prefill_token * lengths.prompt_tokens * self._reuse.computed
-            + time_model.d3_s_per_decode_token * lengths.output_tokens * self._steps.computed_per_token
+        running = requests_running(served_rps, self._life * self._steps.depth, iteration_s)
+        work_s = time_model.added_s(
+            prefill_tokens=lengths.prompt_tokens * self._reuse.computed,
+            decode_tokens=lengths.output_tokens * self._steps.computed_per_token,
+            kv_tokens=lengths.kv_token_iterations_each / self._steps.tokens,
         )
         mean_s = float(lengths.weights @ work_s)
         work_variation = float(lengths.weights @ (work_s - mean_s) ** 2) / mean_s**2 if mean_s > 0 else 0.0
         in_time = spare_s >= 0
         spare = float(np.average(spare_s[in_time], weights=lengths.weights[in_time])) if in_time.any() else 0.0
         rate_rps = self._rate_rps
-        return queue_limit(
-            rate_rps=rate_rps, capacity_rps=served_rps, running=running,
-            slowdown=fixed_share(time_model, iteration_s), admitted_per_iteration=served_rps * iteration_s,
+        replica = FullReplica(
+            capacity_rps=served_rps, running=min(most, float(self._slots), running),
+            fixed_share=min(1.0, time_model.shortest_iteration_s / iteration_s),
+            admitted_per_iteration=served_rps * iteration_s,
             variability=(rate_rps * dispersion + served_rps * work_variation) / (rate_rps + served_rps),
-            miss_probability=_QUEUE_SHARE * miss_probability, most_requests=served_rps * spare,
+        )
+        return queue_limit(
+            replica, rate_rps, miss_probability=_QUEUE_SHARE * miss_probability, most_requests=served_rps * spare
         )

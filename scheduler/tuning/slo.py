@@ -14,7 +14,7 @@ _Target = Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """What an operator promises: seconds to the first token, per further token (mean), end to end; None: no promise."""
+    """Latency targets: seconds to the first token, per further token (mean), end to end; None: no target."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 

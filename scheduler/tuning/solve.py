@@ -1,6 +1,6 @@
 """From a workload to thresholds: the one rule by which the controller and the simulator set a replica's thresholds.
 
-No vLLM, no clock, no telemetry: what arrives (`WorkloadMix`), the service-time law and the engine's limits go in.
+No vLLM, no clock, no telemetry: what arrives (`WorkloadMix`), the iteration-time model and the engine's limits go in.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from scheduler.model.workload import Lengths, RequestType, WorkloadMix
 from scheduler.policies.wait_cp import token_gate
 from scheduler.thresholds import UNKNOWN_TYPE, EngineLimits, SegmentThreshold, Thresholds, TypeThreshold
 from scheduler.tuning.fluid_plan import FluidPlan, solve_fluid_params
-from scheduler.tuning.slo import NO_SLO, Slo
+from scheduler.tuning.slo import Slo
 
 MOST_TYPES = 4
 LEAST_RATE_RPS = 1e-3
@@ -41,54 +41,54 @@ _MOST_SEGMENTS = 4
 _PRACTICAL_MARGIN, _PRACTICAL_SLACK = 0.05, 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Tuned:
-    """Thresholds for a workload, with the equilibrium behind them; `thresholds.reason` says why in words.
+def tune_fluid(
+    configured: Thresholds, mix: WorkloadMix, time_model: IterationTimeModel, limits: EngineLimits, targets: Slo, *,
+    miss_probability: float, error: IterationTimeError = EXACT, dispersion: float = 1.0, reuse: PrefixReuse = NO_REUSE,
+    steps: Steps = ONE_TOKEN_A_STEP, realised_margin: float = 0.0, delivery_s: float = 0.0, cold: bool = False,
+) -> tuple[Thresholds, FluidPlan]:
+    """`configured` with the parameters that the policy `fluid` needs for `mix`, and the plan that they follow from.
 
-    promise: what `fluid` promises; None under another policy.
+    The thresholds' reason says why in words. See `solve_fluid_params`; the depth of steps is the engine's, and
+    time_model is that of its iterations, in a pipeline of a stage. cold: lengths are a guess, so no request is rejected
+    for the sake of a capacity that is a guess too.
     """
+    plan = solve_fluid_params(
+        mix, time_model, limits, targets, error=error, miss_probability=miss_probability, dispersion=dispersion,
+        reuse=reuse, steps=replace(steps, depth=limits.pipeline_depth), realised_margin=realised_margin,
+        delivery_s=delivery_s,
+    )
+    if cold:
+        plan = replace(plan, fluid=replace(plan.fluid, queue_limit=None, cold=True))
+    reason = _plan_in_words(plan, mix.rate_rps) + ("; lengths are guessed so far" if cold else "")
+    return replace(configured, fluid=plan.fluid, reason=reason), plan
 
-    thresholds: Thresholds
-    equilibrium: FluidEquilibrium
-    plan: FluidPlan | None = None
 
-
-def tune(
+def tune_counts(
     configured: Thresholds, mix: WorkloadMix, time_model: IterationTimeModel, limits: EngineLimits, *,
-    overflow_probability: float, targets: Slo = NO_SLO, fluctuation: IterationTimeError = EXACT,
-    dispersion: float = 1.0, cold: bool = False, reuse: PrefixReuse = NO_REUSE, steps: Steps = ONE_TOKEN_A_STEP,
-    realised_margin: float = 0.0, delivery_s: float = 0.0, over_time: Sequence[Stretch] = (),
-) -> Tuned:
-    """Solve the fluid model for `mix` and fill in what `configured.policy` needs: a pace, or counts and a cap.
+    overflow_probability: float, steps: Steps = ONE_TOKEN_A_STEP, over_time: Sequence[Stretch] = (),
+) -> tuple[Thresholds, FluidEquilibrium]:
+    """`configured` with the counts and the cap that WAIT, Nested WAIT and WAIT-CP need for `mix`, and its equilibrium.
 
-    targets and what follows them concern `fluid` alone, see `solve_fluid_params`; but for steps. The type named
-    `UNKNOWN_TYPE` holds the requests whose output length nobody declared; they follow segments. The depth of steps is
-    the engine's; law is that of its iterations, of a pipeline's stage therefore.
-    over_time: rates that move, for WAIT and Nested WAIT, whose counts then follow the worst windows.
-    cold: lengths are a prior, so no request is rejected for the sake of a capacity that is a guess too.
+    The thresholds' reason says why in words. The type named `UNKNOWN_TYPE` holds the requests whose output length was
+    not declared; they follow segments. over_time: rates that move, whose worst windows the counts of WAIT and Nested
+    WAIT then follow. The depth of steps is the engine's, and time_model is that of its iterations, in a pipeline of a
+    stage.
     """
     steps = replace(steps, depth=limits.pipeline_depth)
-    if configured.policy == "fluid":
-        plan = solve_fluid_params(
-            mix, time_model, limits, targets, fluctuation=fluctuation, miss_probability=overflow_probability,
-            dispersion=dispersion, reuse=reuse, steps=steps, realised_margin=realised_margin,
-            delivery_s=delivery_s,
-        )
-        if cold:
-            plan = replace(plan, fluid=replace(plan.fluid, queue_limit=None, cold=True))
-        reason = _plan_in_words(plan, mix.rate_rps) + ("; lengths are guessed so far" if cold else "")
-        return Tuned(replace(configured, fluid=plan.fluid, reason=reason), plan.equilibrium, plan)
-    solver = _Solver(mix, time_model, limits, overflow_probability, steps, over_time)
+    equilibrium = solve_fluid(mix, time_model, limits.kv_capacity_tokens, steps=steps)
     cap = running_cap(mix, limits.kv_capacity_tokens, overflow_probability=overflow_probability)
     cap = max(1, min(cap, limits.most_running))
+    base = replace(configured, types=(), segments=(), max_running=cap)
     if configured.policy == "wait_cp":
         solved = _wait_cp(configured, mix, min(cap, configured.max_running or cap), limits)
+    elif configured.policy == "fcfs":
+        solved = replace(base, reason="fcfs needs no thresholds")
     else:
-        solved = solver.solve(replace(configured, types=(), segments=(), max_running=cap))
-    equilibrium = solver.equilibrium
+        solver = _Solver(mix, time_model, limits, overflow_probability, steps, tuple(over_time), equilibrium)
+        solved = solver.solve(base, cap)
     moving = f"rates move, the worst of {len(over_time)} stretches counts; " if over_time else ""
     reason = f"{_in_words(equilibrium, mix.rate_rps)}; {moving}{solved.reason}; cap {cap} from memory"
-    return Tuned(replace(solved, reason=reason), equilibrium)
+    return replace(solved, reason=reason), equilibrium
 
 
 def cold_thresholds(
@@ -101,21 +101,21 @@ def cold_thresholds(
 ) -> Thresholds:
     """What an engine under `fluid` runs with until the controller has seen something of it; others as configured.
 
-    The pace of the profile's law (the whole model's), of lengths of which nothing is known (`cold_lengths`) and of a
-    law's published error. Nobody is refused but who is too late.
+    The parameters that follow from the profile's model (of all pipeline stages), from lengths of which nothing is known
+    (`cold_lengths`) and from a model's published error. Only requests that are too late are rejected.
     """
     if configured.policy != "fluid" or configured.fluid is not None:
         return configured
     mix = WorkloadMix((RequestType(UNKNOWN_TYPE, LEAST_RATE_RPS, cold_lengths(limits.max_model_len)),))
-    tuned = tune(
-        configured, mix, time_model.of_stage(limits.pipeline_depth), limits, overflow_probability=overflow_probability,
-        targets=targets, fluctuation=IterationTimeError.from_mape(PUBLISHED_MAPE), cold=True,
+    thresholds, _ = tune_fluid(
+        configured, mix, time_model.of_stage(limits.pipeline_depth), limits, targets,
+        miss_probability=overflow_probability, error=IterationTimeError.from_mape(PUBLISHED_MAPE), cold=True,
     )
-    return replace(tuned.thresholds, reason="nothing seen yet: a pace from the profile and the targets")
+    return replace(thresholds, reason="nothing seen yet: parameters from the profile and the targets")
 
 
 def tune_by_cap(configured: Thresholds, mix: WorkloadMix, cap: int, *, margin: float = _PRACTICAL_MARGIN) -> Thresholds:
-    """The rule of the paper's experiments: counts from a cap on prompts in service, whatever the load.
+    """The rule of the paper's experiments: counts from a cap on running requests, whatever the load.
 
     WAIT: n_j in proportion to λ_j with Σ (l'_j + 1) n_j = cap, rounded and at least 1. Nested WAIT: n_k/n_{k−1} =
     min(p_k + margin, 0.99) and Σ δ_k n_k = cap, where δ_1 = l'_1 has no stage for the prefill; the totals B_k = δ_k n_k
@@ -136,7 +136,7 @@ def tune_by_cap(configured: Thresholds, mix: WorkloadMix, cap: int, *, margin: f
         ends = tuple(sorted({lengths.output_quantile(part / _MOST_SEGMENTS) for part in range(1, _MOST_SEGMENTS + 1)}))
         shares = _relative_totals(lengths, ends, margin)
         segments = _segments(ends, [max(1, round(total)) for total in cap * shares / shares.sum()], cap)
-    reason = f"counts from a cap of {cap} in service"
+    reason = f"counts from a cap of {cap} running requests"
     budget = _token_gate(configured, mix, cap) if configured.policy == "wait_cp" else configured.token_budget
     return replace(
         configured, types=types, segments=segments, max_running=cap, token_budget=budget, reason=reason
@@ -189,52 +189,40 @@ def mix_by_length(
     return WorkloadMix(tuple(types))
 
 
+@dataclass(frozen=True)
 class _Solver:
-    """One workload on one engine."""
+    """WAIT and Nested WAIT for one workload on one engine, whose equilibrium is solved already."""
 
-    def __init__(
-        self,
-        mix: WorkloadMix,
-        time_model: IterationTimeModel,
-        limits: EngineLimits,
-        overflow_probability: float,
-        steps: Steps,
-        over_time: Sequence[Stretch],
-    ) -> None:
-        self._mix, self._time_model, self._limits = mix, time_model, limits
-        self._steps, self._over_time = steps, tuple(over_time)
-        self._overflow_probability = overflow_probability
-        self.equilibrium = solve_fluid(mix, time_model, limits.kv_capacity_tokens, steps=steps)
+    mix: WorkloadMix
+    time_model: IterationTimeModel
+    limits: EngineLimits
+    overflow_probability: float
+    steps: Steps
+    over_time: tuple[Stretch, ...]
+    equilibrium: FluidEquilibrium
 
-    def solve(self, base: Thresholds) -> Thresholds:
-        """`base` with the counts that its policy needs."""
-        cap = base.max_running or self._limits.max_num_seqs
-        if base.policy == "fcfs":
-            return replace(base, reason="fcfs needs no thresholds")
-        known = [t for t in self._mix.types if t.name != UNKNOWN_TYPE]
+    def solve(self, base: Thresholds, cap: int) -> Thresholds:
+        """`base` with counts for the types of declared length, and segments for the others; at most `cap` each."""
+        known = [t for t in self.mix.types if t.name != UNKNOWN_TYPE]
         types: tuple[TypeThreshold, ...] = ()
         reasons: list[str] = []
         if known:
             # The load of requests of unknown length counts in the rate conditions, though segments gate them.
             solution = wait_thresholds(
-                self._mix,
-                self._time_model,
-                self._limits.kv_capacity_tokens,
-                over_time=self._over_time,
-                steps=self._steps,
+                self.mix, self.time_model, self.limits.kv_capacity_tokens, over_time=self.over_time, steps=self.steps
             )
             # Without feasible counts the gates stand open: any whole count would throttle what enters.
-            counts: list[int | None] = [None] * len(self._mix.types)
+            counts: list[int | None] = [None] * len(self.mix.types)
             if not isinstance(solution, Infeasible):
                 counts = [min(n, cap) for n in solution.n]
             types = tuple(
                 TypeThreshold(name=t.name, n=n, max_output_tokens=_bound_of(t, last=t is known[-1]))
-                for t, n in zip(self._mix.types, counts, strict=True)
+                for t, n in zip(self.mix.types, counts, strict=True)
                 if t.name != UNKNOWN_TYPE
             )
             reasons.append(_solution_in_words("WAIT", solution, [t.n for t in types]))
         segments: tuple[SegmentThreshold, ...] = ()
-        unknown = tuple(t for t in self._mix.types if t.name == UNKNOWN_TYPE)
+        unknown = tuple(t for t in self.mix.types if t.name == UNKNOWN_TYPE)
         if unknown:
             segments, reason = self._solve_segments(WorkloadMix(unknown), cap)
             reasons.append(reason)
@@ -244,8 +232,8 @@ class _Solver:
         self, mix: WorkloadMix, cap: int
     ) -> tuple[tuple[SegmentThreshold, ...], str]:
         solution = nested_wait_thresholds(
-            mix, self._time_model, self._limits.kv_capacity_tokens, segments=_MOST_SEGMENTS, whole=False, steady=True,
-            overflow_probability=self._overflow_probability, over_time=self._unknown_over_time, steps=self._steps,
+            mix, self.time_model, self.limits.kv_capacity_tokens, segments=_MOST_SEGMENTS, whole=False, steady=True,
+            overflow_probability=self.overflow_probability, over_time=self._unknown_over_time, steps=self.steps,
         )
         if isinstance(solution, Infeasible):
             if not self.equilibrium.fits_memory:
@@ -259,13 +247,13 @@ class _Solver:
     def _unknown_over_time(self) -> tuple[Stretch, ...]:
         return tuple(
             Stretch(one.seconds, WorkloadMix(tuple(t for t in one.mix.types if t.name == UNKNOWN_TYPE)))
-            for one in self._over_time
+            for one in self.over_time
         )
 
     def _practical_segments(self, mix: WorkloadMix, cap: int) -> tuple[tuple[SegmentThreshold, ...], str]:
         """Where the load can be served but no thresholds are sure to: the rule of the paper's experiments.
 
-        Their cap on prompts in service is here what n_1 = λ ΔT* (1 + slack) makes of all segments together.
+        Their cap on running requests is here what n_1 = λ ΔT* (1 + slack) makes of all segments together.
         """
         lengths = mix.merged().lengths
         marks = {on_length_grid(lengths.output_quantile(part / _MOST_SEGMENTS)) for part in range(1, _MOST_SEGMENTS)}
@@ -286,7 +274,7 @@ def _relative_totals(lengths: Lengths, ends: tuple[int, ...], margin: float) -> 
 
 
 def _segments(ends: tuple[int, ...], totals: Sequence[int], cap: int) -> tuple[SegmentThreshold, ...]:
-    """Segments whose groups can be in service at once."""
+    """Segments whose groups can run at once."""
     return tuple(
         SegmentThreshold(end_output_tokens=end, total=min(total, cap * stages))
         for end, total, stages in zip(ends, totals, stage_lengths(ends), strict=True)

@@ -1,4 +1,4 @@
-"""How far a request's time per token may stray from the law, and what that leaves of a target.
+"""How far a request's time per token may stray from the iteration-time model, and what that leaves of a target.
 
 A request's time per output token is the mean of its iterations, so errors average out, the less so the more one
 iteration's error resembles the next one's. Source: the variance of the mean of a first-order autoregressive process.
@@ -16,24 +16,21 @@ from scheduler.model.steps import ONE_TOKEN_A_STEP, Steps
 from scheduler.model.workload import Lengths
 
 _MOST_FOR_STEPS = 1.0
-
-
-
-
+"""The largest margin that steps of several tokens may ask for."""
 
 
 def tpot_margin(
-    lengths: Lengths, fluctuation: IterationTimeError, miss_probability: float, steps: Steps = ONE_TOKEN_A_STEP
+    lengths: Lengths, error: IterationTimeError, miss_probability: float, steps: Steps = ONE_TOKEN_A_STEP
 ) -> float:
     """The relative margin m >= 0 such that iterations of target/(1 + m) keep all but `miss_probability` of requests.
 
     A request of l' tokens has l' − 1 iterations between its first token and its last; with one token it has no time
     per token and cannot miss. Solves Σ P(l') P(mean error of l' − 1 iterations > m) = miss_probability for normal
-    errors. A mean error that speaks for a faster engine is no reason to promise more. Where steps gain several tokens,
-    iterations of target·(tokens a step)/(1 + m): a request that gains few of them by chance is late.
+    errors. A mean error that speaks for a faster engine is no reason for a smaller margin. Where steps gain several
+    tokens, iterations of target·(tokens a step)/(1 + m): a request that gains few of them by chance is late.
     """
-    shift = max(0.0, fluctuation.mean)
-    if fluctuation.std == 0 and steps.tokens_std == 0:
+    shift = max(0.0, error.mean)
+    if error.std == 0 and steps.tokens_std == 0:
         return shift
     outputs, index = np.unique(lengths.output_tokens, return_inverse=True)
     mass = np.bincount(index, lengths.weights)
@@ -41,11 +38,11 @@ def tpot_margin(
     if float(mass[several].sum()) <= miss_probability:
         return shift
     further, mass = outputs[several].astype(np.float64) - 1.0, mass[several]
-    std = fluctuation.std_of_mean(np.maximum(further / steps.tokens, 1.0))
+    std = error.std_of_mean(np.maximum(further / steps.tokens, 1.0))
 
     def missing_too_many(margin: float) -> float:
         if steps.tokens_std:
-            return float(mass @ _late_by_steps(further, margin, fluctuation, steps)) - miss_probability
+            return float(mass @ _late_by_steps(further, margin, error, steps)) - miss_probability
         return float(mass @ ndtr(-margin / std)) - miss_probability
 
     if missing_too_many(0.0) <= 0:
@@ -57,15 +54,15 @@ def tpot_margin(
 
 
 def _late_by_steps(
-    further: NDArray[np.float64], margin: float, fluctuation: IterationTimeError, steps: Steps
+    further: NDArray[np.float64], margin: float, error: IterationTimeError, steps: Steps
 ) -> NDArray[np.float64]:
     """P(so many tokens after the first take more whole steps than the target leaves time for)."""
     expected = further / steps.tokens
     # The last step in time must be so with iterations that err: one standard deviation is kept for that.
-    error = fluctuation.std_of_mean(np.maximum(expected, 1.0)) if fluctuation.std else 0.0
-    in_time = np.floor(expected * (1 + margin) / (1 + error) + 1e-9)
+    kept = error.std_of_mean(np.maximum(expected, 1.0)) if error.std else 0.0
+    in_time = np.floor(expected * (1 + margin) / (1 + kept) + 1e-9)
     gained, number = in_time * steps.tokens, np.maximum(in_time, 1.0)
-    spread = np.sqrt(number * steps.tokens_std**2 + (fluctuation.std_of_mean(number) * gained) ** 2)
+    spread = np.sqrt(number * steps.tokens_std**2 + (error.std_of_mean(number) * gained) ** 2)
     # Tokens are whole: half of one is the normal approximation's correction.
     late = ndtr((further - 0.5 - gained) / np.maximum(spread, 1e-9))
     return np.asarray(np.where(in_time > 0, late, 1.0), dtype=np.float64)

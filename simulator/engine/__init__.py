@@ -1,1 +1,1 @@
-"""vLLM's scheduler in virtual time: replicas, the policies to compare, and the controller."""
+"""Virtual replicas: vLLM's scheduler stepped by hand on a clock that a time model moves, and their controller."""

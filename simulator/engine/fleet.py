@@ -11,18 +11,17 @@ from pydantic import ValidationError
 
 from replicas.routing_stats import RoutingStats
 from router.ranking import best_first
-from scheduler.messages import Report
 from scheduler.model.profiles import load_profile
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS
 from scheduler.thresholds import EngineLimits, Thresholds, thresholds_as_dict
 from simulator.config import SimulationConfig, SimulationError
-from simulator.engine.baselines import BASELINES
 from simulator.engine.controller import VirtualController
 from simulator.engine.replica import VirtualReplica
-from simulator.engine.slowdown import parse_slowdown
-from simulator.engine.speculation import speculative_args
 from simulator.output.metrics import window_of
 from simulator.output.run_files import UNFINISHED, RequestRow, RunWriter
+from simulator.scenario.baselines import BASELINES
+from simulator.scenario.slowdown import parse_slowdown
+from simulator.scenario.speculation import speculative_args
 from simulator.workload.clients import SHORTEST_PAUSE_S, Attempt, Returns
 from simulator.workload.requests import SimRequest
 
@@ -135,7 +134,7 @@ class Fleet:
 
     def _report(self) -> None:
         self._stats = {
-            replica.index: RoutingStats.from_telemetry(replica.headrace.telemetry(Report(cursor=None)))
+            replica.index: RoutingStats.of_engines([replica.headrace.stats()])
             for replica in self.replicas if replica.headrace
         }
 

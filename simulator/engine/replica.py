@@ -17,9 +17,6 @@ from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.rejection import Rejection
 from scheduler.tuning.slo import Slo
 from scheduler.vllm_scheduler import HeadraceScheduler
-from simulator.engine.admission_baselines import AdmissionRule, Load
-from simulator.engine.slowdown import Slowdown
-from simulator.engine.speculation import Speculation
 from simulator.engine.vllm_harness import (
     block_hasher_of,
     drafted_requests,
@@ -27,7 +24,11 @@ from simulator.engine.vllm_harness import (
     iteration_results,
     make_request,
 )
+from simulator.output.metrics import delays_of, meets
 from simulator.output.run_files import COMPLETED, GAVE_UP, REJECTED, UNFINISHED, IterationRow, RequestRow
+from simulator.scenario.admission_baselines import AdmissionRule, Load
+from simulator.scenario.slowdown import Slowdown
+from simulator.scenario.speculation import Speculation
 from simulator.workload.clients import Attempt, Returns
 from simulator.workload.prompts import answer_token_id, prompt_token_ids
 from simulator.workload.requests import SimRequest
@@ -71,14 +72,8 @@ class _Live:
 
     def can_meet(self, now_s: float, targets: Slo) -> bool:
         """Whether this request, not over yet, may still end within the targets."""
-        ttft_s = (now_s if self.first_token_s is None else self.first_token_s) - self.since_s
-        if targets.ttft_s is not None and ttft_s > targets.ttft_s:
-            return False
-        if targets.latency_s is not None and now_s - self.since_s > targets.latency_s:
-            return False
-        if targets.tpot_s is None or self.first_token_s is None:
-            return True
-        return bool(now_s - self.first_token_s <= targets.tpot_s * (self.request.max_tokens - 1))
+        first_s = now_s if self.first_token_s is None else self.first_token_s
+        return bool(meets(delays_of(self.since_s, first_s, now_s, self.request.max_tokens), targets))
 
 
 @dataclass(slots=True)

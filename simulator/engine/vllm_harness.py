@@ -1,7 +1,7 @@
 """vLLM's scheduler and KV block manager in this process, without an engine, weights or an accelerator.
 
 This module is the simulator's fence around vLLM's non-public surface: how a scheduler, a request and an iteration's
-results are made by hand. `tests/simulator/test_in_process_seam.py` fails when an upgrade moves any of it.
+results are made by hand. `tests/simulator/engine/test_vllm_harness_seam.py` fails when an upgrade moves any of it.
 Source: `vllm.v1.engine.core.EngineCore`, which makes and steps the same objects.
 """
 

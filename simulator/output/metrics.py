@@ -1,11 +1,14 @@
-"""What a run's requests say: goodput, throughput, latency, time to first token, time per output token."""
+"""What requests say: latency, time to first token, time per output token, and whether they are good.
+
+The one place where these are defined: for simulated runs, for the load generator's measurements, and for one request.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +24,41 @@ Mask = NDArray[np.bool_]
 LEAST_REQUESTS_FOR_A_WINDOW = 10
 
 ReadColumn = Callable[[str], pa.ChunkedArray]
+
+
+class Delays(NamedTuple):
+    """Seconds, of one request (floats) or of many (arrays): end to end, to the first token, per further token.
+
+    The time per further token of an answer of one token is NaN.
+    """
+
+    latency_s: Any
+    ttft_s: Any
+    tpot_s: Any
+
+
+def delays_of(since_s: Any, first_token_s: Any, finished_s: Any, output_tokens: Any) -> Delays:
+    """The delays of a request that its client sent at `since_s`, or of many, from clock seconds and token counts."""
+    decoding_s, later_tokens = np.asarray(finished_s - first_token_s, np.float64), np.asarray(output_tokens) - 1
+    tpot_s = np.divide(decoding_s, later_tokens, out=np.full_like(decoding_s, np.nan), where=later_tokens > 0)
+    return Delays(finished_s - since_s, first_token_s - since_s, tpot_s)
+
+
+def meets(delays: Delays, slo: Slo) -> Mask:
+    """Whether a completed request is good: within every target that is given. NaN is within any; one value a request.
+
+    Of a request that is under way, with its delays so far, whether it may still be.
+    """
+    return (
+        _within(delays.latency_s, slo.latency_s)
+        & _within(delays.ttft_s, slo.ttft_s)
+        & _within(delays.tpot_s, slo.tpot_s)
+    )
+
+
+def _within(seconds: Any, target_s: float | None) -> Mask:
+    everything = np.ones(np.shape(seconds), dtype=np.bool_)
+    return everything if target_s is None else ~(np.asarray(seconds) > target_s)
 
 
 def summarise(
@@ -71,9 +109,9 @@ def summarise(
         "window_requests": int(in_window.sum()),
     }
 
-    delays_s = _delays_s(read, in_window & completed)
+    delays = _delays(read, in_window & completed)
     targets = Slo(slo_ttft_s, slo_tpot_s, slo_latency_s)
-    met = _met(delays_s, targets)
+    met = meets(delays, targets)
     rejection_s = (_floats(read("rejected_s")) - _since_s(read))[in_window & rejected]
     finished_inside = _between(_floats(read("finished_s")), from_s, to_s) & completed
     output_tokens = int(read("output_tokens").to_numpy()[finished_inside].sum())
@@ -81,10 +119,13 @@ def summarise(
         "goodput_rps": _rate(int(met.sum()), to_s - from_s),
         "throughput_rps": _rate(int(finished_inside.sum()), to_s - from_s),
         "output_tokens_per_s": _rate(output_tokens, to_s - from_s),
-        **{f"{name}_{key}": value for name in delays_s for key, value in _statistics(delays_s[name]).items()},
+        **{
+            f"{name}_{key}": value
+            for name, seconds in _by_name(delays).items() for key, value in _statistics(seconds).items()
+        },
         "prefix_hit_fraction": _prefix_hits(read),
-        "served_ttft_miss_fraction": _missed(_meets(delays_s["ttft"], slo_ttft_s), slo_ttft_s is not None),
-        "served_tpot_miss_fraction": _missed(_meets(delays_s["tpot"], slo_tpot_s), slo_tpot_s is not None),
+        "served_ttft_miss_fraction": _missed(_within(delays.ttft_s, slo_ttft_s), slo_ttft_s is not None),
+        "served_tpot_miss_fraction": _missed(_within(delays.tpot_s, slo_tpot_s), slo_tpot_s is not None),
         "wrong_admission_fraction": _missed(met, targets != NO_SLO),
         "rejected_in_window": int((in_window & rejected).sum()),
         **{f"rejection_{key}": _statistics(rejection_s)[key] for key in ("p50_s", "p99_s")},
@@ -96,7 +137,7 @@ def good_requests(requests: pa.Table | Path, window: tuple[float, float], target
     read = _reader(requests)
     index = read("index").to_numpy()
     chosen = _in_window(index, window) & _is(read("outcome"), COMPLETED)
-    return frozenset(index[chosen][_met(_delays_s(read, chosen), targets)].tolist())
+    return frozenset(index[chosen][meets(_delays(read, chosen), targets)].tolist())
 
 
 def rejected_requests(requests: pa.Table | Path, window: tuple[float, float]) -> list[int]:
@@ -123,7 +164,8 @@ def request_delays_s(
     one token is NaN.
     """
     read = _reader(requests)
-    return _delays_s(read, _is(read("outcome"), COMPLETED) & _between(_floats(read("arrival_s")), from_s, to_s))
+    chosen = _is(read("outcome"), COMPLETED) & _between(_floats(read("arrival_s")), from_s, to_s)
+    return _by_name(_delays(read, chosen))
 
 
 def _check(window: tuple[float, float], **targets_s: float | None) -> None:
@@ -155,27 +197,21 @@ def _in_window(index: NDArray[np.int64], window: tuple[float, float]) -> Mask:
     return np.isin(index, measured)
 
 
-def _delays_s(read: ReadColumn, chosen: Mask) -> dict[str, Floats]:
-    latency_s = (_floats(read("finished_s")) - _since_s(read))[chosen]
-    ttft_s = (_floats(read("first_token_s")) - _since_s(read))[chosen]
-    later_tokens = _floats(read("output_tokens"))[chosen] - 1
-    decoding_s = (_floats(read("finished_s")) - _floats(read("first_token_s")))[chosen]
-    tpot_s = np.divide(decoding_s, later_tokens, out=np.full_like(decoding_s, np.nan), where=later_tokens > 0)
-    return {"latency": latency_s, "ttft": ttft_s, "tpot": tpot_s}
+def _delays(read: ReadColumn, chosen: Mask) -> Delays:
+    first_s, finished_s, output_tokens = (
+        _floats(read(name))[chosen] for name in ("first_token_s", "finished_s", "output_tokens")
+    )
+    return delays_of(_since_s(read)[chosen], first_s, finished_s, output_tokens)
+
+
+def _by_name(delays: Delays) -> dict[str, Floats]:
+    return {"latency": delays.latency_s, "ttft": delays.ttft_s, "tpot": delays.tpot_s}
 
 
 def _since_s(read: ReadColumn) -> Floats:
     """When each request's last attempt began."""
     returned_s = _floats(read("returned_s"))
     return np.where(np.isnan(returned_s), _floats(read("arrival_s")), returned_s)
-
-
-def _met(delays_s: dict[str, Floats], targets: Slo) -> Mask:
-    return (
-        _meets(delays_s["latency"], targets.latency_s)
-        & _meets(delays_s["ttft"], targets.ttft_s)
-        & _meets(delays_s["tpot"], targets.tpot_s)
-    )
 
 
 def _prefix_hits(read: ReadColumn) -> float | None:
@@ -187,11 +223,6 @@ def _prefix_hits(read: ReadColumn) -> float | None:
 
 def _missed(met: Mask, promised: bool) -> float | None:
     return 1 - float(met.mean()) if met.size and promised else None
-
-
-def _meets(seconds: Floats, target_s: float | None) -> Mask:
-    # NaN, which is no time per output token, misses no target.
-    return np.ones(len(seconds), dtype=np.bool_) if target_s is None else ~(seconds > target_s)
 
 
 def _between(seconds: Floats, from_s: float, to_s: float) -> Mask:

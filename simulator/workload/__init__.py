@@ -1,1 +1,1 @@
-"""What arrives: when, with which lengths and prompts, and what clients do that are rejected."""
+"""What arrives: when, with which lengths and prompts, and when rejected clients come back."""

@@ -11,14 +11,24 @@ import yaml
 
 from cluster import config as config_module
 from cluster.config import ConfigError, load_config
+from scheduler.model.profiles import profile_names
 from scheduler.thresholds import Thresholds
+from scheduler.tuning.settings import TuningSettings
 from scheduler.tuning.slo import Slo
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
 ARGS = ("applications", 0, "args")
+PROFILE = "a100-llama2-7b"
 MINIMAL: dict[str, Any] = {
-    "applications": [{"args": {"model": {"id": "m", "source": "org/m"}, "accelerator": {"kind": "cpu"}}}]
+    "applications": [
+        {
+            "args": {
+                "model": {"id": "m", "source": "org/m"}, "accelerator": {"kind": "cpu"},
+                "controller": {"profile": PROFILE},
+            }
+        }
+    ]
 }
 ENGINE_ARGUMENTS = [  # some of vLLM's, whose import takes half a minute; the real list is compared in test_ray_seam.py
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "dtype", "enforce_eager",
@@ -69,7 +79,7 @@ def test_ray_accepts_shipped_configurations(path: Path) -> None:
     schema = pytest.importorskip("ray.serve.schema", reason="Ray Serve is not installed")
     data = yaml.safe_load(path.read_text())
     parsed = schema.ServeDeploySchema.model_validate(data)
-    assert parsed.applications[0].import_path == "cluster.app:build"
+    assert parsed.applications[0].import_path == "headrace:build"
     assert parsed.applications[0].args == data["applications"][0]["args"]
 
 
@@ -94,8 +104,8 @@ def test_targets_reach_the_engine_and_the_controller(tmp_path: Path) -> None:
     path = tmp_path / "targets.yaml"
     path.write_text(yaml.safe_dump(with_value((*ARGS, "targets"), {"ttft_s": 2, "tpot_s": 0.1})))
     args = load_config(path).application.args
-    assert args.tuning.targets == Slo(2, 0.1)
-    assert args.tuning.period_s == args.controller.period_s
+    assert args.targets == Slo(2, 0.1)
+    assert args.controller.settings(args.targets) == TuningSettings(targets=Slo(2, 0.1)), "by default its defaults"
     for wrong, said in (({"ttft_s": 0}, "ttft_s"), ({"tpot": 1}, "tpot")):
         assert said in complaint(tmp_path, (*ARGS, "targets"), wrong)
 
@@ -215,6 +225,20 @@ def test_an_unknown_profile_lists_the_known_ones(tmp_path: Path) -> None:
         assert name in message
 
 
+@pytest.mark.parametrize("controller", [None, {}, {"period_s": 2.0}], ids=str)
+def test_a_profile_must_be_named(tmp_path: Path, controller: dict[str, float] | None) -> None:
+    data = copy.deepcopy(MINIMAL)
+    args = data["applications"][0]["args"]
+    args.pop("controller")
+    args |= {} if controller is None else {"controller": controller}
+    path = tmp_path / "unnamed.yaml"
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    for part in ("applications.0.args.controller.profile", *profile_names(), "benchmarks/measure_law.py"):
+        assert part in str(error.value)
+
+
 def test_strict_mode_is_refused(tmp_path: Path) -> None:
     message = complaint(tmp_path, (*ARGS, "thresholds", "mode"), "strict")
     assert "mode = 'strict'" in message
@@ -258,9 +282,12 @@ NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}
     [
         ({"engine": {"data_parallel_size": 2, "data_parallel_size_local": 1}}, "give data_parallel_size alone"),
         ({"engine": {"kv_transfer_config": {"kv_role": "kv_both"}}}, "leave kv_transfer_config"),
-        ({"controller": {"enabled": False}, "targets": {"ttft_s": 3.0}}, "leave controller.enabled at true"),
         (
-            {"controller": {"profile": "a100-llama2-7b"}, "targets": {"tpot_s": 0.008}},
+            {"controller": {"enabled": False, "profile": PROFILE}, "targets": {"ttft_s": 3.0}},
+            "leave controller.enabled at true",
+        ),
+        (
+            {"targets": {"tpot_s": 0.008}},
             "targets.tpot_s = 0.008 is below the 0.0112 s that a token takes one request alone",
         ),
     ],
@@ -286,10 +313,8 @@ def test_an_engine_setting_that_the_policy_does_not_go_with_is_refused(
         {"engine": NGRAM, "targets": {"tpot_s": 0.1}},
         {"engine": NGRAM, "thresholds": {"policy": "nested_wait"}},
         {"engine": {"kv_transfer_config": {"kv_role": "kv_both"}}, "thresholds": {"policy": "wait"}},
-        {"controller": {"enabled": False}}, {"engine": {"data_parallel_size": 2}},
-        {"controller": {"profile": "a100-llama2-7b"}, "targets": {"tpot_s": 0.012}},
-        {"controller": {"profile": "a100-llama2-7b"}, "targets": {"tpot_s": 0.008}, "engine": NGRAM},
-        {"targets": {"tpot_s": 0.008}},  # of what hardware is not said
+        {"controller": {"enabled": False, "profile": PROFILE}}, {"engine": {"data_parallel_size": 2}},
+        {"targets": {"tpot_s": 0.012}}, {"targets": {"tpot_s": 0.008}, "engine": NGRAM},
     ],
     ids=str,
 )

@@ -19,7 +19,9 @@ from rich.console import Console
 from synthetic_engine import SyntheticEngine
 from typer.testing import CliRunner
 
-from cluster import cli, render
+from cluster import cli as cluster_cli
+from cluster import render
+from headrace import cli
 from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
 from scheduler.messages import Apply
 from scheduler.thresholds import SegmentThreshold, Thresholds
@@ -41,6 +43,10 @@ class Server:
         self.puts: list[dict[str, Any]] = []
         self.headers: list[httpx.Headers] = []
         self.answer: httpx.Response | None = None
+        self.events: list[dict[str, Any]] = [
+            {"at_unix_s": 1.7e9, "replica": "left", "old_version": 3, "new_version": 4, "accepted": True,
+             "reason": "1.20 requests/s of 3.40 possible [nothing binds]", "old": {}, "new": {"version": 4}},
+        ]
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         self.headers.append(request.headers)
@@ -49,6 +55,8 @@ class Server:
         route = (request.method, request.url.path)
         if route == ("GET", "/admin/state"):
             return httpx.Response(200, json=self.state())
+        if route == ("GET", "/admin/events"):
+            return httpx.Response(200, json={"events": self.events, "controller": self.state()["controller"]})
         if route == ("GET", "/admin/thresholds"):
             return httpx.Response(200, json={"replicas": {name: self.entry(name) for name in self.engines}})
         assert route == ("PUT", "/admin/thresholds")
@@ -98,10 +106,6 @@ class Server:
                 "gone": {"reachable": False, "reason": "did not answer [telemetry]"},
             },
             "controller": {"alive": False, "reason": "the controller does not answer"},
-            "events": [
-                {"at_unix_s": 1.7e9, "replica": "left", "old_version": 3, "new_version": 4, "accepted": True,
-                 "reason": "1.20 requests/s of 3.40 possible [nothing binds]", "old": {}, "new": {"version": 4}},
-            ],
         }
 
     def active(self, name: str) -> Thresholds:
@@ -121,7 +125,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 @pytest.fixture
 def headrace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs the command as the shell does: exit code, stdout, stderr."""
-    monkeypatch.setattr(cli, "out", Console(width=300))
+    monkeypatch.setattr(cluster_cli, "out", Console(width=300))
 
     def run(*arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["headrace", *arguments])
@@ -320,6 +324,16 @@ def test_events_name_the_replica_the_versions_and_the_reason(server: Server, hea
     assert json.loads(headrace("events", "--json")[1])["events"][0]["new"] == {"version": 4}
 
 
+def test_events_say_when_no_controller_could_tell_of_any(server: Server, headrace: Any) -> None:
+    server.events = []
+    assert headrace("events")[:2] == (0, "the controller does not answer\n")
+    console = Console(width=300)
+    with console.capture() as capture:
+        for table in render.events_table({"events": [], "controller": {"alive": True}}):
+            console.print(table)
+    assert capture.get() == "no change of thresholds yet\n"
+
+
 def test_status_shows_a_living_controller() -> None:
     state = Server().state() | {"controller": {"alive": True, "period_s": 5.0, "passes": 3}}
     console = Console(width=300)
@@ -394,7 +408,8 @@ def test_up_without_its_model_names_the_path(
     monkeypatch.setattr("signal.signal", lambda *_: None)
     path = tmp_path / "x.yaml"
     path.write_text(
-        "applications: [{args: {model: {id: m, source: ./nowhere}, accelerator: {kind: cpu}}}]\nray: {address: auto}\n"
+        "applications: [{args: {model: {id: m, source: ./nowhere}, accelerator: {kind: cpu}, "
+        "controller: {profile: cpu-smollm2}}}]\nray: {address: auto}\n"
     )
     code, _, err = headrace("up", str(path))
     assert code == 2

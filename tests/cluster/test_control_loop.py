@@ -14,16 +14,18 @@ import pytest
 from synthetic_engine import LIMITS, PAPER, SyntheticEngine
 
 from cluster import controller as controller_module
-from cluster.config import TuningConfig
-from cluster.controller import ControllerKeeper, ControlLoop
+from cluster.config import ControllerConfig
+from cluster.controller import ControllerActor, ControllerKeeper, ControlLoop
+from replicas import questions
 from replicas.actor_calls import ReplicaUnavailable
-from replicas.ranks import EngineAddress, engine_name, replica_of
-from scheduler.messages import Ack, Apply
+from replicas.ranks import engine_name, replica_of
+from scheduler.messages import Ack, Apply, Telemetry
 from scheduler.thresholds import SegmentThreshold, Thresholds, parse_thresholds
 from scheduler.tuning.replica_model import Proposal, ReplicaModel
-from scheduler.tuning.slo import Slo
+from scheduler.tuning.slo import NO_SLO, Slo
+from scheduler.wire import SCHEMA, answer_of, read_question
 
-CONFIG = TuningConfig(
+CONFIG = ControllerConfig(
     profile="a100-llama2-7b-paper", min_finished=20, window_s=60.0, validity_s=120.0, period_s=5.0
 )
 CONFIGURED = Thresholds(policy="nested_wait", max_hold_s=0.25)
@@ -41,6 +43,8 @@ class Cluster:
         self.unreachable: set[str] = set()
         self.offered: list[Offered] = []
         self.before_apply: Callable[[str], None] = lambda _: None
+        self.releases: dict[str, Callable[[str, bytes], bytes]] = {}
+        """By replica: how its release writes what goes to it and comes from it, given which and this release's."""
 
     def add(self, name: str, **options: Any) -> SyntheticEngine:
         engine = SyntheticEngine(CONFIGURED, engine_id=f"{name}-1", **options)
@@ -52,17 +56,24 @@ class Cluster:
         assert app_name == "headrace"
         return {replica_of(name): f"actor-of-{replica_of(name)}" for name in sorted(self.engines)}
 
-    async def call_engine(self, engine: EngineAddress, method: str, **arguments: Any) -> Any:
-        name = engine_name(engine.actor_name.removeprefix("actor-of-"), engine.rank, self.ranks)
+    async def call_replica(self, actor_name: str, method: str, *, rank: int, **arguments: Any) -> bytes:
+        """Nothing but JSON and plain values goes in and out, as through Ray."""
+        name = engine_name(actor_name.removeprefix("actor-of-"), rank, self.ranks)
+        written = self.releases.get(name, lambda _, text: text)
         if name in self.unreachable:
-            raise ReplicaUnavailable(f"replica {engine.actor_name} did not answer {method}")
+            raise ReplicaUnavailable(f"replica {actor_name} did not answer {method}")
         if method == "telemetry":
-            return self.engines[name].report(**arguments)
+            return written(method, answer_of(self.engines[name].report(**arguments)))
         assert method == "apply_thresholds"
         self.before_apply(name)
-        ack = self.engines[name].active.offer(Apply(**arguments))
-        self.offered.append((name, arguments["thresholds"], ack))
-        return ack
+        try:
+            offer = read_question(written(method, arguments["offer"]))
+        except ValueError as error:  # as `ChannelServer` answers it
+            return answer_of(Ack(accepted=False, version_in_force=-1, reason=str(error), code="invalid"))
+        assert isinstance(offer, Apply)
+        ack = self.engines[name].active.offer(offer)
+        self.offered.append((name, offer.thresholds, ack))
+        return written("ack", answer_of(ack))
 
     def traffic(self, *, every_s: float = 0.25, seconds: float = 60.0, lengths: Any = STEADY) -> None:
         """The same requests to every replica; all clocks move."""
@@ -85,14 +96,14 @@ class Cluster:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     cluster = Cluster()
     monkeypatch.setattr(controller_module, "replica_ids", cluster.replica_ids)
-    monkeypatch.setattr(controller_module, "call_engine", cluster.call_engine)
+    monkeypatch.setattr(questions, "call_replica", cluster.call_replica)
     clock = SimpleNamespace(monotonic=lambda: cluster.clock_s, time=lambda: 1.7e9 + cluster.clock_s)
     monkeypatch.setattr(controller_module, "time", clock)
     return cluster
 
 
 def new_loop() -> ControlLoop:
-    return ControlLoop("headrace", CONFIG, CONFIGURED)
+    return ControlLoop("headrace", CONFIG, NO_SLO, CONFIGURED)
 
 
 def one_pass(loop: ControlLoop) -> None:
@@ -152,7 +163,7 @@ def test_every_rank_of_a_replica_is_tuned_by_itself_and_a_silent_one_stops_no_ot
     cluster.add("b#0")
     cluster.add("b#1")
     cluster.unreachable = {"b#0"}
-    loop = ControlLoop("headrace", CONFIG, CONFIGURED, ranks=2)
+    loop = ControlLoop("headrace", CONFIG, NO_SLO, CONFIGURED, ranks=2)
     one_pass(loop)
     first, second = cluster.active("a#0"), cluster.active("a#1")
     assert first.version == second.version == 1
@@ -206,7 +217,7 @@ def test_a_pin_set_between_telemetry_and_push_is_respected_and_recorded(cluster:
     one_pass(loop)
     (event,) = loop.events
     assert not event.accepted
-    assert event.reason.startswith("refused: ")
+    assert event.reason.startswith("rejected: ")
     assert "version" in event.reason
     assert cluster.active("a").pinned
     assert cluster.active("a").segments == ()
@@ -240,14 +251,24 @@ def test_an_unreachable_replica_does_not_stop_the_others(cluster: Cluster) -> No
     assert [name for name, _, _ in cluster.offered] == ["b", "a"]
 
 
-def test_a_replica_whose_model_fails_does_not_stop_the_others(cluster: Cluster) -> None:
+def test_a_replica_whose_model_fails_does_not_stop_the_others(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One record that cannot be: the replica's note says so, the others are tuned, and it is again after the record."""
     poisoned = cluster.add("a")
     for name in "bc":
         cluster.add(name)
     loop = new_loop()
     cluster.traffic()
-    poisoned.iterate(0, 1, 100, None)  # type: ignore[arg-type]
+    poisoned.iterate(0, 1, 100, 13.0)
+    observe = ReplicaModel.observe
+
+    def fails_on_the_record(model: ReplicaModel, telemetry: Telemetry) -> None:
+        if any(record.seconds == 13.0 for record in telemetry.iterations):
+            raise TypeError("no model can read this")
+        observe(model, telemetry)
+
+    monkeypatch.setattr(ReplicaModel, "observe", fails_on_the_record)
     one_pass(loop)
     assert [name for name, _, _ in cluster.offered] == ["b", "c"]
     assert "TypeError" in decision(loop, "a")
@@ -285,6 +306,90 @@ def test_a_failure_in_the_push_is_told_too(cluster: Cluster) -> None:
     one_pass(loop)
     assert [name for name, _, _ in cluster.offered] == ["b"]
     assert "of another version" in decision(loop, "a")
+
+
+def of_schema(version: int) -> Callable[[str, bytes], bytes]:
+    """A release whose answers have another schema version."""
+    return lambda _, text: json.dumps(json.loads(text) | {"schema": version}).encode()
+
+
+def with_key(method: str, *path: str) -> Callable[[str, bytes], bytes]:
+    """A release for which messages of a method have one key more, in the object at `path`."""
+
+    def written(which: str, text: bytes) -> bytes:
+        if which != method:
+            return text
+        message = there = json.loads(text)
+        for key in path:
+            there = there[key]
+        there["of_a_later_release"] = 1
+        return json.dumps(message).encode()
+
+    return written
+
+
+@pytest.mark.parametrize("version", [SCHEMA - 1, SCHEMA + 1])
+def test_a_replica_of_another_schema_version_is_not_tuned_and_stops_no_other(
+    cluster: Cluster, version: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in "ab":
+        cluster.add(name)
+    cluster.releases["a"] = of_schema(version)
+    cluster.traffic()
+    loop = new_loop()
+    for _ in range(3):
+        one_pass(loop)
+    assert [name for name, _, _ in cluster.offered] == ["b"]
+    assert decision(loop, "a") == (
+        f"not tuned: the replica speaks schema version {version}, this process version {SCHEMA}; "
+        "both must run the same release"
+    )
+    assert cluster.active("a") == CONFIGURED
+    assert len([record for record in caplog.records if "not tuned" in record.getMessage()]) == 1, "told once"
+
+    cluster.releases.clear()  # the upgrade is complete
+    one_pass(loop)
+    assert cluster.active("a").version == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("telemetry", ()), ("telemetry", ("thresholds",)), ("telemetry", ("gauges",)), ("ack", ())],
+)
+def test_a_newer_replica_of_the_same_schema_version_is_tuned(
+    cluster: Cluster, method: str, path: tuple[str, ...]
+) -> None:
+    cluster.add("a")
+    cluster.releases["a"] = with_key(method, *path)
+    cluster.traffic()
+    loop = new_loop()
+    one_pass(loop)
+    assert cluster.active("a").version == 1
+    one_pass(loop)
+    assert decision(loop, "a") == "settled"
+
+
+def test_an_older_replica_rejects_a_field_that_it_does_not_know_and_says_which(cluster: Cluster) -> None:
+    cluster.add("a")
+    cluster.releases["a"] = with_key("apply_thresholds", "apply")
+    cluster.traffic()
+    loop = new_loop()
+    one_pass(loop)
+    assert cluster.active("a") == CONFIGURED
+    assert decision(loop, "a").startswith("rejected: thresholds.of_a_later_release = 1 is not allowed")
+
+
+def test_the_actor_tells_events_apart_from_its_state(cluster: Cluster) -> None:
+    cluster.add("a")
+    cluster.traffic()
+    actor = ControllerActor("headrace", CONFIG, CONFIGURED)
+    one_pass(actor._loop)
+    answer, state = asyncio.run(actor.events()), asyncio.run(actor.state())
+    assert json.loads(json.dumps(answer, allow_nan=False)) == answer
+    (event,) = answer["events"]
+    assert (event["replica"], event["old_version"], event["new_version"]) == ("a", 0, 1)
+    assert parse_thresholds(event["new"]) == cluster.active("a")
+    assert state.keys() == {"started_unix_s", "passes", "period_s", "replicas"}
 
 
 def test_while_a_pass_solves_the_state_can_be_read(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,19 +554,19 @@ def test_state_is_plain_json(cluster: Cluster, every_s: float) -> None:
 
 def test_state_says_what_binds_and_what_is_expected_to_be_good(cluster: Cluster) -> None:
     cluster.add("a")
-    config = CONFIG.model_copy(update={"targets": Slo(ttft_s=3.0, tpot_s=0.1)})
-    loop = ControlLoop("headrace", config, Thresholds(policy="fluid"))
+    loop = ControlLoop("headrace", CONFIG, Slo(ttft_s=3.0, tpot_s=0.1), Thresholds(policy="fluid"))
     one_pass(loop)
     cluster.traffic(every_s=0.25)
     one_pass(loop)
     state = loop.state()
     assert json.loads(json.dumps(state, allow_nan=False)) == state
+    assert "events" not in state
     forecast = state["replicas"]["a"]["forecast"]
     assert forecast["bottleneck"] in ("memory", "TPOT target", "TTFT target", "nothing")
     assert 0 < forecast["goodput_rps"] <= forecast["capacity_rps"]
     assert forecast["rate_rps"]["low"] <= 4 <= forecast["rate_rps"]["high"]
-    event = state["events"][-1]
-    assert event["old"] != event["new"] and forecast["bottleneck"] in event["reason"]
+    event = loop.events[-1]
+    assert event.old != event.new and forecast["bottleneck"] in event.reason
 
 
 def test_the_list_of_events_is_bounded(cluster: Cluster) -> None:
@@ -480,6 +585,6 @@ def test_the_list_of_events_is_bounded(cluster: Cluster) -> None:
 
 
 def test_a_lost_controller_is_looked_for_within_its_period() -> None:
-    keeper = ControllerKeeper(CONFIG, CONFIGURED)
+    keeper = ControllerKeeper(CONFIG, NO_SLO, CONFIGURED)
     assert keeper.check_every_s < CONFIG.period_s
-    assert ControllerKeeper(CONFIG.model_copy(update={"period_s": 0.01}), CONFIGURED).check_every_s >= 0.5
+    assert ControllerKeeper(CONFIG.model_copy(update={"period_s": 0.01}), NO_SLO, CONFIGURED).check_every_s >= 0.5

@@ -14,7 +14,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cluster import cli, doctor
+from cluster import doctor
+from headrace import cli
 
 VERSIONS = {"ray": "2.60.0", "vllm": "0.29.0"}
 
@@ -44,7 +45,8 @@ def free_port() -> int:
 
 def configuration(folder: Path, *, source: str = "org/model", kind: str = "cpu", port: int | None = None) -> Path:
     path = folder / "headrace.yaml"
-    args = {"model": {"id": "m", "source": source}, "accelerator": {"kind": kind}}
+    args = {"model": {"id": "m", "source": source}, "accelerator": {"kind": kind},
+            "controller": {"profile": "cpu-smollm2"}}
     http = {"port": port or free_port()}
     path.write_text(yaml.safe_dump({"http_options": http, "applications": [{"args": args}]}))
     return path

@@ -30,7 +30,12 @@ def config_for(
         {
             "http_options": {"host": host, "port": port},
             "applications": [
-                {"args": {"model": {"id": model_id, "source": source}, "accelerator": {"kind": "cpu"}}}
+                {
+                    "args": {
+                        "model": {"id": model_id, "source": source}, "accelerator": {"kind": "cpu"},
+                        "controller": {"profile": "cpu-smollm2"},
+                    }
+                }
             ],
         }
     )

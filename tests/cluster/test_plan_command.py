@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from cluster import cli
+from cluster.plan import parse_type
+from headrace import cli
+from scheduler.model.workload import Lengths, RequestType
 
 DOCUMENTED = (
     "--type", "rate=50,prompt=58,output=147", "--d0", "0.0112", "--d1", "4.24e-7", "--d2", "0", "--kv-tokens", "137000",
@@ -163,10 +167,38 @@ def test_a_trace_with_bad_rows_is_used_without_them_and_says_so(tmp_path: Path) 
     trace.write_text("num_prefill_tokens,num_decode_tokens\n58,147\n0,5\n58,many\n58,147\n")
     result = CliRunner().invoke(cli.app, ["plan", "--trace", str(trace), "--rate", "50", *TIME_MODEL, "--json"])
     assert result.exit_code == 0
-    assert "2 of 4 rows were left out" in result.stderr
+    assert "2 of 4 rows left out" in result.stderr
     assert "line 3" in result.stderr
     assert "warnings" not in json.loads(result.stdout)
     assert json.loads(result.stdout)["load"] == pytest.approx(4.24e-7 * 50 * W)
+
+
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2026-01-01 00:00:00,58,147\n"
+BURSTGPT = "Timestamp,Request tokens,Response tokens\n0,58,147\n"
+MOONCAKE = json.dumps({"timestamp": 0, "input_length": 58, "output_length": 147, "hash_ids": [0]})
+SHAREGPT = json.dumps(
+    [{"conversations": [{"from": "human", "value": "x" * 4 * 58}, {"from": "gpt", "value": "y" * 4 * 147}]}]
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("azure.csv", AZURE), ("burst.csv", BURSTGPT), ("mooncake.jsonl", MOONCAKE), ("sharegpt.json", SHAREGPT)],
+    ids=("azure", "burstgpt", "mooncake", "sharegpt"),
+)
+def test_a_trace_may_have_any_format_that_simulate_reads(tmp_path: Path, name: str, content: str) -> None:
+    trace = tmp_path / name
+    trace.write_text(content)
+    plan = planned("--trace", str(trace), "--rate", "50", *TIME_MODEL)
+    same = planned(*WORKLOAD, *TIME_MODEL)
+    assert plan["load"] == pytest.approx(same["load"])
+    assert plan["types"] == [same["types"][0] | {"name": "all"}]
+
+
+def test_a_parquet_trace_is_read_too(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.parquet"
+    pq.write_table(pa.table({"num_prefill_tokens": [58], "num_decode_tokens": [147]}), trace)
+    assert planned("--trace", str(trace), "--rate", "50", *TIME_MODEL)["load"] == pytest.approx(4.24e-7 * 50 * W)
 
 
 def test_a_clean_trace_says_nothing(tmp_path: Path) -> None:
@@ -230,9 +262,9 @@ def test_a_trace_needs_a_rate(rejected: Any, tmp_path: Path, rate: tuple[str, ..
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("prompt,output\n58,147\n", "no column num_prefill_tokens"),
-        ("num_prefill_tokens,num_decode_tokens\n0,0\n", "no usable row among 1"),
-        ("", "no column"),
+        ("prompt,output\n58,147\n", "num_prefill_tokens"),
+        ("num_prefill_tokens,num_decode_tokens\n0,0\n", "no usable row; trace.csv: 1 of 1 rows left out"),
+        ("", "not those of a known format"),
     ],
 )
 def test_an_unusable_trace_is_named(rejected: Any, tmp_path: Path, content: str, said: str) -> None:
@@ -241,3 +273,27 @@ def test_an_unusable_trace_is_named(rejected: Any, tmp_path: Path, content: str,
     message = rejected("--trace", str(trace), "--rate", "5", *TIME_MODEL)
     assert str(trace) in message
     assert said in message
+
+
+def test_a_type_is_written_in_one_text() -> None:
+    assert parse_type("rate=50,prompt=58,output=147") == RequestType("p58d147", 50.0, Lengths.point(58, 147))
+    assert parse_type(" name=chat, output=2 ,prompt=3,rate=0.5").name == "chat"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rate=50,promt=58,output=147", "'promt=58'.*name, rate, prompt, output"),
+        ("rate=50,prompt=58", "output missing"),
+        ("rate=50,prompt=58,output=1,output=2", "output is given twice"),
+        ("rate=fast,prompt=58,output=147", "rate is 'fast'"),
+        ("rate=-1,prompt=58,output=147", "rate_rps is -1"),
+        ("rate=1,prompt=5.5,output=147", "prompt is '5.5'"),
+        ("rate=1,prompt=5,output=0", "output is '0'"),
+        ("rate,prompt=5,output=1", "'rate'"),
+        ("", "''"),
+    ],
+)
+def test_a_type_that_is_none_is_named_with_what_is_allowed(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        parse_type(text)

@@ -62,7 +62,13 @@ class ClusterProcess:
         until(ready, READY_TIMEOUT_S, lambda: self.log.read_text())
 
     def state(self) -> dict[str, Any]:
-        answer = self.http.get("/admin/state")
+        return self._get("/admin/state")
+
+    def events(self) -> list[dict[str, Any]]:
+        return list(self._get("/admin/events")["events"])
+
+    def _get(self, path: str) -> dict[str, Any]:
+        answer = self.http.get(path)
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
 

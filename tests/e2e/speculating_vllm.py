@@ -17,11 +17,11 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 from vllm import LLM, SamplingParams
 
-from cluster.config import TuningConfig
 from scheduler.messages import Report
 from scheduler.model.profiles import load_profile
 from scheduler.thresholds import Thresholds
 from scheduler.tuning.replica_model import ReplicaModel
+from scheduler.tuning.settings import TuningSettings
 from scheduler.tuning.slo import Slo
 
 PROFILE, TTFT_S, TPOT_S = "cpu-smollm2", 120.0, 10.0
@@ -66,8 +66,8 @@ def answers(model: str, stalled: list[str], **ours: Any) -> tuple[list[str], Any
 def what_is_learnt(scheduler: Any) -> dict[str, Any]:
     """What a controller makes of this engine's telemetry."""
     telemetry = scheduler.telemetry(Report())
-    config = TuningConfig(profile=PROFILE, targets=Slo(TTFT_S, TPOT_S))
-    model = ReplicaModel(config, load_profile(PROFILE).time_model, Thresholds(policy="fluid"))
+    settings = TuningSettings(targets=Slo(TTFT_S, TPOT_S))
+    model = ReplicaModel(settings, load_profile(PROFILE).time_model, Thresholds(policy="fluid"))
     model.observe(telemetry)
     params, counters = model.propose().thresholds.fluid, telemetry.counters
     assert params is not None

@@ -204,10 +204,11 @@ def test_the_controller_tunes_from_what_it_sees(cluster: ClusterProcess) -> None
     def tuned() -> dict[str, Any] | None:
         state = cluster.state()
         solved = [r for r in state["replicas"].values() if r["fluid"] and not r["from_config"]]
-        return state if solved and state["events"] else None
+        return state if solved and cluster.events() else None
 
     state = until(tuned, 60.0, lambda: json.dumps(cluster.state(), indent=1))
-    event = state["events"][-1]
+    assert "events" not in state
+    event = cluster.events()[-1]
     assert event["reason"]
     assert event["new"] != event["old"]
     assert state["controller"]["alive"]
@@ -322,6 +323,8 @@ def test_the_command_line_against_a_running_cluster(cluster: ClusterProcess) -> 
     state = json.loads(headrace("status", "--json").stdout)
     name = next(iter(state["replicas"]))
     assert name in headrace("status").stdout
+    events = headrace("events", "--json")
+    assert json.loads(events.stdout)["controller"]["alive"], events.stderr
     done = headrace("thresholds", "set", "policy=fcfs", "max_running=5", "--replica", name, "--json")
     assert json.loads(done.stdout)["replicas"][name]["accepted"], done.stderr
     active = json.loads(headrace("thresholds", "get", "--json").stdout)["replicas"][name]

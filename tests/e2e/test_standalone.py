@@ -27,7 +27,7 @@ def test_vllm_serve_takes_the_scheduler_and_its_settings(tmp_path: Path) -> None
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--served-model-name", "m",
         "--port", str(port), "--host", "127.0.0.1", "--max-model-len", "512", "--dtype", "float32", "--enforce-eager",
-        "--scheduler-cls", "scheduler.vllm_scheduler.HeadraceScheduler", "--additional-config", json.dumps(settings),
+        "--scheduler-cls", "headrace.HeadraceScheduler", "--additional-config", json.dumps(settings),
     ]
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1",

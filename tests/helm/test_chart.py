@@ -168,7 +168,7 @@ def test_default_serve_config_is_the_whole_agreed_config(chart: Chart) -> None:
         "applications": [
             {
                 "name": "headrace",
-                "import_path": "cluster.app:build",
+                "import_path": "headrace:build",
                 "route_prefix": "/",
                 "args": {
                     "model": {"id": "llama-2-7b", "source": "meta-llama/Llama-2-7b-hf"},
@@ -239,7 +239,7 @@ def test_serve_config_is_accepted_by_ray(chart: Chart, values: Values | None) ->
     config = serve_config(ray_service(chart, values))
     parsed = schema.ServeDeploySchema.model_validate(config)
     (application,) = parsed.applications
-    assert application.import_path == "cluster.app:build"
+    assert application.import_path == "headrace:build"
     assert application.args == config["applications"][0]["args"]
     assert (parsed.http_options.host, parsed.http_options.port) == ("0.0.0.0", config["http_options"]["port"])
 

@@ -12,7 +12,7 @@ from aiohttp import web
 from fake_server import FakeServer, answer_all
 from rich.console import Console
 
-from cluster import cli
+from headrace import cli
 from loadgen import cli as bench_cli
 from simulator.output.run_files import read_run
 
@@ -152,6 +152,7 @@ def test_nothing_but_failures_is_a_failure(headrace):
     assert (code, json.loads(out)["failed"]) == (1, 3)
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
     async def interrupt_at_the_third(call):
         if call.number < 3:
@@ -161,7 +162,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
 
     with FakeServer(interrupt_at_the_third) as server:
         command = [
-            sys.executable, "-c", "from cluster.cli import main; main()", "bench", "--url", server.url, "--json",
+            sys.executable, "-c", "from headrace.cli import main; main()", "bench", "--url", server.url, "--json",
             "--lengths", "p6d3", "--rate", "4", "--arrivals", "uniform", "--requests", "100000",
             "--out", str(tmp_path / "run"),
         ]
@@ -226,7 +227,7 @@ def test_a_url_that_is_none(headrace):
 
 
 def test_the_command_does_not_import_the_engine():
-    check = "import cluster.cli, sys; sys.exit(bool({'vllm', 'torch', 'ray'} & set(sys.modules)))"
+    check = "import headrace.cli, sys; sys.exit(bool({'vllm', 'torch', 'ray'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check], env=os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path)
     }).returncode == 0

@@ -11,12 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
+from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, ErrorResponse
 from ray.llm._internal.serve.engines.vllm import vllm_engine
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.openai.chat_completion import serving as chat_serving
 from vllm.entrypoints.openai.completion import serving as completion_serving
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMClientError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -62,6 +63,12 @@ def given(*items: Any) -> Any:
 
 async def collected(generator: Any) -> list[Any]:
     return [item async for item in generator]
+
+
+def test_a_rejection_is_each_kind_of_error_that_a_path_looks_for() -> None:
+    for kind in (GenerationError, GracefulHTTPError, VLLMClientError):
+        assert issubclass(RequestRejected, kind)
+    assert {"message", "type", "code"} <= set(ErrorInfo.model_fields) and "error" in ErrorResponse.model_fields
 
 
 def test_a_refusal_becomes_an_error_with_status_429_that_gives_it_back() -> None:

@@ -25,8 +25,9 @@ from scheduler.engine.channel import (
     rank_endpoint,
     remove_endpoint,
 )
-from scheduler.messages import Ack, Counters, Gauges, Telemetry
+from scheduler.messages import Ack, Counters, Delivered, Gauges, Stats, Telemetry
 from scheduler.thresholds import EngineLimits, Thresholds
+from scheduler.wire import QuestionFailed, answer_of, offer_of, read_answer, read_question
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -179,10 +180,12 @@ def test_engine_arguments_can_be_changed_before_the_engine_starts() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_engine_arguments_are_vllm_s(path: Path) -> None:
-    from cluster.app import SCHEDULER, llm_config
-    from cluster.config import _engine_argument_names, load_config
+    from cluster.app import llm_config
+    from cluster.config import SCHEDULER, _engine_argument_names, load_config
 
-    assert {"scheduler_cls", "additional_config", "async_scheduling", "model"} <= set(_engine_argument_names())
+    arguments = {field.name for field in dataclasses.fields(name_in("vllm.engine.arg_utils", "AsyncEngineArgs"))}
+    assert set(_engine_argument_names()) == arguments
+    assert {"scheduler_cls", "additional_config", "async_scheduling", "model"} <= arguments
     args = load_config(path).application.args
     config = llm_config(args)
     assert config.engine_kwargs["scheduler_cls"] == SCHEDULER
@@ -195,14 +198,17 @@ def test_vllm_decides_which_speculators_are_scheduled_ahead() -> None:
     from cluster.app import llm_config
     from cluster.config import AppConfig
 
-    args: dict[str, Any] = {"model": {"id": "m", "source": "org/m"}, "accelerator": {"kind": "cpu"}}
+    args: dict[str, Any] = {
+        "model": {"id": "m", "source": "org/m"}, "accelerator": {"kind": "cpu"},
+        "controller": {"profile": "cpu-smollm2"},
+    }
     speculating = {"engine": {"speculative_config": {"method": "ngram"}}, "thresholds": {"policy": "fcfs"}}
     assert llm_config(AppConfig.model_validate(args)).engine_kwargs["async_scheduling"] is True
     assert "async_scheduling" not in llm_config(AppConfig.model_validate(args | speculating)).engine_kwargs
 
 
 def test_the_scheduler_is_where_the_engine_looks_for_it() -> None:
-    from cluster.app import SCHEDULER
+    from cluster.config import SCHEDULER
 
     module, _, name = SCHEDULER.rpartition(".")
     assert inspect.isclass(name_in(module, name))
@@ -239,7 +245,7 @@ def test_every_endpoint_but_health_asks_for_the_key(monkeypatch: pytest.MonkeyPa
         for route in api.routes
     }
     assert {path for path, asks in asked.items() if not asks} == {"/healthz", "/readyz"}
-    assert all(asked[path] == ["require_operator"] for path in ("/admin/state", "/admin/thresholds"))
+    assert all(asked[path] == ["require_operator"] for path in ("/admin/state", "/admin/events", "/admin/thresholds"))
     assert all(asked[path] == ["require_user"] for path in ("/v1/chat/completions", "/v1/models"))
 
 
@@ -258,7 +264,15 @@ def test_the_server_has_what_headrace_overrides_and_calls() -> None:
     assert list(parameters(server.__init__))[:2] == ["self", "llm_config"]
     assert HeadraceServer.__name__ == name_in("replicas.actor_calls", "SERVER_CLASS")
     assert parameters(HeadraceServer.telemetry)["cursor"].default == 0
-    assert list(parameters(HeadraceServer.apply_thresholds)) == ["self", "thresholds", "automatic", "rank"]
+    assert list(parameters(HeadraceServer.apply_thresholds)) == ["self", "offer", "rank"]
+    assert list(parameters(HeadraceServer.stats)) == ["self", "rank"]
+
+
+TELEMETRY = Telemetry(
+    engine_id="e", clock_s=0.0, cursor=0, limits=LIMITS, thresholds=Thresholds(max_running=8),
+    from_config=True, gauges=Gauges(running=2, waiting=1, kv_used_tokens=250), counters=Counters(),
+)
+STATS = Stats.of_engine("e", LIMITS, TELEMETRY.thresholds, TELEMETRY.gauges)
 
 
 class Channel:
@@ -266,14 +280,13 @@ class Channel:
 
     def __init__(self, silent: bool = False) -> None:
         self.silent = silent
+        self.asked: list[str] = []
 
-    async def report(self, **_: Any) -> Telemetry:
+    async def ask(self, question: bytes, *, timeout_s: float) -> bytes:
         if self.silent:
             raise ChannelClosed("the engine did not answer")
-        return Telemetry(
-            engine_id="e", clock_s=0.0, cursor=0, limits=LIMITS, thresholds=Thresholds(max_running=8),
-            from_config=True, gauges=Gauges(running=2, waiting=1, kv_used_tokens=250), counters=Counters(),
-        )
+        self.asked.append(type(read_question(question)).__name__)
+        return answer_of(STATS if self.asked[-1] == "AskStats" else TELEMETRY)
 
 
 @pytest.fixture
@@ -289,7 +302,7 @@ def server_over(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def made(*channels: Channel) -> Any:
         server = object.__new__(Server)
         server._deliveries = Deliveries()
-        server._channels, server._last_reports, server._silent = list(channels), {}, set()
+        server._channels, server._last_stats, server._silent = list(channels), {}, set()
         return server
 
     monkeypatch.setattr(name_in("ray.serve.llm.deployment", "LLMServer"), "record_routing_stats", nothing)
@@ -298,6 +311,30 @@ def server_over(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 def stats_of(server: Any) -> RoutingStats | None:
     return RoutingStats.from_dict(asyncio.run(server.record_routing_stats()))
+
+
+def test_routing_asks_for_stats_and_for_nothing_larger(server_over: Callable[..., Any]) -> None:
+    channel = Channel()
+    assert stats_of(server_over(channel)) == RoutingStats(slots=8, occupied=3, kv_used_fraction=0.25)
+    assert channel.asked == ["AskStats"]
+
+
+def test_what_a_replica_answers_is_json(server_over: Callable[..., Any]) -> None:
+    server = server_over(Channel())
+    server._deliveries._latest.append(Delivered(1, 0.01, None))
+    assert read_answer(asyncio.run(server.stats()), Stats) == STATS
+    assert read_answer(asyncio.run(server.telemetry(cursor=None)), Telemetry) == TELEMETRY
+    with_records = dataclasses.replace(TELEMETRY, delivered=(Delivered(1, 0.01, None),))
+    assert read_answer(asyncio.run(server.telemetry(cursor=0)), Telemetry) == with_records
+
+
+def test_a_silent_engine_is_an_answer_and_no_exception_of_ours(server_over: Callable[..., Any]) -> None:
+    server = server_over(Channel(silent=True))
+    for answer, kind in ((server.stats(), Stats), (server.telemetry(), Telemetry)):
+        with pytest.raises(QuestionFailed, match="the engine did not answer"):
+            read_answer(asyncio.run(answer), kind)
+    ack = read_answer(asyncio.run(server.apply_thresholds(offer_of(Thresholds(), automatic=True))), Ack)
+    assert (ack.accepted, ack.code, ack.version_in_force) == (False, "unavailable", -1)
 
 
 def test_a_silent_engine_is_told_of_once_and_its_last_stats_serve_on(
@@ -338,15 +375,18 @@ def test_a_replica_reaches_each_rank_s_engine_by_its_own_channel(server_over: Ca
     endpoint = new_endpoint()
     engines = [ActiveThresholds(Thresholds(), LIMITS, lambda: 0.0) for _ in range(2)]
     channels = [
-        ChannelServer(rank_endpoint(endpoint, rank), engine.offer, lambda _: asyncio.run(Channel().report()))
+        ChannelServer(rank_endpoint(endpoint, rank), engine.offer, lambda _: TELEMETRY, lambda: STATS)
         for rank, engine in enumerate(engines)
     ]
 
     async def set_one() -> Ack:
         server = server_over(*(ChannelClient(rank_endpoint(endpoint, rank)) for rank in range(2)))
         try:
-            assert (await server.telemetry(rank=0)).engine_id == (await server.telemetry(rank=1)).engine_id == "e"
-            return await server.apply_thresholds(Thresholds(version=1, max_running=4), automatic=False, rank=1)
+            for rank in range(2):
+                assert read_answer(await server.telemetry(rank=rank), Telemetry) == TELEMETRY
+                assert read_answer(await server.stats(rank=rank), Stats) == STATS
+            offer = offer_of(Thresholds(version=1, max_running=4), automatic=False)
+            return read_answer(await server.apply_thresholds(offer, rank=1), Ack)
         finally:
             for client in server._channels:
                 client.close()
@@ -411,6 +451,9 @@ def test_a_callback_may_skip_the_download_before_a_node_starts() -> None:
     assert engine.index('run_callback("on_before_node_init")') < engine.index("if callback.ctx.run_init_node:")
     fields = {f.name for f in dataclasses.fields(name_in("ray.llm._internal.common.callbacks.base", "CallbackCtx"))}
     assert "run_init_node" in fields
+    callback = name_in("ray.llm._internal.common.callbacks.base", "CallbackBase")
+    assert issubclass(name_in("replicas.ray_patches", "NoDownload"), callback)
+    assert inspect.iscoroutinefunction(callback.on_before_node_init)
 
 
 # router/errors.py

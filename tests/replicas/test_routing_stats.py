@@ -12,8 +12,9 @@ from replicas import routing_stats
 from replicas.routing_stats import RoutingStats
 from router.ranking import best_first
 from scheduler.fluid_params import FluidParams
-from scheduler.messages import Counters, Gauges, Telemetry
+from scheduler.messages import Gauges, Stats
 from scheduler.model.iteration_time import IterationTimeModel
+from scheduler.survival import Survival
 from scheduler.thresholds import EngineLimits, Thresholds
 
 LIMITS = EngineLimits(
@@ -21,17 +22,18 @@ LIMITS = EngineLimits(
 )
 
 
-def telemetry(thresholds: Thresholds) -> Telemetry:
-    return Telemetry(
-        engine_id="e", clock_s=0.0, cursor=0, limits=LIMITS, thresholds=thresholds, from_config=True,
-        gauges=Gauges(running=6, waiting=3, held=2, kv_used_tokens=250), counters=Counters(),
-    )
+def of_engine(thresholds: Thresholds, limits: EngineLimits = LIMITS, **gauges: int) -> Stats:
+    return Stats.of_engine("e", limits, thresholds, Gauges(**gauges))
+
+
+GAUGES = {"running": 6, "waiting": 3, "held": 2, "kv_used_tokens": 250}
 
 
 @pytest.mark.parametrize(("cap", "slots"), [(None, 64), (12, 12)])
-def test_seats_are_the_cap_in_force_or_the_engine_s_own(cap: int | None, slots: int) -> None:
-    stats = RoutingStats.from_telemetry(telemetry(Thresholds(max_running=cap)))
-    assert stats == RoutingStats(slots=slots, occupied=9, kv_used_fraction=0.25)
+def test_slots_are_the_cap_in_force_or_the_engine_s_own(cap: int | None, slots: int) -> None:
+    stats = of_engine(Thresholds(version=4, max_running=cap), **GAUGES)
+    assert (stats.slots, stats.thresholds_version, stats.kv_used_fraction) == (slots, 4, 0.25)
+    assert RoutingStats.of_engines([stats]) == RoutingStats(slots=slots, occupied=9, kv_used_fraction=0.25)
 
 
 @pytest.mark.parametrize(
@@ -39,26 +41,25 @@ def test_seats_are_the_cap_in_force_or_the_engine_s_own(cap: int | None, slots: 
     [({"capacity_rps": 2.0, "iteration_s": 0.05}, 10), ({"capacity_rps": 1.0, "iteration_s": 0.05}, 5),
      ({"capacity_rps": 200.0, "iteration_s": 0.05}, 64), ({"capacity_rps": 2.0}, 64), ({"iteration_s": 0.05}, 64)],
 )
-def test_under_a_pace_seats_are_what_it_has_in_service_at_capacity(fields: dict[str, float], slots: int) -> None:
-    """Little's law: half the capacity, half the seats, so that a slow replica counts as full sooner."""
+def test_under_fluid_slots_are_what_runs_at_capacity(fields: dict[str, float], slots: int) -> None:
+    """Little's law: half the capacity, half the slots, so that a slow replica counts as full sooner."""
     params = FluidParams(
         time_model=IterationTimeModel(0.01, 1e-6),
-        survival=((0, 1.0), (98, 1.0), (99, 0.0)),
+        survival=Survival(((0, 1.0), (98, 1.0), (99, 0.0))),
         kv_limit_tokens=1000,
         **fields,
     )
-    assert RoutingStats.from_telemetry(telemetry(Thresholds(policy="fluid", fluid=params))).slots == slots
+    assert of_engine(Thresholds(policy="fluid", fluid=params)).slots == slots
 
 
 def test_the_ranks_of_a_replica_are_one_room() -> None:
-    full = replace(telemetry(Thresholds(max_running=4)), gauges=Gauges(running=4, waiting=9, kv_used_tokens=750))
-    larger = replace(full, limits=replace(LIMITS, kv_capacity_tokens=3000))
-    stats = RoutingStats.of_engines([telemetry(Thresholds(max_running=12)), larger])
+    larger = replace(LIMITS, kv_capacity_tokens=3000)
+    full = of_engine(Thresholds(max_running=4), larger, running=4, waiting=9, kv_used_tokens=750)
+    stats = RoutingStats.of_engines([of_engine(Thresholds(max_running=12), **GAUGES), full])
     assert stats == RoutingStats(slots=16, occupied=22, kv_used_fraction=0.25)
-    assert RoutingStats.of_engines([full]) == RoutingStats.from_telemetry(full)
 
 
-def test_slack_is_the_share_of_free_seats() -> None:
+def test_slack_is_the_share_of_free_slots() -> None:
     stats = RoutingStats(slots=10, occupied=4, kv_used_fraction=0.0)
     assert stats.slack(0) == pytest.approx(0.6)
     assert stats.slack(7) == pytest.approx(0.3)  # the router sent more than the engine had seen
@@ -105,7 +106,7 @@ def slots(free: int, of: int = 10) -> RoutingStats:
 
 def test_most_slack_comes_first() -> None:
     assert ranked({"a": slots(2), "b": slots(9), "c": slots(5)}) == "bca"
-    assert ranked({"a": slots(4), "b": slots(30, of=100)}) == "ab", "the share of free seats, not their number"
+    assert ranked({"a": slots(4), "b": slots(30, of=100)}) == "ab", "the share of free slots, not their number"
 
 
 def test_what_the_router_sent_since_counts() -> None:

@@ -11,9 +11,11 @@ from pydantic import ValidationError
 
 from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
 from scheduler.fluid_params import FluidParams
-from scheduler.messages import Counters, Gauges, Telemetry
+from scheduler.messages import Counters, Gauges, Stats, Telemetry
 from scheduler.model.iteration_time import IterationTimeModel
+from scheduler.survival import Survival
 from scheduler.thresholds import EngineLimits, Thresholds, TypeThreshold
+from scheduler.wire import OtherSchema, UnreadableMessage
 
 LIMITS = EngineLimits(
     kv_capacity_tokens=16_000, block_tokens=16, max_num_seqs=64, max_num_batched_tokens=1024, max_model_len=2048
@@ -59,15 +61,28 @@ def test_a_pin_holds_one_rank_or_all_of_a_replica(replica: str, pinned: list[str
 
 def test_a_replica_is_ready_with_one_of_its_ranks() -> None:
     silent = RuntimeError("no answer")
-    assert readiness({"a#0": silent, "a#1": report(), "b#0": silent, "b#1": silent}) == {
+    stats = Stats.of_engine("engine", LIMITS, IN_FORCE, Gauges())
+    assert readiness({"a#0": silent, "a#1": stats, "b#0": silent, "b#1": silent}) == {
         "status": "ready", "ready": 1, "replicas": 2,
     }
     assert readiness({"a": silent}) == {"status": "not ready", "ready": 0, "replicas": 1}
 
 
+def test_a_replica_of_another_release_is_ready_though_it_cannot_be_read() -> None:
+    answers = {"a": OtherSchema("the replica", 2), "b": UnreadableMessage("no JSON")}
+    assert readiness(answers) == {"status": "ready", "ready": 1, "replicas": 2}
+
+
+def test_a_replica_of_another_release_cannot_be_set() -> None:
+    status, message = rejection({"pin": True}, {"a": report(), "b": OtherSchema("the replica", 2)})
+    assert status == 503
+    assert message.startswith("replica b cannot be set from here: the replica speaks schema version 2")
+
+
 def test_setting_without_a_policy_changes_the_named_fields_alone() -> None:
     params = FluidParams(
-        time_model=IterationTimeModel(0.01, 1e-6), survival=((0, 1.0), (99, 0.0)), kv_limit_tokens=1000, ttft_s=3.0
+        time_model=IterationTimeModel(0.01, 1e-6), survival=Survival(((0, 1.0), (99, 0.0))),
+        kv_limit_tokens=1000, ttft_s=3.0,
     )
     fluid = Thresholds(version=3, policy="fluid", fluid=params, valid_for_s=120.0, reason="solved", token_budget=256)
     telemetry = {"a": report(fluid), "b": report()}

@@ -68,7 +68,11 @@ REFUSED = [
     ({"types": [_type(max_prompt_tokens=0)]}, "types[0].max_prompt_tokens", 0, ">= 1"),
     ({"types": [_type("a"), _type("b", max_output_tokens=-1)]}, "types[1].max_output_tokens", -1, ">= 1"),
     ({"types": [_type(n=9)], "max_running": 8}, "types[0].n", 9, "max_running = 8"),
-    ({"types": [{"name": "all"}]}, "types[0].n", {"name": "all"}, "required"),
+    ({"types": [{"name": "all"}]}, "types[0].n", {"name": "all"}, ">= 1, or null for a type whose requests are never"),
+    ({"types": [{"n": 3}]}, "types[0].name", {"n": 3}, "no default"),
+    ({"segments": [{"end_output_tokens": 8}]}, "segments[0].total", {"end_output_tokens": 8}, "in all stages"),
+    ({"policy": "fluid", "fluid": {"kv_limit_tokens": 9, "survival": [[0, 1.0]]}}, "fluid.time_model",
+     {"kv_limit_tokens": 9, "survival": [[0, 1.0]]}, "no default"),
     ({"types": [3]}, "types[0]", 3, "TypeThreshold"),
     ({"segments": _segments((8, 0))}, "segments[0].total", 0, ">= 1"),
     ({"segments": _segments((0, 4))}, "segments[0].end_output_tokens", 0, "> 0"),
@@ -93,6 +97,30 @@ def test_refusal_names_field_value_and_what_is_allowed(sent, field, value, allow
     assert allowed in error.allowed
     for part in (field, repr(value), allowed):
         assert part in str(error)
+
+
+def test_a_missing_field_is_said_to_be_missing_and_not_to_be_wrong():
+    said = r"^thresholds\.types\[0\]\.n is missing in \{'name': 'all'\}; allowed: "
+    with pytest.raises(InvalidThresholds, match=said):
+        parse_thresholds({"types": [{"name": "all"}]})
+
+
+@pytest.mark.parametrize(
+    ("sent", "hint"),
+    [({"segments": [{"end_output_tokens": 8, "n": 2}]}, "did you mean total? total = n × stages"),
+     ({"types": [_type(max_output_token=5)]}, "did you mean max_output_tokens?"),
+     ({"max_runing": 3}, "did you mean max_running?")],
+)
+def test_an_unknown_field_has_a_hint(sent, hint):
+    with pytest.raises(InvalidThresholds) as rejected:
+        parse_thresholds(sent)
+    assert hint in str(rejected.value)
+
+
+def test_a_field_n_elsewhere_has_no_hint_of_segments():
+    with pytest.raises(InvalidThresholds) as rejected:
+        parse_thresholds({"n": 3})
+    assert "stages" not in str(rejected.value)
 
 
 def test_not_a_number_is_refused_from_json_text():

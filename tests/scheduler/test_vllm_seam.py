@@ -9,6 +9,7 @@ from engine_harness import Engine
 from vllm.config import VllmConfig
 from vllm.entrypoints.openai.completion import serving as completion_serving
 from vllm.entrypoints.speech_to_text.base import serving as speech_serving
+from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -32,6 +33,10 @@ from scheduler.vllm_scheduler import HeadraceScheduler
 
 def test_vllm_is_the_pinned_version():
     assert vllm.__version__.split("+")[0].startswith("0.29."), vllm.__version__
+
+
+def test_loggers_below_vllm_s_have_its_handlers():
+    assert init_logger("vllm.headrace").parent.name == "vllm"
 
 
 def test_headrace_scheduler_is_an_asynchronous_scheduler():

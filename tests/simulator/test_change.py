@@ -16,9 +16,10 @@ from benchmarks.evidence.settling import PARAMETERS, SETTLED, settling
 from scheduler.model.profiles import load_profile
 from scheduler.thresholds import EngineLimits
 from scheduler.tuning.fluid_plan import solve_fluid_params
-from scheduler.tuning.replica_model import WINDOW_S
+from scheduler.tuning.settings import TuningSettings
 from scheduler.tuning.slo import Slo
 from simulator.config import simulation_config
+from simulator.output.metrics import good_requests
 from simulator.output.run_files import read_run
 from simulator.run import simulate
 from simulator.workload.requests import WorkloadConfig, open_workload
@@ -76,14 +77,11 @@ def followed(scenario):
         simulate(simulation_config(options), folder=Path(folder))
         run = read_run(Path(folder))
         history, table = run.control().to_pylist(), run.requests()
-    arrival, first, finished, output = (
-        table.column(name).to_numpy() for name in ("arrival_s", "first_token_s", "finished_s", "output_tokens")
-    )
-    good = (first - arrival <= TTFT_S) & ((finished - first) / np.maximum(output - 1, 1) <= TPOT_S)
-    return Followed(history, arrival, good)
+    good = good_requests(table, (0.0, 1.0), Slo(TTFT_S, TPOT_S))
+    return Followed(history, table["arrival_s"].to_numpy(), np.isin(table["index"].to_numpy(), list(good)))
 
 
-ONCE_KNOWN = {"step": WINDOW_S, "mix": SERVICE_S, "slow": 0.0}
+ONCE_KNOWN = {"step": TuningSettings().window_s, "mix": SERVICE_S, "slow": 0.0}
 # As the rate after a shift of the mix is known better, a queue of five becomes one of three, once and much later.
 SETTLING = {"step": PARAMETERS, "mix": PARAMETERS[:2], "slow": PARAMETERS}
 

@@ -355,6 +355,7 @@ def test_what_the_model_does_not_cover_is_an_error():
         PaperRun(PaperModel(ONE_TYPE, TIME_MODEL), Wait((4,)), seed=0, arrivals=PerIteration((4,))).step()
 
 
+@pytest.mark.slow
 def test_evidence_is_written_by_its_command(tmp_path):
     subprocess.run([sys.executable, SCRIPT, "--out", tmp_path, "--quick"], check=True, timeout=300, env=ENVIRONMENT)
     numbers = json.loads((tmp_path / "theory.json").read_text())

@@ -52,6 +52,7 @@ def test_sentences_come_from_the_cells(evidence):
     assert "groups of 2 against cap alone: +20% at 8." in read
 
 
+@pytest.mark.engine
 def test_a_page_without_runs_has_dashes_beside_the_published_figures(tmp_path):
     command = [sys.executable, EVIDENCE / "paper_tables.py", "--out", tmp_path, "--runs", tmp_path / "runs"]
     subprocess.run([*command, "--workers", "0"], check=True, timeout=120, capture_output=True, env=ENVIRONMENT)

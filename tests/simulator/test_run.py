@@ -14,10 +14,10 @@ from router.ranking import best_first
 from scheduler.model.profiles import load_profile
 from simulator.config import SimulationError, options_from, simulation_config
 from simulator.engine import fleet
-from simulator.engine.baselines import BASELINES
 from simulator.engine.vllm_harness import iteration_results, make_request, make_scheduler
 from simulator.output.run_files import read_run, versions
 from simulator.run import simulate, simulate_options
+from simulator.scenario.baselines import BASELINES
 from simulator.workload.requests import open_workload
 
 AZURE_TRACE = Path(__file__).parents[2].parent / "shared/data/traces/azure_conv_2023.csv"

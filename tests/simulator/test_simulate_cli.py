@@ -6,7 +6,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from cluster import cli
+from headrace import cli
 from simulator import cli as simulator_cli
 from simulator.output.run_files import read_run
 
@@ -28,6 +28,7 @@ def headrace(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.engine
 def test_json_is_one_object_and_nothing_else_on_stdout(headrace):
     code, out, _ = headrace(*QUICK, "--json")
     assert code == 0
@@ -37,6 +38,7 @@ def test_json_is_one_object_and_nothing_else_on_stdout(headrace):
     assert "notes" not in summary
 
 
+@pytest.mark.engine
 def test_people_get_a_table(headrace):
     code, out, _ = headrace(*QUICK, "--policy", "wait", "--slo-ttft", "0.5")
     assert code == 0
@@ -46,6 +48,7 @@ def test_people_get_a_table(headrace):
     assert "wait" in rows["policy"]
 
 
+@pytest.mark.engine
 def test_notes_go_to_stderr(headrace):
     lengths = "0.5:p40d8+0.5:p9000d8"
     code, out, err = headrace("simulate", "--workload", lengths, "--rate", "20", "--requests", "9", "--json")
@@ -54,6 +57,7 @@ def test_notes_go_to_stderr(headrace):
     assert "note: 100.0% of p9000d8 left out" in err
 
 
+@pytest.mark.engine
 def test_every_option_reaches_the_run(headrace, tmp_path):
     code, _, _ = headrace(
         *QUICK, "--arrivals", "uniform", "--seed", "5", "--policy", "wait", "--profile", "a100-llama2-7b-paper",
@@ -76,6 +80,7 @@ def test_every_option_reaches_the_run(headrace, tmp_path):
     assert [(entry["name"], entry["n"]) for entry in active["types"]] == [("all", 2)]
 
 
+@pytest.mark.engine
 def test_a_trace_is_replayed(headrace, tmp_path):
     trace = tmp_path / "day.csv"
     trace.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0,40,8\n1,50,9\n3,60,7\n")
@@ -86,6 +91,7 @@ def test_a_trace_is_replayed(headrace, tmp_path):
     assert 3 < summary["virtual_s"] < 4
 
 
+@pytest.mark.engine
 def test_a_thousand_requests_unless_told_otherwise(headrace):
     code, out, _ = headrace("simulate", "--workload", "p8d1", "--rate", "50", "--json")
     assert code == 0
@@ -105,9 +111,11 @@ def test_a_thousand_requests_unless_told_otherwise(headrace):
         (("--trace", "x.csv"), "give exactly one of them"),
         (("--workload", "p40"), "workload.lengths = 'p40'"),
         (("--rate", "-1"), "workload.rate_rps = -1.0"),
-        (("--policy", "fcfs", "--cap", "600"), "max_running = 600"),
-        (("--policy", "vllm-v0", "--token-budget", "512"), "max_num_batched_tokens (512)"),
-        (("--kv-tokens", "32"), "no request of p40d8 is left"),
+        pytest.param(("--policy", "fcfs", "--cap", "600"), "max_running = 600", marks=pytest.mark.engine),
+        pytest.param(
+            ("--policy", "vllm-v0", "--token-budget", "512"), "max_num_batched_tokens (512)", marks=pytest.mark.engine
+        ),
+        pytest.param(("--kv-tokens", "32"), "no request of p40d8 is left", marks=pytest.mark.engine),
     ],
 )
 def test_what_is_asked_wrongly_is_one_line_and_exit_code_2(headrace, arguments, said, tmp_path):

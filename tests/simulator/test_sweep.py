@@ -131,6 +131,7 @@ def test_workers_must_be_some(tmp_path):
         run_sweep(plan_in(tmp_path, rate=[1]), run_one, 0)
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_every_point_and_resumes(tmp_path):
     results = run_sweep(plan_in(tmp_path, rate=[3, 1, 2]), run_one, 2)
     assert [(r.name, r.status, r.summary) for r in results] == [
@@ -149,6 +150,7 @@ def test_a_sweep_runs_every_point_and_resumes(tmp_path):
     assert calls(tmp_path) == ["rate=1", "rate=4"]
 
 
+@pytest.mark.slow
 def test_other_options_run_again_and_equal_ones_need_no_worker(tmp_path):
     plan = SweepPlan(base={"slo": 1}, grid={"rate": [1]}, out=tmp_path)
     assert run_sweep(plan, run_one, 1)[0].status == "done"
@@ -163,6 +165,7 @@ def test_a_failing_point_does_not_stop_the_others(tmp_path):
     assert [(r.status, r.error) for r in results] == [("failed", "ValueError: fails is 'here'"), ("done", None)]
 
 
+@pytest.mark.slow
 def test_a_dying_process_is_only_its_own_points_failure(tmp_path):
     plan = SweepPlan(base={"rate": 1}, grid={"dies": [True, False], "x": [1, 2]}, out=tmp_path)
     results = run_sweep(plan, run_one, 2)

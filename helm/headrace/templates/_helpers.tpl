@@ -139,6 +139,6 @@ app.kubernetes.io/component: {{ .component }}
     "enabled" $values.controller.enabled
     "period_s" $values.controller.periodSeconds
     "profile" $values.controller.profile) -}}
-{{- $application := dict "name" "headrace" "import_path" "cluster.app:build" "route_prefix" "/" "args" $args -}}
+{{- $application := dict "name" "headrace" "import_path" "headrace:build" "route_prefix" "/" "args" $args -}}
 {{- toYaml (dict "applications" (list $application) "http_options" $http) -}}
 {{- end -}}

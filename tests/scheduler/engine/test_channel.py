@@ -25,8 +25,9 @@ from scheduler.engine.channel import (
     remove_endpoint,
 )
 from scheduler.engine.recorder import Recorder
-from scheduler.messages import Arrival, Counters, Gauges, Iteration, RunningLengths, Telemetry
+from scheduler.messages import Arrival, Counters, Gauges, Iteration, RunningLengths, Stats, Telemetry
 from scheduler.thresholds import EngineLimits, SegmentThreshold, Thresholds, TypeThreshold
+from scheduler.wire import SCHEMA, OtherSchema, QuestionFailed, offer_of, read_answer, stats_question
 
 LIMITS = EngineLimits(
     kv_capacity_tokens=1600, block_tokens=16, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=1024
@@ -66,11 +67,16 @@ class FakeEngine:
             records_lost=int(lost),
         )
 
+    def stats(self):
+        if self.fails:
+            raise RuntimeError("broken stats")
+        return Stats.of_engine("e", LIMITS, self.active.current().thresholds, Gauges(running=2, kv_used_tokens=64))
+
 
 @contextlib.contextmanager
 def serving(endpoint, engine=None):
     engine = engine or FakeEngine()
-    server = ChannelServer(endpoint, engine.active.offer, engine.report)
+    server = ChannelServer(endpoint, engine.active.offer, engine.report, engine.stats)
     try:
         yield engine
     finally:
@@ -195,16 +201,20 @@ def test_several_clients_at_once(endpoint):
         (b"\x00\xff\xfe garbage", "not understood"),
         (b"", "not understood"),
         (b"[1, 2]", "not understood"),
+        (b"null", "not understood"),
         (b'{"apply"', "not understood"),
         (b"{}", "unknown question"),
-        (b'{"shutdown": true}', "unknown question ['shutdown']"),
-        (b'{"report": "x"}', "not understood"),
-        (b'{"report": [1]}', "not understood"),
-        (b'{"report": 1e999}', "internal error"),
-        (b'{"apply": null}', "(body)"),
-        (b'{"apply": {"version": 1, "max_hold_s": -1}}', "max_hold_s = -1"),
-        (b'{"apply": {"version": 1, "nonsense": 1}}', "nonsense"),
-        (b'{"apply": {"version": true}}', "version = True"),
+        (b'{"shutdown": true}', "unknown question ['shutdown']; ask one of apply, report, stats"),
+        (b'{"report": "x"}', "report = x is not allowed; allowed: a cursor, or null"),
+        (b'{"report": [1]}', "report = [1]"),
+        (b'{"report": true}', "report = True"),
+        (b'{"report": 1e999}', "report = inf"),
+        (b'{"schema": 1, "apply": null}', "(body)"),
+        (b'{"schema": 1, "apply": {"version": 1, "max_hold_s": -1}}', "max_hold_s = -1"),
+        (b'{"schema": 1, "apply": {"version": 1, "nonsense": 1}}', "nonsense"),
+        (b'{"schema": 1, "apply": {"version": true}}', "version = True"),
+        (b'{"schema": 1, "apply": {"version": 1}, "automatic": "no"}', "automatic = 'no'"),
+        (b'{"schema": 1, "apply": {"version": 1}, "dry_run": true}', "unknown key dry_run"),
         (b"[" * 100_000, "not understood"),
     ],
     ids=lambda part: str(part[:25]),
@@ -277,7 +287,7 @@ def test_half_a_message_harms_nobody(endpoint):
 
 def test_twice_delivered_thresholds_are_taken_once(endpoint):
     async def main():
-        question = json.dumps({"apply": {"version": 5, "policy": "fcfs"}}).encode()
+        question = json.dumps({"schema": SCHEMA, "apply": {"version": 5, "policy": "fcfs"}}).encode()
         assert (await answer_to(endpoint, question))["accepted"] is True
         again = await answer_to(endpoint, question)
         assert (again["accepted"], again["code"], again["version_in_force"]) == (False, "stale", 5)
@@ -295,7 +305,7 @@ def test_late_answer_to_an_earlier_question_is_dropped(endpoint):
         socket.bind(endpoint)
         engine = FakeEngine()
         server = ChannelServer.__new__(ChannelServer)  # only its answers, not its socket
-        server._apply, server._report = engine.active.offer, engine.report
+        server._apply, server._report, server._stats = engine.active.offer, engine.report, engine.stats
 
         async def answer_twice():
             for _ in range(2):
@@ -312,6 +322,75 @@ def test_late_answer_to_an_earlier_question_is_dropped(endpoint):
         context.destroy(linger=0)
 
     asyncio.run(main())
+
+
+def test_stats_are_a_few_numbers(endpoint):
+    async def main():
+        async with asking(endpoint) as client:
+            await client.apply(Thresholds(version=7, max_running=12))
+            return await client.ask(stats_question())
+
+    with serving(endpoint) as engine:
+        engine.recorder.arrival(0.0, 1, 1)
+        answer = asyncio.run(main())
+    assert read_answer(answer, Stats) == Stats(
+        engine_id="e", slots=12, running=2, waiting=0, kv_used_tokens=64, kv_capacity_tokens=1600, thresholds_version=7
+    )
+    assert len(answer) < 200 and engine.reports == []
+
+
+def test_failing_stats_say_why_and_the_channel_works_on(endpoint):
+    async def main():
+        async with asking(endpoint) as client:
+            with pytest.raises(QuestionFailed, match="broken stats"):
+                read_answer(await client.ask(stats_question()), Stats)
+            engine.fails = False
+            assert read_answer(await client.ask(stats_question()), Stats).engine_id == "e"
+
+    engine = FakeEngine()
+    engine.fails = True
+    with serving(endpoint, engine):
+        asyncio.run(main())
+
+
+@pytest.mark.parametrize("schema", [SCHEMA + 1, SCHEMA - 1, None, "1"])
+def test_thresholds_of_another_schema_version_change_nothing_and_say_so(endpoint, schema):
+    async def main():
+        question = json.loads(offer_of(WAIT, automatic=True)) | {"schema": schema}
+        return await answer_to(endpoint, json.dumps(question).encode())
+
+    with serving(endpoint) as engine:
+        answer = asyncio.run(main())
+        assert engine.active.current().thresholds == Thresholds()
+    assert (answer["accepted"], answer["code"], answer["schema"]) == (False, "schema", SCHEMA)
+    spoken = "no schema version" if schema is None else f"schema version {schema}"
+    assert f"speaks {spoken}, this process version {SCHEMA}" in answer["reason"]
+
+
+@pytest.mark.parametrize("question", [{"report": None}, {"stats": True}])
+def test_questions_that_change_nothing_are_answered_in_the_engine_s_own_schema_version(endpoint, question):
+    async def main():
+        return await answer_to(endpoint, json.dumps({"schema": SCHEMA + 1, "later": 1} | question).encode())
+
+    with serving(endpoint):
+        answer = asyncio.run(main())
+    assert answer["schema"] == SCHEMA and answer["engine_id"] == "e"
+
+
+def test_a_client_of_another_schema_version_reads_nothing(endpoint, monkeypatch):
+    async def main():
+        async with asking(endpoint) as client:
+            with pytest.raises(OtherSchema, match="the replica speaks schema version 2, this process version 1"):
+                await client.report()
+            with pytest.raises(OtherSchema):
+                await client.apply(WAIT)
+
+    with serving(endpoint) as engine:
+        answer = ChannelServer._answer
+        later = lambda server, question: answer(server, question).replace(b'{"schema":1', b'{"schema":2')  # noqa: E731
+        monkeypatch.setattr(ChannelServer, "_answer", later)
+        asyncio.run(main())
+        assert engine.active.current().thresholds == WAIT, "only the reader is of another version here"
 
 
 def test_failing_telemetry_is_a_closed_channel_and_not_its_end(endpoint):
@@ -403,7 +482,7 @@ def test_endpoint_is_private_and_leaves_nothing_behind():
 
 def test_endpoint_that_cannot_be_bound_is_named():
     with pytest.raises(RuntimeError, match="cannot open the control channel at ipc:///nowhere/engine"):
-        ChannelServer("ipc:///nowhere/engine", lambda _: None, lambda _: None)
+        ChannelServer("ipc:///nowhere/engine", lambda _: None, lambda _: None, lambda: None)
 
 
 def test_closing_frees_the_endpoint_for_the_next(endpoint):
@@ -443,10 +522,9 @@ def test_replicas_that_start_together_all_get_an_endpoint_and_sweep_once(tempora
 ANOTHER_REPLICA = """
 import sys, tempfile
 tempfile.tempdir = sys.argv[1]
-from scheduler import channel
 from scheduler.engine.channel import ChannelServer, new_endpoint
 endpoint = new_endpoint()
-server = ChannelServer(endpoint, None, None)
+server = ChannelServer(endpoint, None, None, None)
 print(endpoint, flush=True)
 sys.stdin.read()
 """

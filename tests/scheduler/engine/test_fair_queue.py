@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm.sampling_params import SamplingParams
-from vllm.v1.request import Request
 
 from scheduler.engine.client_input import tenant_of
 from scheduler.engine.fair_queue import FairQueue, Tenant, TenantLedger
@@ -18,9 +17,9 @@ from scheduler.settings import TENANT, TENANT_WEIGHT
 
 def request(name, tenant=None, *, weight=1.0, prompt=100, priority=0):
     extra = None if tenant is None else {TENANT: tenant, TENANT_WEIGHT: weight}
-    return Request(
-        request_id=name, prompt_token_ids=[1] * prompt, sampling_params=SamplingParams(max_tokens=4, extra_args=extra),
-        pooling_params=None, priority=priority,
+    return SimpleNamespace(
+        request_id=name, num_prompt_tokens=prompt, num_output_tokens=0, priority=priority,
+        sampling_params=SimpleNamespace(max_tokens=4, extra_args=extra),
     )
 
 

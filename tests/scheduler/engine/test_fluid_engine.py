@@ -8,7 +8,6 @@ from engine_harness import BLOCK, STEP_S, Engine
 from vllm.lora.request import LoRARequest
 from vllm.v1.request import RequestStatus
 
-from scheduler.engine import active_thresholds as control
 from scheduler.messages import Report
 from scheduler.rejection import Rejection
 
@@ -303,7 +302,7 @@ def test_thresholds_that_lapse_build_no_new_policy(monkeypatch):
     engine.step()
     assert engine.scheduler.active.current().policy is not configured.policy
     built = []
-    monkeypatch.setattr(control, "make_policy", built.append)
+    monkeypatch.setattr(engine.scheduler.active, "_policy_of", built.append)
     engine.steps(6)
     lapsed = engine.scheduler.active.current()
     assert lapsed.from_config and lapsed.policy is configured.policy and lapsed.thresholds.version == 1

@@ -8,23 +8,24 @@ from engine_harness import STEP_S, Engine
 from synthetic_engine import LIMITS, PAPER, SyntheticEngine
 from vllm.config import VllmConfig
 
-from cluster.config import TuningConfig
 from scheduler.fluid_params import FluidParams
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.steps import Steps
 from scheduler.model.workload import Lengths, WorkloadMix
-from scheduler.policies import UNKNOWN_TYPE, QueueView, Snapshot, Waiting, make_policy
+from scheduler.policies import UNKNOWN_TYPE, QueueView, RunningBatch, RunningRequest, Snapshot, Waiting, make_policy
 from scheduler.policies.tpot_slack import TpotSlack
+from scheduler.survival import Survival
 from scheduler.thresholds import Thresholds
-from scheduler.tuning.fluid_plan import solve_fluid_params, survival_of
+from scheduler.tuning.fluid_plan import solve_fluid_params
 from scheduler.tuning.replica_model import ReplicaModel
+from scheduler.tuning.settings import TuningSettings
 from scheduler.tuning.slo import Slo
-from scheduler.tuning.solve import tune
+from scheduler.tuning.solve import tune_fluid
 
 TIME_MODEL = IterationTimeModel(0.004, 4e-7, 6e-5, 6e-5, 0.011)
 PARAMS = FluidParams(
     time_model=TIME_MODEL,
-    survival=survival_of(Lengths.point(500, 100)),
+    survival=Survival.of(Lengths.point(500, 100)),
     kv_limit_tokens=100_000,
     iteration_s=0.05,
     ttft_s=2.0,
@@ -87,16 +88,12 @@ def test_vllm_keeps_a_batch_for_each_stage():
 # The decisions.
 
 
-class RunningRequest:
-    def __init__(self, stage):
-        self.request_id, self.stage, self.kv_tokens, self.type_name = "r", stage, 500 + stage, UNKNOWN_TYPE
-
-
 def decide(*, advancing, full=False, fluid=PARAMS):
     heads = [Waiting(64, 0.0, "w")]
     view = QueueView(1, 0.0, lambda: iter(heads), lambda: iter(heads))
     snapshot = Snapshot(
-        now_s=0.0, waiting={UNKNOWN_TYPE: view}, released=0, running=[RunningRequest(50)] * 100, kv_used_tokens=55_000,
+        now_s=0.0, waiting={UNKNOWN_TYPE: view}, released=0,
+        running=RunningBatch([RunningRequest("r", stage=50, kv_tokens=550)] * 100), kv_used_tokens=55_000,
         kv_capacity_tokens=100_000, most_tokens=2048, decode_tokens=advancing, kv_read_tokens=550 * advancing,
         next_is_emptier=full,
     )
@@ -152,8 +149,8 @@ def test_memory_holds_the_requests_of_all_groups():
 
 
 def test_the_controller_takes_the_depth_from_the_engine_and_its_law_for_a_stage_s():
-    config = TuningConfig(profile="a100-llama2-7b-paper", targets=Slo(tpot_s=0.1))
-    model = ReplicaModel(config, PAPER, Thresholds(policy="fluid"))
+    settings = TuningSettings(targets=Slo(tpot_s=0.1))
+    model = ReplicaModel(settings, PAPER, Thresholds(policy="fluid"))
     engine = SyntheticEngine(limits=replace(LIMITS, pipeline_depth=4))
     engine.traffic([(58, 147)], every_s=0.25, seconds=60)
     model.observe(engine.report())
@@ -164,8 +161,8 @@ def test_the_controller_takes_the_depth_from_the_engine_and_its_law_for_a_stage_
 
 
 def test_the_depth_is_the_engine_s_whatever_was_measured_of_steps():
-    tuned = tune(
-        Thresholds(policy="fluid"), MIX, TIME_MODEL, replace(LIMITS, pipeline_depth=2), overflow_probability=0.01,
-        targets=Slo(tpot_s=0.1), steps=Steps(1.5, 2.0),
+    thresholds, _ = tune_fluid(
+        Thresholds(policy="fluid"), MIX, TIME_MODEL, replace(LIMITS, pipeline_depth=2), Slo(tpot_s=0.1),
+        miss_probability=0.01, steps=Steps(1.5, 2.0),
     )
-    assert (tuned.thresholds.fluid.pipeline_depth, tuned.thresholds.fluid.tokens_per_step) == (2, 1.5)
+    assert (thresholds.fluid.pipeline_depth, thresholds.fluid.tokens_per_step) == (2, 1.5)

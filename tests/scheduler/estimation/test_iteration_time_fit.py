@@ -258,19 +258,19 @@ def test_online_parameters_are_checked():
 def test_a_change_of_speed_is_followed_at_once_and_not_held_against_the_law(factor):
     online = OnlineIterationTimeModel(GPU)
     feed(online, GPU, 1000)
-    before = online.fluctuation
+    before = online.error
     changed = IterationTimeModel(*(factor * getattr(GPU, name) for name in IterationTimeModel.__slots__))
     feed(online, changed, 60, seed=5)
     assert worst_error(online.time_model, changed) < 0.1
-    assert online.fluctuation.std < 1.5 * before.std
-    assert abs(online.fluctuation.mean) < 0.02
+    assert online.error.std < 1.5 * before.std
+    assert abs(online.error.mean) < 0.02
 
 
 def test_fluctuation_is_what_the_iterations_show():
     online = OnlineIterationTimeModel(GPU)
-    assert online.fluctuation.std == pytest.approx(0.019 * math.sqrt(math.pi / 2))
+    assert online.error.std == pytest.approx(0.019 * math.sqrt(math.pi / 2))
     feed(online, GPU, 1500, noise=0.03)
-    strays = online.fluctuation
+    strays = online.error
     assert strays.std_estimate.covers(0.03)
     assert abs(strays.correlation) < 0.15
     assert 400 < strays.iterations <= 500
@@ -285,4 +285,4 @@ def test_errors_that_resemble_the_last_ones_show():
         error = 0.8 * error + 0.6 * 0.02 * generator.standard_normal()
         tokens = (int(generator.integers(0, 500)), 80, int(generator.integers(10_000, 90_000)))
         online.update(*tokens, GPU.iteration_s(*tokens) * (1 + error))
-    assert online.fluctuation.correlation > 0.5
+    assert online.error.correlation > 0.5

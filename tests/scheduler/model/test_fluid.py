@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from scheduler.model.fluid import batch_memory_tokens, batch_time_s, solve_fluid
 from scheduler.model.iteration_time import IterationTimeModel
-from scheduler.model.workload import Lengths, RequestType, WorkloadMix, parse_type
+from scheduler.model.workload import Lengths, RequestType, WorkloadMix
 
 modest = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -106,9 +106,11 @@ def simulate_stages(mix, time_model, iterations=4000):
 @pytest.mark.parametrize(
     "mix",
     [
-        WorkloadMix((parse_type("rate=12,prompt=512,output=20"),)),
-        WorkloadMix((parse_type("rate=10,prompt=512,output=20"), parse_type("rate=3,prompt=512,output=50"))),
-        WorkloadMix((parse_type("rate=0.5,prompt=30,output=40"),)),
+        WorkloadMix((RequestType("p512d20", 12, Lengths.point(512, 20)),)),
+        WorkloadMix(
+            (RequestType("p512d20", 10, Lengths.point(512, 20)), RequestType("p512d50", 3, Lengths.point(512, 50)))
+        ),
+        WorkloadMix((RequestType("p30d40", 0.5, Lengths.point(30, 40)),)),
     ],
 )
 def test_equilibrium_is_where_a_simulated_flow_settles(mix):
@@ -196,14 +198,14 @@ def test_a_request_larger_than_memory_never_fits():
 
 def test_loads_are_shares_of_the_load():
     time_model = IterationTimeModel(0.0034, 4.5e-7, 6.47e-5, 3e-5, 0.0112)
-    fluid = solve_fluid(WorkloadMix((parse_type("rate=12,prompt=512,output=20"),)), time_model, 137_000)
+    fluid = solve_fluid(WorkloadMix((RequestType("p512d20", 12, Lengths.point(512, 20)),)), time_model, 137_000)
     assert fluid.prefill_load == pytest.approx(12 * 512 * 6.47e-5)
     assert fluid.kv_load == pytest.approx(12 * 21 * 522 * 4.5e-7)
     assert fluid.load == pytest.approx(fluid.prefill_load + fluid.kv_load + 12 * 20 * 3e-5)
 
 
 def test_nonsensical_inputs_are_errors():
-    idle = WorkloadMix((parse_type("rate=0,prompt=5,output=5"),))
+    idle = WorkloadMix((RequestType("p5d5", 0, Lengths.point(5, 5)),))
     with pytest.raises(ValueError, match="rate_rps is 0"):
         solve_fluid(idle, paper_time_model(), 100)
     for capacity in (0, -1, math.nan):

@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from scheduler.model.fluid import solve_fluid
 from scheduler.model.iteration_time import IterationTimeModel
@@ -128,3 +130,35 @@ def test_profile_from_a_path(tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match=r"mine\.json"):
         load_profile(path)
+
+
+@given(st.floats(0, 5000), st.floats(0, 500), st.floats(0, 1e5), st.floats(0, 0.02))
+def test_prompt_tokens_within_is_the_inverse_of_iteration_s(prompt, decodes, kv, floor_s):
+    model = IterationTimeModel(0.004, 4e-7, 6e-5, 5e-5, floor_s)
+    seconds = model.iteration_s(prompt, decodes, kv + prompt)  # a prompt token is also read
+    room = model.prompt_tokens_within(seconds, decodes, kv)
+    above_floor = 0.004 + 6e-5 * prompt + 5e-5 * decodes > floor_s
+    assert room == pytest.approx(prompt, abs=1e-6) if above_floor else room > prompt - 1e-6
+
+
+def test_no_time_and_free_prompts_are_infinities():
+    model = IterationTimeModel(0.004, 4e-7, 6e-5, 5e-5, 0.011)
+    assert model.prompt_tokens_within(0.0109, 0.0, 0.0) == -math.inf
+    assert IterationTimeModel(0.01, 0.0).prompt_tokens_within(0.02, 100.0, 1e5) == math.inf
+    assert model.prompt_tokens_within(0.02, 10.0, 0.0, other_s=0.001) == pytest.approx(
+        model.prompt_tokens_within(0.019, 10.0, 0.0)
+    )
+
+
+def test_tokens_add_the_same_time_to_any_iteration_above_the_floor():
+    model = IterationTimeModel(0.004, 4e-7, 6e-5, 5e-5, 0.011)
+    full = model.iteration_s(1000.0, 50.0, 1e4)
+    more = model.iteration_s(1100.0, 60.0, 3e4)
+    assert model.added_s(prefill_tokens=100.0, decode_tokens=10.0, kv_tokens=2e4) == pytest.approx(more - full)
+    assert model.prefill_s(100.0) == pytest.approx(model.added_s(prefill_tokens=100.0, kv_tokens=100.0))
+
+
+def test_a_faster_engine_takes_so_much_less_whatever_its_batch():
+    model = IterationTimeModel(0.004, 4e-7, 6e-5, 5e-5, 0.011)
+    for batch in ((0.0, 1.0, 10.0), (500.0, 80.0, 1e5)):
+        assert model.faster(4).iteration_s(*batch) == pytest.approx(model.iteration_s(*batch) / 4)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.model.queue_limit import queue_limit
+from scheduler.model.queue_limit import FullReplica, queue_limit
 
-BASE = {
-    "capacity_rps": 10.0, "running": 20.0, "slowdown": 0.1, "variability": 1.0, "admitted_per_iteration": 0.5,
-    "miss_probability": 0.01, "most_requests": 60.0,
-}
+REPLICA = FullReplica(capacity_rps=10.0, running=20.0, fixed_share=0.1, admitted_per_iteration=0.5)
+MOST_REQUESTS = 60.0
 
 
-def queue(rate_rps, **changes):
-    return queue_limit(rate_rps=rate_rps, **(BASE | changes))
+def queue(rate_rps, *, miss_probability=0.01, most_requests=MOST_REQUESTS, **changes):
+    replica = replace(REPLICA, **changes)
+    return queue_limit(replica, rate_rps, miss_probability=miss_probability, most_requests=most_requests)
 
 
 @given(st.floats(10.01, 40), st.floats(1.0, 4.0))
 def test_more_arrivals_need_less_of_a_queue_beyond_capacity(rate_rps, factor):
-    assert 1 <= queue(rate_rps * factor) <= queue(rate_rps) <= BASE["most_requests"]
+    assert 1 <= queue(rate_rps * factor) <= queue(rate_rps) <= MOST_REQUESTS
 
 
 @given(st.floats(0.01, 10.0))
@@ -46,9 +47,9 @@ def test_bursts_need_a_longer_queue():
 @pytest.mark.parametrize("rate_rps", [10.2, 11.0, 13.0])
 def test_the_promised_share_of_capacity_is_delivered_by_a_simulated_replica(rate_rps):
     """A chain of arrivals and ends, played event by event, with the queue that was promised to be enough."""
-    miss, slowdown, slots = 0.02, 0.3, 10
+    miss, fixed, slots = 0.02, 0.3, 10
     places = queue(
-        rate_rps, miss_probability=miss, slowdown=slowdown, running=slots, most_requests=1e4,
+        rate_rps, miss_probability=miss, fixed_share=fixed, running=slots, most_requests=1e4,
         admitted_per_iteration=1e-6,
     )
 
@@ -58,7 +59,7 @@ def test_the_promised_share_of_capacity_is_delivered_by_a_simulated_replica(rate
         draws, kinds = generator.standard_exponential(400_000), generator.random(400_000)
         for gap, kind in zip(draws.tolist(), kinds.tolist(), strict=True):
             share = min(inside / slots, 1.0)
-            serve_rps = 10.0 * share / (slowdown + (1 - slowdown) * share)
+            serve_rps = 10.0 * share / (fixed + (1 - fixed) * share)
             total = rate_rps + serve_rps
             time_s += gap / total
             if kind < serve_rps / total:

@@ -19,7 +19,7 @@ from scheduler.model.wait_thresholds import (
     running_cap,
     wait_thresholds,
 )
-from scheduler.model.workload import Lengths, RequestType, WorkloadMix, parse_type
+from scheduler.model.workload import Lengths, RequestType, WorkloadMix
 
 modest = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -76,7 +76,7 @@ def test_wait_thresholds_are_feasible_and_the_smallest(mix, time_model, capacity
 
 def test_wait_raises_its_thresholds_until_rounding_no_longer_hurts():
     # One heavy prompt per stage, rounded up from a tenth, slows the iteration well beyond the equilibrium's.
-    mix = WorkloadMix((parse_type("rate=100,prompt=1,output=1"), parse_type("rate=1,prompt=200,output=50")))
+    mix = WorkloadMix((RequestType("light", 100, Lengths.point(1, 1)), RequestType("heavy", 1, Lengths.point(200, 50))))
     solution = wait_thresholds(mix, TWO_TERM, 10**6)
     fluid = solve_fluid(mix, TWO_TERM, 10**6)
     rounded = tuple(math.ceil(1.05 * n) for n in fluid.inventories)
@@ -87,14 +87,14 @@ def test_wait_raises_its_thresholds_until_rounding_no_longer_hurts():
 
 def test_wait_in_the_papers_worked_example():
     # l = l' = 1, four arrivals an iteration, C = 12: the balance is 4 + 4 prompts, which fill the memory exactly.
-    time_model, mix = IterationTimeModel(1.0, 0.0), WorkloadMix((parse_type("rate=4,prompt=1,output=1"),))
+    time_model, mix = IterationTimeModel(1.0, 0.0), WorkloadMix((RequestType("p1d1", 4, Lengths.point(1, 1)),))
     assert wait_thresholds(mix, time_model, 12, slack=0) == WaitSolution((4,), 1.0, 12.0)
     assert "(5,)" in wait_thresholds(mix, time_model, 12).reason
     assert "above the KV capacity of 11" in wait_thresholds(mix, time_model, 11, slack=0).reason
 
 
 def test_wait_explains_an_equilibrium_below_one_prompt_per_stage():
-    mix = WorkloadMix((parse_type("rate=4,prompt=1000,output=200"),))
+    mix = WorkloadMix((RequestType("p1000d200", 4, Lengths.point(1000, 200)),))
     reason = wait_thresholds(mix, TIME_MODEL, 137_000).reason
     assert solve_fluid(mix, TIME_MODEL, 137_000).fits_memory
     assert "(1,)" in reason
@@ -102,13 +102,13 @@ def test_wait_explains_an_equilibrium_below_one_prompt_per_stage():
 
 
 def test_unstable_demand_has_no_thresholds():
-    mix = WorkloadMix((parse_type("rate=400,prompt=512,output=20"),))
+    mix = WorkloadMix((RequestType("p512d20", 400, Lengths.point(512, 20)),))
     for solve in (wait_thresholds, nested_wait_thresholds):
         assert "load is" in solve(mix, TIME_MODEL, 137_000).reason
 
 
 def test_a_type_without_arrivals_has_threshold_one():
-    mix = WorkloadMix((parse_type("rate=100,prompt=5,output=5"), parse_type("rate=0,prompt=6,output=6")))
+    mix = WorkloadMix((RequestType("p5d5", 100, Lengths.point(5, 5)), RequestType("p6d6", 0, Lengths.point(6, 6))))
     solution = wait_thresholds(mix, TWO_TERM, 10_000)
     assert solution.n[1] == 1
     assert solution.n[0] >= 1.05
@@ -180,7 +180,7 @@ def test_nested_threshold_is_the_smallest_that_keeps_up():
 
 
 def test_one_nested_segment_is_wait_without_lengths():
-    mix = WorkloadMix((parse_type("rate=100,prompt=30,output=12"),))
+    mix = WorkloadMix((RequestType("p30d12", 100, Lengths.point(30, 12)),))
     nested = nested_wait_thresholds(mix, TIME_MODEL, 10**6, segments=1)
     assert nested.boundaries == (12,)
     assert nested.survival == nested.theta == ()
@@ -291,13 +291,13 @@ def test_resident_cap_keeps_overflow_rare():
 
 def test_resident_cap_meets_its_bound_exactly():
     # l = l' = 1 has mean 1.5 and standard deviation 0.5; at probability 1/2 only the mean counts.
-    mix = WorkloadMix((parse_type("rate=1,prompt=1,output=1"),))
+    mix = WorkloadMix((RequestType("p1d1", 1, Lengths.point(1, 1)),))
     assert running_cap(mix, 12, overflow_probability=0.5) == 8
     assert running_cap(mix, 1) == 1
 
 
 def test_nonsensical_parameters_are_errors():
-    mix = WorkloadMix((parse_type("rate=1,prompt=5,output=5"),))
+    mix = WorkloadMix((RequestType("p5d5", 1, Lengths.point(5, 5)),))
     with pytest.raises(ValueError, match=r"slack is -0\.1"):
         wait_thresholds(mix, TIME_MODEL, 1000, slack=-0.1)
     for wrong in ({"margin": -1}, {"horizon_s": math.nan}, {"segments": 0}, {"overflow_probability": 0}):

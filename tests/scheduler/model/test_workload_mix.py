@@ -1,4 +1,4 @@
-"""Request lengths, types and mixes, and their readers."""
+"""Request lengths, types and mixes."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.model.workload import Lengths, RequestType, WorkloadMix, parse_type, read_trace
+from scheduler.model.workload import Lengths, RequestType, WorkloadMix
 
 modest = settings(derandomize=True, deadline=None, max_examples=50)
 pairs_strategy = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=12)
@@ -111,7 +111,7 @@ def test_mix_rates_scale_and_merge():
 
 
 def test_merging_keeps_the_flow_of_kv_tokens():
-    mix = WorkloadMix((parse_type("rate=2,prompt=7,output=9"), parse_type("rate=0.5,prompt=100,output=33")))
+    mix = WorkloadMix((RequestType("short", 2, Lengths.point(7, 9)), RequestType("long", 0.5, Lengths.point(100, 33))))
     merged = mix.merged()
     expected = sum(t.rate_rps * t.lengths.kv_token_iterations for t in mix.types)
     assert merged.rate_rps * merged.lengths.kv_token_iterations == pytest.approx(expected)
@@ -129,69 +129,3 @@ def test_nonsensical_mixes_are_refused():
             WorkloadMix.from_lengths(Lengths.point(1, 1), rate)
     with pytest.raises(ValueError, match="factor is -1"):
         WorkloadMix((one,)).scaled(-1)
-
-
-def test_parse_type():
-    assert parse_type("rate=50,prompt=58,output=147") == RequestType("p58d147", 50.0, Lengths.point(58, 147))
-    assert parse_type(" name=chat, output=2 ,prompt=3,rate=0.5").name == "chat"
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("rate=50,promt=58,output=147", "'promt=58'.*name, rate, prompt, output"),
-        ("rate=50,prompt=58", "output missing"),
-        ("rate=50,prompt=58,output=1,output=2", "output is given twice"),
-        ("rate=fast,prompt=58,output=147", "rate is 'fast'"),
-        ("rate=-1,prompt=58,output=147", "rate_rps is -1"),
-        ("rate=1,prompt=5.5,output=147", "prompt is '5.5'"),
-        ("rate=1,prompt=5,output=0", "output is '0'"),
-        ("rate,prompt=5,output=1", "'rate'"),
-        ("", "''"),
-    ],
-)
-def test_parse_type_names_what_is_wrong(text, words):
-    with pytest.raises(ValueError, match=words):
-        parse_type(text)
-
-
-def test_read_trace_reports_bad_rows(tmp_path):
-    path = tmp_path / "trace.csv"
-    path.write_text(
-        "arrived_at,num_prefill_tokens,num_decode_tokens\n0.0,374,44\n1,0,5\n2,7\n3,x,5\n4,7,2.5\n5,10,20\n6,374,44\n"
-    )
-    report = read_trace(path)
-    assert report.lengths == Lengths.from_pairs([(374, 44), (374, 44), (10, 20)])
-    assert (report.rows, report.bad_row_count) == (7, 4)
-    assert [message.split(":")[0] for message in report.bad_rows] == ["line 3", "line 4", "line 5", "line 6"]
-    assert "num_decode_tokens is None" in report.bad_rows[1]
-
-
-def test_read_trace_explains_only_the_first_bad_rows(tmp_path):
-    path = tmp_path / "trace.csv"
-    path.write_text("num_prefill_tokens,num_decode_tokens\n1,1\n" + "0,0\n" * 30)
-    report = read_trace(path)
-    assert (len(report.bad_rows), report.bad_row_count) == (20, 30)
-
-
-@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "num_prefill_tokens,b\n1,2\n"])
-def test_read_trace_without_the_columns(tmp_path, text):
-    path = tmp_path / "trace.csv"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"no column .*num_decode_tokens"):
-        read_trace(path)
-
-
-@pytest.mark.parametrize("rows", ["", "0,1\n"])
-def test_read_trace_without_a_usable_row(tmp_path, rows):
-    path = tmp_path / "trace.csv"
-    path.write_text("num_prefill_tokens,num_decode_tokens\n" + rows)
-    with pytest.raises(ValueError, match="no usable row"):
-        read_trace(path)
-
-
-def test_read_trace_of_a_binary_file(tmp_path):
-    path = tmp_path / "trace.csv"
-    path.write_bytes(bytes(range(256)))
-    with pytest.raises(ValueError, match=r"trace\.csv"):
-        read_trace(path)

@@ -8,9 +8,9 @@ import pytest
 from scheduler.fluid_params import FluidParams
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.workload import Lengths
-from scheduler.policies.base import QueueView, Snapshot, Waiting
+from scheduler.policies.base import NO_REQUESTS, QueueView, Snapshot, Waiting
 from scheduler.policies.first_token import FirstToken
-from scheduler.tuning.fluid_plan import survival_of
+from scheduler.survival import Survival
 
 TTFT_S = 2.0
 ITERATION_S = 0.05
@@ -18,7 +18,7 @@ FLOW_TOKENS = 500
 """Prompt tokens of an iteration, which takes `ITERATION_S`: 10 000 a second."""
 PARAMS = FluidParams(
     time_model=IterationTimeModel(0.01, 0.0, 8e-5, 1e-4),
-    survival=survival_of(Lengths.point(500, 100)),
+    survival=Survival.of(Lengths.point(500, 100)),
     kv_limit_tokens=100_000,
     iteration_s=ITERATION_S,
     ttft_s=TTFT_S,
@@ -43,7 +43,7 @@ def queue_of(*requests):
 
 def first_token(fluid=PARAMS, *, backlog=0, room=FLOW_TOKENS):
     snapshot = Snapshot(
-        now_s=0.0, waiting={}, released=0, running=(), kv_used_tokens=0, kv_capacity_tokens=100_000,
+        now_s=0.0, waiting={}, released=0, running=NO_REQUESTS, kv_used_tokens=0, kv_capacity_tokens=100_000,
         prompt_backlog_tokens=backlog,
     )
     return FirstToken.of(fluid, snapshot, room)
@@ -53,7 +53,7 @@ def first_token(fluid=PARAMS, *, backlog=0, room=FLOW_TOKENS):
 def test_a_prompt_alone_on_an_idle_replica_is_in_time_whatever_the_token_budget(most_tokens):
     params, view = replace(PARAMS, iteration_s=None, ttft_s=0.3), queue_of({"prompt_tokens": 2500})
     idle = Snapshot(
-        now_s=0.0, waiting={}, released=0, running=(), kv_used_tokens=0, kv_capacity_tokens=100_000,
+        now_s=0.0, waiting={}, released=0, running=NO_REQUESTS, kv_used_tokens=0, kv_capacity_tokens=100_000,
         most_tokens=most_tokens,
     )
     assert not FirstToken.of(params, idle, math.inf).too_late(view, 0.0), "2 500 tokens take 0.21 to 0.25 s"
@@ -63,7 +63,8 @@ def test_a_prompt_alone_on_an_idle_replica_is_in_time_whatever_the_token_budget(
 def test_without_a_planned_time_the_prompts_under_way_count_as_what_they_are():
     params = replace(PARAMS, iteration_s=None, ttft_s=0.4)
     busy = Snapshot(
-        now_s=0.0, waiting={}, released=1, running=(), kv_used_tokens=0, kv_capacity_tokens=100_000, most_tokens=16_384,
+        now_s=0.0, waiting={}, released=1, running=NO_REQUESTS, kv_used_tokens=0,
+        kv_capacity_tokens=100_000, most_tokens=16_384,
     )
     view = queue_of({"prompt_tokens": 2500})
     assert not FirstToken.of(params, busy, math.inf).too_late(view, 0.0)

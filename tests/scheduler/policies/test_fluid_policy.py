@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
@@ -10,14 +10,14 @@ from scheduler.fluid_params import FluidParams
 from scheduler.messages import Iteration
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.workload import Lengths
-from scheduler.policies import UNKNOWN_TYPE, QueueView, Snapshot, Waiting, make_policy
+from scheduler.policies import UNKNOWN_TYPE, QueueView, RunningBatch, RunningRequest, Snapshot, Waiting, make_policy
+from scheduler.survival import Survival
 from scheduler.thresholds import Thresholds
-from scheduler.tuning.fluid_plan import survival_of
 
 TIME_MODEL = IterationTimeModel(0.004, 4e-7, 6e-5, 6e-5, 0.011)
 PARAMS = FluidParams(
     time_model=TIME_MODEL,
-    survival=survival_of(Lengths.point(500, 100)),
+    survival=Survival.of(Lengths.point(500, 100)),
     kv_limit_tokens=100_000,
     iteration_s=0.05,
     ttft_s=2.0,
@@ -26,16 +26,8 @@ PARAMS = FluidParams(
 )
 
 
-@dataclass
-class RunningRequest:
-    request_id: str
-    stage: int
-    kv_tokens: int
-    type_name: str = UNKNOWN_TYPE
-
-
 def crowd(count: int, stage: int = 50) -> list[RunningRequest]:
-    return [RunningRequest(f"r{number}", stage, 500 + stage) for number in range(count)]
+    return [RunningRequest(f"r{number}", stage=stage, kv_tokens=500 + stage) for number in range(count)]
 
 
 def snapshot(running=(), waiting=(), *, now_s=0.0, backlog=0):
@@ -44,7 +36,7 @@ def snapshot(running=(), waiting=(), *, now_s=0.0, backlog=0):
     view = aged and QueueView(len(heads), aged[0].since_s, lambda: iter(heads), lambda: iter(aged))
     views = {UNKNOWN_TYPE: view} if view else {}
     return Snapshot(
-        now_s=now_s, waiting=views, released=0, running=list(running), prompt_backlog_tokens=backlog,
+        now_s=now_s, waiting=views, released=0, running=RunningBatch(running), prompt_backlog_tokens=backlog,
         kv_used_tokens=sum(request.kv_tokens for request in running), kv_capacity_tokens=100_000, most_tokens=2048,
     )
 
@@ -171,7 +163,7 @@ def test_the_cap_holds_as_well():
     assert entering(decide(crowd(5), [(100, 0.0)] * 3, policy=policy)) == 1
 
 
-@pytest.mark.parametrize("bad", [{"survival": ((0, 1.0), (0, 0.5))}, {"kv_limit_tokens": 0}, {"iteration_s": 0.0}])
+@pytest.mark.parametrize("bad", [{"kv_limit_tokens": 0}, {"iteration_s": 0.0}])
 def test_a_pace_that_cannot_be_is_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         replace(PARAMS, **bad)

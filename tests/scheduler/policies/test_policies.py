@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.model.rotation import stage_limit
-from scheduler.policies import UNKNOWN_TYPE, Decision, QueueView, Snapshot, make_policy
+from scheduler.policies import UNKNOWN_TYPE, Decision, QueueView, RunningBatch, Snapshot, make_policy
 from scheduler.thresholds import SegmentThreshold, Thresholds, TypeThreshold
 
 STEP_S = 1 / 64  # exact in binary: no rounding in sums of steps
@@ -51,7 +51,8 @@ def snapshot(*, now_s=0.0, released=0, running=(), **waiting):
         if length:
             views[name] = QueueView(length, since_s)
     return Snapshot(
-        now_s=now_s, waiting=views, released=released, running=list(running), kv_used_tokens=0, kv_capacity_tokens=4096
+        now_s=now_s, waiting=views, released=released, running=RunningBatch(running), kv_used_tokens=0,
+        kv_capacity_tokens=4096,
     )
 
 
@@ -88,7 +89,7 @@ class TinyEngine:
             for type_name, queue in self.queues.items() if queue
         }
         return Snapshot(
-            now_s=self.now_s, waiting=waiting, released=0, running=list(self.running), kv_used_tokens=0,
+            now_s=self.now_s, waiting=waiting, released=0, running=RunningBatch(self.running), kv_used_tokens=0,
             kv_capacity_tokens=4096,
         )
 

@@ -5,14 +5,13 @@ import random
 from dataclasses import dataclass
 
 import pytest
-from engine_harness import Engine
 
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.workload import Lengths, RequestType, WorkloadMix
-from scheduler.policies import UNKNOWN_TYPE, QueueView, Snapshot, make_policy
+from scheduler.policies import UNKNOWN_TYPE, QueueView, RunningBatch, Snapshot, make_policy
 from scheduler.policies.wait_cp import token_gate
 from scheduler.thresholds import EngineLimits, InvalidThresholds, SegmentThreshold, Thresholds, parse_thresholds
-from scheduler.tuning.solve import tune, tune_by_cap
+from scheduler.tuning.solve import tune_by_cap, tune_counts
 
 STEP_S = 1 / 64
 TIME_MODEL = IterationTimeModel(d0_s=0.011, d1_s_per_kv_token=4e-7)
@@ -38,7 +37,7 @@ def thresholds(*ends_and_totals, **fields):
 def snapshot(running, waiting=0, *, now_s=0.0, since_s=0.0):
     views = {UNKNOWN_TYPE: QueueView(waiting, since_s)} if waiting else {}
     return Snapshot(
-        now_s=now_s, waiting=views, released=0, running=running, kv_used_tokens=0, kv_capacity_tokens=4096
+        now_s=now_s, waiting=views, released=0, running=RunningBatch(running), kv_used_tokens=0, kv_capacity_tokens=4096
     )
 
 
@@ -205,7 +204,7 @@ def test_parameters_follow_from_the_cap_as_in_the_experiments():
 @pytest.mark.parametrize(("cap", "budget"), [(21, 508), (None, None)])
 def test_the_controller_keeps_to_the_operators_cap_and_else_to_what_memory_holds(cap, budget):
     configured = Thresholds(policy="wait_cp", prefill_chunk_tokens=256, max_running=cap)
-    tuned = tune(configured, one_type(512, 20), TIME_MODEL, LIMITS, overflow_probability=0.01).thresholds
+    tuned, _ = tune_counts(configured, one_type(512, 20), TIME_MODEL, LIMITS, overflow_probability=0.01)
     tuned.check_fits(LIMITS)
     assert tuned.token_budget == budget, "a gate beyond the engine's own limit is none"
     assert tuned.max_running == (cap or tuned.segments[-1].total) and tuned.segments[-1].end_output_tokens == 20
@@ -217,50 +216,3 @@ def test_names_and_fields_as_they_are_typed():
     for fields in ({"prefill_chunk_tokens": 0}, {"wait_gate": "no"}, {"policy": "wait-c"}):
         with pytest.raises(InvalidThresholds, match=next(iter(fields))):
             parse_thresholds(fields)
-
-
-# On vLLM's scheduler.
-
-
-def test_a_prompt_is_computed_in_chunks_and_the_token_gate_bounds_an_iteration():
-    engine = Engine(thresholds={"policy": "wait_cp", "prefill_chunk_tokens": 256, "token_budget": 508})
-    for name in ("a", "b", "c"):
-        engine.add(name, prompt=600, output=3)
-    assert engine.step() == {"a": 256, "b": 252}
-    assert engine.step() == {"a": 256, "b": 252}
-    engine.run()
-    assert {request.num_output_tokens for request in engine.finished.values()} == {3}
-    assert max(sum(batch.values()) for batch in engine.batches) <= 508
-
-
-def test_a_chunk_set_live_holds_from_the_next_iteration_and_ends_with_its_thresholds():
-    engine = Engine()
-    engine.add("a", prompt=900, output=2)
-    assert engine.step() == {"a": 512}
-    assert engine.apply({"version": 1, "prefill_chunk_tokens": 100}).accepted
-    assert engine.step() == {"a": 100}
-    assert engine.apply({"version": 2}).accepted
-    assert engine.step() == {"a": 288}
-
-
-def test_the_engines_own_chunk_is_the_upper_bound():
-    engine = Engine(thresholds={"prefill_chunk_tokens": 300}, long_prefill_token_threshold=128)
-    engine.add("a", prompt=200, output=2)
-    assert engine.steps(2) == [{"a": 128}, {"a": 72}]
-
-
-def test_segment_caps_hold_on_the_engine():
-    engine = Engine(thresholds={
-        "policy": "wait_cp", "mode": "strict", "wait_gate": False, "max_running": 20,
-        "segments": [{"end_output_tokens": 4, "total": 8}, {"end_output_tokens": 12, "total": 3}],
-    }, settings={"allow_strict": True})
-    for place in range(40):
-        engine.add(f"r{place}", output=3 if place % 2 else 10)
-    for _ in range(500):
-        engine.step()
-        running = engine.scheduler.running
-        assert len(running) <= 20
-        stages = [one.num_output_tokens + one.num_output_placeholders for one in running if not one.is_prefill_chunk]
-        assert sum(stage > 4 for stage in stages) <= 3 and sum(stage < 4 for stage in stages) <= 8
-    engine.run()
-    assert len(engine.finished) == 40

@@ -10,11 +10,11 @@ import pytest
 
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.workload import Lengths, WorkloadMix
-from scheduler.policies import QueueView, Snapshot, Waiting, make_policy
+from scheduler.policies import NO_REQUESTS, QueueView, Snapshot, Waiting, make_policy
 from scheduler.thresholds import UNKNOWN_TYPE, EngineLimits, Thresholds, parse_thresholds, thresholds_as_dict
 from scheduler.tuning.fluid_plan import FluidPlan
 from scheduler.tuning.slo import Slo
-from scheduler.tuning.solve import tune
+from scheduler.tuning.solve import tune_fluid
 
 TIME_MODEL = IterationTimeModel(0.0034, 4.5e-7, 6.47e-5, 6.47e-5, 0.0112)
 LENGTHS = Lengths.from_pairs([(40, 30), (300, 100), (900, 200), (2500, 700)])
@@ -31,24 +31,17 @@ OVERLOAD_RPS = 100.0
 
 @cache
 def solved(names: tuple[str, ...], tight: bool, slots: int, budget: int, block: int, rate_rps: float) -> FluidPlan:
-    plan = tuned(names, tight, slots, budget, block, rate_rps)[1]
-    assert plan is not None
-    return plan
+    return tuned(names, tight, slots, budget, block, rate_rps)[1]
 
 
 def tuned(
     names: tuple[str, ...], tight: bool, slots: int, budget: int, block: int, rate_rps: float
-) -> tuple[Thresholds, FluidPlan | None]:
+) -> tuple[Thresholds, FluidPlan]:
     targets = Slo(**{name: (TIGHT if tight else LOOSE)[name] for name in names})
-    result = tune(
-        Thresholds(policy="fluid"),
-        WorkloadMix.from_lengths(LENGTHS, rate_rps),
-        TIME_MODEL,
-        limits(slots, budget, block),
-        overflow_probability=0.01,
-        targets=targets,
+    return tune_fluid(
+        Thresholds(policy="fluid"), WorkloadMix.from_lengths(LENGTHS, rate_rps), TIME_MODEL,
+        limits(slots, budget, block), targets, miss_probability=0.01,
     )
-    return result.thresholds, result.plan
 
 
 def limits(slots: int, budget: int, block: int) -> EngineLimits:
@@ -85,8 +78,8 @@ def admits_one_alone(thresholds: Thresholds, slots: int, budget: int) -> bool:
     waiting = [Waiting(longest, 0.0, "alone")]
     view = QueueView(1, 0.0, lambda: iter(waiting), lambda: iter(waiting), lambda: iter(waiting), longest)
     decision = make_policy(thresholds).decide(Snapshot(
-        now_s=0.0, waiting={UNKNOWN_TYPE: view}, released=0, running=(), kv_used_tokens=0, kv_capacity_tokens=KV_TOKENS,
-        kv_read_tokens=0, slots=slots, most_tokens=budget,
+        now_s=0.0, waiting={UNKNOWN_TYPE: view}, released=0, running=NO_REQUESTS, kv_used_tokens=0,
+        kv_capacity_tokens=KV_TOKENS, kv_read_tokens=0, slots=slots, most_tokens=budget,
     ))
     budgeted = decision.token_budget is None or decision.token_budget >= 1
     return decision.admit == {UNKNOWN_TYPE: 1} and not decision.reject and not decision.reject_last and budgeted

@@ -13,11 +13,11 @@ from scheduler.estimation.iteration_time_error import IterationTimeError
 from scheduler.model.fluid import PrefixReuse, solve_fluid
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.workload import Lengths, RequestType, WorkloadMix
-from scheduler.policies import Snapshot, make_policy
+from scheduler.policies import NO_REQUESTS, Snapshot, make_policy
 from scheduler.thresholds import EngineLimits, Thresholds
-from scheduler.tuning.fluid_plan import solve_fluid_params, survival_of
+from scheduler.tuning.fluid_plan import solve_fluid_params
 from scheduler.tuning.slo import Slo, UnreachableTarget, require_reachable
-from scheduler.tuning.solve import cold_thresholds, tune
+from scheduler.tuning.solve import cold_thresholds, tune_fluid
 
 TIME_MODEL = IterationTimeModel(0.0034, 4.5e-7, 6.47e-5, 6.47e-5, 0.0112)
 LIMITS = EngineLimits(
@@ -63,7 +63,7 @@ def test_a_law_may_leave_any_of_its_terms_out(present, floor_alone, rate_rps, ta
         Thresholds(policy="fluid"), time_model, LIMITS, Slo(ttft_s, tpot_s, latency_s), overflow_probability=0.01
     )
     make_policy(cold).decide(
-        Snapshot(now_s=0.0, waiting={}, released=0, running=(), kv_used_tokens=0, kv_capacity_tokens=137_000)
+        Snapshot(now_s=0.0, waiting={}, released=0, running=NO_REQUESTS, kv_used_tokens=0, kv_capacity_tokens=137_000)
     )
 
 
@@ -103,12 +103,12 @@ def test_the_floor_binds_long_answers():
 def test_a_target_that_one_request_alone_misses_promises_nothing_and_says_so():
     for policy_targets in (Slo(tpot_s=0.008), Slo(tpot_s=0.008, ttft_s=2.0)):
         mix = WorkloadMix((RequestType("unknown", 1.0, Lengths.point(512, 20)),))
-        tuned = tune(
-            Thresholds(policy="fluid"), mix, TIME_MODEL, LIMITS, overflow_probability=0.01, targets=policy_targets
+        thresholds, plan = tune_fluid(
+            Thresholds(policy="fluid"), mix, TIME_MODEL, LIMITS, policy_targets, miss_probability=0.01
         )
-        assert tuned.plan.goodput_rps == 0 and tuned.plan.bottleneck == "TPOT target"
-        assert "TPOT target of 8 ms cannot be met: one request alone takes 11.4 ms" in tuned.thresholds.reason
-        assert tuned.thresholds.fluid.iteration_s >= TIME_MODEL.floor_s, "the engine still serves"
+        assert plan.goodput_rps == 0 and plan.bottleneck == "TPOT target"
+        assert "TPOT target of 8 ms cannot be met: one request alone takes 11.4 ms" in thresholds.reason
+        assert thresholds.fluid.iteration_s >= TIME_MODEL.floor_s, "the engine still serves"
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_tighter_target_serves_less():
 def test_the_law_s_own_error_is_kept_free():
     mix = WorkloadMix.from_lengths(CONVERSATION, 1.0)
     sure, unsure = (
-        solve_fluid_params(mix, TIME_MODEL, LIMITS, Slo(tpot_s=0.08), fluctuation=IterationTimeError(std=std))
+        solve_fluid_params(mix, TIME_MODEL, LIMITS, Slo(tpot_s=0.08), error=IterationTimeError(std=std))
         for std in (0.0, 0.5)
     )
     assert sure.fluid.iteration_s == pytest.approx(0.08, rel=0.003)
@@ -263,8 +263,3 @@ def test_what_delivery_takes_is_taken_from_the_time_for_the_first_token_and_from
         assert late.first_token_within_s == pytest.approx(plain.first_token_within_s - 0.5)
     assert (late.ttft_s, late.tpot_s, late.latency_s) == (targets.ttft_s, targets.tpot_s, targets.latency_s)
     assert late.iteration_s == plain.iteration_s
-
-
-def test_survival_holds_at_every_length_of_few():
-    points = dict(survival_of(Lengths.from_pairs([(1, 5), (1, 5), (1, 9), (1, 20)])))
-    assert points == {0: 1.0, 4: 1.0, 5: 0.5, 8: 0.5, 9: 0.25, 19: 0.25, 20: 0.0}

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_engine import LIMITS, PAPER, SyntheticEngine
 
-from cluster.config import TuningConfig
 from scheduler.fluid_params import FluidParams
 from scheduler.messages import Apply, Delivered
 from scheduler.model.fluid import solve_fluid
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.wait_thresholds import WaitSolution, running_cap, wait_thresholds
 from scheduler.model.workload import Lengths, RequestType, WorkloadMix
+from scheduler.survival import Survival
 from scheduler.thresholds import (
     EngineLimits,
     SegmentThreshold,
@@ -26,16 +26,18 @@ from scheduler.thresholds import (
     parse_thresholds,
     thresholds_as_dict,
 )
-from scheduler.tuning.replica_model import FLUID_TOLERANCES, Proposal, ReplicaModel, materially_different
+from scheduler.tuning.difference import FLUID_TOLERANCES, materially_different
+from scheduler.tuning.replica_model import Proposal, ReplicaModel
+from scheduler.tuning.settings import TuningSettings
 from scheduler.tuning.slo import Slo
 from scheduler.tuning.solve import MOST_TYPES
 
-CONFIG = TuningConfig(profile="a100-llama2-7b-paper", min_finished=20, window_s=60.0, validity_s=120.0)
+SETTINGS = TuningSettings(min_finished=20, window_s=60.0, validity_s=120.0)
 WAIT, NESTED = Thresholds(policy="wait"), Thresholds(policy="nested_wait")
 
 
 def model_of(configured: Thresholds = NESTED, **changes: Any) -> ReplicaModel:
-    return ReplicaModel(CONFIG.model_copy(update=changes), PAPER, configured)
+    return ReplicaModel(replace(SETTINGS, **changes), PAPER, configured)
 
 
 def proposal_for(
@@ -188,7 +190,7 @@ def test_too_little_data_keeps_the_configured_thresholds_and_says_how_much_is_mi
 def test_the_proposal_says_how_long_it_holds_and_leaves_the_version_to_the_controller() -> None:
     configured = replace(NESTED, max_hold_s=0.5, token_budget=1000)
     thresholds = proposal_for(SyntheticEngine(configured), configured, [(58, 147)], every_s=0.125).thresholds
-    assert thresholds.valid_for_s == CONFIG.validity_s
+    assert thresholds.valid_for_s == SETTINGS.validity_s
     assert thresholds.version == configured.version
     assert not thresholds.pinned
     assert (thresholds.policy, thresholds.max_hold_s, thresholds.token_budget) == ("nested_wait", 0.5, 1000)
@@ -279,7 +281,7 @@ def test_outputs_longer_than_a_hundred_thousand_tokens_do_not_stop_tuning() -> N
     limits = replace(LIMITS, kv_capacity_tokens=10_000_000, max_model_len=1_000_000)
     engine = SyntheticEngine(limits=limits)
     engine.traffic([(50, 200), (50, 120_000)], every_s=2.0, seconds=60)
-    model = ReplicaModel(CONFIG, IterationTimeModel(d0_s=1e-3, d1_s_per_kv_token=1e-11), NESTED)
+    model = ReplicaModel(SETTINGS, IterationTimeModel(d0_s=1e-3, d1_s_per_kv_token=1e-11), NESTED)
     model.observe(engine.report())
     proposal = model.propose()
     assert proposal.equilibrium is not None
@@ -288,7 +290,7 @@ def test_outputs_longer_than_a_hundred_thousand_tokens_do_not_stop_tuning() -> N
 
 
 def test_fcfs_gets_a_cap_and_no_gates() -> None:
-    thresholds = proposal_for(SyntheticEngine(), Thresholds(), [(58, 147)], every_s=0.125).thresholds
+    thresholds = proposal_for(SyntheticEngine(), Thresholds(policy="fcfs"), [(58, 147)], every_s=0.125).thresholds
     assert (thresholds.policy, thresholds.types, thresholds.segments) == ("fcfs", (), ())
     assert thresholds.max_running == min(LIMITS.max_num_seqs, running_cap(
         WorkloadMix.from_lengths(Lengths.point(58, 147), 8.0), LIMITS.kv_capacity_tokens
@@ -411,7 +413,7 @@ def test_only_changes_beyond_noise_are_material(proposed: Thresholds, active: Th
 
 
 PARAMS = FluidParams(
-    time_model=IterationTimeModel(0.004, 4e-7, 6e-5, 6e-5, 0.011), survival=((0, 1.0), (99, 1.0), (100, 0.0)),
+    time_model=IterationTimeModel(0.004, 4e-7, 6e-5, 6e-5, 0.011), survival=Survival(((0, 1.0), (99, 1.0), (100, 0.0))),
     kv_limit_tokens=100_000, iteration_s=0.05, ttft_s=2.0, queue_limit=20, prompt_flow_tokens=200.0,
 )
 
@@ -424,8 +426,8 @@ PARAMS = FluidParams(
         ({"prompt_flow_tokens": 219.0}, False), ({"prompt_flow_tokens": 221.0}, True),
         ({"time_model": replace(PARAMS.time_model, d1_s_per_kv_token=4.2e-7)}, False),
         ({"time_model": replace(PARAMS.time_model, d1_s_per_kv_token=5e-7)}, True),
-        ({"survival": ((0, 1.0), (50, 0.96), (99, 0.96), (100, 0.0))}, False),
-        ({"survival": ((0, 1.0), (50, 0.9), (99, 0.9), (100, 0.0))}, True),
+        ({"survival": Survival(((0, 1.0), (50, 0.96), (99, 0.96), (100, 0.0)))}, False),
+        ({"survival": Survival(((0, 1.0), (50, 0.9), (99, 0.9), (100, 0.0)))}, True),
         ({"ttft_s": 2.5}, True), ({"kv_limit_tokens": 99_000}, True),
     ],
 )
@@ -452,7 +454,8 @@ def test_rates_that_move_within_a_period_count_with_their_worst_window() -> None
 
 
 CHANGED: dict[str, Any] = {
-    "time_model": replace(PARAMS.time_model, d2_s_per_prefill_token=2e-4), "survival": ((0, 1.0), (50, 1.0), (51, 0.0)),
+    "time_model": replace(PARAMS.time_model, d2_s_per_prefill_token=2e-4),
+    "survival": Survival(((0, 1.0), (50, 1.0), (51, 0.0))),
     "kv_limit_tokens": 99_984, "block_tokens": 32, "overflow_z": 1.64, "miss_probability": 0.05, "iteration_s": 0.054,
     "tpot_s": 0.06, "ttft_s": 2.1, "latency_s": 30.0, "first_token_within_s": 1.5, "queue_limit": 23,
     "prompt_flow_tokens": 230.0, "capacity_rps": 2.0, "steady_s": 0.03, "variability": 1.2, "tokens_per_step": 1.2,

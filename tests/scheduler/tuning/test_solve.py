@@ -18,7 +18,7 @@ from scheduler.thresholds import (
     thresholds_as_dict,
 )
 from scheduler.tuning.slo import Slo
-from scheduler.tuning.solve import MOST_TYPES, cold_thresholds, mix_by_length, tune, tune_by_cap
+from scheduler.tuning.solve import MOST_TYPES, cold_thresholds, mix_by_length, tune_by_cap, tune_counts
 
 TIME_MODEL = IterationTimeModel(d0_s=0.0112, d1_s_per_kv_token=4.24e-7)
 LIMITS = EngineLimits(
@@ -35,30 +35,34 @@ def declared(*pairs, rate_rps=10.0, longest=4096):
     return mix_by_length(list(pairs), 0, None, rate_rps=rate_rps, longest=longest)
 
 
-def tuned(policy, mix, limits=LIMITS, overflow_probability=0.01, **configured):
-    return tune(
+def solved(policy, mix, limits=LIMITS, overflow_probability=0.01, **configured):
+    return tune_counts(
         Thresholds(policy=policy, **configured), mix, TIME_MODEL, limits, overflow_probability=overflow_probability
     )
 
 
-# tune
+def tuned(*args, **fields):
+    return solved(*args, **fields)[0]
+
+
+# tune_counts
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "wait", "nested_wait"])
 def test_the_cap_is_what_memory_holds_whatever_the_policy(policy):
     mix = undeclared((58, 147), (500, 300))
-    result = tuned(policy, mix)
+    thresholds, equilibrium = solved(policy, mix)
     cap = running_cap(mix, LIMITS.kv_capacity_tokens, overflow_probability=0.01)
     assert 1 < cap < LIMITS.slots
-    assert result.thresholds.max_running == cap
-    assert f"cap {cap} from memory" in result.thresholds.reason
-    assert result.equilibrium == solve_fluid(mix, TIME_MODEL, LIMITS.kv_capacity_tokens)
+    assert thresholds.max_running == cap
+    assert f"cap {cap} from memory" in thresholds.reason
+    assert equilibrium == solve_fluid(mix, TIME_MODEL, LIMITS.kv_capacity_tokens)
 
 
 def test_less_risk_of_overflow_means_a_lower_cap():
     mix = undeclared((58, 147), (500, 300))
     caps = [
-        tuned("fcfs", mix, overflow_probability=probability).thresholds.max_running
+        tuned("fcfs", mix, overflow_probability=probability).max_running
         for probability in (0.2, 0.01, 1e-6)
     ]
     assert caps == sorted(caps, reverse=True)
@@ -69,12 +73,12 @@ def test_less_risk_of_overflow_means_a_lower_cap():
     ("limits", "cap"), [(replace(LIMITS, max_num_seqs=7), 7), (replace(LIMITS, kv_capacity_tokens=64), 1)]
 )
 def test_the_cap_is_at_least_one_and_at_most_the_engine_s_seats(limits, cap):
-    assert tuned("fcfs", undeclared((58, 147)), limits).thresholds.max_running == cap
+    assert tuned("fcfs", undeclared((58, 147)), limits).max_running == cap
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "wait", "nested_wait"])
 def test_what_the_operator_configured_otherwise_is_kept(policy):
-    result = tuned(policy, declared((58, 147)), max_hold_s=0.75, token_budget=700, mode="strict").thresholds
+    result = tuned(policy, declared((58, 147)), max_hold_s=0.75, token_budget=700, mode="strict")
     assert (result.policy, result.max_hold_s, result.token_budget, result.mode) == (policy, 0.75, 700, "strict")
 
 
@@ -83,14 +87,14 @@ def test_old_counts_give_way_to_solved_ones():
         "types": (TypeThreshold(name="old", n=3),), "segments": (SegmentThreshold(end_output_tokens=5, total=3),),
         "max_running": 3,
     }
-    result = tuned("fcfs", undeclared((58, 147)), **configured).thresholds
+    result = tuned("fcfs", undeclared((58, 147)), **configured)
     assert (result.types, result.segments) == ((), ())
     assert result.max_running > 3
 
 
 def test_declared_lengths_get_types_and_the_last_one_takes_all_that_is_longer():
     roomy = replace(LIMITS, kv_capacity_tokens=2_000_000)
-    result = tuned("wait", declared((100, 50), (58, 147), (58, 147), rate_rps=120.0), roomy).thresholds
+    result = tuned("wait", declared((100, 50), (58, 147), (58, 147), rate_rps=120.0), roomy)
     assert [(t.name, t.max_output_tokens, t.max_prompt_tokens) for t in result.types] == [
         ("output<=50", 50, None), ("output<=147", None, None)
     ]
@@ -103,7 +107,7 @@ def test_declared_lengths_get_types_and_the_last_one_takes_all_that_is_longer():
 def test_undeclared_lengths_get_segments():
     outputs = [20, 40, 80, 160]
     roomy = replace(LIMITS, kv_capacity_tokens=2_000_000)
-    result = tuned("nested_wait", undeclared(*[(50, n) for n in outputs], rate_rps=150.0), roomy).thresholds
+    result = tuned("nested_wait", undeclared(*[(50, n) for n in outputs], rate_rps=150.0), roomy)
     ends, totals = zip(*((s.end_output_tokens, s.total) for s in result.segments), strict=True)
     assert 1 < len(ends) <= 4
     assert set(ends) <= set(outputs), "where lengths are few they are the boundaries"
@@ -118,8 +122,8 @@ def test_undeclared_lengths_get_segments():
 def test_counts_never_exceed_the_cap():
     limits = replace(LIMITS, max_num_seqs=3)
     mix = declared((10, 20), (10, 40), rate_rps=1000.0)
-    assert min(t.n for t in tuned("wait", mix).thresholds.types) > 3
-    result = tuned("wait", mix, limits).thresholds
+    assert min(t.n for t in tuned("wait", mix).types) > 3
+    result = tuned("wait", mix, limits)
     assert [t.n for t in result.types] == [3, 3]
     result.check_fits(limits)
 
@@ -129,20 +133,20 @@ def test_a_rate_that_memory_cannot_carry_opens_the_gates_and_says_so():
         ("wait", declared((58, 147), (100, 50), rate_rps=200.0), "WAIT is infeasible"),
         ("nested_wait", undeclared((58, 147), (100, 50), rate_rps=200.0), "Nested WAIT is infeasible"),
     ):
-        result = tuned(policy, mix, SMALL)
-        assert not result.equilibrium.fits_memory
-        assert [t.n for t in result.thresholds.types] == [None] * (2 if policy == "wait" else 0)
-        assert result.thresholds.segments == ()
-        assert f"{words} (" in result.thresholds.reason
-        assert "the gates stay open" in result.thresholds.reason
-        assert "200.00 requests/s, load " in result.thresholds.reason
-        assert 1 <= result.thresholds.max_running <= 6000 // 100
+        result, equilibrium = solved(policy, mix, SMALL)
+        assert not equilibrium.fits_memory
+        assert [t.n for t in result.types] == [None] * (2 if policy == "wait" else 0)
+        assert result.segments == ()
+        assert f"{words} (" in result.reason
+        assert "the gates stay open" in result.reason
+        assert "200.00 requests/s, load " in result.reason
+        assert 1 <= result.max_running <= 6000 // 100
 
 
 def test_the_result_fits_the_engine_and_travels_as_json():
     for policy in ("fcfs", "wait", "nested_wait"):
         for limits in (LIMITS, SMALL):
-            result = tuned(policy, declared((58, 147), (100, 50)), limits).thresholds
+            result = tuned(policy, declared((58, 147), (100, 50)), limits)
             result.check_fits(limits)
             assert parse_thresholds(thresholds_as_dict(result)) == result
 
@@ -182,7 +186,7 @@ def test_undeclared_requests_count_with_the_lengths_of_finished_ones():
     mix = mix_by_length([(10, 5)], 3, finished, rate_rps=8.0, longest=4096)
     assert [(t.name, t.rate_rps) for t in mix.types] == [("output<=5", 2.0), (UNKNOWN_TYPE, 6.0)]
     assert mix.types[1].lengths == finished
-    result = tuned("wait", mix).thresholds
+    result = tuned("wait", mix)
     assert [t.name for t in result.types] == ["output<=5"]
     assert result.types[0].max_output_tokens is None
     assert result.segments[-1].end_output_tokens >= 80
@@ -207,7 +211,7 @@ def test_types_of_a_mix_keep_their_order_beside_the_unknown():
         RequestType("output<=50", 1.0, Lengths.point(10, 50)), RequestType(UNKNOWN_TYPE, 1.0, Lengths.point(10, 90)),
         RequestType("output<=99", 1.0, Lengths.point(10, 99)),
     ))
-    types = tuned("wait", mix).thresholds.types
+    types = tuned("wait", mix).types
     assert [(t.name, t.max_output_tokens) for t in types] == [("output<=50", 50), ("output<=99", None)]
 
 

@@ -166,3 +166,15 @@ def test_the_mooncake_trace_is_read_whole():
     assert len(rows) == 12_031
     assert not any(isinstance(row, BadRow) for row in rows)
     assert all(sum(piece.tokens for piece in row.pieces) == row.prompt_tokens for row in rows)
+
+
+@pytest.mark.parametrize("policy", ["vllm", "fluid"])
+def test_later_turns_find_their_history_in_the_cache(policy):
+    options = {
+        "lengths": "sessions:turns=4,system=320,first=64,turn=64,output=32,think=5", "rate_rps": 2.0, "requests": 120,
+        "policy": policy, "slo_ttft_s": 3.0, "slo_tpot_s": 0.08,
+    }
+    cached = simulate(simulation_config(options))
+    # Of prompts of 384, 480, 576 and 672 tokens all but the last user's turn is there, but for the answer's last block.
+    assert 0.8 < cached["prefix_hit_fraction"] < 0.88
+    assert simulate(simulation_config(options | {"prefix_caching": False}))["prefix_hit_fraction"] == 0

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from simulator.config import SimulationError, simulation_config
-from simulator.engine.slowdown import Slowdown, parse_slowdown
 from simulator.output.run_files import read_run
 from simulator.run import simulate
+from simulator.scenario.slowdown import Slowdown, parse_slowdown
 
 OPTIONS = {"lengths": "p40d12", "rate_rps": 30.0, "requests": 300, "policy": "fcfs"}
 

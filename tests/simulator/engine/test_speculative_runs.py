@@ -11,9 +11,9 @@ from scheduler.model.steps import Steps
 from scheduler.tuning.fluid_plan import solve_fluid_params
 from simulator.config import SimulationError, simulation_config
 from simulator.engine.fleet import limits_of
-from simulator.engine.speculation import Speculation
 from simulator.output.run_files import read_run
 from simulator.run import simulate
+from simulator.scenario.speculation import Speculation
 from simulator.workload.requests import open_workload
 
 SMALL = {

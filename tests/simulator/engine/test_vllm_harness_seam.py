@@ -4,12 +4,17 @@ import inspect
 from dataclasses import fields
 
 import pytest
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
 
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS
 from scheduler.vllm_scheduler import HeadraceScheduler
@@ -76,6 +81,25 @@ def test_scheduler_constructor_takes_what_we_pass():
     assert given <= set(parameters)
     required = {name for name, p in parameters.items() if p.default is p.empty and name != "self"}
     assert required <= given
+
+
+def test_an_engine_s_parts_are_made_of_what_we_pass():
+    arguments = {
+        "model", "skip_tokenizer_init", "max_model_len", "block_size", "enforce_eager", "dtype",
+        "num_gpu_blocks_override", "additional_config", "enable_prefix_caching", "async_scheduling",
+    }
+    assert arguments <= {field.name for field in fields(EngineArgs)}
+    assert {"block_size", "num_kv_heads", "head_size", "dtype"} <= set(inspect.signature(FullAttentionSpec).parameters)
+    made = {"num_blocks", "kv_cache_tensors", "kv_cache_groups"}
+    assert made <= set(inspect.signature(KVCacheConfig).parameters)
+    assert list(inspect.signature(KVCacheGroupSpec).parameters)[:2] == ["layer_names", "kv_cache_spec"]
+    assert list(inspect.signature(StructuredOutputManager).parameters) == ["vllm_config"]
+
+
+def test_blocks_are_hashed_with_the_functions_we_call():
+    assert list(inspect.signature(get_request_block_hasher).parameters)[:2] == ["hash_block_size", "caching_hash_fn"]
+    assert len(inspect.signature(init_none_hash).parameters) == 1
+    assert callable(get_hash_fn_by_name("sha256"))
 
 
 @pytest.mark.parametrize("scheduler_cls", [Scheduler, AsyncScheduler, HeadraceScheduler, VllmV0Scheduler])

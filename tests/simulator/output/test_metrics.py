@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.tuning.slo import Slo
-from simulator.output.metrics import good_requests, rejected_requests, request_delays_s, summarise
+from simulator.output.metrics import (
+    Delays,
+    delays_of,
+    good_requests,
+    meets,
+    rejected_requests,
+    request_delays_s,
+    summarise,
+)
 from simulator.output.run_files import REQUEST_SCHEMA, RequestRow, RunWriter
 
 modest = settings(derandomize=True, deadline=None, max_examples=80)
@@ -210,3 +218,28 @@ def test_the_order_of_rows_does_not_matter(rows, order):
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert second[name] == (None if value is None else pytest.approx(value, rel=1e-9)), name
+
+
+def test_one_request_is_measured_as_many_are():
+    assert delays_of(1.0, 3.0, 11.0, 5) == Delays(10.0, 2.0, 2.0)
+    assert math.isnan(delays_of(1.0, 3.0, 3.0, 1).tpot_s)
+    many = delays_of(np.array([1.0, 1.0]), np.array([3.0, 3.0]), np.array([11.0, 3.0]), np.array([5, 1]))
+    assert (many.latency_s.tolist(), many.ttft_s.tolist(), many.tpot_s[0]) == ([10.0, 2.0], [2.0, 2.0], 2.0)
+    assert math.isnan(many.tpot_s[1])
+
+
+@pytest.mark.parametrize(
+    ("slo", "good"),
+    [
+        (Slo(), [True, True]),
+        (Slo(latency_s=10.0), [True, True]), (Slo(latency_s=9.9), [False, True]),
+        (Slo(ttft_s=2.0), [True, True]), (Slo(ttft_s=1.9), [False, False]),
+        (Slo(tpot_s=2.0), [True, True]), (Slo(tpot_s=1.9), [False, True]),
+    ],
+    ids=str,
+)
+def test_a_good_request_is_within_every_target_and_one_token_has_no_time_per_token(slo, good):
+    one, other = delays_of(1.0, 3.0, 11.0, 5), delays_of(1.0, 3.0, 3.0, 1)
+    assert [bool(meets(one, slo)), bool(meets(other, slo))] == good
+    both = Delays(*(np.array(pair) for pair in zip(one, other, strict=True)))
+    assert meets(both, slo).tolist() == good

@@ -95,6 +95,7 @@ def test_table_has_a_row_a_run(report_of_sweep):
     assert all(len(row) == 16 for row in rows)
 
 
+@pytest.mark.slow
 def test_equal_runs_give_equal_bytes(sweep_folder, report_of_sweep, tmp_path):
     again = make_report([sweep_folder], tmp_path)
     assert again.read_bytes() == report_of_sweep.read_bytes()
@@ -204,6 +205,7 @@ def test_ecdf_is_the_share_at_or_below():
     assert np.allclose(values, share, atol=0.01) and share[-1] == 1.0
 
 
+@pytest.mark.slow
 def test_long_runs_give_small_files(tmp_path):
     written = make_report([write_run(tmp_path / "run", n=20_000)], tmp_path / "out")
     sizes = {path.name: path.stat().st_size for path in (written.parent / "figures").iterdir()}

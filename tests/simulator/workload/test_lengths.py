@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.model.workload import Lengths, read_trace
-from simulator.workload.lengths import lmsys_lengths, parse_lengths
+from scheduler.model.workload import Lengths
+from simulator.workload.lengths import lmsys_lengths, parse_lengths, trace_lengths
 
 LMSYS_TRACE = Path(__file__).parents[3].parent / "shared/data/traces/lmsys_lengths.csv"
 
@@ -130,7 +130,7 @@ def test_lmsys_draws_follow_its_distribution():
 @pytest.mark.skipif(not LMSYS_TRACE.exists(), reason="the shared trace folder is not here")
 def test_lmsys_is_like_the_trace():
     """The trace ends prompts at 199 tokens, so prompts are compared below 200."""
-    trace, generated = read_trace(LMSYS_TRACE).lengths, lmsys_lengths()
+    trace, generated = trace_lengths(str(LMSYS_TRACE)), lmsys_lengths()
     assert generated.mean_output_tokens == pytest.approx(trace.mean_output_tokens, rel=0.02)
     assert generated.output_quantile(0.5) == pytest.approx(trace.output_quantile(0.5), abs=1)
     short = Lengths(

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from simulator.config import simulation_config
-from simulator.run import simulate
 from simulator.workload.prompts import answer_token_id, prompt_token_ids
 from simulator.workload.requests import WorkloadConfig, open_workload
 from simulator.workload.sessions import Limits, SessionSpec, parse_sessions
@@ -100,15 +98,3 @@ def test_another_rate_leaves_the_sessions_as_they_are():
 def test_a_mistake_is_named(text, said):
     with pytest.raises(ValidationError, match=said):
         WorkloadConfig(lengths=text, rate_rps=1.0, requests=1)
-
-
-@pytest.mark.parametrize("policy", ["vllm", "fluid"])
-def test_later_turns_find_their_history_in_the_cache(policy):
-    options = {
-        "lengths": "sessions:turns=4,system=320,first=64,turn=64,output=32,think=5", "rate_rps": 2.0, "requests": 120,
-        "policy": policy, "slo_ttft_s": 3.0, "slo_tpot_s": 0.08,
-    }
-    cached = simulate(simulation_config(options))
-    # Of prompts of 384, 480, 576 and 672 tokens all but the last user's turn is there, but for the answer's last block.
-    assert 0.8 < cached["prefix_hit_fraction"] < 0.88
-    assert simulate(simulation_config(options | {"prefix_caching": False}))["prefix_hit_fraction"] == 0

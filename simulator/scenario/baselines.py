@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from simulator.engine.admission_baselines import AdmissionRule, dynamo_busy, llm_d_utilisation, queued_tokens
+from simulator.scenario.admission_baselines import AdmissionRule, dynamo_busy, llm_d_utilisation, queued_tokens
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler

@@ -28,9 +28,8 @@ AdmissionRule = Callable[[Load], bool]
 
 def queued_tokens(load: Load) -> bool:
     """vLLM's max_num_queued_tokens, set as documented: target TTFT times prefill throughput (needs a TTFT target)."""
-    if load.ttft_s is None or load.time_model.d2_s_per_prefill_token == 0:
-        return True
-    return load.prefill_tokens < load.ttft_s / load.time_model.d2_s_per_prefill_token
+    token_s = load.time_model.added_s(prefill_tokens=1.0)
+    return load.ttft_s is None or token_s == 0 or load.prefill_tokens < load.ttft_s / token_s
 
 
 def llm_d_utilisation(load: Load) -> bool:

@@ -1,0 +1,57 @@
+"""The `headrace` command: the command lines of the packages put together, and how an error ends it.
+
+Exit code 0: done; 1: failed; 2: asked wrongly. A package's command line imports what a command needs when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version as installed_version
+from typing import Annotated
+
+import typer
+
+from cluster.cli import app as cluster_app
+from cluster.cli import fail, out
+from loadgen.cli import app as loadgen_app
+from scheduler.config_errors import CommandFailed, UsageError
+from simulator.cli import app as simulator_app
+
+app = typer.Typer(help="Serve language models on Ray with fluid-guided thresholds.", no_args_is_help=True)
+for part in (cluster_app, simulator_app, loadgen_app):
+    app.add_typer(part)
+
+EXTRA_WITH = {"pyarrow": "sim", "matplotlib": "report"}
+"""The extra of this package that installs a module which serving does not need."""
+
+
+def main() -> None:
+    """Entry point: turns expected errors into one clear line and an exit code."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vllm is imported
+    try:
+        app()
+    except UsageError as error:
+        fail(error, 2)
+    except CommandFailed as error:
+        fail(error, 1)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRA_WITH:
+            raise
+        install = f"pip install 'headrace[{EXTRA_WITH[missing]}]'"
+        fail(CommandFailed(f"this command needs {missing}, which is not installed: {install}"), 1)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"headrace {installed_version('headrace')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass

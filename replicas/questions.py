@@ -1,0 +1,66 @@
+"""What the ingress and the controller ask of an engine, through its replica.
+
+JSON goes to the replica's actor and comes back (`scheduler.wire`), so that no class of ours is pickled between
+processes that may run different releases.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import TypeVar
+
+from replicas.actor_calls import ReplicaUnavailable, call_replica
+from replicas.ranks import EngineAddress
+from scheduler.messages import Ack, Stats, Telemetry
+from scheduler.thresholds import Thresholds
+from scheduler.wire import QuestionFailed, UnreadableMessage, offer_of, read_answer
+
+_Answer = TypeVar("_Answer", Stats, Telemetry)
+_Result = TypeVar("_Result")
+Unanswered = ReplicaUnavailable | UnreadableMessage
+"""What stands in the place of an answer that did not come, or cannot be read."""
+
+
+async def ask_telemetry(engine: EngineAddress, cursor: int | None) -> Telemetry:
+    """An engine's telemetry with the records after `cursor` (None: without records).
+
+    Raises:
+        ReplicaUnavailable: the replica or its engine does not answer.
+        UnreadableMessage: it answers in another schema version, or what cannot be read.
+    """
+    answer = await call_replica(engine.actor_name, "telemetry", rank=engine.rank, cursor=cursor)
+    return _read(engine, answer, Telemetry)
+
+
+async def ask_stats(engine: EngineAddress) -> Stats:
+    """An engine's few numbers for routing and readiness; raises as `ask_telemetry`."""
+    return _read(engine, await call_replica(engine.actor_name, "stats", rank=engine.rank), Stats)
+
+
+async def offer_thresholds(engine: EngineAddress, thresholds: Thresholds, *, automatic: bool) -> Ack:
+    """Offer thresholds to an engine; raises as `ask_telemetry`, but that a silent engine is an Ack too."""
+    offer = offer_of(thresholds, automatic=automatic)
+    return read_answer(await call_replica(engine.actor_name, "apply_thresholds", rank=engine.rank, offer=offer), Ack)
+
+
+async def ask_all(
+    engines: Mapping[str, EngineAddress], ask: Callable[[EngineAddress], Awaitable[_Result]]
+) -> dict[str, _Result | Unanswered]:
+    """Ask every engine at once; one that does not answer has the reason in the place of its answer."""
+    return dict(zip(engines, await asyncio.gather(*map(partial(_or_reason, ask), engines.values())), strict=True))
+
+
+async def _or_reason(ask: Callable[[EngineAddress], Awaitable[_Result]], engine: EngineAddress) -> _Result | Unanswered:
+    try:
+        return await ask(engine)
+    except (ReplicaUnavailable, UnreadableMessage) as error:
+        return error
+
+
+def _read(engine: EngineAddress, answer: bytes, kind: type[_Answer]) -> _Answer:
+    try:
+        return read_answer(answer, kind)
+    except QuestionFailed as error:
+        raise ReplicaUnavailable(f"the engine of rank {engine.rank} at {engine.actor_name}: {error}") from error

@@ -1,0 +1,151 @@
+"""The JSON in which messages travel between engine, replica, ingress and controller; parsed at the two ends only.
+
+    question  {"schema": 1, "apply": {thresholds}, "automatic": true}
+              {"schema": 1, "report": cursor}        {"schema": 1, "stats": true}
+    answer    {"schema": 1, …}: the fields of `Ack`, `Telemetry` or `Stats`; a question that failed is answered by `Ack`
+
+Processes of two versions meet while a deployment is upgraded. Within one schema version answers may gain keys: a reader
+ignores those that it does not know. Thresholds are a command: a key that is not known is rejected. `SCHEMA` goes up
+when a key is renamed, is removed or changes its meaning; messages of two schema versions are not read at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json, to_json
+
+from scheduler.messages import SCHEMA, Ack, Apply, AskStats, ByColumn, Delivered, Report, Stats, Telemetry
+from scheduler.thresholds import Thresholds, parse_thresholds, thresholds_as_dict
+
+_QUESTIONS = {"apply": {"apply", "automatic"}, "report": {"report"}, "stats": {"stats"}}
+"""By what is asked: the keys that may stand beside the schema version."""
+_LONGEST_SHOWN = 200
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Ack, Telemetry, Stats)}
+_DELIVERED: TypeAdapter[tuple[Delivered, ...]] = TypeAdapter(Annotated[tuple[Delivered, ...], ByColumn(Delivered)])
+_Answer = TypeVar("_Answer", Ack, Telemetry, Stats)
+
+
+class UnreadableMessage(ValueError):
+    """A message that is not JSON, or not the fields that were expected; says which."""
+
+
+class OtherSchema(UnreadableMessage):
+    """A message of another schema version; nothing of it is read."""
+
+    def __init__(self, speaker: str, version: object) -> None:
+        spoken = "no schema version" if version is None else f"schema version {version}"
+        super().__init__(f"{speaker} speaks {spoken}, this process version {SCHEMA}; both must run the same release")
+
+
+class QuestionFailed(RuntimeError):
+    """The other side answered that it cannot answer, and why."""
+
+
+# What is asked of an engine.
+
+
+def offer_of(thresholds: Thresholds, *, automatic: bool) -> bytes:
+    """The question that offers thresholds; answered by an `Ack`."""
+    return _text({"apply": thresholds_as_dict(thresholds), "automatic": automatic})
+
+
+def telemetry_question(cursor: int | None) -> bytes:
+    """The question for `Telemetry` with the records after `cursor` (None: without records)."""
+    return _text({"report": cursor})
+
+
+def stats_question() -> bytes:
+    """The question for `Stats`."""
+    return _text({"stats": True})
+
+
+def read_question(text: bytes) -> Apply | Report | AskStats:
+    """What is asked.
+
+    Raises:
+        OtherSchema: thresholds of another schema version. A question that changes nothing is answered in this one.
+        UnreadableMessage: the question is not understood.
+        InvalidThresholds: the thresholds have a field that is unknown, or a value that cannot be.
+    """
+    asked = _object(text)
+    schema = asked.pop("schema", None)
+    kind = next((kind for kind in _QUESTIONS if kind in asked), None)
+    if kind is None:
+        raise UnreadableMessage(f"unknown question {sorted(asked)}; ask one of {', '.join(_QUESTIONS)}")
+    if kind == "apply":
+        if schema != SCHEMA:
+            raise OtherSchema("the sender of these thresholds", schema)
+        if surplus := sorted(asked.keys() - _QUESTIONS[kind]):
+            raise UnreadableMessage(f"unknown key {', '.join(surplus)} beside the thresholds; allowed: automatic")
+        automatic = asked.get("automatic", True)
+        if not isinstance(automatic, bool):
+            raise UnreadableMessage(f"automatic = {automatic!r} is not allowed; allowed: true or false")
+        return Apply(thresholds=parse_thresholds(asked["apply"]), automatic=automatic)
+    if kind == "report":
+        cursor = asked["report"]
+        if cursor is not None and type(cursor) is not int:
+            shown = str(cursor)[:_LONGEST_SHOWN]
+            raise UnreadableMessage(f"report = {shown} is not allowed; allowed: a cursor, or null")
+        return Report(cursor=cursor)
+    return AskStats()
+
+
+# What an engine answers.
+
+
+def answer_of(answer: Ack | Telemetry | Stats) -> bytes:
+    """An answer as JSON."""
+    text: bytes = _ADAPTERS[type(answer)].dump_json(answer)
+    return text
+
+
+def with_delivered(telemetry: bytes, delivered: Iterable[Delivered]) -> bytes:
+    """An engine's telemetry and the answers that its replica delivered, as one message; any other answer as it is."""
+    answer = from_json(telemetry)
+    if "engine_id" not in answer:
+        return telemetry
+    answer["delivered"] = _DELIVERED.dump_python(tuple(delivered), mode="json")
+    return to_json(answer)
+
+
+def read_answer(text: bytes, kind: type[_Answer]) -> _Answer:
+    """The answer to a question for `kind`; keys that are not known are ignored.
+
+    Raises:
+        OtherSchema: the replica speaks another schema version.
+        QuestionFailed: the replica says why it does not answer.
+        UnreadableMessage: a key is missing or a value cannot be.
+    """
+    answer = _object(text)
+    schema = answer.get("schema")
+    if schema != SCHEMA:
+        raise OtherSchema("the replica", schema)
+    if kind is not Ack and answer.get("accepted") is False:
+        raise QuestionFailed(str(answer.get("reason")))
+    try:
+        read: _Answer = _ADAPTERS[kind].validate_python(answer, extra="ignore")
+    except ValidationError as error:
+        raise UnreadableMessage(f"the replica's {kind.__name__.lower()} cannot be read: {_first(error)}") from error
+    return read
+
+
+def _text(message: dict[str, Any]) -> bytes:
+    return to_json({"schema": SCHEMA, **message}, inf_nan_mode="null")
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    try:
+        message = from_json(text)
+    except ValueError as error:
+        raise UnreadableMessage(f"not understood: {error}") from error
+    if not isinstance(message, dict):
+        raise UnreadableMessage(f"not understood: {str(message)[:_LONGEST_SHOWN]} is not a JSON object")
+    return message
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

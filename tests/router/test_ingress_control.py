@@ -1,0 +1,165 @@
+"""The control endpoints of the ingress: what each asks of the replicas and the controller, and what it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from concurrent.futures import Future
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from synthetic_engine import SyntheticEngine
+
+from replicas import questions
+from replicas.actor_calls import ReplicaUnavailable
+from router.admin import ThresholdsUpdate
+from scheduler.messages import Apply
+from scheduler.thresholds import Thresholds
+from scheduler.wire import answer_of, read_question
+
+pytest.importorskip("ray", reason="Ray is not installed")
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+CONFIGURED = Thresholds(policy="nested_wait", max_running=40)
+EVENT = {"at_unix_s": 1.7e9, "replica": "a", "old_version": 0, "new_version": 1}
+
+
+class Controller:
+    """Stands for the controller's actor handle."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.answers: dict[str, Any] = {
+            "state": {"passes": 3, "period_s": 5.0, "replicas": {"a": {"decision": "settled"}}},
+            "events": {"events": [EVENT]},
+        }
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(remote=lambda: self._answer(method))
+
+    def _answer(self, method: str) -> Any:
+        self.asked.append(method)
+        answer: Future[Any] = Future()
+        given = self.answers[method]
+        (answer.set_exception if isinstance(given, Exception) else answer.set_result)(given)
+        return SimpleNamespace(future=lambda: answer)
+
+
+class Application:
+    """An ingress over two replicas that judge what they are offered."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from router import ingress as ingress_module
+
+        self.engines = {name: SyntheticEngine(CONFIGURED, engine_id=name) for name in "ab"}
+        self.calls: list[tuple[str, str, Any]] = []
+        self.listed = 0
+        self.silent: set[str] = set()
+        self.later: set[str] = set()
+        self.controller = Controller()
+        monkeypatch.setattr(questions, "call_replica", self.call_replica)
+        monkeypatch.setattr(ingress_module, "replica_ids", self.replica_ids)
+        self.ingress = object.__new__(ingress_module.HeadraceIngress)
+        self.ingress._app_name, self.ingress._ranks = "headrace", 1
+        self.ingress._controller, self.ingress._keeper = self.controller, None
+
+    def replica_ids(self, app_name: str) -> dict[str, str]:
+        assert app_name == "headrace"
+        self.listed += 1
+        return {name: name for name in self.engines}
+
+    async def call_replica(self, name: str, method: str, *, rank: int, **arguments: Any) -> bytes:
+        self.calls.append((name, method, arguments.get("cursor")))
+        if name in self.silent:
+            raise ReplicaUnavailable(f"replica {name} did not answer {method}")
+        if name in self.later:
+            return b'{"schema": 2}'
+        engine = self.engines[name]
+        if method != "apply_thresholds":
+            return answer_of(engine.stats() if method == "stats" else engine.report(**arguments))
+        offer = read_question(arguments["offer"])
+        assert isinstance(offer, Apply)
+        return answer_of(engine.active.offer(offer))
+
+    def ask(self, endpoint: str, *arguments: Any) -> tuple[int, dict[str, Any]]:
+        response = asyncio.run(getattr(self.ingress, endpoint)(*arguments))
+        return response.status_code, json.loads(response.body)
+
+    def put(self, **body: Any) -> tuple[int, dict[str, Any]]:
+        return self.ask("put_thresholds", ThresholdsUpdate.model_validate(body))
+
+    def asked(self) -> list[tuple[str, Any]]:
+        """Methods and cursors, of all replicas alike."""
+        return sorted({(method, cursor) for _, method, cursor in self.calls})
+
+
+@pytest.fixture
+def application(monkeypatch: pytest.MonkeyPatch) -> Application:
+    return Application(monkeypatch)
+
+
+def test_readiness_asks_for_stats_alone(application: Application) -> None:
+    assert application.ask("readyz") == (200, {"status": "ready", "ready": 2, "replicas": 2})
+    assert application.asked() == [("stats", None)]
+    application.silent, application.later = {"a"}, {"b"}
+    assert application.ask("readyz") == (200, {"status": "ready", "ready": 1, "replicas": 2})
+    application.silent = {"a", "b"}
+    assert application.ask("readyz") == (503, {"status": "not ready", "ready": 0, "replicas": 2})
+
+
+def test_thresholds_are_asked_for_without_records(application: Application) -> None:
+    application.silent = {"b"}
+    status, body = application.ask("get_thresholds")
+    assert (status, body["replicas"]["a"]["max_running"]) == (200, 40)
+    assert body["replicas"]["b"] == {"error": "replica b did not answer telemetry"}
+    assert application.asked() == [("telemetry", None)]
+
+
+def test_an_update_lists_the_replicas_once_and_asks_each_once(application: Application) -> None:
+    status, body = application.put(thresholds={"max_running": 8})
+    assert status == 200
+    assert {name: ack["version"] for name, ack in body["replicas"].items()} == {"a": 1, "b": 1}
+    assert application.listed == 1
+    assert sorted(application.calls) == [
+        (name, method, None) for name in "ab" for method in ("apply_thresholds", "telemetry")
+    ]
+    expected = replace(CONFIGURED, version=1, max_running=8, pinned=True, reason="set by an operator")
+    assert [engine.active.current().thresholds for engine in application.engines.values()] == [expected] * 2
+
+
+def test_an_update_of_a_replica_of_another_release_changes_nothing(application: Application) -> None:
+    application.later = {"b"}
+    status, body = application.put(thresholds={"max_running": 8})
+    assert status == 503
+    assert "replica b cannot be set from here: the replica speaks schema version 2" in body["error"]["message"]
+    assert application.engines["a"].active.current().thresholds == CONFIGURED
+
+
+def test_the_state_has_no_events_and_names_what_cannot_be_read(application: Application) -> None:
+    application.later = {"b"}
+    status, state = application.ask("admin_state")
+    assert status == 200
+    assert state.keys() == {"application", "at_unix_s", "replicas", "controller"}
+    assert state["controller"] == {"alive": True, "passes": 3, "period_s": 5.0}
+    assert state["replicas"]["a"]["decision"] == "settled"
+    assert not state["replicas"]["b"]["reachable"]
+    assert "speaks schema version 2" in state["replicas"]["b"]["reason"]
+    assert application.controller.asked == ["state"]
+    assert application.asked() == [("telemetry", None)]
+
+
+def test_events_come_from_the_controller_alone(application: Application) -> None:
+    assert application.ask("admin_events") == (200, {"events": [EVENT], "controller": {"alive": True}})
+    assert application.controller.asked == ["events"]
+    assert application.calls == [] and application.listed == 0
+
+
+def test_events_say_when_the_controller_does_not_answer(application: Application) -> None:
+    application.controller.answers["events"] = RuntimeError("restarting")
+    status, body = application.ask("admin_events")
+    assert (status, body["events"], body["controller"]["alive"]) == (200, [], False)
+    assert "the controller does not answer" in body["controller"]["reason"]
+    application.ingress._controller = None
+    assert application.ask("admin_events")[1]["controller"]["reason"].startswith("automatic tuning is off")
