@@ -20,11 +20,11 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import numpy as np
 from change_page import page
 from grids import Choice, Grid, arguments, run_grids
-from promises import (
+from slo_workloads import (
     CAP_SHARES,
     PERIOD_S,
-    Promised,
     Runs,
+    SloWorkload,
     bound_rps,
     running_at_capacity,
     static_grid,
@@ -48,24 +48,24 @@ AZURE_BOUND = {"trace": "azure_conv_2023.csv"}
 class Scenario:
     """A run in which something changes.
 
-    promised: the workload whose fluid bound is capacity, with the target; load: the rate over that capacity; options:
+    workload: the workload whose fluid bound is capacity, with the target; load: the rate over that capacity; options:
     what changes. others: workloads after a shift, whose running requests the oracle's caps are tried around as
     well, as around `shares` of them. changes_s: virtual seconds of lasting changes, for the time to settle.
     """
 
     name: str
     about: str
-    promised: Promised
+    workload: SloWorkload
     load: float
     seconds: float
     options: dict[str, Any]
-    others: tuple[Promised, ...] = ()
+    others: tuple[SloWorkload, ...] = ()
     shares: tuple[float, ...] = CAP_SHARES
     changes_s: tuple[float, ...] = field(default=())
 
 
-CONVERSATION = Promised("Azure conversation", AZURE_BOUND, 0.08)
-ANSWERS, PROMPTS = (Promised(text, {"lengths": text}, 0.08) for text in ("p200d300", "p1800d40"))
+CONVERSATION = SloWorkload("Azure conversation", AZURE_BOUND, 0.08)
+ANSWERS, PROMPTS = (SloWorkload(text, {"lengths": text}, 0.08) for text in ("p200d300", "p1800d40"))
 SCENARIOS = (
     Scenario(
         "step", "Azure conversation, 0.5 of capacity, three times that from 120 to 240 s", CONVERSATION, 0.5, 360,
@@ -74,7 +74,7 @@ SCENARIOS = (
     Scenario(
         "traces", "lmsys lengths, the Azure conversation's from 120 to 240 s, at 1.3 of the latter's capacity",
         CONVERSATION, 1.3, 360, {"lengths": f"{LMSYS}; 120s: {AZURE}; 240s: {LMSYS}"},
-        others=(Promised("lmsys", {"trace": "lmsys_lengths.csv"}, 0.08),), changes_s=(120, 240),
+        others=(SloWorkload("lmsys", {"trace": "lmsys_lengths.csv"}, 0.08),), changes_s=(120, 240),
     ),
     Scenario(
         "mix", "p200d300, then p1800d40 from 120 to 240 s, at 1.3 of the capacity for the former", ANSWERS, 1.3, 360,
@@ -110,7 +110,7 @@ def main() -> None:
     options: dict[str, dict[str, Any]] = {}
     rates = {}
     for one in scenarios:
-        bound = bound_rps(one.promised.mix(args.traces), one.promised.tpot_s)
+        bound = bound_rps(one.workload.mix(args.traces), one.workload.tpot_s)
         rates[one.name] = round(one.load * bound, 2)
         options[one.name] = at = options_of(one, rates[one.name], args.traces, 0.05 if args.quick else 1.0)
         for name, own in BASELINES.items():
@@ -136,16 +136,16 @@ def options_of(one: Scenario, rate: float, traces: Path | None, share: float) ->
     if "lengths" in changed:
         changed["lengths"] = changed["lengths"].format(traces=traces)
     requests = max(30, round(rate * one.seconds * more * share))
-    targets = {key: value for key, value in one.promised.options(traces).items() if key not in ("trace", "lengths")}
+    targets = {key: value for key, value in one.workload.options(traces).items() if key not in ("trace", "lengths")}
     return targets | changed | {"rate_rps": rate, "requests": requests, "window": [0.1, 0.95]}
 
 
 def static_for(one: Scenario, at: dict[str, Any], traces: Path | None) -> Grid:
     """The oracle's grid: caps around the running requests, from the fewest of a workload to the most of another."""
     running = []
-    for promised in (one.promised, *one.others):
-        mix = promised.mix(traces)
-        running.append(running_at_capacity(mix, bound_rps(mix, promised.tpot_s), promised.tpot_s))
+    for workload in (one.workload, *one.others):
+        mix = workload.mix(traces)
+        running.append(running_at_capacity(mix, bound_rps(mix, workload.tpot_s), workload.tpot_s))
     grid = static_grid(at, running[0], BUDGETS, one.shares)
     if not one.others:
         return grid

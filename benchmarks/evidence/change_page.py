@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from conclusions import change
 from grids import mean_of, with_spread
 from page_tables import with_conclusion
-from promises import Runs, goodput, static_cell, static_of, summaries
 from settling import PARAMETERS, settling
+from slo_workloads import Runs, goodput, static_cell, static_of, summaries
 
 from simulator.output.run_files import read_run
 

@@ -19,12 +19,12 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from grids import Choice, Grid, arguments, run_grids, slug
 from overload_page import draw, page
-from promises import (
+from slo_workloads import (
     PERIOD_S,
     PROFILE,
     TOKEN_BUDGETS,
-    Promised,
     Runs,
+    SloWorkload,
     bound_rps,
     running_at_capacity,
     static_grid,
@@ -76,7 +76,7 @@ class Case:
     of `fluid` from load 0.9 on.
     """
 
-    promised: Promised
+    workload: SloWorkload
     arrivals_s: float
     loads: tuple[float, ...] = LOADS
     static: tuple[float, ...] = (1.2, 2.0, 3.0)
@@ -91,21 +91,21 @@ class Case:
 AZURE, LMSYS = {"trace": "azure_conv_2023.csv"}, {"trace": "lmsys_lengths.csv"}
 FEW = ("vllm", "dynamo", "llm-d", "fluid")
 CASES = (
-    Case(Promised("p512d20, 80 ms", {"lengths": "p512d20"}, 0.08), 120, free=True),
-    Case(Promised("0.7 p512d20 + 0.3 p512d50, 80 ms", {"lengths": "0.7:p512d20+0.3:p512d50"}, 0.08), 120),
+    Case(SloWorkload("p512d20, 80 ms", {"lengths": "p512d20"}, 0.08), 120, free=True),
+    Case(SloWorkload("0.7 p512d20 + 0.3 p512d50, 80 ms", {"lengths": "0.7:p512d20+0.3:p512d50"}, 0.08), 120),
     Case(
-        Promised("p512d1000, 80 ms", {"lengths": "p512d1000"}, 0.08), 600, budgets=(1024,), early=1.2, free=True,
+        SloWorkload("p512d1000, 80 ms", {"lengths": "p512d1000"}, 0.08), 600, budgets=(1024,), early=1.2, free=True,
         seeds=(1,),
     ),
-    Case(Promised("Azure conversation, 80 ms", AZURE, 0.08), 300, free=True),
-    Case(Promised("Azure conversation, 50 ms", AZURE, 0.05), 300),
-    Case(Promised("lmsys lengths, 50 ms", LMSYS, 0.05), 120, budgets=(512, 1024), free=True),
+    Case(SloWorkload("Azure conversation, 80 ms", AZURE, 0.08), 300, free=True),
+    Case(SloWorkload("Azure conversation, 50 ms", AZURE, 0.05), 300),
+    Case(SloWorkload("lmsys lengths, 50 ms", LMSYS, 0.05), 120, budgets=(512, 1024), free=True),
     Case(
-        Promised("long prompts, heavy-tailed answers, 80 ms", {"lengths": "p2500~0.3d300~1.2"}, 0.08), 600,
+        SloWorkload("long prompts, heavy-tailed answers, 80 ms", {"lengths": "p2500~0.3d300~1.2"}, 0.08), 600,
         loads=(0.7, 1.0, 1.2, 2.0), static=(1.2, 2.0), early=1.2, named=False, baselines=FEW,
     ),
     Case(
-        Promised("long prompts, short answers, 80 ms", {"lengths": "p1400~0.5d28~0.8"}, 0.08), 200,
+        SloWorkload("long prompts, short answers, 80 ms", {"lengths": "p1400~0.5d28~0.8"}, 0.08), 200,
         loads=(0.7, 1.0, 1.2, 2.0), static=(1.2, 2.0), early=1.2, named=False, baselines=FEW,
     ),
 )
@@ -116,24 +116,24 @@ def main() -> None:
     parser.add_argument("--traces", type=Path)
     Choice.options(parser)
     args = parser.parse_args()
-    cases = [case for case in CASES if "trace" not in case.promised.source or args.traces]
+    cases = [case for case in CASES if "trace" not in case.workload.source or args.traces]
     bounds, grids, refinements = {}, {}, {}
     for case in cases:
-        mix = case.promised.mix(args.traces)
-        bound = bounds[case.promised.name] = bound_rps(mix, case.promised.tpot_s)
-        running = running_at_capacity(mix, bound, case.promised.tpot_s)
+        mix = case.workload.mix(args.traces)
+        bound = bounds[case.workload.name] = bound_rps(mix, case.workload.tpot_s)
+        running = running_at_capacity(mix, bound, case.workload.tpot_s)
         for load in case.loads:
             requests = max(30, round(round(load * bound, 2) * case.arrivals_s * (0.05 if args.quick else 1.0)))
             at = {"rate_rps": round(load * bound, 2), "requests": requests}
-            group = f"{slug(case.promised.name)}-{load:g}"
-            options = case.promised.options(args.traces) | at
+            group = f"{slug(case.workload.name)}-{load:g}"
+            options = case.workload.options(args.traces) | at
             grids |= baselines_at(case, load, group, options, running)
             if load in case.static:
                 grids[f"{group}-static"] = static_grid(options, running, case.budgets)
             if load in case.static and load in REFINED_LOADS:
                 refinements[f"{group}-static"] = options
         if case.free:
-            grids |= without_targets(case, bound, case.promised.lengths_of(args.traces), args.quick)
+            grids |= without_targets(case, bound, case.workload.lengths_of(args.traces), args.quick)
     runs: Runs = run_grids(args.runs, grids, choice := Choice.of(args))
     around = {k: v for name, at in refinements.items() for k, v in static_neighbours(at, name, runs[name]).items()}
     runs = {**runs, **run_grids(args.runs, around, choice)}
@@ -170,7 +170,7 @@ def without_targets(case: Case, bound: float, lengths: dict[str, Any], quick: bo
         at = {"profile": PROFILE, "rate_rps": rate}
         at["requests"] = max(30, round(rate * case.arrivals_s * (0.05 if quick else 1.0)))
         for policy, own in (("vllm", {}), ("fluid", {"period_s": PERIOD_S})):
-            name = f"{slug(case.promised.name)}-{load:g}-{policy}-without-targets"
+            name = f"{slug(case.workload.name)}-{load:g}-{policy}-without-targets"
             grids[name] = Grid(lengths | at | own | {"policy": policy}, {}, SEEDS[:1])
     return grids
 

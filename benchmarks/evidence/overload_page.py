@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from conclusions import overload
 from grids import mean_of, slug, with_spread
 from page_tables import draw_goodput, tables, titled, with_conclusion
-from promises import TTFT_S, Runs, bound_of_run, goodput, ratio, static_cell, static_summaries, summaries
+from slo_workloads import TTFT_S, Runs, bound_of_run, goodput, ratio, static_cell, static_summaries, summaries
 
 if TYPE_CHECKING:
     from overload import Baseline, Case
@@ -41,9 +41,9 @@ class Measure(NamedTuple):
     def worst(self, cases: Sequence[Case], bounds: dict[str, float], runs: Runs) -> Worst | None:
         """Over the workloads that were named in advance; None when nothing was run."""
         reached = [
-            Worst(value, f"{case.promised.name}{place}")
-            for case in cases if case.named and case.promised.name.startswith(self.only)
-            for value, place in self.values(case, runs, bounds[case.promised.name]) if value is not None
+            Worst(value, f"{case.workload.name}{place}")
+            for case in cases if case.named and case.workload.name.startswith(self.only)
+            for value, place in self.values(case, runs, bounds[case.workload.name]) if value is not None
         ]
         return (min if self.at_least else max)(reached, default=None)
 
@@ -59,7 +59,7 @@ class Measure(NamedTuple):
 
 def group(case: Case, load: float, baseline: str) -> str:
     """The name of a baseline's runs."""
-    return f"{slug(case.promised.name)}-{load:g}-{baseline}"
+    return f"{slug(case.workload.name)}-{load:g}-{baseline}"
 
 
 def mean_goodput(runs: Runs, case: Case, load: float, baseline: str) -> float | None:
@@ -122,7 +122,7 @@ def preemptions(case: Case, runs: Runs, bound: float) -> Iterable[tuple[float | 
 
 
 def over_shipped(case: Case, runs: Runs, bound: float) -> Iterable[tuple[float | None, str]]:
-    if "trace" not in case.promised.source:
+    if "trace" not in case.workload.source:
         return
     for load in BEYOND:
         ours = mean_goodput(runs, case, load, "fluid")
@@ -187,8 +187,8 @@ def section(case: Case, baselines: Sequence[Baseline], bounds: dict[str, float],
         fluid = summaries(runs, group(case, load, "fluid"))
         row.append(f"{mean_of(fluid, 'ttft_p50_s'):.2f} s" if fluid else "–")
         lines.append(table_row(row))
-    title = f"{'##' if case.named else '###'} {case.promised.name}"
-    return "\n".join([title, "", f"Fluid bound {bounds[case.promised.name]:.2f} /s.", "", *lines, ""])
+    title = f"{'##' if case.named else '###'} {case.workload.name}"
+    return "\n".join([title, "", f"Fluid bound {bounds[case.workload.name]:.2f} /s.", "", *lines, ""])
 
 
 def over_own_bound(case: Case, load: float, runs: Runs) -> str:
@@ -200,7 +200,7 @@ def over_own_bound(case: Case, load: float, runs: Runs) -> str:
 def light_rows(cases: Sequence[Case], runs: Runs) -> list[str]:
     """Mean latency and p99 TTFT below capacity."""
     return [
-        table_row([case.promised.name, f"{load:g}", *pair_of(case, load, "", runs, ("latency_mean_s", "ttft_p99_s"))])
+        table_row([case.workload.name, f"{load:g}", *pair_of(case, load, "", runs, ("latency_mean_s", "ttft_p99_s"))])
         for case in cases for load in LIGHT
         if case.named and summaries(runs, group(case, load, "fluid"))
     ]
@@ -213,7 +213,7 @@ def without_target_rows(cases: Sequence[Case], runs: Runs) -> list[str]:
         for load in (0.9, 1.0, 1.1):
             if case.free and summaries(runs, group(case, load, "fluid-without-targets")):
                 pairs = pair_of(case, load, "-without-targets", runs, ("latency_mean_s", "preemptions"))
-                rows.append(table_row([case.promised.name, f"{load:g}", *pairs]))
+                rows.append(table_row([case.workload.name, f"{load:g}", *pairs]))
     return rows
 
 

@@ -170,7 +170,7 @@ SWEEPS = (
         (("sarathi, 256 slots", "Sarathi, N = 5 000"), ("WAIT-CP, cap 20", "WAIT, N = 5 000")),
         "Llama-2-7B, means over all requests; Sarathi with chunks of 512 and 256 slots, WAIT-CP with chunks of 256, "
         "wait gate on, a cap of 20 (30 at 24 /s). N = 10 000: 4.23 and 1.85 s at 24, 11.09 and 2.99 at 25, 18.63 and "
-        "4.69 at 26. 'Ours before': this page's earlier runs, law `a100-llama2-7b`, N = 3 000, three seeds.",
+        "4.69 at 26. 'Ours before': this page's earlier runs, profile `a100-llama2-7b`, N = 3 000, three seeds.",
     ),
     Sweep(
         "single-llama3", "One type, as published: Llama-3-8B", "p512d20", LLAMA3,

@@ -1,4 +1,4 @@
-"""The promise on the real engine over HTTP, as clients see it, docs/evidence/real-engine.md.
+"""Service levels on the real engine over HTTP, as clients see them, docs/evidence/real-engine.md.
 
     python benchmarks/evidence/real_engine.py --model .models/SmolLM2-135M-Instruct [--stacks headrace,plain] [--quick]
 

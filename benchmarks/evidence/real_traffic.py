@@ -58,7 +58,7 @@ class Case:
         return self.options | {"rate_rps": round(load * self.rate_rps, 3), "requests": requests}
 
     def group(self, load: float, what: str) -> str:
-        """The name of the runs of one contender at one load."""
+        """The name of the runs of one policy at one load."""
         return f"{slug(self.name)}-{load:g}-{what}"
 
 

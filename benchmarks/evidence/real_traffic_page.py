@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from conclusions import real_traffic
 from grids import mean_of
 from page_tables import BEGIN, END, with_conclusion
-from promises import Runs, bound_of_run, goodput, summaries
+from slo_workloads import Runs, bound_of_run, goodput, summaries
 
 from simulator.sweep import PointResult
 

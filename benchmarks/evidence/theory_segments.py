@@ -23,7 +23,7 @@ PANELS = (
     (50, 200.0, 1e-1), (50, 200.0, 1e-5), (500, 200.0, 1e-1), (500, 200.0, 1e-5), (50, 20.0, 1e-3), (50, 2000.0, 1e-3),
 )  # fmt: skip
 LAW_RPS = 50
-"""The law carries about 80 requests/s. For 500 arrivals its speeds are scaled with the arrivals, as ζ does."""
+"""This profile carries about 80 requests/s. For 500 arrivals its speeds are scaled with the arrivals, as ζ does."""
 
 
 def measure_segments() -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ Runs = Mapping[str, list[PointResult]]
 
 
 @dataclass(frozen=True)
-class Promised:
+class SloWorkload:
     """A workload (`lengths`, or `trace`: a file's name in the traces' folder) with its target per further token."""
 
     name: str
