@@ -14,8 +14,8 @@ from import_graph import PACKAGES, ROOT, imports_in, modules_of
 
 LAYERS = {
     "scheduler": [
-        "vllm_scheduler", "engine", "support settings", "tuning", "estimation config_errors", "policies",
-        "wire", "messages rejection", "thresholds", "fluid_params", "survival", "model",
+        "vllm_scheduler", "engine", "support settings", "tuning", "estimation", "policies",
+        "wire", "messages rejection", "thresholds", "fluid_params", "survival", "model config_errors",
     ],
     "simulator": ["cli", "sweep run", "audit", "engine", "config", "scenario", "output", "workload paper_model"],
 }

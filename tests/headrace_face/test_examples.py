@@ -129,6 +129,7 @@ def test_the_client_runs_as_a_script(server: Completions) -> None:
     assert server.bodies[0]["model"] == "tiny"
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("example", ["own_policy"], indirect=True)
 def test_a_policy_of_ones_own_decides_in_the_simulated_engine(example: ModuleType) -> None:
     summaries = example.simulate_beside_fcfs()
@@ -137,6 +138,7 @@ def test_a_policy_of_ones_own_decides_in_the_simulated_engine(example: ModuleTyp
     assert summaries["leave-room"]["preemptions"] < 0.7 * summaries["fcfs"]["preemptions"]
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("example", ["own_policy"], indirect=True)
 def test_a_policy_of_ones_own_leaves_room_and_feeds_an_idle_engine(example: ModuleType) -> None:
     from scheduler.policies import QueueView, Snapshot, Waiting

@@ -64,6 +64,7 @@ print("LOADED", *sorted({"simulator", "loadgen"} & set(sys.modules)))
 """
 
 
+@pytest.mark.ray
 def test_ray_serve_finds_the_application_and_serves_without_what_only_measures() -> None:
     run = python(SERVING)
     assert run.returncode == 0, run.stderr
@@ -108,6 +109,7 @@ def test_a_command_loads_only_what_it_needs(arguments: tuple[str, ...], allowed:
 BLOCKED = "import sys; sys.modules.update(dict.fromkeys(%r)); from headrace.cli import main; main()"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("missing", "arguments", "extra"),
     [
@@ -126,6 +128,7 @@ def test_a_command_whose_extra_is_missing_names_it(missing: str, arguments: tupl
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [("--help",), ("plan", "--type", "rate=1,prompt=9,output=9", "--profile", "a100-llama2-7b")], ids=str
 )

@@ -27,6 +27,7 @@ from scheduler.messages import (
     Telemetry,
 )
 from scheduler.model.iteration_time import IterationTimeModel
+from scheduler.survival import Survival
 from scheduler.thresholds import EngineLimits, InvalidThresholds, SegmentThreshold, Thresholds, TypeThreshold
 from scheduler.wire import (
     SCHEMA,
@@ -46,7 +47,8 @@ LIMITS = EngineLimits(
     kv_capacity_tokens=1600, block_tokens=16, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=1024
 )
 PARAMS = FluidParams(
-    time_model=IterationTimeModel(0.01, 1e-6), survival=((0, 1.0), (40, 0.5), (99, 0.0)), kv_limit_tokens=1000,
+    time_model=IterationTimeModel(0.01, 1e-6), survival=Survival(((0, 1.0), (40, 0.5), (99, 0.0))),
+    kv_limit_tokens=1000,
     ttft_s=3.0, capacity_rps=2.0, iteration_s=0.05,
 )
 THRESHOLDS = Thresholds(

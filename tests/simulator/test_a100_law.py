@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from scheduler.model.profiles import load_profile
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "evidence" / "a100_law.py"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])}
 
 
+@pytest.mark.slow
 def test_profile_and_page_come_from_the_fit(tmp_path):
     fitted = "import json, a100_law; print(json.dumps(a100_law.profile()))"
     command = [sys.executable, "-c", fitted]

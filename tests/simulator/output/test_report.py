@@ -70,6 +70,7 @@ def without_figures(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_report_of_a_sweep(report_of_sweep):
     drawn = {
         "p58d147-goodput", "p58d147-latency-mean", "p58d147-ttft-p99", "p58d147-tpot", "p58d147-latency-ecdf",
@@ -87,6 +88,7 @@ def test_report_of_a_sweep(report_of_sweep):
     assert str(folder.parent) not in text
 
 
+@pytest.mark.slow
 def test_table_has_a_row_a_run(report_of_sweep):
     rows = table_rows(report_of_sweep)
     assert [row[:4] for row in rows] == [
@@ -96,6 +98,7 @@ def test_table_has_a_row_a_run(report_of_sweep):
     assert all(len(row) == 16 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_equal_runs_give_equal_bytes(sweep_folder, report_of_sweep, tmp_path):
     again = make_report([sweep_folder], tmp_path)
