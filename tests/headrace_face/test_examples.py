@@ -103,6 +103,7 @@ def asked(example: ModuleType, server: Completions) -> tuple[list[str], list[flo
 
 @pytest.mark.parametrize("example", ["openai_client"], indirect=True)
 @pytest.mark.parametrize("server", [0, 2], indirect=True)
+@pytest.mark.slow
 def test_the_client_streams_and_waits_as_long_as_it_is_told(example: ModuleType, server: Completions) -> None:
     shown, slept = asked(example, server)
     assert tuple(shown) == PIECES
@@ -122,6 +123,7 @@ def test_the_client_gives_up_after_its_attempts(example: ModuleType, server: Com
 
 
 @pytest.mark.parametrize("server", [0], indirect=True)
+@pytest.mark.slow
 def test_the_client_runs_as_a_script(server: Completions) -> None:
     command = [sys.executable, str(EXAMPLES / "openai_client.py"), "The sea?", "--url", server.url]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)

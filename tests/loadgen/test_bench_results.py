@@ -109,6 +109,7 @@ def test_files_say_what_was_measured(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_the_simulator_s_reader_and_report_take_it(tmp_path):
     table = table_of(RUN, NO_TARGET)
     config = {"policy": "plain", "workload": {"name": "p10d3", "rate_rps": 0.1, "seed": 1}, "slo": {}}

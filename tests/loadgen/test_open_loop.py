@@ -42,6 +42,7 @@ def one(answer, **options):
     return exchange
 
 
+@pytest.mark.slow
 def test_nobody_waits_for_an_answer():
     n = 130  # more than an HTTP client keeps connections by default
     everybody_is_here = asyncio.Event()
@@ -186,6 +187,7 @@ def test_a_server_that_is_gone_is_a_failure_of_each_request():
     assert first.sent_s is None
 
 
+@pytest.mark.slow
 def test_who_gets_no_end_in_time_timed_out():
     async def never(call):
         response = await call.stream()

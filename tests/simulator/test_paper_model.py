@@ -285,6 +285,7 @@ def test_scaling_arrivals_and_speeds_is_a_longer_horizon():
     assert np.array_equal(fast.completed, slow.completed)
 
 
+@pytest.mark.slow
 def test_the_buffer_keeps_nested_wait_from_overflowing():
     wanted = {"boundaries": (2, 4, 8), "overflow_probability": 0.1, "horizon_s": 100.0}
     solution = nested_wait_thresholds(UNKNOWN, UNKNOWN_LAW, 10**6, **wanted)
@@ -327,6 +328,7 @@ def test_the_buffer_holds_for_less_than_one_prompt_per_stage():
     assert done > 0.85 * arrived, "they keep up"
 
 
+@pytest.mark.slow
 def test_thresholds_of_the_worst_window_keep_up_when_the_rate_moves():
     """Twelve prompts/s for 40 s, then 28: thresholds of the mean fall behind in a surge, those of the worst do not."""
     slow, fast = (Stretch(40.0, UNKNOWN.scaled(rate / 20)) for rate in (12.0, 28.0))

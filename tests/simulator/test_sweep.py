@@ -159,6 +159,7 @@ def test_other_options_run_again_and_equal_ones_need_no_worker(tmp_path):
     assert calls(tmp_path) == ["rate=1", "rate=1"]
 
 
+@pytest.mark.slow
 def test_a_failing_point_does_not_stop_the_others(tmp_path):
     plan = SweepPlan(base={"rate": 1}, grid={"fails": ["here", False]}, out=tmp_path)
     results = run_sweep(plan, run_one, 1)
@@ -186,6 +187,7 @@ def ctrl_c_is_heard():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_workers_and_leaves_no_half_run(tmp_path, ctrl_c_is_heard):
     with pytest.raises(KeyboardInterrupt):
         run_sweep(plan_in(tmp_path, rate=[1, 2, 3]), interrupt_and_wait, 1)

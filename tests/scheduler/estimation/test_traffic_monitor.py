@@ -87,6 +87,7 @@ def test_the_forecast_covers_the_truth_and_is_json():
 
 
 @pytest.mark.parametrize("factor", [3.0, 1 / 3])
+@pytest.mark.slow
 def test_a_step_in_rate_settles_within_three_periods_and_stays(factor):
     replica = Replica(seed=2)
     for _ in range(14):

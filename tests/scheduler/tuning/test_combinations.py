@@ -57,6 +57,7 @@ def named(names: tuple[str, ...]) -> str:
 
 @pytest.mark.parametrize("tight", [False, True], ids=["loose", "tight"])
 @pytest.mark.parametrize("names", COMBINATIONS, ids=named)
+@pytest.mark.slow
 def test_every_engine_setting_gets_parameters_that_hold(names: tuple[str, ...], tight: bool) -> None:
     for slots, budget, block in product(SLOTS, BUDGETS, BLOCKS):
         for rate_rps in (0.5, OVERLOAD_RPS):

@@ -59,6 +59,7 @@ def test_a_session_ends_where_the_limits_do():
 
 
 @pytest.mark.parametrize("arrivals", ["poisson", "uniform", "gamma:cv=3"])
+@pytest.mark.slow
 def test_requests_come_in_order_at_the_rate_from_the_beginning(arrivals):
     made = workload(requests=4000, arrivals=arrivals)
     requests = list(made.requests())
