@@ -6,10 +6,11 @@ them.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -35,7 +36,7 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
     for item in error.errors(include_url=False):
         key = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
             known = _known_keys(model, item["loc"][:-1])
             message = f"no such key; allowed here: {', '.join(known)}{did_you_mean(str(item['loc'][-1]), known)}"
             lines.append(f"{key}: {message}")
@@ -49,20 +50,22 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    current: type[BaseModel] = model
+    current: Any = model
     for part in path:
         if isinstance(part, int):
             continue
-        annotation = current.model_fields[part].annotation
-        inner: Any = next((a for a in getattr(annotation, "__args__", ()) if _is_model(a)), annotation)
-        if not _is_model(inner):
+        annotation = get_type_hints(current)[part]
+        inner: Any = next((a for a in getattr(annotation, "__args__", ()) if _has_keys(a)), annotation)
+        if not _has_keys(inner):
             return []
         current = inner
+    if dataclasses.is_dataclass(current):
+        return [one.name for one in dataclasses.fields(current)]
     return list(current.model_fields)
 
 
-def _is_model(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, BaseModel)
+def _has_keys(value: Any) -> bool:
+    return isinstance(value, type) and (issubclass(value, BaseModel) or dataclasses.is_dataclass(value))
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:

@@ -74,6 +74,31 @@ def overload(several: list[Table]) -> str:
     )
 
 
+def past_capacity(several: list[Table]) -> str:
+    """WAIT and Nested WAIT beside fcfs, beyond capacity."""
+    (table,) = several
+    ratios = {policy: [x or 0 for x in table.numbers(f"{policy} / fcfs")] for policy in ("wait", "nested-wait")}
+    preempted = {policy: [x or 0 for x in table.numbers(f"{policy}: preemptions")] for policy in ("fcfs", *ratios)}
+    below = [
+        f"{policy} on {name} at load {load}" for policy, values in ratios.items()
+        for name, load, ratio in zip(table.column("workload"), table.column("load"), values, strict=True)
+        if ratio < 0.99
+    ]
+    more = [
+        f"{policy} on {name} at load {load}" for policy in ratios
+        for name, load, own, fcfs in zip(
+            table.column("workload"), table.column("load"), preempted[policy], preempted["fcfs"], strict=True
+        ) if own > fcfs
+    ]
+    return (
+        f"WAIT serves {min(ratios['wait']):.3f} to {max(ratios['wait']):.3f} and Nested WAIT "
+        f"{min(ratios['nested-wait']):.3f} to {max(ratios['nested-wait']):.3f} times the requests that first "
+        f"come, first served does. More than 1 % below it: {listed(below)}. More preemptions than it: "
+        f"{listed(more)}; in all {sum(preempted['fcfs']):.0f} with fcfs, {sum(preempted['wait']):.0f} with WAIT and "
+        f"{sum(preempted['nested-wait']):.0f} with Nested WAIT."
+    )
+
+
 def real_traffic(several: list[Table]) -> str:
     """Traffic as real engines see it, over all workloads."""
     grids = [table for table in several if "prefix hits" in table.head]
@@ -216,7 +241,7 @@ def theory(several: list[Table]) -> str:
 CONCLUSIONS: dict[str, Callable[[list[Table]], str]] = {
     "a100-law.md": a100_law, "change.md": change, "fidelity.md": fidelity, "overload.md": overload,
     "paper-tables.md": paper_tables, "real-traffic.md": real_traffic,
-    "strict-or-serving.md": strict_or_serving, "theory.md": theory,
+    "past-capacity.md": past_capacity, "strict-or-serving.md": strict_or_serving, "theory.md": theory,
 }
 
 
