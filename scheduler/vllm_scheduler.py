@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
@@ -33,18 +32,13 @@ from scheduler.engine.channel import ChannelServer, engine_id, rank_endpoint
 from scheduler.engine.client_input import declared_lengths, tenant_of
 from scheduler.engine.fair_queue import NOBODY_IN_PARTICULAR
 from scheduler.engine.held import HeldRequests
+from scheduler.engine.iteration_timer import IterationTimer
+from scheduler.engine.lives import Lives
 from scheduler.engine.pipeline import coming, has_more_than_its_share, pipeline_depth
 from scheduler.engine.prefix_hits import PrefixHits
 from scheduler.engine.recorder import Recorder
 from scheduler.engine.rejector import Rejector
-from scheduler.engine.running_requests import (
-    BatchWork,
-    EngineBatch,
-    Life,
-    batch_work,
-    decode_steps,
-    tokens_to_decode,
-)
+from scheduler.engine.running_requests import BatchWork, EngineBatch, batch_work, decode_steps, tokens_to_decode
 from scheduler.messages import Gauges, Report, RunningLengths, Stats, Telemetry
 from scheduler.model.profiles import load_profile
 from scheduler.policies import NO_REQUESTS, UNKNOWN_TYPE, Policy, RunningBatch, Snapshot, Waiting, make_policy
@@ -58,8 +52,6 @@ logger = init_logger(f"vllm.headrace.{__name__}")  # below vLLM's logger, so tha
 
 TOO_LATE = "the first token could not come within its target any more"
 TOO_MANY = "as many requests wait as can be answered in time"
-_LONGEST_WAY_S = 60.0
-"""A request that seems to have come longer ago than this was stamped by another machine's clock."""
 _CUT_SHORT = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
 
 
@@ -98,12 +90,11 @@ class HeadraceScheduler(AsyncScheduler):
         self._engine_id = engine_id()
         self._obeyed: Active = self.active.current()
         self._prefixes = PrefixHits(self.kv_cache_manager, self.block_size, self.cache_config.enable_prefix_caching)
-        self._lives: dict[str, Life] = {}
-        self._awaiting_first_token: dict[str, Request] = {}
+        self._lives = Lives(lambda: self.clock(), lambda: self.arrival_clock(), self.max_model_len)
         self.admission_queue = AdmissionQueue(
             self.policy, self._classify, lambda: self.clock(), self.recorder.released,
             tenant_of if settings.trust_tenants else lambda request: NOBODY_IN_PARTICULAR, self._describe,
-            self._arrived_s,
+            self._lives.arrived_s,
         )
         self.waiting = self.admission_queue
         self._held = HeldRequests(self)
@@ -113,9 +104,7 @@ class HeadraceScheduler(AsyncScheduler):
         # A prompt longer than the budget would never run where prompts are not computed in chunks.
         self._budget_can_split = self.scheduler_config.enable_chunked_prefill
         self.latest_work = BatchWork(0, 0, 0, 0)
-        self._executing: deque[tuple[SchedulerOutput, float, BatchWork]] = deque()
-        self._outputs_s = deque([0.0] * self._depth, maxlen=self._depth)
-        self._more_to_run = False
+        self._timer = IterationTimer(self._depth)
         self.rejector = Rejector(self.admission_queue, self._lives, settings.audit_share)
         self._everyone_runs = False
         self._channel: ChannelServer | None = None
@@ -202,7 +191,7 @@ class HeadraceScheduler(AsyncScheduler):
             kv_used_tokens=round(self.kv_cache_manager.usage * capacity),
             kv_capacity_tokens=capacity,
             prompt_backlog_tokens=self._prompt_backlog(),
-            prompt_tokens_under_way=sum([work.prefill_tokens for _, _, work in self._executing]),
+            prompt_tokens_under_way=self._timer.prompt_tokens_under_way,
             released_requests=self._released_requests(),
             kv_read_tokens=sum([request.num_computed_tokens for request in advancing]) + len(advancing),
             slots=self.active.limits.slots - self.num_waiting_for_streaming_input,
@@ -246,14 +235,9 @@ class HeadraceScheduler(AsyncScheduler):
     def _after_schedule(self, output: SchedulerOutput, sitting_out: int) -> None:
         # If those who sit out hold all the memory, nothing else can run: then everyone runs next time.
         stuck = bool(sitting_out) and not output.total_num_scheduled_tokens
-        stuck &= self._depth == 1 or not self._executing  # a pipeline has empty batches while others are under way
+        stuck &= self._depth == 1 or not self._timer.busy  # a pipeline has empty batches while others are under way
         self._everyone_runs = stuck and not self._obeyed.policy.strict
-        if output.total_num_scheduled_tokens:
-            # What the engine does between two iterations is part of the second one's time, unless it had nothing to do.
-            free_s = self._outputs_s[-1] if self._more_to_run else self.clock()
-            self._executing.append((output, free_s, self.latest_work))
-        elif not self._executing:
-            self._more_to_run = False
+        self._timer.composed(output, self.latest_work, self.clock())
         if output.preempted_req_ids:
             self.recorder.totals.preemptions += len(output.preempted_req_ids)
         self.recorder.gauges = Gauges(
@@ -266,26 +250,18 @@ class HeadraceScheduler(AsyncScheduler):
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """vLLM's own, and the iteration's record: its seconds count from when the engine could start it."""
-        executed = bool(self._executing) and self._executing[0][0] is scheduler_output
+        now_s = self.clock()
+        executed = self._timer.finished(scheduler_output, now_s)
         if executed:
-            _, free_s, work = self._executing.popleft()
-            now_s = self.clock()
-            # Asynchronous scheduling queues the next step while this one runs. The batches of a pipeline come out one
-            # slowest stage's time apart when it is full; a batch alone in it takes the time of all stages.
-            last_s, round_ago_s = self._outputs_s[-1], self._outputs_s[0]
-            seconds = min(now_s - max(free_s, last_s), (now_s - max(free_s, round_ago_s)) / self._depth)
-            self.recorder.iteration(now_s, seconds, *work)
-        if executed or (self._depth > 1 and self._executing):
-            self._outputs_s.append(self.clock())  # an empty batch is a turn in the pipeline too
+            self.recorder.iteration(now_s, executed.seconds, *executed.work)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.num_spec_tokens:
             for computed, gained in decode_steps(scheduler_output, outputs):
                 self.recorder.decoded(computed, gained)
-        if self._awaiting_first_token:
-            self._note_first_tokens()
+        self._lives.note_first_tokens()
         self.admission_queue.settle()
         if executed:
-            self._more_to_run = bool(self.running)
+            self._timer.more_to_run = bool(self.running)
         for client, answer in self.rejector.answers():
             outputs.setdefault(client, EngineCoreOutputs(outputs=[])).outputs.append(answer)
         return outputs
@@ -311,40 +287,13 @@ class HeadraceScheduler(AsyncScheduler):
             request.priority = 0  # the client's; only vLLM's own policy "priority" lets it order requests
         if request.request_id not in self.requests:
             self.recorder.arrival(self.clock(), request.num_prompt_tokens, self.known_output_tokens(request))
-            self._lives[request.request_id] = self._life(request)
-            self._awaiting_first_token[request.request_id] = request
+            self._lives.begin(request)
         super().add_request(request)
         if request.pooling_params is not None:
             # An embedding: it has no output that a target or a rejection could be for.
             self.admission_queue.choices.commit(request.request_id)
         if rejection := self.admission_queue.choices.rejection_of(request.request_id):
             self._finish_rejected({request.request_id: rejection})
-
-    def _life(self, request: Request) -> Life:
-        expected, most = declared_lengths(request, self.max_model_len)
-        return Life(
-            self.clock() - self._age_s(request), math.inf if expected is None else expected,
-            math.inf if most is None else most,
-        )
-
-    def _age_s(self, request: Request) -> float:
-        """Seconds since the API process took the request in: tokenizing, the way here, and the iteration under way.
-
-        0 where the two processes' clocks do not go together.
-        """
-        age_s = self.arrival_clock() - request.arrival_time
-        return age_s if 0 <= age_s <= _LONGEST_WAY_S else 0.0
-
-    def _arrived_s(self, request: Request) -> float:
-        """When a request that comes to the gate reached the API process, on this clock."""
-        life = self._lives.get(request.request_id)
-        return self.clock() if life is None else life.arrived_s
-
-    def _note_first_tokens(self) -> None:
-        now_s = self.clock()
-        for name in [name for name, request in self._awaiting_first_token.items() if request.num_output_tokens]:
-            self._lives[name].first_token_s = now_s
-            del self._awaiting_first_token[name]
 
     def _enqueue_waiting_request(self, request: Request) -> None:
         # vLLM would put a request whose grammar compiles straight among the skipped, past the gate.
@@ -355,7 +304,7 @@ class HeadraceScheduler(AsyncScheduler):
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         now_s, outputs = self.clock(), request.num_output_tokens
-        life = self._lives.pop(request.request_id, None) or self._life(request)
+        life = self._lives.end(request)
         first_s = now_s if math.isnan(life.first_token_s) else life.first_token_s
         self.recorder.finished(
             now_s, request.num_prompt_tokens, outputs, aborted=request.status in _CUT_SHORT,
@@ -367,7 +316,6 @@ class HeadraceScheduler(AsyncScheduler):
         if request.status not in _CUT_SHORT and outputs and params is not None:
             self.recorder.judged(life.missed(params, first_s, now_s, outputs), audited=life.audited)
         self.rejector.freed(request.request_id)
-        self._awaiting_first_token.pop(request.request_id, None)
         self._prefixes.forget(request.request_id)
         self.admission_queue.forget(request)
         return super()._free_request(request, delay_free_blocks)

@@ -14,7 +14,7 @@ from vllm.v1.request import Request
 
 from scheduler.engine.admission_queue import AdmissionQueue
 from scheduler.engine.choices import family_of, parent_of
-from scheduler.engine.running_requests import Life
+from scheduler.engine.lives import Life
 from scheduler.rejection import Rejection
 
 

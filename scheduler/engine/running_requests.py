@@ -6,9 +6,7 @@ fails when an upgrade moves it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -16,7 +14,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request
 
 from scheduler.engine.admission_queue import AdmissionQueue
-from scheduler.fluid_params import FluidParams
+from scheduler.engine.lives import Life
 from scheduler.policies import UNKNOWN_TYPE, RunningBatch, RunningRequest
 
 
@@ -27,30 +25,6 @@ class BatchWork(NamedTuple):
     decode_tokens: int
     kv_tokens: int
     batch_size: int
-
-
-@dataclass(slots=True)
-class Life:
-    """What is remembered of a request until it leaves: clock seconds, declared lengths, prompt tokens found cached.
-
-    expected, most: output tokens (infinite: not declared); first_token_s: NaN until it is out.
-    """
-
-    arrived_s: float
-    expected: float
-    most: float
-    first_token_s: float = math.nan
-    cached_tokens: int = 0
-    shared_tokens: int = 0
-    audited: bool = False
-
-    def missed(self, params: FluidParams, first_s: float, now_s: float, outputs: int) -> dict[str, bool]:
-        """Which targets a request misses that completes now with so many tokens, the first one at `first_s`."""
-        took_s = {
-            "ttft": (first_s - self.arrived_s, params.ttft_s), "latency": (now_s - self.arrived_s, params.latency_s),
-            "tpot": ((now_s - first_s) / max(outputs - 1, 1), params.tpot_s),
-        }
-        return {name: target is not None and seconds > target for name, (seconds, target) in took_s.items()}
 
 
 def batch_work(output: SchedulerOutput, requests: Mapping[str, Request]) -> BatchWork:

@@ -150,4 +150,4 @@ def test_every_request_finishes_whatever_the_thresholds(name):
         )
         counters = telemetry(engine).counters
         assert (counters.arrivals, counters.completed, counters.aborted) == (40, 40 - len(aborted), len(aborted))
-        assert not scheduler._executing, "every iteration was recorded"
+        assert not scheduler._timer.busy, "every iteration was recorded"
