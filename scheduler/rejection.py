@@ -44,7 +44,7 @@ class Rejection:
     @property
     def text(self) -> str:
         """The sentence for people."""
-        return f"refused: {self.reason}; retry in {self.retry_after_s} s"
+        return f"rejected: {self.reason}; retry in {self.retry_after_s} s"
 
     def as_json(self) -> str:
         """The marked object that `from_json` reads."""

@@ -30,7 +30,7 @@ from scheduler.engine.active_thresholds import Active, ActiveThresholds
 from scheduler.engine.admission_queue import AdmissionQueue
 from scheduler.engine.channel import ChannelServer, engine_id, rank_endpoint
 from scheduler.engine.client_input import declared_lengths, tenant_of
-from scheduler.engine.fair_queue import NOBODY_IN_PARTICULAR
+from scheduler.engine.fair_queue import DEFAULT_TENANT
 from scheduler.engine.held import HeldRequests
 from scheduler.engine.iteration_timer import IterationTimer
 from scheduler.engine.lives import Lives
@@ -50,8 +50,8 @@ from scheduler.tuning.solve import cold_thresholds
 
 logger = init_logger(f"vllm.headrace.{__name__}")  # below vLLM's logger, so that its handlers and level apply
 
-TOO_LATE = "the first token could not come within its target any more"
-TOO_MANY = "as many requests wait as can be answered in time"
+TOO_LATE = "the first token can no longer meet its latency target"
+TOO_MANY = "queue full: one more request could not meet its latency target"
 _CUT_SHORT = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
 
 
@@ -93,7 +93,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._lives = Lives(lambda: self.clock(), lambda: self.arrival_clock(), self.max_model_len)
         self.admission_queue = AdmissionQueue(
             self.policy, self._classify, lambda: self.clock(), self.recorder.released,
-            tenant_of if settings.trust_tenants else lambda request: NOBODY_IN_PARTICULAR, self._describe,
+            tenant_of if settings.trust_tenants else lambda request: DEFAULT_TENANT, self._describe,
             self._lives.arrived_s,
         )
         self.waiting = self.admission_queue
@@ -106,7 +106,7 @@ class HeadraceScheduler(AsyncScheduler):
         self.latest_work = BatchWork(0, 0, 0, 0)
         self._timer = IterationTimer(self._depth)
         self.rejector = Rejector(self.admission_queue, self._lives, settings.audit_share)
-        self._everyone_runs = False
+        self._pause_none = False
         self._channel: ChannelServer | None = None
         if settings.channel:
             endpoint = rank_endpoint(settings.channel, vllm_config.parallel_config.data_parallel_index)
@@ -139,7 +139,7 @@ class HeadraceScheduler(AsyncScheduler):
         if decision.reject_last:
             self._reject(self.admission_queue.last(UNKNOWN_TYPE, decision.reject_last), TOO_MANY, decision.drain_s)
 
-        sit_out = () if self._everyone_runs else decision.sit_out
+        sit_out = () if self._pause_none else decision.sit_out
         held = self._held.take_out(sit_out, decision.evict_first, strict=obeyed.policy.strict)
         self.max_num_running_reqs = self._most_running - held
         asked = min(filter(None, (decision.token_budget, obeyed.thresholds.token_budget)), default=None)
@@ -236,7 +236,7 @@ class HeadraceScheduler(AsyncScheduler):
         # If those who sit out hold all the memory, nothing else can run: then everyone runs next time.
         stuck = bool(sitting_out) and not output.total_num_scheduled_tokens
         stuck &= self._depth == 1 or not self._timer.busy  # a pipeline has empty batches while others are under way
-        self._everyone_runs = stuck and not self._obeyed.policy.strict
+        self._pause_none = stuck and not self._obeyed.policy.strict
         self._timer.composed(output, self.latest_work, self.clock())
         if output.preempted_req_ids:
             self.recorder.totals.preemptions += len(output.preempted_req_ids)

@@ -20,7 +20,7 @@ from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy, cre
 from vllm.v1.request import Request
 
 from scheduler.engine.choices import Choices
-from scheduler.engine.fair_queue import NOBODY_IN_PARTICULAR, FairQueue, Tenant, TenantLedger
+from scheduler.engine.fair_queue import DEFAULT_TENANT, FairQueue, Tenant, TenantLedger
 from scheduler.policies import QueueView, Waiting
 
 Classify = Callable[[Request], str]
@@ -45,7 +45,7 @@ class AdmissionQueue(RequestQueue):
         classify: Classify,
         clock: Callable[[], float],
         on_release: Callable[[float], None],
-        tenant_of: Callable[[Request], Tenant] = lambda request: NOBODY_IN_PARTICULAR,
+        tenant_of: Callable[[Request], Tenant] = lambda request: DEFAULT_TENANT,
         describe: Callable[[Request, float], Waiting] = _plainly,
         arrived: Callable[[Request], float] | None = None,
     ) -> None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from scheduler.engine.fair_queue import NOBODY_IN_PARTICULAR, Tenant
+from scheduler.engine.fair_queue import DEFAULT_TENANT, Tenant
 from scheduler.settings import (
     EXPECTED_OUTPUT_TOKENS,
     LARGEST_TENANT_WEIGHT,
@@ -45,9 +45,9 @@ def tenant_of(request: Request) -> Tenant:
     extra = _extra_args(request)
     name, weight = extra.get(TENANT), _number(extra.get(TENANT_WEIGHT, 1.0))
     if not isinstance(name, str) or not 1 <= len(name) <= LONGEST_TENANT_NAME:
-        return NOBODY_IN_PARTICULAR
+        return DEFAULT_TENANT
     if weight is None or not 0 < weight <= LARGEST_TENANT_WEIGHT:
-        return NOBODY_IN_PARTICULAR
+        return DEFAULT_TENANT
     return Tenant(name, float(weight))
 
 

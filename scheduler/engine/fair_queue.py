@@ -43,7 +43,7 @@ class Tenant:
             raise ValueError(f"weight of tenant {self.name!r} is {self.weight}; it must be > 0")
 
 
-NOBODY_IN_PARTICULAR = Tenant("", 1.0)
+DEFAULT_TENANT = Tenant("", 1.0)
 """The tenant of requests that name none."""
 
 

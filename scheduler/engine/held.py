@@ -20,7 +20,7 @@ from scheduler.engine.admission_queue import AdmissionQueue
 from scheduler.engine.running_requests import in_admission_order
 
 
-class GatedScheduler(Protocol):
+class AdmittingScheduler(Protocol):
     """What is needed of a scheduler: vLLM's own, with its waiting queue in `admission_queue`."""
 
     running: list[Request]
@@ -37,9 +37,9 @@ class GatedScheduler(Protocol):
 class HeldRequests:
     """Takes requests out of a scheduler's `running` for one iteration and puts back those that kept their KV cache."""
 
-    def __init__(self, scheduler: GatedScheduler) -> None:
+    def __init__(self, scheduler: AdmittingScheduler) -> None:
         self._scheduler = scheduler
-        self._aside: list[tuple[int, Request]] = []
+        self._paused: list[tuple[int, Request]] = []
         self._victims: list[Request] = []
         self._strict = False
         self._allocate_slots = scheduler.kv_cache_manager.allocate_slots
@@ -54,28 +54,28 @@ class HeldRequests:
         if not sit_out:
             return 0
         running, self._strict = self._scheduler.running, strict
-        self._aside = [(place, request) for place, request in enumerate(running) if request.request_id in sit_out]
+        self._paused = [(place, request) for place, request in enumerate(running) if request.request_id in sit_out]
         self._scheduler.running = [request for request in running if request.request_id not in sit_out]
         if self._scheduler.num_spec_tokens and self._scheduler.scheduler_config.async_scheduling:
-            for _, request in self._aside:
+            for _, request in self._paused:
                 request.spec_token_ids = []  # the worker keeps drafts for one iteration only
-        order = {request.request_id: place for place, request in self._aside}
+        order = {request.request_id: place for place, request in self._paused}
         self._victims = sorted(
-            (request for _, request in self._aside),
+            (request for _, request in self._paused),
             key=lambda one: (one.request_id in evict_first, one.priority, order[one.request_id]),
         )
         self._scheduler.kv_cache_manager.allocate_slots = self._allocate
-        return len(self._aside)
+        return len(self._paused)
 
     def put_back(self) -> int:
         """Back to their places in `running`, but for those that were evicted; returns how many these are."""
-        if not self._aside:
+        if not self._paused:
             return 0
-        merged = in_admission_order(self._scheduler.running, self._aside)
+        merged = in_admission_order(self._scheduler.running, self._paused)
         kept = len(self._victims)
-        if kept < len(self._aside):
+        if kept < len(self._paused):
             merged = [request for request in merged if request.status == RequestStatus.RUNNING]
-        self._scheduler.running, self._aside, self._victims = merged, [], []
+        self._scheduler.running, self._paused, self._victims = merged, [], []
         self._scheduler.kv_cache_manager.allocate_slots = self._allocate_slots
         return kept
 

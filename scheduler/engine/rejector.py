@@ -21,13 +21,13 @@ from scheduler.rejection import Rejection
 class Rejector:
     """Rejections of one engine. audit_share: of those chosen by itself, so many are served all the same.
 
-    `never` are ids that no rejection touches; `untold` those that ended and whose clients have not heard of it.
+    `never` are ids that no rejection touches; `undelivered` those that ended and whose clients have not heard of it.
     """
 
     def __init__(self, admission_queue: AdmissionQueue, lives: Mapping[str, Life], audit_share: float) -> None:
-        self._gate, self._lives, self._audit_share = admission_queue, lives, audit_share
+        self._queue, self._lives, self._audit_share = admission_queue, lives, audit_share
         self._under_way: set[str] = set()
-        self.untold: list[tuple[Request, Rejection]] = []
+        self.undelivered: list[tuple[Request, Rejection]] = []
         self.never: set[str] = set()
 
     def choose(self, requests: list[Request], reason: str, drain_s: float) -> dict[str, Rejection]:
@@ -39,12 +39,12 @@ class Rejector:
         for request in requests:
             name = request.request_id
             if name in self.never or self._is_audited(name):
-                self._gate.choices.commit(name)  # it goes on waiting for its turn
-            elif name in self._gate.choices.committed:
-                self._gate.let_through(request)
+                self._queue.choices.commit(name)  # it goes on waiting for its turn
+            elif name in self._queue.choices.committed:
+                self._queue.let_through(request)
             elif name not in rejected:
                 rejection = Rejection.for_drain_time(reason, drain_s, family_of(name) or name)
-                rejected |= dict.fromkeys(self._gate.choices.reject(name, rejection), rejection)
+                rejected |= dict.fromkeys(self._queue.choices.reject(name, rejection), rejection)
         return rejected
 
     def _is_audited(self, name: str) -> bool:
@@ -58,7 +58,7 @@ class Rejector:
     def begin(self, rejected: Mapping[str, Rejection], requests: Mapping[str, Request]) -> None:
         """These end now; their clients hear of it with the iteration's outputs."""
         self._under_way |= rejected.keys()
-        self.untold += [(requests[name], rejection) for name, rejection in rejected.items()]
+        self.undelivered += [(requests[name], rejection) for name, rejection in rejected.items()]
 
     def is_rejected(self, name: str) -> bool:
         """Whether a request that is being freed ends by rejection."""
@@ -70,10 +70,10 @@ class Rejector:
 
     def answers(self) -> list[tuple[int, EngineCoreOutput]]:
         """The answers of all that were rejected since, each with its client's index."""
-        untold, self.untold = self.untold, []
+        undelivered, self.undelivered = self.undelivered, []
         return [
             (request.client_index, EngineCoreOutput(
                 request.request_id, [], finish_reason=FinishReason.ABORT, stop_reason=rejection.as_json()
             ))
-            for request, rejection in untold
+            for request, rejection in undelivered
         ]

@@ -112,11 +112,11 @@ def _stage(request: Request, step_tokens: int) -> int:
     return stage + (under_way if step_tokens == 1 else -(-under_way // step_tokens))
 
 
-def in_admission_order(running: list[Request], aside: list[tuple[int, Request]]) -> list[Request]:
+def in_admission_order(running: list[Request], paused: list[tuple[int, Request]]) -> list[Request]:
     """Put those who sat out back in their places: vLLM preempts from the end, the latest admitted first."""
-    if not aside:
+    if not paused:
         return running
-    places = dict(aside)
+    places = dict(paused)
     merged: list[Request] = []
     others = iter(running)
     place = 0

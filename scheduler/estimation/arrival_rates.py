@@ -49,10 +49,10 @@ def arrival_rates(at_s: Sequence[float], types: Sequence[str], start_s: float, n
     times, names = np.asarray(at_s, dtype=np.float64), sorted(set(types))
     kinds = np.searchsorted(names, types) if names else np.zeros(0, dtype=np.int64)
     since_s = changed_at(times, kinds, start_s, now_s) or start_s
-    alike = times >= since_s
+    recent = times >= since_s
     seconds = max(now_s - since_s, 1.0)
-    counts = np.bincount(kinds[alike], minlength=len(names))
-    dispersion = _dispersion(_binned(times[alike], np.zeros(int(alike.sum()), dtype=np.int64), 1, since_s, now_s)[0])
+    counts = np.bincount(kinds[recent], minlength=len(names))
+    dispersion = _dispersion(_binned(times[recent], np.zeros(int(recent.sum()), dtype=np.int64), 1, since_s, now_s)[0])
     confidence = 1 - (1 - CONFIDENCE) / max(1, len(names))
     return ArrivalRates(
         rate_estimate(int(counts.sum()), seconds, dispersion=dispersion),

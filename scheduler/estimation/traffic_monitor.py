@@ -107,8 +107,8 @@ class TrafficMonitor:
     def arrivals(self) -> list[Arrival]:
         """Those that are alike, or all of the window while there is none such."""
         all_of_them = [one for one, _ in self._arrivals]
-        alike = [one for one in all_of_them if one.at_s >= self._since_s]
-        return alike or all_of_them
+        recent = [one for one in all_of_them if one.at_s >= self._since_s]
+        return recent or all_of_them
 
     @property
     def rates(self) -> ArrivalRates:
@@ -136,7 +136,7 @@ class TrafficMonitor:
     @property
     def finished(self) -> list[tuple[int, int]]:
         """(prompt, output) tokens of the answers that ended since they are alike."""
-        return [(int(p), int(o)) for p, o in self._ended[self._alike]]
+        return [(int(p), int(o)) for p, o in self._ended[self._since_change]]
 
     @property
     def prefix_reuse(self) -> PrefixReuse:
@@ -150,10 +150,10 @@ class TrafficMonitor:
     @property
     def finished_count(self) -> int:
         """How many those are."""
-        return int(self._alike.sum())
+        return int(self._since_change.sum())
 
     @property
-    def _alike(self) -> NDArray[np.bool_]:
+    def _since_change(self) -> NDArray[np.bool_]:
         return np.asarray((self._ended_at_s > self._answers_since_s) | np.isneginf(self._answers_since_s))
 
     @property
@@ -167,8 +167,8 @@ class TrafficMonitor:
         return seen.with_ended(guessed) if guessed else seen
 
     def _update_rates(self) -> None:
-        alike = [(one.at_s, kind) for one, kind in self._arrivals if one.at_s >= self._since_s]
-        newer = arrival_rates([at for at, _ in alike], [kind for _, kind in alike], self._since_s, self._now_s)
+        recent = [(one.at_s, kind) for one, kind in self._arrivals if one.at_s >= self._since_s]
+        newer = arrival_rates([at for at, _ in recent], [kind for _, kind in recent], self._since_s, self._now_s)
         if newer.since_s > self._since_s:
             self._moved.append((self._since_s, newer.since_s))
         self._since_s = newer.since_s
@@ -178,7 +178,7 @@ class TrafficMonitor:
     def _forget_changed_answers(self) -> None:
         if not self._marks:
             return
-        ends = self._ended_at_s[self._alike]
+        ends = self._ended_at_s[self._since_change]
         marks = {round(share * ends.size) for share in _SPLITS}
         marks |= {ends.size - math.ceil(share * self._least_answers) for share in _RECENT}
         last = ends.size - self._least_answers - 1  # so many are left in any case

@@ -185,7 +185,7 @@ def running_cap(mix: WorkloadMix, kv_capacity_tokens: int, *, overflow_probabili
     require_number("kv_capacity_tokens", kv_capacity_tokens, allow_zero=False)
     _require_probability(overflow_probability)
     lengths = mix.merged().lengths
-    mean, spread = lengths.mean_resident_kv_tokens, float(norm.isf(overflow_probability)) * lengths.resident_kv_std
+    mean, spread = lengths.mean_running_kv_tokens, float(norm.isf(overflow_probability)) * lengths.running_kv_std
     root = (math.sqrt(spread**2 + 4 * mean * kv_capacity_tokens) - spread) / (2 * mean)
     # The relative tolerance keeps an N that meets the bound with equality.
     return max(1, math.floor(root**2 * (1 + 1e-12)))

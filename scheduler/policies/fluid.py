@@ -150,7 +150,7 @@ class _Admission:
         wanted_tokens = _wanted_tokens(snapshot, view, most) - max(room, 0.0) if may_lend else 0.0
         wanted_s = params.time_model.prefill_s(wanted_tokens)
         if wanted_s <= 0:
-            self._slack.nothing_lent()
+            self._slack.use_none()
         else:
             ahead = min(view.length, _HEADS) if view else 0
             prompts = ahead + (snapshot.prompt_backlog_tokens > 0)

@@ -27,11 +27,11 @@ class TpotSlack:
 
     def __init__(self, token_s: float, survives: Survives, under_way: int = 1) -> None:
         self._token_s, self._survives = token_s, survives
-        self._lent_s: deque[float] = deque(maxlen=under_way)
+        self._used_s: deque[float] = deque(maxlen=under_way)
 
-    def nothing_lent(self) -> None:
+    def use_none(self) -> None:
         """The coming iteration takes no more than planned."""
-        self._lent_s.append(0.0)
+        self._used_s.append(0.0)
 
     def spare_s(
         self, stages: NDArray[np.int64], first_token_s: Floats, now_s: float, wanted_s: float, *, gain_s: float,
@@ -47,9 +47,9 @@ class TpotSlack:
         tokens, since_s = stages[decoding], first_token_s[decoding]
         slack_s = np.where(np.isnan(since_s), 0.0, (tokens - 1) * self._token_s - (now_s - since_s))
         # What the iterations under way were lent is not in these times yet; their tokens are counted already.
-        slack_s = slack_s - self._token_s * (~np.isnan(since_s)) - sum(self._lent_s)
-        self._lent_s.append(self._most_s(tokens, slack_s, wanted_s, gain_s, misses))
-        return self._lent_s[-1]
+        slack_s = slack_s - self._token_s * (~np.isnan(since_s)) - sum(self._used_s)
+        self._used_s.append(self._most_s(tokens, slack_s, wanted_s, gain_s, misses))
+        return self._used_s[-1]
 
     def _most_s(
         self, tokens: NDArray[np.int64], slack_s: Floats, wanted_s: float, gain_s: float, misses: float

@@ -156,7 +156,7 @@ class _Capacity:
     def alone_s(self) -> float:
         """An iteration of one request: no target can ask for less."""
         steps = self._steps
-        return self._time_model.iteration_s(0.0, steps.computed, float(self._lengths.mean_resident_kv_tokens))
+        return self._time_model.iteration_s(0.0, steps.computed, float(self._lengths.mean_running_kv_tokens))
 
     def at(self, iteration_s: float | None) -> tuple[float, str]:
         """Requests/s with iterations of at most so long, and what limits them."""
@@ -262,7 +262,7 @@ class _Capacity:
         time_model, lengths, served_rps = self._time_model, self._lengths, params.capacity_rps
         if not served_rps or self._rate_rps <= served_rps:
             return None
-        most = params.kv_limit_tokens / lengths.mean_resident_kv_tokens
+        most = params.kv_limit_tokens / lengths.mean_running_kv_tokens
         iteration_s = params.iteration_s
         if iteration_s is None:
             iteration_s = time_model.iteration_s(0.0, min(most, float(self._slots)), float(params.kv_limit_tokens))

@@ -24,7 +24,7 @@ def test_the_marked_object_gives_the_rejection_back():
 @pytest.mark.parametrize(
     "text",
     [
-        None, 3, "", "stop", "refused: x; retry in 60 s", "{}", "[]", "null", f'"{REJECTION_KEY}"',
+        None, 3, "", "stop", "rejected: x; retry in 60 s", "{}", "[]", "null", f'"{REJECTION_KEY}"',
         f'["{REJECTION_KEY}"]', f'{{"{REJECTION_KEY}": 1}}', f'{{"{REJECTION_KEY}": {{"reason": "x"}}}}',
         f'{{"{REJECTION_KEY}": {{"reason": "x", "retry_after_s": null}}}}', Rejection("x", 1).as_json() + " END",
     ],
@@ -63,6 +63,6 @@ def test_requests_rejected_together_do_not_come_back_together(drain_s):
     assert sum(told_s(drain_s)) / len(IDS) == pytest.approx(min(drain_s, 48) + 0.5, rel=0.01), "rounded up"
 
 
-def test_a_request_is_told_the_same_every_time():
+def test_a_request_always_gets_the_same_retry_time():
     assert told_s(30) == told_s(30)
     assert Rejection.for_drain_time("busy", 30, "a-\ud800").retry_after_s >= 1, "no id can raise"

@@ -173,7 +173,7 @@ def test_the_critical_rate_is_where_the_equilibrium_s_memory_is_full(steps):
 
 @pytest.mark.parametrize(("rate", "drafts"), [(0.7, 3), (0.3, 2), (0.9, 5)])
 @pytest.mark.parametrize("std", [0.0, 0.05])
-def test_few_accepted_drafts_miss_no_more_often_than_promised(rate, drafts, std):
+def test_few_accepted_drafts_miss_no_more_often_than_stated(rate, drafts, std):
     """Requests play their steps; each has as many iterations as the target leaves its answer."""
     generator, steps, miss = np.random.default_rng(4), Steps.of_acceptance(rate, drafts), 0.02
     lengths = Lengths(np.full(4, 100), np.array([1, 20, 100, 400]), np.full(4, 0.25))

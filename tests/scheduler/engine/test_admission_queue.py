@@ -134,7 +134,7 @@ def test_remove_one(admission_queue):
     assert len(admission_queue.queue) == 0 and admission_queue.holds == [0.0], "only b was let through"
 
 
-def test_age_forgets_those_who_left(admission_queue):
+def test_age_forgets_requests_that_left(admission_queue):
     admission_queue.add(request("a"))
     admission_queue.now_s = 1.0
     b = request("b")
@@ -158,7 +158,7 @@ def test_age_survives_a_request_id_used_again(admission_queue):
     assert admission_queue.queue.views() == {"short": QueueView(2, 1.0)}, "b has waited since 1.0"
 
 
-def test_priority_decides_who_is_first_and_age_who_is_oldest():
+def test_priority_decides_the_first_request_and_age_the_oldest():
     admission_queue = Gate(SchedulingPolicy.PRIORITY)
     admission_queue.add(request("late", priority=5))
     admission_queue.now_s = 1.0
@@ -199,7 +199,7 @@ def test_reclassify_changes_no_tenants_turn(short):
     assert "".join(name[0] for name in admission_queue.pop_all()) == "bbbbababaaaa"
 
 
-def test_reclassify_names_the_type_of_those_let_through_and_in_service_too(admission_queue):
+def test_reclassify_covers_admitted_and_running_requests_too(admission_queue):
     let_through, running = request("t", prompt=12), request("s", prompt=12)
     admission_queue.add(running, let_through)
     admission_queue.queue.release("long", 2)

@@ -53,7 +53,7 @@ def test_a_request_is_in_no_batch_before_its_token_s_turn(asynchronous):
 
 
 @BOTH_WAYS
-def test_a_policy_sees_the_group_whose_turn_it_is(asynchronous):
+def test_a_policy_sees_the_group_that_the_next_iteration_advances(asynchronous):
     engine = piped(asynchronous)
     for name in "abc":
         engine.add(name, prompt=16, output=50)
@@ -100,7 +100,7 @@ def decide(*, advancing, full=False, fluid=PARAMS):
     return make_policy(Thresholds(policy="fluid", fluid=fluid)).decide(snapshot)
 
 
-def test_the_budget_is_that_of_the_group_whose_turn_it_is():
+def test_the_budget_is_for_the_group_that_the_next_iteration_advances():
     few, many = decide(advancing=20).token_budget, decide(advancing=80).token_budget
     per_token_s = TIME_MODEL.d2_s_per_prefill_token + TIME_MODEL.d1_s_per_kv_token
     decode_s = 60 * (TIME_MODEL.d3_s_per_decode_token + 550 * TIME_MODEL.d1_s_per_kv_token)
@@ -112,7 +112,7 @@ def test_a_newcomer_enters_an_iteration_with_fewer_requests():
     assert decide(advancing=20).admit == {UNKNOWN_TYPE: 1}
 
 
-def test_all_that_iterations_under_way_were_lent_is_taken_from_the_slack():
+def test_slack_used_by_all_iterations_under_way_is_subtracted():
     def lent(under_way):
         slack = TpotSlack(0.1, lambda stages, tokens: np.ones(len(stages)), under_way)
         return [
@@ -148,7 +148,7 @@ def test_memory_holds_the_requests_of_all_groups():
     assert deep.equilibrium.memory_tokens < 2 * flat.equilibrium.memory_tokens
 
 
-def test_the_controller_takes_the_depth_from_the_engine_and_its_law_for_a_stage_s():
+def test_the_controller_takes_the_depth_from_the_engine_and_models_one_stage():
     settings = TuningSettings(targets=Slo(tpot_s=0.1))
     model = ReplicaModel(settings, PAPER, Thresholds(policy="fluid"))
     engine = SyntheticEngine(limits=replace(LIMITS, pipeline_depth=4))

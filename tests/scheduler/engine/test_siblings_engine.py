@@ -139,4 +139,4 @@ def test_an_embedding_is_never_rejected() -> None:
     request = Request("embd-1-0", [7] * 32, None, PoolingParams(task="embed"))
     engine.scheduler.add_request(request)
     engine.scheduler._reject([request], TOO_LATE, 1.0)
-    assert not engine.scheduler.rejector.untold and engine.scheduler.admission_queue.released == 1
+    assert not engine.scheduler.rejector.undelivered and engine.scheduler.admission_queue.released == 1

@@ -65,7 +65,7 @@ def test_types_go_by_declared_length():
     assert engine.running == ["busy", "short", "declared-short"]
 
 
-def test_strict_wait_moves_nobody_without_a_full_group():
+def test_strict_wait_advances_no_request_without_a_full_group():
     engine = Engine(thresholds=wait(4, mode="strict"), settings={"allow_strict": True})
     add_many(engine, 3, "a", output=3)
     assert engine.steps(3) == [{}, {}, {}], "the paper's letter: not even an idle engine admits"
@@ -100,7 +100,7 @@ def test_boundary_hold_is_bounded():
     assert batches[3].keys() == {*front, *young}, "0.06 is 0.02 s after reaching the boundary"
 
 
-def test_those_who_sit_out_keep_their_memory_and_their_place():
+def test_paused_requests_keep_their_memory_and_their_place():
     # Unknown lengths (no declaration) queue at the boundary, known ones never do: they stand in between.
     engine = Engine(thresholds={
         "policy": "wait", "types": [{"name": "known", "n": 1}], "max_hold_s": 10.0,
@@ -163,7 +163,7 @@ def test_preemption_takes_the_latest_admitted_of_those_that_run():
     assert len(engine.finished) == 3
 
 
-def test_everyone_runs_when_those_who_sit_out_hold_all_the_memory():
+def test_all_requests_run_when_paused_ones_hold_all_the_memory():
     # `front` holds 6 of 9 blocks at its boundary; the young group lets it sit out and then does not fit.
     engine = Engine(blocks=10, thresholds=nested((4, 3), (1000, 3), max_hold_s=60.0))
     add_many(engine, 2, "front", prompt=44, output=20)
@@ -175,7 +175,7 @@ def test_everyone_runs_when_those_who_sit_out_hold_all_the_memory():
         assert earlier or later, "never two empty iterations in a row while there is work"
 
 
-def test_those_who_sit_out_keep_their_seats():
+def test_paused_requests_keep_their_slots():
     engine = Engine(thresholds=nested((4, 4), (1000, 4), max_hold_s=10.0), max_num_seqs=6)
     add_many(engine, 2, "front", output=12)
     engine.steps(2)

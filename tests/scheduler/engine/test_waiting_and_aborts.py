@@ -8,7 +8,7 @@ from scheduler.messages import Finished
 # The cap.
 
 
-def test_cap_limits_requests_in_service():
+def test_cap_limits_running_requests():
     engine = Engine(thresholds={"max_running": 4})
     add_many(engine, 10, output=6)
     while engine.scheduler.has_unfinished_requests():
@@ -18,7 +18,7 @@ def test_cap_limits_requests_in_service():
     assert len(engine.finished) == 10
 
 
-def test_cap_lowered_below_those_in_service_evicts_nobody():
+def test_cap_below_the_running_requests_evicts_none():
     engine = Engine(thresholds={"max_running": 8})
     first = add_many(engine, 8, "a", output=20)
     engine.step()
@@ -134,7 +134,7 @@ def test_held_requests_are_counted_everywhere_vllm_looks():
     assert len(engine.finished) == 3
 
 
-def test_structured_output_requests_wait_at_the_gate_too():
+def test_structured_output_requests_wait_for_admission_too():
     engine = Engine(thresholds=wait(2, max_hold_s=10.0, max_running=3))
     scheduler = engine.scheduler
     engine.add("busy", output=50)
@@ -168,7 +168,7 @@ def test_abort_while_the_grammar_compiles():
     assert_gone(engine, "s")
 
 
-def test_session_arrives_once_and_passes_the_gate_once():
+def test_session_arrives_once_and_is_admitted_once():
     engine = Engine(thresholds=wait(4, max_hold_s=10.0))
     scheduler = engine.scheduler
     engine.add("session", prompt=32, output=3, resumable=True)
@@ -182,7 +182,7 @@ def test_session_arrives_once_and_passes_the_gate_once():
     assert_gone(engine, "session")
 
 
-def test_prefix_cache_reset_that_preempts_everybody():
+def test_prefix_cache_reset_that_preempts_all_requests():
     engine = Engine(enable_prefix_caching=True, thresholds=wait(2, max_hold_s=0.05))
     add_many(engine, 6, output=20)
     engine.steps(5)

@@ -45,7 +45,7 @@ def test_censored_answers_are_not_forgotten(seed: int) -> None:
     assert naive.survival(100) < 0.75 * estimate.survival(100)
 
 
-def test_nobody_is_taken_beyond_the_longest() -> None:
+def test_no_output_is_extrapolated_beyond_the_longest() -> None:
     assert product_limit([(1, 10)], [(1, 3000)], 4096).output_quantile(1) == 4096
 
 
@@ -74,7 +74,7 @@ def watched(generator, mean, *, from_s, until_s, changes_at_s=None, later_mean=N
     return Answers(np.full(inside.sum(), 50), now[inside], ended[inside], entry[inside])
 
 
-def test_who_was_under_way_when_watching_began_counts_only_from_then_on() -> None:
+def test_requests_under_way_when_observation_began_count_only_from_then_on() -> None:
     """A short window sees mostly long answers; without late entry they would all count."""
     generator = np.random.default_rng(1)
     seen = [watched(generator, 300, from_s=3000, until_s=3300) for _ in range(30)]
@@ -85,7 +85,7 @@ def test_who_was_under_way_when_watching_began_counts_only_from_then_on() -> Non
     assert np.mean([limit(a, 8192).survival(300) for a in naive]) > 0.5 > 0.37
 
 
-def test_alike_answers_are_not_taken_for_a_change() -> None:
+def test_outputs_of_one_distribution_are_not_taken_for_a_change() -> None:
     generator, alarms = np.random.default_rng(2), 0
     for _ in range(200):
         earlier = watched(generator, 300, from_s=1500, until_s=2400)
@@ -111,7 +111,7 @@ def test_too_few_answers_are_no_change() -> None:
     assert not have_changed(many, few)
 
 
-def test_a_guess_of_lengths_closes_no_gate() -> None:
+def test_a_guess_of_lengths_rejects_no_request() -> None:
     """Of what nothing is known: as likely to double as not, so that a new request counts for a few tokens only."""
     lengths = cold_lengths(131_072)
     assert [lengths.survival(x) for x in (2, 5, 10)] == pytest.approx([0.45, 0.2, 0.1], abs=0.051)

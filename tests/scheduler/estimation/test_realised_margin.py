@@ -17,7 +17,7 @@ def test_few_requests_say_nothing():
     assert after([1.5] * 300).margin(0.01) == pytest.approx(0.5)
 
 
-def test_all_but_the_promised_share_are_covered():
+def test_all_but_the_accepted_share_are_covered():
     """Of every 100 requests 4 were 3 % slower than planned and one was 10 % slower."""
     ratios = ([0.98] * 95 + [1.03] * 4 + [1.1]) * 5
     assert after(ratios).margin(0.02) == pytest.approx(0.03)

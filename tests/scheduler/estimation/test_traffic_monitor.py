@@ -161,7 +161,7 @@ def test_strata_are_as_frequent_as_they_arrive():
     assert stratified(lengths, [], arrival_rates([], [], 0.0, 20.0)) == lengths
 
 
-def test_nobody_counts_as_late_where_no_progress_is_known():
+def test_no_request_has_an_entry_where_no_progress_is_known():
     engine, watch = SyntheticEngine(), TrafficMonitor(60.0, 20)
     engine.traffic([(50, 100)], every_s=0.1, seconds=30)
     report = engine.report()

@@ -63,7 +63,7 @@ def iterate_to_the_fixed_point(time_model, mix):
 
 @modest
 @given(mixes, time_models)
-def test_equilibrium_is_the_fixed_point_of_the_time_law(mix, time_model):
+def test_equilibrium_is_the_fixed_point_of_the_time_model(mix, time_model):
     fluid = solve_fluid(mix, time_model, 10**7)
     if abs(fluid.load - 1) < 0.01:
         return

@@ -86,7 +86,7 @@ def test_requests_admitted_together_fill_the_iteration_and_no_more(output: int, 
     assert TIME_MODEL.iteration_s(0.0, admitted + 1.0, (admitted + 1.0) * (prompt + output)) > iteration_s * 0.93
 
 
-def test_iteration_time_is_held_at_the_promised_probability_and_not_on_average():
+def test_iteration_time_is_held_at_the_stated_probability_and_not_on_average():
     """Long answers of uncertain length: what they grow into strays, and time must be kept for that, as memory is."""
     lengths = Lengths.from_pairs([(800, 200)] * 5 + [(800, 9_000)])
 

@@ -207,7 +207,7 @@ def test_every_hold_at_the_entry_is_bounded(thresholds, workload):
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(serving_thresholds(), workloads)
-def test_requests_in_service_wait_only_at_boundaries_and_never_long(thresholds, workload):
+def test_running_requests_wait_only_at_boundaries_and_never_long(thresholds, workload):
     boundaries = {segment.end_output_tokens for segment in thresholds.segments[:-1]}
     stood_since = {}
 
@@ -230,7 +230,7 @@ def test_requests_in_service_wait_only_at_boundaries_and_never_long(thresholds, 
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "wait", "nested_wait"])
-def test_nothing_waiting_admits_nobody(policy):
+def test_an_empty_queue_admits_no_request(policy):
     assert policy_of(policy, segments=segments((8, 4))).decide(snapshot(running=BUSY)) == Decision({}, set())
 
 
@@ -244,7 +244,7 @@ def test_idle_engine_admits_at_once(policy):
     assert policy.decide(snapshot(**{waiting: 1})).admit == {waiting: 1}
 
 
-def test_fcfs_admits_everyone_up_to_the_cap():
+def test_fcfs_admits_all_requests_up_to_the_cap():
     assert policy_of("fcfs").decide(snapshot(running=BUSY, unknown=7)).admit == {UNKNOWN_TYPE: 7}
     capped = policy_of("fcfs", max_running=4)
     assert capped.decide(snapshot(running=BUSY, released=1, unknown=7)).admit == {UNKNOWN_TYPE: 2}
@@ -266,7 +266,7 @@ def test_wait_lets_an_incomplete_group_in_when_its_hold_is_over():
 
 
 @pytest.mark.parametrize("mode", ["serving", "strict"])
-def test_an_open_gate_of_wait_lets_every_request_in_at_once(mode):
+def test_wait_admits_a_type_without_a_count_at_once(mode):
     policy = policy_of("wait", types=types(free=None, short=4), mode=mode, max_hold_s=1.0)
     batch = [*running(1, 1, 5, type_name="free"), *running(2, type_name="short")]
     decision = policy.decide(snapshot(running=batch, free=9, short=4))
@@ -277,14 +277,14 @@ def test_an_open_gate_of_wait_lets_every_request_in_at_once(mode):
     assert capped.decide(snapshot(running=running(1, 1, type_name="free"), free=9)).admit == {"free": 4}
 
 
-def test_wait_keeps_a_group_together_while_seats_are_short_but_not_beyond_its_hold():
+def test_wait_keeps_a_group_together_while_slots_are_short_but_not_beyond_its_hold():
     policy = policy_of("wait", types=types(short=4), max_running=5, max_hold_s=0.5)
     three = running(1, 1, 1)
     assert policy.decide(snapshot(now_s=10.0, running=three, short=(4, 10.0))).admit == {}
     assert policy.decide(snapshot(now_s=10.5, running=three, short=(4, 10.0))).admit == {"short": 2}
 
 
-def test_wait_gives_short_seats_to_the_oldest_type_first():
+def test_wait_gives_scarce_slots_to_the_oldest_type_first():
     policy = policy_of("wait", types=types(a=2, b=2), max_running=3, max_hold_s=9.0)
     decide = policy.decide
     assert decide(snapshot(now_s=5.0, running=BUSY, a=(2, 4.0), b=(2, 3.0))).admit == {"b": 2}
@@ -423,7 +423,7 @@ def test_a_total_is_spread_evenly_over_iterations_and_stages(total, stages, star
     assert stage_limit(total, stages, 0) >= 1
 
 
-def test_strictly_totals_let_every_request_through_undisturbed():
+def test_strict_totals_hold_no_request():
     """Three requests in seven stages: who enters together finds room in each later stage, and nothing stands still."""
     ends = (SegmentThreshold(end_output_tokens=7, total=3),)
     engine = TinyEngine(policy_of("nested_wait", mode="strict", segments=ends))
@@ -445,7 +445,7 @@ def test_boundary_holds_for_max_hold_s_counted_from_reaching_it():
     assert policy.decide(snapshot(now_s=6.0, running=running)).sit_out == set()
 
 
-def test_last_boundary_and_prefill_hold_nobody():
+def test_last_boundary_and_prefill_hold_no_request():
     policy = policy_of("nested_wait", segments=segments((8, 4), (64, 2)), max_hold_s=1.0)
     running = [
         RunningRequest("end", stage=64),
@@ -462,7 +462,7 @@ def test_each_boundary_has_its_own_queue():
     assert policy.decide(snapshot(running=running)).sit_out == {"a", "b"}, "one at each is no group of two"
 
 
-def test_nobody_is_held_when_everybody_would_be():
+def test_no_request_is_held_when_all_would_be():
     policy = policy_of("nested_wait", segments=segments((8, 4), (64, 3)), max_hold_s=1.0)
     both = [RunningRequest("a", stage=8), RunningRequest("b", stage=8)]
     assert policy.decide(snapshot(running=both)).sit_out == set()
@@ -497,7 +497,7 @@ def test_strict_wait_worked_case_keeps_its_balance():
     assert completed[1:] == [4] * 19, "four completions an iteration, the fluid optimum"
 
 
-def test_strict_wait_stops_everybody_when_no_type_is_eligible():
+def test_strict_wait_stops_all_requests_when_no_type_is_eligible():
     policy = policy_of("wait", mode="strict", types=types(all=4), max_hold_s=0.0)
     batch = running(1, 1, 2, type_name="all")
     decision = policy.decide(snapshot(now_s=99.0, running=batch, all=(3, 0.0)))

@@ -116,7 +116,7 @@ def test_a_restarted_engine_starts_the_window_anew() -> None:
     assert model.finished_seen == 480 + 20  # what is known of lengths stays
 
 
-def test_rate_is_over_the_time_watched_then_over_the_window() -> None:
+def test_rate_is_over_the_time_observed_then_over_the_window() -> None:
     engine, model = SyntheticEngine(), model_of()
     model.observe(engine.report())
     engine.traffic([(58, 147)], every_s=0.5, seconds=16)
@@ -157,7 +157,7 @@ def test_no_rate_is_made_up_from_a_first_moment() -> None:
     assert model.rate_rps <= 1.0
 
 
-def test_the_law_follows_a_slower_engine() -> None:
+def test_the_time_model_follows_a_slower_engine() -> None:
     engine, model = SyntheticEngine(), model_of()
     slow = IterationTimeModel(d0_s=2 * PAPER.d0_s, d1_s_per_kv_token=3 * PAPER.d1_s_per_kv_token)
     for step in range(1500):
@@ -289,7 +289,7 @@ def test_outputs_longer_than_a_hundred_thousand_tokens_do_not_stop_tuning() -> N
     assert proposal.thresholds.max_running is not None
 
 
-def test_fcfs_gets_a_cap_and_no_gates() -> None:
+def test_fcfs_gets_a_cap_and_no_counts() -> None:
     thresholds = proposal_for(SyntheticEngine(), Thresholds(policy="fcfs"), [(58, 147)], every_s=0.125).thresholds
     assert (thresholds.policy, thresholds.types, thresholds.segments) == ("fcfs", (), ())
     assert thresholds.max_running == min(LIMITS.max_num_seqs, running_cap(
@@ -297,7 +297,7 @@ def test_fcfs_gets_a_cap_and_no_gates() -> None:
     ))
 
 
-def test_overload_opens_the_gates_and_still_caps_memory() -> None:
+def test_overload_leaves_types_unheld_and_still_caps_memory() -> None:
     small = replace(LIMITS, kv_capacity_tokens=6000)
     proposal = proposal_for(SyntheticEngine(limits=small), NESTED, [(58, 147)], every_s=1 / 160)
     assert proposal.equilibrium is not None
@@ -312,7 +312,7 @@ def test_overload_opens_the_gates_and_still_caps_memory() -> None:
     assert f"cap {cap} from memory" in proposal.reason
 
 
-def test_overload_with_declared_lengths_opens_every_gate() -> None:
+def test_overload_with_declared_lengths_holds_no_type() -> None:
     small = replace(LIMITS, kv_capacity_tokens=6000)
     lengths = [(58, 147), (100, 50)]
     proposal = proposal_for(SyntheticEngine(limits=small), WAIT, lengths, every_s=1 / 128, declared=True)
@@ -344,7 +344,7 @@ _ARRIVAL = st.tuples(st.integers(1, 4000), _LENGTH, st.booleans())
     block_tokens=st.sampled_from([1, 16, 128]),
     configured_n=st.integers(0, 3),
 )
-def test_every_proposal_can_be_put_in_force(
+def test_an_engine_accepts_every_proposal(
     policy: str, arrivals: list[tuple[int, int, bool]], every_s: float, slots: int, blocks: int, block_tokens: int,
     configured_n: int,
 ) -> None:
@@ -431,7 +431,7 @@ PARAMS = FluidParams(
         ({"ttft_s": 2.5}, True), ({"kv_limit_tokens": 99_000}, True),
     ],
 )
-def test_a_pace_is_left_alone_while_it_would_make_hardly_a_difference(changes: dict[str, Any], different: bool) -> None:
+def test_fluid_parameters_are_left_alone_while_they_hardly_differ(changes: dict[str, Any], different: bool) -> None:
     new, old = (Thresholds(policy="fluid", fluid=params) for params in (replace(PARAMS, **changes), PARAMS))
     assert materially_different(new, old) is different
 
@@ -464,7 +464,7 @@ CHANGED: dict[str, Any] = {
 """For each field of a pace, a value that makes an engine decide otherwise."""
 
 
-def test_every_field_of_a_pace_has_a_tolerance_and_a_change_that_exceeds_it() -> None:
+def test_every_fluid_parameter_has_a_tolerance_and_a_change_that_exceeds_it() -> None:
     """A new field fails here until it is decided what change of it matters."""
     names = {field.name for field in fields(FluidParams)}
     assert set(FLUID_TOLERANCES) == names
@@ -480,7 +480,7 @@ def test_a_change_of_any_field_that_matters_is_pushed(name: str) -> None:
 
 
 @pytest.mark.parametrize("field", ["d0_s", "d1_s_per_kv_token", "d2_s_per_prefill_token", "d3_s_per_decode_token"])
-def test_the_law_matters_where_no_iteration_time_is_planned_too(field: str) -> None:
+def test_the_time_model_matters_without_a_planned_iteration_time_too(field: str) -> None:
     """Without a TPOT target no flow of prompts is known."""
     params = replace(
         PARAMS, iteration_s=None, prompt_flow_tokens=0.0, time_model=replace(PARAMS.time_model, floor_s=0.0)
