@@ -1,11 +1,11 @@
-"""`HeadraceScheduler`: vLLM's own V1 scheduler with a policy at its gate. Usable alone, without Ray.
+"""`HeadraceScheduler`: vLLM's V1 scheduler with an admission policy. Usable alone, without Ray.
 
     vllm serve MODEL --scheduler-cls headrace.HeadraceScheduler \\
         --additional-config '{"headrace": {"thresholds": {"policy": "wait", "types": [{"name": "all", "n": 8}]}}}'
 
-Preemption, prefix cache, chunked prefill, LoRA, structured output, priorities and aborts stay vLLM's. This class
-decides only which waiting requests vLLM may see, which running ones sit an iteration out, and how many tokens an
-iteration has.
+Preemption, prefix cache, chunked prefill, LoRA, structured output, priorities and aborts stay vLLM's. This class only
+decides which waiting requests vLLM sees, which running requests pause for an iteration (`sit_out`), and the iteration's
+token budget.
 
 This module is the fence around vLLM's non-public scheduler surface: `tests/scheduler/test_vllm_seam.py` fails when an
 upgrade moves any of it.
@@ -56,15 +56,14 @@ _CUT_SHORT = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
 
 
 class HeadraceScheduler(AsyncScheduler):
-    """vLLM's asynchronous scheduler, gated by Headrace's thresholds.
+    """vLLM's asynchronous scheduler with admission by Headrace's thresholds.
 
-    Settings come from `additional_config["headrace"]`, see `SchedulerSettings`. `clock` and `arrival_clock` may be
-    replaced by virtual ones before the first request, and `rejections.never` filled, for simulations that ask what a
-    rejection was worth.
+    Settings come from `additional_config["headrace"]`, see `SchedulerSettings`. Simulations may replace `clock` and
+    `arrival_clock` before the first request, and fill `rejector.never`.
 
     Raises:
-        ValueError: the settings have an unknown key or a value out of range, which the message names; or the policy is
-            wrong with one of vLLM's settings, and the message says what to do (`scheduler.support`).
+        ValueError: an unknown key or a value out of range in the settings; or a policy that does not support one of
+            vLLM's settings (`scheduler.support`). The message names it.
     """
 
     running: list[Request]
@@ -114,16 +113,16 @@ class HeadraceScheduler(AsyncScheduler):
             logger.info("Headrace: control channel open, policy %s", settings.thresholds.policy)
 
     def make_policy(self, thresholds: Thresholds) -> Policy:
-        """The policy that these thresholds name; override it to schedule by one of your own (examples/own_policy.py).
+        """The policy that these thresholds name; override it to use your own (examples/own_policy.py).
 
-        Called for the configured thresholds while the scheduler is built, and for each change of what they say.
+        Called for the configured thresholds while the scheduler is built, and for each change of the rule.
         """
         return make_policy(thresholds)
 
     # One iteration.
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """One iteration under the thresholds in force: open the gate, set aside who sits out, let vLLM schedule."""
+        """One iteration under the active thresholds: reject, admit, pause requests, let vLLM schedule the rest."""
         obeyed = self.active.current()
         if obeyed is not self._obeyed:
             self._obey(obeyed)
@@ -134,7 +133,7 @@ class HeadraceScheduler(AsyncScheduler):
             rejected = self._reject([self.requests[name] for name in decision.reject], TOO_LATE, decision.drain_s)
             siblings = len(rejected - set(decision.reject))
         for type_name, count in decision.admit.items():
-            # Some of those that were to enter may be gone with a sibling; none enters that the policy did not look at.
+            # Rejected siblings may be among the admitted; a request that the policy has not looked at never enters.
             self.admission_queue.release(type_name, max(0, count - siblings))
         if decision.reject_last:
             self._reject(self.admission_queue.last(UNKNOWN_TYPE, decision.reject_last), TOO_MANY, decision.drain_s)
@@ -144,7 +143,7 @@ class HeadraceScheduler(AsyncScheduler):
         self.max_num_running_reqs = self._most_running - held
         asked = min(filter(None, (decision.token_budget, obeyed.thresholds.token_budget)), default=None)
         budget = (self._budget_can_split and asked) or self._most_tokens
-        # Every running request gets its decode token and its drafts, however small the budget is set.
+        # Every running request gets its decode token and its drafts, however small the budget.
         self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, self._decode_tokens(self._advancing())))
         chunk = obeyed.thresholds.prefill_chunk_tokens if self._budget_can_split else None
         self.scheduler_config.long_prefill_token_threshold = min(filter(None, (chunk, self._engines_chunk)), default=0)
@@ -160,13 +159,13 @@ class HeadraceScheduler(AsyncScheduler):
             life.cached_tokens = new.num_computed_tokens
             life.shared_tokens = self._prefixes.shared_now(new.req_id, life.cached_tokens)
         for name in output.scheduled_cached_reqs.resumed_req_ids:
-            # Those that held its blocks before it was preempted may be gone, and others may hold them now.
+            # Other requests may share its blocks than before its preemption.
             self._lives[name].shared_tokens = self._prefixes.shared_now(name, self.requests[name].num_tokens)
         self._after_schedule(output, held)
         return output
 
     def _reject(self, requests: list[Request], reason: str, drain_s: float) -> Set[str]:
-        """End those of requests that `Rejector.choose` says, by id."""
+        """End the requests that `Rejector.choose` selects; returns their ids."""
         return self._finish_rejected(self.rejector.choose(requests, reason, drain_s))
 
     def _finish_rejected(self, rejected: Mapping[str, Rejection]) -> Set[str]:
@@ -179,7 +178,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._obeyed = active
         if not thresholds.classifies_like(before):
             self.admission_queue.reclassify([*self.running, *self.skipped_waiting])
-        logger.debug("Headrace: thresholds version %d in force: %s", thresholds.version, thresholds.reason)
+        logger.debug("Headrace: thresholds version %d active: %s", thresholds.version, thresholds.reason)
 
     def _snapshot(self, now_s: float) -> Snapshot:
         capacity, advancing = self.active.limits.kv_capacity_tokens, self._advancing()
@@ -210,14 +209,14 @@ class HeadraceScheduler(AsyncScheduler):
         return tokens_to_decode(advancing) if self.num_spec_tokens else len(advancing)
 
     def _released_requests(self) -> RunningBatch:
-        """The requests let through the gate that do not run, or not yet."""
+        """Admitted requests that do not run (yet)."""
         if not self.admission_queue.released and not self.skipped_waiting:
             return NO_REQUESTS
         requests = [*self.admission_queue.released_requests(), *self.skipped_waiting]
         return EngineBatch(requests, self.admission_queue, self._lives, 1 + self.num_spec_tokens)
 
     def _prompt_backlog(self) -> int:
-        """Prompt tokens left to compute of the requests that run and of those let through."""
+        """Prompt tokens left to compute of running and admitted requests."""
         tokens: int = sum([request.num_tokens - request.num_computed_tokens for request in self._inflight_prefills])
         if self.admission_queue.released or self.skipped_waiting:
             tokens += sum(
@@ -227,13 +226,13 @@ class HeadraceScheduler(AsyncScheduler):
         return tokens
 
     def _describe(self, request: Request, since_s: float) -> Waiting:
-        """What a policy may know of a request that waits."""
+        """A waiting request, as a policy sees it."""
         life = self._lives[request.request_id]
         cached, shared = self._prefixes.of(request)
         return Waiting(request.num_prompt_tokens, since_s, request.request_id, cached, shared, life.expected, life.most)
 
     def _after_schedule(self, output: SchedulerOutput, sitting_out: int) -> None:
-        # If those who sit out hold all the memory, nothing else can run: then everyone runs next time.
+        # If paused requests hold all the memory, no other can run: then none pauses in the next iteration.
         stuck = bool(sitting_out) and not output.total_num_scheduled_tokens
         stuck &= self._depth == 1 or not self._timer.busy  # a pipeline has empty batches while others are under way
         self._pause_none = stuck and not self._obeyed.policy.strict
@@ -249,7 +248,7 @@ class HeadraceScheduler(AsyncScheduler):
         )
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
-        """vLLM's own, and the iteration's record: its seconds count from when the engine could start it."""
+        """vLLM's own, with a record of the iteration and the outputs of rejected requests."""
         now_s = self.clock()
         executed = self._timer.finished(scheduler_output, now_s)
         if executed:
@@ -266,7 +265,7 @@ class HeadraceScheduler(AsyncScheduler):
             outputs.setdefault(client, EngineCoreOutputs(outputs=[])).outputs.append(answer)
         return outputs
 
-    # Where a pipeline's first stage is told of each token, a request waits for its own: as in vLLM's synchronous class.
+    # In a synchronous pipeline a request waits for its own token, as in vLLM's synchronous class.
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         if self._waits_for_tokens:
@@ -279,10 +278,10 @@ class HeadraceScheduler(AsyncScheduler):
             return Scheduler._update_request_with_output(self, *args, **kwargs)
         return super()._update_request_with_output(*args, **kwargs)
 
-    # Coming and going.
+    # Arrival and end of requests.
 
     def add_request(self, request: Request) -> None:
-        """A new request waits at the gate; it is counted with the length its client declared."""
+        """Put a new request into the admission queue and record its arrival with its declared length."""
         if self.policy is not SchedulingPolicy.PRIORITY:
             request.priority = 0  # the client's; only vLLM's own policy "priority" lets it order requests
         if request.request_id not in self.requests:
@@ -290,13 +289,13 @@ class HeadraceScheduler(AsyncScheduler):
             self._lives.begin(request)
         super().add_request(request)
         if request.pooling_params is not None:
-            # An embedding: it has no output that a target or a rejection could be for.
+            # An embedding has no output, so no target applies and it is never rejected.
             self.admission_queue.choices.commit(request.request_id)
         if rejection := self.admission_queue.choices.rejection_of(request.request_id):
             self._finish_rejected({request.request_id: rejection})
 
     def _enqueue_waiting_request(self, request: Request) -> None:
-        # vLLM would put a request whose grammar compiles straight among the skipped, past the gate.
+        # vLLM would put a request whose grammar compiles straight among the skipped, past the admission queue.
         if request.status == RequestStatus.WAITING_FOR_STREAMING_REQ:
             super()._enqueue_waiting_request(request)
         else:
@@ -321,9 +320,9 @@ class HeadraceScheduler(AsyncScheduler):
         return super()._free_request(request, delay_free_blocks)
 
     def known_output_tokens(self, request: Request) -> int | None:
-        """The output length a client declared: `expected_output_tokens`, at most `max_tokens`; else that; else None.
+        """The declared output length: `expected_output_tokens`, at most `max_tokens`; else `max_tokens`; else None.
 
-        A `max_tokens` that only fills the model's context up is vLLM's default and no declaration.
+        A `max_tokens` that fills the model's context is vLLM's default and no declaration.
         """
         expected, most = declared_lengths(request, self.max_model_len)
         return most if expected is None else expected
@@ -355,7 +354,7 @@ class HeadraceScheduler(AsyncScheduler):
         )
 
     def stats(self) -> Stats:
-        """What routing and readiness need; safe from another thread, and as cheap with any number of requests."""
+        """The figures for routing and readiness; safe from another thread; cost does not grow with the requests."""
         thresholds = self.active.current().thresholds
         return Stats.of_engine(self._engine_id, self.active.limits, thresholds, self.recorder.gauges)
 
