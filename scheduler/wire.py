@@ -37,7 +37,7 @@ class OtherSchema(UnreadableMessage):
 
     def __init__(self, speaker: str, version: object) -> None:
         spoken = "no schema version" if version is None else f"schema version {version}"
-        super().__init__(f"{speaker} uses {spoken}, this process version {SCHEMA}; both must run the same release")
+        super().__init__(f"{speaker} speaks {spoken}, this process version {SCHEMA}; both must run the same release")
 
 
 class QuestionFailed(RuntimeError):

@@ -19,9 +19,9 @@ _LONGEST_WAY_S = 60.0
 
 @dataclass(slots=True)
 class Life:
-    """What is remembered of a request until it leaves: clock seconds, declared lengths, prompt tokens found cached.
+    """One request in the engine: clock seconds, declared lengths, prompt tokens found cached.
 
-    expected, most: output tokens (infinite: not declared); first_token_s: NaN until it is out.
+    expected, most: output tokens (infinite: not declared); first_token_s: NaN before the first token.
     """
 
     arrived_s: float
@@ -33,7 +33,7 @@ class Life:
     audited: bool = False
 
     def missed(self, params: FluidParams, first_s: float, now_s: float, outputs: int) -> dict[str, bool]:
-        """Which targets a request misses that completes now with so many tokens, the first one at `first_s`."""
+        """The targets missed by a request that completes at `now_s` with `outputs` tokens, the first at `first_s`."""
         took_s = {
             "ttft": (first_s - self.arrived_s, params.ttft_s), "latency": (now_s - self.arrived_s, params.latency_s),
             "tpot": ((now_s - first_s) / max(outputs - 1, 1), params.tpot_s),

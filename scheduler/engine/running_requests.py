@@ -1,4 +1,4 @@
-"""The requests of an engine as a policy sees them: columns of the running ones, and the work of a batch.
+"""The running requests as columns for a policy, and the work of a batch.
 
 Part of the fence around vLLM's non-public surface (`Request`, `SchedulerOutput`): `tests/scheduler/test_vllm_seam.py`
 fails when an upgrade moves it.
@@ -28,9 +28,9 @@ class BatchWork(NamedTuple):
 
 
 def batch_work(output: SchedulerOutput, requests: Mapping[str, Request]) -> BatchWork:
-    """What an iteration just scheduled will compute and read."""
+    """The work of an iteration that has just been scheduled."""
     counts, drafted = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
-    if drafted:  # a decode step then has its draft tokens too
+    if drafted:  # a decode step has its draft tokens too
         prefilling = [n for name, n in counts.items() if n > 1 + len(drafted.get(name, ()))]
     else:
         prefilling = [n for n in counts.values() if n > 1]
@@ -40,12 +40,12 @@ def batch_work(output: SchedulerOutput, requests: Mapping[str, Request]) -> Batc
 
 
 def tokens_to_decode(running: list[Request]) -> int:
-    """Tokens that the next decode step of each of these computes: one, and the drafts it has."""
+    """Tokens that the next decode steps of these requests compute: one each, and their drafts."""
     return len(running) + sum([len(request.spec_token_ids) for request in running])
 
 
 def decode_steps(output: SchedulerOutput, results: Mapping[int, EngineCoreOutputs]) -> Iterator[tuple[int, int]]:
-    """Of each decoding request that got tokens from an iteration: tokens computed for it (with drafts), and gained."""
+    """Tokens computed (with drafts) and gained, for each decoding request that gained tokens in an iteration."""
     counts, drafted = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
     first = {new.req_id for new in output.scheduled_new_reqs}
     for client in results.values():
@@ -57,7 +57,7 @@ def decode_steps(output: SchedulerOutput, results: Mapping[int, EngineCoreOutput
 
 
 class EngineBatch(RunningBatch):
-    """Requests of the engine; objects of them are made only when a policy looks at one.
+    """Requests of the engine; `RunningRequest` objects are made only on access.
 
     step_tokens: most tokens that one decode step computes for a request, its drafts included.
     """
@@ -108,12 +108,12 @@ def _stage(request: Request, step_tokens: int) -> int:
         return 0
     stage: int = request.num_output_tokens
     under_way: int = request.num_output_placeholders
-    # Of a step under way one token is certain; its drafts may be refused.
+    # A step under way yields one token for sure; its drafts may be rejected.
     return stage + (under_way if step_tokens == 1 else -(-under_way // step_tokens))
 
 
 def in_admission_order(running: list[Request], paused: list[tuple[int, Request]]) -> list[Request]:
-    """Put those who sat out back in their places: vLLM preempts from the end, the latest admitted first."""
+    """Put paused requests back in their places: vLLM preempts from the end, the latest admitted first."""
     if not paused:
         return running
     places = dict(paused)
