@@ -198,7 +198,7 @@ class HeadraceScheduler(AsyncScheduler):
             latest=self.recorder.latest_iteration,
             decode_tokens=self._decode_tokens(advancing),
             most_step_tokens=1 + self.num_spec_tokens,
-            next_is_emptier=self._depth > 1 and has_more_than_its_share(advancing, self.running, self._depth),
+            next_is_fuller=self._depth > 1 and has_more_than_its_share(advancing, self.running, self._depth),
         )
 
     def _advancing(self) -> list[Request]:

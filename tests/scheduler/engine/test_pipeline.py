@@ -62,7 +62,7 @@ def test_a_policy_sees_the_group_that_the_next_iteration_advances(asynchronous):
     engine.step()
     alone, three = engine.scheduler._snapshot(0.0), (engine.step(), engine.scheduler._snapshot(0.0))[1]
     assert (alone.decode_tokens, three.decode_tokens) == (3, 1)
-    assert (alone.next_is_emptier, three.next_is_emptier) == (True, False)
+    assert (alone.next_is_fuller, three.next_is_fuller) == (True, False)
     assert (alone.kv_read_tokens, three.kv_read_tokens) == (3 * 17, 33)
     assert engine.scheduler.active.limits.pipeline_depth == 2
 
@@ -95,7 +95,7 @@ def decide(*, advancing, full=False, fluid=PARAMS):
         now_s=0.0, waiting={UNKNOWN_TYPE: view}, released=0,
         running=RunningBatch([RunningRequest("r", stage=50, kv_tokens=550)] * 100), kv_used_tokens=55_000,
         kv_capacity_tokens=100_000, most_tokens=2048, decode_tokens=advancing, kv_read_tokens=550 * advancing,
-        next_is_emptier=full,
+        next_is_fuller=full,
     )
     return make_policy(Thresholds(policy="fluid", fluid=fluid)).decide(snapshot)
 
