@@ -83,7 +83,7 @@ def test_the_forecast_covers_the_truth_and_is_json():
     data = json.loads(json.dumps(forecast.as_dict(), allow_nan=False))
     assert set(data["rate_rps"]) == {"value", "low", "high"}
     assert list(data["rate_by_type_rps"]) == ["prompt<=1024"]
-    assert "nothing binds" in proposal.reason
+    assert "bottleneck: nothing" in proposal.reason
 
 
 @pytest.mark.parametrize("factor", [3.0, 1 / 3])

@@ -308,7 +308,7 @@ def test_overload_leaves_types_unheld_and_still_caps_memory() -> None:
     assert 1 <= cap * (58 + 147 / 2) <= 6000
     assert "load 1.21" in proposal.reason
     assert "Nested WAIT is infeasible" in proposal.reason
-    assert "the gates stay open" in proposal.reason
+    assert "no type is held" in proposal.reason
     assert f"cap {cap} from memory" in proposal.reason
 
 
