@@ -56,8 +56,8 @@ class Rejection:
             return None
         try:
             data = json.loads(text)
-            told = data[REJECTION_KEY]
-            return cls(str(told["reason"]), int(told["retry_after_s"]))
+            found = data[REJECTION_KEY]
+            return cls(str(found["reason"]), int(found["retry_after_s"]))
         except (ValueError, TypeError, KeyError):
             return None
 

@@ -125,7 +125,7 @@ class Thresholds:
     """The thresholds of one engine's scheduler.
 
     version: strictly increasing per replica; an engine rejects a version that is not newer than the active one.
-    policy: one of `POLICY_NAMES`; mode: "serving" (holds are bounded) or "strict" (the paper's letter).
+    policy: one of `POLICY_NAMES`; mode: "serving" (holds are bounded) or "strict" (the paper's rule).
     types: WAIT's thresholds, first match wins; segments: Nested WAIT's, by increasing boundary, with totals that per
     stage never grow.
     max_running: most running requests (None: the engine's own max_num_seqs).

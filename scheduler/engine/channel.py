@@ -163,7 +163,7 @@ class ChannelClient:
         self._socket: zmq.asyncio.Socket | None = None
 
     async def apply(self, thresholds: Thresholds, *, automatic: bool = True, timeout_s: float = 5.0) -> Ack:
-        """Offer thresholds; the answer says which version is in force now.
+        """Offer thresholds; the answer has the version that is active now.
 
         Raises:
             ChannelClosed: no answer within `timeout_s`. Asking again is safe: a version is accepted once.

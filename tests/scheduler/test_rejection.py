@@ -11,7 +11,7 @@ from scheduler.rejection import REJECTION_KEY, Rejection
 IDS = [f"chatcmpl-{place}" for place in range(2000)]
 
 
-def told_s(drain_s):
+def retry_after_s_of(drain_s):
     return [Rejection.for_drain_time("busy", drain_s, request_id).retry_after_s for request_id in IDS]
 
 
@@ -51,18 +51,18 @@ def test_an_aborted_answer_is_one_only_when_the_engine_says_so():
     ],
 )
 def test_clients_wait_whole_seconds_within_a_quarter_of_the_drain_time_and_from_one_to_sixty(drain_s, least_s, most_s):
-    told = told_s(drain_s)
-    assert set(told) == set(range(least_s, most_s + 1))
-    assert all(isinstance(seconds, int) for seconds in told)
+    retry_s = retry_after_s_of(drain_s)
+    assert set(retry_s) == set(range(least_s, most_s + 1))
+    assert all(isinstance(seconds, int) for seconds in retry_s)
 
 
 @pytest.mark.parametrize("drain_s", [8, 40, 1e9])
 def test_requests_rejected_together_do_not_come_back_together(drain_s):
-    counts = Counter(told_s(drain_s))
+    counts = Counter(retry_after_s_of(drain_s))
     assert max(counts.values()) < 1.3 * len(IDS) / len(counts) * (1 if drain_s > 8 else 1.3)
-    assert sum(told_s(drain_s)) / len(IDS) == pytest.approx(min(drain_s, 48) + 0.5, rel=0.01), "rounded up"
+    assert sum(retry_after_s_of(drain_s)) / len(IDS) == pytest.approx(min(drain_s, 48) + 0.5, rel=0.01), "rounded up"
 
 
 def test_a_request_always_gets_the_same_retry_time():
-    assert told_s(30) == told_s(30)
+    assert retry_after_s_of(30) == retry_after_s_of(30)
     assert Rejection.for_drain_time("busy", 30, "a-\ud800").retry_after_s >= 1, "no id can raise"

@@ -37,7 +37,7 @@ MIX = WorkloadMix.from_lengths(Lengths.from_pairs([(300, 100), (900, 200), (1500
 
 @given(st.floats(0, 1), st.integers(1, 5))
 def test_what_an_acceptance_rate_stands_for(rate, drafts):
-    """Summed over every way in which the drafts can be accepted or refused."""
+    """Summed over every way in which the drafts can be accepted or rejected."""
     mean = square = 0.0
     for accepted in itertools.product((True, False), repeat=drafts):
         chance = np.prod([rate if one else 1 - rate for one in accepted])
@@ -116,7 +116,7 @@ def test_a_request_that_jumps_over_a_boundary_is_held_there(stage):
 
 @pytest.mark.parametrize("targets", [Slo(), Slo(tpot_s=0.05), Slo(ttft_s=3.0, tpot_s=0.02)])
 def test_free_drafts_that_are_all_accepted_make_the_engine_that_many_times_as_fast(targets):
-    """Steps of two tokens at the price of one serve what an engine does whose decodes cost half."""
+    """Steps of two tokens at the price of one serve as much as an engine with decodes of half the cost."""
     twice = replace(
         TIME_MODEL,
         d0_s=TIME_MODEL.d0_s / 2,
@@ -190,7 +190,7 @@ def test_few_accepted_drafts_miss_no_more_often_than_stated(rate, drafts, std):
 
 @pytest.mark.parametrize("decoded", [0, 5000], ids=["no speculation", "idle after it"])
 def test_an_engine_that_decodes_nothing_leaves_no_marks(decoded):
-    """A controller hears from every engine each period, for as long as it lives."""
+    """A controller gets a report of every engine each period."""
     seen = StepsSeen(60.0)
     counters = Counters(decode_steps=decoded, decode_computed_tokens=4 * decoded, decode_gained_tokens=2 * decoded)
     for period in range(2000):

@@ -1,4 +1,4 @@
-"""Which policy goes with which engine setting: the README's table is the code's, and every "no" in it is refused."""
+"""Which policy goes with which engine setting: the README's table is the code's, and every "no" in it is rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Thresholds: what is refused and how the refusal reads, the JSON form, and what fits an engine."""
+"""Thresholds: invalid values and their messages, the JSON form, and the fit to an engine."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from scheduler.thresholds import (
 LIMITS = EngineLimits(
     kv_capacity_tokens=1600, block_tokens=16, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=1024
 )
-"""100 KV blocks, 64 seats."""
+"""100 KV blocks, 64 slots."""
 
 
 def _type(name="all", n=4, **bounds):
@@ -36,7 +36,7 @@ def _segments(*ends_and_n):
     return [{"end_output_tokens": end, "total": total} for end, total in ends_and_n]
 
 
-REFUSED = [
+INVALID = [
     # (what is sent, the field named, the value named, a word of what is allowed)
     ({"version": -1}, "version", -1, ">= 0"),
     ({"policy": "lifo"}, "policy", "lifo", "fcfs, wait, nested_wait"),
@@ -87,7 +87,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("sent", "field", "value", "allowed"), REFUSED, ids=lambda part: str(part)[:40])
+@pytest.mark.parametrize(("sent", "field", "value", "allowed"), INVALID, ids=lambda part: str(part)[:40])
 def test_an_error_names_field_value_and_what_is_allowed(sent, field, value, allowed):
     with pytest.raises(InvalidThresholds) as rejected:
         parse_thresholds(sent)

@@ -117,8 +117,8 @@ def test_held_requests_are_preempted_as_vllm_does_it():
 def test_the_batches_of_a_pipeline_take_turns_as_we_count_them():
     """What `scheduler.engine.pipeline` reads."""
     assert "if self.current_step < request.next_decode_eligible_step:" in inspect.getsource(Scheduler.schedule)
-    told = "request.next_decode_eligible_step = self.current_step + self.pp_size"
-    assert told in inspect.getsource(AsyncScheduler)
+    statement = "request.next_decode_eligible_step = self.current_step + self.pp_size"
+    assert statement in inspect.getsource(AsyncScheduler)
     assert isinstance(VllmConfig.use_v2_model_runner, property)
     assert "self.parallel_config.pipeline_parallel_size" in inspect.getsource(VllmConfig.max_concurrent_batches.fget)
 

@@ -228,7 +228,7 @@ def test_within_a_schema_version_keys_are_added_only(message: Any) -> None:
 
 
 def answer_to(offer: bytes) -> tuple[Thresholds, str]:
-    """What is in force in an engine after an offer, and why it was rejected."""
+    """The active thresholds after an offer, and the reason of a rejection."""
     active, why = ActiveThresholds(Thresholds(), LIMITS, lambda: 0.0), ""
     try:
         asked = read_question(offer)

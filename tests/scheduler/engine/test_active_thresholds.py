@@ -1,4 +1,4 @@
-"""Which thresholds are in force: versions, pins, refusals, validity."""
+"""The active thresholds: versions, pins, rejections, validity."""
 
 import itertools
 import threading
@@ -88,7 +88,7 @@ def test_thresholds_that_do_not_fit_change_nothing(active):
     assert (ack.accepted, ack.code, ack.version_in_force) == (False, "invalid", 1)
     assert "types[0].n = 65" in ack.reason
     assert active.current() is before
-    assert active.offer(Apply(thresholds=_wait(2))).accepted, "the refused version was not used up"
+    assert active.offer(Apply(thresholds=_wait(2))).accepted, "the rejected version was not used up"
 
 
 def test_configured_thresholds_must_fit(clock):
@@ -148,7 +148,7 @@ def test_renewal_extends(active, clock):
 
 def test_reading_takes_no_lock_while_nothing_lapses(active, clock):
     active.offer(Apply(thresholds=_wait(1, valid_for_s=10.0)))
-    with active._lock:  # somebody offers; the engine's loop must not wait for it (it would deadlock here)
+    with active._lock:  # an offer is under way; the engine's loop must not wait for it (it would deadlock here)
         assert active.current().thresholds.version == 1
 
 

@@ -1,4 +1,4 @@
-"""The gate as vLLM's waiting queue: what is visible, what is counted, what is remembered."""
+"""The admission queue as vLLM's waiting queue: what is visible, counted and remembered."""
 
 import pytest
 from vllm.sampling_params import SamplingParams
@@ -18,7 +18,7 @@ def request(name, *, prompt=8, priority=0, arrival_time=0.0):
 
 
 class Gate:
-    """A gate whose types are "short" (prompts of at most `short` tokens) and "long"."""
+    """An admission queue whose types are "short" (prompts of at most `short` tokens) and "long"."""
 
     def __init__(self, order=SchedulingPolicy.FCFS):
         self.now_s, self.short, self.holds = 0.0, 10, []
@@ -207,7 +207,7 @@ def test_reclassify_covers_admitted_and_running_requests_too(admission_queue):
     admission_queue.short = 15
     admission_queue.queue.reclassify([running])
     assert admission_queue.queue.type_of("s") == "short" and admission_queue.queue.type_of("t") == "short"
-    assert admission_queue.queue.held == 0, "nobody is held again"
+    assert admission_queue.queue.held == 0, "no request is held again"
 
 
 def test_nothing_is_remembered_of_the_forgotten(admission_queue):

@@ -172,8 +172,8 @@ def test_concurrent_questions_get_their_own_answers(endpoint):
     async def main():
         async with asking(endpoint) as client:
             cursors = list(range(20))
-            told = await asyncio.gather(*(client.report(cursor) for cursor in cursors))
-            return [[arrival.seq for arrival in each.arrivals] for each in told]
+            received = await asyncio.gather(*(client.report(cursor) for cursor in cursors))
+            return [[arrival.seq for arrival in each.arrivals] for each in received]
 
     with serving(endpoint) as engine:
         for _ in range(20):
@@ -431,7 +431,7 @@ def test_time_out_counts_while_others_ask(endpoint):
     async def main():
         async with asking(endpoint) as client:
             patient = asyncio.create_task(client.report(timeout_s=60))
-            await asyncio.sleep(0)  # it asks first; nobody listens yet
+            await asyncio.sleep(0)  # it asks first; no server listens yet
             with pytest.raises(ChannelClosed):
                 await asyncio.wait_for(client.report(timeout_s=0.05), 10)
             with serving(endpoint):
@@ -531,7 +531,7 @@ sys.stdin.read()
 
 
 def test_a_living_neighbour_keeps_its_socket_and_a_killed_one_is_swept(temporary_files, monkeypatch):
-    """Its process id says nothing: the neighbour may count processes in a namespace of its own."""
+    """Its process id does not matter: the neighbour may count processes in a namespace of its own."""
     monkeypatch.setattr("psutil.pid_exists", lambda pid: False)
     command = [sys.executable, "-c", ANOTHER_REPLICA, str(temporary_files)]
     root = Path(channel.__file__).parents[2]

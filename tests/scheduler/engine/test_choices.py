@@ -1,4 +1,4 @@
-"""The choices of a request with several, and what becomes of those whose sibling was let through or rejected."""
+"""The choices of a request with several, after a sibling was released or rejected."""
 
 import pytest
 

@@ -32,10 +32,10 @@ def test_live_channel_into_a_serving_engine():
             add_many(engine, 5, output=4)
             engine.step()
             assert len(engine.running) == 2
-            told = await client.report()
-            assert len(told.arrivals) == 5 and told.gauges.held == 3 and told.thresholds.version == 1
+            answer = await client.report()
+            assert len(answer.arrivals) == 5 and answer.gauges.held == 3 and answer.thresholds.version == 1
             engine.run()
-            assert len((await client.report(told.cursor)).finished) == 5
+            assert len((await client.report(answer.cursor)).finished) == 5
         finally:
             client.close()
 

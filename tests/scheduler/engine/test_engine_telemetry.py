@@ -48,7 +48,7 @@ def test_seconds_count_from_when_the_engine_was_free():
     engine.deliver()
     engine.launch()
     engine.now_s = 0.033
-    engine.deliver()  # nobody is left
+    engine.deliver()  # no request is left
     assert engine.launch() == {}
     engine.now_s = 0.050
     engine.add("b", output=4)
@@ -67,7 +67,7 @@ def test_a_standstill_is_no_part_of_the_next_iteration():
     engine.add("a", output=3)
     engine.steps(2)
     engine.deliver()
-    assert engine.launch() == {}  # nobody waits, so nobody moves
+    assert engine.launch() == {}  # no request waits, so none moves
     engine.now_s = 1.0
     engine.add("b", output=3)
     assert engine.launch()

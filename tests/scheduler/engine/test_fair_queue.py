@@ -138,7 +138,7 @@ def test_next_and_last_of_long_queues_are_found_without_going_through_them():
 
 
 class Answering:
-    """A request in service, with the output tokens it has so far."""
+    """A running request, with the output tokens it has so far."""
 
     priority = 0
 

@@ -20,10 +20,10 @@ def test_fluid_rejects_the_tail_beyond_the_queue_limit_with_a_retry_time():
     engine.deliver()
     rejected = [answer for answer in engine.answers if answer.finish_reason is not None]
     for answer in rejected:
-        told = Rejection.of_answer(str(answer.finish_reason), answer.stop_reason)
-        assert told == Rejection.for_drain_time(TOO_MANY, 8.0, answer.request_id)
+        sent = Rejection.of_answer(str(answer.finish_reason), answer.stop_reason)
+        assert sent == Rejection.for_drain_time(TOO_MANY, 8.0, answer.request_id)
     assert all(answer.new_token_ids == [] for answer in rejected)
-    # The oldest are served, the next two wait, and who came last is refused.
+    # The oldest are served, the next two wait, and the last one is rejected.
     served = len(engine.running)
     assert 0 < served < 6
     assert engine.running == [f"r{place}" for place in range(served)]
@@ -41,7 +41,7 @@ def test_fluid_never_overflows_memory_and_serves_all_requests_without_targets():
 
 
 def test_fluid_keeps_the_iteration_within_its_time_without_slack():
-    """At capacity later iterations regain nothing, so that there is no time over to lend."""
+    """At capacity later iterations regain nothing, so that there is no slack to use."""
     time_model = IterationTimeModel(0.004, 1e-6, 1e-4, 1e-4)
     params = fluid_params(kv_limit_tokens=1023 * BLOCK, iteration_s=STEP_S, steady_s=STEP_S)
     thresholds = {"policy": "fluid", "fluid": params}
@@ -52,7 +52,7 @@ def test_fluid_keeps_the_iteration_within_its_time_without_slack():
         time_model.iteration_s(r.prefill_tokens, r.decode_tokens, r.kv_tokens) for r in telemetry(engine).iterations
         if r.decode_tokens  # alone, prompts may take what they like
     )
-    assert slowest <= STEP_S + 16 * time_model.d2_s_per_prefill_token  # whoever has entered always gets on
+    assert slowest <= STEP_S + 16 * time_model.d2_s_per_prefill_token  # prefills always progress
     assert len(engine.finished) == 60
 
 
@@ -63,7 +63,7 @@ def test_prefills_use_the_slack_of_running_requests():
     engine.steps(30)
     engine.add("long", prompt=480, output=2)
     computed = max(batch.get("long", 0) for batch in engine.steps(3))
-    assert computed == 480, "at 0.1 ms a token the promise alone has time for 150"
+    assert computed == 480, "at 0.1 ms a token the planned time alone has room for 150"
 
 
 @settings(max_examples=25, deadline=None)
@@ -90,7 +90,7 @@ def test_counters_add_up_after_every_step(steps):
             cut_short += 1
         engine.step()
         rejected = {answer.request_id for answer in engine.answers if answer.stop_reason}
-        rejected |= {request.request_id for request, _ in engine.scheduler.rejector.undelivered}  # not told yet
+        rejected |= {request.request_id for request, _ in engine.scheduler.rejector.undelivered}  # not delivered yet
         counters = telemetry(engine).counters
         assert counters == replace(
             counters, arrivals=arrived, completed=len(engine.finished), aborted=cut_short, rejected=len(rejected)

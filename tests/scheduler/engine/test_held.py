@@ -1,4 +1,4 @@
-"""Who gives up its KV cache where blocks run short while others are held: on vLLM's real scheduler."""
+"""Which request is preempted when blocks run short and others pause: on vLLM's real scheduler."""
 
 import pytest
 from engine_harness import MAX_MODEL_LEN, Engine
@@ -25,8 +25,8 @@ def add_many(engine, count, prefix, **request):
 
 
 def preempted(engine):
-    everyone = {**engine.requests, **engine.finished}
-    return {name: request.num_preemptions for name, request in everyone.items() if request.num_preemptions}
+    all_requests = {**engine.requests, **engine.finished}
+    return {name: request.num_preemptions for name, request in all_requests.items() if request.num_preemptions}
 
 
 def short_of_memory(max_hold_s=10.0, **engine_args):

@@ -113,15 +113,15 @@ def test_a_newcomer_enters_an_iteration_with_fewer_requests():
 
 
 def test_slack_used_by_all_iterations_under_way_is_subtracted():
-    def lent(under_way):
+    def used_s(under_way):
         slack = TpotSlack(0.1, lambda stages, tokens: np.ones(len(stages)), under_way)
         return [
             slack.spare_s(np.array([11]), np.array([9.5]), 10.0, wanted, gain_s=0.0, misses=0.0)
             for wanted in (0.1, 0.0, 1.0)
         ]
 
-    assert lent(1)[2] == pytest.approx(0.4)
-    assert lent(2)[2] == pytest.approx(0.3)
+    assert used_s(1)[2] == pytest.approx(0.4)
+    assert used_s(2)[2] == pytest.approx(0.3)
 
 
 # The fluid model.

@@ -113,8 +113,8 @@ def test_a_rejection_drawn_for_the_audit_is_lifted_for_all_prompts() -> None:
     for place in range(12):
         add(engine, prompts(f"http{place}", 3))
     run(engine)
-    told = rejected(engine)
-    by_request = [{name in told for name in prompts(f"http{place}", 3)} for place in range(12)]
+    rejected_ids = rejected(engine)
+    by_request = [{name in rejected_ids for name in prompts(f"http{place}", 3)} for place in range(12)]
     assert all(len(outcomes) == 1 for outcomes in by_request)
     assert {True} in by_request and {False} in by_request
 

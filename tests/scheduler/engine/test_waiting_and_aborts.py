@@ -112,7 +112,7 @@ def test_abort_while_preempted():
     assert len(engine.finished) == 2
 
 
-# vLLM's own view of those who are held.
+# vLLM's own view of held requests.
 
 
 def test_held_requests_are_counted_everywhere_vllm_looks():
@@ -141,7 +141,7 @@ def test_structured_output_requests_wait_for_admission_too():
     engine.step()
     engine.add("s0", structured=True)
     engine.step()
-    assert scheduler.admission_queue.held == 1 and len(scheduler.skipped_waiting) == 0, "held, not past the gate"
+    assert scheduler.admission_queue.held == 1 and len(scheduler.skipped_waiting) == 0, "held, not released"
     engine.add("s1", structured=True)
     add_many(engine, 2)
     engine.step()
@@ -149,7 +149,7 @@ def test_structured_output_requests_wait_for_admission_too():
         "let through, the grammar compiles"
     )
     engine.steps(3)
-    assert engine.running == ["busy"], "the compiling ones have their seats: the cap leaves none"
+    assert engine.running == ["busy"], "the compiling ones have their slots: the cap leaves none"
     assert scheduler.get_request_counts() == (1, 4)
     engine.compile_grammar("s1")
     assert "s1" in engine.step()

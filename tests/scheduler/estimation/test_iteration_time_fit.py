@@ -1,4 +1,4 @@
-"""Laws fitted to measured iterations, at once and online."""
+"""Models fitted to measured iterations, at once and online."""
 
 import math
 
@@ -270,10 +270,10 @@ def test_the_error_statistics_match_the_iterations():
     online = OnlineIterationTimeModel(GPU)
     assert online.error.std == pytest.approx(0.019 * math.sqrt(math.pi / 2))
     feed(online, GPU, 1500, noise=0.03)
-    strays = online.error
-    assert strays.std_estimate.covers(0.03)
-    assert abs(strays.correlation) < 0.15
-    assert 400 < strays.iterations <= 500
+    errors_seen = online.error
+    assert errors_seen.std_estimate.covers(0.03)
+    assert abs(errors_seen.correlation) < 0.15
+    assert 400 < errors_seen.iterations <= 500
     mean_s, std_s = online.iteration_time_s
     assert 0 < std_s < mean_s
 

@@ -31,7 +31,7 @@ def test_requests_that_a_change_catches_unprepared_do_not_count():
 
 
 def test_a_wider_margin_does_not_change_what_was_needed():
-    """Requests are measured against the plan in force, so the loop settles at once instead of swinging."""
+    """Requests are compared with the active plan, so the loop settles at once instead of oscillating."""
     assert after([1.05] * 400, planned_s=0.05).margin(0.01) == pytest.approx(
         after([1.05] * 400, planned_s=0.04).margin(0.01)
     )

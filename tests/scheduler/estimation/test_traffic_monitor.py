@@ -1,4 +1,4 @@
-"""What a model learns of a paced replica: cold at first, then certain, and quick when something changes."""
+"""A replica's model under `fluid`: cold at first, then certain, and quick to follow a change."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PERIOD_S, ITERATION_S = 5.0, 0.05
 
 
 class Replica:
-    """A synthetic engine with Poisson arrivals, whose answers advance by a token an iteration."""
+    """A synthetic engine with Poisson arrivals, whose outputs gain a token per iteration."""
 
     def __init__(self, seed: int = 1) -> None:
         self.engine = SyntheticEngine()
@@ -162,13 +162,13 @@ def test_strata_are_as_frequent_as_they_arrive():
 
 
 def test_no_request_has_an_entry_where_no_progress_is_known():
-    engine, watch = SyntheticEngine(), TrafficMonitor(60.0, 20)
+    engine, traffic = SyntheticEngine(), TrafficMonitor(60.0, 20)
     engine.traffic([(50, 100)], every_s=0.1, seconds=30)
     report = engine.report()
-    watch.restart(report)
-    watch.observe(report, 0)
-    assert watch.finished_count == 300
-    assert math.isinf(watch.answers_since_s)
+    traffic.restart(report)
+    traffic.observe(report, 0)
+    assert traffic.finished_count == 300
+    assert math.isinf(traffic.answers_since_s)
 
 
 def test_answers_are_those_that_an_observer_of_a_while_would_have_seen():

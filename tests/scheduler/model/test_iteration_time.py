@@ -1,4 +1,4 @@
-"""The service-time law and the presets that carry one."""
+"""The iteration-time model and the profiles."""
 
 import json
 import math

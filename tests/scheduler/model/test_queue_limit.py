@@ -46,7 +46,7 @@ def test_bursts_need_a_longer_queue():
 
 @pytest.mark.parametrize("rate_rps", [10.2, 11.0, 13.0])
 def test_a_simulated_replica_delivers_the_planned_share_of_capacity(rate_rps):
-    """A chain of arrivals and ends, played event by event, with the queue that was promised to be enough."""
+    """A chain of arrivals and ends, played event by event, under the queue limit."""
     miss, fixed, slots = 0.02, 0.3, 10
     places = queue(
         rate_rps, miss_probability=miss, fixed_share=fixed, running=slots, most_requests=1e4,

@@ -14,7 +14,7 @@ pairs_strategy = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min
 
 
 def observed_kv(pairs):
-    """KV tokens of every iteration of every request: what a random observer of residents sees."""
+    """KV tokens of every iteration of every request: as sampled from running requests at random iterations."""
     return np.array([prompt + s for prompt, output in pairs for s in range(output + 1)], dtype=float)
 
 

@@ -175,7 +175,7 @@ def test_cached_prompts_are_early_at_the_tail_too():
 
 
 def serving(capacity_rps):
-    """A replica of that capacity, whose flow of prompts of 500 tokens follows from it; nothing varies."""
+    """A replica of that capacity with prompts of 500 tokens; nothing varies."""
     flow = capacity_rps * 500 * ITERATION_S
     return replace(PARAMS, capacity_rps=capacity_rps, prompt_flow_tokens=flow, variability=0.0)
 

@@ -1,4 +1,4 @@
-"""`fluid` as a pure object: who enters, what an iteration computes, who is refused."""
+"""`fluid` as a pure object: admissions, the tokens of an iteration, rejections."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_an_iteration_never_computes_more_than_its_time_allows():
         prompts = budget - count
         kv = sum(request.kv_tokens for request in running)
         assert TIME_MODEL.iteration_s(prompts, count, kv + prompts) <= PARAMS.iteration_s * (1 + 1e-9)
-    assert decide(crowd(300)).token_budget == 300 + 16  # everybody's decode, and prompts under way still get on
+    assert decide(crowd(300)).token_budget == 300 + 16  # all decodes, and prompts under way still progress
 
 
 def test_prompts_get_on_without_taking_the_time_of_the_decodes_where_each_token_is_slow():
@@ -83,7 +83,7 @@ def test_prompts_get_on_without_taking_the_time_of_the_decodes_where_each_token_
 
 
 def test_an_engine_slower_than_its_margin_allows_is_held_to_the_target_at_once():
-    """The margin is a fifth: an engine a tenth slower than its law has what was planned, one of 1.5 times has less."""
+    """The margin is a fifth: an engine a tenth slower than its model has the planned time, a slower one less."""
     params = replace(PARAMS, tpot_s=0.06)
     planned = decide(crowd(20), fluid=params).token_budget
     for factor, fewer in ((1.1, False), (1.5, True)):
@@ -110,7 +110,7 @@ def test_a_full_replica_admits_no_request_until_one_leaves():
 
 
 def test_time_makes_room_too():
-    """Nobody has left, but all have grown old: they end soon."""
+    """None has ended, but all are long: they end soon."""
     policy = make_policy(Thresholds(policy="fluid", fluid=replace(PARAMS, iteration_s=None, kv_limit_tokens=30_100)))
     assert entering(decide(crowd(48, stage=1), [(500, 0.0)], policy=policy)) == 0
     later = [entering(decide(crowd(48, stage=98), [(300, 0.0)], policy=policy)) for _ in range(9)]

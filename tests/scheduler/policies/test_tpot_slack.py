@@ -67,12 +67,12 @@ def test_at_capacity_no_more_than_the_slack_is_used():
 
 @settings(max_examples=100, deadline=None)
 @given(
-    tokens=st.lists(st.integers(2, 300), min_size=1, max_size=20), pace=st.floats(0.3, 1.0),
+    tokens=st.lists(st.integers(2, 300), min_size=1, max_size=20), relative_s=st.floats(0.3, 1.0),
     wanted_s=st.floats(0.01, 5.0),
 )
-def test_without_gain_no_request_falls_behind(tokens: list[int], pace: float, wanted_s: float):
-    elapsed_s = [(count - 2) * TOKEN_S * pace for count in tokens]
+def test_without_gain_no_request_falls_behind(tokens: list[int], relative_s: float, wanted_s: float):
+    elapsed_s = [(count - 2) * TOKEN_S * relative_s for count in tokens]
     lent_s = spare(TpotSlack(TOKEN_S, never_ends), tokens, elapsed_s, wanted_s=wanted_s)
     for count, so_far_s in zip(tokens, elapsed_s, strict=True):
-        # The token under way and the one that is lent to, each at its planned time, and the loan.
+        # The token under way and the next one, each at its planned time, and the slack used.
         assert so_far_s + 2 * TOKEN_S + lent_s <= count * TOKEN_S + 1e-9

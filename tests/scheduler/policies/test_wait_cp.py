@@ -132,7 +132,7 @@ def test_the_wait_gate_opens_when_the_segment_is_full():
     policy = make_policy(thresholds((4, 8), (8, 8)))
     assert decide(policy, at(4, 5, 5, 6, 6, 7, 7, 7))[1] == set(), "open, with room for one"
     policy = make_policy(thresholds((4, 8), (8, 8), mode="strict"))
-    assert "1@5" not in decide(policy, at(4, 5, 5, 6, 6, 7, 7, 7))[1], "a full segment moves on by the letter"
+    assert "1@5" not in decide(policy, at(4, 5, 5, 6, 6, 7, 7, 7))[1], "a full segment moves on in strict mode"
 
 
 def test_the_wait_gate_of_the_entry_holds_a_group_within_max_hold_s():
@@ -198,7 +198,7 @@ def test_parameters_follow_from_the_cap_as_in_the_experiments():
     assert [(one.end_output_tokens, one.total) for one in tuned.segments] == [(20, 21)]
     assert (tuned.max_running, tuned.token_budget, tuned.prefill_chunk_tokens) == (21, 508, 256)
     without = tune_by_cap(Thresholds(policy="wait_cp"), one_type(512, 20), 21)
-    assert without.token_budget is None, "without chunks there is no gate"
+    assert without.token_budget is None, "without chunks there is no token gate"
 
 
 @pytest.mark.parametrize(("cap", "budget"), [(21, 508), (None, None)])
@@ -206,7 +206,7 @@ def test_the_controller_keeps_to_the_operators_cap_and_else_to_what_memory_holds
     configured = Thresholds(policy="wait_cp", prefill_chunk_tokens=256, max_running=cap)
     tuned, _ = tune_counts(configured, one_type(512, 20), TIME_MODEL, LIMITS, overflow_probability=0.01)
     tuned.check_fits(LIMITS)
-    assert tuned.token_budget == budget, "a gate beyond the engine's own limit is none"
+    assert tuned.token_budget == budget, "a token gate beyond the engine's own limit is none"
     assert tuned.max_running == (cap or tuned.segments[-1].total) and tuned.segments[-1].end_output_tokens == 20
 
 

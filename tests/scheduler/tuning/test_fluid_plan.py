@@ -1,4 +1,4 @@
-"""From targets to a pace."""
+"""From latency targets to fluid parameters."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_at_capacity_the_fluid_s_iteration_is_the_target(tpot_s):
     st.tuples(*(st.sampled_from([None, value]) for value in (2.0, 0.08, 15.0))),
 )
 def test_a_time_model_may_leave_any_term_out(present, floor_alone, rate_rps, targets):
-    """What costs no time binds nothing: the solution is finite, and an engine starts with it."""
+    """A zero cost is no bottleneck: the solution is finite, and an engine starts with it."""
     per_token = [full if kept else 0.0 for full, kept in zip((4.5e-7, 6.47e-5, 6.47e-5), present, strict=False)]
     time_model = IterationTimeModel(
         0.0 if floor_alone else 0.0034, *per_token, 0.0112 if floor_alone or present[3] else 0.0
@@ -182,7 +182,7 @@ def test_beyond_capacity_the_iteration_serves_the_most_requests_in_time(latency_
 
 
 def test_the_latency_that_most_can_keep_is_chosen():
-    """Everybody at light load; at a high one, the many short answers at the expense of a few endless ones."""
+    """All requests at light load; at a high one, many short outputs at the expense of a few very long ones."""
     lengths = Lengths(np.array([100, 100]), np.array([50, 3000]), np.array([0.95, 0.05]))
     assert plan(0.1, lengths, latency_s=60.0).in_time == pytest.approx(1.0)
     assert plan(100.0, lengths, latency_s=60.0).in_time == pytest.approx(0.95)
@@ -250,7 +250,7 @@ def test_what_requests_would_have_needed_widens_the_margin_within_bounds():
 
 @pytest.mark.parametrize("targets", [Slo(ttft_s=3.0, tpot_s=0.08), Slo(latency_s=30.0)])
 def test_what_delivery_takes_is_taken_from_the_time_for_the_first_token_and_from_no_target(targets):
-    """The engine has so much less time, while what it counts as a miss stays what the operator promised.
+    """The engine has so much less time, while what it counts as a miss stays the operator's target.
 
     What a latency target leaves for the wait is found on a grid of 64.
     """

@@ -44,7 +44,7 @@ def proposal_for(
     engine: SyntheticEngine, configured: Thresholds, lengths: list[tuple[int, int]], *, every_s: float,
     seconds: float = 60.0, declared: bool = False,
 ) -> Proposal:
-    """What a model proposes that watched `engine` from the start of this traffic."""
+    """The proposal of a model that observed `engine` from the start of this traffic."""
     model = model_of(configured)
     model.observe(engine.report())
     engine.traffic(lengths, every_s=every_s, seconds=seconds, declared=declared)
@@ -153,7 +153,7 @@ def test_no_rate_is_made_up_from_a_first_moment() -> None:
     engine, model = SyntheticEngine(), model_of()
     engine.now_s = 5.0
     engine.arrive(58)
-    model.observe(engine.report())  # watched for no time at all
+    model.observe(engine.report())  # observed for no time
     assert model.rate_rps <= 1.0
 
 
@@ -461,7 +461,7 @@ CHANGED: dict[str, Any] = {
     "prompt_flow_tokens": 230.0, "capacity_rps": 2.0, "steady_s": 0.03, "variability": 1.2, "tokens_per_step": 1.2,
     "computed_per_step": 1.2, "pipeline_depth": 2, "cold": True,
 }
-"""For each field of a pace, a value that makes an engine decide otherwise."""
+"""For each fluid parameter, a value that changes an engine's decisions."""
 
 
 def test_every_fluid_parameter_has_a_tolerance_and_a_change_that_exceeds_it() -> None:
@@ -493,7 +493,7 @@ def test_the_time_model_matters_without_a_planned_iteration_time_too(field: str)
 # What clients got, as the replica saw it leave.
 
 
-def promising(**targets: float) -> tuple[SyntheticEngine, ReplicaModel]:
+def with_targets(**targets: float) -> tuple[SyntheticEngine, ReplicaModel]:
     """A replica under `fluid` with targets, and a model that knows its lengths."""
     configured = Thresholds(policy="fluid")
     engine, model = SyntheticEngine(configured), model_of(configured, targets=Slo(**targets))
@@ -513,7 +513,7 @@ def params_after(engine: SyntheticEngine, model: ReplicaModel, delivered: list[D
 
 
 def test_what_clients_got_sets_the_margin_and_not_what_the_engine_saw() -> None:
-    engine, model = promising(tpot_s=0.08)
+    engine, model = with_targets(tpot_s=0.08)
     before = engine.active.current().thresholds.fluid
     assert before is not None and before.token_s is not None
     for _ in range(400):
@@ -526,7 +526,7 @@ def test_what_clients_got_sets_the_margin_and_not_what_the_engine_saw() -> None:
 
 
 def test_without_a_replica_that_tells_the_engine_s_times_count() -> None:
-    engine, model = promising(tpot_s=0.08)
+    engine, model = with_targets(tpot_s=0.08)
     before = engine.active.current().thresholds.fluid
     assert before is not None and before.token_s is not None
     for _ in range(400):
@@ -536,7 +536,7 @@ def test_without_a_replica_that_tells_the_engine_s_times_count() -> None:
 
 @pytest.mark.parametrize(("delay_s", "left_s"), [(0.2, 1.8), (30.0, 1.0)], ids=["measured", "bounded"])
 def test_first_tokens_are_due_as_much_earlier_as_they_take_to_leave(delay_s: float, left_s: float) -> None:
-    engine, model = promising(ttft_s=2.0, tpot_s=0.08)
+    engine, model = with_targets(ttft_s=2.0, tpot_s=0.08)
     few = [Delivered(seq, delay_s, None) for seq in range(1, 300)]
     assert params_after(engine, model, few).first_token_limit_s == 2.0, "few answers say nothing"
     more = [Delivered(seq, delay_s, None) for seq in range(300, 401)]
@@ -545,8 +545,8 @@ def test_first_tokens_are_due_as_much_earlier_as_they_take_to_leave(delay_s: flo
 
 
 def test_a_change_of_speed_does_not_make_the_margin_forget() -> None:
-    """On a machine whose speed never rests, each change would start the count anew before it says anything."""
-    engine, model = promising(tpot_s=0.08)
+    """At permanently varying speed, each change would otherwise reset the count too early."""
+    engine, model = with_targets(tpot_s=0.08)
     before = engine.active.current().thresholds.fluid
     assert before is not None and before.token_s is not None
     for factor in (2.0, 0.5, 2.0, 0.5):

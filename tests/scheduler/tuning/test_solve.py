@@ -243,7 +243,7 @@ def test_an_engine_starts_with_parameters_from_profile_and_targets():
     )
     assert cold.max_hold_s == 0.5
     assert cold.fluid is not None
-    assert cold.fluid.iteration_s < 0.08  # a law nobody has checked yet
+    assert cold.fluid.iteration_s < 0.08  # a model that is not verified yet
     assert cold.fluid.ttft_s == 3.0
     assert cold.fluid.queue_limit is None  # what could be served is a guess
     assert cold.fluid.kv_limit_tokens < LIMITS.kv_capacity_tokens

@@ -1,4 +1,4 @@
-"""The miss probability that is promised is the miss rate that is measured."""
+"""The measured miss rate is the stated miss probability."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def errors(generator, std, correlation, count):
 @pytest.mark.parametrize("miss", [0.01, 0.05])
 @pytest.mark.parametrize(("std", "correlation"), [(0.02, 0.0), (0.1, 0.0), (0.05, 0.6), (0.05, 0.9)])
 def test_noisy_iterations_miss_at_the_stated_probability(std, correlation, miss):
-    """Iterations of target/(1 + margin) by the law, with errors; each request's mean is held against the target."""
+    """Iterations of target/(1 + margin) by the model, with errors; each request's mean is compared with the target."""
     generator = np.random.default_rng(8)
     margin = tpot_margin(LENGTHS, IterationTimeError(std=std, correlation=correlation), miss)
     means = np.concatenate([[0.0], np.cumsum(errors(generator, std, correlation, 400_000))])
