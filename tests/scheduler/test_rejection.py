@@ -38,7 +38,7 @@ def test_an_answer_that_was_not_aborted_is_none_whatever_its_stop_reason(finish_
     assert Rejection.of_answer(finish_reason, Rejection("x", 1).as_json()) is None
 
 
-def test_an_aborted_answer_is_one_only_when_the_engine_says_so():
+def test_an_aborted_output_is_a_rejection_only_with_the_marker():
     assert Rejection.of_answer("abort", Rejection("x", 1).as_json()) == Rejection("x", 1)
     assert Rejection.of_answer("abort", None) is None
 

@@ -134,7 +134,7 @@ def test_free_drafts_that_are_all_accepted_make_the_engine_that_many_times_as_fa
 
 
 @pytest.mark.parametrize("steps", [ONE_TOKEN_A_STEP, Steps.of_acceptance(0.7, 3)])
-def test_the_groups_of_nested_wait_are_those_of_an_iteration_whatever_a_step_gains(steps):
+def test_nested_wait_groups_count_per_iteration_whatever_a_step_gains(steps):
     """Iterations of fixed length, so that as many arrive in each: n_1 is the same, and the engine admits it."""
     time_model, lengths = IterationTimeModel(0.02, 0.0, 0.0, 0.0, 0.0), Lengths.from_pairs([(100, 40), (100, 160)])
     mix = WorkloadMix.from_lengths(lengths, 10.0)

@@ -83,7 +83,7 @@ def test_an_idle_tenant_earns_no_credit():
     assert Counter(name[:4] for name in popped(queue, 10)) == {"busy": 5, "idle": 5}
 
 
-def test_the_last_are_those_farthest_from_their_turn():
+def test_last_returns_the_requests_with_the_latest_turns():
     queue = queue_of(*(request(f"a{n}", "a", weight=3) for n in range(6)), *(request(f"b{n}", "b") for n in range(6)),
                      request("late", "a", weight=3, priority=9))
     order = names(queue)

@@ -71,7 +71,7 @@ def test_requests_whose_grammar_compiles_hold_the_memory_that_they_will_need():
     assert telemetry(engine).counters.preemptions == 0
 
 
-def test_those_that_cannot_start_keep_their_memory_from_those_that_could():
+def test_requests_that_cannot_start_keep_their_memory():
     engine = memory_engine()
     for place in range(5):
         engine.add(f"s{place}", prompt=60, output=OUTPUT, structured=True)

@@ -129,7 +129,7 @@ def test_strict_mode_cannot_lock_up_when_held_requests_fill_the_memory():
     assert set(newcomers) <= set(finished)
 
 
-def test_strict_mode_evicts_those_at_a_boundary_before_others_that_are_not_selected():
+def test_strict_mode_evicts_requests_at_a_boundary_before_other_paused_ones():
     engine, held = strict_scene()
     add_many(engine, 5, "inside", prompt=1, output=20)
     engine.step()  # they enter segment 1 and stand still there until the next group, the latest admitted of all

@@ -145,7 +145,7 @@ def test_admission_order_is_restored(seed):
     assert names == [r.name for r in original if r.name in survivors] + [r.name for r in new]
 
 
-def test_preemption_takes_the_latest_admitted_of_those_that_run():
+def test_preemption_takes_the_latest_admitted_running_request():
     # 13 usable blocks; `front` (two requests of three blocks) sit at the boundary while `young` outgrow the memory.
     engine = Engine(
         blocks=14, thresholds=nested((4, 2), (1000, 2), max_hold_s=10.0), max_num_batched_tokens=256,

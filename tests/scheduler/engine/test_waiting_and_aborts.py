@@ -35,7 +35,7 @@ def test_cap_below_the_running_requests_evicts_none():
     assert len(engine.finished) == 12
 
 
-def test_cap_counts_those_that_are_preempted():
+def test_cap_counts_preempted_requests():
     engine = Engine(blocks=16, thresholds={"max_running": 4})
     add_many(engine, 8, prompt=40, output=40)
     while engine.scheduler.has_unfinished_requests():

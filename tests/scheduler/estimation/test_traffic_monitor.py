@@ -171,7 +171,7 @@ def test_no_request_has_an_entry_where_no_progress_is_known():
     assert math.isinf(traffic.answers_since_s)
 
 
-def test_answers_are_those_that_an_observer_of_a_while_would_have_seen():
+def test_outputs_are_truncated_and_censored_to_the_interval():
     """The example of `TrafficMonitor.answers_between`, from 100 s until 120 s with one token a second."""
     engine, monitor = SyntheticEngine(), TrafficMonitor(window_s=60.0, least_answers=20)
     ends = {90: (1, 50), 110: (2, 30), 125: (3, 30), 130: (4, 8)}

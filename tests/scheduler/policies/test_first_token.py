@@ -120,7 +120,7 @@ def test_what_the_prefix_cache_holds_of_a_prompt_takes_no_time():
     assert not late({"prompt_tokens": 25_000, "cached_tokens": 24_000}, now_s=0.0)
 
 
-def test_only_those_that_are_late_are_named():
+def test_only_late_requests_are_named():
     waits = [{"since_s": 0.0}, {"since_s": 1.9}, {"since_s": 0.1}]
     assert late(*waits, now_s=1.96) == {"w0", "w2"}
 

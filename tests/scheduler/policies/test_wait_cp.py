@@ -165,7 +165,7 @@ def test_a_hold_at_a_boundary_is_bounded_in_serving_whatever_the_cap_says():
     assert decide(policy, running, now_s=0.5)[1] == set()
 
 
-def test_a_request_whose_boundary_token_is_in_flight_does_not_stand_there_yet():
+def test_a_boundary_token_in_flight_does_not_count_yet():
     policy = make_policy(thresholds((4, 8), (8, 4)))
     running = [*at(2), RunningRequest("coming", 4, tokens_in_flight=1)]
     assert decide(policy, running)[1] == {"coming"}
