@@ -1,1 +1,1 @@
-"""What runs inside one engine, and the theory that sets it. No Ray in here."""
+"""The scheduler inside one engine, and the queueing model that sets its thresholds. No Ray in here."""

@@ -1,7 +1,6 @@
-"""What is wrong with a file or a set of options, in words that name the key, the value and what is allowed.
+"""Configuration errors in words: the key, the value and what is allowed.
 
-Also the two kinds of error with which the `headrace` command ends, so that it need not import the packages that raise
-them.
+Also the two errors with which the `headrace` command ends, so that it imports none of the packages that raise them.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ class UsageError(ValueError):
 
 
 class CommandFailed(RuntimeError):
-    """What was asked for did not succeed: the `headrace` command ends with exit code 1."""
+    """The command failed, though its options are valid: `headrace` ends with exit code 1."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
-"""What the `fluid` policy needs to know of the hardware, the targets and the output lengths.
+"""The parameters of policy `fluid`: hardware, latency targets and output lengths. A part of `Thresholds`.
 
-Solved by the controller, obeyed by the engine between two iterations; a part of `Thresholds`.
+The controller solves for them; the engine applies new ones between two iterations.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Real = Annotated[float, Strict()]
 Count = Annotated[int, Strict()]
 Flag = Annotated[bool, Strict()]
 ITERATIONS_UNDER_WAY = 2
-"""Before that of a prompt that has just come: the one that runs, and the one composed already."""
+"""Iterations ahead of a new prompt's first one: the one that runs and the one already composed."""
 _FULL_DECODES = 100.0
-"""Decoding requests of a full iteration: only to compare iteration times, for which their number hardly matters."""
+"""Decoding requests of a full iteration; used to compare iteration times, which hardly depend on it."""
 
 
 class Batch(NamedTuple):
@@ -36,20 +36,19 @@ class Batch(NamedTuple):
 class FluidParams:
     """One engine's parameters.
 
-    time_model: of its iterations. iteration_s: what no iteration may exceed (None: no such target); tpot_s, latency_s:
-    the targets per output token and end to end behind it.
-    survival: of the output lengths of new requests, in tokens.
-    kv_limit_tokens: memory that admitted requests may grow into, given out in blocks of block_tokens. overflow_z:
-    standard deviations of that growth kept free beside its mean, in memory and in time, so that it overflows with about
-    miss_probability. ttft_s: the target for the first token; first_token_within_s: how soon it must come, with what a
-    latency target leaves it (None: any time).
-    queue_limit: how many waiting requests are of use (None: any number). prompt_flow_tokens: prompt tokens that an
-    iteration computes at capacity; capacity_rps: requests per second served then (0: not known). steady_s: an
-    iteration's expected time at the present load (0: not known). variability: variance over mean of the number of
-    requests that are served in a while.
-    tokens_per_step: output tokens that a request gains in an iteration that advances it, computed_per_step: tokens
-    computed for it then (both above 1 with speculative decoding); pipeline_depth: iterations from one step of a request
-    to the next. cold: lengths are a guess and the model is a profile's; a guess rejects no request.
+    time_model: its iteration-time model. survival: of the output lengths of new requests, in tokens.
+    iteration_s: longest iteration (None: no limit). tpot_s, latency_s, ttft_s: the targets per output token, end to
+        end, and for the first token. first_token_within_s: ttft_s, or less where the latency target leaves less.
+    kv_limit_tokens: memory that admitted requests may grow into, in blocks of block_tokens.
+    overflow_z: standard deviations of that growth kept free beside its mean, in memory and in time, so that overflow
+        has a probability of about miss_probability.
+    queue_limit: most waiting requests (None: unlimited).
+    prompt_flow_tokens: prefill tokens per iteration at capacity. capacity_rps: requests per second at capacity (0: not
+        known). steady_s: expected iteration time at the present load (0: not known).
+    variability: variance over mean of the requests served in a time window.
+    tokens_per_step, computed_per_step: output tokens gained and tokens computed when an iteration advances a request
+        (above 1 with speculative decoding). pipeline_depth: iterations from one step of a request to the next.
+    cold: lengths are a prior and the model is the profile's, so no queue limit applies.
     Raises ValueError for values out of range.
     """
 
@@ -96,11 +95,11 @@ class FluidParams:
             alone_s = self.decode_iteration_s(1.0, 1.0)
             raise ValueError(f"iteration_s is {self.iteration_s}; a single request alone takes {alone_s:.4g} s")
         if self.queue_limit is not None and self.queue_limit < 1:
-            raise ValueError(f"queue_limit is {self.queue_limit}; it must be >= 1, or null for any number")
+            raise ValueError(f"queue_limit is {self.queue_limit}; it must be >= 1, or null for unlimited")
 
     @property
     def first_token_limit_s(self) -> float | None:
-        """Seconds within which a first token must come to be of use; None: any time."""
+        """Seconds within which a first token must come; None: no limit."""
         return self.ttft_s if self.first_token_within_s is None else self.first_token_within_s
 
     @property
@@ -115,8 +114,7 @@ class FluidParams:
 
     @property
     def running_at_capacity(self) -> float | None:
-        """Requests that run when the replica is full, one stage for each output token and the prompt; None: not known.
-        """
+        """Running requests at capacity, with a stage per output token and for the prompt; None: not known."""
         if self.token_s is None or not self.capacity_rps:
             return None
         return requests_running(self.capacity_rps, self.survival.mean + 1, self.token_s)
@@ -133,16 +131,10 @@ class FluidParams:
     def decode_iteration_s(self, requests: Tokens, kv_tokens: Tokens) -> Seconds: ...
 
     def decode_iteration_s(self, requests: Tokens, kv_tokens: Tokens) -> Seconds:
-        """Seconds of an iteration without prompts, when so many requests with so many KV tokens decode.
-
-        Of a pipeline's each iteration has its share of them.
-        """
+        """Seconds of a decode-only iteration with these requests and KV tokens, spread over a pipeline."""
         computed = requests * (self.computed_per_step / self.pipeline_depth)
         return self.time_model.iteration_s(0.0 * computed, computed, kv_tokens * (1 / self.pipeline_depth))
 
     def prompt_tokens_within(self, seconds: float, requests: float, kv_tokens: float) -> float:
-        """Prompt tokens for which an iteration of so many seconds has time beside such a batch; may be negative.
-
-        The requests are those in the batch, of a pipeline's those whose turn it is.
-        """
+        """Prompt tokens that fit into an iteration of `seconds` beside this batch of decodes; may be negative."""
         return self.time_model.prompt_tokens_within(seconds, requests * self.computed_per_step, kv_tokens)

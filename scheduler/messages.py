@@ -1,4 +1,4 @@
-"""What crosses the boundary of an engine-core process, besides `Thresholds`: one module, all of it frozen.
+"""The messages between an engine-core process and the rest of the cluster, besides `Thresholds`; all frozen.
 
 Telemetry and stats leave the engine, acknowledgements answer thresholds; `scheduler.wire` is their JSON. Times are
 seconds on the engine's own monotonic clock (`Telemetry.clock_s` is its "now"), so that no two machines' clocks are
@@ -21,7 +21,7 @@ SCHEMA = 1
 
 
 class Iteration(NamedTuple):
-    """One executed engine step: the record that the service-time law is fitted from."""
+    """One executed iteration: the record from which the iteration-time model is fitted."""
 
     seq: int
     at_s: float
@@ -42,10 +42,10 @@ class Arrival(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """One request that left the engine; `aborted` when it was cut short: its output tokens are no whole answer.
+    """One request that left the engine; `aborted`: its output is incomplete.
 
-    cached_tokens: of its prompt, those that the prefix cache held; shared_tokens: of these, those in blocks that other
-    requests held as well. ttft_s, tpot_s: as the engine saw them (None: no token, or a single one).
+    cached_tokens: prompt tokens found in the prefix cache; shared_tokens: of these, the tokens in blocks that other
+    requests held too. ttft_s, tpot_s: as measured in the engine (None: no token, or a single one).
     """
 
     seq: int
@@ -60,10 +60,10 @@ class Finished(NamedTuple):
 
 
 class Delivered(NamedTuple):
-    """One answer that left a replica whole, as its API process saw it leave (`replicas.delivery`).
+    """One completed output, timed where it left the replica's API process (`replicas.delivery`).
 
-    delay_s: from the engine core's first token until the chunk with it left; None for an answer that was not streamed.
-    tpot_s: per further token, between the first and the last chunk (None: a single token).
+    delay_s: from the engine core's first token until its chunk left; None without streaming.
+    tpot_s: seconds per further token, between the first and the last chunk (None: a single token).
     """
 
     seq: int
@@ -72,7 +72,7 @@ class Delivered(NamedTuple):
 
 
 class RunningLengths(NamedTuple):
-    """One request still in service: a right-censored observation of an output length."""
+    """One running request: a right-censored observation of an output length."""
 
     prompt_tokens: int
     output_tokens: int
@@ -81,9 +81,9 @@ class RunningLengths(NamedTuple):
 class ByColumn:
     """A tuple of records as JSON: one array for each field, under the field's name.
 
-    As short as arrays by position, but a reader of another version finds each value by its name: columns it does not
-    know are ignored, missing ones take the field's default, and one that has no default is an error. A record's first
-    field has none.
+    As short as arrays by position, but readers of another version find each value by name: unknown columns are ignored,
+    missing ones take the field's default, and a missing column without a default is an error. A record's first field
+    has none.
     """
 
     def __init__(self, record: Any) -> None:
@@ -124,16 +124,17 @@ class Gauges:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counters:
-    """Totals since the engine started; `hold_s` is the time all released requests spent held at the gate.
+    """Totals since the engine started; a request is one choice, so `n` > 1 counts n times.
 
-    Each request that arrived is in one of four: completed, aborted (cut short by its client, the server or an error),
-    rejected (before it had cost anything), or still in flight. A request here is one choice: `n` > 1 counts n times.
-    ttft_misses, tpot_misses, latency_misses: completed requests that missed the target in force when they ended.
-    audited: completed requests that would have been rejected but were served to see whether that was right;
-    audited_met: those of them that met every target, though some may have taken another's place.
-    decode_steps: with speculative decoding, how often a decoding request got output tokens from an iteration;
-    decode_computed_tokens: tokens computed for it then, drafts included; decode_gained_tokens: output tokens that came
-    of it (without refused drafts and what is beyond an answer's end), decode_gained_squares the sum of their squares.
+    hold_s: seconds that released requests were held in the admission queue, summed.
+    completed, aborted (by the client, the server or an error), rejected (before any work): disjoint; the rest of the
+        arrivals is in flight.
+    ttft_misses, tpot_misses, latency_misses: completed requests that missed the target active when they ended.
+    audited: completed requests served although they would have been rejected; audited_met: of these, the ones that
+        met every target, though some may have displaced others.
+    decode_steps: with speculative decoding, steps of decoding requests that gained output tokens;
+        decode_computed_tokens: tokens computed in them, drafts included; decode_gained_tokens: output tokens gained
+        (without rejected drafts and without tokens past the end); decode_gained_squares: sum of their squares.
     """
 
     arrivals: int = 0
@@ -156,19 +157,20 @@ class Counters:
 
     @property
     def in_flight(self) -> int:
-        """Requests that wait or are in service."""
+        """Waiting and running requests."""
         return self.arrivals - self.completed - self.aborted - self.rejected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Telemetry:
-    """Everything one engine tells about itself.
+    """The full report of one engine.
 
-    Records newer than the cursor that the reader sent are in `iterations`, `arrivals` and `finished`; `cursor` is what
-    to send next time. Asking twice with the same cursor gives the same records, so a lost answer loses nothing;
-    `records_lost` is 1 when some were overwritten before they were asked for. `running` are the lengths of the requests
-    in service now. `delivered` are the latest answers as they left the replica, whatever the cursor, with numbers of
-    their own; the replica adds them to what its engine tells.
+    iterations, arrivals, finished: records newer than the reader's cursor. cursor: what to send next time; the same
+        cursor gives the same records again, so a lost answer loses nothing.
+    records_lost: 1 when records were overwritten before they were read.
+    running: lengths of the requests that run now.
+    delivered: the latest outputs as they left the replica, whatever the cursor, numbered separately; added by the
+        replica.
     """
 
     schema: int = SCHEMA
@@ -195,10 +197,10 @@ class Telemetry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """What routing and readiness need of one engine: a few numbers, whatever the number of its requests.
+    """The figures of one engine that routing and readiness need; of constant size.
 
-    slots: requests that may run at once before the engine counts as full; running, waiting: requests; KV in tokens;
-    thresholds_version: the version of the thresholds in force.
+    slots: requests that may run before the engine counts as full; running, waiting: requests; KV in tokens;
+    thresholds_version: version of the active thresholds.
     """
 
     schema: int = SCHEMA
@@ -214,8 +216,8 @@ class Stats:
     def of_engine(cls, engine_id: str, limits: EngineLimits, thresholds: Thresholds, gauges: Gauges) -> Stats:
         """The stats of an engine under `thresholds`.
 
-        Its slots are the cap `max_running`; without one, what the fluid parameters expect to run at capacity, so that
-        a slow engine, or one with long answers, is full with fewer requests than another; else the engine's own limit.
+        Its slots are `max_running`; without it, the running requests at capacity by the fluid parameters, so that a
+        slow engine, or one with long outputs, is full with fewer requests; else the engine's own limit.
         """
         at_capacity = thresholds.fluid.running_at_capacity if thresholds.fluid else None
         most = limits.max_num_seqs
@@ -234,11 +236,11 @@ class Stats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ack:
-    """The answer to thresholds: whether they were taken, and what is in force now either way.
+    """The answer to offered thresholds: accepted or not, and the version that is active now.
 
     A rejection has a `reason` in words and a `code`: stale (an older version), pinned (by an operator), invalid (the
-    values, or a question that is not understood), schema (a message of another schema version), unavailable (the engine
-    does not answer). `version_in_force` is -1 where it is not known.
+    values, or an unreadable question), schema (a message of another schema version), unavailable (the engine does not
+    answer). version_in_force: the active version; -1: not known.
     """
 
     schema: int = SCHEMA
@@ -250,9 +252,9 @@ class Ack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Apply:
-    """Put `thresholds` in force. `automatic` is the controller speaking; a pin set by an operator rejects it.
+    """Make `thresholds` active. automatic: sent by the controller, and rejected while an operator's pin is set.
 
-    `version` 0 means "one more than the version in force".
+    Version 0 means the active version plus one.
     """
 
     thresholds: Thresholds
@@ -261,7 +263,7 @@ class Apply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Send telemetry with the records after `cursor`; None asks for no records, nor for what runs."""
+    """Send telemetry with the records after `cursor`; None: without records and running requests."""
 
     cursor: int | None = 0
 

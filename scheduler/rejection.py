@@ -1,7 +1,7 @@
-"""A rejection: why a request is turned away before it costs anything, and when it may come again.
+"""A rejection of a request before any work, with its reason and a time to retry.
 
-It leaves the engine as the stop reason of an answer without tokens: a JSON object under a key that marks it. It stays
-that object as far as the ingress, which answers HTTP 429 with a sentence for people and `Retry-After` for programs.
+It leaves the engine as the stop reason of an output without tokens: a JSON object under a marker key. The ingress turns
+it into HTTP 429 with a sentence and a `Retry-After` header.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ REJECTION_KEY = "headrace_rejection"
 
 _ABORT = "abort"
 _LONGEST_S = 60.0
-"""Clients of the OpenAI kind ignore longer ones or take them for a failure."""
+"""OpenAI clients ignore longer times or treat them as a failure."""
 _JITTER = 0.25
 
 
@@ -29,13 +29,12 @@ class Rejection:
 
     @classmethod
     def for_drain_time(cls, reason: str, drain_s: float, request_id: str) -> Rejection:
-        """With the drain time give or take a quarter, from 1 to 60 s; one that is not known counts as the least.
+        """Retry after the queue's drain time ± 25 %, from 1 to 60 s; 1 s if it is not known.
 
-        The request's id decides how much, so that requests rejected together do not come back together, and a repeated
-        simulation repeats itself.
+        The jitter follows from the request's id: requests rejected together come back apart, and reruns agree.
         """
         known_s = drain_s if drain_s == drain_s else 1.0
-        # The limits hold for the middle of the range: at the limits too, no two requests need be told the same.
+        # The limits hold for the middle of the range, so that there is jitter at the limits too.
         middle_s = min(max(known_s, 1.0), _LONGEST_S / (1 + _JITTER))
         digest = hashlib.blake2b(request_id.encode(errors="replace"), digest_size=8).digest()
         drawn = int.from_bytes(digest) / 2**64
@@ -43,8 +42,8 @@ class Rejection:
 
     @property
     def text(self) -> str:
-        """The sentence for people."""
-        return f"refused: {self.reason}; retry in {self.retry_after_s} s"
+        """The sentence that a client reads."""
+        return f"rejected: {self.reason}; retry in {self.retry_after_s} s"
 
     def as_json(self) -> str:
         """The marked object that `from_json` reads."""
@@ -52,21 +51,21 @@ class Rejection:
 
     @classmethod
     def from_json(cls, text: object) -> Rejection | None:
-        """The rejection that a text is as a whole, or None."""
+        """The rejection that `text` encodes; None for any other text."""
         if not isinstance(text, str) or REJECTION_KEY not in text:
             return None
         try:
             data = json.loads(text)
-            told = data[REJECTION_KEY]
-            return cls(str(told["reason"]), int(told["retry_after_s"]))
+            found = data[REJECTION_KEY]
+            return cls(str(found["reason"]), int(found["retry_after_s"]))
         except (ValueError, TypeError, KeyError):
             return None
 
     @classmethod
     def of_answer(cls, finish_reason: object, stop_reason: object) -> Rejection | None:
-        """The rejection that an answer of the engine is, or None.
+        """The rejection in an output of the engine; None for any other output.
 
-        Source: vLLM's CompletionOutput. An answer that ends at a client's own stop string has finish reason "stop", so
-        none can pass for a rejection.
+        Source: vLLM's CompletionOutput. An output that ends at a client's stop string has finish reason "stop", so it
+        is never taken for a rejection.
         """
         return cls.from_json(stop_reason) if finish_reason == _ABORT else None

@@ -14,18 +14,21 @@ EXPECTED_OUTPUT_TOKENS = "expected_output_tokens"
 """The key under which a request declares its output length (`SamplingParams.extra_args`, OpenAI `vllm_xargs`)."""
 
 TENANT, TENANT_WEIGHT = "headrace_tenant", "headrace_weight"
-"""Under which keys of the same place the ingress says whose a request is, and that tenant's weight."""
+"""The keys of the same place in which the ingress writes the tenant of a request and the tenant's weight."""
 LONGEST_TENANT_NAME, LARGEST_TENANT_WEIGHT = 64, 1000.0
 
 
 class SchedulerSettings(BaseModel):
-    """thresholds: in force until others are pushed; profile, targets, overflow_probability: from which the policy
-    `fluid` solves its first pace, when the thresholds hold none (see `cold_thresholds`); channel: the control endpoint
-    (None: no live control), beside which those of data-parallel ranks above 0 are
-    (`scheduler.engine.channel.rank_endpoint`); allow_strict: let run what is for simulation only, the paper's literal
-    rule, which may strand requests; audit_share: of the requests to be rejected, those that are served all the same to
-    see whether the rejection was right; trust_tenants: every request comes through an ingress that writes its tenant
-    itself, so that it is believed."""
+    """One engine's settings.
+
+    thresholds: active until others are pushed.
+    profile, targets, overflow_probability: the source of the first fluid parameters, when `thresholds` has none (see
+        `cold_thresholds`).
+    channel: the control endpoint (None: no live control); ranks above 0 derive theirs from it (`rank_endpoint`).
+    allow_strict: allow the paper's strict mode, which may starve requests; for simulation only.
+    audit_share: share of the requests to be rejected that are served anyway, to measure wrong rejections.
+    trust_tenants: every request comes through an ingress that writes its tenant.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -1,8 +1,8 @@
-"""Which policy is right with which engine setting: one table for the code, its tests and the README.
+"""The supported combinations of policy and engine setting: one table for the code, its tests and the README.
 
-A combination that the table answers with "no" is refused before an engine starts, by the configuration and by
-`HeadraceScheduler`, and later when thresholds of another policy are offered. To lift a guard, change its cell here and
-the README's table with it (`support_matrix` prints it).
+A "no" in the table is rejected before an engine starts, by the configuration and by `HeadraceScheduler`, and later when
+thresholds of another policy are offered. To lift a guard, change its cell here and in the README's table
+(`support_matrix` prints it).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class UnsupportedSetting(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSetup:
-    """What decides which policies are right on an engine; both ways of reading it stand side by side below.
+    """The engine settings that decide which policies are supported, read from vLLM's config or engine arguments.
 
-    controller: False where thresholds are never tuned to `targets`, which then only a guess would follow.
+    controller: False where no controller tunes thresholds to `targets`.
     """
 
     data_parallel_across_nodes: bool = False
@@ -34,9 +34,9 @@ class EngineSetup:
 
     @classmethod
     def from_vllm_config(cls, config: Any, targets: Slo) -> EngineSetup:
-        """Of an engine that is about to start. Source: vLLM's VllmConfig.
+        """The setup of an engine that is about to start. Source: vLLM's VllmConfig.
 
-        Where the other data-parallel ranks are is no concern of this one: only a replica has to reach all of them.
+        The placement of other data-parallel ranks is not checked here: only a replica has to reach all of them.
         """
         return cls(
             speculative_decoding=config.num_speculative_tokens > 0,
@@ -48,7 +48,7 @@ class EngineSetup:
     def from_engine_args(
         cls, engine_args: Mapping[str, Any], targets: Slo, *, controller: bool = True
     ) -> EngineSetup:
-        """Of a configuration. Source: vLLM's AsyncEngineArgs; what only vLLM can tell shows when the engine starts."""
+        """The setup of a configuration. Source: vLLM's AsyncEngineArgs; the engine start checks the rest."""
         return cls(
             data_parallel_across_nodes=ranks_in(engine_args) > 1
             and any(engine_args.get(key) not in here for key, here in DATA_PARALLEL_HERE.items()),
@@ -94,8 +94,11 @@ InUse = Callable[[EngineSetup, Thresholds], bool]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One row. in_use: whether a setup has the setting (None: no policy minds it); answers: by policy, `YES` unless
-    given; because, instead: the two halves of the sentence for who asks for what is not supported."""
+    """One row.
+
+    in_use: whether a setup has the setting (None: irrelevant to every policy); answers: by policy, `YES` unless given;
+    because, instead: the two halves of the error message for an unsupported combination.
+    """
 
     name: str
     in_use: InUse | None = None
@@ -104,7 +107,7 @@ class Setting:
     instead: str = ""
 
     def answer(self, policy: str) -> Answer:
-        """What the table says of a policy."""
+        """The table's cell for a policy."""
         return self.answers.get(policy, YES)
 
 
@@ -138,7 +141,7 @@ SETTINGS: tuple[Setting, ...] = (
         name="targets with `controller.enabled: false`",
         in_use=lambda setup, thresholds: setup.targets != NO_SLO and not setup.controller,
         answers=_all_policies(NO),
-        because="no controller would follow the targets and the guess of a cold start would stay in force",
+        because="no controller would follow the targets and the cold start's prior would stay active",
         instead="leave controller.enabled at true, or leave the targets out",
     ),
     Setting(
@@ -159,10 +162,10 @@ def policy_in_effect(thresholds: Thresholds) -> str:
 
 
 def require_supported(setup: EngineSetup, thresholds: Thresholds) -> None:
-    """Do nothing where the thresholds' policy is right on such an engine.
+    """Check that the engine supports the thresholds' policy.
 
     Raises:
-        UnsupportedSetting: in one sentence, what does not go together and what to do.
+        UnsupportedSetting: in one sentence, the combination that is not supported and what to do.
     """
     policy = policy_in_effect(thresholds)
     for setting in SETTINGS:

@@ -1,4 +1,4 @@
-"""How long answers may go on: the survival of output lengths, as the controller sends it to an engine."""
+"""The survival function of output lengths, as the controller sends it to an engine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Survival:
 
     @classmethod
     def of(cls, lengths: Lengths) -> Survival:
-        """Of known lengths, with points just before and at quantiles of the output length, where it falls most."""
+        """The survival of known lengths, with points just before and at the quantiles, where it falls most."""
         marks = lengths.output_quantiles(np.linspace(0, 1, _QUANTILES))
         at = np.unique(np.concatenate([[0], marks, marks - 1]))
         return cls(tuple(zip(at.tolist(), lengths.survivals(at).tolist(), strict=True)))

@@ -1,8 +1,8 @@
-"""Thresholds: the one object the controller sends to a replica, and what makes it acceptable.
+"""Thresholds: the object that the controller sends to a replica, and its validation.
 
-A `Thresholds` value is immutable and versioned. It says which policy admits requests, at which counts its gates
-open, how many requests may be in service, and how long anything may be held. The controller computes it, an
-operator may set it, a replica obeys it between two iterations.
+A `Thresholds` value is immutable and versioned. It holds the policy, the counts at which it admits groups, the most
+running requests, and the longest hold. The controller computes it or an operator sets it; an engine applies it between
+two iterations.
 
 Source: WAIT's n_j and Nested WAIT's n_k of arXiv 2504.11320; the cap, the token budget, the longest hold and the
 validity are what serving live users adds to them.
@@ -29,12 +29,12 @@ LONGEST_HOLD_S = 60.0
 """No setting may hold a request longer than this: beyond a minute a hold is an outage."""
 
 UNKNOWN_TYPE = "unknown"
-"""The type of a request whose output length nobody declared."""
+"""The type of a request of undeclared output length."""
 _LONGEST_SHOWN = 200
 _NO_SUCH_FIELD = ("unexpected_keyword_argument", "extra_forbidden")
 _MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
 
-# What is sent must have the very type: a "8" or a true in place of a number is a mistake and not a number.
+# Types are strict: "8" or true in place of a number is an error.
 Count = Annotated[int, Strict()]
 Seconds = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
@@ -61,11 +61,11 @@ class MissingField(InvalidThresholds):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """What one engine can hold at most; the frame every threshold must fit into.
+    """The limits of one engine, within which thresholds must fit.
 
-    Token counts, except `max_num_seqs` (requests in service). speculative_tokens: most drafts that a request has in one
-    iteration; pipeline_depth: iterations from one step of a request to the next. Source: vLLM's CacheConfig,
-    SchedulerConfig, SpeculativeConfig and ParallelConfig.
+    Token counts, except max_num_seqs (running requests). speculative_tokens: most drafts of a request in an iteration;
+    pipeline_depth: iterations from one step of a request to the next. Source: vLLM's CacheConfig, SchedulerConfig,
+    SpeculativeConfig and ParallelConfig.
     """
 
     kv_capacity_tokens: int
@@ -85,7 +85,7 @@ class EngineLimits:
 
     @property
     def most_running(self) -> int:
-        """Most requests that can be resident at once, in the kindest case of one KV block each."""
+        """Most requests that can run at once, with one KV block each (the best case)."""
         return min(self.slots, self.kv_capacity_tokens // self.block_tokens)
 
 
@@ -93,7 +93,7 @@ class EngineLimits:
 class TypeThreshold:
     """WAIT's n_j for one type: requests whose lengths lie within both (inclusive) bounds; None means no bound.
 
-    n: None is an open gate, through which every request goes at once.
+    n: None admits every request at once.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -122,19 +122,19 @@ class SegmentThreshold:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thresholds:
-    """What a replica's scheduler obeys.
+    """The thresholds of one engine's scheduler.
 
-    version: strictly increasing per replica; an engine refuses one that is not newer than the one in force.
-    policy: one of `POLICY_NAMES`; mode: "serving" (holds are bounded) or "strict" (the paper's letter).
+    version: strictly increasing per replica; an engine rejects a version that is not newer than the active one.
+    policy: one of `POLICY_NAMES`; mode: "serving" (holds are bounded) or "strict" (the paper's rule).
     types: WAIT's thresholds, first match wins; segments: Nested WAIT's, by increasing boundary, with totals that per
     stage never grow.
-    max_running: most requests resident at once (None: the engine's own max_num_seqs).
+    max_running: most running requests (None: the engine's own max_num_seqs).
     token_budget: most tokens computed in one iteration (None: the engine's own max_num_batched_tokens).
     prefill_chunk_tokens: most tokens of one prompt in one iteration (None: the engine's own
     long_prefill_token_threshold); wait_gate: whether `wait_cp` waits for a group at a segment's entry.
-    max_hold_s: longest time, in seconds, that a request is held for the sake of a threshold.
-    valid_for_s: seconds after which the replica returns to its configured thresholds unless told again (None: no end).
-    pinned: set by an operator; automatic updates are refused until it is lifted.
+    max_hold_s: seconds for which a threshold may hold a request.
+    valid_for_s: seconds after which the replica returns to its configured thresholds unless renewed (None: never).
+    pinned: set by an operator; automatic updates are rejected until it is lifted.
     reason: why these values, in words.
     """
 
@@ -200,7 +200,7 @@ class Thresholds:
             previous_end, per_stage = segment.end_output_tokens, segment.total / stages
 
     def _check_count(self, field: str, n: int, stages: int = 1) -> None:
-        """A group, one stage's share of n, must be able to be in service at once."""
+        """Check that a group, one stage's share of n, can run at once."""
         _require(n >= 1, field, n, "an integer >= 1")
         if self.max_running is not None:
             times = f"{stages} stages times " if stages > 1 else ""
@@ -210,12 +210,11 @@ class Thresholds:
     def check_fits(self, limits: EngineLimits) -> None:
         """Raise InvalidThresholds when these values can never be met on an engine with `limits`.
 
-        Memory is judged for the kindest case, one-token prompts that take one KV block each, so that what is refused
-        here is impossible and not merely unwise.
+        Memory is judged for the best case, one-token prompts of one KV block each: only the impossible is rejected.
         """
         slots = limits.most_running
         slots_in_words = (
-            f"the engine seats max_num_seqs = {limits.max_num_seqs} requests and its KV cache holds "
+            f"the engine has slots for max_num_seqs = {limits.max_num_seqs} requests and its KV cache holds "
             f"{limits.kv_capacity_tokens} tokens in blocks of {limits.block_tokens}"
         )
         counts = [(f"types[{i}].n", entry.n) for i, entry in enumerate(self.types) if entry.n is not None]
@@ -236,7 +235,7 @@ class Thresholds:
         """Raise InvalidThresholds when these are for simulation only."""
         _require(
             self.mode != "strict", "mode", self.mode,
-            "serving; the strict rule may strand requests and is for simulation only",
+            "serving; strict mode may starve requests and is for simulation only",
         )
 
     def with_version(self, version: int) -> Thresholds:
@@ -244,14 +243,14 @@ class Thresholds:
         return replace(self, version=version)
 
     def same_rule(self, other: Thresholds) -> bool:
-        """True when both make a scheduler decide alike, whatever their version, validity and reason."""
+        """True when both lead to the same decisions, whatever their version, validity and reason."""
         def rule(value: Thresholds) -> Thresholds:
             return replace(value, version=0, reason="", valid_for_s=None, pinned=False)
 
         return rule(self) == rule(other)
 
     def classifies_like(self, other: Thresholds) -> bool:
-        """True when both give every request the same type: what else differs moves no waiting request."""
+        """True when both give every request the same type, so that no waiting request changes its queue."""
         return (self.policy, self.types, self.segments) == (other.policy, other.types, other.segments)
 
 

@@ -1,11 +1,11 @@
-"""`HeadraceScheduler`: vLLM's own V1 scheduler with a policy at its gate. Usable alone, without Ray.
+"""`HeadraceScheduler`: vLLM's V1 scheduler with an admission policy. Usable alone, without Ray.
 
     vllm serve MODEL --scheduler-cls headrace.HeadraceScheduler \\
         --additional-config '{"headrace": {"thresholds": {"policy": "wait", "types": [{"name": "all", "n": 8}]}}}'
 
-Preemption, prefix cache, chunked prefill, LoRA, structured output, priorities and aborts stay vLLM's. This class
-decides only which waiting requests vLLM may see, which running ones sit an iteration out, and how many tokens an
-iteration has.
+Preemption, prefix cache, chunked prefill, LoRA, structured output, priorities and aborts stay vLLM's. This class only
+decides which waiting requests vLLM sees, which running requests pause for an iteration (`sit_out`), and the iteration's
+token budget.
 
 This module is the fence around vLLM's non-public scheduler surface: `tests/scheduler/test_vllm_seam.py` fails when an
 upgrade moves any of it.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
@@ -31,20 +30,15 @@ from scheduler.engine.active_thresholds import Active, ActiveThresholds
 from scheduler.engine.admission_queue import AdmissionQueue
 from scheduler.engine.channel import ChannelServer, engine_id, rank_endpoint
 from scheduler.engine.client_input import declared_lengths, tenant_of
-from scheduler.engine.fair_queue import NOBODY_IN_PARTICULAR
+from scheduler.engine.fair_queue import DEFAULT_TENANT
 from scheduler.engine.held import HeldRequests
+from scheduler.engine.iteration_timer import IterationTimer
+from scheduler.engine.lives import Lives
 from scheduler.engine.pipeline import coming, has_more_than_its_share, pipeline_depth
 from scheduler.engine.prefix_hits import PrefixHits
 from scheduler.engine.recorder import Recorder
 from scheduler.engine.rejector import Rejector
-from scheduler.engine.running_requests import (
-    BatchWork,
-    EngineBatch,
-    Life,
-    batch_work,
-    decode_steps,
-    tokens_to_decode,
-)
+from scheduler.engine.running_requests import BatchWork, EngineBatch, batch_work, decode_steps, tokens_to_decode
 from scheduler.messages import Gauges, Report, RunningLengths, Stats, Telemetry
 from scheduler.model.profiles import load_profile
 from scheduler.policies import NO_REQUESTS, UNKNOWN_TYPE, Policy, RunningBatch, Snapshot, Waiting, make_policy
@@ -56,23 +50,20 @@ from scheduler.tuning.solve import cold_thresholds
 
 logger = init_logger(f"vllm.headrace.{__name__}")  # below vLLM's logger, so that its handlers and level apply
 
-TOO_LATE = "the first token could not come within its target any more"
-TOO_MANY = "as many requests wait as can be answered in time"
-_LONGEST_WAY_S = 60.0
-"""A request that seems to have come longer ago than this was stamped by another machine's clock."""
+TOO_LATE = "the first token can no longer meet its latency target"
+TOO_MANY = "queue full: one more request could not meet its latency target"
 _CUT_SHORT = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
 
 
 class HeadraceScheduler(AsyncScheduler):
-    """vLLM's asynchronous scheduler, gated by Headrace's thresholds.
+    """vLLM's asynchronous scheduler with admission by Headrace's thresholds.
 
-    Settings come from `additional_config["headrace"]`, see `SchedulerSettings`. `clock` and `arrival_clock` may be
-    replaced by virtual ones before the first request, and `rejections.never` filled, for simulations that ask what a
-    rejection was worth.
+    Settings come from `additional_config["headrace"]`, see `SchedulerSettings`. Simulations may replace `clock` and
+    `arrival_clock` before the first request, and fill `rejector.never`.
 
     Raises:
-        ValueError: the settings have an unknown key or a value out of range, which the message names; or the policy is
-            wrong with one of vLLM's settings, and the message says what to do (`scheduler.support`).
+        ValueError: an unknown key or a value out of range in the settings; or a policy that does not support one of
+            vLLM's settings (`scheduler.support`). The message names it.
     """
 
     running: list[Request]
@@ -98,12 +89,11 @@ class HeadraceScheduler(AsyncScheduler):
         self._engine_id = engine_id()
         self._obeyed: Active = self.active.current()
         self._prefixes = PrefixHits(self.kv_cache_manager, self.block_size, self.cache_config.enable_prefix_caching)
-        self._lives: dict[str, Life] = {}
-        self._awaiting_first_token: dict[str, Request] = {}
+        self._lives = Lives(lambda: self.clock(), lambda: self.arrival_clock(), self.max_model_len)
         self.admission_queue = AdmissionQueue(
             self.policy, self._classify, lambda: self.clock(), self.recorder.released,
-            tenant_of if settings.trust_tenants else lambda request: NOBODY_IN_PARTICULAR, self._describe,
-            self._arrived_s,
+            tenant_of if settings.trust_tenants else lambda request: DEFAULT_TENANT, self._describe,
+            self._lives.arrived_s,
         )
         self.waiting = self.admission_queue
         self._held = HeldRequests(self)
@@ -113,11 +103,9 @@ class HeadraceScheduler(AsyncScheduler):
         # A prompt longer than the budget would never run where prompts are not computed in chunks.
         self._budget_can_split = self.scheduler_config.enable_chunked_prefill
         self.latest_work = BatchWork(0, 0, 0, 0)
-        self._executing: deque[tuple[SchedulerOutput, float, BatchWork]] = deque()
-        self._outputs_s = deque([0.0] * self._depth, maxlen=self._depth)
-        self._more_to_run = False
+        self._timer = IterationTimer(self._depth)
         self.rejector = Rejector(self.admission_queue, self._lives, settings.audit_share)
-        self._everyone_runs = False
+        self._pause_none = False
         self._channel: ChannelServer | None = None
         if settings.channel:
             endpoint = rank_endpoint(settings.channel, vllm_config.parallel_config.data_parallel_index)
@@ -125,16 +113,16 @@ class HeadraceScheduler(AsyncScheduler):
             logger.info("Headrace: control channel open, policy %s", settings.thresholds.policy)
 
     def make_policy(self, thresholds: Thresholds) -> Policy:
-        """The policy that these thresholds name; override it to schedule by one of your own (examples/own_policy.py).
+        """The policy that these thresholds name; override it to use your own (examples/own_policy.py).
 
-        Called for the configured thresholds while the scheduler is built, and for each change of what they say.
+        Called for the configured thresholds while the scheduler is built, and for each change of the rule.
         """
         return make_policy(thresholds)
 
     # One iteration.
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """One iteration under the thresholds in force: open the gate, set aside who sits out, let vLLM schedule."""
+        """One iteration under the active thresholds: reject, admit, pause requests, let vLLM schedule the rest."""
         obeyed = self.active.current()
         if obeyed is not self._obeyed:
             self._obey(obeyed)
@@ -145,17 +133,17 @@ class HeadraceScheduler(AsyncScheduler):
             rejected = self._reject([self.requests[name] for name in decision.reject], TOO_LATE, decision.drain_s)
             siblings = len(rejected - set(decision.reject))
         for type_name, count in decision.admit.items():
-            # Some of those that were to enter may be gone with a sibling; none enters that the policy did not look at.
+            # Rejected siblings may be among the admitted; a request that the policy has not looked at never enters.
             self.admission_queue.release(type_name, max(0, count - siblings))
         if decision.reject_last:
             self._reject(self.admission_queue.last(UNKNOWN_TYPE, decision.reject_last), TOO_MANY, decision.drain_s)
 
-        sit_out = () if self._everyone_runs else decision.sit_out
+        sit_out = () if self._pause_none else decision.sit_out
         held = self._held.take_out(sit_out, decision.evict_first, strict=obeyed.policy.strict)
         self.max_num_running_reqs = self._most_running - held
         asked = min(filter(None, (decision.token_budget, obeyed.thresholds.token_budget)), default=None)
         budget = (self._budget_can_split and asked) or self._most_tokens
-        # Every running request gets its decode token and its drafts, however small the budget is set.
+        # Every running request gets its decode token and its drafts, however small the budget.
         self.max_num_scheduled_tokens = min(self._most_tokens, max(budget, self._decode_tokens(self._advancing())))
         chunk = obeyed.thresholds.prefill_chunk_tokens if self._budget_can_split else None
         self.scheduler_config.long_prefill_token_threshold = min(filter(None, (chunk, self._engines_chunk)), default=0)
@@ -171,13 +159,13 @@ class HeadraceScheduler(AsyncScheduler):
             life.cached_tokens = new.num_computed_tokens
             life.shared_tokens = self._prefixes.shared_now(new.req_id, life.cached_tokens)
         for name in output.scheduled_cached_reqs.resumed_req_ids:
-            # Those that held its blocks before it was preempted may be gone, and others may hold them now.
+            # Other requests may share its blocks than before its preemption.
             self._lives[name].shared_tokens = self._prefixes.shared_now(name, self.requests[name].num_tokens)
         self._after_schedule(output, held)
         return output
 
     def _reject(self, requests: list[Request], reason: str, drain_s: float) -> Set[str]:
-        """End those of requests that `Rejector.choose` says, by id."""
+        """End the requests that `Rejector.choose` selects; returns their ids."""
         return self._finish_rejected(self.rejector.choose(requests, reason, drain_s))
 
     def _finish_rejected(self, rejected: Mapping[str, Rejection]) -> Set[str]:
@@ -190,7 +178,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._obeyed = active
         if not thresholds.classifies_like(before):
             self.admission_queue.reclassify([*self.running, *self.skipped_waiting])
-        logger.debug("Headrace: thresholds version %d in force: %s", thresholds.version, thresholds.reason)
+        logger.debug("Headrace: thresholds version %d active: %s", thresholds.version, thresholds.reason)
 
     def _snapshot(self, now_s: float) -> Snapshot:
         capacity, advancing = self.active.limits.kv_capacity_tokens, self._advancing()
@@ -202,7 +190,7 @@ class HeadraceScheduler(AsyncScheduler):
             kv_used_tokens=round(self.kv_cache_manager.usage * capacity),
             kv_capacity_tokens=capacity,
             prompt_backlog_tokens=self._prompt_backlog(),
-            prompt_tokens_under_way=sum([work.prefill_tokens for _, _, work in self._executing]),
+            prompt_tokens_under_way=self._timer.prompt_tokens_under_way,
             released_requests=self._released_requests(),
             kv_read_tokens=sum([request.num_computed_tokens for request in advancing]) + len(advancing),
             slots=self.active.limits.slots - self.num_waiting_for_streaming_input,
@@ -210,7 +198,7 @@ class HeadraceScheduler(AsyncScheduler):
             latest=self.recorder.latest_iteration,
             decode_tokens=self._decode_tokens(advancing),
             most_step_tokens=1 + self.num_spec_tokens,
-            next_is_emptier=self._depth > 1 and has_more_than_its_share(advancing, self.running, self._depth),
+            next_is_fuller=self._depth > 1 and has_more_than_its_share(advancing, self.running, self._depth),
         )
 
     def _advancing(self) -> list[Request]:
@@ -221,14 +209,14 @@ class HeadraceScheduler(AsyncScheduler):
         return tokens_to_decode(advancing) if self.num_spec_tokens else len(advancing)
 
     def _released_requests(self) -> RunningBatch:
-        """The requests let through the gate that do not run, or not yet."""
+        """Admitted requests that do not run (yet)."""
         if not self.admission_queue.released and not self.skipped_waiting:
             return NO_REQUESTS
         requests = [*self.admission_queue.released_requests(), *self.skipped_waiting]
         return EngineBatch(requests, self.admission_queue, self._lives, 1 + self.num_spec_tokens)
 
     def _prompt_backlog(self) -> int:
-        """Prompt tokens left to compute of the requests that run and of those let through."""
+        """Prompt tokens left to compute of running and admitted requests."""
         tokens: int = sum([request.num_tokens - request.num_computed_tokens for request in self._inflight_prefills])
         if self.admission_queue.released or self.skipped_waiting:
             tokens += sum(
@@ -238,22 +226,17 @@ class HeadraceScheduler(AsyncScheduler):
         return tokens
 
     def _describe(self, request: Request, since_s: float) -> Waiting:
-        """What a policy may know of a request that waits."""
+        """A waiting request, as a policy sees it."""
         life = self._lives[request.request_id]
         cached, shared = self._prefixes.of(request)
         return Waiting(request.num_prompt_tokens, since_s, request.request_id, cached, shared, life.expected, life.most)
 
     def _after_schedule(self, output: SchedulerOutput, sitting_out: int) -> None:
-        # If those who sit out hold all the memory, nothing else can run: then everyone runs next time.
+        # If paused requests hold all the memory, no other can run: then none pauses in the next iteration.
         stuck = bool(sitting_out) and not output.total_num_scheduled_tokens
-        stuck &= self._depth == 1 or not self._executing  # a pipeline has empty batches while others are under way
-        self._everyone_runs = stuck and not self._obeyed.policy.strict
-        if output.total_num_scheduled_tokens:
-            # What the engine does between two iterations is part of the second one's time, unless it had nothing to do.
-            free_s = self._outputs_s[-1] if self._more_to_run else self.clock()
-            self._executing.append((output, free_s, self.latest_work))
-        elif not self._executing:
-            self._more_to_run = False
+        stuck &= self._depth == 1 or not self._timer.busy  # a pipeline has empty batches while others are under way
+        self._pause_none = stuck and not self._obeyed.policy.strict
+        self._timer.composed(output, self.latest_work, self.clock())
         if output.preempted_req_ids:
             self.recorder.totals.preemptions += len(output.preempted_req_ids)
         self.recorder.gauges = Gauges(
@@ -265,32 +248,24 @@ class HeadraceScheduler(AsyncScheduler):
         )
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
-        """vLLM's own, and the iteration's record: its seconds count from when the engine could start it."""
-        executed = bool(self._executing) and self._executing[0][0] is scheduler_output
+        """vLLM's own, with a record of the iteration and the outputs of rejected requests."""
+        now_s = self.clock()
+        executed = self._timer.finished(scheduler_output, now_s)
         if executed:
-            _, free_s, work = self._executing.popleft()
-            now_s = self.clock()
-            # Asynchronous scheduling queues the next step while this one runs. The batches of a pipeline come out one
-            # slowest stage's time apart when it is full; a batch alone in it takes the time of all stages.
-            last_s, round_ago_s = self._outputs_s[-1], self._outputs_s[0]
-            seconds = min(now_s - max(free_s, last_s), (now_s - max(free_s, round_ago_s)) / self._depth)
-            self.recorder.iteration(now_s, seconds, *work)
-        if executed or (self._depth > 1 and self._executing):
-            self._outputs_s.append(self.clock())  # an empty batch is a turn in the pipeline too
+            self.recorder.iteration(now_s, executed.seconds, *executed.work)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.num_spec_tokens:
             for computed, gained in decode_steps(scheduler_output, outputs):
                 self.recorder.decoded(computed, gained)
-        if self._awaiting_first_token:
-            self._note_first_tokens()
+        self._lives.note_first_tokens()
         self.admission_queue.settle()
         if executed:
-            self._more_to_run = bool(self.running)
+            self._timer.more_to_run = bool(self.running)
         for client, answer in self.rejector.answers():
             outputs.setdefault(client, EngineCoreOutputs(outputs=[])).outputs.append(answer)
         return outputs
 
-    # Where a pipeline's first stage is told of each token, a request waits for its own: as in vLLM's synchronous class.
+    # In a synchronous pipeline a request waits for its own token, as in vLLM's synchronous class.
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         if self._waits_for_tokens:
@@ -303,51 +278,24 @@ class HeadraceScheduler(AsyncScheduler):
             return Scheduler._update_request_with_output(self, *args, **kwargs)
         return super()._update_request_with_output(*args, **kwargs)
 
-    # Coming and going.
+    # Arrival and end of requests.
 
     def add_request(self, request: Request) -> None:
-        """A new request waits at the gate; it is counted with the length its client declared."""
+        """Put a new request into the admission queue and record its arrival with its declared length."""
         if self.policy is not SchedulingPolicy.PRIORITY:
             request.priority = 0  # the client's; only vLLM's own policy "priority" lets it order requests
         if request.request_id not in self.requests:
             self.recorder.arrival(self.clock(), request.num_prompt_tokens, self.known_output_tokens(request))
-            self._lives[request.request_id] = self._life(request)
-            self._awaiting_first_token[request.request_id] = request
+            self._lives.begin(request)
         super().add_request(request)
         if request.pooling_params is not None:
-            # An embedding: it has no output that a target or a rejection could be for.
+            # An embedding has no output, so no target applies and it is never rejected.
             self.admission_queue.choices.commit(request.request_id)
         if rejection := self.admission_queue.choices.rejection_of(request.request_id):
             self._finish_rejected({request.request_id: rejection})
 
-    def _life(self, request: Request) -> Life:
-        expected, most = declared_lengths(request, self.max_model_len)
-        return Life(
-            self.clock() - self._age_s(request), math.inf if expected is None else expected,
-            math.inf if most is None else most,
-        )
-
-    def _age_s(self, request: Request) -> float:
-        """Seconds since the API process took the request in: tokenizing, the way here, and the iteration under way.
-
-        0 where the two processes' clocks do not go together.
-        """
-        age_s = self.arrival_clock() - request.arrival_time
-        return age_s if 0 <= age_s <= _LONGEST_WAY_S else 0.0
-
-    def _arrived_s(self, request: Request) -> float:
-        """When a request that comes to the gate reached the API process, on this clock."""
-        life = self._lives.get(request.request_id)
-        return self.clock() if life is None else life.arrived_s
-
-    def _note_first_tokens(self) -> None:
-        now_s = self.clock()
-        for name in [name for name, request in self._awaiting_first_token.items() if request.num_output_tokens]:
-            self._lives[name].first_token_s = now_s
-            del self._awaiting_first_token[name]
-
     def _enqueue_waiting_request(self, request: Request) -> None:
-        # vLLM would put a request whose grammar compiles straight among the skipped, past the gate.
+        # vLLM would put a request whose grammar compiles straight among the skipped, past the admission queue.
         if request.status == RequestStatus.WAITING_FOR_STREAMING_REQ:
             super()._enqueue_waiting_request(request)
         else:
@@ -355,7 +303,7 @@ class HeadraceScheduler(AsyncScheduler):
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         now_s, outputs = self.clock(), request.num_output_tokens
-        life = self._lives.pop(request.request_id, None) or self._life(request)
+        life = self._lives.end(request)
         first_s = now_s if math.isnan(life.first_token_s) else life.first_token_s
         self.recorder.finished(
             now_s, request.num_prompt_tokens, outputs, aborted=request.status in _CUT_SHORT,
@@ -367,15 +315,14 @@ class HeadraceScheduler(AsyncScheduler):
         if request.status not in _CUT_SHORT and outputs and params is not None:
             self.recorder.judged(life.missed(params, first_s, now_s, outputs), audited=life.audited)
         self.rejector.freed(request.request_id)
-        self._awaiting_first_token.pop(request.request_id, None)
         self._prefixes.forget(request.request_id)
         self.admission_queue.forget(request)
         return super()._free_request(request, delay_free_blocks)
 
     def known_output_tokens(self, request: Request) -> int | None:
-        """The output length a client declared: `expected_output_tokens`, at most `max_tokens`; else that; else None.
+        """The declared output length: `expected_output_tokens`, at most `max_tokens`; else `max_tokens`; else None.
 
-        A `max_tokens` that only fills the model's context up is vLLM's default and no declaration.
+        A `max_tokens` that fills the model's context is vLLM's default and no declaration.
         """
         expected, most = declared_lengths(request, self.max_model_len)
         return most if expected is None else expected
@@ -407,7 +354,7 @@ class HeadraceScheduler(AsyncScheduler):
         )
 
     def stats(self) -> Stats:
-        """What routing and readiness need; safe from another thread, and as cheap with any number of requests."""
+        """The figures for routing and readiness; safe from another thread; cost does not grow with the requests."""
         thresholds = self.active.current().thresholds
         return Stats.of_engine(self._engine_id, self.active.limits, thresholds, self.recorder.gauges)
 

@@ -21,7 +21,7 @@ from scheduler.messages import SCHEMA, Ack, Apply, AskStats, ByColumn, Delivered
 from scheduler.thresholds import Thresholds, parse_thresholds, thresholds_as_dict
 
 _QUESTIONS = {"apply": {"apply", "automatic"}, "report": {"report"}, "stats": {"stats"}}
-"""By what is asked: the keys that may stand beside the schema version."""
+"""By question: the keys allowed beside the schema version."""
 _LONGEST_SHOWN = 200
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Ack, Telemetry, Stats)}
 _DELIVERED: TypeAdapter[tuple[Delivered, ...]] = TypeAdapter(Annotated[tuple[Delivered, ...], ByColumn(Delivered)])
@@ -29,7 +29,7 @@ _Answer = TypeVar("_Answer", Ack, Telemetry, Stats)
 
 
 class UnreadableMessage(ValueError):
-    """A message that is not JSON, or not the fields that were expected; says which."""
+    """A message that is not JSON or lacks expected fields; the error names them."""
 
 
 class OtherSchema(UnreadableMessage):
@@ -41,10 +41,10 @@ class OtherSchema(UnreadableMessage):
 
 
 class QuestionFailed(RuntimeError):
-    """The other side answered that it cannot answer, and why."""
+    """The other side could not answer; the message says why."""
 
 
-# What is asked of an engine.
+# Questions to an engine.
 
 
 def offer_of(thresholds: Thresholds, *, automatic: bool) -> bytes:
@@ -63,12 +63,12 @@ def stats_question() -> bytes:
 
 
 def read_question(text: bytes) -> Apply | Report | AskStats:
-    """What is asked.
+    """The question in `text`.
 
     Raises:
-        OtherSchema: thresholds of another schema version. A question that changes nothing is answered in this one.
-        UnreadableMessage: the question is not understood.
-        InvalidThresholds: the thresholds have a field that is unknown, or a value that cannot be.
+        OtherSchema: thresholds of another schema version; read-only questions are answered whatever their version.
+        UnreadableMessage: an unknown or malformed question.
+        InvalidThresholds: an unknown field or an invalid value.
     """
     asked = _object(text)
     schema = asked.pop("schema", None)
@@ -93,7 +93,7 @@ def read_question(text: bytes) -> Apply | Report | AskStats:
     return AskStats()
 
 
-# What an engine answers.
+# Answers of an engine.
 
 
 def answer_of(answer: Ack | Telemetry | Stats) -> bytes:
@@ -103,7 +103,7 @@ def answer_of(answer: Ack | Telemetry | Stats) -> bytes:
 
 
 def with_delivered(telemetry: bytes, delivered: Iterable[Delivered]) -> bytes:
-    """An engine's telemetry and the answers that its replica delivered, as one message; any other answer as it is."""
+    """An engine's telemetry together with the outputs that its replica delivered; any other answer unchanged."""
     answer = from_json(telemetry)
     if "engine_id" not in answer:
         return telemetry
@@ -112,12 +112,12 @@ def with_delivered(telemetry: bytes, delivered: Iterable[Delivered]) -> bytes:
 
 
 def read_answer(text: bytes, kind: type[_Answer]) -> _Answer:
-    """The answer to a question for `kind`; keys that are not known are ignored.
+    """The answer to a question for `kind`; unknown keys are ignored.
 
     Raises:
-        OtherSchema: the replica speaks another schema version.
-        QuestionFailed: the replica says why it does not answer.
-        UnreadableMessage: a key is missing or a value cannot be.
+        OtherSchema: the replica uses another schema version.
+        QuestionFailed: the replica could not answer.
+        UnreadableMessage: a missing key or an invalid value.
     """
     answer = _object(text)
     schema = answer.get("schema")

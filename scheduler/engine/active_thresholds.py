@@ -1,8 +1,7 @@
-"""Which thresholds are in force, and which offers are taken or refused.
+"""The active thresholds of one engine, and the acceptance or rejection of offered ones.
 
-One `ActiveThresholds` lives in each engine. Offers come from the channel's thread, the scheduler reads `current` at
-the start of every iteration; a change is one reference swapped, so it is whole or not there, and takes effect with the
-next iteration.
+Offers come from the channel's thread; the scheduler reads `current` at the start of every iteration. A change swaps one
+reference, so it is atomic and takes effect with the next iteration.
 """
 
 from __future__ import annotations
@@ -29,14 +28,13 @@ class Active:
 
 
 class ActiveThresholds:
-    """Takes newer, valid, fitting thresholds; falls back to the configured ones when the latest are not renewed.
+    """Accepts newer, valid, fitting thresholds; falls back to the configured ones when the latest are not renewed.
 
-    `setup` tells what the engine does beside scheduling, which some policies do not go with; `policy_of` makes the
-    policy object of thresholds.
+    setup: the engine settings that some policies do not support; policy_of: makes the policy object of thresholds.
 
     Raises:
         InvalidThresholds: from the constructor, when the configured thresholds do not fit the engine.
-        UnsupportedSetting: likewise, when their policy does not go with an engine setting.
+        UnsupportedSetting: likewise, when their policy does not support an engine setting.
     """
 
     def __init__(
@@ -51,19 +49,19 @@ class ActiveThresholds:
         self._lock = threading.Lock()
         self._check(configured)
         self._configured = configured
-        # Made once: what thresholds fall back to when they lapse costs the engine's loop nothing then.
+        # Made once, so that a lapse costs the engine's loop nothing.
         self._configured_policy = self._policy_of(configured)
         self._current = Active(configured, self._configured_policy, None, from_config=True)
 
     def current(self) -> Active:
-        """What the next iteration obeys."""
+        """The thresholds and policy of the next iteration."""
         current = self._current
         if current.lapses_at_s is not None and self._clock() >= current.lapses_at_s:
             current = self._lapse(current)
         return current
 
     def offer(self, apply: Apply) -> Ack:
-        """Put thresholds in force, or say why not."""
+        """Make thresholds active, or answer why not."""
         with self._lock:
             now = self._current_locked()
             active = now.thresholds
@@ -74,7 +72,7 @@ class ActiveThresholds:
             if rejection:
                 return rejection
             lapses = None if offered.valid_for_s is None else self._clock() + offered.valid_for_s
-            # The same rule keeps its policy object: what the policy remembers of holds stays true.
+            # The same rule keeps its policy object, and with it the state of its holds.
             policy = now.policy if offered.same_rule(active) else self._policy_of(offered)
             self._current = Active(offered, policy, lapses, from_config=False)
             return Ack(accepted=True, version_in_force=offered.version, reason=offered.reason)
@@ -92,7 +90,7 @@ class ActiveThresholds:
             return self._current
 
     def _fallback(self, lapsed: Active) -> Active:
-        # Versions never go back, or a late duplicate of what just lapsed would look new.
+        # Versions never decrease, or a late duplicate of lapsed thresholds would look new.
         configured = self._configured.with_version(lapsed.thresholds.version)
         return Active(configured, self._configured_policy, None, from_config=True)
 
@@ -101,7 +99,7 @@ class ActiveThresholds:
             return Ack(accepted=False, version_in_force=active.version, reason=reason, code=code)
 
         if offered.version <= active.version:
-            reason = f"version {offered.version} is not newer than version {active.version}, which is in force"
+            reason = f"version {offered.version} is not newer than the active version {active.version}"
             return reject("stale", reason)
         if automatic and active.pinned:
             reason = f"version {active.version} is pinned by an operator; lift the pin to resume automatic tuning"

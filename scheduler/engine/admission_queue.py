@@ -1,11 +1,10 @@
-"""The gate: vLLM's waiting queue, with a closed part in front of the open one.
+"""The admission queue: vLLM's waiting queue, split into held requests and released ones.
 
-vLLM's scheduler takes requests from `self.waiting` for as long as the queue is truthy. A `AdmissionQueue` counts and
-lists everything that waits, so that totals, aborts and metrics stay vLLM's own, but is truthy only for what a policy
-has let through. Requests that vLLM itself puts back (preempted, skipped) were let through before and never wait here
-again.
+vLLM's scheduler takes requests from `self.waiting` while the queue is truthy. `AdmissionQueue` counts and lists all
+waiting requests, so that totals, aborts and metrics stay vLLM's own, but is truthy only for requests that the policy
+has released. Requests that vLLM puts back (preempted, skipped) were released before and are not held again.
 
-Behind the gate a request costs what `FairQueue` says, and a policy's view O(types): only `reclassify` goes through all.
+A held request costs what `FairQueue` states, and a policy's view O(types); only `reclassify` visits all requests.
 Source: `vllm.v1.core.sched.request_queue`.
 """
 
@@ -20,7 +19,7 @@ from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy, cre
 from vllm.v1.request import Request
 
 from scheduler.engine.choices import Choices
-from scheduler.engine.fair_queue import NOBODY_IN_PARTICULAR, FairQueue, Tenant, TenantLedger
+from scheduler.engine.fair_queue import DEFAULT_TENANT, FairQueue, Tenant, TenantLedger
 from scheduler.policies import QueueView, Waiting
 
 Classify = Callable[[Request], str]
@@ -31,12 +30,12 @@ def _plainly(request: Request, since_s: float) -> Waiting:
 
 
 class AdmissionQueue(RequestQueue):
-    """A RequestQueue whose closed part is sorted by type.
+    """A RequestQueue whose held requests are sorted by type.
 
-    Within a type the order is that of `FairQueue`: by weight among tenants, then by vLLM's priority and by age. `order`
-    is the engine's own, for the open part. `classify` names a request's type, `tenant_of` its tenant, `arrived`
-    tells since which second of `clock` it waits (left out: since it comes to the gate), `on_release` hears how many
-    seconds each was held, `describe` says of a request that waits since then what a policy may know of it.
+    Within a type the order is that of `FairQueue`: by weight among tenants, then by vLLM's priority and by age.
+    order: the engine's own, for released requests. classify: the type of a request. tenant_of: its tenant.
+    on_release: called with the seconds that a released request was held. describe: a request waiting since a clock
+    second, as policies see it. arrived: that clock second (left out: when the request enters this queue).
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class AdmissionQueue(RequestQueue):
         classify: Classify,
         clock: Callable[[], float],
         on_release: Callable[[float], None],
-        tenant_of: Callable[[Request], Tenant] = lambda request: NOBODY_IN_PARTICULAR,
+        tenant_of: Callable[[Request], Tenant] = lambda request: DEFAULT_TENANT,
         describe: Callable[[Request, float], Waiting] = _plainly,
         arrived: Callable[[Request], float] | None = None,
     ) -> None:
@@ -62,10 +61,10 @@ class AdmissionQueue(RequestQueue):
         self._type_of: dict[str, str] = {}
         self.choices = Choices()
 
-    # What a policy needs to know and to do.
+    # The policy's side.
 
     def views(self) -> dict[str, QueueView]:
-        """The closed queues that are not empty, by type."""
+        """The non-empty queues of held requests, by type."""
         return {
             name: QueueView(
                 len(queue), next(iter(self._by_age[name].values()))[1], partial(self._waiting, queue),
@@ -92,7 +91,7 @@ class AdmissionQueue(RequestQueue):
         )
 
     def last(self, type_name: str, count: int) -> list[Request]:
-        """The `count` requests of a type that are farthest from their turn and may be rejected, left in place."""
+        """The last `count` requests of a type, by turn, that may be rejected; left in place."""
         queue, committed = self._closed.get(type_name), self.choices.committed
         if not queue or not count:
             return []
@@ -100,7 +99,7 @@ class AdmissionQueue(RequestQueue):
         return [request for request in farthest if request.request_id not in committed][:count]
 
     def release(self, type_name: str, count: int) -> None:
-        """Let the first `count` requests of a type through; fewer when fewer wait."""
+        """Release the first `count` requests of a type, or as many as wait."""
         queue = self._closed.get(type_name)
         now_s = self._clock()
         for _ in range(min(count, len(queue) if queue else 0)):
@@ -111,7 +110,7 @@ class AdmissionQueue(RequestQueue):
             self._open.add_request(request)
 
     def let_through(self, request: Request) -> None:
-        """Let one request through out of its turn."""
+        """Release one request out of turn."""
         name = self._type_of[request.request_id]
         self._closed[name].take(request)
         self._on_release(self._clock() - self._leave(name, request))
@@ -119,31 +118,31 @@ class AdmissionQueue(RequestQueue):
         self._open.add_request(request)
 
     def take_back(self, request: Request) -> None:
-        """Let a request of the open part wait behind the gate again, as one that has just come."""
+        """Hold a released request again, as if it had just arrived."""
         self._open.remove_request(request)
         self._hold(request, self._clock()).add(request)
 
     @property
     def held(self) -> int:
-        """Requests behind the gate."""
+        """Number of held requests."""
         return len(self._since_s)
 
     def released_requests(self) -> Iterator[Request]:
-        """Requests let through that the engine has not taken up yet."""
+        """Released requests that vLLM has not started yet."""
         return iter(self._open)
 
     @property
     def released(self) -> int:
-        """Requests let through that the engine has not taken up yet."""
+        """Number of released requests that vLLM has not started yet."""
         return len(self._open)
 
     def type_of(self, request_id: str) -> str | None:
-        """The type under which a request came in; None once forgotten."""
+        """The type of a request; None once forgotten."""
         return self._type_of.get(request_id)
 
     def forget(self, request: Request) -> None:
-        """Drop what is remembered of a request that has left the engine."""
-        if request.request_id in self._since_s:  # it was taken back with its last token in flight
+        """Drop the records of a request that has left the engine."""
+        if request.request_id in self._since_s:  # held again with its last token in flight
             self.remove_request(request)
         self._type_of.pop(request.request_id, None)
         self._ledger.end(request)
@@ -153,7 +152,7 @@ class AdmissionQueue(RequestQueue):
         self._ledger.settle()
 
     def reclassify(self, requests: Iterable[Request]) -> None:
-        """Sort all anew by type: the held, the let through, and `requests` (in service). No tenant's turn changes."""
+        """Classify all requests anew: held, released, and `requests` (the running ones). No tenant's turn changes."""
         held = [self._by_age[self._type_of[name]][name] for name in self._since_s]
         self._closed, self._by_age = {}, {}
         for request, since_s in held:
@@ -162,7 +161,7 @@ class AdmissionQueue(RequestQueue):
             self._type_of[request.request_id] = self._classify(request)
 
     def _hold(self, request: Request, since_s: float) -> FairQueue:
-        """Write down that a request waits since then; the queue in which it has to wait."""
+        """Record that a request has waited since `since_s`; returns the queue of its type."""
         name = self._classify(request)
         if name not in self._closed:
             self._closed[name], self._by_age[name] = FairQueue(self._ledger), OrderedDict()
@@ -176,7 +175,7 @@ class AdmissionQueue(RequestQueue):
         return self._closed[name]
 
     def _leave(self, name: str, request: Request) -> float:
-        """Forget that a request waits; since when it did."""
+        """Record that a request no longer waits; returns the clock second since which it did."""
         del self._by_age[name][request.request_id]
         self._tokens[name] -= self._tokens_of.pop(request.request_id)
         return self._since_s.pop(request.request_id)
@@ -184,34 +183,34 @@ class AdmissionQueue(RequestQueue):
     # vLLM's side: RequestQueue.
 
     def add_request(self, request: Request) -> None:
-        """A new request waits behind the gate; one that was let through before goes to the open part."""
+        """Hold a new request; one that was released before goes back to the released ones."""
         if request.request_id in self._type_of:
             self._open.add_request(request)
         else:
             self._hold(request, self._arrived(request)).add(request)
 
     def pop_request(self) -> Request:
-        """The next request of the open part."""
+        """The next released request."""
         return self._open.pop_request()
 
     def peek_request(self) -> Request:
-        """The next request of the open part, left in place."""
+        """The next released request, left in place."""
         return self._open.peek_request()
 
     def prepend_request(self, request: Request) -> None:
-        """Put a request back at the head of the open part."""
+        """Put a request back at the head of the released ones."""
         self._open.prepend_request(request)
 
     def prepend_requests(self, requests: RequestQueue) -> None:
-        """Put requests back at the head of the open part."""
+        """Put requests back at the head of the released ones."""
         self._open.prepend_requests(requests)
 
     def remove_request(self, request: Request) -> None:
-        """Take one request out, wherever it waits."""
+        """Remove one request, held or released."""
         self.remove_requests([request])
 
     def remove_requests(self, requests: Iterable[Request]) -> None:
-        """Take requests out, wherever they wait; those that do not wait here are left alone, as vLLM expects."""
+        """Remove requests, held or released; others are ignored, as vLLM expects."""
         requests = list(requests)
         held = [request for request in requests if request.request_id in self._since_s]
         for request in held:

@@ -1,9 +1,8 @@
-"""The live channel: thresholds into an engine-core process and telemetry out of it, while it serves.
+"""The control channel of an engine-core process: thresholds in, telemetry out, while it serves.
 
-The scheduler lives in a process that answers no calls of ours, so it opens a ZeroMQ socket of its own, served by one
-daemon thread. The thread judges and answers; the engine's loop only reads a reference each iteration and never waits.
-Every answer carries the id of its question, so a late or doubled answer is recognised and dropped. Questions and
-answers are the JSON of `scheduler.wire`.
+The engine-core process answers no calls of ours, so the scheduler opens a ZeroMQ socket of its own, served by one
+daemon thread. The engine's loop only reads a reference each iteration and does not wait for that thread. Every answer
+carries the id of its question, so late and duplicate answers are dropped. Messages are the JSON of `scheduler.wire`.
 """
 
 from __future__ import annotations
@@ -51,12 +50,12 @@ class ChannelClosed(RuntimeError):
 def new_endpoint() -> str:
     """A fresh private endpoint on this machine, in a folder only this user may enter.
 
-    The folder is locked for as long as this process lives. Those that no living process holds are swept away on the
-    occasion: the lock tells also where the folder for temporary files is shared and process ids are not.
+    The folder is locked while this process lives. Folders without a live lock are removed here; unlike process ids, the
+    lock is also valid where containers share the folder for temporary files.
     """
     for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}-*"):
         _remove_unless_held(folder)
-    # Under its final name a folder has its lock already, or a replica that starts at the same time would take it away.
+    # A folder gets its final name only once locked, or a replica that starts at the same time would remove it.
     nascent = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}-"))
     lock = os.open(nascent, os.O_RDONLY | os.O_DIRECTORY)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -77,10 +76,7 @@ def _remove_unless_held(folder: Path) -> None:
 
 
 def rank_endpoint(endpoint: str, rank: int) -> str:
-    """Where the engine of a data-parallel rank listens, given the endpoint that all of them were told.
-
-    Beside that of rank 0, which is `endpoint` itself, so that it lives and goes with it.
-    """
+    """The endpoint of a data-parallel rank; rank 0 uses `endpoint` itself, the others a socket in the same folder."""
     return endpoint if rank == 0 else f"{endpoint}-rank{rank}"
 
 
@@ -95,8 +91,8 @@ def remove_endpoint(endpoint: str) -> None:
 class ChannelServer:
     """Answers questions at `endpoint` from a daemon thread until closed.
 
-    apply: judges thresholds and answers with an Ack; report: gives the telemetry after a cursor; stats: gives a few
-    numbers. Garbage gets an answer that says so and changes nothing.
+    apply: accepts or rejects thresholds with an Ack; report: the telemetry after a cursor; stats: the `Stats`. An
+    unreadable question is answered with an error and changes nothing.
 
     Raises:
         RuntimeError: the endpoint cannot be bound.
@@ -167,10 +163,10 @@ class ChannelClient:
         self._socket: zmq.asyncio.Socket | None = None
 
     async def apply(self, thresholds: Thresholds, *, automatic: bool = True, timeout_s: float = 5.0) -> Ack:
-        """Offer thresholds; the answer says which version is in force now.
+        """Offer thresholds; the answer has the version that is active now.
 
         Raises:
-            ChannelClosed: no answer within `timeout_s`. Asking again is safe: a version is taken once.
+            ChannelClosed: no answer within `timeout_s`. Asking again is safe: a version is accepted once.
             UnreadableMessage: see `scheduler.wire.read_answer`.
         """
         return read_answer(await self.ask(offer_of(thresholds, automatic=automatic), timeout_s=timeout_s), Ack)
@@ -229,12 +225,12 @@ class ChannelClient:
             self._socket = None
 
     def close(self) -> None:
-        """Close the socket; the engine notices nothing."""
+        """Close the socket; the engine is not affected."""
         self._disconnect()
         with contextlib.suppress(zmq.ZMQError):
             self._context.destroy(linger=0)
 
 
 def engine_id() -> str:
-    """A new name, for one life of one engine: a restarted engine gets another, also under the same process id."""
+    """A unique id of one engine process: a restarted engine gets another, even under the same process id."""
     return str(uuid.uuid4())

@@ -1,9 +1,9 @@
-"""The engine requests of one HTTP request: rejected as a whole, or served as a whole.
+"""The engine requests of one HTTP request (siblings), which are all rejected or all served.
 
 vLLM makes one engine request of each prompt of a completion and of each choice (OpenAI's `n` > 1), and sends them one
-after another. Once one of them has been let through the gate, its siblings are committed: they wait for their turn like
-others but cannot be rejected. Once one has been rejected, so are those that come later. The fence around how vLLM names
-them: `tests/scheduler/test_vllm_seam.py` fails when an upgrade changes it.
+after another. Once one of them is released, its siblings are committed: they wait for their turn but cannot be
+rejected. Once one is rejected, so are its siblings that arrive later. vLLM's naming of siblings is non-public:
+`tests/scheduler/test_vllm_seam.py` fails when an upgrade changes it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from scheduler.rejection import Rejection
 
 _REMEMBERED = 4096
-"""HTTP requests none of which waits, of which it is still known whether they were let through or rejected."""
+"""Most HTTP requests without a waiting sibling whose outcome (released or rejected) is remembered."""
 
 
 def parent_of(request_id: str) -> str | None:
-    """The id of the request that a choice belongs to; None for what is no choice. Source: vLLM's ParentRequest."""
+    """The id of the request that a choice belongs to; None if `request_id` is no choice. Source: vLLM's ParentRequest.
+    """
     index, separator, parent = request_id.partition("_")
     return parent or None if separator and index.isascii() and index.isdigit() else None
 
@@ -29,7 +30,7 @@ _ONE_OF_SEVERAL = re.compile(r"((?:cmpl|transcribe|translate)-.+)-[0-9]+-[0-9a-f
 
 
 def family_of(request_id: str) -> str | None:
-    """What all engine requests of one HTTP request have in common; None for one that can have no sibling.
+    """The id shared by all engine requests of one HTTP request; None for a request that can have no sibling.
 
     Source: vLLM numbers the prompts of a completion (and the pieces of a recording) behind the HTTP request's own id,
     `cmpl-ID-0`, `cmpl-ID-1`, and puts eight random digits behind each.
@@ -41,7 +42,7 @@ def family_of(request_id: str) -> str | None:
 
 @dataclass(slots=True)
 class _Siblings:
-    """held: those that wait at the gate, in the order of their coming; places: which prompts and choices have come."""
+    """held: siblings in the admission queue, by arrival; places: the prompts and choices that have arrived."""
 
     family: str
     held: dict[str, None] = field(default_factory=dict)
@@ -51,7 +52,7 @@ class _Siblings:
 
 
 class Choices:
-    """What became of the siblings that came so far; every method costs O(siblings) at most."""
+    """The outcome of the siblings that have arrived; every method costs O(siblings) at most."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, _Siblings] = {}
@@ -61,11 +62,11 @@ class Choices:
 
     @property
     def committed(self) -> Set[str]:
-        """Ids of those that wait and cannot be rejected any more, most since a sibling has been let through."""
+        """Ids of waiting requests that can no longer be rejected, mostly because a sibling was released."""
         return self._committed
 
     def hold(self, request_id: str) -> None:
-        """A request waits at the gate."""
+        """A request enters the admission queue."""
         family = family_of(request_id)
         if family is None or request_id in self._siblings_of:
             return
@@ -73,7 +74,7 @@ class Choices:
         siblings = self._waiting.get(family)
         if siblings is None:
             siblings = self._settled.pop(family, _Siblings(family))
-        if place in siblings.places:  # a client that uses the id of an earlier request again
+        if place in siblings.places:  # a client reuses the id of an earlier request
             siblings = _Siblings(family)
         siblings.places.add(place)
         siblings.held[request_id] = None
@@ -82,12 +83,12 @@ class Choices:
             self._committed.add(request_id)
 
     def commit(self, request_id: str) -> None:
-        """A request waits for its turn and cannot be rejected any more, for a reason of its own; nor its siblings."""
+        """Exempt a waiting request and its siblings from rejection."""
         self._committed.add(request_id)
         self._commit_siblings(request_id)
 
     def let_through(self, request_id: str) -> None:
-        """A request that waited is let through the gate."""
+        """A waiting request is released."""
         self._commit_siblings(request_id)
         self.leave(request_id)
 
@@ -113,7 +114,7 @@ class Choices:
                 self._settled.popitem(last=False)
 
     def reject(self, request_id: str, rejection: Rejection) -> list[str]:
-        """Reject a request that waits and is not committed; the ids of all those that end with it, itself included."""
+        """Reject a waiting, uncommitted request; returns the ids of all siblings that end with it, itself included."""
         siblings = self._siblings_of.get(request_id)
         if siblings is None:
             return [request_id]
@@ -121,6 +122,6 @@ class Choices:
         return list(siblings.held)
 
     def rejection_of(self, request_id: str) -> Rejection | None:
-        """With what a sibling of a request that waits was rejected; None when none was."""
+        """The rejection of a waiting request's sibling; None if no sibling was rejected."""
         siblings = self._siblings_of.get(request_id)
         return siblings.rejection if siblings else None

@@ -1,7 +1,7 @@
-"""What a client may say of its request beside the prompt: how long the answer will be, and whose the request is.
+"""The fields of a request beside its prompt: the declared output length and the tenant.
 
-All of it comes from outside (OpenAI's `vllm_xargs`, vLLM's `SamplingParams.extra_args`) and is read in the engine's
-loop, where an exception ends the engine: a value that makes no sense counts as not given.
+They come from outside (OpenAI's `vllm_xargs`, vLLM's `SamplingParams.extra_args`) and are read in the engine's loop,
+where an exception ends the engine: an invalid value counts as not given.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from scheduler.engine.fair_queue import NOBODY_IN_PARTICULAR, Tenant
+from scheduler.engine.fair_queue import DEFAULT_TENANT, Tenant
 from scheduler.settings import (
     EXPECTED_OUTPUT_TOKENS,
     LARGEST_TENANT_WEIGHT,
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
 
 def declared_output_tokens(request: Request) -> int | None:
-    """The output length that a client declared; None when it declared none."""
+    """The declared output length in tokens; None if there is none."""
     declared = _number(_extra_args(request).get(EXPECTED_OUTPUT_TOKENS))
     return int(declared) if declared is not None and declared >= 1 else None
 
 
 def declared_lengths(request: Request, longest: int) -> tuple[int | None, int | None]:
-    """The output length a client expects, and the most it allows when that is less than a context of `longest`."""
+    """The expected output length and the limit max_tokens, if below a context of `longest` tokens; None: not declared.
+    """
     params = request.sampling_params
     if params is None:
         return None, None
@@ -41,13 +42,13 @@ def declared_lengths(request: Request, longest: int) -> tuple[int | None, int | 
 
 
 def tenant_of(request: Request) -> Tenant:
-    """Whose a request is, as the ingress wrote it down. To be asked only where requests come from an ingress."""
+    """The tenant that the ingress wrote into a request; meaningful only behind an ingress."""
     extra = _extra_args(request)
     name, weight = extra.get(TENANT), _number(extra.get(TENANT_WEIGHT, 1.0))
     if not isinstance(name, str) or not 1 <= len(name) <= LONGEST_TENANT_NAME:
-        return NOBODY_IN_PARTICULAR
+        return DEFAULT_TENANT
     if weight is None or not 0 < weight <= LARGEST_TENANT_WEIGHT:
-        return NOBODY_IN_PARTICULAR
+        return DEFAULT_TENANT
     return Tenant(name, float(weight))
 
 

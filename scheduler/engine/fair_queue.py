@@ -1,8 +1,8 @@
-"""Who is next when several tenants wait: by weight among tenants, by priority and then age within one.
+"""The order of waiting requests: by weight among tenants, by priority and then age within a tenant.
 
-Every tenant has a counter of the tokens it was served, divided by its weight; the one with the lowest counter is next.
-A prompt is charged when it enters, an answer as its tokens are produced. A tenant that comes back after a pause starts
-level with those that wait, so that no service can be saved up. Source: the Virtual Token Counter of "Fairness in
+Every tenant has a counter of the tokens it was served, divided by its weight; the tenant with the lowest counter is
+next. A prompt is charged when it enters, output tokens as they are produced. A tenant that was idle restarts at the
+lowest counter among waiting tenants, so idle time earns no credit. Source: the Virtual Token Counter of "Fairness in
 Serving Large Language Models" (arXiv 2401.00588), whose prices of a prompt and an output token are used here. With one
 tenant and one priority this is first come, first served.
 """
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 OUTPUT_PRICE = 2.0
-"""Prompt tokens that one output token counts for."""
+"""Price of an output token in prompt tokens."""
 _DIGITS = 6
-"""Counters that are equal to a millionth of a token are equal: sums of shares differ in their last bits."""
+"""Counters within a millionth of a token are equal: sums of shares differ in their last bits."""
 
 
 _MOST_IN_DEBT = 256
-"""Tenants without a request that are remembered at most for what they owe; the smallest debts are forgiven first."""
+"""Most tenants without a request whose debt is remembered; the smallest debts are dropped first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """Whom a request belongs to. Of two that both wait, each is served in proportion to its weight (> 0)."""
+    """A tenant. Tenants with waiting requests are served in proportion to their weights (> 0)."""
 
     name: str
     weight: float
@@ -43,16 +43,16 @@ class Tenant:
             raise ValueError(f"weight of tenant {self.name!r} is {self.weight}; it must be > 0")
 
 
-NOBODY_IN_PARTICULAR = Tenant("", 1.0)
+DEFAULT_TENANT = Tenant("", 1.0)
 """The tenant of requests that name none."""
 
 
 @dataclass(slots=True)
 class _Account:
-    """One tenant: its counter, how many requests it has waiting, and those whose output tokens it is charged for.
+    """One tenant: its counter, its number of waiting requests, and its running requests.
 
-    charged_tokens: output tokens of those in service that were charged already; ended_tokens: output tokens of those
-    that ended since the last charge.
+    charged_tokens: output tokens of running requests already charged; ended_tokens: output tokens of requests that
+    ended since the last charge.
     """
 
     weight: float
@@ -66,7 +66,7 @@ class _Account:
         self.counter += tokens / self.weight
 
     def charge_outputs(self) -> None:
-        """Charge the output tokens produced since this was last called. A session may turn outputs into a prompt."""
+        """Charge the output tokens produced since the last call. A session may turn outputs into a prompt."""
         produced = self.produced_tokens()
         if (new := produced + self.ended_tokens - self.charged_tokens) > 0:
             self.charge(OUTPUT_PRICE * new)
@@ -79,9 +79,9 @@ class _Account:
 class TenantLedger:
     """The counters of one engine; `of` names a request's tenant.
 
-    A single tenant costs nothing an iteration; several cost O(tenants + requests in service). Tenants without a request
-    are forgotten once those that wait have caught up with them, since they would come back at that level anyway. Names
-    that are used once and never again could keep that level where it is; `_MOST_IN_DEBT` bounds them.
+    A single tenant costs nothing per iteration; several cost O(tenants + running requests). A tenant without a request
+    is forgotten once the waiting tenants have reached its counter, since it would restart at that level anyway. Tenant
+    names that are used only once can accumulate; `_MOST_IN_DEBT` bounds them.
     """
 
     def __init__(self, of: Callable[[Request], Tenant]) -> None:
@@ -96,18 +96,18 @@ class TenantLedger:
         return self._of(request)
 
     def counter(self, name: str) -> float:
-        """Prompt tokens that a tenant was served, or their worth, divided by its weight."""
+        """Service of a tenant in prompt-token equivalents, divided by its weight."""
         return self._accounts[name].counter
 
     def weight(self, name: str) -> float:
-        """The weight of a tenant, as its latest request has it."""
+        """The weight of a tenant, from its latest request."""
         return self._accounts[name].weight
 
     def __len__(self) -> int:
         return len(self._accounts)
 
     def enter(self, request: Request) -> None:
-        """A request starts to wait. O(tenants that wait) for the first of its tenant, else O(1)."""
+        """A request starts to wait. O(waiting tenants) for the first of its tenant, else O(1)."""
         tenant = self._of(request)
         account = self._account(tenant)
         account.weight = tenant.weight
@@ -117,7 +117,7 @@ class TenantLedger:
         account.waiting += 1
 
     def leave(self, request: Request) -> None:
-        """A request no longer waits, and was not served."""
+        """A request leaves the queue unserved."""
         name = self._of(request).name
         account = self._accounts[name]
         account.waiting -= 1
@@ -125,7 +125,7 @@ class TenantLedger:
             self._waiting.remove(name)
 
     def serve(self, request: Request) -> None:
-        """A request that waited enters the engine: its prompt is charged now, its answer as it is produced."""
+        """A waiting request enters the engine: its prompt is charged now, its output tokens as they are produced."""
         account = self._accounts[self._of(request).name]
         account.charge(request.num_prompt_tokens)
         account.running[request.request_id] = request
@@ -134,16 +134,16 @@ class TenantLedger:
             self._floor = max(self._floor, account.counter)
 
     def end(self, request: Request) -> None:
-        """A request has left the engine, served or not; what is left of its answer to charge is charged next."""
+        """A request has left the engine, served or not; its uncharged output tokens are charged next."""
         account = self._accounts.get(self._of(request).name)
         if account is not None and account.running.pop(request.request_id, None) is not None and len(self) > 1:
             account.ended_tokens += request.num_output_tokens
         self._some_ended = True
 
     def settle(self) -> None:
-        """Charge the output tokens produced since the last call, and forget tenants that are gone."""
+        """Charge the output tokens produced since the last call, and forget absent tenants."""
         if len(self._accounts) < 2:
-            return  # a tenant that is alone owes no one
+            return  # a single tenant has no debt
         for account in self._accounts.values():
             if account.running or account.ended_tokens:
                 account.charge_outputs()
@@ -152,20 +152,20 @@ class TenantLedger:
             self._forget_gone()
 
     def charge(self, tenant: Tenant, tokens: float) -> None:
-        """This tenant was served so many prompt tokens, or their worth."""
+        """Add `tokens`, in prompt-token equivalents, to the tenant's service."""
         self._account(tenant).charge(tokens)
 
     def _account(self, tenant: Tenant) -> _Account:
         account = self._accounts.get(tenant.name)
         if account is None:
-            if len(self._accounts) == 1:  # what a tenant was served while it was alone is not held against it
+            if len(self._accounts) == 1:  # service of a single tenant is not charged
                 (alone,) = self._accounts.values()
                 alone.charged_tokens, alone.ended_tokens = alone.produced_tokens(), 0
             account = self._accounts[tenant.name] = _Account(tenant.weight, self._level())
         return account
 
     def _level(self) -> float:
-        """Where a tenant that starts to wait is put: level with the lowest of those that wait already."""
+        """The counter at which a tenant starts to wait: the lowest among the waiting tenants."""
         return max(self._floor, min((self._accounts[name].counter for name in self._waiting), default=self._floor))
 
     def _forget_gone(self) -> None:
@@ -178,7 +178,7 @@ class TenantLedger:
         for _, name in gone[:max(paid_up, len(gone) - _MOST_IN_DEBT)]:
             del self._accounts[name]
         if paid_up:
-            self._floor = level  # or one of them would come back lower than it went
+            self._floor = level  # or a dropped tenant would restart below its counter
 
 
 class _TenantQueue:
@@ -192,7 +192,7 @@ class _TenantQueue:
         self.prompt_tokens = 0
 
     def add(self, request: Request) -> None:
-        """O(1) for a priority that waits already, else O(priorities)."""
+        """O(1) if the priority has waiting requests already, else O(priorities)."""
         level = self._by_priority.get(request.priority)
         if level is None:
             insort(self._priorities, request.priority)
@@ -221,11 +221,11 @@ class _TenantQueue:
 
 
 class FairQueue:
-    """The requests of one type that wait.
+    """The waiting requests of one type.
 
-    Costs do not grow with the number of requests: `add` and `remove` are O(1) for a tenant and a priority that wait
-    already (else see `TenantLedger.enter` and `_TenantQueue.add`), `pop` is O(tenants), `last` and the first of the
-    iteration are O(tenants) and each further request is O(log tenants).
+    Costs do not grow with the number of requests: `add` and `remove` are O(1) if the tenant and the priority have
+    waiting requests already (else see `TenantLedger.enter` and `_TenantQueue.add`), `pop` is O(tenants); in `last` and
+    in iteration the first request is O(tenants) and each further one O(log tenants).
     """
 
     def __init__(self, ledger: TenantLedger) -> None:
@@ -239,7 +239,7 @@ class FairQueue:
         self.move_in(request)
 
     def move_in(self, request: Request) -> None:
-        """A request that waits already waits here from now on; its tenant's turn stays what it is."""
+        """Take over a waiting request from another queue; its tenant's turn stays the same."""
         self._tenants.setdefault(self._ledger.of(request).name, _TenantQueue()).add(request)
         self._size += 1
 
@@ -253,7 +253,7 @@ class FairQueue:
         return request
 
     def take(self, request: Request) -> None:
-        """A request enters whose turn it need not be, charged to its tenant."""
+        """Remove a request that enters the engine out of turn, and charge its tenant."""
         self._move_out(request)
         self._ledger.serve(request)
 
@@ -270,17 +270,17 @@ class FairQueue:
         self._size -= 1
 
     def last(self, count: int) -> list[Request]:
-        """The `count` requests that are farthest from their turn, the very last first."""
+        """The last `count` requests by turn, the very last first."""
         return list(islice(self.backwards(), count))
 
     def backwards(self) -> Iterator[Request]:
-        """All requests, the one farthest from its turn first."""
+        """All requests, the last turn first."""
         if len(self._tenants) == 1:
             return reversed(next(iter(self._tenants.values())))
         return self._by_turns(backwards=True)
 
     def __iter__(self) -> Iterator[Request]:
-        """All requests in the order of their turns, if no other comes."""
+        """All requests in the order of their turns, if no other arrives."""
         if len(self._tenants) == 1:
             return iter(next(iter(self._tenants.values())))
         return self._by_turns()
@@ -290,7 +290,7 @@ class FairQueue:
         return (request for *_, request in merge(*turns, key=itemgetter(0, 1), reverse=backwards))
 
     def _turns_of(self, name: str, *, backwards: bool) -> Iterator[tuple[float, str, Request]]:
-        """A request's turn comes when its tenant's counter is what it will be once those before it were served."""
+        """A request's turn is its tenant's counter once the tenant's earlier requests have been served."""
         counter, weight = self._ledger.counter(name), self._ledger.weight(name)
         queue = self._tenants[name]
         before = queue.prompt_tokens if backwards else 0

@@ -1,4 +1,4 @@
-"""What the prefix cache holds of a waiting request's prompt, asked of vLLM's own block manager and remembered briefly.
+"""Cached prompt tokens of waiting requests, looked up in vLLM's block manager and remembered for a few iterations.
 
 Part of the fence around vLLM's non-public surface (`KVCacheManager.get_computed_blocks`, `get_blocks`,
 `KVCacheBlock.ref_cnt`):
@@ -12,13 +12,13 @@ from typing import Any
 from vllm.v1.request import Request
 
 _ASK_AGAIN = 16
-"""Iterations after which a prompt is looked up anew: the cache changes, and a lookup walks all blocks of a prompt."""
+"""Iterations until a prompt is looked up again: the cache changes, but a lookup walks all blocks of a prompt."""
 
 
 class PrefixHits:
-    """Cached prompt tokens of waiting requests, and which of them are in blocks that other requests hold.
+    """Cached prompt tokens of waiting requests, and the ones of them in blocks that other requests hold.
 
-    A cached block that no request holds is free to be evicted: the request that takes it up adds memory.
+    A cached block that no request holds may be evicted, so a request that reuses it adds memory.
     """
 
     def __init__(self, kv_cache_manager: Any, block_tokens: int, enabled: bool | None) -> None:
@@ -38,13 +38,13 @@ class PrefixHits:
         if known is not None and self._step - known[0] < _ASK_AGAIN:
             return known[1], known[2]
         blocks, found, _ = self._manager.get_computed_blocks(request)
-        cached = min(found, request.num_prompt_tokens)  # of a preempted request, output may be cached as well
+        cached = min(found, request.num_prompt_tokens)  # a preempted request's output may be cached too
         held = sum(1 for block in blocks.blocks[0] if block.ref_cnt > 0) if cached else 0
         self._known[request.request_id] = (self._step, cached, min(held * self._block_tokens, cached))
         return cached, min(held * self._block_tokens, cached)
 
     def shared_now(self, request_id: str, cached_tokens: int) -> int:
-        """Of the tokens that a request just taken up found cached, those in blocks that others hold too."""
+        """The cached tokens of a request that has just started, as far as they are in blocks that others hold too."""
         if not self._enabled or not cached_tokens:
             return 0
         self._known.pop(request_id, None)

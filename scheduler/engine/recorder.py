@@ -1,6 +1,6 @@
-"""What one engine remembers of itself until somebody asks: iterations, arrivals, finished requests, totals.
+"""Records of one engine between two reports: iterations, arrivals, finished requests, totals.
 
-Written by the engine's own thread between iterations, read by the channel's thread: both only append to or copy bounded
+The engine's thread writes them between iterations, the channel's thread reads them: both only append to or copy bounded
 deques, which CPython does atomically, so neither waits for the other.
 """
 
@@ -23,7 +23,7 @@ _Record = TypeVar("_Record", Iteration, Arrival, Finished)
 
 
 class Recorder:
-    """Bounded memory of one engine's past, each record with a sequence number that only grows."""
+    """Bounded records of one engine, with increasing sequence numbers."""
 
     def __init__(self, kept: int = KEPT_RECORDS) -> None:
         self._sequence = itertools.count(1)
@@ -74,7 +74,7 @@ class Recorder:
             self.totals.audited_met += not any(misses.values())
 
     def decoded(self, computed_tokens: int, gained_tokens: int) -> None:
-        """One step of one request: tokens computed for it, drafts included, and output tokens that it gained."""
+        """One step of one request: tokens computed, drafts included, and output tokens gained."""
         totals = self.totals
         totals.decode_steps += 1
         totals.decode_computed_tokens += computed_tokens
@@ -82,7 +82,7 @@ class Recorder:
         totals.decode_gained_squares += gained_tokens**2
 
     def released(self, held_s: float) -> None:
-        """One request let through the gate after `held_s` seconds."""
+        """One request released after `held_s` seconds."""
         self.totals.held += 1
         self.totals.hold_s += held_s
 
@@ -103,9 +103,9 @@ class Recorder:
     def since(
         self, cursor: int | None, until: int | None = None
     ) -> tuple[tuple[Iteration, ...], tuple[Arrival, ...], tuple[Finished, ...], bool]:
-        """Records newer than `cursor`, up to `until`, by kind; and whether some newer ones were overwritten already.
+        """Records newer than `cursor`, up to `until`, by kind; and whether newer ones were overwritten already.
 
-        A cursor from another life of the engine (larger than any number given here) counts as 0; None asks for none.
+        A cursor of an earlier engine process (above every number given here) counts as 0; None: no records.
         """
         if cursor is None:
             return (), (), (), False
@@ -118,7 +118,7 @@ class Recorder:
             _between(self._arrivals, cursor, until),
             _between(self._finished, cursor, until),
         )
-        # Asked last, so that what is overwritten while it is copied counts as lost.
+        # Checked last, so that records overwritten during the copy count as lost.
         return iterations, arrivals, finished, self._dropped_seq > cursor
 
     def _next(self) -> int:

@@ -1,4 +1,4 @@
-"""Which requests an engine turns away before they cost anything, and what their clients are told.
+"""The rejections of an engine, and the outputs that carry them to the clients.
 
 Part of the fence around vLLM's non-public surface (`Request`, `EngineCoreOutput`): `tests/scheduler/test_vllm_seam.py`
 fails when an upgrade moves it.
@@ -14,41 +14,42 @@ from vllm.v1.request import Request
 
 from scheduler.engine.admission_queue import AdmissionQueue
 from scheduler.engine.choices import family_of, parent_of
-from scheduler.engine.running_requests import Life
+from scheduler.engine.lives import Life
 from scheduler.rejection import Rejection
 
 
 class Rejector:
-    """Rejections of one engine. audit_share: of those chosen by itself, so many are served all the same.
+    """Rejections of one engine.
 
-    `never` are ids that no rejection touches; `untold` those that ended and whose clients have not heard of it.
+    audit_share: share of the requests to be rejected that are served anyway. never: ids that are not rejected.
+    undelivered: rejections whose output has not been sent yet.
     """
 
     def __init__(self, admission_queue: AdmissionQueue, lives: Mapping[str, Life], audit_share: float) -> None:
-        self._gate, self._lives, self._audit_share = admission_queue, lives, audit_share
+        self._queue, self._lives, self._audit_share = admission_queue, lives, audit_share
         self._under_way: set[str] = set()
-        self.untold: list[tuple[Request, Rejection]] = []
+        self.undelivered: list[tuple[Request, Rejection]] = []
         self.never: set[str] = set()
 
     def choose(self, requests: list[Request], reason: str, drain_s: float) -> dict[str, Rejection]:
-        """Of requests that have not cost anything yet, those to end, with their siblings, by id.
+        """The rejections of waiting requests and their siblings, by id.
 
-        Those of an HTTP request that is under way are let in instead.
+        Siblings of a request that runs already are released instead.
         """
         rejected: dict[str, Rejection] = {}
         for request in requests:
             name = request.request_id
             if name in self.never or self._is_audited(name):
-                self._gate.choices.commit(name)  # it goes on waiting for its turn
-            elif name in self._gate.choices.committed:
-                self._gate.let_through(request)
+                self._queue.choices.commit(name)  # it keeps waiting for its turn
+            elif name in self._queue.choices.committed:
+                self._queue.let_through(request)
             elif name not in rejected:
                 rejection = Rejection.for_drain_time(reason, drain_s, family_of(name) or name)
-                rejected |= dict.fromkeys(self._gate.choices.reject(name, rejection), rejection)
+                rejected |= dict.fromkeys(self._queue.choices.reject(name, rejection), rejection)
         return rejected
 
     def _is_audited(self, name: str) -> bool:
-        """Whether this request is served though it should be rejected: drawn by its id, so that a rerun agrees."""
+        """Whether this request is served although it would be rejected; drawn by its id, so that reruns agree."""
         if parent_of(name) is not None or name not in self._lives:
             return False
         drawn = int.from_bytes(hashlib.blake2b(name.encode(errors="replace"), digest_size=8, key=b"audit").digest())
@@ -56,12 +57,12 @@ class Rejector:
         return self._lives[name].audited
 
     def begin(self, rejected: Mapping[str, Rejection], requests: Mapping[str, Request]) -> None:
-        """These end now; their clients hear of it with the iteration's outputs."""
+        """Note the requests that end now; the iteration's outputs carry their rejections."""
         self._under_way |= rejected.keys()
-        self.untold += [(requests[name], rejection) for name, rejection in rejected.items()]
+        self.undelivered += [(requests[name], rejection) for name, rejection in rejected.items()]
 
     def is_rejected(self, name: str) -> bool:
-        """Whether a request that is being freed ends by rejection."""
+        """Whether a request being freed was rejected."""
         return name in self._under_way
 
     def freed(self, name: str) -> None:
@@ -69,11 +70,11 @@ class Rejector:
         self._under_way.discard(name)
 
     def answers(self) -> list[tuple[int, EngineCoreOutput]]:
-        """The answers of all that were rejected since, each with its client's index."""
-        untold, self.untold = self.untold, []
+        """The outputs of the requests rejected since the last call, each with its client's index."""
+        undelivered, self.undelivered = self.undelivered, []
         return [
             (request.client_index, EngineCoreOutput(
                 request.request_id, [], finish_reason=FinishReason.ABORT, stop_reason=rejection.as_json()
             ))
-            for request, rejection in untold
+            for request, rejection in undelivered
         ]

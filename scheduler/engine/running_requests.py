@@ -1,4 +1,4 @@
-"""The requests of an engine as a policy sees them: columns of the running ones, and the work of a batch.
+"""The running requests as columns for a policy, and the work of a batch.
 
 Part of the fence around vLLM's non-public surface (`Request`, `SchedulerOutput`): `tests/scheduler/test_vllm_seam.py`
 fails when an upgrade moves it.
@@ -6,9 +6,7 @@ fails when an upgrade moves it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -16,7 +14,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request
 
 from scheduler.engine.admission_queue import AdmissionQueue
-from scheduler.fluid_params import FluidParams
+from scheduler.engine.lives import Life
 from scheduler.policies import UNKNOWN_TYPE, RunningBatch, RunningRequest
 
 
@@ -29,34 +27,10 @@ class BatchWork(NamedTuple):
     batch_size: int
 
 
-@dataclass(slots=True)
-class Life:
-    """What is remembered of a request until it leaves: clock seconds, declared lengths, prompt tokens found cached.
-
-    expected, most: output tokens (infinite: not declared); first_token_s: NaN until it is out.
-    """
-
-    arrived_s: float
-    expected: float
-    most: float
-    first_token_s: float = math.nan
-    cached_tokens: int = 0
-    shared_tokens: int = 0
-    audited: bool = False
-
-    def missed(self, params: FluidParams, first_s: float, now_s: float, outputs: int) -> dict[str, bool]:
-        """Which targets a request misses that completes now with so many tokens, the first one at `first_s`."""
-        took_s = {
-            "ttft": (first_s - self.arrived_s, params.ttft_s), "latency": (now_s - self.arrived_s, params.latency_s),
-            "tpot": ((now_s - first_s) / max(outputs - 1, 1), params.tpot_s),
-        }
-        return {name: target is not None and seconds > target for name, (seconds, target) in took_s.items()}
-
-
 def batch_work(output: SchedulerOutput, requests: Mapping[str, Request]) -> BatchWork:
-    """What an iteration just scheduled will compute and read."""
+    """The work of an iteration that has just been scheduled."""
     counts, drafted = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
-    if drafted:  # a decode step then has its draft tokens too
+    if drafted:  # a decode step has its draft tokens too
         prefilling = [n for name, n in counts.items() if n > 1 + len(drafted.get(name, ()))]
     else:
         prefilling = [n for n in counts.values() if n > 1]
@@ -66,12 +40,12 @@ def batch_work(output: SchedulerOutput, requests: Mapping[str, Request]) -> Batc
 
 
 def tokens_to_decode(running: list[Request]) -> int:
-    """Tokens that the next decode step of each of these computes: one, and the drafts it has."""
+    """Tokens that the next decode steps of these requests compute: one each, and their drafts."""
     return len(running) + sum([len(request.spec_token_ids) for request in running])
 
 
 def decode_steps(output: SchedulerOutput, results: Mapping[int, EngineCoreOutputs]) -> Iterator[tuple[int, int]]:
-    """Of each decoding request that got tokens from an iteration: tokens computed for it (with drafts), and gained."""
+    """Tokens computed (with drafts) and gained, for each decoding request that gained tokens in an iteration."""
     counts, drafted = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
     first = {new.req_id for new in output.scheduled_new_reqs}
     for client in results.values():
@@ -83,7 +57,7 @@ def decode_steps(output: SchedulerOutput, results: Mapping[int, EngineCoreOutput
 
 
 class EngineBatch(RunningBatch):
-    """Requests of the engine; objects of them are made only when a policy looks at one.
+    """Requests of the engine; `RunningRequest` objects are made only on access.
 
     step_tokens: most tokens that one decode step computes for a request, its drafts included.
     """
@@ -134,15 +108,15 @@ def _stage(request: Request, step_tokens: int) -> int:
         return 0
     stage: int = request.num_output_tokens
     under_way: int = request.num_output_placeholders
-    # Of a step under way one token is certain; its drafts may be refused.
+    # A step under way yields one token for sure; its drafts may be rejected.
     return stage + (under_way if step_tokens == 1 else -(-under_way // step_tokens))
 
 
-def in_admission_order(running: list[Request], aside: list[tuple[int, Request]]) -> list[Request]:
-    """Put those who sat out back in their places: vLLM preempts from the end, the latest admitted first."""
-    if not aside:
+def in_admission_order(running: list[Request], paused: list[tuple[int, Request]]) -> list[Request]:
+    """Put paused requests back in their places: vLLM preempts from the end, the latest admitted first."""
+    if not paused:
         return running
-    places = dict(aside)
+    places = dict(paused)
     merged: list[Request] = []
     others = iter(running)
     place = 0

@@ -23,10 +23,10 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class ArrivalRates:
-    """What arrives at one replica: requests/s in all and by type, since when, and how bursty.
+    """Arrival rates of one replica: requests/s in all and by type.
 
-    since_s: the arrivals from then on (the engine's clock) are alike. dispersion: variance over mean of the counts per
-    second, at least 1, the value of Poisson arrivals.
+    since_s: time of the latest change of rate (the engine's clock). dispersion: variance over mean of the counts per
+    second, at least 1 (Poisson arrivals).
     """
 
     total: Estimate
@@ -35,7 +35,7 @@ class ArrivalRates:
     dispersion: float
 
     def still_holds(self, newer: ArrivalRates) -> bool:
-        """Whether these rates are well within the intervals of a newer estimate: nothing new is known."""
+        """Whether these rates are well within the intervals of a newer estimate."""
         return self.by_type.keys() == newer.by_type.keys() and newer.total.is_near(self.total.value) and all(
             newer.by_type[name].covers(old.value) for name, old in self.by_type.items()
         )
@@ -49,10 +49,10 @@ def arrival_rates(at_s: Sequence[float], types: Sequence[str], start_s: float, n
     times, names = np.asarray(at_s, dtype=np.float64), sorted(set(types))
     kinds = np.searchsorted(names, types) if names else np.zeros(0, dtype=np.int64)
     since_s = changed_at(times, kinds, start_s, now_s) or start_s
-    alike = times >= since_s
+    recent = times >= since_s
     seconds = max(now_s - since_s, 1.0)
-    counts = np.bincount(kinds[alike], minlength=len(names))
-    dispersion = _dispersion(_binned(times[alike], np.zeros(int(alike.sum()), dtype=np.int64), 1, since_s, now_s)[0])
+    counts = np.bincount(kinds[recent], minlength=len(names))
+    dispersion = _dispersion(_binned(times[recent], np.zeros(int(recent.sum()), dtype=np.int64), 1, since_s, now_s)[0])
     confidence = 1 - (1 - CONFIDENCE) / max(1, len(names))
     return ArrivalRates(
         rate_estimate(int(counts.sum()), seconds, dispersion=dispersion),
@@ -65,7 +65,7 @@ def arrival_rates(at_s: Sequence[float], types: Sequence[str], start_s: float, n
 
 
 def changed_at(at_s: Floats, kinds: NDArray[np.int64], start_s: float, now_s: float) -> float | None:
-    """The time from which on the arrivals of each kind come at other rates than before; None when none shows.
+    """The time of a change in the rates of any kind; None if none is significant.
 
     The likelihood ratio of two Poisson vectors against one, χ² with as many degrees of freedom as there are kinds,
     divided by the dispersion of the better fit, so that bursts do not count as changes.

@@ -1,4 +1,4 @@
-"""How good recent predictions of iteration times were: exponentially weighted sums, and what follows from them."""
+"""Error statistics of recent iteration-time predictions, from exponentially weighted sums."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _NO_VARIANCE = 1e-20
 class ErrorStatistics:
     """Weighted sums over predictions, each made before its record was learned from.
 
-    weight: of all records. Of relative errors (measured − predicted)/predicted: their sum, that of their squares, of
-    |measured − predicted|/measured (`share`) and of products with the error before (`lagged`). Of seconds: measured,
-    their squares, and squares of measured − predicted (`residual_square`). Errors are as bounded by the caller.
+    weight: of all records. Sums of relative errors (measured − predicted)/predicted, of their squares, of products with
+    the previous error (`lagged`), and of |measured − predicted|/measured (`share`). Sums of measured seconds, of their
+    squares, and of squares of measured − predicted (`residual_square`). The caller bounds the errors.
     """
 
     weight: float = 0.0
@@ -30,7 +30,7 @@ class ErrorStatistics:
     last_error: float = 0.0
 
     def with_prediction(self, predicted_s: float, error: float, forgetting: float) -> ErrorStatistics:
-        """These, each weighing `forgetting` times as much as before, and one more."""
+        """The statistics with one more record, all earlier ones weighted by `forgetting`."""
         counted_s = predicted_s * (1 + error)
         residual_s = counted_s - predicted_s
         share = min(abs(residual_s) / counted_s, 1.0) if counted_s > 0 else 1.0
@@ -47,7 +47,7 @@ class ErrorStatistics:
         )
 
     def with_times_scaled(self, factor: float, last_error: float) -> ErrorStatistics:
-        """As if every iteration had taken so many times as long, and had been predicted so; relative errors stay."""
+        """The statistics with all measured and predicted seconds scaled by `factor`; relative errors stay."""
         return replace(
             self, seconds=self.seconds * factor, seconds_square=self.seconds_square * factor**2,
             residual_square=self.residual_square * factor**2, last_error=last_error,
@@ -74,7 +74,7 @@ class ErrorStatistics:
 
     @property
     def r2(self) -> float | None:
-        """Share of the times' variance that was predicted; None where they have none."""
+        """Predicted share of the variance of iteration times; None without variance."""
         mean, square = self.seconds / self.weight, self.seconds_square / self.weight
         variance = square - mean**2
         return 1 - self.residual_square / self.weight / variance if variance > 1e-12 * square else None

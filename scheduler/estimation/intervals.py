@@ -1,7 +1,6 @@
-"""Numbers with a stated confidence, and the arrival rates of one replica by type.
+"""Estimates with confidence intervals.
 
-Sources: the exact Poisson interval of Garwood (1936), a quasi-Poisson dispersion for bursts, and the likelihood-ratio
-test for a change point of a Poisson process (a scan over all splits, with Bonferroni's correction).
+Source: the exact Poisson interval of Garwood (1936), with a quasi-Poisson dispersion for bursts.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from dataclasses import dataclass
 from scipy.special import chdtri, gammaincinv
 
 CONFIDENCE = 0.99
-"""Of every interval that the controller states."""
+"""Confidence of every interval that the controller states."""
 FALSE_ALARM = 0.001
-"""Accepted chance that a test for a change finds one, in a window in which nothing changed."""
+"""Accepted probability that a test finds a change in a window without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +25,16 @@ class Estimate:
     high: float
 
     def covers(self, value: float) -> bool:
-        """Whether `value` is consistent with what was seen."""
+        """Whether `value` is inside the interval."""
         return self.low <= value <= self.high
 
     def is_near(self, value: float) -> bool:
-        """Whether `value` is in the inner half of the interval, where a new value would be mostly noise."""
+        """Whether `value` is in the inner half of the interval, where a difference is mostly noise."""
         return self.value + self.low <= 2 * value <= self.value + self.high
 
 
 def mean_estimate(mean: float, std: float, samples: float) -> Estimate:
-    """A mean of independent observations: the normal interval, not below 0; `samples` may be an effective number."""
+    """The mean of independent observations with its normal interval, >= 0; `samples` may be an effective number."""
     half = _two_sided_z() * std / math.sqrt(samples) if samples > 0 else math.inf
     return Estimate(mean, max(0.0, mean - half), mean + half)
 

@@ -1,6 +1,6 @@
 """Errors of measured iterations under the iteration-time model.
 
-Errors average out over an output's iterations, the less so the more one iteration's error resembles the next one's.
+Errors average out over an output's iterations, less so with a positive correlation between successive errors.
 Source: the variance of the mean of a first-order autoregressive process.
 """
 
@@ -16,7 +16,7 @@ from scipy.special import chdtri
 from scheduler.estimation.intervals import CONFIDENCE, Estimate
 
 PUBLISHED_MAPE = 0.019
-"""Mean relative error of a linear model fitted on an A100, as arXiv 2504.11320 reports it: any model's until known."""
+"""Mean relative error of a linear model fitted on an A100, from arXiv 2504.11320; the prior for every model."""
 _MOST_CORRELATED = 0.99
 
 
@@ -24,8 +24,8 @@ _MOST_CORRELATED = 0.99
 class IterationTimeError:
     """Relative errors of iterations under the iteration-time model, (measured − predicted)/predicted.
 
-    mean, std: of one iteration; correlation: of one with the next, from −1 to 1; iterations: how many it is known from
-    (an effective number; infinite: known for certain).
+    mean, std: of one iteration; correlation: of successive errors, from −1 to 1; iterations: effective number of
+    observations (infinite: exact).
     """
 
     mean: float = 0.0
@@ -35,7 +35,7 @@ class IterationTimeError:
 
     @classmethod
     def from_mape(cls, mape: float) -> IterationTimeError:
-        """Of independent normal errors with this mean absolute value."""
+        """The statistics of independent normal errors with this mean absolute value."""
         return cls(std=mape * math.sqrt(math.pi / 2))
 
     @property
@@ -48,7 +48,7 @@ class IterationTimeError:
         return Estimate(self.std, low, high)
 
     def std_of_mean(self, iterations: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Standard deviation of the mean over so many iterations in a row (>= 1), as far as it is known."""
+        """Standard deviation of the mean over `iterations` consecutive iterations (>= 1), with its own uncertainty."""
         rho, bound = self._rho, self.std_estimate.high
         # Var of the mean of n: σ²/n · (1 + 2 Σ_{k<n} (1 − k/n) ρ^k), the sum in closed form.
         n = np.asarray(iterations, dtype=np.float64)
@@ -67,4 +67,4 @@ class IterationTimeError:
 
 
 EXACT = IterationTimeError()
-"""Of a model that is right about every iteration."""
+"""The errors of an exact model."""

@@ -1,4 +1,4 @@
-"""The iteration-time model from measured iterations, all at once; `OnlineIterationTimeModel` does it one by one.
+"""Offline fit of the iteration-time model to measured iterations; `OnlineIterationTimeModel` is its online counterpart.
 
 Both treat τ = max(floor, d0 + d2·prefill + d3·decode) + d1·kv as linear within each of its two regimes: records at the
 floor have the features (1, 0, 0, 0, kv), records above it (0, 1, prefill, decode, kv).
@@ -13,7 +13,7 @@ from scipy.optimize import nnls
 from scheduler.model.iteration_time import IterationTimeModel, Tokens
 
 MIN_RECORDS = 32
-"""Fewest records to fit a model from, or to judge one by."""
+"""Fewest records for fitting or judging a model."""
 
 _Array = NDArray[np.float64]
 TERMS = ("floor_s", "d0_s", "d2_s_per_prefill_token", "d3_s_per_decode_token", "d1_s_per_kv_token")
@@ -40,7 +40,7 @@ class IterationTimeFit:
 
 @dataclass(frozen=True, slots=True)
 class FitRejected:
-    """No model can be told from these records; `reason` says why."""
+    """These records do not determine a model; `reason` says why."""
 
     reason: str
     records: int
@@ -53,9 +53,9 @@ def fit_iteration_time(
 
     One entry per iteration in each array, tokens as in `IterationTimeModel`. The floor is found by an active set: which
     records lie at it, then their fit, until both agree. It is kept only if it lowers the squared error clearly.
-    Outliers (a first, compiling iteration) are the caller's to leave out. Refuses too few records, unusable times and
-    designs in which two terms cannot be told apart. Raises ValueError for arrays of different lengths and for token
-    counts that are negative or not finite.
+    The caller removes outliers (a first, compiling iteration). Rejects too few records, unusable times and designs
+    in which two terms are collinear. Raises ValueError for arrays of different lengths and for token counts that are
+    negative or not finite.
     """
     arrays = (prefill_tokens, decode_tokens, kv_tokens, seconds)
     prefill, decode, kv, measured_s = (np.asarray(a, dtype=np.float64).ravel() for a in arrays)
@@ -95,7 +95,7 @@ def fit_iteration_time(
 
 
 def features_of(tokens: tuple[Tokens, Tokens, Tokens], at_floor: bool | NDArray[np.bool_]) -> _Array:
-    """What each term of `TERMS` multiplies, along the last axis, in the regime given."""
+    """The features of `TERMS`, along the last axis, in the given regime."""
     prefill, decode, kv = tokens
     above = np.logical_not(at_floor)
     return np.stack([np.asarray(at_floor), above, above * prefill, above * decode, kv], axis=-1, dtype=np.float64)
@@ -106,7 +106,7 @@ def is_at_floor(time_model: IterationTimeModel, tokens: tuple[Tokens, Tokens, To
 
 
 def model_of(coefficients: _Array) -> IterationTimeModel | None:
-    """The model with these values of `TERMS`, or None when its empty batch would take no time."""
+    """The model with these values of `TERMS`; None if its empty batch would take no time."""
     time_model = dict(zip(TERMS, coefficients.tolist(), strict=True))
     return IterationTimeModel(**time_model) if max(time_model["d0_s"], time_model["floor_s"]) > 0 else None
 
@@ -114,7 +114,7 @@ def model_of(coefficients: _Array) -> IterationTimeModel | None:
 def _fit_regimes(
     tokens: tuple[_Array, _Array, _Array], measured_s: _Array, at_floor: NDArray[np.bool_]
 ) -> _Array | str:
-    """Non-negative least squares for `TERMS` with the regimes given, or the reason why there is none."""
+    """Non-negative least squares for `TERMS` with the given regimes, or the reason why there is no solution."""
     features = features_of(tokens, at_floor)
     size = np.linalg.norm(features, axis=0)
     occurs = size > 0
@@ -159,7 +159,7 @@ def _is_clearly_better(
     tokens: tuple[_Array, _Array, _Array],
     measured_s: _Array,
 ) -> bool:
-    """A floor must pay for itself: by a fixed share, and for two more free parameters by twice what BIC asks."""
+    """Whether a floor lowers the error enough: by a fixed share, and by twice BIC's penalty for two parameters."""
     error, reference = (_squared_error(time_model, tokens, measured_s) for time_model in (with_floor, without))
     records = measured_s.size
     return bool(error < reference * min(1 - _FLOOR_MIN_GAIN, records ** (-4 / records)))

@@ -1,7 +1,7 @@
 """The iteration-time model, refined from every measured iteration while serving.
 
-Three parts: `RecursiveLeastSquares` learns the model, `SpeedChange` notices that the engine has become faster or
-slower, `ErrorStatistics` says how good the model's recent predictions were.
+Three parts: `RecursiveLeastSquares` learns the model, `SpeedChange` detects a change of the engine's speed,
+`ErrorStatistics` measures the errors of recent predictions.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from scheduler.model.iteration_time import IterationTimeModel, require_number
 
 _LARGEST_TOKENS = 1e9
 _LARGEST_ERROR = 1.0
-"""A record counts as at most twice its prediction: a lasting change is followed, a hiccup moves little."""
+"""A record counts as at most twice its prediction, so that a single outlier moves the model little."""
 _PUBLISHED_STD = IterationTimeError.from_mape(PUBLISHED_MAPE).std
 
 
 class OnlineIterationTimeModel:
     """The model of a running engine: recursive least squares that forgets old iterations exponentially.
 
-    prior: the model to start from. forgetting: weight that a record keeps with every newer one, in (0, 1]; 0.998 looks
-    back over some 500 iterations. prior_records: how many records the prior is worth, > 0. Not in the paper, which
-    fits its model offline.
+    prior: the initial model. forgetting: factor on a record's weight per newer record, in (0, 1]; 0.998 looks back over
+    some 500 iterations. prior_records: the prior's weight in records, > 0. Not in the paper, which fits offline.
 
-    When the engine's speed has changed, the whole model is scaled to the speed since the change, is worth no more than
-    a prior again, and errors made meanwhile are not held against it.
+    CUSUM detects a change of the engine's speed; the coefficients are rescaled, confidence is reset to the prior's, and
+    errors during the transition are left out of the error statistics.
     Raises ValueError for parameters out of range; records never raise.
     """
 
@@ -44,9 +43,9 @@ class OnlineIterationTimeModel:
         self.records = 0
         """Records used."""
         self.changes = 0
-        """Changes of the engine's speed found."""
+        """Detected changes of the engine's speed."""
         self.ignored = 0
-        """Records left out: token counts that are not between 0 and 1e9, times that are not finite and > 0."""
+        """Ignored records: token counts outside 0 to 1e9, times that are not finite and > 0."""
 
     @property
     def time_model(self) -> IterationTimeModel:
@@ -54,7 +53,7 @@ class OnlineIterationTimeModel:
         return self._fit.time_model
 
     def update(self, prefill_tokens: float, decode_tokens: float, kv_tokens: float, seconds: float) -> None:
-        """Learn from one iteration; a record that cannot be one is counted in `ignored`."""
+        """Learn from one iteration; invalid records only count in `ignored`."""
         tokens = (prefill_tokens, decode_tokens, kv_tokens)
         if not (all(0 <= t <= _LARGEST_TOKENS for t in tokens) and 0 < seconds < math.inf):
             self.ignored += 1
@@ -77,7 +76,7 @@ class OnlineIterationTimeModel:
 
     @property
     def _known(self) -> ErrorStatistics | None:
-        """The statistics once they say something: after 32 records."""
+        """The statistics, from 32 records on."""
         return self._statistics if self.records >= MIN_RECORDS and self._statistics.weight else None
 
     @property
@@ -92,7 +91,7 @@ class OnlineIterationTimeModel:
 
     @property
     def error(self) -> IterationTimeError:
-        """How recent iterations strayed from their predictions; before 32 records, as a published model's did."""
+        """Prediction errors of recent iterations; before 32 records, the published prior."""
         return self._known.error if self._known else IterationTimeError.from_mape(PUBLISHED_MAPE)
 
     @property
@@ -102,22 +101,22 @@ class OnlineIterationTimeModel:
 
     @property
     def r2(self) -> float | None:
-        """Share of the recent times' variance that was predicted; None before 32 records or without variance."""
+        """Predicted share of the variance of recent times; None before 32 records or without variance."""
         return self._known.r2 if self._known else None
 
 
 class RecursiveLeastSquares:
-    """The model's coefficients, updated by one record after another, with exponential forgetting.
+    """The model's coefficients by recursive least squares with exponential forgetting.
 
-    Terms are measured in units of their present size and records in units of their prediction, so errors are relative
-    and what was learned keeps its worth when the engine's speed changes. A prior without a floor stays without one.
+    Terms are in units of their present size and records in units of their prediction, so errors are relative and the
+    coefficients' precision survives a change of speed. A prior without a floor stays without one.
     """
 
     _LARGEST_FEATURE = 10.0
     _SMALLEST_BASE = 1e-4
     """The base time never falls below this share of the prior's."""
     _SMALLEST_UNITS = np.array([1, 1, 1e-3, 1e-3, 1e-5])
-    """Shares of the base time, plausible sizes of `TERMS`, from which a term that is near 0 can grow."""
+    """Plausible sizes of `TERMS` as shares of the base time, from which a term near 0 can grow."""
 
     def __init__(self, prior: IterationTimeModel, forgetting: float, prior_records: float) -> None:
         self.time_model = prior
@@ -134,7 +133,7 @@ class RecursiveLeastSquares:
         """From an iteration with these tokens (prefill, decode, KV) and the relative error of its prediction."""
         units = np.maximum(self._coefficients, self._SMALLEST_UNITS * self.time_model.shortest_iteration_s)
         features = features_of(tokens, is_at_floor(self.time_model, tokens)) * units / predicted_s
-        # Absurd token counts must not make a term look known for ever.
+        # Absurd token counts must not make a term look certain for ever.
         weight = min(1.0, self._LARGEST_FEATURE / float(features.max()))
         features *= weight
         self._information *= self._forgetting
@@ -144,7 +143,7 @@ class RecursiveLeastSquares:
         self._take_over()
 
     def follow_speed(self, factor: float) -> None:
-        """Every iteration takes so many times as long: scale all terms, and know them no better than a prior."""
+        """Scale all terms by `factor` and reset their confidence to the prior's."""
         self._coefficients *= factor
         self._take_over()
         self._information *= min(1.0, float(np.trace(20 * self._least_information) / np.trace(self._information)))
@@ -157,9 +156,9 @@ class RecursiveLeastSquares:
 class SpeedChange:
     """Page's CUSUM test (1954) for a lasting change of an engine's speed, over measured/predicted seconds.
 
-    In standard deviations of the relative error. No record counts for more than the bound, so fewer than 9 never are a
-    change; a lasting one of one standard deviation shows after 40. With independent errors a false alarm comes once in
-    some 10^9 records (Siegmund's approximation), which leaves room for correlated ones.
+    In standard deviations of the relative error. Each record is bounded, so fewer than 9 never make a change; a lasting
+    one of one standard deviation is detected after 40. With independent errors there is a false alarm in some 10^9
+    records (Siegmund's approximation), which leaves room for correlated ones.
     """
 
     _SLACK, _BOUND, _LIMIT = 0.5, 3.0, 20.0
@@ -173,11 +172,11 @@ class SpeedChange:
 
     @property
     def is_quiet(self) -> bool:
-        """Nothing speaks for a change at the moment."""
+        """Whether there is no evidence of a change now."""
         return not self._slower and not self._faster
 
     def observe(self, ratio: float, error_std: float) -> float | None:
-        """One more record; returns by what factor iterations are longer since a change, None while there is none."""
+        """Add a record; returns the factor by which iterations have become longer, None without a change."""
         error = (ratio - 1) / max(error_std, self._LEAST_SPREAD)
         error = min(max(error, -self._BOUND), self._BOUND)
         self._slower = max(0.0, self._slower + error - self._SLACK)

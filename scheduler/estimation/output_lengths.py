@@ -1,9 +1,9 @@
-"""How long answers will be, from those that have ended and those that go on.
+"""Output lengths, estimated from finished and running requests.
 
-Ended answers alone are too short a sample: while load or lengths change, the long ones are still running. Those count
-as right-censored observations, and those under way when observation began count only from then on. Sources: the
-product-limit estimator of Kaplan and Meier (1958) with delayed entry (Tsai, Jewell and Wang 1987), and the one-sample
-log-rank test.
+Finished outputs alone are biased to short ones: while load or lengths change, long outputs are still running. Running
+requests count as right-censored observations, and requests that ran before observation began as left-truncated ones.
+Sources: the product-limit estimator of Kaplan and Meier (1958) with delayed entry (Tsai, Jewell and Wang 1987), and the
+one-sample log-rank test.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Floats = NDArray[np.float64]
 
 
 def cold_lengths(longest: int) -> Lengths:
-    """Lengths for a replica that has seen nothing: P(output >= x) = 1/x, prompts log-uniform from 1 to `longest`.
+    """Prior lengths before any observation: P(output >= x) = 1/x, prompts log-uniform from 1 to `longest`.
 
-    With this prior an output of x tokens is as likely to double as not, and a new one counts for little: a guess closes
-    no gate, what has been produced does. Prompts and outputs are independent.
+    With this prior an output of x tokens is as likely to double as not, and a new request counts for little: the prior
+    rejects no request, tokens already produced limit admission. Prompts and outputs are independent.
     """
     shares = (np.arange(_GUESSES) + 0.5) / _GUESSES
     prompt_tokens, output_tokens = (
@@ -43,8 +43,8 @@ def cold_lengths(longest: int) -> Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Answers observed for a while, one element each: prompt tokens, output tokens when they were last seen, whether
-    they have `ended`, and the output tokens they had when observation began (`entry`, 0 for those that came later)."""
+    """Observed outputs, one element each: prompt tokens, output tokens when last observed, whether the output has
+    `ended`, and its output tokens when observation began (`entry`, 0 for later arrivals)."""
 
     prompt_tokens: Ints
     output_tokens: Ints
@@ -53,7 +53,7 @@ class Answers:
 
     @classmethod
     def of(cls, finished: Pairs, running: Pairs, entry: Floats | None = None) -> Answers:
-        """From (prompt, output) pairs; `entry` has the finished ones first. One without output says nothing."""
+        """From (prompt, output) pairs; `entry` has the finished ones first. Requests without output are left out."""
         pairs = np.array([*finished, *running], dtype=np.int64).reshape(-1, 2)
         ended = np.arange(len(pairs)) < len(finished)
         begun = np.zeros(len(pairs)) if entry is None else entry
@@ -61,7 +61,7 @@ class Answers:
         return cls(pairs[seen, 0], pairs[seen, 1], ended[seen], begun[seen])
 
     def with_ended(self, pairs: Pairs) -> Answers:
-        """These, and more that have ended."""
+        """These outputs and `pairs` as ended ones."""
         more = Answers.of(pairs, [])
         return Answers(*(
             np.concatenate([getattr(self, name), getattr(more, name)])
@@ -69,14 +69,14 @@ class Answers:
         ))
 
     def only(self, mask: NDArray[np.bool_]) -> Answers:
-        """Those that `mask` marks."""
+        """The outputs that `mask` selects."""
         return Answers(self.prompt_tokens[mask], self.output_tokens[mask], self.ended[mask], self.entry[mask])
 
     def hazards(self) -> tuple[Ints, Floats, Floats]:
-        """Lengths at which answers ended, how many ended there, and how many were at risk of it.
+        """Lengths at which outputs ended, the number that ended there, and the number at risk.
 
-        An answer that goes on with x tokens is at risk of ending with x: the next token is not out. Few at risk where
-        many end later can only come from late entries, and would decide over all of them: such sets count as larger.
+        A running request with x tokens may still end at length x. Left truncation can leave very small risk sets at
+        short lengths; they are enlarged so that one event cannot dominate the estimate.
         """
         lengths, events = np.unique(self.output_tokens[self.ended], return_counts=True)
         reached = len(self.output_tokens) - np.searchsorted(np.sort(self.output_tokens), lengths)
@@ -90,10 +90,9 @@ class Answers:
 def product_limit(answers: Answers, longest: int) -> Lengths:
     """The joint lengths (prompt, output) of the requests behind `answers`.
 
-    At each length x that an answer ended with, the share 1 − ended/at risk goes on. What outlives all that ended is
-    spread over those still going on, at twice their output so far but at most `longest`: the median of what is left
-    when nothing more is known than the age. Prompts stay those of the requests themselves. Raises ValueError when
-    none has ended.
+    At each length x at which an output ended, the share 1 − ended/at risk continues. The mass beyond all ended outputs
+    is spread over the running ones, at twice their output so far but at most `longest`: the median given only the age.
+    Prompts stay with their requests. Raises ValueError when none has ended.
     """
     if not answers.ended.any():
         raise ValueError("finished is empty; at least one finished request is needed")
@@ -113,10 +112,10 @@ def product_limit(answers: Answers, longest: int) -> Lengths:
 
 
 def have_changed(earlier: Answers, later: Answers, *, tests: int = 1) -> bool:
-    """Whether later answers end at other rates than earlier ones: the log-rank test at `FALSE_ALARM` over `tests`.
+    """Whether later outputs end at other rates than earlier ones: the log-rank test at `FALSE_ALARM` over `tests`.
 
-    Compares how many of the later ones ended with how many would have by the earlier ones' hazards, whose own
-    uncertainty counts too.
+    Compares the number of later outputs that ended with the number expected from the earlier ones' hazards, including
+    the uncertainty of these.
     """
     if min(int(earlier.ended.sum()), int(later.ended.size)) < _LEAST_AT_RISK:
         return False
@@ -126,10 +125,10 @@ def have_changed(earlier: Answers, later: Answers, *, tests: int = 1) -> bool:
     def hazard_until(tokens: Floats | Ints) -> Floats:
         return np.asarray(cumulated[np.searchsorted(lengths, tokens, side="right")], dtype=np.float64)
 
-    # An answer that goes on with x tokens has not passed the hazard at x yet.
+    # A running output of x tokens has not passed the hazard at x yet.
     until = np.where(later.ended, later.output_tokens, later.output_tokens - 1)
     expected = float(np.sum(hazard_until(until) - hazard_until(np.minimum(later.entry, until))))
-    # Beyond all that ended earlier there is nothing to compare with.
+    # Beyond the longest earlier output there is no hazard to compare with.
     ended = int(np.sum(later.ended & (later.output_tokens <= lengths[-1])))
     if expected <= 0:
         return False
@@ -138,6 +137,6 @@ def have_changed(earlier: Answers, later: Answers, *, tests: int = 1) -> bool:
 
 
 def mean_of(tokens: Ints, weights: Floats, samples: float) -> Estimate:
-    """A weighted mean with its interval, from so many observations."""
+    """A weighted mean with its interval, from `samples` observations."""
     mean = float(weights @ tokens)
     return mean_estimate(mean, math.sqrt(max(float(weights @ tokens**2) - mean**2, 0.0)), samples)

@@ -1,4 +1,4 @@
-"""How many tokens a step gained and computed, from an engine's own counters."""
+"""Tokens gained and computed per step, from an engine's counters."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from scheduler.messages import Counters
 from scheduler.model.steps import ONE_TOKEN_A_STEP, Steps
 
 _PRIOR_STEPS = 100
-"""Steps of one token that stand for those not seen yet."""
+"""Prior: steps of one token, as if observed."""
 _LEAST_STEPS = 1000
-"""Fewer than this in the window: older ones count too."""
+"""Fewest steps to average; with fewer in the window, older ones count too."""
 
 
 class StepsSeen:
-    """`Steps` of one engine from its own counters, over the last `window_s` seconds of its clock."""
+    """`Steps` of one engine from its counters, over the last `window_s` seconds of its clock."""
 
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
@@ -29,9 +29,9 @@ class StepsSeen:
     def observe(self, at_s: float, counters: Counters) -> None:
         """The engine's totals at a second of its clock."""
         if counters.decode_steps < self._marks[-1][1].decode_steps:
-            return  # late: what it tells is counted already
+            return  # a late report is counted already
         if counters.decode_steps == self._marks[-1][1].decode_steps and len(self._marks) > 1:
-            self._marks.pop()  # nothing was decoded meanwhile, as without speculative decoding: the time alone moves on
+            self._marks.pop()  # nothing decoded since, as without speculative decoding: only the time advances
         self._marks.append((at_s, counters))
         while len(self._marks) > 2 and self._marks[1][0] <= at_s - self._window_s and (
             counters.decode_steps - self._marks[1][1].decode_steps >= _LEAST_STEPS
@@ -40,7 +40,7 @@ class StepsSeen:
 
     @property
     def steps(self) -> Steps:
-        """What the steps gained and cost; nothing but one token each until some were counted."""
+        """Tokens gained and computed per step; one each until steps were counted."""
         before, now = self._marks[0][1], self._marks[-1][1]
         seen = now.decode_steps - before.decode_steps
         if not seen:

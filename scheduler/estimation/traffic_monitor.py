@@ -1,7 +1,6 @@
-"""What has been seen of one engine: its arrivals, its answers, and since when they are alike.
+"""A window over one engine's arrivals and outputs, cut at the last detected change.
 
-Fed with telemetry, it forgets what is from before a change, so that estimates follow a step within a few periods and
-are quiet otherwise.
+Estimates follow a step of the traffic within a few control periods and are steady otherwise.
 """
 
 from __future__ import annotations
@@ -21,22 +20,23 @@ from scheduler.model.workload import Lengths
 
 KEPT_LENGTHS = 2000
 _SPLITS = (0.25, 0.5, 0.75)
-"""Where the answers are split to look for a change, as shares of those that have ended."""
+"""Splits tested for a change of output lengths, as shares of the ended outputs."""
 _RECENT = (1.5, 3.0, 6.0)
-"""And how many of the latest ones are set against all the others, in units of the fewest that count."""
+"""More splits: the latest outputs against all others, in units of `least_answers`."""
 _MOST_MARKS = 2048
 _REUSED = ("cached_tokens", "shared_tokens")
 _LONGEST = 2**31
 
 
 def length_classes(tokens: ArrayLike) -> NDArray[np.int64]:
-    """The class of each length, named by the longest one in it: within a class, lengths differ by a factor of four."""
+    """The class of each length, named by its longest length; within a class, lengths differ by up to a factor of four.
+    """
     _, bits = np.frexp(np.maximum(np.asarray(tokens, dtype=np.float64), 1.0) - 1.0)
     return np.asarray(4 ** ((bits.astype(np.int64) + 1) // 2))
 
 
 def type_of(arrival: Arrival) -> str:
-    """The type of an arrival: the class of its prompt and, when its client declared one, of its answer's length."""
+    """The type of an arrival: the class of its prompt and, if declared, of its output length."""
     name = f"prompt<={length_classes(arrival.prompt_tokens)}"
     if arrival.known_output_tokens is None:
         return name
@@ -44,9 +44,9 @@ def type_of(arrival: Arrival) -> str:
 
 
 class TrafficMonitor:
-    """Arrivals of the last `window_s` seconds and the latest answers of one engine, on that engine's own clock.
+    """Arrivals of the last `window_s` seconds and the latest outputs of one engine, on that engine's clock.
 
-    A change of answers is acted on when `least_answers` have ended since.
+    A change of output lengths counts once `least_answers` outputs have ended since.
     """
 
     def __init__(self, window_s: float, least_answers: int) -> None:
@@ -64,7 +64,7 @@ class TrafficMonitor:
         self._moved: deque[tuple[float, float]] = deque(maxlen=_MOST_MARKS)
 
     def restart(self, telemetry: Telemetry) -> None:
-        """Another engine has taken over: rates and progress start anew, on another clock; lengths stay."""
+        """The engine was replaced: rates and progress start anew, on another clock; lengths stay."""
         oldest_s = telemetry.arrivals[0].at_s if telemetry.arrivals else telemetry.clock_s
         self._since_s = max(oldest_s, telemetry.clock_s - self._window_s)
         self._arrivals.clear()
@@ -78,7 +78,7 @@ class TrafficMonitor:
     def observe(self, telemetry: Telemetry, cursor: int, tokens_per_iteration: float = 1.0) -> None:
         """Take in the records newer than `cursor`, and look for changes.
 
-        tokens_per_iteration: what each answer under way gains in one, by expectation.
+        tokens_per_iteration: expected output tokens that a running request gains in an iteration.
         """
         self._before_s, self._now_s = self._now_s, telemetry.clock_s
         fresh = [iteration.at_s for iteration in telemetry.iterations if iteration.seq > cursor]
@@ -105,23 +105,23 @@ class TrafficMonitor:
 
     @property
     def arrivals(self) -> list[Arrival]:
-        """Those that are alike, or all of the window while there is none such."""
+        """Arrivals since the last change of rate; the whole window if there have been none since."""
         all_of_them = [one for one, _ in self._arrivals]
-        alike = [one for one in all_of_them if one.at_s >= self._since_s]
-        return alike or all_of_them
+        recent = [one for one in all_of_them if one.at_s >= self._since_s]
+        return recent or all_of_them
 
     @property
     def rates(self) -> ArrivalRates:
-        """As long as nothing speaks against them, the same ones: see `ArrivalRates.still_holds`."""
+        """The arrival rates, unchanged until a newer estimate disagrees (`ArrivalRates.still_holds`)."""
         if self._rates is None:
             return arrival_rates([], [], self._now_s - 1.0, self._now_s)
         return self._rates
 
     @property
     def stretches(self) -> list[tuple[float, list[Arrival]]]:
-        """While rates move within a period: each stretch at other rates, its seconds and arrivals, the latest one last.
+        """While rates vary within a control period: the seconds and arrivals of each stretch of one rate, latest last.
 
-        They do when they changed since the report before, or twice within the window; otherwise the list is empty.
+        Empty unless the rates changed since the previous report, or twice within the window.
         """
         oldest_s = self._now_s - self._window_s
         moved = [(max(from_s, oldest_s), until_s) for from_s, until_s in self._moved if until_s > oldest_s]
@@ -135,12 +135,12 @@ class TrafficMonitor:
 
     @property
     def finished(self) -> list[tuple[int, int]]:
-        """(prompt, output) tokens of the answers that ended since they are alike."""
-        return [(int(p), int(o)) for p, o in self._ended[self._alike]]
+        """(prompt, output) tokens of the outputs that ended since the last change of lengths."""
+        return [(int(p), int(o)) for p, o in self._ended[self._since_change]]
 
     @property
     def prefix_reuse(self) -> PrefixReuse:
-        """What the prefix cache saved of the prompts of the latest finished requests."""
+        """The effect of the prefix cache on the latest finished requests."""
         prompts = sum(done.prompt_tokens for done in self._finished)
         if not prompts:
             return NO_REUSE
@@ -149,26 +149,26 @@ class TrafficMonitor:
 
     @property
     def finished_count(self) -> int:
-        """How many those are."""
-        return int(self._alike.sum())
+        """Number of outputs that ended since the last change of lengths."""
+        return int(self._since_change.sum())
 
     @property
-    def _alike(self) -> NDArray[np.bool_]:
+    def _since_change(self) -> NDArray[np.bool_]:
         return np.asarray((self._ended_at_s > self._answers_since_s) | np.isneginf(self._answers_since_s))
 
     @property
     def answers_since_s(self) -> float:
-        """Since when the answers are alike; minus infinity: always."""
+        """Time of the last change of output lengths; minus infinity: none yet."""
         return float(self._answers_since_s)
 
     def answers(self, guessed: Sequence[tuple[int, int]] = ()) -> Answers:
-        """All answers that are alike, ended and going on; `guessed` ones count as ended."""
+        """Outputs since the last change of lengths, ended and running; `guessed` ones count as ended."""
         seen = self.answers_between(self._answers_since_s, self._now_s)
         return seen.with_ended(guessed) if guessed else seen
 
     def _update_rates(self) -> None:
-        alike = [(one.at_s, kind) for one, kind in self._arrivals if one.at_s >= self._since_s]
-        newer = arrival_rates([at for at, _ in alike], [kind for _, kind in alike], self._since_s, self._now_s)
+        recent = [(one.at_s, kind) for one, kind in self._arrivals if one.at_s >= self._since_s]
+        newer = arrival_rates([at for at, _ in recent], [kind for _, kind in recent], self._since_s, self._now_s)
         if newer.since_s > self._since_s:
             self._moved.append((self._since_s, newer.since_s))
         self._since_s = newer.since_s
@@ -178,10 +178,10 @@ class TrafficMonitor:
     def _forget_changed_answers(self) -> None:
         if not self._marks:
             return
-        ends = self._ended_at_s[self._alike]
+        ends = self._ended_at_s[self._since_change]
         marks = {round(share * ends.size) for share in _SPLITS}
         marks |= {ends.size - math.ceil(share * self._least_answers) for share in _RECENT}
-        last = ends.size - self._least_answers - 1  # so many are left in any case
+        last = ends.size - self._least_answers - 1  # keeps at least `least_answers`
         splits = sorted({float(ends[mark]) for mark in marks if 0 < mark <= last and np.isfinite(ends[mark])})
         for split_s in reversed(splits):
             earlier = self.answers_between(self._answers_since_s, split_s)
@@ -190,13 +190,12 @@ class TrafficMonitor:
                 return
 
     def answers_between(self, from_s: float, until_s: float) -> Answers:
-        """The answers as they would have been seen by an observer from `from_s` until `until_s` (engine's clock).
+        """Outputs as observed in (from_s, until_s] on the engine's clock: left-truncated and right-censored.
 
-        Left truncation: an answer that was under way at `from_s` was seen only from the tokens on that it had then, its
-        entry; had it ended with fewer, it would not have been seen at all. Right censoring: of an answer that went on
-        at `until_s` it is known only that it has at least the tokens that it had then.
-        How many those were follows from its tokens when it was last seen, since every iteration in between gave each
-        answer under way the same number. With one token a second, seen from 100 s until 120 s:
+        Left truncation: an output under way at `from_s` enters with the tokens that it had then (`entry`); a shorter
+        output would not have been observed. Right censoring: an output under way at `until_s` has at least the tokens
+        that it had then. These token counts follow from the latest ones, since every iteration gives each running
+        request the same expected number. With one token per second, observed from 100 s until 120 s:
 
             30 tokens, ended at 110 s      entry 20, output 30, ended
             30 tokens, ended at 125 s      entry 5, output 25, goes on (censored)
@@ -221,19 +220,18 @@ class TrafficMonitor:
         return Answers(prompt[seen], output[seen], ended[seen], entry[seen])
 
     def _tokens_between(self, from_s: float, until_s: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Tokens that the iterations in between added to every answer under way."""
+        """Tokens that the iterations between `from_s` and `until_s` added to every running request."""
         if not self._marks:
-            return np.full(until_s.shape, np.inf)  # their progress is not known: all count from their first token
+            return np.full(until_s.shape, np.inf)  # progress is not known: all count from their first token
         times, counts = np.array(self._marks, dtype=np.float64).T
         between = np.interp(until_s, times, counts) - np.interp(from_s, times, counts)
         return np.asarray(between, dtype=np.float64)
 
 
 def stratified(lengths: Lengths, prompts: list[int], rates: ArrivalRates) -> Lengths:
-    """`lengths` with each class of prompts as frequent as it arrives: a shift shows in arrivals before it ends.
+    """`lengths` reweighted by the arrival rate of each prompt class: a shift shows in arrivals before it does in ends.
 
-    Prompts of a class that `lengths` does not have yet come with answers as long as all others'. Source:
-    post-stratification.
+    A prompt class that `lengths` does not have yet gets the output lengths of all others. Source: post-stratification.
     """
     classes, arrived = length_classes(lengths.prompt_tokens), np.array(prompts, dtype=np.int64)
     share: dict[int, float] = {}

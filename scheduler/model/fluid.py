@@ -1,9 +1,8 @@
-"""Fluid equilibrium of one replica: what the arrivals demand, and whether its speed and memory can meet it.
+"""Fluid equilibrium of one replica: its load, and whether its speed and memory are sufficient.
 
 Source: arXiv 2504.11320, the fluid benchmark, with the iteration-time model's terms for prefill and decode compute
-added. Arrivals
-are a steady flow and every prompt is processed in every iteration, so that stage s = 0..l' of type j holds the same
-n_j prompts.
+added. Arrivals are a steady flow and every prompt is processed in every iteration, so that each stage s = 0..l' of type
+j holds the same n_j prompts.
 """
 
 import math
@@ -52,9 +51,9 @@ class FluidEquilibrium:
 
 @dataclass(frozen=True, slots=True)
 class PrefixReuse:
-    """What the prefix cache saves of the prompts, as shares of their tokens (0 to 1).
+    """The effect of the prefix cache, as shares of prompt tokens (0 to 1).
 
-    computed: those that the engine computes; private: those in KV blocks that no other running request holds.
+    computed: tokens that the engine computes; private: tokens in KV blocks that no other running request holds.
     """
 
     computed: float = 1.0
@@ -66,35 +65,37 @@ NO_REUSE = PrefixReuse()
 
 @dataclass(frozen=True, slots=True)
 class Regimes:
-    """How long iterations take under a steady flow: the longer of two regimes, above the model's floor and at it.
+    """Iteration time under a steady flow: the longer of two regimes, above the model's floor and at it.
 
-    With rate r an iteration takes τ = fixed + r·work·τ in each. branches: the pairs (fixed, in seconds; work, in
-    seconds of an iteration per unit of the rate).
+    At rate r an iteration takes τ = fixed + r·work·τ in each. branches: the pairs (fixed, seconds; work, seconds per
+    unit of the rate).
     """
 
     branches: tuple[tuple[float, float], ...]
 
     @classmethod
     def of(cls, time_model: IterationTimeModel, work_s: float, kv_work_s: float) -> "Regimes":
-        """work_s: seconds of work that a unit of the rate brings; kv_work_s: of these, for reading the KV cache."""
+        """work_s: seconds of work per unit of the rate; kv_work_s: its part for reading the KV cache."""
         return cls(((time_model.d0_s, work_s), (time_model.floor_s, kv_work_s)))
 
     def iteration_s(self, rate: float) -> float:
-        """The equilibrium's iteration time; infinite where the work of a second takes a second or more."""
+        """The equilibrium's iteration time; infinite if a second brings a second of work or more."""
         if not math.isfinite(rate) or any(rate * work_s >= 1 for _, work_s in self.branches):
             return math.inf
         return max(fixed_s / (1 - rate * work_s) for fixed_s, work_s in self.branches)
 
     def most_by_count(self, most: float, each: float) -> float:
-        """The highest rate when an iteration has `most` of something of which a unit of the rate takes `each` in its
-        life: r·τ·each <= most. Infinite when nothing limits it."""
+        """The highest rate r with r·τ·each <= most: a resource of size `most`, used by `each` per unit of the rate.
+
+        Infinite when nothing limits it.
+        """
         return min(
             (most / (fixed_s * each + work_s * most) for fixed_s, work_s in self.branches if fixed_s > 0 or work_s > 0),
             default=math.inf,
         )
 
     def most_by_time(self, iteration_s: float) -> float:
-        """The highest rate when iterations take at most so long, each filled with work beyond its fixed part."""
+        """The highest rate with iterations of at most `iteration_s`, filled with work beyond the fixed part."""
         return min(
             max(0.0, 1 - fixed_s / iteration_s) / work_s if work_s else math.inf if fixed_s < iteration_s else 0.0
             for fixed_s, work_s in self.branches
@@ -112,11 +113,13 @@ def solve_fluid(
         ρ = d1 Λ_W + d2 Λ_l + d3 Λ_o          ΔT* = max(floor/(1 − d1 Λ_W), d0/(1 − ρ))          M* = Λ_W ΔT*
 
     ΔT* solves ΔT = max(floor, d0 + (d2 Λ_l + d3 Λ_o) ΔT) + d1 Λ_W ΔT. With floor = d2 = d3 = 0 this is the paper's
-    equilibrium. A demand that is unstable or does not fit is a result with a reason. Raises ValueError when every
-    rate is zero and for a capacity below one token. With `reuse`, Λ_l counts computed prompt tokens, Λ_W in ΔT* all
-    that attention reads, and Λ_W in M* private ones. With `steps` of several tokens a request lives fewer iterations,
-    and Λ_o counts the tokens computed in them; inventories are prompts per iteration of a life. In a pipeline of
-    depth D each iteration has one of D groups of prompts: M* = D Λ_W ΔT*, and inventories and running count all.
+    equilibrium. An unstable demand, or one that does not fit, is a result with a reason.
+
+    reuse: Λ_l counts computed prompt tokens, Λ_W in ΔT* all tokens that attention reads, Λ_W in M* private ones.
+    steps: with several tokens per step a request lives fewer iterations, and Λ_o counts the tokens computed in them;
+        inventories are prompts per iteration of a life. In a pipeline of depth D each iteration has one of D groups
+        of prompts: M* = D Λ_W ΔT*, and inventories and running count all groups.
+    Raises ValueError when every rate is zero and for a capacity below one token.
     """
     require_number("kv_capacity_tokens", kv_capacity_tokens, allow_zero=False)
     rates_rps = [t.rate_rps for t in mix.types]
@@ -202,7 +205,7 @@ def _stage_tokens(
 ) -> _StageTokens:
     """Tokens of a batch with n_j prompts per stage; with rates for n_j, the tokens that arrive per second.
 
-    decode_tokens: those computed. KV tokens count once for every step that reads them.
+    decode_tokens: computed ones. KV tokens count once for every step that reads them.
     """
     if len(per_stage) != len(mix.types):
         raise ValueError(f"per_stage has {len(per_stage)} entries; the mix has {len(mix.types)} types")

@@ -1,4 +1,4 @@
-"""The iteration-time model: how long one engine iteration takes, given what is in its batch."""
+"""The iteration-time model: seconds of one engine iteration as a function of its batch."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ class IterationTimeModel:
     `prefill_tokens` and `decode_tokens` are the tokens computed this iteration (one per decoding request),
     `kv_tokens` the KV-cache tokens that the batch's attention reads, Σ (l + s) over its requests.
 
-    With d2 = d3 = floor = 0 this is the law of arXiv 2504.11320, τ = d0 + d1·Σ(l + s). d2 prices prefill compute.
-    d3 exists because decode tokens pass through the same linear layers, so d3 = d2 on a GPU; d3 = 0 leaves the
-    paper's law with its prefill extension. The floor is the time a small batch takes to stream the weights, whatever
-    its size.
+    With d2 = d3 = floor = 0 this is the model of arXiv 2504.11320, τ = d0 + d1·Σ(l + s). d2 prices prefill compute.
+    d3 exists because decode tokens pass through the same linear layers, so d3 = d2 on a GPU; d3 = 0 gives the paper's
+    model with its prefill extension. The floor is the time to stream the weights, whatever the batch size.
 
     Fields are seconds, or seconds per token. Raises ValueError for a negative or non-finite field, and when d0 and
     floor are both zero (an iteration would then take no time).
@@ -50,21 +49,21 @@ class IterationTimeModel:
             raise ValueError("d0_s and floor_s are both 0; at least one must be > 0")
 
     def of_stage(self, stages: int) -> IterationTimeModel:
-        """The model of one of so many pipeline stages, each with an equal part of the layers."""
+        """The model of one pipeline stage out of `stages`, each with an equal share of the layers."""
         return self.faster(stages)
 
     def faster(self, times: float) -> IterationTimeModel:
-        """The model of an engine that is so many times as fast."""
+        """The model of an engine that is `times` as fast."""
         return IterationTimeModel(**{field.name: getattr(self, field.name) / times for field in fields(self)})
 
     @property
     def is_the_papers(self) -> bool:
-        """Whether an iteration takes d0 + d1·kv_tokens and no more, as in arXiv 2504.11320."""
+        """Whether an iteration takes just d0 + d1·kv_tokens, as in arXiv 2504.11320."""
         return not (self.d2_s_per_prefill_token or self.d3_s_per_decode_token or self.floor_s)
 
     @property
     def shortest_iteration_s(self) -> float:
-        """Time of an empty batch, below which no iteration can go."""
+        """Seconds of an empty batch, the lower bound of every iteration."""
         return max(self.d0_s, self.floor_s)
 
     @overload
@@ -94,7 +93,7 @@ class IterationTimeModel:
     def added_s(
         self, *, prefill_tokens: Tokens = 0.0, decode_tokens: Tokens = 0.0, kv_tokens: Tokens = 0.0
     ) -> Seconds:
-        """Seconds that these tokens add to an iteration that is above its floor already."""
+        """Seconds that these tokens add to an iteration above its floor."""
         return (
             self.d2_s_per_prefill_token * prefill_tokens + self.d3_s_per_decode_token * decode_tokens
             + self.d1_s_per_kv_token * kv_tokens
@@ -103,11 +102,10 @@ class IterationTimeModel:
     def prompt_tokens_within(
         self, seconds: float, decode_tokens: float, kv_tokens: float, *, other_s: float = 0.0
     ) -> float:
-        """Prompt tokens for which an iteration of so many seconds has time beside these tokens and `other_s` of work.
+        """Prompt tokens that fit into an iteration of `seconds` beside these tokens and `other_s` seconds of work.
 
-        The inverse of `iteration_s` in its prompt tokens, each of which is also read. Negative where there is less than
-        no time: minus infinity where the batch alone takes longer whatever its prompts; infinite where prompts take no
-        time.
+        The inverse of `iteration_s` in its prompt tokens, each of which is also read. Negative if the batch alone takes
+        longer (minus infinity if no number of prompt tokens changes that); infinite if prompts take no time.
         """
         per_token_s = self.d2_s_per_prefill_token + self.d1_s_per_kv_token
         read_s = self.d1_s_per_kv_token * kv_tokens
@@ -118,5 +116,5 @@ class IterationTimeModel:
         return (seconds - self.d0_s - other_s - self.d3_s_per_decode_token * decode_tokens - read_s) / per_token_s
 
     def prefill_s(self, prompt_tokens: float) -> float:
-        """Seconds that so many prompt tokens, computed and read, add to an iteration that is above its floor."""
+        """Seconds that these prompt tokens, computed and read, add to an iteration above its floor."""
         return prompt_tokens * (self.d2_s_per_prefill_token + self.d1_s_per_kv_token)

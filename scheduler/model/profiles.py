@@ -1,4 +1,4 @@
-"""Named presets of a model on a device: its service-time law and KV capacity, with where each number comes from."""
+"""Presets of a language model on a device: its iteration-time model, KV capacity, and the source of each number."""
 
 import json
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _KEYS = {"name", "description", "law", "kv_capacity_tokens", "provenance"}
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One model on one device; `kv_capacity_tokens` is what its KV cache holds, C in arXiv 2504.11320."""
+    """One model on one device; `kv_capacity_tokens` is the size of its KV cache, C in arXiv 2504.11320."""
 
     name: str
     description: str
@@ -29,10 +29,7 @@ def profile_names() -> tuple[str, ...]:
 
 
 def load_profile(name_or_path: str | Path) -> Profile:
-    """The preset of that name, or the profile in the JSON file at that path.
-
-    Raises ValueError when it is neither, and when the file's content is not a profile.
-    """
+    """The preset of that name, or the profile in the JSON file at that path; ValueError for anything else."""
     name = str(name_or_path)
     if name in profile_names():
         text = (_PRESETS / f"{name}.json").read_text(encoding="utf-8")

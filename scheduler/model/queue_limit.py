@@ -1,7 +1,7 @@
-"""How many waiting requests are of use: enough that the replica hardly ever runs short, and no more.
+"""The queue limit: just long enough that the replica rarely runs below capacity.
 
-Source: the birth-death chain M/M(n)/1/K, whose service rate depends on how many requests run; counts that vary more or
-less than Poisson's stretch the queue as in its diffusion limit (heavy traffic).
+Source: the birth-death chain M/M(n)/1/K, whose service rate depends on the number of running requests; variability
+other than Poisson's scales the queue as in its diffusion limit (heavy traffic).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _MOST_PLACES = 20_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FullReplica:
-    """A replica that serves what it can: `capacity_rps` requests per second with `running` of them at once.
+    """A replica at capacity: it serves `capacity_rps` requests per second with `running` of them at once.
 
-    fixed_share: of a full iteration's time, what does not shrink with its batch (0 to 1). admitted_per_iteration:
-    requests that enter in one, on average. variability: variance of arrivals and work over their mean (Poisson arrivals
+    fixed_share: share of a full iteration's time that does not depend on its batch (0 to 1). admitted_per_iteration:
+    mean requests admitted per iteration. variability: variance of arrivals and work over their mean (Poisson arrivals
     and exponential work: 1).
     """
 
@@ -30,27 +30,26 @@ class FullReplica:
     variability: float = 1.0
 
     def delivered_rps(self, running: float) -> float:
-        """Requests per second with so many running, at most as many as when it is full."""
+        """Requests per second with `running` requests, at most the full number."""
         occupied = min(running / max(1, round(self.running)), 1.0)
         return self.capacity_rps * (occupied / (self.fixed_share + (1 - self.fixed_share) * occupied))
 
 
 def queue_limit(replica: FullReplica, rate_rps: float, *, miss_probability: float, most_requests: float) -> int:
-    """The fewest places in the queue with which the replica delivers all but `miss_probability` of its capacity.
+    """The shortest queue with which the replica delivers all but `miss_probability` of its capacity, in requests >= 1.
 
-    With n of its N running requests a replica delivers (n/N)/(f + (1 − f) n/N) of its capacity, f its `fixed_share`:
-    the running requests are a buffer too, and a queue has only to cover what they cannot. Since requests enter once an
-    iteration, the queue holds at least an iteration's admissions, but for `miss_probability`.
+    With n of N running requests a replica delivers (n/N)/(f + (1 − f) n/N) of its capacity, f its `fixed_share`: the
+    running requests are a buffer too, and the queue covers the rest. Since requests enter once per iteration, the queue
+    holds at least an iteration's admissions, but for `miss_probability`.
 
-    Up to capacity (`rate_rps` arrive) no wait within the target does harm: the queue empties by itself, and a rejection
-    would lose a request that could be served. `most_requests` is what can wait within the target, and bounds the result
-    (>= 1).
+    Below capacity (`rate_rps` arrive) the queue drains, so nothing is rejected that can still meet its target.
+    most_requests: requests that can wait within the target; the upper bound of the result.
     """
     if most_requests <= 1 or rate_rps <= replica.capacity_rps:
         return max(1, int(min(most_requests, _MOST_PLACES)))
     running, places = max(1, round(replica.running)), int(min(most_requests, _MOST_PLACES))
     enough = 1 - (1 - miss_probability) * replica.capacity_rps / rate_rps
-    # Erlang's recursion for the share of arrivals that find every place taken, as one over it.
+    # Erlang's recursion for the reciprocal of the share of arrivals that find the queue full.
     one_over_blocked, needed = 1.0, math.inf
     for place in range(1, running + places + 1):
         one_over_blocked = 1.0 + one_over_blocked * replica.delivered_rps(place) / rate_rps

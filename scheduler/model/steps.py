@@ -1,7 +1,7 @@
-"""How output tokens and iterations go together: several tokens a step with speculative decoding.
+"""Output tokens per step: more than one with speculative decoding.
 
-A step is an iteration that advances a decoding request. It computes the request's latest token and its draft tokens, of
-which the model accepts a prefix, and gains one token more than it accepts.
+A step is an iteration that advances a decoding request. It computes the request's latest token and its draft tokens,
+accepts a prefix of the drafts, and gains one token more than it accepts.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """How output tokens and iterations go together, as measured.
+    """The steps of a request.
 
-    tokens: output tokens that a request gains in an iteration that advances it, tokens_std their standard deviation;
-    computed: tokens computed for it then; depth: iterations from one of its steps to the next (pipeline stages).
+    tokens, tokens_std: mean and standard deviation of the output tokens gained per step; computed: mean tokens computed
+    per step; depth: iterations from one step of a request to the next (pipeline stages).
     """
 
     tokens: float = 1.0
@@ -25,8 +25,8 @@ class Steps:
 
     @classmethod
     def of_acceptance(cls, rate: float, draft_tokens: int) -> Steps:
-        """Of a drafter that always drafts so many tokens, each accepted with this probability unless one before it was
-        not. Source: Leviathan, Kalman and Matias (2023)."""
+        """The steps with `draft_tokens` drafts each, a draft being accepted with probability `rate` after its
+        predecessor. Source: Leviathan, Kalman and Matias (2023)."""
         gains = [rate**accepted for accepted in range(draft_tokens + 1)]  # P(more than so many tokens)
         mean, square = sum(gains), sum((2 * place + 1) * gain for place, gain in enumerate(gains))
         return cls(mean, 1.0 + draft_tokens, tokens_std=math.sqrt(max(square - mean**2, 0.0)))
@@ -37,7 +37,7 @@ class Steps:
         return self.computed / self.tokens
 
     def life(self, output_tokens: float) -> float:
-        """Steps of a request with so many output tokens: one for its prompt, and those that gain the tokens."""
+        """Steps of a request with `output_tokens`: one for its prompt, and the steps that gain the tokens."""
         return output_tokens / self.tokens + 1
 
 

@@ -1,10 +1,9 @@
-"""Arrivals whose rates move: the worst windows, which take the place of λ and p_k in the conditions of the thresholds.
+"""Worst windows of varying arrival rates, which replace λ and p_k in the conditions of the thresholds.
 
 Source: arXiv 2504.11320, appendix A.1. With A_j(t, h) = ∫ λ_j over (t, t + h], WAIT needs A_j(t, ΔT(n)) <= n_j, and
 Nested WAIT Σ_j A_j(t, ΔT(n)) < n_1 and p_k(t, h) < n_k/n_{k−1} < 1 for all t and h <= ΔT(n), where p_k(t, h) is the
-share of those arriving in the window with l'_j > l'_{k−2} that have l'_j > l'_{k−1}; its buffer then takes the largest
-p_k. The paper's bound on delays needs in addition that there is no lull, so that new groups keep forming at any time;
-that is not checked here.
+share of the window's arrivals with l'_j > l'_{k−2} that have l'_j > l'_{k−1}; its buffer then takes the largest p_k.
+The paper's bound on delays also assumes that there is no lull, so that groups keep forming; that is not checked here.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from scheduler.model.workload import Lengths, WorkloadMix
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Seconds during which arrivals come at the rates of `mix`; types of one name are the same in every stretch."""
+    """A period of `seconds` with the rates of `mix`; types of one name are the same in every stretch."""
 
     seconds: float
     mix: WorkloadMix
@@ -32,7 +31,7 @@ class Stretch:
 
 
 class WorstWindows:
-    """The most that stretches in a row ask for; the first rate and the last go on for ever.
+    """The worst windows over consecutive stretches; the first and the last rate extend indefinitely.
 
     Raises ValueError without a stretch.
     """
@@ -45,7 +44,7 @@ class WorstWindows:
         self._rates_of: dict[str | None, NDArray[np.float64]] = {}
 
     def arrivals(self, window_s: float, name: str | None = None) -> float:
-        """Expected arrivals (of one type, or of all) in the worst window of so many seconds."""
+        """Expected arrivals (of one type, or of all) in the worst window of `window_s` seconds."""
         rates_rps = self._rates(name)
         if len(rates_rps) == 1:
             return float(rates_rps[0]) * window_s
@@ -55,7 +54,7 @@ class WorstWindows:
         return float(max(counts.max(), rates_rps[0] * window_s, rates_rps[-1] * window_s))
 
     def survival(self, before: int, after: int) -> float:
-        """The largest P(output > after | output > before) of any window: that of one moment, since pooling averages."""
+        """The largest P(output > after | output > before) of any window; a single moment's, since pooling averages."""
         shares = []
         for mix in self._merged:
             reached = mix.survival(before)

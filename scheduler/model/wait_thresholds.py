@@ -1,8 +1,8 @@
-"""Integer thresholds from the fluid equilibrium: WAIT's n_j, Nested WAIT's n_k, and a cap on resident requests.
+"""Integer thresholds from the fluid equilibrium: WAIT's n_j, Nested WAIT's n_k, and a cap on running requests.
 
 Source: arXiv 2504.11320, the feasibility conditions of WAIT (known output lengths) and Nested WAIT (unknown ones).
-WAIT's thresholds are whole prompts per stage, so a replica whose equilibrium holds less than one has none: such a
-demand is `Infeasible` here, while `running_cap` always has an answer. Nested WAIT's may be whole totals of a segment.
+WAIT's thresholds are whole prompts per stage: an equilibrium with less than one prompt per stage is `Infeasible`, while
+`running_cap` always has a result. Nested WAIT's may be whole totals of a segment.
 """
 
 import math
@@ -24,9 +24,9 @@ from scheduler.model.workload import Lengths, WorkloadMix
 
 _LARGEST_ADVANCE_RATIO = 0.99
 _FEW_LENGTHS = 4
-"""Up to so many different output lengths every way to cut them is tried."""
+"""Most distinct output lengths for which every way to cut them is tried."""
 _WIDTHS = (1.0, 0.25, 0.5, 2.0, 4.0, 8.0)
-"""Of margins tried for totals: a narrow one saves M^π and needs a larger buffer."""
+"""Factors on the margin tried for totals: a narrow margin saves M^π and needs a larger buffer."""
 _MOST_REASONS = 4
 _LENGTH_GRID = tuple(sorted(int(base * 2**power) for power in range(28) for base in (16, 24)))
 
@@ -51,8 +51,8 @@ class WaitSolution:
 class NestedWaitSolution:
     """Nested WAIT's thresholds for L segments of output length.
 
-    boundaries: r_1 < … < r_L, last output token of each segment. n: prompts per stage of each segment; totals: what
-    they make in its stages on an engine (`SegmentThreshold.total`).
+    boundaries: r_1 < … < r_L, last output token of each segment. n: prompts per stage of each segment; totals: prompts
+    in all stages of a segment on an engine (`SegmentThreshold.total`).
     survival, theta: p_k and θ_k at the L − 1 inner boundaries, p_k = P(reach segment k | reached k − 1), k = 2..L.
     memory_tokens: M^π. buffer_tokens: room for the boundary queues. iteration_s: ΔT(n).
     """
@@ -177,24 +177,24 @@ def nested_wait_thresholds(
 
 
 def running_cap(mix: WorkloadMix, kv_capacity_tokens: int, *, overflow_probability: float = 0.01) -> int:
-    """Most requests that may be resident at once: the largest N >= 1 with N m + z √N s <= C.
+    """The cap on running requests: the largest N >= 1 with N m + z √N s <= C.
 
-    m and s are mean and standard deviation of a resident request's KV tokens, z the normal quantile of
+    m and s are mean and standard deviation of a running request's KV tokens, z the normal quantile of
     `overflow_probability`: the sum of N of them exceeds C about that often. Not in the paper; m is its E[w]/E[l'+1].
     """
     require_number("kv_capacity_tokens", kv_capacity_tokens, allow_zero=False)
     _require_probability(overflow_probability)
     lengths = mix.merged().lengths
-    mean, spread = lengths.mean_resident_kv_tokens, float(norm.isf(overflow_probability)) * lengths.resident_kv_std
+    mean, spread = lengths.mean_running_kv_tokens, float(norm.isf(overflow_probability)) * lengths.running_kv_std
     root = (math.sqrt(spread**2 + 4 * mean * kv_capacity_tokens) - spread) / (2 * mean)
     # The relative tolerance keeps an N that meets the bound with equality.
     return max(1, math.floor(root**2 * (1 + 1e-12)))
 
 
 class SegmentChain:
-    """Segments of output length, and what n_k prompts in each of their stages amount to.
+    """Segments of output length, with the memory and iteration time of n_k prompts in each of their stages.
 
-    Counts are what `nested_wait_thresholds` calls whole: n_k, or with `whole` false the totals B_k.
+    Counts are the whole numbers of `nested_wait_thresholds`: n_k, or with `whole` false the totals B_k.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class SegmentChain:
         self.queued_kv_tokens = prompt_tokens + starts
         # δ_k stages with a mean position of s̄_k; the first segment also has stage 0, the prefill.
         first_stages = np.array([0, *(start + 1 for start in starts[1:])])
-        # A request is as many iterations in a segment as it takes steps through it.
+        # A request stays in a segment for one iteration per step.
         self.stages = (ends - starts) / steps.tokens + (first_stages == 0)
         self._positions = ends - starts + (first_stages == 0)
         self._computed = steps.computed
@@ -225,7 +225,7 @@ class SegmentChain:
         self.parts: tuple[int, ...] = (1,) * len(boundaries) if whole else stage_lengths(boundaries)
 
     def thresholds(self, first: int) -> tuple[int, ...] | None:
-        """The first count, then whole ones with p_k < n_k/n_{k−1} < 1 near the wanted ratio; None: there are none."""
+        """The first count, then whole ones with p_k < n_k/n_{k−1} < 1 near the wanted ratio; None if impossible."""
         counts = [first]
         for p, ratio, before, parts in zip(self.survival, self.ratios, self.parts, self.parts[1:], strict=False):
             scale = counts[-1] * parts / before
@@ -266,7 +266,7 @@ class SegmentChain:
 
 
 def _boundary_choices(lengths: Lengths, most: int, *, steady: bool) -> list[tuple[int, ...]]:
-    """Where output lengths may be cut, the most segments first; the last cut is the longest output."""
+    """Candidate boundaries between output lengths, the most segments first; the last is the longest output."""
     distinct = [int(length) for length in np.unique(lengths.output_tokens)]
     longest = distinct[-1]
     if len(distinct) <= _FEW_LENGTHS:

@@ -1,4 +1,4 @@
-"""What arrives: joint prompt and output lengths, request types with their rates, and the mix of all types."""
+"""The workload: joint prompt and output lengths, request types with their rates, and the mix of all types."""
 
 import math
 from collections.abc import Iterable
@@ -112,18 +112,18 @@ class Lengths:
         return float(self.weights @ ((self.output_tokens + 1) * self.prompt_tokens))
 
     @cached_property
-    def mean_resident_kv_tokens(self) -> float:
-        """E[w] / E[l'+1]: mean KV of a resident request seen at a random iteration (long lives are seen more often)."""
+    def mean_running_kv_tokens(self) -> float:
+        """E[w] / E[l'+1]: mean KV of a running request at a random iteration (long lives weigh more)."""
         return self.kv_token_iterations / (self.mean_output_tokens + 1)
 
     @cached_property
-    def resident_kv_std(self) -> float:
-        """Standard deviation of the KV tokens of a resident request seen at a random iteration.
+    def running_kv_std(self) -> float:
+        """Standard deviation of the KV tokens of a running request at a random iteration.
 
         Each pair counts l'+1 times, its position uniform over s = 0..l', whose own variance is l'(l'+2)/12.
         """
         life = self.weights * (self.output_tokens + 1)
-        between = (self._mean_life_kv_tokens - self.mean_resident_kv_tokens) ** 2
+        between = (self._mean_life_kv_tokens - self.mean_running_kv_tokens) ** 2
         within = self.output_tokens * (self.output_tokens + 2) / 12
         return math.sqrt(float(life @ (between + within)) / float(life.sum()))
 
@@ -227,7 +227,7 @@ class WorkloadMix:
         return WorkloadMix(tuple(replace(t, rate_rps=t.rate_rps * factor) for t in self.types))
 
     def merged(self) -> RequestType:
-        """One type with the rate-weighted mixture of all lengths: what is known when lengths are not.
+        """One type with the rate-weighted mixture of all lengths, for requests of unknown length.
 
         Raises ValueError when every rate is zero.
         """

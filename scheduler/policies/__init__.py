@@ -23,7 +23,7 @@ _POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Fcfs, W
 
 
 def make_policy(thresholds: Thresholds) -> Policy:
-    """The policy object that these thresholds ask for."""
+    """The policy object for these thresholds."""
     return _POLICIES[thresholds.policy](thresholds)
 
 

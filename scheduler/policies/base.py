@@ -1,7 +1,7 @@
-"""What a policy sees and what it says: no engine, no clock of its own, no I/O.
+"""The interface of a policy: a snapshot in, a decision out; no engine, no clock, no I/O.
 
-The engine (and the simulator) builds a `Snapshot` before each iteration, asks `decide`, and carries the `Decision` out.
-A policy may keep state between calls, and only through them.
+The engine (and the simulator) builds a `Snapshot` before each iteration, calls `decide`, and carries out the
+`Decision`. A policy may keep state between calls.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 class RunningRequest(NamedTuple):
     """A running request, as a policy sees it.
 
-    type_name: what `Policy.classify` said of it. stage: output tokens so far, those in flight included; 0 while its
-    prompt is still being computed (paper: s). tokens_in_flight: of `stage`, tokens that an iteration under way
-    computes: one of them may turn out to be the last. kv_tokens: what an iteration reads for it once its prompt is
-    computed, prompt and output so far.
+    type_name: the result of `Policy.classify`.
+    stage: output tokens so far, including those in flight; 0 during prefill (paper: s).
+    tokens_in_flight: the part of `stage` that iterations under way compute; one of these tokens may be the last.
+    kv_tokens: KV tokens that an iteration reads for it, prompt and output so far.
     """
 
     request_id: str
@@ -33,9 +33,9 @@ class RunningRequest(NamedTuple):
 
 
 class RunningBatch(Sequence[RunningRequest]):
-    """Running requests, the oldest first; whole columns of them cost far less than one object each.
+    """Running requests, oldest first; columns cost far less than one object per request.
 
-    This class holds requests given one by one, without declared lengths; the engine's is `EngineBatch`.
+    This class holds `RunningRequest` objects without declared lengths; the engine's is `EngineBatch`.
     """
 
     __slots__ = ("_requests",)
@@ -58,19 +58,19 @@ class RunningBatch(Sequence[RunningRequest]):
         return [one.kv_tokens for one in self._requests]
 
     def shared_kv_tokens(self) -> list[int]:
-        """Of those, the tokens in cached blocks that other requests held already when each was admitted."""
+        """The part of `kv_tokens` in cached blocks that other requests already held at admission."""
         return [0] * len(self)
 
     def first_token_s(self) -> list[float]:
-        """Clock second of each first output token; NaN while it is not out."""
+        """Clock second of each first output token; NaN before it."""
         return [math.nan] * len(self)
 
     def expected_output_tokens(self) -> list[float]:
-        """The output length that each client declared; infinite when it declared none."""
+        """Declared output length of each request; infinite if not declared."""
         return [math.inf] * len(self)
 
     def most_output_tokens(self) -> list[float]:
-        """The longest output that each request may have (its max_tokens); infinite when only the context bounds it."""
+        """Longest allowed output of each request (max_tokens); infinite if only the context bounds it."""
         return [math.inf] * len(self)
 
 
@@ -78,10 +78,10 @@ NO_REQUESTS = RunningBatch()
 
 
 class Waiting(NamedTuple):
-    """A request that waits in the admission queue, since a clock second.
+    """A request in the admission queue, waiting since a clock second.
 
-    cached_tokens: of its prompt, those that the prefix cache holds, which need not be computed. shared_tokens: of the
-    cached ones, those in blocks that running requests hold, which add no memory. Declared lengths as in `RunningBatch`.
+    cached_tokens: prompt tokens in the prefix cache, which need no compute. shared_tokens: of these, the tokens in
+    blocks that running requests hold, which add no memory. Declared lengths as in `RunningBatch`.
     """
 
     prompt_tokens: int
@@ -104,11 +104,11 @@ def _none() -> Iterator[Waiting]:
 
 @dataclass(frozen=True, slots=True)
 class QueueView:
-    """The requests of one type that wait for admission: how many, and since when the oldest does (clock seconds).
+    """The waiting requests of one type: their number, and since when the oldest waits (clock seconds).
 
-    `heads` goes through them from the head of the queue, `aged` from the oldest on, `tail` from the one farthest from
-    its turn; a policy takes no more of them than it may admit or reject. tokens_to_compute: prompt tokens of all of
-    them, less what the prefix cache held when each arrived.
+    heads, aged, tail: iterate from the head of the queue, from the oldest request, and from the last turn; a policy
+    takes no more of them than it may admit or reject. tokens_to_compute: prompt tokens of all of them, less the tokens
+    found cached at each arrival.
     """
 
     length: int
@@ -123,17 +123,18 @@ class QueueView:
 class Snapshot:
     """The state of one engine just before an iteration.
 
-    waiting: the admission queues by type, empty ones left out; released: requests already admitted that do not run (not
-    taken up yet, preempted, or unable to start: a grammar compiles, adapters are full); released_requests: the
-    same, one by one; running: oldest first. KV in tokens: kv_used_tokens is what is allocated
-    (shared blocks once), kv_read_tokens what the coming iteration's attention reads (None: the same).
-    prompt_backlog_tokens: what is left to compute of the prompts of those running and released;
-    prompt_tokens_under_way: what the iterations under way compute of prompts. slots: most requests
-    that may run at once; most_tokens: most tokens in an iteration (None: no such limit). latest: the latest executed
-    iteration. decode_tokens: what the coming iteration computes to advance those that it can, their drafts included
-    (None: one token for each that runs); most_step_tokens: most output tokens that one iteration gives a request.
-    next_is_emptier: of the iterations among which a pipeline spreads the requests, the coming one has more than its
-    share.
+    waiting: the non-empty admission queues by type. running: running requests, oldest first.
+    released, released_requests: admitted requests that do not run (not started, preempted, or unable to start: a
+        grammar compiles, adapters are full), as a number and one by one.
+    kv_used_tokens: allocated KV tokens (shared blocks once). kv_read_tokens: KV tokens that the next iteration reads
+        (None: the same). kv_capacity_tokens: size of the KV cache.
+    prompt_backlog_tokens: prompt tokens left to compute of running and released requests. prompt_tokens_under_way:
+        prompt tokens that the iterations under way compute.
+    slots: most running requests. most_tokens: most tokens in an iteration (None: no limit).
+    latest: the latest executed iteration.
+    decode_tokens: tokens to compute in the next iteration for all requests that it advances, drafts included (None: one
+        per running request). most_step_tokens: most output tokens that a request gains in an iteration.
+    next_is_fuller: the next iteration of a pipeline decodes for more requests than the average one.
     """
 
     now_s: float
@@ -151,21 +152,21 @@ class Snapshot:
     latest: Iteration | None = None
     decode_tokens: int | None = None
     most_step_tokens: int = 1
-    next_is_emptier: bool = False
+    next_is_fuller: bool = False
 
     @property
     def read_tokens(self) -> int:
-        """KV tokens that the coming iteration's attention reads."""
+        """KV tokens that the next iteration's attention reads."""
         return self.kv_used_tokens if self.kv_read_tokens is None else self.kv_read_tokens
 
     @property
     def tokens_to_decode(self) -> int:
-        """Tokens that the coming iteration computes to advance those that it can."""
+        """Decode tokens of the next iteration, drafts included."""
         return len(self.running) if self.decode_tokens is None else self.decode_tokens
 
     @property
     def idle(self) -> bool:
-        """True when the engine has nothing at all to run."""
+        """True when the engine has no running and no released request."""
         return not self.running and not self.released
 
 
@@ -174,12 +175,13 @@ _NO_IDS: frozenset[str] = frozenset()
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How many of each type may enter (from the head of its queue), and which requests sit this iteration out (ids).
+    """The decision for one iteration; requests are named by id.
 
-    evict_first: of those that sit out, the ones whose KV cache is given up before the others' where memory runs short.
-    token_budget: tokens of this iteration (None: the thresholds' own). reject: requests that are rejected before any
-    enters (ids); reject_last: how many of the unknown type are rejected afterwards, those farthest from their turn;
-    drain_s: seconds after which the waiting requests will have been served, told to the rejected ones.
+    admit: number of requests to admit, by type, from the head of the queue.
+    sit_out: running requests that pause for this iteration; evict_first: the ones of these to preempt first.
+    token_budget: tokens of this iteration (None: the thresholds' own).
+    reject: requests to reject before any is admitted. reject_last: number of requests of the unknown type to reject
+        afterwards, from the tail of the queue. drain_s: seconds until the queue is served, for their Retry-After.
     """
 
     admit: Mapping[str, int] = field(default_factory=dict)
@@ -206,15 +208,15 @@ class Policy(ABC):
 
     @abstractmethod
     def decide(self, snapshot: Snapshot) -> Decision:
-        """Which requests may enter and which sit out, for the iteration about to run."""
+        """The admissions, pauses and rejections of the next iteration."""
 
     def free_slots(self, snapshot: Snapshot) -> int:
-        """Requests that may still enter under the cap on running requests."""
+        """Free slots under the cap on running requests."""
         cap = self.thresholds.max_running
         taken = len(snapshot.running) + snapshot.released
         waiting = sum(view.length for view in snapshot.waiting.values())
         return waiting if cap is None else max(0, min(waiting, cap - taken))
 
     def hold_is_over(self, view: QueueView, snapshot: Snapshot) -> bool:
-        """True when the oldest request of a queue has been held for as long as any may be."""
+        """True when the oldest request of a queue has been held for `max_hold_s`."""
         return snapshot.now_s - view.oldest_since_s >= self.thresholds.max_hold_s

@@ -1,11 +1,11 @@
-"""What the admitted requests will grow into: memory and iteration time over the iterations to come.
+"""Projection of the admitted requests: expected memory and iteration time over the next iterations.
 
-Output lengths are unknown, so a request that has produced s tokens is still there h tokens later with probability
-S(s + h)/S(s), S the survival of output lengths. Source: the survival probabilities of arXiv 2504.11320's Nested WAIT,
-taken over every stage instead of a few segments.
+Output lengths are unknown, so a request with s tokens still runs h tokens later with probability S(s + h)/S(s), S the
+survival of output lengths. Source: the survival probabilities of arXiv 2504.11320's Nested WAIT, over every stage
+instead of a few segments.
 
-Cost: requests are counted into buckets of stages, so that one look at N of them takes O(N) additions and some products
-of a bucket-by-horizon table, whatever the longest answer.
+Cost: requests are counted into buckets of stages, so that N requests take O(N) additions and some products of a
+bucket-by-horizon table, whatever the longest output.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from scheduler.policies.base import NO_REQUESTS, RunningBatch, Waiting
 from scheduler.survival import Survival
 
 _HORIZON_RATIO, _STAGE_RATIO = 1.15, 1.05
-"""Ratios of neighbouring horizons and stages: between two of them, survival changes little."""
+"""Ratios of neighbouring horizons and of neighbouring stages, between which survival changes little."""
 _LASTING = 0.43
-"""Of `overflow_z`, what time keeps free: longer iterations cost a request its target only if they last for most of its
-answer, and the realised margin answers for those that do (`docs/evidence/fluid-tried.md`)."""
+"""Share of `overflow_z` kept free in time: long iterations cost a target only if they last for most of an output,
+and the realised margin covers these (`docs/evidence/fluid-tried.md`)."""
 _OVERRUN = 0.1
-"""Chance that an answer goes on beyond the length its client expected."""
+"""Probability that an output exceeds its declared expected length."""
 Floats = NDArray[np.float64]
 
 
 class Columns:
-    """The admitted requests as arrays: stage, KV tokens read, of which shared, and declared lengths (output tokens)."""
+    """Requests as arrays: stage, KV tokens read, shared KV tokens, and declared lengths (output tokens)."""
 
     __slots__ = ("expected", "kv", "most", "shared", "stages")
 
@@ -42,7 +42,7 @@ class Columns:
         self.most: Floats = np.array(requests.most_output_tokens(), dtype=np.float64)
 
     def joined(self, other: Columns) -> Columns:
-        """These and others."""
+        """These requests followed by `other`."""
         both = Columns()
         for name in self.__slots__:
             setattr(both, name, np.concatenate([getattr(self, name), getattr(other, name)]))
@@ -50,14 +50,14 @@ class Columns:
 
     @property
     def some_declared(self) -> NDArray[np.bool_]:
-        """Which requests have a bound on their length."""
+        """Mask of the requests with a declared length."""
         return np.asarray(np.isfinite(self.expected) | np.isfinite(self.most))
 
 
 class BatchProjection:
     """Requests, memory and iteration time at a grid of output tokens ahead: expected values and variances.
 
-    `reset` takes all admitted requests, `fits` and `add` one newcomer at a time.
+    `reset` takes all admitted requests, `fits` and `add` one new request at a time.
     """
 
     def __init__(self, params: FluidParams) -> None:
@@ -68,7 +68,7 @@ class BatchProjection:
         self._steps = np.diff(self._ahead, append=self._ahead[-1])
         self._edges = np.unique(np.concatenate([_geometric(longest, _STAGE_RATIO), lengths]))
         self._stays = _staying(params.survival, self._edges, self._ahead)
-        # Drafts have memory before they are accepted, those of the iteration under way too.
+        # Drafts take memory before they are accepted, in the iteration under way too.
         self._early_tokens = params.block_tokens + 2 * (params.computed_per_step - 1)
         model = params.time_model
         self._read_s = model.added_s(kv_tokens=1.0) / params.pipeline_depth
@@ -76,7 +76,7 @@ class BatchProjection:
         self.reset(Columns(), 0.0)
 
     def reset(self, requests: Columns, shared_tokens: float) -> None:
-        """Start from the admitted requests; shared_tokens: memory in blocks that count for no single one of them."""
+        """Start from the admitted requests; shared_tokens: memory in shared blocks, counted for no single request."""
         self._shared_tokens = shared_tokens
         self._requests: Floats = np.zeros_like(self._ahead)
         self._memory, self._memory_variance = self._requests.copy(), self._requests.copy()
@@ -97,23 +97,22 @@ class BatchProjection:
             self._add_bucketed(place, requests.kv, requests.shared)
 
     def survives(self, stages: NDArray[np.int64], tokens: Floats) -> Floats:
-        """P(at least so many more tokens | this many so far) of each request, from the nearest stage and horizon."""
+        """P(at least `tokens` more | `stages` so far) of each request, from the nearest stage and horizon."""
         place = np.searchsorted(self._edges, stages, side="right") - 1
         ahead = np.minimum(np.searchsorted(self._ahead, tokens), len(self._ahead) - 1)
         return np.asarray(self._stays[place, ahead], dtype=np.float64)
 
     def fits(self, waiting: Waiting, iteration_s: float | None) -> bool:
-        """Whether one more request keeps memory within its limit, and every iteration to come within `iteration_s`.
+        """Whether memory stays within its limit and every iteration within `iteration_s` with one more request.
 
-        Memory with the probability that `overflow_z` stands for, time with a lasting part of it. None: iterations may
-        take any time.
+        Memory with the probability of `overflow_z`, time with a share of it. iteration_s: None means no limit.
         """
         params = self._params
         stays = self._newcomer(waiting)
         doubt = stays * (1 - stays)
         private, read = waiting.prompt_tokens - waiting.shared_tokens + self._ahead, waiting.prompt_tokens + self._ahead
         requests = self._requests + stays
-        # Between two horizons no request is taken to leave; a last block is rarely full, the next one allocated early.
+        # Conservative between two horizons: no request ends, and each request has one extra block.
         memory = self._memory + stays * private + requests * (self._steps + self._early_tokens) + self._shared_tokens
         spread = np.sqrt(self._memory_variance + doubt * private**2)
         if float(np.max(memory + params.overflow_z * spread)) > params.kv_limit_tokens:
@@ -125,7 +124,7 @@ class BatchProjection:
         return float(np.max(seconds + _LASTING * params.overflow_z * spread_s)) <= iteration_s
 
     def add(self, waiting: Waiting) -> None:
-        """A newcomer is admitted."""
+        """Admit one more request."""
         self._add_each(
             self._newcomer(waiting)[None, :], np.array([float(waiting.prompt_tokens)]),
             np.array([float(waiting.prompt_tokens - waiting.shared_tokens)]),
@@ -139,7 +138,7 @@ class BatchProjection:
         )[0])
 
     def _declared_stays(self, stays: Floats, expected: Floats, most: Floats) -> Floats:
-        """Survival of requests whose length is expected (it may be overrun) or bounded, in tokens from now on."""
+        """Survival of requests with an expected length (which they may exceed) or a bound, in tokens from now on."""
         known = np.isfinite(expected)[:, None] & (expected[:, None] > 0)
         until = self._ahead < expected[:, None]
         stays = np.where(known, np.where(until, 1.0, _OVERRUN * stays), stays)
@@ -188,7 +187,7 @@ def _geometric(longest: float, ratio: float) -> Floats:
 
 
 def _staying(survival: Survival, stages: Floats, ahead: Floats) -> Floats:
-    """P(still there after h more | there at s), one row a stage and one column a horizon.
+    """P(output > s + h | output > s), one row per stage s and one column per horizon h.
 
     A request longer than every observed output is assumed to end next.
     """

@@ -1,6 +1,6 @@
 """`fcfs`: first come, first served, as vLLM itself does.
 
-Decides: every request enters at once, as long as the cap on running requests allows; none sits out.
+Decides: every request enters at once, as long as the cap on running requests allows; none pauses.
 Parameters: `max_running` (optional), `token_budget` (optional).
 When not to use it: under memory pressure without a cap, where greedy admission ends in preemption and recompute.
 """

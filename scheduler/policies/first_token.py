@@ -1,8 +1,8 @@
-"""When the first tokens of waiting requests will come, and which requests are rejected because that is too late.
+"""Predicted time to first token of waiting requests, and the rejection of requests that would miss their target.
 
-The requests ahead of a waiting one enter at two speeds. As many as the replica runs at capacity enter as fast as their
-prompts are computed in the room that iterations have now. Those beyond enter at the flow of prompts at capacity, since
-running requests must end for them; the part of the work that is decoding ends as randomly as a Poisson process.
+The requests ahead of a waiting one enter at two rates. Until the replica is full, they enter as fast as iterations have
+room for their prompts. Beyond that they enter at the prompt flow of capacity, since running requests must end first;
+decoding requests end as randomly as a Poisson process.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from scheduler.fluid_params import ITERATIONS_UNDER_WAY, FluidParams
 from scheduler.policies.base import QueueView, Snapshot, Waiting
 
 _COLD_SHARE = 0.5
-"""Of the TTFT target: how long a request waits at a cold engine before it is rejected."""
+"""Share of the TTFT target for which a request waits at a cold engine before it is rejected."""
 _SURE = 1.5
-"""Standard deviations of the wait that a newcomer must have time for."""
+"""Standard deviations of the wait, added to its mean, for a new request at the tail."""
 
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """The present rates: seconds of an iteration, prompt tokens per second, and tokens ahead of any newcomer.
+    """The present rates: seconds of an iteration, prompt tokens per second, and prompt tokens ahead of a new request.
 
-    under_way_s: until the iterations under way are over; batch: where an iteration has no planned time and takes what
-    its prompts take, the requests beside them and the KV tokens that these read.
+    under_way_s: seconds until the iterations under way end. batch: without a planned iteration time, the requests
+    decoding beside the prompts and the KV tokens that they read.
     """
 
     params: FluidParams
@@ -37,7 +37,7 @@ class FirstToken:
 
     @classmethod
     def of(cls, params: FluidParams, snapshot: Snapshot, room: float) -> FirstToken:
-        """From the state of the engine and the prompt tokens for which the coming iteration has time."""
+        """From the engine's state and `room`, the prompt tokens that fit into the next iteration."""
         decodes, read = float(snapshot.tokens_to_decode), float(snapshot.read_tokens)
         most = math.inf if snapshot.most_tokens is None else max(1.0, float(snapshot.most_tokens - decodes))
         chunk = min(max(room, params.prompt_flow_tokens), most)
@@ -66,7 +66,7 @@ class FirstToken:
         return self.under_way_s + max(tokens / self.prompt_tokens_per_s, alone_s)
 
     def too_late(self, view: QueueView, now_s: float) -> frozenset[str]:
-        """Requests that have waited so long that their first token would be late; the oldest are looked at first."""
+        """Ids of the requests that can no longer meet their first-token limit; the oldest are checked first."""
         limit_s = self.params.first_token_limit_s
         if limit_s is None:
             return frozenset()
@@ -82,7 +82,7 @@ class FirstToken:
         return frozenset(late)
 
     def _limit_s(self, waiting: Waiting, limit_s: float) -> float:
-        """A declared length leaves the first token what a latency target has beyond the rest of the answer."""
+        """Time for the first token; with a declared length and a latency target, less the time for the other tokens."""
         params = self.params
         if params.latency_s is None or math.isinf(waiting.expected_output_tokens):
             return limit_s
@@ -93,10 +93,10 @@ class FirstToken:
     def beyond_limit(
         self, view: QueueView, now_s: float, *, waiting: int, tokens: int, running: int, free_slots: int
     ) -> int:
-        """How many requests at the tail are rejected: beyond the queue limit, or unlikely to be in time.
+        """Number of requests at the tail to reject: beyond the queue limit, or unlikely to meet their target.
 
-        waiting, tokens: requests that go on waiting, and their prompt tokens to compute; running: admitted ones;
-        free_slots: how many more may enter before another leaves.
+        waiting, tokens: requests that stay in the queue, and their prompt tokens to compute; running: admitted
+        requests; free_slots: slots that are free now.
         """
         params, limit_s = self.params, self.params.first_token_limit_s
         beyond = 0 if params.queue_limit is None else max(0, waiting - params.queue_limit)
@@ -117,9 +117,9 @@ class FirstToken:
         return beyond
 
     def _wait_s(self, ahead: int, tokens: int, free: float) -> float:
-        """Seconds, all but surely, until so many requests with so many prompt tokens have entered.
+        """Seconds, with high probability, until `ahead` requests with `tokens` prompt tokens have entered.
 
-        free: how many of them enter before the replica is full.
+        free: number of them that enter before the replica is full.
         """
         params, slow = self.params, max(0.0, ahead - free)
         if not ahead:
@@ -132,5 +132,5 @@ class FirstToken:
         return wait_s + _SURE * math.sqrt(params.variability * slow) / params.capacity_rps
 
     def drain_s(self, waiting: int) -> float:
-        """Seconds in which the fluid model serves so many."""
+        """Seconds in which the fluid model serves `waiting` requests."""
         return waiting / self.params.capacity_rps if self.params.capacity_rps else 0.0

@@ -1,10 +1,10 @@
-"""`fluid`: as many requests within their targets as the hardware allows.
+"""`fluid`: as many requests within their latency targets (SLO) as the hardware allows.
 
-Decides: a request is admitted while a slot is free, memory holds what all admitted requests will grow into, and every
-iteration to come stays within the planned time, both at the stated probability. An iteration computes as many prompt
-tokens as the rest of that time allows, and more where the running requests can spare it. A request whose first token
-cannot be in time is rejected, when it arrives if that can be foreseen, and so is one that would only lengthen a queue
-that is long enough already. Without targets no request is rejected, and only memory and slots limit admission.
+Decides: a request is admitted while a slot is free, the projected memory of all admitted requests fits, and every
+projected iteration stays within the planned time, both at the stated probability. An iteration computes as many prompt
+tokens as fit into that time beside the decodes, and more if the running requests have TPOT slack. A request that cannot
+meet its first-token limit is rejected, on arrival if that can be predicted, and so is the tail beyond the queue limit.
+Without targets no request is rejected, and only memory and slots limit admission.
 Parameters: `fluid` (without them only slots limit admission), `max_running` (optional).
 When not to use it: with output lengths that change faster than the survival estimate follows.
 """
@@ -26,14 +26,14 @@ from scheduler.policies.tpot_slack import TpotSlack
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
 _SMALLEST_CHUNK, _SMALLEST_CHUNK_SHARE = 16, 0.05
-"""Prompt tokens that an iteration computes even when it has no time for them: so many, or what takes so much of it."""
+"""Prompt tokens that an iteration computes even without time for them: at most this many, or this share of its time."""
 _HEADS = 4
-"""Waiting requests whose prompts the coming iteration could begin with."""
+"""Waiting requests whose prompts the next iteration could start."""
 _LOOK_AGAIN = 8
-"""Iterations after which a full replica is looked at anew, though no request has left."""
+"""Iterations after which a full replica is checked again although no request has ended."""
 _SPEED_MEMORY, _RECENT_MEMORY = 0.8, 0.97
 _SLACK_SHARE = 1.0
-"""Of the miss probability, what a prompt that uses slack may cost by expectation; most of it is made up for."""
+"""Share of the miss probability that a prefill which uses slack may cost in expectation; most of it is regained."""
 
 
 class Fluid(Policy):
@@ -46,7 +46,7 @@ class Fluid(Policy):
         self._admission = _Admission(thresholds.fluid) if thresholds.fluid else None
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        """Reject what is too late, admit from the head, reject what cannot be in time at the tail, set the budget."""
+        """Reject requests that cannot meet TTFT, admit from the head, reject the tail, set the token budget."""
         view, slots = snapshot.waiting.get(UNKNOWN_TYPE), self._free_slots(snapshot)
         if self._admission is None:
             return Decision(admit={UNKNOWN_TYPE: slots}) if slots else Decision()
@@ -70,7 +70,7 @@ class Fluid(Policy):
         )
 
     def _free_slots(self, snapshot: Snapshot) -> int:
-        """Requests that may be admitted: beyond the engine's slots they would queue where none is rejected."""
+        """Free slots: beyond the engine's own, admitted requests would queue where they can no longer be rejected."""
         allowed = self.free_slots(snapshot)
         if snapshot.slots is None:
             return allowed
@@ -96,16 +96,16 @@ class _Admission:
 
     @property
     def is_full(self) -> bool:
-        """Whether the latest look found no memory or time for one more request."""
+        """Whether the latest check found no memory or time for one more request."""
         return self._full_with > 0
 
     def observe(self, snapshot: Snapshot) -> None:
-        """Follow the measured iterations: their mean, and measured over predicted seconds."""
+        """Update the moving means of measured seconds and of measured over predicted seconds."""
         latest = snapshot.latest
         if latest is None or latest.seq == self._seen:
             return
         self._seen = latest.seq
-        self._round_s.append(latest.seconds)  # a pipeline is as slow as the slowest of the batches in it
+        self._round_s.append(latest.seconds)  # the slowest batch sets a pipeline's speed
         self._recent_s = _RECENT_MEMORY * self._recent_s + (1 - _RECENT_MEMORY) * max(self._round_s)
         predicted_s = self.fluid.time_model.iteration_s(
             float(latest.prefill_tokens), float(latest.decode_tokens), float(latest.kv_tokens)
@@ -115,10 +115,10 @@ class _Admission:
 
     @property
     def _iteration_s(self) -> float | None:
-        """The planned time of an iteration in the model's seconds; before any measurement a guess closes no gate.
+        """The planned iteration time in the model's seconds; None (no limit) on a cold engine before any measurement.
 
-        The margin covers an engine that is as much slower than its model. When it is slower still, the time per token
-        is held to the target itself, sooner than the controller learns of it.
+        The margin covers an engine that is that much slower than its model. Beyond it, the time per token is limited to
+        the target itself, before the controller adapts.
         """
         params, speed = self.fluid, self._speed
         if params.iteration_s is None or (params.cold and not speed):
@@ -131,7 +131,7 @@ class _Admission:
         return max(limit_s, params.decode_iteration_s(1.0, 1.0))
 
     def prompt_room(self, snapshot: Snapshot, view: QueueView | None) -> float:
-        """Prompt tokens for which the coming iteration has time beside every decode; infinite without a target.
+        """Prompt tokens that fit into the next iteration beside every decode; infinite without a target.
 
         At least a small chunk, so that prefills always progress. More than planned when prefills want it and the
         running requests have slack.
@@ -150,11 +150,11 @@ class _Admission:
         wanted_tokens = _wanted_tokens(snapshot, view, most) - max(room, 0.0) if may_lend else 0.0
         wanted_s = params.time_model.prefill_s(wanted_tokens)
         if wanted_s <= 0:
-            self._slack.nothing_lent()
+            self._slack.use_none()
         else:
             ahead = min(view.length, _HEADS) if view else 0
             prompts = ahead + (snapshot.prompt_backlog_tokens > 0)
-            # A longer batch delays those behind it in each of a pipeline's stages.
+            # A longer batch delays the batches behind it in every stage of a pipeline.
             spare_s = self._slack.spare_s(
                 np.array(snapshot.running.stages()),
                 np.array(snapshot.running.first_token_s()),
@@ -167,7 +167,7 @@ class _Admission:
         return max(self._smallest_chunk, min(room, most))
 
     def budget(self, snapshot: Snapshot, room: float, cached_tokens: int = 0) -> int | None:
-        """Tokens of the coming iteration; prompts that are found cached are read though not computed."""
+        """Token budget of the next iteration; cached prompt tokens are read but not computed."""
         if math.isinf(room):
             return None
         prompt_s = self.fluid.time_model.prefill_s(1.0)
@@ -175,7 +175,7 @@ class _Admission:
         return snapshot.tokens_to_decode + int(max(self._smallest_chunk, room - read) + 1e-6)
 
     def _steps(self, snapshot: Snapshot) -> float:
-        """Running requests, each with the drafts that it usually has: the coming iteration knows how many there are."""
+        """Running requests in the model's terms: the next iteration's decode tokens over those of a usual step."""
         if snapshot.decode_tokens is None:
             return float(len(snapshot.running))
         return snapshot.decode_tokens / self.fluid.computed_per_step
@@ -183,14 +183,14 @@ class _Admission:
     def admitted(
         self, view: QueueView, late: Collection[str], slots: int, snapshot: Snapshot, room: float
     ) -> tuple[int, int, int]:
-        """How many are admitted, the `late` ones left out, and of these the prompt tokens to compute and the cached.
+        """Number of requests admitted (`late` ones skipped), their prompt tokens to compute, and their cached tokens.
 
-        While there is a slot, time for their prompts and room for their growth. An idle engine takes the first. Of a
-        pipeline's iterations an emptier one takes them, so that all of them have about as many requests.
+        Admits while there is a slot, time for the prompt and memory for the growth. An idle engine admits the first
+        request. A pipeline admits into iterations with fewer requests, so that all have about equally many.
         """
         prompts = room - snapshot.prompt_backlog_tokens
         taken = len(snapshot.running) + snapshot.released
-        if not slots or (prompts <= 0 and taken) or snapshot.next_is_emptier or self._still_full(taken):
+        if not slots or (prompts <= 0 and taken) or snapshot.next_is_fuller or self._still_full(taken):
             return 0, 0, 0
         self._reset_projection(snapshot)
         admitted = tokens = cached = 0
@@ -214,12 +214,12 @@ class _Admission:
         allocated = float(columns.kv.sum() - columns.shared.sum())
         if snapshot.released_requests:
             columns = columns.joined(Columns(snapshot.released_requests))
-        # What is allocated beyond the requests' own blocks is shared, and stays for as long as any of them runs.
+        # Memory beyond the requests' own blocks is shared, and stays while any of them runs.
         shared = max(0.0, snapshot.kv_used_tokens - allocated) if columns.shared.any() else 0.0
         self._projection.reset(columns, shared)
 
     def _still_full(self, taken: int) -> bool:
-        """True when none fitted a moment ago and no request has left since; spares looking at all of them again."""
+        """True when no request fitted in the latest check and none has ended since; saves checking again."""
         self._full_for += 1
         if self._full_with and taken >= self._full_with and self._full_for < _LOOK_AGAIN:
             return True
@@ -228,7 +228,7 @@ class _Admission:
 
 
 def _wanted_tokens(snapshot: Snapshot, view: QueueView | None, most: float) -> float:
-    """Prompt tokens that the coming iteration could compute; no more requests are looked at than fill it."""
+    """Prompt tokens that the next iteration could compute, at most `most`."""
     wanted = snapshot.prompt_backlog_tokens
     for waiting in islice(view.heads(), _HEADS) if view else ():
         if wanted >= most:
@@ -238,7 +238,7 @@ def _wanted_tokens(snapshot: Snapshot, view: QueueView | None, most: float) -> f
 
 
 def _smallest_chunk(params: FluidParams) -> int:
-    """A chunk that is small for a GPU would take a CPU as long as all decodes of an iteration."""
+    """The least prompt tokens of an iteration: on a slow device even a small chunk can take as long as all decodes."""
     prompt_s = params.time_model.prefill_s(1.0)
     if params.iteration_s is None or not prompt_s:
         return _SMALLEST_CHUNK

@@ -1,4 +1,4 @@
-"""Holds at output-length boundaries: since when each request stands at one, and which ones it has been let over."""
+"""Holds at output-length boundaries: the start of each request's hold, and the boundaries that it has passed."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Set
 
 
 class Holds:
-    """Of the requests that stand at a boundary; a segment's number names the boundary before it."""
+    """The holds of requests at a boundary; a boundary has the number of the segment behind it."""
 
     def __init__(self) -> None:
         self._since_s: dict[str, float] = {}
         self._passed: dict[str, int] = {}
 
     def stands(self, name: str, now_s: float) -> None:
-        """A request is held now; its hold began when it was first seen there."""
+        """A request is held now; its hold began at the first such call."""
         self._since_s.setdefault(name, now_s)
 
     def since_s(self, name: str) -> float:
-        """When a hold began: the order in which requests go on."""
+        """Clock second at which a hold began; requests go on in this order."""
         return self._since_s[name]
 
     def is_over(self, name: str, now_s: float, max_hold_s: float) -> bool:
-        """Whether a request has been held for so long."""
+        """Whether a request has been held for `max_hold_s`."""
         return now_s - self._since_s[name] >= max_hold_s
 
     def let_over(self, name: str, segment: int) -> None:
@@ -29,10 +29,10 @@ class Holds:
         self._passed[name] = segment
 
     def has_passed(self, name: str, segment: int) -> bool:
-        """Whether a request that stands at a segment's entry has been let in already."""
+        """Whether a request at a segment's entry may go on into the segment."""
         return self._passed.get(name) == segment
 
     def forget_all_but(self, present: Set[str]) -> None:
-        """Keep what is known of those that stand at a boundary now."""
+        """Forget all requests that are not at a boundary now."""
         self._since_s = {name: since for name, since in self._since_s.items() if name in present}
         self._passed = {name: segment for name, segment in self._passed.items() if name in present}

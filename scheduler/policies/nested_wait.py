@@ -1,12 +1,12 @@
 """`nested_wait`: Nested WAIT, for requests whose output length is unknown (arXiv 2504.11320, Algorithm 2).
 
-Decides: requests enter in groups of n_1, and those whose answer goes on past an output-length boundary gather there
-until n_k of them do. In `strict` mode a segment runs only when its queue is full and all earlier segments run. In
-`serving` mode only admission and the step over a boundary wait, each at most `max_hold_s`; requests inside a segment
-always run, and an idle engine takes whatever is there.
+Decides: requests enter in groups of n_1; requests whose output continues past a boundary wait there for a group of n_k.
+In `strict` mode a segment runs only when its queue is full and all earlier segments run. In `serving` mode requests
+wait only for admission and at boundaries, each time at most `max_hold_s`; requests inside a segment always run, and an
+idle engine admits what is waiting.
 n_k may be less than one request per stage: a segment's total is then spread over its iterations (`rotation.py`).
 Parameters: `segments` (boundary and total each), `max_running`, `max_hold_s`.
-When not to use it: away from memory pressure, where holding a long answer at a boundary only makes it later.
+When not to use it: without memory pressure, where holding a long output at a boundary only delays it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class NestedWait(Policy):
         self._segments = Segments(thresholds)
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        """Open the entry when n_1 wait (or, in serving mode, one has waited long enough), and hold at boundaries."""
+        """Admit when n_1 requests wait (or, in serving mode, when a hold is over), and hold at boundaries."""
         if self.strict:
             admitted, sit_out = self._segments.decide_strictly(snapshot)
             admitted = min(admitted, self.free_slots(snapshot))

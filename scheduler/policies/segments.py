@@ -1,10 +1,10 @@
-"""The segments of Nested WAIT (arXiv 2504.11320, Algorithm 2): which requests wait at which output-length boundary.
+"""The segments of Nested WAIT (arXiv 2504.11320, Algorithm 2): boundary queues between ranges of output length.
 
-Segment k covers the decode stages (l'_{k-1}, l'_k]. A request whose answer is not over at l'_{k-1} queues there, its KV
-kept, until n_k of them do; then n_k go on. n_k is what `stage_limit` makes of the segment's total in the iteration that
-the segment has come to: below one request per stage it is 1 in some iterations and 0 in the others. A segment comes to
-its next iteration whenever it runs, so that an incomplete group keeps its place.
-Used by `nested_wait`, and by `wait` for the requests of undeclared length.
+Segment k covers the decode stages (l'_{k-1}, l'_k]. A request whose output continues past l'_{k-1} waits there, its KV
+kept, until n_k requests do; then n_k go on. n_k is the `stage_limit` of the segment's total in the segment's own
+iteration count: below one request per stage it is 1 in some iterations and 0 in others. The count advances only when
+the segment runs, so an incomplete group keeps its place.
+Used by `nested_wait`, and by `wait` for requests of undeclared length.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
 
 class Segments:
-    """Boundary queues of the requests of unknown length; without segments none ever waits."""
+    """Boundary queues of the requests of unknown length; without segments no request waits."""
 
     def __init__(self, thresholds: Thresholds) -> None:
         self._ends = tuple(segment.end_output_tokens for segment in thresholds.segments)
@@ -28,7 +28,7 @@ class Segments:
         self._stages = stage_lengths(self._ends)
         self._totals = tuple(segment.total for segment in thresholds.segments)
         self._steps = [0] * len(self._ends)
-        # The stages at which segment k+1's queue stands; beyond the last boundary none waits.
+        # The stages at which requests wait for segment k+1; no request waits beyond the last boundary.
         self._queue_at: dict[int, int] = {}
         self._widest = -1
         self._stand_within(0)
@@ -36,13 +36,13 @@ class Segments:
         self._holds = Holds()
 
     def _limit(self, segment: int, position: int = 0) -> int:
-        """n_k at one of a segment's stages (from 0) in the iteration that the segment has come to."""
+        """n_k at one of a segment's stages (from 0) in the segment's present iteration."""
         return stage_limit(self._totals[segment], self._stages[segment], self._steps[segment] - position)
 
     def entering(self, waiting: int, slots: int, *, at_once: bool) -> int:
-        """Serving mode, once an iteration: how many of those waiting enter segment 1.
+        """Serving mode, once per iteration: number of waiting requests that enter segment 1.
 
-        at_once: an incomplete group enters too, since its hold is over or the engine is idle.
+        at_once: an incomplete group enters too, because its hold is over or the engine is idle.
         """
         able = min(waiting, slots)
         if not self._totals:
@@ -55,7 +55,7 @@ class Segments:
         return min(able, max(n, 1) if at_once else n)
 
     def _stand_within(self, tokens: int) -> None:
-        """A request may find itself so many tokens past a boundary when it is first seen there."""
+        """Accept a request at a boundary when it is up to `tokens` tokens past it."""
         if tokens != self._widest:
             self._widest = tokens
             self._queue_at = {
@@ -65,13 +65,13 @@ class Segments:
     def sit_out(self, snapshot: Snapshot, *, entering: bool) -> set[str]:
         """Serving mode: the requests that are held at a boundary now.
 
-        Each hold ends when n_k stand there or after `max_hold_s`. A request whose boundary token is still in flight may
-        be finished: it does not count yet, and is not let pass. Requests inside a segment always run, and if all stood
-        at a boundary none would be held (`entering` tells that new requests keep the engine busy).
+        A hold ends when n_k requests wait or after `max_hold_s`. A request with its boundary token still in flight
+        may be finished: it does not count yet, and does not pass. Requests inside a segment always run. If all requests
+        are at a boundary none is held, unless new requests keep the engine busy (`entering`).
         """
         if not self._queue_at:
             return set()
-        # A step may cross a boundary by all of its tokens but one, and so may the one that was under way meanwhile.
+        # A step may cross a boundary by all of its tokens but one, and so may a step that was under way meanwhile.
         self._stand_within(2 * (snapshot.most_step_tokens - 1))
         queues: dict[int, list[RunningRequest]] = {index: [] for index in self._queue_at.values()}
         for place, stage in enumerate(snapshot.running.stages()):
@@ -92,7 +92,7 @@ class Segments:
         return set() if all_held and not entering and not snapshot.released else held
 
     def _passing(self, index: int, newcomers: list[RunningRequest], now_s: float) -> set[str]:
-        """The requests that step over a boundary now: a full group, oldest first, and those held long enough."""
+        """The requests that pass a boundary now: a full group, oldest first, and requests whose hold is over."""
         n = self._limit(index)
         standing = [one.request_id for one in newcomers if not one.tokens_in_flight]
         standing.sort(key=self._holds.since_s)
@@ -104,10 +104,10 @@ class Segments:
         return passing.union(standing[:n]) if len(standing) >= n else passing
 
     def decide_strictly(self, snapshot: Snapshot) -> tuple[int, set[str]]:
-        """The paper's letter: how many enter segment 1, and which requests sit out.
+        """The paper's rule: the number of requests that enter segment 1, and the requests that pause.
 
-        Segment k runs only if n_k stand at its queue and every earlier segment runs; a running segment advances at most
-        n_k requests per stage; a held segment holds all later ones.
+        Segment k runs only if n_k requests wait at its entry and every earlier segment runs; a running segment advances
+        at most n_k requests per stage; a held segment holds all later ones.
         """
         view = snapshot.waiting.get(UNKNOWN_TYPE)
         waiting = view.length if view else 0
@@ -124,7 +124,7 @@ class Segments:
             sit_out = self._held_strictly(running, running_segments)
             for index in range(running_segments):
                 self._steps[index] += 1
-            # An iteration in which n_k is 0 for all that are there takes no time.
+            # An iteration with n_k = 0 for every request takes no time.
             if entering or len(sit_out) < len(running) or not running_segments or under_way:
                 break
         return entering, sit_out
@@ -148,12 +148,12 @@ class Segments:
         return sit_out
 
     def at_boundary(self, snapshot: Snapshot, sit_out: Collection[str]) -> set[str]:
-        """Of those that sit out, the ones that stand at a boundary: the paper's memory repair evicts these."""
+        """The paused requests at a boundary: the paper's memory repair evicts these."""
         return {
             request.request_id for request in snapshot.running
             if request.stage in self._queue_at and request.request_id in sit_out
         }
 
     def _segment_entered_next(self, stage: int) -> int:
-        """The segment (from 0) that the next token of a request at `stage` belongs to; past the end, the last."""
+        """The segment (from 0) of the next token of a request at `stage`; past the end, the last one."""
         return min(bisect_left(self._ends, stage + 1), len(self._ends) - 1)

@@ -2,8 +2,8 @@
 
 A TPOT target bounds a request's mean time per token, so iterations shorter than the target build up slack: a request
 with s tokens, e seconds after its first one, has (s − 1)·target − e. An iteration may exceed the target by the smallest
-slack of all at no cost. It may exceed it by more where the requests that fall behind catch up before they are likely to
-end; what that costs is the expected number of requests that end too early.
+slack at no cost. It may exceed it by more if the requests that fall behind are likely to catch up before they end; the
+cost is the expected number of requests that end before that.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ _SHARES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1)
 
 
 class TpotSlack:
-    """What the coming iteration may take beyond `token_s`, the time per token that is planned (seconds).
+    """Seconds by which the next iteration may exceed `token_s`, the planned time per token.
 
-    under_way: iterations composed before the results of one are there.
+    under_way: iterations composed before the results of one are known.
     """
 
     def __init__(self, token_s: float, survives: Survives, under_way: int = 1) -> None:
         self._token_s, self._survives = token_s, survives
-        self._lent_s: deque[float] = deque(maxlen=under_way)
+        self._used_s: deque[float] = deque(maxlen=under_way)
 
-    def nothing_lent(self) -> None:
-        """The coming iteration takes no more than planned."""
-        self._lent_s.append(0.0)
+    def use_none(self) -> None:
+        """The next iteration uses no slack."""
+        self._used_s.append(0.0)
 
     def spare_s(
         self, stages: NDArray[np.int64], first_token_s: Floats, now_s: float, wanted_s: float, *, gain_s: float,
         misses: float,
     ) -> float:
-        """Seconds, at most `wanted_s`, beyond the plan.
+        """Seconds beyond the plan, at most `wanted_s`.
 
-        stages: output tokens of the running requests, 0 while in prefill; first_token_s: when the first one came (NaN:
-        not yet). gain_s: seconds that a later token regains, 0 at capacity. misses: expected number of requests that
-        `wanted_s` may cost their target; less in proportion for less.
+        stages: output tokens of the running requests, 0 during prefill. first_token_s: clock second of the first one
+        (NaN: not yet). gain_s: seconds that a request regains per later token, 0 at capacity. misses: accepted expected
+        number of requests that miss their target because of `wanted_s`; proportionally fewer for a smaller excess.
         """
         decoding = stages > 0
         tokens, since_s = stages[decoding], first_token_s[decoding]
         slack_s = np.where(np.isnan(since_s), 0.0, (tokens - 1) * self._token_s - (now_s - since_s))
-        # What the iterations under way were lent is not in these times yet; their tokens are counted already.
-        slack_s = slack_s - self._token_s * (~np.isnan(since_s)) - sum(self._lent_s)
-        self._lent_s.append(self._most_s(tokens, slack_s, wanted_s, gain_s, misses))
-        return self._lent_s[-1]
+        # The slack used by iterations under way is not in these times yet; their tokens are counted already.
+        slack_s = slack_s - self._token_s * (~np.isnan(since_s)) - sum(self._used_s)
+        self._used_s.append(self._most_s(tokens, slack_s, wanted_s, gain_s, misses))
+        return self._used_s[-1]
 
     def _most_s(
         self, tokens: NDArray[np.int64], slack_s: Floats, wanted_s: float, gain_s: float, misses: float

@@ -1,10 +1,10 @@
 """`wait`: WAIT, for requests whose output length is known (arXiv 2504.11320, Algorithm 1).
 
 Decides: type j enters in groups, when n_j of its requests wait. In `strict` mode only types with a full group make
-progress, at most n_j requests from each stage, and if no type has one all wait for the next arrival. In
-`serving` mode running requests always go on, a group that stays incomplete enters after `max_hold_s`, and an idle
-engine takes whatever is there. Requests of unknown length follow the segments, as under `nested_wait`, if any are set.
-A type without n_j has an open gate: its requests enter at once and always run, in either mode.
+progress, at most n_j requests from each stage; if no type has one, all wait for the next arrival. In `serving` mode
+running requests always go on, an incomplete group enters after `max_hold_s`, and an idle engine admits what is waiting.
+Requests of unknown length follow the segments, as under `nested_wait`, if any are set. Requests of a type without n_j
+enter at once and always run, in either mode.
 Parameters: `types` (n_j and length bounds, first match wins), `segments` for unknown lengths, `max_running`.
 When not to use it: at light load, where holding a group back only adds its hold to the time to first token; and
 whenever clients declare no lengths.
@@ -30,7 +30,7 @@ class Wait(Policy):
         self._segments = Segments(thresholds)
 
     def classify(self, prompt_tokens: int, known_output_tokens: int | None) -> str:
-        """The first type whose bounds hold the request; unknown when its output length is, or no type fits."""
+        """The first type whose bounds include the request; unknown if its output length is unknown or no type fits."""
         if known_output_tokens is None:
             return UNKNOWN_TYPE
         for entry in self.thresholds.types:
@@ -41,12 +41,12 @@ class Wait(Policy):
         return UNKNOWN_TYPE
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        """Open the gate of every type that has a full group (or, in serving mode, has waited long enough)."""
+        """Admit from every type with a full group (or, in serving mode, with a hold that is over)."""
         if self.strict:
             return self._decide_strictly(snapshot)
         slots = self.free_slots(snapshot)
         admit: dict[str, int] = {}
-        # Oldest first, so that the last free slots go to the requests that have waited longest.
+        # Oldest type first, so that the last free slots go to the longest wait.
         for type_name, view in sorted(snapshot.waiting.items(), key=lambda item: item[1].oldest_since_s):
             at_once = snapshot.idle or self.hold_is_over(view, snapshot)
             if type_name in self._n:

@@ -1,17 +1,17 @@
-"""`wait_cp`: what the authors of WAIT ran in their experiments, WAIT with chunked prefill (arXiv 2504.11320).
+"""`wait_cp`: WAIT with chunked prefill, as in the experiments of its authors (arXiv 2504.11320).
 
 Source: `general_nested_chunked` in the authors' repository. Segments as in `nested_wait`, but each is judged alone.
 Decides: segment k takes B_k div δ_k requests from its entry in an iteration, one more in B_k mod δ_k of every δ_k
-(`scheduler.model.rotation`), and never holds more than B_k; requests inside a segment move on. The entry of segment 1
-is the gate, that of a later one its boundary queue. With `wait_gate` a segment's entry opens only when as many stand
-there as may enter in this iteration, or when the segment is full. A prompt is computed in chunks of
+(`scheduler.model.rotation`), and never contains more than B_k; requests inside a segment move on. The entry of segment
+1 is the admission queue, that of a later one its boundary queue. With `wait_gate` an entry opens only when as many
+requests wait there as may enter in this iteration, or when the segment is full. A prompt is computed in chunks of
 `prefill_chunk_tokens`, and `token_gate` gives the tokens of an iteration.
-In `strict` mode a closed gate stops the whole segment, as in the authors' code, though not the prompts in progress, nor
-the entry of segment 1. In `serving` mode only entries wait, at a boundary at most `max_hold_s`, whatever gate and B_k
-say, and an idle engine takes a request at once.
+In `strict` mode a closed wait gate stops the whole segment, as in the authors' code, except prompts in progress and the
+entry of segment 1. In `serving` mode only entries wait, at a boundary at most `max_hold_s` whatever the wait gate and
+B_k, and an idle engine admits a request at once.
 Parameters: `segments` (boundary and B_k each), `max_running` (the authors' total limit), `wait_gate`,
 `prefill_chunk_tokens`, `token_budget`, `max_hold_s`.
-When not to use it: away from the load at which the cap binds, where it only delays the entry.
+When not to use it: below the load at which the cap is reached, where it only delays admission.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def token_gate(cap: int, *, prefill_chunks: float, output_tokens: float, chunk_t
 class _Segment:
     """The requests of a segment: inside, standing at its entry, and arriving there with a token still in flight.
 
-    In segment 1 those arriving are the prompts in progress. waiting: those and the requests at the gate.
+    In segment 1 the arriving requests are the prompts in progress. waiting: these and the admission queue.
     """
 
     standing: list[str] = field(default_factory=list)
@@ -68,7 +68,7 @@ class WaitCp(Policy):
         self._holds = Holds()
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        """The requests that enter each segment; one that stands at a boundary and does not enter sits out."""
+        """Choose the requests that enter each segment; a request at a boundary that does not enter pauses."""
         view, slots = snapshot.waiting.get(UNKNOWN_TYPE), self.free_slots(snapshot)
         waiting = view.length if view else 0
         if not self._ends:
@@ -98,7 +98,7 @@ class WaitCp(Policy):
                 entering = max(1, entering)
             entering = min(entering, slots)
             if len(sit_out) == len(snapshot.running) and not entering and not snapshot.released:
-                sit_out -= self._one_of(segments)  # with nothing inside any segment, no cap is in its way
+                sit_out -= self._one_of(segments)  # all segments are empty, so no cap is reached
         admit = {UNKNOWN_TYPE: entering} if entering else {}
         return Decision(admit, sit_out, evict_first=self._boundary(segments, sit_out) if self.strict else ())
 
@@ -134,7 +134,7 @@ class WaitCp(Policy):
         return len(first.arriving) + len(first.inside)
 
     def _held_at(self, index: int, segment: _Segment, room: int, now_s: float) -> set[str]:
-        """The requests of a boundary queue that do not enter now; those there longest enter first."""
+        """The requests of a boundary queue that do not enter now; the longest hold enters first."""
         held: set[str] = set(segment.arriving)
         for name in segment.standing + segment.arriving:
             self._holds.stands(name, now_s)
@@ -148,7 +148,7 @@ class WaitCp(Policy):
         return held
 
     def _one_of(self, segments: list[_Segment]) -> set[str]:
-        """A request that goes on where all would stand still: the one that has been held longest."""
+        """The longest-held request, which goes on when all others are held too."""
         standing = [(self._holds.since_s(name), index, name) for index in range(1, len(segments))
                     for name in segments[index].standing]
         if not standing:

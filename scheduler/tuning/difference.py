@@ -11,20 +11,20 @@ from scheduler.fluid_params import FluidParams
 from scheduler.thresholds import Thresholds
 
 _SETTLED = 0.10
-"""Thresholds closer than this (relatively) to the active ones are left alone: estimates jitter, engines should not."""
+"""Smallest relative change of thresholds that is sent: estimates jitter, engines should not."""
 _PROMPT_TOKENS = 2048.0
-"""Prompt tokens beside which iteration times are compared where nothing says how many there are."""
+"""Prompt tokens at which iteration times are compared when the prompt flow is not known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """How far a field may be from the active one: by `share` of it, or by `least` if that is more; by default not."""
+    """Largest insignificant change of a field: `share` of its value, or `least` if that is more; by default none."""
 
     share: float = 0.0
     least: float = 0.0
 
     def covers(self, new: float | None, old: float | None) -> bool:
-        """Whether a change is too small to matter; what is given and what is not always differ."""
+        """Whether a change is too small to matter; a number and None always differ."""
         if new is None or old is None:
             return new is old
         return abs(new - old) <= max(self.least, self.share * old)
@@ -32,22 +32,22 @@ class Tolerance:
 
 _EXACT, _TIME, _ESTIMATE = Tolerance(), Tolerance(0.05), Tolerance(_SETTLED)
 FLUID_TOLERANCES: Mapping[str, Tolerance] = {
-    # What an operator or an engine sets, and what follows from that alone.
+    # Set by the operator or the engine, or derived from such fields alone.
     **dict.fromkeys(("kv_limit_tokens", "block_tokens", "overflow_z", "miss_probability"), _EXACT),
     **dict.fromkeys(("tpot_s", "ttft_s", "latency_s", "pipeline_depth", "cold"), _EXACT),
-    # What the engine's iterations are held to. The model is compared by the iteration times it gives.
+    # Limits of the engine's iterations. The model is compared by its iteration times.
     **dict.fromkeys(("time_model", "iteration_s", "tokens_per_step", "computed_per_step"), _TIME),
     "survival": Tolerance(least=0.05),
-    # What follows from estimates of arrivals, and so moves most.
+    # Derived from estimates of arrivals, which vary most.
     **dict.fromkeys(("prompt_flow_tokens", "capacity_rps", "steady_s", "variability"), _ESTIMATE),
     "first_token_within_s": _ESTIMATE,
     "queue_limit": Tolerance(_SETTLED, 1.0),
 }
-"""For each field of the fluid parameters, the change that is none."""
+"""For each field of the fluid parameters, the largest insignificant change."""
 
 
 def materially_different(proposed: Thresholds, active: Thresholds) -> bool:
-    """False when a change would be noise: the same rule, or every count within a tenth (or one) of what it is."""
+    """False when the change is noise: the same rule, or every count within a tenth (or one) of its active value."""
     if proposed.same_rule(active):
         return False
     if proposed.fluid and active.fluid:
@@ -64,7 +64,7 @@ _FIELDS = tuple(field.name for field in fields(FluidParams))
 
 
 def _differs(name: str, new: FluidParams, old: FluidParams) -> bool:
-    """Whether this field has changed by more than its tolerance; one without a tolerance may not change at all."""
+    """Whether this field has changed by more than its tolerance (by default 0)."""
     tolerance = FLUID_TOLERANCES.get(name, _EXACT)
     if name == "survival":
         at = [x for x, _ in (*new.survival.points, *old.survival.points)]
@@ -84,7 +84,7 @@ def _counts(thresholds: Thresholds) -> list[int]:
 
 
 def _last_end(new: Thresholds, old: Thresholds) -> int | None:
-    """The end of both last segments where it differs by noise: none waits there, and it moves with every record."""
+    """The end of both last segments if it differs by noise: no request waits there, and every record moves it."""
     if not new.segments or not old.segments:
         return None
     ends = sorted(value.segments[-1].end_output_tokens for value in (new, old))
@@ -97,7 +97,7 @@ def _without_counts(thresholds: Thresholds, last_end: int | None) -> Thresholds:
         segments = (*segments[:-1], replace(segments[-1], end_output_tokens=last_end))
     return replace(
         thresholds,
-        types=tuple(replace(entry, n=entry.n and 1) for entry in thresholds.types),  # an open gate differs from any
+        types=tuple(replace(entry, n=entry.n and 1) for entry in thresholds.types),  # no count differs from any count
         segments=segments,
         max_running=None if thresholds.max_running is None else 1,
     )

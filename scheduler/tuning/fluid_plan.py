@@ -1,7 +1,7 @@
-"""From targets to the parameters of `fluid`: what one replica can serve in time, and its bottleneck.
+"""From latency targets to the parameters of `fluid`, the capacity of one replica, and its bottleneck.
 
-Source: the fluid equilibrium of arXiv 2504.11320 with the longest iteration fixed by a target instead of by the load,
-and with the engine's slots and its token budget as constraints beside memory and time.
+Source: the fluid equilibrium of arXiv 2504.11320, with the longest iteration set by a target instead of the load, and
+with the engine's slots and its token budget as constraints beside memory and time.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from scheduler.tuning.slo import Slo
 from scheduler.tuning.tpot_margin import tpot_margin
 
 _QUEUE_SHARE = 0.1
-"""Of the miss probability, what a queue that runs dry may cost; the rest is for errors of the iteration-time model."""
+"""Share of the miss probability spent on an empty queue; the rest covers iteration-time error."""
 _LEAST_MARGIN = 0.002
-"""Even an exact model is off by a few tokens: requests whose last token is under way are counted once more."""
+"""Least margin: even an exact model counts requests with their last token under way once more."""
 _STAGE_MARGIN = 0.004
-"""For each further pipeline stage: it waits where two batches that follow one another are not of one length."""
+"""Added margin per further pipeline stage, which waits when successive batches differ in length."""
 _LARGEST_MARGIN = 0.5
-"""A model whose errors ask for more says nothing any more about the hardware."""
+"""Largest margin: with larger errors the model no longer describes the hardware."""
 _ITERATION_TIMES = 32
 _WAIT_SHARE = 0.9
-"""A wait within a latency target may cost the other tenth of the requests that would have been in time without it."""
+"""Share of the requests in time without a wait that must still be in time with the longest wait."""
 Floats = NDArray[np.float64]
 
 
@@ -44,10 +44,10 @@ Floats = NDArray[np.float64]
 class FluidPlan:
     """The parameters for `fluid`, the capacity they give, and the bottleneck.
 
-    bottleneck: memory, slots, token budget, TPOT target, TTFT target, latency target or nothing. in_time: share of
-    requests whose lengths allow them to meet every target. tpot_margin: how far, relative to them, iterations stay
-    below `tpot_s`, the TPOT target. alone_s: where the target is below what one mean request alone takes per token,
-    these seconds.
+    bottleneck: memory, slots, token budget, TPOT target, TTFT target, latency target or nothing.
+    in_time: share of requests of lengths that can meet every target.
+    tpot_s, tpot_margin: the TPOT target, and the relative margin of the iterations below it.
+    alone_s: seconds per token of one mean request alone, if that is above the TPOT target.
     """
 
     fluid: FluidParams
@@ -70,10 +70,10 @@ def solve_fluid_params(
 ) -> FluidPlan:
     """The parameters for `mix` on one replica.
 
-    error: of iterations under the model; the longest iteration stays so far below the TPOT target that all but
-    `miss_probability` of requests meet it. realised_margin: the margin that the latest requests would have needed, if
-    that is more. dispersion: of the arrivals, the variance of their counts over its mean. delivery_s: seconds from a
-    first token in the engine until its client has it; so much earlier it has to come.
+    error: of iterations under the model; it sets the margin with which all but `miss_probability` of requests meet the
+        TPOT target. realised_margin: the margin that the latest requests would have needed, used if larger.
+    dispersion: variance over mean of the arrival counts.
+    delivery_s: seconds from a first token in the engine until its client has it, subtracted from the TTFT target.
     """
     lengths = mix.merged().lengths
     capacity = _Capacity(mix, time_model, limits, reuse, steps)
@@ -87,7 +87,7 @@ def solve_fluid_params(
     known_rps = served_rps if math.isfinite(served_rps) else 0.0
     planned_s = None if token_s is None else capacity.iteration_of(token_s)
     reachable = iteration_s is None or planned_s is None or planned_s >= capacity.alone_s
-    if not reachable:  # the engine plans for one request alone, and the capacity is what the target leaves
+    if not reachable:  # plan for one request alone; the capacity still follows from the target
         served_rps, limit = capacity.at(planned_s)
     load = mix.rate_rps / served_rps if served_rps > 0 else math.inf
     steady_s = capacity.iteration_s(min(mix.rate_rps, served_rps), iteration_s)
@@ -105,7 +105,7 @@ def solve_fluid_params(
         spare_s = within.first_token_s - capacity.first_token_s(params, load)
         soon = float(lengths.weights @ (spare_s >= 0))
         params = replace(params, queue_limit=capacity.queue_limit(params, spare_s, miss_probability, dispersion))
-    # Requests whose first token cannot be in time are rejected, and take no capacity.
+    # Requests that cannot meet their first-token limit are rejected and take no capacity.
     if load * soon >= 1:
         bottleneck = limit
     elif 1 - soon > miss_probability:
@@ -122,8 +122,8 @@ def solve_fluid_params(
 
 @dataclass(frozen=True, slots=True)
 class _Within:
-    """The longest iteration and the time for the first token that the targets leave, and the share of requests whose
-    lengths allow them to meet a latency target with these."""
+    """The longest iteration and first-token time within the targets, and the share of requests that can meet a latency
+    target with these."""
 
     iteration_s: float | None
     first_token_s: float | None
@@ -131,7 +131,7 @@ class _Within:
 
 
 class _Capacity:
-    """What one replica can serve of a mix, by memory, by slots, by the token budget and by time."""
+    """The capacity of one replica for a mix, by memory, slots, token budget and time."""
 
     def __init__(
         self, mix: WorkloadMix, time_model: IterationTimeModel, limits: EngineLimits, reuse: PrefixReuse, steps: Steps
@@ -141,7 +141,7 @@ class _Capacity:
         self.kv_limit_tokens = limits.kv_capacity_tokens - limits.block_tokens
         self._slots, self._budget = limits.most_running, limits.max_num_batched_tokens
         self.fluid = solve_fluid(mix, time_model, self.kv_limit_tokens, reuse, steps)
-        # Seconds of work that one request brings, in all, and of it what comes on top of the floor.
+        # Seconds of work per request, in all, and the part on top of the floor.
         decode_s = time_model.added_s(decode_tokens=self._lengths.mean_output_tokens) * steps.computed_per_token
         kv_work_s = self.fluid.kv_load / mix.rate_rps
         self._prefill_work_s = self.fluid.prefill_load / mix.rate_rps
@@ -154,12 +154,12 @@ class _Capacity:
 
     @property
     def alone_s(self) -> float:
-        """An iteration of one request: no target can ask for less."""
+        """Seconds of an iteration with one request, the lower bound of every target."""
         steps = self._steps
-        return self._time_model.iteration_s(0.0, steps.computed, float(self._lengths.mean_resident_kv_tokens))
+        return self._time_model.iteration_s(0.0, steps.computed, float(self._lengths.mean_running_kv_tokens))
 
     def at(self, iteration_s: float | None) -> tuple[float, str]:
-        """Requests/s with iterations of at most so long, and what limits them."""
+        """Requests/s with iterations of at most `iteration_s`, and the bottleneck."""
         limits = {
             "memory": self._by_memory,
             "slots": self._regimes.most_by_count(self._slots, self._life * self._steps.depth),
@@ -170,7 +170,7 @@ class _Capacity:
         return limits[limit], limit
 
     def iteration_s(self, rate_rps: float, most_s: float | None) -> float:
-        """The equilibrium's iteration time when so many requests/s are served; 0: no such equilibrium is known."""
+        """The equilibrium's iteration time at `rate_rps`; 0 if there is no equilibrium."""
         seconds = self._regimes.iteration_s(rate_rps)
         if math.isinf(seconds):
             return most_s or 0.0
@@ -178,14 +178,14 @@ class _Capacity:
 
     @property
     def decode_share(self) -> float:
-        """Of a request's work, what its prompt does not foretell."""
+        """Share of a request's work that its prompt does not determine."""
         return 1 - self._prefill_work_s / self._work_s if self._work_s else 1.0
 
     def within_latency(self, token_s: float | None, targets: Slo, margin: float) -> _Within:
         """The iteration time with the most requests in time: (first token) + (l' − 1)·(time per token) <= latency.
 
-        Up to capacity the load decides about the iteration time, and nothing is held back; beyond it, shorter
-        iterations serve fewer requests but more of the long ones in time.
+        Below capacity the load sets the iteration time; above it, shorter iterations serve fewer requests, but more of
+        the long ones in time.
         """
         longest_s = None if token_s is None else max(self.iteration_of(token_s), self.alone_s)
         if targets.latency_s is None:
@@ -209,7 +209,7 @@ class _Capacity:
         return best
 
     def _just_in_time_s(self, latency_s: float, margin: float) -> Floats:
-        """The iteration times with which answers of each quantile of the length just meet a latency target."""
+        """For each quantile of the output length, the iteration time that just meets a latency target."""
         longest = self._lengths.output_quantiles(np.linspace(0, 1, _ITERATION_TIMES)).astype(np.float64)
         steps = self._iterations_to_first_token + (longest - 1) * self._steps.depth / self._steps.tokens
         return np.asarray(max(latency_s - self._prefill_s, 0.0) / steps / (1 + margin) * (1 - 1e-9))
@@ -226,7 +226,7 @@ class _Capacity:
         return token_s * self._steps.tokens / self._steps.depth
 
     def _share_in_time(self, latency_s: float, iteration_s: float, wait_s: float) -> float:
-        """Share of requests in time when each waits so long and every iteration takes so long."""
+        """Share of requests in time, given their wait and the iteration time (seconds)."""
         token_s = iteration_s * self._steps.depth / self._steps.tokens
         left_s = latency_s - wait_s - self._iterations_to_first_token * iteration_s - self._prefill_s
         return 1.0 - self._lengths.survival(1 + left_s / token_s + 1e-9) if left_s >= 0 else 0.0
@@ -239,7 +239,7 @@ class _Capacity:
         return max(wait_s, latency_s / 20) + self._iterations_to_first_token * iteration_s
 
     def first_token_s(self, params: FluidParams, load: float) -> Floats:
-        """Seconds to the first token of each of the lengths without a wait, beside the decodes served at `load`."""
+        """Seconds to the first token, for each of the lengths, without a wait and beside the decodes of `load`."""
         iteration_s = params.iteration_s
         prompts = np.asarray(self._lengths.prompt_tokens * self._reuse.computed, dtype=np.float64)
         if iteration_s is None:
@@ -254,15 +254,15 @@ class _Capacity:
     def queue_limit(
         self, params: FluidParams, spare_s: Floats, miss_probability: float, dispersion: float
     ) -> int | None:
-        """How many waiting requests are of use beyond capacity, at the least one; None up to it.
+        """Most waiting requests above capacity, >= 1; None (unlimited) below it.
 
-        Up to capacity a queue empties by itself: only requests that would be late are rejected. Those that cannot be in
-        time do not count.
+        Below capacity a queue drains: only requests that would be late are rejected. Requests that cannot be in time do
+        not count.
         """
         time_model, lengths, served_rps = self._time_model, self._lengths, params.capacity_rps
         if not served_rps or self._rate_rps <= served_rps:
             return None
-        most = params.kv_limit_tokens / lengths.mean_resident_kv_tokens
+        most = params.kv_limit_tokens / lengths.mean_running_kv_tokens
         iteration_s = params.iteration_s
         if iteration_s is None:
             iteration_s = time_model.iteration_s(0.0, min(most, float(self._slots)), float(params.kv_limit_tokens))

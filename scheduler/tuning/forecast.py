@@ -1,4 +1,4 @@
-"""What the controller expects of a replica and how sure it is: the plan, and the estimates behind it."""
+"""The controller's plan for a replica and the estimates behind it, with intervals, as `status` shows them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ class Forecast:
     """The plan and the estimates behind it; every interval covers with probability `CONFIDENCE`.
 
     miss_probability: share of requests that may miss the TPOT target.
-    rate_rps: arrivals, in all and by type, alike for rate_since_s seconds, with the counts' dispersion (1: Poisson).
-    prompt_tokens, output_tokens: means. survival_samples: the ended answers that the survival estimate rests on (with
-    guesses, while cold), alike for survival_since_s seconds (None: since the beginning). iteration_error_std:
-    relative, of one iteration, and its correlation with the next one's; iteration_s: mean of recent iterations, with
-    their own standard deviation (None: too few seen). cold: True while lengths are (in part) guessed. delivery_s: from
-    a first token in the engine until it has left the replica.
+    rate_rps: arrivals in all and by type, unchanged for rate_since_s seconds; dispersion of their counts (1: Poisson).
+    prompt_tokens, output_tokens: means.
+    survival_samples: ended outputs behind the survival estimate (with priors, while cold), unchanged for
+        survival_since_s seconds (None: since the start).
+    iteration_error_std: relative error of one iteration, with the correlation of successive errors.
+    iteration_s: mean of recent iterations, with their standard deviation (None: too few).
+    cold: True while lengths are (partly) a prior.
+    delivery_s: seconds from a first token in the engine until it has left the replica.
     """
 
     plan: FluidPlan
@@ -45,8 +47,8 @@ class Forecast:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready and flat: the plan's figures beside the estimates, an estimate as {"value", "low", "high"}.
 
-        `ttft_s` is the time for a first token with what a latency target leaves it, `queue_limit` how many requests may
-        wait (None: any number). What is infinite becomes None.
+        ttft_s: time for a first token within all targets; queue_limit: most waiting requests (None: unlimited).
+        Infinite values become None.
         """
         plan = {name: getattr(self.plan, name) for name in _OF_PLAN}
         own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}

@@ -1,4 +1,4 @@
-"""What the controller sends to a replica after a look at it: new thresholds, a renewal, or nothing."""
+"""The controller's next message to a replica: new thresholds, a renewal, or nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scheduler.tuning.replica_model import Proposal
 
 @dataclass(frozen=True, slots=True)
 class NextPush:
-    """What to send (None: nothing) and why, in words. changed: it is another rule, not a renewal of the active one."""
+    """The thresholds to send (None: nothing) and the reason in words. changed: a new rule, not a renewal."""
 
     thresholds: Thresholds | None
     reason: str
@@ -20,11 +20,11 @@ class NextPush:
 
 
 def next_push(telemetry: Telemetry, proposal: Proposal, *, pushed_s_ago: float, validity_s: float) -> NextPush:
-    """Decide what follows from a report and the proposal made of it; no clock, no side effects.
+    """The next push, from a report and the proposal made of it; no clock, no side effects.
 
-    Thresholds that an operator pinned are left alone. A proposal that differs by more than noise is sent under the next
-    version. Otherwise thresholds that would lapse are sent again when half their validity is over since the latest push
-    (`pushed_s_ago`, infinite: none yet), as they are, so that noise in the estimates does not ride along.
+    Pinned thresholds are left alone. A proposal that differs by more than noise is sent under the next version. Else
+    thresholds that would lapse are renewed unchanged, without the noise of the estimates, when half their validity is
+    over since the latest push (`pushed_s_ago`, infinite: none yet).
     """
     active = telemetry.thresholds
     if active.pinned:

@@ -1,7 +1,7 @@
-"""What the controller knows of one replica, and the thresholds that follow from it. No Ray, no vLLM, no clock.
+"""The controller's model of one replica, and the thresholds that follow from it. No Ray, no vLLM, no clock.
 
-Fed with telemetry, it keeps the iteration-time model (refined online from the profile's) and a `TrafficMonitor` of
-arrivals and answers; asked, it solves the fluid model and says what it would make active, and why.
+From telemetry it keeps the iteration-time model (refined online from the profile's) and a `TrafficMonitor` of arrivals
+and outputs; on request it solves the fluid model and proposes thresholds with a reason.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from scheduler.tuning.solve import LEAST_RATE_RPS, mix_by_length, tune_counts, t
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """The thresholds a replica should run with, the equilibrium behind them (None: too little is known), and why.
+    """The thresholds for a replica, the equilibrium behind them (None: too little is known), and why.
 
-    forecast: what `fluid` expects and how sure it is; None under another policy and without telemetry.
+    forecast: the plan of `fluid` with its estimates; None under another policy and without telemetry.
     """
 
     thresholds: Thresholds
@@ -84,9 +84,9 @@ class ReplicaModel:
         self.telemetry = telemetry
 
     def _observe_finished(self, telemetry: Telemetry) -> None:
-        """What requests got beside the plan; while lengths and the model are guesses, there is no plan to keep.
+        """Compare the TPOT of finished requests with the plan; a cold plan is not compared.
 
-        Where the replica tells when its answers left it, that is what they got.
+        Uses the times at which outputs left the replica where it reports them.
         """
         delivered = [done for done in telemetry.delivered if done.seq > self._delivered]
         for done in delivered:
@@ -111,21 +111,21 @@ class ReplicaModel:
 
     @property
     def rates(self) -> ArrivalRates:
-        """What arrives, in all and by type, with intervals."""
+        """Arrival rates, in all and by type, with intervals."""
         return self._traffic.rates
 
     @property
     def rate_rps(self) -> float:
-        """Arrivals per second since they are alike, at most over the window."""
+        """Arrivals per second since the last change, at most over the window."""
         return self._traffic.rates.total.value if self.telemetry else 0.0
 
     @property
     def finished_seen(self) -> int:
-        """Finished requests whose lengths are known, and alike."""
+        """Finished requests since the last change of lengths."""
         return self._traffic.finished_count
 
     def propose(self) -> Proposal:
-        """The thresholds for what is known now; the configured ones while that is too little."""
+        """The thresholds for the present estimates; the configured ones while too little is known."""
         if self.telemetry is None:
             return Proposal(self._configured, None, "no telemetry yet: the configured thresholds")
         if self._configured.policy == "fluid":
@@ -149,7 +149,7 @@ class ReplicaModel:
         return Proposal(thresholds, equilibrium, thresholds.reason)
 
     def _propose_fluid(self) -> Proposal:
-        """All requests as of unknown length; there always are fluid parameters, if need be from a guess."""
+        """`fluid` ignores declared lengths here; before any output is seen it uses a prior."""
         assert self.telemetry is not None
         rates, cold = self._traffic.rates, self.finished_seen < self._settings.min_finished
         answers = self._traffic.answers(guessed=_guesses(self._longest) if cold else ())
@@ -191,7 +191,7 @@ class ReplicaModel:
             for arrival in arrivals
             if arrival.known_output_tokens is not None and self._configured.policy == "wait"
         ]
-        # A moment without arrivals is no reason to solve for none.
+        # A moment without arrivals must not lead to a rate of 0.
         rate_rps = self.rate_rps or self._traffic.rates.total.high / 2
         lengths = product_limit(self._traffic.answers(), self._longest)
         return mix_by_length(
@@ -199,7 +199,7 @@ class ReplicaModel:
         )
 
     def _over_time(self, mix: WorkloadMix) -> tuple[Stretch, ...]:
-        """The types of `mix` at the rates of each stretch while rates move within a period; nothing otherwise."""
+        """The types of `mix` at the rates of each stretch while rates vary within a control period; else empty."""
         bounds = [
             (int(t.name.removeprefix("output<=")), t.name) for t in mix.types if t.name != UNKNOWN_TYPE
         ]
@@ -224,8 +224,8 @@ class ReplicaModel:
 
 
 def _guesses(longest: int) -> list[tuple[int, int]]:
-    """A few pairs of `cold_lengths`, which stand for finished requests until there are enough."""
+    """A few pairs of `cold_lengths`, in place of finished requests until there are enough."""
     lengths = cold_lengths(longest)
     prompts, outputs = np.unique(lengths.prompt_tokens), np.unique(lengths.output_tokens)
-    # A step coprime to their number goes through all prompts, in no relation to the outputs.
+    # A step coprime to their number visits all prompts, unrelated to the outputs.
     return [(int(prompts[(7 * place) % len(prompts)]), int(output)) for place, output in enumerate(outputs)]

@@ -1,4 +1,4 @@
-"""What the controller is told: how a replica is to be tuned."""
+"""The controller's settings for tuning a replica."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from scheduler.tuning.slo import NO_SLO, Slo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuningSettings:
-    """How one replica's thresholds are set.
+    """Settings for one replica's thresholds.
 
-    window_s: seconds of arrivals that count; min_finished: finished requests to see before thresholds are touched;
-    overflow_probability: accepted chance that memory overflows or that a request misses its time per token; validity_s:
-    how long thresholds stay active unless renewed; targets: the latencies that requests are to be kept within.
+    window_s: seconds of arrivals that count. min_finished: finished requests before thresholds are changed.
+    overflow_probability: accepted probability that memory overflows or that a request misses its TPOT target.
+    validity_s: seconds for which thresholds stay active unless renewed. targets: the latency targets (SLO).
     """
 
     window_s: float = 60.0

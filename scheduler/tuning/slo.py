@@ -29,7 +29,7 @@ class Slo:
                 require_number(name, value, allow_zero=False)
 
     def delivered_within(self, delivery_s: float) -> Slo:
-        """What is left of them for the engine when its tokens take so many seconds to their clients."""
+        """The targets for the engine when its tokens take `delivery_s` seconds to their clients."""
         ttft_s, latency_s = (
             None if target_s is None else target_s - delivery_s for target_s in (self.ttft_s, self.latency_s)
         )
@@ -40,14 +40,14 @@ NO_SLO = Slo()
 
 
 class UnreachableTarget(ValueError):
-    """A target below what one request alone needs; the message names it, its value and what is allowed."""
+    """A target below the time of one request alone; the message names it, its value and what is allowed."""
 
 
 def require_reachable(targets: Slo, time_model: IterationTimeModel) -> None:
-    """Do nothing where one request of one token, alone on a replica, would meet every target.
+    """Check that one request of one token, alone on a replica, meets every target.
 
     Raises:
-        UnreachableTarget: it would not, so that no request ever can.
+        UnreachableTarget: it does not, so no request can.
     """
     first_s, next_s = time_model.iteration_s(1.0, 0.0, 1.0), time_model.iteration_s(0.0, 1.0, 1.0)
     for name, alone_s, what in (

@@ -1,6 +1,6 @@
-"""From a workload to thresholds: the one rule by which the controller and the simulator set a replica's thresholds.
+"""From a workload to thresholds, for the controller and the simulator.
 
-No vLLM, no clock, no telemetry: what arrives (`WorkloadMix`), the iteration-time model and the engine's limits go in.
+Inputs are a `WorkloadMix`, the iteration-time model and the engine's limits; no vLLM, no clock, no telemetry.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from scheduler.tuning.slo import Slo
 
 MOST_TYPES = 4
 LEAST_RATE_RPS = 1e-3
-"""Stands for the rate while none is known."""
+"""The rate assumed while none is known."""
 _MOST_SEGMENTS = 4
 _PRACTICAL_MARGIN, _PRACTICAL_SLACK = 0.05, 0.05
 
@@ -46,11 +46,11 @@ def tune_fluid(
     miss_probability: float, error: IterationTimeError = EXACT, dispersion: float = 1.0, reuse: PrefixReuse = NO_REUSE,
     steps: Steps = ONE_TOKEN_A_STEP, realised_margin: float = 0.0, delivery_s: float = 0.0, cold: bool = False,
 ) -> tuple[Thresholds, FluidPlan]:
-    """`configured` with the parameters that the policy `fluid` needs for `mix`, and the plan that they follow from.
+    """`configured` with the fluid parameters for `mix`, and the plan behind them; see `solve_fluid_params`.
 
-    The thresholds' reason says why in words. See `solve_fluid_params`; the depth of steps is the engine's, and
-    time_model is that of its iterations, in a pipeline of a stage. cold: lengths are a guess, so no request is rejected
-    for the sake of a capacity that is a guess too.
+    The thresholds' reason explains them in words. The depth of steps is the engine's; time_model is that of its
+    iterations, in a pipeline that of one stage. cold: lengths are a prior, so no queue limit is applied; requests that
+    would miss TTFT are still rejected.
     """
     plan = solve_fluid_params(
         mix, time_model, limits, targets, error=error, miss_probability=miss_probability, dispersion=dispersion,
@@ -67,12 +67,11 @@ def tune_counts(
     configured: Thresholds, mix: WorkloadMix, time_model: IterationTimeModel, limits: EngineLimits, *,
     overflow_probability: float, steps: Steps = ONE_TOKEN_A_STEP, over_time: Sequence[Stretch] = (),
 ) -> tuple[Thresholds, FluidEquilibrium]:
-    """`configured` with the counts and the cap that WAIT, Nested WAIT and WAIT-CP need for `mix`, and its equilibrium.
+    """`configured` with counts and cap of WAIT, Nested WAIT or WAIT-CP for `mix`, and its equilibrium.
 
-    The thresholds' reason says why in words. The type named `UNKNOWN_TYPE` holds the requests whose output length was
-    not declared; they follow segments. over_time: rates that move, whose worst windows the counts of WAIT and Nested
-    WAIT then follow. The depth of steps is the engine's, and time_model is that of its iterations, in a pipeline of a
-    stage.
+    The thresholds' reason explains them in words. The type named `UNKNOWN_TYPE` holds the requests of undeclared
+    length; they follow segments. over_time: varying rates, of which the counts of WAIT and Nested WAIT take the worst
+    windows. The depth of steps is the engine's; time_model is that of its iterations, in a pipeline that of one stage.
     """
     steps = replace(steps, depth=limits.pipeline_depth)
     equilibrium = solve_fluid(mix, time_model, limits.kv_capacity_tokens, steps=steps)
@@ -99,10 +98,10 @@ def cold_thresholds(
     *,
     overflow_probability: float,
 ) -> Thresholds:
-    """What an engine under `fluid` runs with until the controller has seen something of it; others as configured.
+    """The thresholds of an engine under `fluid` before its first tuning; under other policies, as configured.
 
-    The parameters that follow from the profile's model (of all pipeline stages), from lengths of which nothing is known
-    (`cold_lengths`) and from a model's published error. Only requests that are too late are rejected.
+    Derived from the profile's model (of all pipeline stages), prior lengths (`cold_lengths`) and a published model
+    error. Only requests that would miss TTFT are rejected.
     """
     if configured.policy != "fluid" or configured.fluid is not None:
         return configured
@@ -144,7 +143,7 @@ def tune_by_cap(configured: Thresholds, mix: WorkloadMix, cap: int, *, margin: f
 
 
 def _token_gate(configured: Thresholds, mix: WorkloadMix, cap: int) -> int | None:
-    """The tokens of an iteration that the experiments allow; None where prompts are not computed in chunks."""
+    """The experiments' token budget of an iteration; None without chunked prefill."""
     chunk, lengths = configured.prefill_chunk_tokens, mix.merged().lengths
     if chunk is None:
         return configured.token_budget
@@ -155,7 +154,7 @@ def _token_gate(configured: Thresholds, mix: WorkloadMix, cap: int) -> int | Non
 def _wait_cp(configured: Thresholds, mix: WorkloadMix, cap: int, limits: EngineLimits) -> Thresholds:
     tuned = tune_by_cap(configured, mix, cap)
     budget = tuned.token_budget
-    if budget is not None and budget > limits.max_num_batched_tokens:  # the engine's own limit comes first
+    if budget is not None and budget > limits.max_num_batched_tokens:  # the engine's own limit is lower
         tuned = replace(tuned, token_budget=None)
     return tuned
 
@@ -163,11 +162,11 @@ def _wait_cp(configured: Thresholds, mix: WorkloadMix, cap: int, limits: EngineL
 def mix_by_length(
     declared: Sequence[tuple[int, int]], unknown: int, finished: Lengths | None, *, rate_rps: float, longest: int
 ) -> WorkloadMix:
-    """One type per group of declared output lengths, and one for the `unknown` requests that declared none.
+    """One type per group of declared output lengths, and one for the `unknown` requests without a declaration.
 
-    declared: (prompt, output) tokens of the requests that did; their groups are the types "output<=B". finished: the
-    lengths of finished requests, which stand for those of unknown length. Clients may declare any length; none
-    generates more than `longest`. Raises ValueError when there is no request at all.
+    declared: (prompt, output) tokens of the others; their groups are the types "output<=B". finished: the lengths of
+    finished requests, used for the unknown ones. longest: bound on the declared lengths. Raises ValueError when there
+    is no request at all.
     """
     arrivals = len(declared) + unknown
     if not arrivals:
@@ -191,7 +190,7 @@ def mix_by_length(
 
 @dataclass(frozen=True)
 class _Solver:
-    """WAIT and Nested WAIT for one workload on one engine, whose equilibrium is solved already."""
+    """WAIT and Nested WAIT for one workload on one engine, given its equilibrium."""
 
     mix: WorkloadMix
     time_model: IterationTimeModel
@@ -207,11 +206,11 @@ class _Solver:
         types: tuple[TypeThreshold, ...] = ()
         reasons: list[str] = []
         if known:
-            # The load of requests of unknown length counts in the rate conditions, though segments gate them.
+            # The load of requests of unknown length counts in the rate conditions, though segments hold them.
             solution = wait_thresholds(
                 self.mix, self.time_model, self.limits.kv_capacity_tokens, over_time=self.over_time, steps=self.steps
             )
-            # Without feasible counts the gates stand open: any whole count would throttle what enters.
+            # Without feasible counts the types are not held: any whole count would throttle admission.
             counts: list[int | None] = [None] * len(self.mix.types)
             if not isinstance(solution, Infeasible):
                 counts = [min(n, cap) for n in solution.n]
@@ -251,9 +250,9 @@ class _Solver:
         )
 
     def _practical_segments(self, mix: WorkloadMix, cap: int) -> tuple[tuple[SegmentThreshold, ...], str]:
-        """Where the load can be served but no thresholds are sure to: the rule of the paper's experiments.
+        """The rule of the paper's experiments, for a load that fits but has no provable thresholds.
 
-        Their cap on running requests is here what n_1 = λ ΔT* (1 + slack) makes of all segments together.
+        Their cap on running requests is replaced by n_1 = λ ΔT* (1 + slack) over all segments.
         """
         lengths = mix.merged().lengths
         marks = {on_length_grid(lengths.output_quantile(part / _MOST_SEGMENTS)) for part in range(1, _MOST_SEGMENTS)}
@@ -264,7 +263,7 @@ class _Solver:
         totals = first * _relative_totals(lengths, ends, _PRACTICAL_MARGIN)
         segments = _segments(ends, [max(1, math.ceil(total)) for total in totals], cap)
         said = ", ".join(f"{segment.total} to {segment.end_output_tokens}" for segment in segments)
-        return segments, f"Nested WAIT by the practical rule, totals {said}; no thresholds keep memory for sure"
+        return segments, f"Nested WAIT by the practical rule, totals {said}; no thresholds guarantee memory"
 
 
 def _relative_totals(lengths: Lengths, ends: tuple[int, ...], margin: float) -> NDArray[np.float64]:
@@ -274,7 +273,7 @@ def _relative_totals(lengths: Lengths, ends: tuple[int, ...], margin: float) -> 
 
 
 def _segments(ends: tuple[int, ...], totals: Sequence[int], cap: int) -> tuple[SegmentThreshold, ...]:
-    """Segments whose groups can run at once."""
+    """Segments with totals capped so that each group can run at once."""
     return tuple(
         SegmentThreshold(end_output_tokens=end, total=min(total, cap * stages))
         for end, total, stages in zip(ends, totals, stage_lengths(ends), strict=True)
@@ -298,14 +297,14 @@ def _plan_in_words(plan: FluidPlan, rate_rps: float) -> str:
     if plan.alone_s is not None and plan.tpot_s is not None:
         return (
             f"the TPOT target of {1000 * plan.tpot_s:g} ms cannot be met: one request alone takes "
-            f"{1000 * plan.alone_s:.1f} ms a token; {plan.capacity_rps:.2f} requests/s are promised"
+            f"{1000 * plan.alone_s:.1f} ms a token; capacity {plan.capacity_rps:.2f} requests/s"
         )
     params, said = plan.fluid, f"{rate_rps:.2f} requests/s of {plan.capacity_rps:.2f} possible"
     if params.iteration_s is not None:
         said += f", iterations up to {1000 * params.iteration_s:.1f} ms"
     if params.queue_limit is not None:
         said += f", queue up to {params.queue_limit}"
-    return f"{said}; {plan.bottleneck} binds; {plan.goodput_rps:.2f}/s expected in time"
+    return f"{said}; bottleneck: {plan.bottleneck}; {plan.goodput_rps:.2f}/s expected in time"
 
 
 def _in_words(equilibrium: FluidEquilibrium, rate_rps: float) -> str:
@@ -315,5 +314,5 @@ def _in_words(equilibrium: FluidEquilibrium, rate_rps: float) -> str:
 
 def _solution_in_words(rule: str, solution: object, n: Sequence[int | None]) -> str:
     if isinstance(solution, Infeasible):
-        return f"{rule} is infeasible ({solution.reason}): the gates stay open"
+        return f"{rule} is infeasible ({solution.reason}): no type is held"
     return f"{rule} n = {', '.join(str(count) for count in n)}"

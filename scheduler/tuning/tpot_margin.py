@@ -1,7 +1,7 @@
-"""How far a request's time per token may stray from the iteration-time model, and what that leaves of a target.
+"""Safety margin on the TPOT target for iteration-time prediction error.
 
-A request's time per output token is the mean of its iterations, so errors average out, the less so the more one
-iteration's error resembles the next one's. Source: the variance of the mean of a first-order autoregressive process.
+A request's time per output token is the mean of its iterations, so errors average out, less so with a positive
+correlation between successive errors. Source: the variance of the mean of a first-order autoregressive process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from scheduler.model.steps import ONE_TOKEN_A_STEP, Steps
 from scheduler.model.workload import Lengths
 
 _MOST_FOR_STEPS = 1.0
-"""The largest margin that steps of several tokens may ask for."""
+"""The largest margin for steps of several tokens."""
 
 
 def tpot_margin(
@@ -26,8 +26,8 @@ def tpot_margin(
 
     A request of l' tokens has l' − 1 iterations between its first token and its last; with one token it has no time
     per token and cannot miss. Solves Σ P(l') P(mean error of l' − 1 iterations > m) = miss_probability for normal
-    errors. A mean error that speaks for a faster engine is no reason for a smaller margin. Where steps gain several
-    tokens, iterations of target·(tokens a step)/(1 + m): a request that gains few of them by chance is late.
+    errors. A negative mean error (engine faster than predicted) does not reduce the margin. With several tokens per
+    step, iterations of target·(tokens per step)/(1 + m): a request that gains few tokens by chance misses.
     """
     shift = max(0.0, error.mean)
     if error.std == 0 and steps.tokens_std == 0:
@@ -56,13 +56,13 @@ def tpot_margin(
 def _late_by_steps(
     further: NDArray[np.float64], margin: float, error: IterationTimeError, steps: Steps
 ) -> NDArray[np.float64]:
-    """P(so many tokens after the first take more whole steps than the target leaves time for)."""
+    """P(`further` tokens after the first take more whole steps than the target allows)."""
     expected = further / steps.tokens
-    # The last step in time must be so with iterations that err: one standard deviation is kept for that.
+    # One standard deviation of iteration error is kept for the last step in time.
     kept = error.std_of_mean(np.maximum(expected, 1.0)) if error.std else 0.0
     in_time = np.floor(expected * (1 + margin) / (1 + kept) + 1e-9)
     gained, number = in_time * steps.tokens, np.maximum(in_time, 1.0)
     spread = np.sqrt(number * steps.tokens_std**2 + (error.std_of_mean(number) * gained) ** 2)
-    # Tokens are whole: half of one is the normal approximation's correction.
+    # Continuity correction of the normal approximation: half a token.
     late = ndtr((further - 0.5 - gained) / np.maximum(spread, 1e-9))
     return np.asarray(np.where(in_time > 0, late, 1.0), dtype=np.float64)

@@ -73,7 +73,7 @@ def test_a_burst_is_answered_whole_or_refused_before_its_first_token(cluster: Cl
             assert int(answer.headers["retry-after"]) >= 1
             error = answer.json()["error"]
             assert (error["type"], error["code"]) == ("rate_limit_error", 429)
-            assert error["message"].startswith("refused: ")
+            assert error["message"].startswith("rejected: ")
         elif "text/event-stream" in answer.headers["content-type"]:
             assert answer.text.count('"finish_reason":"length"') == 1
             assert '"error"' not in answer.text and "abort" not in answer.text

@@ -25,7 +25,7 @@ def answer_to(app: FastAPI, error: Exception):
 
 
 def test_a_refusal_is_429_with_retry_after(app: FastAPI) -> None:
-    rejection = Rejection("as many requests wait as can be answered in time", 4)
+    rejection = Rejection("queue full: one more request could not meet its latency target", 4)
     error = OpenAIHTTPException(status_code=429, message=rejection.as_json(), type="Too Many Requests")
     response = answer_to(app, error)
     assert response.status_code == 429
@@ -36,7 +36,7 @@ def test_a_refusal_is_429_with_retry_after(app: FastAPI) -> None:
 
 
 def test_only_a_429_that_the_engine_marked_is_a_refusal() -> None:
-    for status, message in ((400, Rejection("x", 9).as_json()), (429, "refused: by the user; retry in 60 s")):
+    for status, message in ((400, Rejection("x", 9).as_json()), (429, "rejected: by the user; retry in 60 s")):
         error = OpenAIHTTPException(status_code=status, message=message, type="t")
         response = answer_to(speak_openai(FastAPI()), error)
         assert (response.status_code, response.json()["error"]["message"]) == (status, message)

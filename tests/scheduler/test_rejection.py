@@ -11,7 +11,7 @@ from scheduler.rejection import REJECTION_KEY, Rejection
 IDS = [f"chatcmpl-{place}" for place in range(2000)]
 
 
-def told_s(drain_s):
+def retry_after_s_of(drain_s):
     return [Rejection.for_drain_time("busy", drain_s, request_id).retry_after_s for request_id in IDS]
 
 
@@ -24,7 +24,7 @@ def test_the_marked_object_gives_the_rejection_back():
 @pytest.mark.parametrize(
     "text",
     [
-        None, 3, "", "stop", "refused: x; retry in 60 s", "{}", "[]", "null", f'"{REJECTION_KEY}"',
+        None, 3, "", "stop", "rejected: x; retry in 60 s", "{}", "[]", "null", f'"{REJECTION_KEY}"',
         f'["{REJECTION_KEY}"]', f'{{"{REJECTION_KEY}": 1}}', f'{{"{REJECTION_KEY}": {{"reason": "x"}}}}',
         f'{{"{REJECTION_KEY}": {{"reason": "x", "retry_after_s": null}}}}', Rejection("x", 1).as_json() + " END",
     ],
@@ -38,7 +38,7 @@ def test_an_answer_that_was_not_aborted_is_none_whatever_its_stop_reason(finish_
     assert Rejection.of_answer(finish_reason, Rejection("x", 1).as_json()) is None
 
 
-def test_an_aborted_answer_is_one_only_when_the_engine_says_so():
+def test_an_aborted_output_is_a_rejection_only_with_the_marker():
     assert Rejection.of_answer("abort", Rejection("x", 1).as_json()) == Rejection("x", 1)
     assert Rejection.of_answer("abort", None) is None
 
@@ -51,18 +51,18 @@ def test_an_aborted_answer_is_one_only_when_the_engine_says_so():
     ],
 )
 def test_clients_wait_whole_seconds_within_a_quarter_of_the_drain_time_and_from_one_to_sixty(drain_s, least_s, most_s):
-    told = told_s(drain_s)
-    assert set(told) == set(range(least_s, most_s + 1))
-    assert all(isinstance(seconds, int) for seconds in told)
+    retry_s = retry_after_s_of(drain_s)
+    assert set(retry_s) == set(range(least_s, most_s + 1))
+    assert all(isinstance(seconds, int) for seconds in retry_s)
 
 
 @pytest.mark.parametrize("drain_s", [8, 40, 1e9])
 def test_requests_rejected_together_do_not_come_back_together(drain_s):
-    counts = Counter(told_s(drain_s))
+    counts = Counter(retry_after_s_of(drain_s))
     assert max(counts.values()) < 1.3 * len(IDS) / len(counts) * (1 if drain_s > 8 else 1.3)
-    assert sum(told_s(drain_s)) / len(IDS) == pytest.approx(min(drain_s, 48) + 0.5, rel=0.01), "rounded up"
+    assert sum(retry_after_s_of(drain_s)) / len(IDS) == pytest.approx(min(drain_s, 48) + 0.5, rel=0.01), "rounded up"
 
 
-def test_a_request_is_told_the_same_every_time():
-    assert told_s(30) == told_s(30)
+def test_a_request_always_gets_the_same_retry_time():
+    assert retry_after_s_of(30) == retry_after_s_of(30)
     assert Rejection.for_drain_time("busy", 30, "a-\ud800").retry_after_s >= 1, "no id can raise"

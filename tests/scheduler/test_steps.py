@@ -37,7 +37,7 @@ MIX = WorkloadMix.from_lengths(Lengths.from_pairs([(300, 100), (900, 200), (1500
 
 @given(st.floats(0, 1), st.integers(1, 5))
 def test_what_an_acceptance_rate_stands_for(rate, drafts):
-    """Summed over every way in which the drafts can be accepted or refused."""
+    """Summed over every way in which the drafts can be accepted or rejected."""
     mean = square = 0.0
     for accepted in itertools.product((True, False), repeat=drafts):
         chance = np.prod([rate if one else 1 - rate for one in accepted])
@@ -116,7 +116,7 @@ def test_a_request_that_jumps_over_a_boundary_is_held_there(stage):
 
 @pytest.mark.parametrize("targets", [Slo(), Slo(tpot_s=0.05), Slo(ttft_s=3.0, tpot_s=0.02)])
 def test_free_drafts_that_are_all_accepted_make_the_engine_that_many_times_as_fast(targets):
-    """Steps of two tokens at the price of one serve what an engine does whose decodes cost half."""
+    """Steps of two tokens at the price of one serve as much as an engine with decodes of half the cost."""
     twice = replace(
         TIME_MODEL,
         d0_s=TIME_MODEL.d0_s / 2,
@@ -134,7 +134,7 @@ def test_free_drafts_that_are_all_accepted_make_the_engine_that_many_times_as_fa
 
 
 @pytest.mark.parametrize("steps", [ONE_TOKEN_A_STEP, Steps.of_acceptance(0.7, 3)])
-def test_the_groups_of_nested_wait_are_those_of_an_iteration_whatever_a_step_gains(steps):
+def test_nested_wait_groups_count_per_iteration_whatever_a_step_gains(steps):
     """Iterations of fixed length, so that as many arrive in each: n_1 is the same, and the engine admits it."""
     time_model, lengths = IterationTimeModel(0.02, 0.0, 0.0, 0.0, 0.0), Lengths.from_pairs([(100, 40), (100, 160)])
     mix = WorkloadMix.from_lengths(lengths, 10.0)
@@ -173,7 +173,7 @@ def test_the_critical_rate_is_where_the_equilibrium_s_memory_is_full(steps):
 
 @pytest.mark.parametrize(("rate", "drafts"), [(0.7, 3), (0.3, 2), (0.9, 5)])
 @pytest.mark.parametrize("std", [0.0, 0.05])
-def test_few_accepted_drafts_miss_no_more_often_than_promised(rate, drafts, std):
+def test_few_accepted_drafts_miss_no_more_often_than_stated(rate, drafts, std):
     """Requests play their steps; each has as many iterations as the target leaves its answer."""
     generator, steps, miss = np.random.default_rng(4), Steps.of_acceptance(rate, drafts), 0.02
     lengths = Lengths(np.full(4, 100), np.array([1, 20, 100, 400]), np.full(4, 0.25))
@@ -190,7 +190,7 @@ def test_few_accepted_drafts_miss_no_more_often_than_promised(rate, drafts, std)
 
 @pytest.mark.parametrize("decoded", [0, 5000], ids=["no speculation", "idle after it"])
 def test_an_engine_that_decodes_nothing_leaves_no_marks(decoded):
-    """A controller hears from every engine each period, for as long as it lives."""
+    """A controller gets a report of every engine each period."""
     seen = StepsSeen(60.0)
     counters = Counters(decode_steps=decoded, decode_computed_tokens=4 * decoded, decode_gained_tokens=2 * decoded)
     for period in range(2000):

@@ -1,4 +1,4 @@
-"""Which policy goes with which engine setting: the README's table is the code's, and every "no" in it is refused."""
+"""Which policy goes with which engine setting: the README's table is the code's, and every "no" in it is rejected."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_every_setting_is_tried_here() -> None:
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
 @pytest.mark.parametrize("setting", [setting for setting in SETTINGS if setting.in_use], ids=lambda one: one.name)
-def test_a_policy_is_refused_where_the_table_says_no(setting: Any, policy: str) -> None:
+def test_a_policy_is_rejected_where_the_table_says_no(setting: Any, policy: str) -> None:
     assert is_rejected(SETUPS[setting.name], Thresholds(policy=policy)) == (not setting.answer(policy).allowed)
 
 
@@ -73,7 +73,7 @@ def test_an_engine_without_any_of_it_takes_every_policy(policy: str) -> None:
         (EngineSetup(speculative_decoding=True), "wait_cp", "leave speculative decoding out, or take another policy"),
     ],
 )
-def test_a_refusal_is_one_sentence_that_says_what_to_do(setup: EngineSetup, policy: str, what_to_do: str) -> None:
+def test_the_error_is_one_sentence_that_says_what_to_do(setup: EngineSetup, policy: str, what_to_do: str) -> None:
     with pytest.raises(UnsupportedSetting) as error:
         require_supported(setup, Thresholds(policy=policy))
     said = str(error.value)

@@ -1,4 +1,4 @@
-"""Thresholds: what is refused and how the refusal reads, the JSON form, and what fits an engine."""
+"""Thresholds: invalid values and their messages, the JSON form, and the fit to an engine."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from scheduler.thresholds import (
 LIMITS = EngineLimits(
     kv_capacity_tokens=1600, block_tokens=16, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=1024
 )
-"""100 KV blocks, 64 seats."""
+"""100 KV blocks, 64 slots."""
 
 
 def _type(name="all", n=4, **bounds):
@@ -36,7 +36,7 @@ def _segments(*ends_and_n):
     return [{"end_output_tokens": end, "total": total} for end, total in ends_and_n]
 
 
-REFUSED = [
+INVALID = [
     # (what is sent, the field named, the value named, a word of what is allowed)
     ({"version": -1}, "version", -1, ">= 0"),
     ({"policy": "lifo"}, "policy", "lifo", "fcfs, wait, nested_wait"),
@@ -87,8 +87,8 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("sent", "field", "value", "allowed"), REFUSED, ids=lambda part: str(part)[:40])
-def test_refusal_names_field_value_and_what_is_allowed(sent, field, value, allowed):
+@pytest.mark.parametrize(("sent", "field", "value", "allowed"), INVALID, ids=lambda part: str(part)[:40])
+def test_an_error_names_field_value_and_what_is_allowed(sent, field, value, allowed):
     with pytest.raises(InvalidThresholds) as rejected:
         parse_thresholds(sent)
     error = rejected.value
@@ -123,7 +123,7 @@ def test_a_field_n_elsewhere_has_no_hint_of_segments():
     assert "stages" not in str(rejected.value)
 
 
-def test_not_a_number_is_refused_from_json_text():
+def test_not_a_number_is_rejected_from_json_text():
     with pytest.raises(InvalidThresholds) as rejected:
         parse_thresholds('{"max_hold_s": NaN}')
     assert rejected.value.field == "max_hold_s" and math.isnan(rejected.value.value)
@@ -132,7 +132,7 @@ def test_not_a_number_is_refused_from_json_text():
 
 
 @pytest.mark.parametrize("body", [[], None, 5, "", "{", b"\xff\xfe", "[1]", '"fcfs"', "null"], ids=repr)
-def test_what_is_no_object_is_refused(body):
+def test_json_other_than_an_object_is_rejected(body):
     with pytest.raises(InvalidThresholds, match=r"\(body\)"):
         parse_thresholds(body)
 
@@ -203,7 +203,7 @@ def test_whole_seconds_may_be_written_without_a_point():
     ],
     ids=lambda part: str(part)[:30],
 )
-def test_what_the_engine_cannot_seat_or_compute_does_not_fit(value, field):
+def test_more_than_the_engine_can_run_or_compute_does_not_fit(value, field):
     with pytest.raises(InvalidThresholds) as rejected:
         value.check_fits(LIMITS)
     assert rejected.value.field == field
@@ -211,7 +211,7 @@ def test_what_the_engine_cannot_seat_or_compute_does_not_fit(value, field):
     assert most in rejected.value.allowed
 
 
-def test_memory_seats_fewer_than_max_num_seqs():
+def test_memory_allows_fewer_slots_than_max_num_seqs():
     small = replace(LIMITS, kv_capacity_tokens=160)  # ten blocks: ten requests at the very most
     Thresholds(max_running=10).check_fits(small)
     with pytest.raises(InvalidThresholds, match=r"max_running = 11 .* from 1 to 10: .*160 tokens in blocks of 16"):
@@ -245,6 +245,6 @@ def test_with_version_changes_only_the_version():
     ("params", "field"),
     [({"kv_limit": 1}, "fluid.kv_limit"), ({"time_model": {"d0": 1}}, "fluid.time_model.d0"), ({}, "fluid.time_model")],
 )
-def test_a_mistake_within_the_pace_is_named(params, field):
+def test_an_error_in_the_fluid_parameters_is_named(params, field):
     with pytest.raises(InvalidThresholds, match=field.replace(".", r"\.")):
         parse_thresholds({"policy": "fluid", "fluid": params})

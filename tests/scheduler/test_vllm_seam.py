@@ -100,7 +100,7 @@ def test_nothing_but_the_known_methods_is_overridden():
         ("update_from_output", "outputs[request.client_index].append("),
     ],
 )
-def test_what_we_set_or_replace_is_still_used(method, reads):
+def test_every_attribute_we_set_or_replace_is_still_used(method, reads):
     assert reads in inspect.getsource(getattr(Scheduler, method))
 
 
@@ -117,13 +117,13 @@ def test_held_requests_are_preempted_as_vllm_does_it():
 def test_the_batches_of_a_pipeline_take_turns_as_we_count_them():
     """What `scheduler.engine.pipeline` reads."""
     assert "if self.current_step < request.next_decode_eligible_step:" in inspect.getsource(Scheduler.schedule)
-    told = "request.next_decode_eligible_step = self.current_step + self.pp_size"
-    assert told in inspect.getsource(AsyncScheduler)
+    statement = "request.next_decode_eligible_step = self.current_step + self.pp_size"
+    assert statement in inspect.getsource(AsyncScheduler)
     assert isinstance(VllmConfig.use_v2_model_runner, property)
     assert "self.parallel_config.pipeline_parallel_size" in inspect.getsource(VllmConfig.max_concurrent_batches.fget)
 
 
-def test_the_waiting_queue_is_replaced_whole():
+def test_the_waiting_queue_is_replaced():
     assert "self.waiting = create_request_queue(self.policy)" in inspect.getsource(Scheduler.__init__)
     others = [
         name for name, member in vars(Scheduler).items()
@@ -132,7 +132,7 @@ def test_the_waiting_queue_is_replaced_whole():
     assert not others, "vLLM would put its own queue back"
 
 
-def test_gated_queue_implements_exactly_the_abstract_methods():
+def test_admission_queue_implements_exactly_the_abstract_methods():
     abstract = {
         "add_request", "pop_request", "peek_request", "prepend_request", "prepend_requests", "remove_request",
         "remove_requests", "__bool__", "__len__", "__iter__",
@@ -214,7 +214,7 @@ def test_scheduler_attributes_we_read_or_set():
     assert scheduler.vllm_config.additional_config == {"headrace": {}}
 
 
-def test_an_engine_is_told_what_it_does_beside_scheduling():
+def test_the_engine_setup_is_read_from_vllm_s_config():
     config = Engine(AsyncScheduler).scheduler.vllm_config
     assert EngineSetup.from_vllm_config(config, NO_SLO) == EngineSetup()
     assert next(iter(inspect.signature(Scheduler.__init__).parameters.items()))[0] == "self"

@@ -96,13 +96,13 @@ def paths_in(text: bytes) -> list[str]:
 
 
 @pytest.mark.parametrize("answer", [TELEMETRY, replace(TELEMETRY, iterations=(), delivered=()), ACK, STATS])
-def test_answers_arrive_whole(answer: Telemetry | Ack | Stats) -> None:
+def test_answers_survive_the_round_trip(answer: Telemetry | Ack | Stats) -> None:
     text = answer_of(answer)
     assert read_answer(text, type(answer)) == answer
     assert json.loads(text)["schema"] == SCHEMA
 
 
-def test_questions_arrive_whole() -> None:
+def test_questions_survive_the_round_trip() -> None:
     for automatic in (True, False):
         asked = read_question(offer_of(THRESHOLDS, automatic=automatic))
         assert asked == Apply(thresholds=THRESHOLDS, automatic=automatic)
@@ -228,7 +228,7 @@ def test_within_a_schema_version_keys_are_added_only(message: Any) -> None:
 
 
 def answer_to(offer: bytes) -> tuple[Thresholds, str]:
-    """What is in force in an engine after an offer, and why it was rejected."""
+    """The active thresholds after an offer, and the reason of a rejection."""
     active, why = ActiveThresholds(Thresholds(), LIMITS, lambda: 0.0), ""
     try:
         asked = read_question(offer)

@@ -1,4 +1,4 @@
-"""Which thresholds are in force: versions, pins, refusals, validity."""
+"""The active thresholds: versions, pins, rejections, validity."""
 
 import itertools
 import threading
@@ -36,7 +36,7 @@ def _wait(version, n=4, **fields):
     return Thresholds(version=version, policy="wait", types=(TypeThreshold(name="all", n=n),), **fields)
 
 
-def test_configured_thresholds_are_in_force_at_first(active):
+def test_configured_thresholds_are_active_at_first(active):
     current = active.current()
     assert current.thresholds == CONFIGURED and current.from_config and current.policy.name == "fcfs"
     assert current.lapses_at_s is None
@@ -70,7 +70,7 @@ def test_version_zero_means_one_more(active):
     assert active.current().thresholds == _wait(42, n=8)
 
 
-def test_pin_refuses_the_controller_and_takes_the_operator(active):
+def test_pin_rejects_the_controller_and_accepts_the_operator(active):
     active.offer(Apply(thresholds=_wait(1, pinned=True), automatic=False))
     rejected = active.offer(Apply(thresholds=_wait(2, n=8), automatic=True))
     assert (rejected.accepted, rejected.code, rejected.version_in_force) == (False, "pinned", 1)
@@ -88,7 +88,7 @@ def test_thresholds_that_do_not_fit_change_nothing(active):
     assert (ack.accepted, ack.code, ack.version_in_force) == (False, "invalid", 1)
     assert "types[0].n = 65" in ack.reason
     assert active.current() is before
-    assert active.offer(Apply(thresholds=_wait(2))).accepted, "the refused version was not used up"
+    assert active.offer(Apply(thresholds=_wait(2))).accepted, "the rejected version was not used up"
 
 
 def test_configured_thresholds_must_fit(clock):
@@ -96,7 +96,7 @@ def test_configured_thresholds_must_fit(clock):
         ActiveThresholds(Thresholds(max_running=65), LIMITS, clock)
 
 
-def test_strict_mode_is_refused_unless_allowed(clock):
+def test_strict_mode_is_rejected_unless_allowed(clock):
     active = ActiveThresholds(CONFIGURED, LIMITS, clock)
     ack = active.offer(Apply(thresholds=_wait(1, mode="strict"), automatic=False))
     assert ack.code == "invalid" and "mode" in ack.reason and "serving" in ack.reason
@@ -148,7 +148,7 @@ def test_renewal_extends(active, clock):
 
 def test_reading_takes_no_lock_while_nothing_lapses(active, clock):
     active.offer(Apply(thresholds=_wait(1, valid_for_s=10.0)))
-    with active._lock:  # somebody offers; the engine's loop must not wait for it (it would deadlock here)
+    with active._lock:  # an offer is under way; the engine's loop must not wait for it (it would deadlock here)
         assert active.current().thresholds.version == 1
 
 

@@ -1,4 +1,4 @@
-"""The gate as vLLM's waiting queue: what is visible, what is counted, what is remembered."""
+"""The admission queue as vLLM's waiting queue: what is visible, counted and remembered."""
 
 import pytest
 from vllm.sampling_params import SamplingParams
@@ -18,7 +18,7 @@ def request(name, *, prompt=8, priority=0, arrival_time=0.0):
 
 
 class Gate:
-    """A gate whose types are "short" (prompts of at most `short` tokens) and "long"."""
+    """An admission queue whose types are "short" (prompts of at most `short` tokens) and "long"."""
 
     def __init__(self, order=SchedulingPolicy.FCFS):
         self.now_s, self.short, self.holds = 0.0, 10, []
@@ -134,7 +134,7 @@ def test_remove_one(admission_queue):
     assert len(admission_queue.queue) == 0 and admission_queue.holds == [0.0], "only b was let through"
 
 
-def test_age_forgets_those_who_left(admission_queue):
+def test_age_forgets_requests_that_left(admission_queue):
     admission_queue.add(request("a"))
     admission_queue.now_s = 1.0
     b = request("b")
@@ -158,7 +158,7 @@ def test_age_survives_a_request_id_used_again(admission_queue):
     assert admission_queue.queue.views() == {"short": QueueView(2, 1.0)}, "b has waited since 1.0"
 
 
-def test_priority_decides_who_is_first_and_age_who_is_oldest():
+def test_priority_decides_the_first_request_and_age_the_oldest():
     admission_queue = Gate(SchedulingPolicy.PRIORITY)
     admission_queue.add(request("late", priority=5))
     admission_queue.now_s = 1.0
@@ -199,7 +199,7 @@ def test_reclassify_changes_no_tenants_turn(short):
     assert "".join(name[0] for name in admission_queue.pop_all()) == "bbbbababaaaa"
 
 
-def test_reclassify_names_the_type_of_those_let_through_and_in_service_too(admission_queue):
+def test_reclassify_covers_admitted_and_running_requests_too(admission_queue):
     let_through, running = request("t", prompt=12), request("s", prompt=12)
     admission_queue.add(running, let_through)
     admission_queue.queue.release("long", 2)
@@ -207,7 +207,7 @@ def test_reclassify_names_the_type_of_those_let_through_and_in_service_too(admis
     admission_queue.short = 15
     admission_queue.queue.reclassify([running])
     assert admission_queue.queue.type_of("s") == "short" and admission_queue.queue.type_of("t") == "short"
-    assert admission_queue.queue.held == 0, "nobody is held again"
+    assert admission_queue.queue.held == 0, "no request is held again"
 
 
 def test_nothing_is_remembered_of_the_forgotten(admission_queue):

@@ -15,7 +15,7 @@ def overloaded(audit_share: float, **targets: float) -> Engine:
     return engine
 
 
-def test_without_an_audit_the_queue_s_end_is_rejected():
+def test_without_an_audit_the_queue_s_tail_is_rejected():
     counters = telemetry(overloaded(0.0, ttft_s=5.0)).counters
     assert counters.rejected > 0
     assert (counters.audited, counters.audited_met) == (0, 0)

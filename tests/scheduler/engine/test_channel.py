@@ -114,7 +114,7 @@ async def answer_to(endpoint, question):
         return json.loads(answer)
 
 
-def test_thresholds_arrive_whole_and_are_acknowledged(endpoint):
+def test_thresholds_survive_the_round_trip_and_are_acknowledged(endpoint):
     async def main():
         async with asking(endpoint) as client:
             ack = await client.apply(WAIT)
@@ -125,7 +125,7 @@ def test_thresholds_arrive_whole_and_are_acknowledged(endpoint):
         assert engine.active.current().thresholds == WAIT
 
 
-def test_older_thresholds_are_refused_with_the_version_in_force(endpoint):
+def test_older_thresholds_are_rejected_with_the_active_version(endpoint):
     async def main():
         async with asking(endpoint) as client:
             await client.apply(WAIT)
@@ -140,7 +140,7 @@ def test_older_thresholds_are_refused_with_the_version_in_force(endpoint):
         assert engine.active.current().thresholds == WAIT
 
 
-def test_who_speaks_is_carried_over(endpoint):
+def test_the_automatic_flag_survives_the_round_trip(endpoint):
     async def main():
         async with asking(endpoint) as client:
             await client.apply(Thresholds(version=1, pinned=True), automatic=False)
@@ -151,7 +151,7 @@ def test_who_speaks_is_carried_over(endpoint):
         asyncio.run(main())
 
 
-def test_telemetry_arrives_whole(endpoint):
+def test_telemetry_survives_the_round_trip(endpoint):
     async def main():
         async with asking(endpoint) as client:
             return [await client.report(0), await client.report(1), await client.report(None)]
@@ -172,8 +172,8 @@ def test_concurrent_questions_get_their_own_answers(endpoint):
     async def main():
         async with asking(endpoint) as client:
             cursors = list(range(20))
-            told = await asyncio.gather(*(client.report(cursor) for cursor in cursors))
-            return [[arrival.seq for arrival in each.arrivals] for each in told]
+            received = await asyncio.gather(*(client.report(cursor) for cursor in cursors))
+            return [[arrival.seq for arrival in each.arrivals] for each in received]
 
     with serving(endpoint) as engine:
         for _ in range(20):
@@ -259,7 +259,7 @@ def test_oversized_question_is_dropped_and_the_channel_works_on(endpoint):
         assert engine.active.current().thresholds.version == 2
 
 
-def test_peer_that_asks_and_vanishes_harms_nobody(endpoint):
+def test_a_peer_that_asks_and_vanishes_does_no_harm(endpoint):
     async def main():
         for _ in range(20):
             async with raw_socket(endpoint) as socket:
@@ -271,7 +271,7 @@ def test_peer_that_asks_and_vanishes_harms_nobody(endpoint):
         asyncio.run(main())
 
 
-def test_half_a_message_harms_nobody(endpoint):
+def test_half_a_message_does_no_harm(endpoint):
     async def main():
         path = endpoint.removeprefix("ipc://")
         _, writer = await asyncio.open_unix_connection(path)
@@ -407,7 +407,7 @@ def test_failing_telemetry_is_a_closed_channel_and_not_its_end(endpoint):
         asyncio.run(main())
 
 
-def test_nobody_listening_is_a_closed_channel_until_somebody_does(endpoint):
+def test_a_channel_without_a_server_is_closed_until_one_listens(endpoint):
     async def main():
         async with asking(endpoint) as client:
             with pytest.raises(ChannelClosed, match="did not answer at ipc://.* within 0.05 s"):
@@ -431,7 +431,7 @@ def test_time_out_counts_while_others_ask(endpoint):
     async def main():
         async with asking(endpoint) as client:
             patient = asyncio.create_task(client.report(timeout_s=60))
-            await asyncio.sleep(0)  # it asks first; nobody listens yet
+            await asyncio.sleep(0)  # it asks first; no server listens yet
             with pytest.raises(ChannelClosed):
                 await asyncio.wait_for(client.report(timeout_s=0.05), 10)
             with serving(endpoint):
@@ -531,7 +531,7 @@ sys.stdin.read()
 
 
 def test_a_living_neighbour_keeps_its_socket_and_a_killed_one_is_swept(temporary_files, monkeypatch):
-    """Its process id says nothing: the neighbour may count processes in a namespace of its own."""
+    """Its process id does not matter: the neighbour may count processes in a namespace of its own."""
     monkeypatch.setattr("psutil.pid_exists", lambda pid: False)
     command = [sys.executable, "-c", ANOTHER_REPLICA, str(temporary_files)]
     root = Path(channel.__file__).parents[2]

@@ -1,4 +1,4 @@
-"""The choices of a request with several, and what becomes of those whose sibling was let through or rejected."""
+"""The choices of a request with several, after a sibling was released or rejected."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def held(choices, *names):
         ("_x", None), ("3_", None), ("", None), ("²_x", None),
     ],
 )
-def test_a_choice_is_told_by_its_id(request_id, parent):
+def test_a_choice_is_recognised_by_its_id(request_id, parent):
     assert parent_of(request_id) == parent
 
 
@@ -39,7 +39,7 @@ def test_a_choice_is_told_by_its_id(request_id, parent):
         ("transcribe-x-3-0a1b2c3d", "transcribe-x"), ("embd-x-0-0a1b2c3d", None), ("r1", None), ("", None),
     ],
 )
-def test_the_requests_of_one_completion_are_told_by_their_ids(request_id, family):
+def test_the_requests_of_one_completion_are_recognised_by_their_ids(request_id, family):
     assert family_of(request_id) == family
 
 
@@ -63,7 +63,7 @@ def test_siblings_of_one_let_through_are_committed_whenever_they_come(choices):
     assert choices.committed == {"3_a"}, "though none of its siblings waited when it came"
 
 
-def test_those_that_come_after_a_rejection_are_told_of_it(choices):
+def test_later_siblings_of_a_rejected_request_get_its_rejection(choices):
     held(choices, "0_a", "1_a")
     for name in choices.reject("0_a", BUSY):
         choices.leave(name)
@@ -84,7 +84,7 @@ def test_what_is_remembered_is_bounded(choices, monkeypatch):
     assert choices.committed == {"1_999"}
 
 
-def test_a_client_that_gave_up_leaves_nothing_behind(choices):
+def test_a_cancelled_request_leaves_nothing_behind(choices):
     held(choices, "0_a", "1_a")
     choices.leave("0_a")
     choices.leave("1_a")

@@ -12,9 +12,9 @@ from scheduler.vllm_scheduler import TOO_MANY
 
 
 def rejections(engine):
-    """Those told of a rejection so far, by request id."""
-    told = {a.request_id: Rejection.of_answer(str(a.finish_reason), a.stop_reason) for a in engine.answers}
-    return {name: rejection for name, rejection in told.items() if rejection}
+    """The rejections delivered so far, by request id."""
+    by_id = {a.request_id: Rejection.of_answer(str(a.finish_reason), a.stop_reason) for a in engine.answers}
+    return {name: rejection for name, rejection in by_id.items() if rejection}
 
 
 def step_at_once(engine):
@@ -33,8 +33,8 @@ def test_a_queue_that_is_too_long_loses_a_request_with_all_its_choices():
     step_at_once(engine)
     served = len(engine.running)
     assert 10 - served - 6 < 4, "fewer than four are in excess"
-    told = rejections(engine)
-    assert told.keys() == set(choices) and len(set(told.values())) == 1, "all are told the same time"
+    by_id = rejections(engine)
+    assert by_id.keys() == set(choices) and len(set(by_id.values())) == 1, "all get the same time"
     engine.run()
     assert engine.finished.keys() == set(names)
 
@@ -50,7 +50,7 @@ def test_a_choice_whose_sibling_was_let_through_is_served_however_late():
     lone = add_many(engine, 3, prompt=100, output=50)
     while engine.now_s < 1.0:
         step_at_once(engine)
-    assert rejections(engine).keys() == set(lone), "who stands behind them is still told"
+    assert rejections(engine).keys() == set(lone), "requests behind them are still rejected"
     engine.run()
     assert engine.finished.keys() == set(choices)
     assert max(engine.first_scheduled[name] for name in choices) > 1.0, "it waited past the target"
@@ -66,7 +66,7 @@ def test_a_choice_that_comes_after_a_sibling_was_rejected_is_rejected_too():
     assert "0_many" in before
     engine.run()
     engine.add("1_many", prompt=100, output=50)  # the engine is idle: it would be served at once
-    assert engine.scheduler.has_requests(), "or the engine core would not step, and it would never be told"
+    assert engine.scheduler.has_requests(), "or the engine core would not step nor deliver the rejection"
     step_at_once(engine)
     assert rejections(engine) == before | {"1_many": before["0_many"]}
     assert "1_many" not in engine.finished and not engine.scheduler.requests
@@ -94,11 +94,11 @@ def test_choices_are_rejected_or_served_as_a_whole(seed):
         engine.add(name, prompt=100, output=10)
     while engine.scheduler.has_requests():
         step_at_once(engine)
-    told = rejections(engine)
-    whole = {parent: {name in told for name in names} for parent, names in asked.items()}
+    by_id = rejections(engine)
+    whole = {parent: {name in by_id for name in names} for parent, names in asked.items()}
     assert all(len(outcomes) == 1 for outcomes in whole.values())
     assert {True} in whole.values() and {False} in whole.values(), "some of both"
-    assert engine.finished.keys() | told.keys() == {name for names in asked.values() for name in names}
+    assert engine.finished.keys() | by_id.keys() == {name for names in asked.values() for name in names}
     assert (
         not engine.scheduler.admission_queue.choices.committed and not engine.scheduler.admission_queue.choices._waiting
     )

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.engine.client_input import declared_output_tokens, tenant_of
-from scheduler.engine.fair_queue import NOBODY_IN_PARTICULAR, Tenant
+from scheduler.engine.fair_queue import DEFAULT_TENANT, Tenant
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS, TENANT, TENANT_WEIGHT
 
 JSON = st.recursive(
@@ -25,14 +25,14 @@ def request(extra_args):
 def test_no_value_raises(name, weight, length):
     one = request({TENANT: name, TENANT_WEIGHT: weight, EXPECTED_OUTPUT_TOKENS: length})
     tenant, declared = tenant_of(one), declared_output_tokens(one)
-    assert tenant.name == name or tenant == NOBODY_IN_PARTICULAR
+    assert tenant.name == name or tenant == DEFAULT_TENANT
     assert 0 < tenant.weight <= 1000
     assert declared is None or declared >= 1
 
 
 @pytest.mark.parametrize("one", [request(None), request([]), request("x"), SimpleNamespace(sampling_params=None)])
 def test_a_request_without_arguments_says_nothing(one):
-    assert tenant_of(one) == NOBODY_IN_PARTICULAR and declared_output_tokens(one) is None
+    assert tenant_of(one) == DEFAULT_TENANT and declared_output_tokens(one) is None
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_a_request_without_arguments_says_nothing(one):
     ],
 )
 def test_a_tenant_is_believed_within_the_limits_of_the_configuration(name, weight, tenant):
-    assert tenant_of(request({TENANT: name, TENANT_WEIGHT: weight})) == (tenant or NOBODY_IN_PARTICULAR)
+    assert tenant_of(request({TENANT: name, TENANT_WEIGHT: weight})) == (tenant or DEFAULT_TENANT)
 
 
 def test_a_tenant_without_a_weight_has_the_usual_one():

@@ -32,10 +32,10 @@ def test_live_channel_into_a_serving_engine():
             add_many(engine, 5, output=4)
             engine.step()
             assert len(engine.running) == 2
-            told = await client.report()
-            assert len(told.arrivals) == 5 and told.gauges.held == 3 and told.thresholds.version == 1
+            answer = await client.report()
+            assert len(answer.arrivals) == 5 and answer.gauges.held == 3 and answer.thresholds.version == 1
             engine.run()
-            assert len((await client.report(told.cursor)).finished) == 5
+            assert len((await client.report(answer.cursor)).finished) == 5
         finally:
             client.close()
 
@@ -79,14 +79,14 @@ def test_an_engine_starts_with_a_setting_that_its_policy_goes_with(thresholds, e
     Engine(thresholds=thresholds, **engine_args)
 
 
-def test_a_policy_that_does_not_go_with_the_engine_is_refused_live_too():
+def test_an_unsupported_policy_is_rejected_live_too():
     engine = Engine(thresholds={"policy": "fcfs"}, **CONNECTOR)
     ack = engine.apply({"policy": "fluid"}, automatic=False)
     assert (ack.accepted, ack.code) == (False, "invalid") and "KV transfer" in ack.reason
     assert engine.apply(wait(2), automatic=False).accepted
 
 
-def test_a_small_token_budget_starves_nobody_who_runs_with_speculative_decoding():
+def test_a_small_token_budget_starves_no_running_request_with_speculative_decoding():
     engine = Engine(thresholds={"policy": "fcfs"}, **NGRAM)
     names = add_many(engine, 20, prompt=16, output=40)
     engine.launch()

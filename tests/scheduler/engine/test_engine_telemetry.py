@@ -48,7 +48,7 @@ def test_seconds_count_from_when_the_engine_was_free():
     engine.deliver()
     engine.launch()
     engine.now_s = 0.033
-    engine.deliver()  # nobody is left
+    engine.deliver()  # no request is left
     assert engine.launch() == {}
     engine.now_s = 0.050
     engine.add("b", output=4)
@@ -67,7 +67,7 @@ def test_a_standstill_is_no_part_of_the_next_iteration():
     engine.add("a", output=3)
     engine.steps(2)
     engine.deliver()
-    assert engine.launch() == {}  # nobody waits, so nobody moves
+    assert engine.launch() == {}  # no request waits, so none moves
     engine.now_s = 1.0
     engine.add("b", output=3)
     assert engine.launch()
@@ -77,7 +77,7 @@ def test_a_standstill_is_no_part_of_the_next_iteration():
     assert telemetry(engine).iterations[-1].seconds == pytest.approx(STEP_S)
 
 
-def test_iterations_leave_out_those_who_sit_out():
+def test_iteration_records_leave_out_paused_requests():
     engine, _ = boundary_engine(max_hold_s=10.0)
     engine.steps(2)
     add_many(engine, 4, "young", output=12)
@@ -142,7 +142,7 @@ def test_arrivals_carry_the_declared_length(request_fields, known):
     assert telemetry(engine).finished[0].output_tokens == 2, "the length it really had"
 
 
-def test_finished_and_in_service_lengths():
+def test_finished_and_running_lengths():
     engine = Engine()
     engine.add("a", prompt=32, output=3)
     engine.add("b", prompt=40, output=20)

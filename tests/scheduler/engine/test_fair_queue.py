@@ -75,7 +75,7 @@ def test_a_long_answer_counts_too():
     assert popped(queue) == ["b1", "a1"]
 
 
-def test_nobody_saves_service_up_by_staying_away():
+def test_an_idle_tenant_earns_no_credit():
     queue = queue_of(*(request(f"busy{n}", "busy") for n in range(30)))
     popped(queue, 20)
     for n in range(10):
@@ -83,7 +83,7 @@ def test_nobody_saves_service_up_by_staying_away():
     assert Counter(name[:4] for name in popped(queue, 10)) == {"busy": 5, "idle": 5}
 
 
-def test_the_last_are_those_farthest_from_their_turn():
+def test_last_returns_the_requests_with_the_latest_turns():
     queue = queue_of(*(request(f"a{n}", "a", weight=3) for n in range(6)), *(request(f"b{n}", "b") for n in range(6)),
                      request("late", "a", weight=3, priority=9))
     order = names(queue)
@@ -138,7 +138,7 @@ def test_next_and_last_of_long_queues_are_found_without_going_through_them():
 
 
 class Answering:
-    """A request in service, with the output tokens it has so far."""
+    """A running request, with the output tokens it has so far."""
 
     priority = 0
 
@@ -274,7 +274,7 @@ def test_a_removed_request_is_gone_and_costs_its_tenant_nothing():
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 400), st.integers(-1, 1), st.booleans()), max_size=40))
-def test_the_listed_order_is_the_order_of_service_and_everybody_gets_a_turn(arrivals):
+def test_the_listed_order_is_the_order_of_service_and_every_request_gets_a_turn(arrivals):
     queue = queue_of()
     for number, (tenant, prompt, priority, pops) in enumerate(arrivals):
         queue.add(request(f"{tenant}{number}", tenant, weight=ord(tenant) - 96, prompt=prompt, priority=priority))
@@ -285,7 +285,7 @@ def test_the_listed_order_is_the_order_of_service_and_everybody_gets_a_turn(arri
     assert len(queue) == 0 and list(queue) == []
 
 
-def test_a_request_that_names_no_tenant_has_one_like_everybody_else():
+def test_a_request_that_names_no_tenant_has_the_default_one():
     assert tenant_of(request("r")) == Tenant("", 1.0)
     assert tenant_of(request("r", "team", weight=2)) == Tenant("team", 2.0)
     with pytest.raises(ValueError, match=r"weight of tenant 'team' is 0"):

@@ -16,7 +16,7 @@ OUTPUT = 50
 
 
 def fluid(**params):
-    """Thresholds of a pace whose answers all have `OUTPUT` tokens."""
+    """Thresholds with fluid parameters and outputs of `OUTPUT` tokens."""
     survival = [[0, 1.0], [OUTPUT - 1, 1.0], [OUTPUT, 0.0]]
     return {"policy": "fluid", "fluid": {"time_model": TIME_MODEL, "survival": survival, **params}}
 
@@ -32,7 +32,7 @@ MEMORY_HOLDS = 9
 
 
 def let_through(engine):
-    """Requests that have passed the gate and have not ended."""
+    """Released requests that have not ended."""
     return len(engine.requests) - engine.scheduler.admission_queue.held
 
 
@@ -71,7 +71,7 @@ def test_requests_whose_grammar_compiles_hold_the_memory_that_they_will_need():
     assert telemetry(engine).counters.preemptions == 0
 
 
-def test_those_that_cannot_start_keep_their_memory_from_those_that_could():
+def test_requests_that_cannot_start_keep_their_memory():
     engine = memory_engine()
     for place in range(5):
         engine.add(f"s{place}", prompt=60, output=OUTPUT, structured=True)
@@ -88,7 +88,7 @@ def test_those_that_cannot_start_keep_their_memory_from_those_that_could():
 
 
 def test_requests_that_wait_for_an_adapter_hold_the_memory_that_they_will_need():
-    """At max_loras=1 the requests of one adapter run, while those of the other wait behind the gate or past it."""
+    """At max_loras=1 the requests of one adapter run, while those of the other wait, held or released."""
     engine = memory_engine(enable_lora=True, max_loras=1)
     for place in range(40):
         request = engine.add(f"r{place}", prompt=60, output=OUTPUT)
@@ -112,7 +112,7 @@ def test_requests_that_wait_for_an_adapter_hold_the_memory_that_they_will_need()
 
 
 def test_no_more_requests_are_let_through_than_the_engine_has_slots():
-    """Past the gate they would wait where none can be rejected; behind it, those that are late are."""
+    """Released requests could no longer be rejected; held ones that are late are."""
     engine = memory_engine(blocks=1024, thresholds=fluid(kv_limit_tokens=1023 * BLOCK, ttft_s=0.8), max_num_seqs=4)
     for place in range(40):
         engine.add(f"r{place}", prompt=60, output=OUTPUT)
@@ -122,7 +122,7 @@ def test_no_more_requests_are_let_through_than_the_engine_has_slots():
         assert engine.scheduler.admission_queue.released + len(engine.scheduler.skipped_waiting) == 0
         assert engine.now_s < 10
     assert len(engine.finished) + len(rejected(engine)) == 40
-    assert 4 < len(engine.finished) < 40, "the rest was late at the gate and was rejected there"
+    assert 4 < len(engine.finished) < 40, "the rest was late in the admission queue and was rejected"
 
 
 @pytest.mark.parametrize("structured", [False, True])
@@ -252,7 +252,7 @@ def test_prompts_that_are_let_through_count_as_prompts_in_progress():
     engine = memory_engine()
     engine.add("s0", prompt=60, output=OUTPUT, structured=True)
     engine.add("s1", prompt=40, output=OUTPUT, structured=True)
-    assert snapshot(engine).prompt_backlog_tokens == 0, "behind the gate they are not in progress"
+    assert snapshot(engine).prompt_backlog_tokens == 0, "held ones are not in progress"
     engine.step()
     assert len(engine.scheduler.skipped_waiting) == 2
     assert snapshot(engine).prompt_backlog_tokens == 100

@@ -12,7 +12,7 @@ from scheduler.rejection import Rejection
 from scheduler.vllm_scheduler import TOO_MANY
 
 
-def test_fluid_refuses_the_useless_end_of_the_queue_and_tells_their_clients():
+def test_fluid_rejects_the_tail_beyond_the_queue_limit_with_a_retry_time():
     params = fluid_params(ttft_s=5.0, queue_limit=2, kv_limit_tokens=400, capacity_rps=1.0)
     engine = Engine(thresholds={"policy": "fluid", "fluid": params})
     add_many(engine, 8, "r", prompt=100, output=50)
@@ -20,10 +20,10 @@ def test_fluid_refuses_the_useless_end_of_the_queue_and_tells_their_clients():
     engine.deliver()
     rejected = [answer for answer in engine.answers if answer.finish_reason is not None]
     for answer in rejected:
-        told = Rejection.of_answer(str(answer.finish_reason), answer.stop_reason)
-        assert told == Rejection.for_drain_time(TOO_MANY, 8.0, answer.request_id)
+        sent = Rejection.of_answer(str(answer.finish_reason), answer.stop_reason)
+        assert sent == Rejection.for_drain_time(TOO_MANY, 8.0, answer.request_id)
     assert all(answer.new_token_ids == [] for answer in rejected)
-    # The oldest are served, the next two wait, and who came last is refused.
+    # The oldest are served, the next two wait, and the last one is rejected.
     served = len(engine.running)
     assert 0 < served < 6
     assert engine.running == [f"r{place}" for place in range(served)]
@@ -31,7 +31,7 @@ def test_fluid_refuses_the_useless_end_of_the_queue_and_tells_their_clients():
     assert sorted(answer.request_id for answer in rejected) == [f"r{place}" for place in range(served + 2, 8)]
 
 
-def test_fluid_never_lets_memory_overflow_and_serves_everybody_without_targets():
+def test_fluid_never_overflows_memory_and_serves_all_requests_without_targets():
     thresholds = {"policy": "fluid", "fluid": fluid_params(kv_limit_tokens=63 * BLOCK)}
     engine = Engine(blocks=64, thresholds=thresholds)
     add_many(engine, 30, "r", prompt=60, output=50)
@@ -40,8 +40,8 @@ def test_fluid_never_lets_memory_overflow_and_serves_everybody_without_targets()
     assert telemetry(engine).counters.preemptions == 0
 
 
-def test_fluid_keeps_the_iteration_within_its_time_while_nobody_is_ahead():
-    """At capacity later iterations regain nothing, so that there is no time over to lend."""
+def test_fluid_keeps_the_iteration_within_its_time_without_slack():
+    """At capacity later iterations regain nothing, so that there is no slack to use."""
     time_model = IterationTimeModel(0.004, 1e-6, 1e-4, 1e-4)
     params = fluid_params(kv_limit_tokens=1023 * BLOCK, iteration_s=STEP_S, steady_s=STEP_S)
     thresholds = {"policy": "fluid", "fluid": params}
@@ -52,18 +52,18 @@ def test_fluid_keeps_the_iteration_within_its_time_while_nobody_is_ahead():
         time_model.iteration_s(r.prefill_tokens, r.decode_tokens, r.kv_tokens) for r in telemetry(engine).iterations
         if r.decode_tokens  # alone, prompts may take what they like
     )
-    assert slowest <= STEP_S + 16 * time_model.d2_s_per_prefill_token  # whoever has entered always gets on
+    assert slowest <= STEP_S + 16 * time_model.d2_s_per_prefill_token  # prefills always progress
     assert len(engine.finished) == 60
 
 
-def test_prompts_take_the_time_that_those_in_service_have_over():
+def test_prefills_use_the_slack_of_running_requests():
     thresholds = {"policy": "fluid", "fluid": fluid_params(kv_limit_tokens=1023 * BLOCK, iteration_s=2 * STEP_S)}
     engine = Engine(blocks=1024, thresholds=thresholds)
     add_many(engine, 4, "r", prompt=20, output=50)
     engine.steps(30)
     engine.add("long", prompt=480, output=2)
     computed = max(batch.get("long", 0) for batch in engine.steps(3))
-    assert computed == 480, "at 0.1 ms a token the promise alone has time for 150"
+    assert computed == 480, "at 0.1 ms a token the planned time alone has room for 150"
 
 
 @settings(max_examples=25, deadline=None)
@@ -90,7 +90,7 @@ def test_counters_add_up_after_every_step(steps):
             cut_short += 1
         engine.step()
         rejected = {answer.request_id for answer in engine.answers if answer.stop_reason}
-        rejected |= {request.request_id for request, _ in engine.scheduler.rejector.untold}  # not told yet
+        rejected |= {request.request_id for request, _ in engine.scheduler.rejector.undelivered}  # not delivered yet
         counters = telemetry(engine).counters
         assert counters == replace(
             counters, arrivals=arrived, completed=len(engine.finished), aborted=cut_short, rejected=len(rejected)
@@ -99,7 +99,7 @@ def test_counters_add_up_after_every_step(steps):
         assert counters.in_flight == len(engine.scheduler.requests) - freed_late
 
 
-def test_the_urgent_enter_first_and_the_others_are_refused_first():
+def test_urgent_requests_enter_first_and_the_others_are_rejected_first():
     params = fluid_params(ttft_s=5.0, queue_limit=2, kv_limit_tokens=400)
     engine = Engine(thresholds={"policy": "fluid", "fluid": params}, scheduling_policy="priority")
     add_many(engine, 6, "later", prompt=100, output=50, priority=1)
@@ -110,7 +110,7 @@ def test_the_urgent_enter_first_and_the_others_are_refused_first():
     assert all(answer.request_id.startswith("later") for answer in engine.answers if answer.stop_reason)
 
 
-def test_fluid_starts_with_a_pace_from_the_profile_and_the_targets():
+def test_fluid_starts_with_parameters_from_the_profile_and_the_targets():
     settings = {"profile": "a100-llama2-7b", "targets": {"ttft_s": 2.0, "tpot_s": 0.05}}
     engine = Engine(thresholds={"policy": "fluid"}, settings=settings)
     active = telemetry(engine).thresholds

@@ -1,4 +1,4 @@
-"""Who gives up its KV cache where blocks run short while others are held: on vLLM's real scheduler."""
+"""Which request is preempted when blocks run short and others pause: on vLLM's real scheduler."""
 
 import pytest
 from engine_harness import MAX_MODEL_LEN, Engine
@@ -25,8 +25,8 @@ def add_many(engine, count, prefix, **request):
 
 
 def preempted(engine):
-    everyone = {**engine.requests, **engine.finished}
-    return {name: request.num_preemptions for name, request in everyone.items() if request.num_preemptions}
+    all_requests = {**engine.requests, **engine.finished}
+    return {name: request.num_preemptions for name, request in all_requests.items() if request.num_preemptions}
 
 
 def short_of_memory(max_hold_s=10.0, **engine_args):
@@ -54,7 +54,7 @@ def test_held_requests_are_preempted_before_any_that_runs_the_latest_admitted_fi
     assert seen[:2] == ["old1", "old0"], "the youngest of those held, then the other; none that runs"
 
 
-def test_whoever_was_evicted_is_not_taken_up_again_in_the_same_iteration():
+def test_an_evicted_request_is_not_resumed_in_the_same_iteration():
     engine = short_of_memory()
     while not preempted(engine):
         batch = engine.step()
@@ -88,7 +88,7 @@ def test_nothing_is_lost_by_an_eviction_of_requests_with_drafts(method, asynchro
     assert engine.scheduler.kv_cache_manager.usage == 0.0 and not engine.scheduler.running
 
 
-def test_without_anyone_held_vllm_s_own_preemption_is_untouched():
+def test_without_paused_requests_vllm_s_own_preemption_is_untouched():
     """Once the hold is over the same requests run, and the latest admitted of them goes first."""
     engine = short_of_memory(max_hold_s=0.0)
     while not preempted(engine):
@@ -129,7 +129,7 @@ def test_strict_mode_cannot_lock_up_when_held_requests_fill_the_memory():
     assert set(newcomers) <= set(finished)
 
 
-def test_strict_mode_evicts_those_at_a_boundary_before_others_that_are_not_selected():
+def test_strict_mode_evicts_requests_at_a_boundary_before_other_paused_ones():
     engine, held = strict_scene()
     add_many(engine, 5, "inside", prompt=1, output=20)
     engine.step()  # they enter segment 1 and stand still there until the next group, the latest admitted of all
@@ -139,7 +139,7 @@ def test_strict_mode_evicts_those_at_a_boundary_before_others_that_are_not_selec
     assert "long" in batch and preempted(engine).keys() <= set(held) and preempted(engine)
 
 
-def test_whoever_ends_while_waiting_again_leaves_nothing_behind():
+def test_a_request_that_ends_while_waiting_again_leaves_nothing_behind():
     """Its last token was under way when it was evicted."""
     engine, _ = strict_scene()
     ending = add_many(engine, 5, "ending", prompt=1, output=1)

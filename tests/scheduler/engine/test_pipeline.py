@@ -53,7 +53,7 @@ def test_a_request_is_in_no_batch_before_its_token_s_turn(asynchronous):
 
 
 @BOTH_WAYS
-def test_a_policy_sees_the_group_whose_turn_it_is(asynchronous):
+def test_a_policy_sees_the_group_that_the_next_iteration_advances(asynchronous):
     engine = piped(asynchronous)
     for name in "abc":
         engine.add(name, prompt=16, output=50)
@@ -62,7 +62,7 @@ def test_a_policy_sees_the_group_whose_turn_it_is(asynchronous):
     engine.step()
     alone, three = engine.scheduler._snapshot(0.0), (engine.step(), engine.scheduler._snapshot(0.0))[1]
     assert (alone.decode_tokens, three.decode_tokens) == (3, 1)
-    assert (alone.next_is_emptier, three.next_is_emptier) == (True, False)
+    assert (alone.next_is_fuller, three.next_is_fuller) == (True, False)
     assert (alone.kv_read_tokens, three.kv_read_tokens) == (3 * 17, 33)
     assert engine.scheduler.active.limits.pipeline_depth == 2
 
@@ -95,12 +95,12 @@ def decide(*, advancing, full=False, fluid=PARAMS):
         now_s=0.0, waiting={UNKNOWN_TYPE: view}, released=0,
         running=RunningBatch([RunningRequest("r", stage=50, kv_tokens=550)] * 100), kv_used_tokens=55_000,
         kv_capacity_tokens=100_000, most_tokens=2048, decode_tokens=advancing, kv_read_tokens=550 * advancing,
-        next_is_emptier=full,
+        next_is_fuller=full,
     )
     return make_policy(Thresholds(policy="fluid", fluid=fluid)).decide(snapshot)
 
 
-def test_the_budget_is_that_of_the_group_whose_turn_it_is():
+def test_the_budget_is_for_the_group_that_the_next_iteration_advances():
     few, many = decide(advancing=20).token_budget, decide(advancing=80).token_budget
     per_token_s = TIME_MODEL.d2_s_per_prefill_token + TIME_MODEL.d1_s_per_kv_token
     decode_s = 60 * (TIME_MODEL.d3_s_per_decode_token + 550 * TIME_MODEL.d1_s_per_kv_token)
@@ -112,16 +112,16 @@ def test_a_newcomer_enters_an_iteration_with_fewer_requests():
     assert decide(advancing=20).admit == {UNKNOWN_TYPE: 1}
 
 
-def test_all_that_iterations_under_way_were_lent_is_taken_from_the_slack():
-    def lent(under_way):
+def test_slack_used_by_all_iterations_under_way_is_subtracted():
+    def used_s(under_way):
         slack = TpotSlack(0.1, lambda stages, tokens: np.ones(len(stages)), under_way)
         return [
             slack.spare_s(np.array([11]), np.array([9.5]), 10.0, wanted, gain_s=0.0, misses=0.0)
             for wanted in (0.1, 0.0, 1.0)
         ]
 
-    assert lent(1)[2] == pytest.approx(0.4)
-    assert lent(2)[2] == pytest.approx(0.3)
+    assert used_s(1)[2] == pytest.approx(0.4)
+    assert used_s(2)[2] == pytest.approx(0.3)
 
 
 # The fluid model.
@@ -148,7 +148,7 @@ def test_memory_holds_the_requests_of_all_groups():
     assert deep.equilibrium.memory_tokens < 2 * flat.equilibrium.memory_tokens
 
 
-def test_the_controller_takes_the_depth_from_the_engine_and_its_law_for_a_stage_s():
+def test_the_controller_takes_the_depth_from_the_engine_and_models_one_stage():
     settings = TuningSettings(targets=Slo(tpot_s=0.1))
     model = ReplicaModel(settings, PAPER, Thresholds(policy="fluid"))
     engine = SyntheticEngine(limits=replace(LIMITS, pipeline_depth=4))

@@ -1,4 +1,4 @@
-"""With open gates the schedule is vLLM's own, batch by batch; under any thresholds every request finishes."""
+"""Without thresholds the schedule is vLLM's own, batch by batch; under any thresholds every request finishes."""
 
 import random
 
@@ -35,7 +35,7 @@ def play(engine, coming, *, each_step=lambda engine, step: None, most_steps=6000
     step = max(coming)
     while engine.scheduler.has_unfinished_requests():
         step += 1
-        assert step < most_steps, f"stranded: {sorted(engine.requests)}"
+        assert step < most_steps, f"starved: {sorted(engine.requests)}"
         each_step(engine, step)
         engine.step()
     engine.run()
@@ -73,7 +73,7 @@ def test_fcfs_without_a_cap_schedules_exactly_as_vllm_does(name):
             assert telemetry(ours).counters.preemptions == sum(preemptions[1].values())
 
 
-# Nobody is stranded, nothing is lost.
+# No request starves, none is lost.
 
 
 def random_thresholds(rng, slots):
@@ -150,4 +150,4 @@ def test_every_request_finishes_whatever_the_thresholds(name):
         )
         counters = telemetry(engine).counters
         assert (counters.arrivals, counters.completed, counters.aborted) == (40, 40 - len(aborted), len(aborted))
-        assert not scheduler._executing, "every iteration was recorded"
+        assert not scheduler._timer.busy, "every iteration was recorded"

@@ -113,8 +113,8 @@ def test_a_rejection_drawn_for_the_audit_is_lifted_for_all_prompts() -> None:
     for place in range(12):
         add(engine, prompts(f"http{place}", 3))
     run(engine)
-    told = rejected(engine)
-    by_request = [{name in told for name in prompts(f"http{place}", 3)} for place in range(12)]
+    rejected_ids = rejected(engine)
+    by_request = [{name in rejected_ids for name in prompts(f"http{place}", 3)} for place in range(12)]
     assert all(len(outcomes) == 1 for outcomes in by_request)
     assert {True} in by_request and {False} in by_request
 
@@ -139,4 +139,4 @@ def test_an_embedding_is_never_rejected() -> None:
     request = Request("embd-1-0", [7] * 32, None, PoolingParams(task="embed"))
     engine.scheduler.add_request(request)
     engine.scheduler._reject([request], TOO_LATE, 1.0)
-    assert not engine.scheduler.rejector.untold and engine.scheduler.admission_queue.released == 1
+    assert not engine.scheduler.rejector.undelivered and engine.scheduler.admission_queue.released == 1

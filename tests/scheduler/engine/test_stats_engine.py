@@ -17,7 +17,7 @@ class NotToBeWalked(dict):
     keys = values = items = __iter__
 
 
-def test_stats_tell_what_runs_and_waits_under_the_cap_in_force():
+def test_stats_count_running_and_waiting_requests_under_the_active_cap():
     engine = Engine(thresholds={"policy": "fcfs", "max_running": 3})
     add_many(engine, 5, prompt=32, output=8)
     engine.step()

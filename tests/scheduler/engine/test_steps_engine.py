@@ -59,7 +59,7 @@ def test_an_engine_that_does_not_speculate_counts_no_steps():
     assert counters(engine).decode_steps == 0
 
 
-def test_the_law_sees_the_tokens_that_were_computed():
+def test_the_time_model_counts_computed_tokens():
     engine = sync_engine(3, lambda name, given: 2, thresholds={"policy": "fcfs"})
     for place in range(5):
         engine.add(f"r{place}", prompt=40, output=22)
@@ -122,7 +122,7 @@ def test_every_running_request_advances_beside_prompts_that_fill_the_iteration(c
 
 
 @pytest.mark.parametrize("drafts", [0, 3])
-def test_a_prompt_takes_the_time_that_is_left_and_not_that_of_drafts_that_do_not_come(drafts):
+def test_a_prompt_takes_the_time_left_beside_the_drafts_that_come(drafts):
     """Of 12 ms, 4 are fixed and a token takes 0.1: ten requests leave some 80 − 10·(1 + drafts) tokens."""
     engine = sync_engine(drafts, lambda name, given: 1, blocks=1024, thresholds=fluid(iteration_s=0.012))
     for place in range(10):

@@ -34,7 +34,7 @@ def test_token_budget_above_nothing_of_the_engine():
     assert [batch["long"] for batch in engine.steps(2)] == [512, 388]
 
 
-def test_token_budget_strands_no_prompt_where_prompts_are_not_split():
+def test_token_budget_starves_no_prompt_where_prompts_are_not_split():
     engine = Engine(
         thresholds={"token_budget": 20}, enable_chunked_prefill=False, max_num_batched_tokens=MAX_MODEL_LEN, blocks=60
     )
@@ -70,7 +70,7 @@ def test_thresholds_lapse_to_the_configured_ones():
     assert engine.running == ["busy", "held"] and telemetry(engine).from_config
 
 
-def test_types_are_named_anew_for_everybody_when_the_policy_changes():
+def test_all_requests_are_reclassified_when_the_policy_changes():
     engine = Engine(blocks=8, thresholds={"policy": "fcfs"})
     engine.add("running", prompt=60, output=30)
     engine.add("through", prompt=60, output=30)

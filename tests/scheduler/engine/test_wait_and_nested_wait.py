@@ -1,4 +1,4 @@
-"""WAIT at the gate and Nested WAIT at its boundaries, on vLLM's real scheduler and block manager."""
+"""WAIT at admission and Nested WAIT at its boundaries, on vLLM's real scheduler and block manager."""
 
 import random
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from engine_harness import MAX_MODEL_LEN, STEP_S, Engine, add_many, boundary_eng
 from scheduler.engine.running_requests import EngineBatch, in_admission_order
 from scheduler.policies import RunningRequest
 
-# WAIT at the gate.
+# WAIT at admission.
 
 
 def test_wait_admits_in_groups_and_bounds_the_hold_of_the_rest():
@@ -65,13 +65,13 @@ def test_types_go_by_declared_length():
     assert engine.running == ["busy", "short", "declared-short"]
 
 
-def test_strict_wait_moves_nobody_without_a_full_group():
+def test_strict_wait_advances_no_request_without_a_full_group():
     engine = Engine(thresholds=wait(4, mode="strict"), settings={"allow_strict": True})
     add_many(engine, 3, "a", output=3)
-    assert engine.steps(3) == [{}, {}, {}], "the paper's letter: not even an idle engine admits"
+    assert engine.steps(3) == [{}, {}, {}], "strict mode: not even an idle engine admits"
     engine.add("a3", output=3)
     assert len(engine.step()) == 4
-    assert engine.steps(3) == [{}, {}, {}], "those in service wait for the next full group"
+    assert engine.steps(3) == [{}, {}, {}], "running requests wait for the next full group"
     add_many(engine, 4, "b", output=3)
     assert len(engine.step()) == 8
 
@@ -85,7 +85,7 @@ def test_boundary_queue_opens_when_n_stand_there():
     # `front` has four tokens after steps 0..3 and stands at the boundary in steps 4 and 5; `young` comes in step 6.
     assert batches[2].keys() == batches[3].keys() == set(young)
     assert batches[4].keys() == {*front, *young}
-    assert batches[5].keys() == {*front, *young}, "nobody is held there twice"
+    assert batches[5].keys() == {*front, *young}, "no request is held there twice"
     engine.run()
     assert {request.num_output_tokens for request in engine.finished.values()} == {12}
 
@@ -100,7 +100,7 @@ def test_boundary_hold_is_bounded():
     assert batches[3].keys() == {*front, *young}, "0.06 is 0.02 s after reaching the boundary"
 
 
-def test_those_who_sit_out_keep_their_memory_and_their_place():
+def test_paused_requests_keep_their_memory_and_their_place():
     # Unknown lengths (no declaration) queue at the boundary, known ones never do: they stand in between.
     engine = Engine(thresholds={
         "policy": "wait", "types": [{"name": "known", "n": 1}], "max_hold_s": 10.0,
@@ -124,7 +124,7 @@ def test_those_who_sit_out_keep_their_memory_and_their_place():
     assert engine.scheduler.kv_cache_manager.usage > before
     now = telemetry(engine)
     assert (now.gauges.running, now.gauges.sitting_out) == (5, 2)
-    assert len(now.running) == 5, "whoever sits out is in service"
+    assert len(now.running) == 5, "paused requests count as running"
     engine.run()
     assert len(engine.finished) == 6
 
@@ -136,7 +136,7 @@ def test_admission_order_is_restored(seed):
     aside = [(place, request) for place, request in enumerate(original) if rng.random() < 0.4]
     taken = {place for place, _ in aside}
     others = [request for place, request in enumerate(original) if place not in taken]
-    if rng.random() < 0.5:  # vLLM preempts from the end, and then admits nobody
+    if rng.random() < 0.5:  # vLLM preempts from the end, and then admits none
         kept, new = others[: rng.randint(0, len(others))], []
     else:
         kept, new = others, [SimpleNamespace(name=100 + place) for place in range(rng.randint(0, 3))]
@@ -145,7 +145,7 @@ def test_admission_order_is_restored(seed):
     assert names == [r.name for r in original if r.name in survivors] + [r.name for r in new]
 
 
-def test_preemption_takes_the_latest_admitted_of_those_that_run():
+def test_preemption_takes_the_latest_admitted_running_request():
     # 13 usable blocks; `front` (two requests of three blocks) sit at the boundary while `young` outgrow the memory.
     engine = Engine(
         blocks=14, thresholds=nested((4, 2), (1000, 2), max_hold_s=10.0), max_num_batched_tokens=256,
@@ -163,7 +163,7 @@ def test_preemption_takes_the_latest_admitted_of_those_that_run():
     assert len(engine.finished) == 3
 
 
-def test_everyone_runs_when_those_who_sit_out_hold_all_the_memory():
+def test_all_requests_run_when_paused_ones_hold_all_the_memory():
     # `front` holds 6 of 9 blocks at its boundary; the young group lets it sit out and then does not fit.
     engine = Engine(blocks=10, thresholds=nested((4, 3), (1000, 3), max_hold_s=60.0))
     add_many(engine, 2, "front", prompt=44, output=20)
@@ -175,7 +175,7 @@ def test_everyone_runs_when_those_who_sit_out_hold_all_the_memory():
         assert earlier or later, "never two empty iterations in a row while there is work"
 
 
-def test_those_who_sit_out_keep_their_seats():
+def test_paused_requests_keep_their_slots():
     engine = Engine(thresholds=nested((4, 4), (1000, 4), max_hold_s=10.0), max_num_seqs=6)
     add_many(engine, 2, "front", output=12)
     engine.steps(2)

@@ -8,7 +8,7 @@ from scheduler.messages import Finished
 # The cap.
 
 
-def test_cap_limits_requests_in_service():
+def test_cap_limits_running_requests():
     engine = Engine(thresholds={"max_running": 4})
     add_many(engine, 10, output=6)
     while engine.scheduler.has_unfinished_requests():
@@ -18,7 +18,7 @@ def test_cap_limits_requests_in_service():
     assert len(engine.finished) == 10
 
 
-def test_cap_lowered_below_those_in_service_evicts_nobody():
+def test_cap_below_the_running_requests_evicts_none():
     engine = Engine(thresholds={"max_running": 8})
     first = add_many(engine, 8, "a", output=20)
     engine.step()
@@ -35,7 +35,7 @@ def test_cap_lowered_below_those_in_service_evicts_nobody():
     assert len(engine.finished) == 12
 
 
-def test_cap_counts_those_that_are_preempted():
+def test_cap_counts_preempted_requests():
     engine = Engine(blocks=16, thresholds={"max_running": 4})
     add_many(engine, 8, prompt=40, output=40)
     while engine.scheduler.has_unfinished_requests():
@@ -112,7 +112,7 @@ def test_abort_while_preempted():
     assert len(engine.finished) == 2
 
 
-# vLLM's own view of those who are held.
+# vLLM's own view of held requests.
 
 
 def test_held_requests_are_counted_everywhere_vllm_looks():
@@ -134,14 +134,14 @@ def test_held_requests_are_counted_everywhere_vllm_looks():
     assert len(engine.finished) == 3
 
 
-def test_structured_output_requests_wait_at_the_gate_too():
+def test_structured_output_requests_wait_for_admission_too():
     engine = Engine(thresholds=wait(2, max_hold_s=10.0, max_running=3))
     scheduler = engine.scheduler
     engine.add("busy", output=50)
     engine.step()
     engine.add("s0", structured=True)
     engine.step()
-    assert scheduler.admission_queue.held == 1 and len(scheduler.skipped_waiting) == 0, "held, not past the gate"
+    assert scheduler.admission_queue.held == 1 and len(scheduler.skipped_waiting) == 0, "held, not released"
     engine.add("s1", structured=True)
     add_many(engine, 2)
     engine.step()
@@ -149,7 +149,7 @@ def test_structured_output_requests_wait_at_the_gate_too():
         "let through, the grammar compiles"
     )
     engine.steps(3)
-    assert engine.running == ["busy"], "the compiling ones have their seats: the cap leaves none"
+    assert engine.running == ["busy"], "the compiling ones have their slots: the cap leaves none"
     assert scheduler.get_request_counts() == (1, 4)
     engine.compile_grammar("s1")
     assert "s1" in engine.step()
@@ -168,7 +168,7 @@ def test_abort_while_the_grammar_compiles():
     assert_gone(engine, "s")
 
 
-def test_session_arrives_once_and_passes_the_gate_once():
+def test_session_arrives_once_and_is_admitted_once():
     engine = Engine(thresholds=wait(4, max_hold_s=10.0))
     scheduler = engine.scheduler
     engine.add("session", prompt=32, output=3, resumable=True)
@@ -182,7 +182,7 @@ def test_session_arrives_once_and_passes_the_gate_once():
     assert_gone(engine, "session")
 
 
-def test_prefix_cache_reset_that_preempts_everybody():
+def test_prefix_cache_reset_that_preempts_all_requests():
     engine = Engine(enable_prefix_caching=True, thresholds=wait(2, max_hold_s=0.05))
     add_many(engine, 6, output=20)
     engine.steps(5)

@@ -1,4 +1,4 @@
-"""Intervals, rates and the test for a change, against processes whose truth is known."""
+"""Intervals, rates and the test for a change, against processes of known rates."""
 
 from __future__ import annotations
 

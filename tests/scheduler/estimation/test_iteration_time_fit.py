@@ -1,4 +1,4 @@
-"""Laws fitted to measured iterations, at once and online."""
+"""Models fitted to measured iterations, at once and online."""
 
 import math
 
@@ -33,7 +33,7 @@ def worst_error(time_model, truth):
 
 
 @pytest.mark.parametrize("scale", [1.0, 300.0])
-def test_recovers_a_law_with_a_floor(scale):
+def test_recovers_a_model_with_a_floor(scale):
     truth = IterationTimeModel(0.0034 * scale, 4.5e-7 * scale, 6.47e-5 * scale, 6.47e-5 * scale, 0.0112 * scale)
     tokens = batches(1000)
     fit = fit_iteration_time(*tokens, measured(truth, tokens))
@@ -51,7 +51,7 @@ def test_recovers_a_law_with_a_floor(scale):
     }  # fmt: skip
 
 
-def test_without_noise_the_law_is_exact():
+def test_without_noise_the_fitted_model_is_exact():
     tokens = batches(200)
     fit = fit_iteration_time(*tokens, GPU.iteration_s(*tokens))
     assert isinstance(fit, IterationTimeFit)
@@ -69,7 +69,7 @@ def test_no_floor_is_invented(records, trials):
     assert fit_iteration_time(*tokens, TWO_TERM.iteration_s(*tokens)).time_model.floor_s == 0
 
 
-def test_recovers_the_two_term_law():
+def test_recovers_the_two_term_model():
     tokens = batches(1000)
     assert worst_error(fit_iteration_time(*tokens, measured(TWO_TERM, tokens)).time_model, TWO_TERM) < 0.03
 
@@ -98,7 +98,7 @@ def rejection(prefill, decode, kv, seconds):
     return result.reason
 
 
-def test_degenerate_records_are_refused():
+def test_degenerate_records_are_rejected():
     prefill, decode, kv = batches(200)
     seconds = measured(GPU, (prefill, decode, kv))
     same = np.full(200, 8)
@@ -108,7 +108,7 @@ def test_degenerate_records_are_refused():
     assert "tell apart" in rejection(prefill, decode, 2 * prefill + 5, seconds)
 
 
-def test_too_few_or_unusable_records_are_refused():
+def test_too_few_or_unusable_records_are_rejected():
     tokens = batches(40)
     seconds = measured(GPU, tokens)
     assert "31 records" in rejection(*(a[:31] for a in tokens), seconds[:31])
@@ -118,7 +118,7 @@ def test_too_few_or_unusable_records_are_refused():
         assert "1 of 40" in rejection(*tokens, spoiled)
 
 
-def test_records_without_a_base_time_are_refused():
+def test_records_without_a_base_time_are_rejected():
     prefill, _, _ = batches(200)
     assert "empty batch" in rejection(prefill + 100, np.zeros(200), np.zeros(200), 1e-4 * (prefill + 50.0))
 
@@ -148,7 +148,7 @@ def feed(online, time_model, records, noise=0.02, seed=2):
         online.update(*(float(x) for x in record))
 
 
-def test_online_law_starts_at_its_prior_and_stays_there_when_it_is_right():
+def test_online_model_starts_at_its_prior_and_stays_there_when_it_is_right():
     online = OnlineIterationTimeModel(GPU)
     assert online.time_model == GPU
     feed(online, GPU, 31)
@@ -162,7 +162,7 @@ def test_online_law_starts_at_its_prior_and_stays_there_when_it_is_right():
 
 
 @pytest.mark.parametrize("factor", [1.5, 2.0, 0.5])
-def test_online_law_follows_an_engine_that_changes_speed(factor):
+def test_online_model_follows_an_engine_that_changes_speed(factor):
     online = OnlineIterationTimeModel(GPU)
     feed(online, GPU, 500)
     changed = IterationTimeModel(*(factor * x for x in (0.0034, 4.5e-7, 6.47e-5, 6.47e-5, 0.0112)))
@@ -177,7 +177,7 @@ def test_online_law_follows_an_engine_that_changes_speed(factor):
 @pytest.mark.parametrize(
     "prior", [TWO_TERM, IterationTimeModel(1.0, 1e-4, 1e-3, 1e-3, 1.2), IterationTimeModel(1e-4, 0.0)]
 )
-def test_online_law_learns_from_a_wrong_prior(prior):
+def test_online_model_learns_from_a_wrong_prior(prior):
     online = OnlineIterationTimeModel(prior)
     truth = IterationTimeModel(0.0112, 4.5e-7, 6.47e-5, 2e-5)
     feed(online, truth, 3000)
@@ -198,7 +198,7 @@ def test_garbage_records_change_nothing():
     assert (online.time_model, online.ignored, online.records) == (before, 13, 100)
 
 
-def test_one_outlier_moves_the_law_little():
+def test_one_outlier_moves_the_model_little():
     online = OnlineIterationTimeModel(GPU)
     feed(online, GPU, 500)
     for probe in PROBES:
@@ -212,7 +212,7 @@ def test_one_outlier_moves_the_law_little():
 @pytest.mark.parametrize(
     "record", [(1e300, 0, 0, 0.02), (0, 1e12, 0, 1e-9), (1e308, 1e308, 1e308, 1e308), (0, 0, 0, 5e-324)]
 )
-def test_absurd_records_leave_a_valid_law_that_recovers(record):
+def test_absurd_records_leave_a_valid_model_that_recovers(record):
     online = OnlineIterationTimeModel(GPU)
     feed(online, GPU, 200)
     for _ in range(20):
@@ -255,7 +255,7 @@ def test_online_parameters_are_checked():
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0, 3.0])
-def test_a_change_of_speed_is_followed_at_once_and_not_held_against_the_law(factor):
+def test_a_change_of_speed_is_followed_at_once_and_left_out_of_the_error(factor):
     online = OnlineIterationTimeModel(GPU)
     feed(online, GPU, 1000)
     before = online.error
@@ -266,14 +266,14 @@ def test_a_change_of_speed_is_followed_at_once_and_not_held_against_the_law(fact
     assert abs(online.error.mean) < 0.02
 
 
-def test_fluctuation_is_what_the_iterations_show():
+def test_the_error_statistics_match_the_iterations():
     online = OnlineIterationTimeModel(GPU)
     assert online.error.std == pytest.approx(0.019 * math.sqrt(math.pi / 2))
     feed(online, GPU, 1500, noise=0.03)
-    strays = online.error
-    assert strays.std_estimate.covers(0.03)
-    assert abs(strays.correlation) < 0.15
-    assert 400 < strays.iterations <= 500
+    errors_seen = online.error
+    assert errors_seen.std_estimate.covers(0.03)
+    assert abs(errors_seen.correlation) < 0.15
+    assert 400 < errors_seen.iterations <= 500
     mean_s, std_s = online.iteration_time_s
     assert 0 < std_s < mean_s
 

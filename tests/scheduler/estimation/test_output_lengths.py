@@ -45,7 +45,7 @@ def test_censored_answers_are_not_forgotten(seed: int) -> None:
     assert naive.survival(100) < 0.75 * estimate.survival(100)
 
 
-def test_nobody_is_taken_beyond_the_longest() -> None:
+def test_no_output_is_extrapolated_beyond_the_longest() -> None:
     assert product_limit([(1, 10)], [(1, 3000)], 4096).output_quantile(1) == 4096
 
 
@@ -59,8 +59,8 @@ def test_nothing_finished_is_an_error() -> None:
         product_limit([], [(1, 2)], 4096)
 
 
-def watched(generator, mean, *, from_s, until_s, changes_at_s=None, later_mean=None):
-    """Geometric answers, begun at a steady rate long before, seen by who watches from then until then."""
+def observe_outputs(generator, mean, *, from_s, until_s, changes_at_s=None, later_mean=None):
+    """Geometric answers, begun at a steady rate long before, observed from `from_s` until `until_s`."""
     begun = np.sort(generator.uniform(0, until_s, round(0.4 * until_s)))
     outputs = generator.geometric(1 / mean, begun.size)
     if changes_at_s is not None:
@@ -74,10 +74,10 @@ def watched(generator, mean, *, from_s, until_s, changes_at_s=None, later_mean=N
     return Answers(np.full(inside.sum(), 50), now[inside], ended[inside], entry[inside])
 
 
-def test_who_was_under_way_when_watching_began_counts_only_from_then_on() -> None:
+def test_requests_under_way_when_observation_began_count_only_from_then_on() -> None:
     """A short window sees mostly long answers; without late entry they would all count."""
     generator = np.random.default_rng(1)
-    seen = [watched(generator, 300, from_s=3000, until_s=3300) for _ in range(30)]
+    seen = [observe_outputs(generator, 300, from_s=3000, until_s=3300) for _ in range(30)]
     naive = [Answers(a.prompt_tokens, a.output_tokens, a.ended, np.zeros(a.entry.size)) for a in seen]
     for x in (100, 300, 600):
         truth = (1 - 1 / 300) ** x
@@ -85,11 +85,11 @@ def test_who_was_under_way_when_watching_began_counts_only_from_then_on() -> Non
     assert np.mean([limit(a, 8192).survival(300) for a in naive]) > 0.5 > 0.37
 
 
-def test_alike_answers_are_not_taken_for_a_change() -> None:
+def test_outputs_of_one_distribution_are_not_taken_for_a_change() -> None:
     generator, alarms = np.random.default_rng(2), 0
     for _ in range(200):
-        earlier = watched(generator, 300, from_s=1500, until_s=2400)
-        later = watched(generator, 300, from_s=2400, until_s=2800)
+        earlier = observe_outputs(generator, 300, from_s=1500, until_s=2400)
+        later = observe_outputs(generator, 300, from_s=2400, until_s=2800)
         alarms += have_changed(earlier, later)
     assert alarms <= 3
 
@@ -98,8 +98,8 @@ def test_alike_answers_are_not_taken_for_a_change() -> None:
 def test_other_answers_are_a_change(later_mean: int) -> None:
     generator, found = np.random.default_rng(3), 0
     for _ in range(20):
-        earlier = watched(generator, 300, from_s=1500, until_s=2400)
-        later = watched(generator, 300, from_s=2400, until_s=2900, changes_at_s=2400, later_mean=later_mean)
+        earlier = observe_outputs(generator, 300, from_s=1500, until_s=2400)
+        later = observe_outputs(generator, 300, from_s=2400, until_s=2900, changes_at_s=2400, later_mean=later_mean)
         found += have_changed(earlier, later)
     assert found >= 18
 
@@ -111,7 +111,7 @@ def test_too_few_answers_are_no_change() -> None:
     assert not have_changed(many, few)
 
 
-def test_a_guess_of_lengths_closes_no_gate() -> None:
+def test_a_guess_of_lengths_rejects_no_request() -> None:
     """Of what nothing is known: as likely to double as not, so that a new request counts for a few tokens only."""
     lengths = cold_lengths(131_072)
     assert [lengths.survival(x) for x in (2, 5, 10)] == pytest.approx([0.45, 0.2, 0.1], abs=0.051)

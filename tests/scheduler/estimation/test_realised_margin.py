@@ -17,7 +17,7 @@ def test_few_requests_say_nothing():
     assert after([1.5] * 300).margin(0.01) == pytest.approx(0.5)
 
 
-def test_all_but_the_promised_share_are_covered():
+def test_all_but_the_accepted_share_are_covered():
     """Of every 100 requests 4 were 3 % slower than planned and one was 10 % slower."""
     ratios = ([0.98] * 95 + [1.03] * 4 + [1.1]) * 5
     assert after(ratios).margin(0.02) == pytest.approx(0.03)
@@ -31,7 +31,7 @@ def test_requests_that_a_change_catches_unprepared_do_not_count():
 
 
 def test_a_wider_margin_does_not_change_what_was_needed():
-    """Requests are measured against the plan in force, so the loop settles at once instead of swinging."""
+    """Requests are compared with the active plan, so the loop settles at once instead of oscillating."""
     assert after([1.05] * 400, planned_s=0.05).margin(0.01) == pytest.approx(
         after([1.05] * 400, planned_s=0.04).margin(0.01)
     )

@@ -1,4 +1,4 @@
-"""What a model learns of a paced replica: cold at first, then certain, and quick when something changes."""
+"""A replica's model under `fluid`: cold at first, then certain, and quick to follow a change."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PERIOD_S, ITERATION_S = 5.0, 0.05
 
 
 class Replica:
-    """A synthetic engine with Poisson arrivals, whose answers advance by a token an iteration."""
+    """A synthetic engine with Poisson arrivals, whose outputs gain a token per iteration."""
 
     def __init__(self, seed: int = 1) -> None:
         self.engine = SyntheticEngine()
@@ -83,7 +83,7 @@ def test_the_forecast_covers_the_truth_and_is_json():
     data = json.loads(json.dumps(forecast.as_dict(), allow_nan=False))
     assert set(data["rate_rps"]) == {"value", "low", "high"}
     assert list(data["rate_by_type_rps"]) == ["prompt<=1024"]
-    assert "nothing binds" in proposal.reason
+    assert "bottleneck: nothing" in proposal.reason
 
 
 @pytest.mark.parametrize("factor", [3.0, 1 / 3])
@@ -161,17 +161,17 @@ def test_strata_are_as_frequent_as_they_arrive():
     assert stratified(lengths, [], arrival_rates([], [], 0.0, 20.0)) == lengths
 
 
-def test_nobody_counts_as_late_where_no_progress_is_known():
-    engine, watch = SyntheticEngine(), TrafficMonitor(60.0, 20)
+def test_no_request_has_an_entry_where_no_progress_is_known():
+    engine, traffic = SyntheticEngine(), TrafficMonitor(60.0, 20)
     engine.traffic([(50, 100)], every_s=0.1, seconds=30)
     report = engine.report()
-    watch.restart(report)
-    watch.observe(report, 0)
-    assert watch.finished_count == 300
-    assert math.isinf(watch.answers_since_s)
+    traffic.restart(report)
+    traffic.observe(report, 0)
+    assert traffic.finished_count == 300
+    assert math.isinf(traffic.answers_since_s)
 
 
-def test_answers_are_those_that_an_observer_of_a_while_would_have_seen():
+def test_outputs_are_truncated_and_censored_to_the_interval():
     """The example of `TrafficMonitor.answers_between`, from 100 s until 120 s with one token a second."""
     engine, monitor = SyntheticEngine(), TrafficMonitor(window_s=60.0, least_answers=20)
     ends = {90: (1, 50), 110: (2, 30), 125: (3, 30), 130: (4, 8)}

@@ -63,7 +63,7 @@ def iterate_to_the_fixed_point(time_model, mix):
 
 @modest
 @given(mixes, time_models)
-def test_equilibrium_is_the_fixed_point_of_the_time_law(mix, time_model):
+def test_equilibrium_is_the_fixed_point_of_the_time_model(mix, time_model):
     fluid = solve_fluid(mix, time_model, 10**7)
     if abs(fluid.load - 1) < 0.01:
         return
@@ -89,7 +89,7 @@ def test_a_batch_costs_what_its_stages_add_up_to(mix, time_model, per_stage):
 
 
 def simulate_stages(mix, time_model, iterations=4000):
-    """A deterministic flow through explicit stages: everything resident is processed, everything moves one stage on."""
+    """A deterministic flow through explicit stages: each iteration moves all running prompts one stage on."""
     stages = [np.zeros(int(t.lengths.output_tokens[0]) + 1) for t in mix.types]
     prompts = [int(t.lengths.prompt_tokens[0]) for t in mix.types]
     seconds = time_model.shortest_iteration_s
@@ -128,7 +128,7 @@ def paper_mix(rate_rps):
 
 
 def paper_time_model():
-    """The two-term law whose d0·E[w] and d1/d0 the published M*(λ) imply, for these lengths."""
+    """The two-term model whose d0·E[w] and d1/d0 the published M*(λ) imply, for these lengths."""
     d0_s = 299 / paper_mix(1).types[0].lengths.kv_token_iterations
     return IterationTimeModel(d0_s, 3.78e-5 * d0_s)
 

@@ -1,4 +1,4 @@
-"""The service-time law and the presets that carry one."""
+"""The iteration-time model and the profiles."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def test_large_batch_takes_its_prefill_decode_and_kv():
     assert TIME_MODEL.iteration_s(500, 100, 40_000) == pytest.approx(0.0034 + 500 * 6e-5 + 100 * 5e-5 + 40_000 * 4.5e-7)
 
 
-def test_two_term_law_ignores_computed_tokens():
+def test_two_term_model_ignores_computed_tokens():
     time_model = IterationTimeModel(0.0112, 4.24e-7)
     assert time_model.iteration_s(5000, 300, 10_000) == pytest.approx(0.0112 + 4.24e-3)
 

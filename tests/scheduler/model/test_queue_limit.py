@@ -45,8 +45,8 @@ def test_bursts_need_a_longer_queue():
 
 
 @pytest.mark.parametrize("rate_rps", [10.2, 11.0, 13.0])
-def test_the_promised_share_of_capacity_is_delivered_by_a_simulated_replica(rate_rps):
-    """A chain of arrivals and ends, played event by event, with the queue that was promised to be enough."""
+def test_a_simulated_replica_delivers_the_planned_share_of_capacity(rate_rps):
+    """A chain of arrivals and ends, played event by event, under the queue limit."""
     miss, fixed, slots = 0.02, 0.3, 10
     places = queue(
         rate_rps, miss_probability=miss, fixed_share=fixed, running=slots, most_requests=1e4,

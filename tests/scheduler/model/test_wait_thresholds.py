@@ -269,18 +269,18 @@ def test_a_stricter_or_longer_guarantee_needs_a_larger_buffer():
     assert usual.buffer_tokens < min(strict.buffer_tokens, long.buffer_tokens)
 
 
-def test_resident_cap_is_the_largest_that_fits():
+def test_running_cap_is_the_largest_that_fits():
     mix = WorkloadMix.from_lengths(Lengths.from_pairs([(100, 50), (900, 20), (40, 400)]), 3.0)
     ls = mix.types[0].lengths
     for capacity in (3_000, 50_000, 137_000):
         cap = running_cap(mix, capacity)
         needed = [
-            n * ls.mean_resident_kv_tokens + 2.3263479 * math.sqrt(n) * ls.resident_kv_std for n in (cap, cap + 1)
+            n * ls.mean_running_kv_tokens + 2.3263479 * math.sqrt(n) * ls.running_kv_std for n in (cap, cap + 1)
         ]
         assert needed[0] <= capacity < needed[1]
 
 
-def test_resident_cap_keeps_overflow_rare():
+def test_running_cap_keeps_overflow_rare():
     pairs = [(100, 50), (900, 20), (40, 400)]
     mix = WorkloadMix.from_lengths(Lengths.from_pairs(pairs), 3.0)
     cap = running_cap(mix, 50_000, overflow_probability=0.05)
@@ -289,7 +289,7 @@ def test_resident_cap_keeps_overflow_rare():
     assert np.mean(draws > 50_000) == pytest.approx(0.05, abs=0.01)
 
 
-def test_resident_cap_meets_its_bound_exactly():
+def test_running_cap_meets_its_bound_exactly():
     # l = l' = 1 has mean 1.5 and standard deviation 0.5; at probability 1/2 only the mean counts.
     mix = WorkloadMix((RequestType("p1d1", 1, Lengths.point(1, 1)),))
     assert running_cap(mix, 12, overflow_probability=0.5) == 8

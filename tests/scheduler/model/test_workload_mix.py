@@ -14,7 +14,7 @@ pairs_strategy = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min
 
 
 def observed_kv(pairs):
-    """KV tokens of every iteration of every request: what a random observer of residents sees."""
+    """KV tokens of every iteration of every request: as sampled from running requests at random iterations."""
     return np.array([prompt + s for prompt, output in pairs for s in range(output + 1)], dtype=float)
 
 
@@ -23,8 +23,8 @@ def observed_kv(pairs):
 def test_derived_values_match_the_requests_life_step_by_step(pairs):
     lengths, seen = Lengths.from_pairs(pairs), observed_kv(pairs)
     assert lengths.kv_token_iterations == pytest.approx(seen.sum() / len(pairs))
-    assert lengths.mean_resident_kv_tokens == pytest.approx(seen.mean())
-    assert lengths.resident_kv_std == pytest.approx(seen.std(), abs=1e-9)
+    assert lengths.mean_running_kv_tokens == pytest.approx(seen.mean())
+    assert lengths.running_kv_std == pytest.approx(seen.std(), abs=1e-9)
     assert lengths.mean_prompt_tokens == pytest.approx(np.mean([p for p, _ in pairs]))
     assert lengths.mean_output_tokens == pytest.approx(np.mean([o for _, o in pairs]))
     assert lengths.max_total_tokens == max(p + o for p, o in pairs)
@@ -50,8 +50,8 @@ def test_survival_quantile_and_conditional_prompt(pairs, tokens, q):
 def test_point_of_the_worked_example():
     lengths = Lengths.point(1, 1)
     assert lengths.kv_token_iterations == 3
-    assert lengths.mean_resident_kv_tokens == 1.5
-    assert lengths.resident_kv_std == 0.5
+    assert lengths.mean_running_kv_tokens == 1.5
+    assert lengths.running_kv_std == 0.5
 
 
 def test_equal_distributions_are_equal():
@@ -89,12 +89,12 @@ def test_bad_lengths_are_named(pairs, words):
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [0.0, 0.0], [1.0, math.nan]])
-def test_bad_weights_are_refused(weights):
+def test_bad_weights_raise(weights):
     with pytest.raises(ValueError, match="weights"):
         Lengths(np.array([1, 2]), np.array([1, 2]), np.array(weights))
 
 
-def test_quantile_outside_zero_to_one_is_refused():
+def test_quantile_outside_zero_to_one_raises():
     with pytest.raises(ValueError, match=r"q is 1\.5"):
         Lengths.point(1, 1).output_quantile(1.5)
 
@@ -117,7 +117,7 @@ def test_merging_keeps_the_flow_of_kv_tokens():
     assert merged.rate_rps * merged.lengths.kv_token_iterations == pytest.approx(expected)
 
 
-def test_nonsensical_mixes_are_refused():
+def test_invalid_mixes_raise():
     one = RequestType("a", 0.0, Lengths.point(1, 1))
     for types in ((), (one, one)):
         with pytest.raises(ValueError, match="distinct names"):

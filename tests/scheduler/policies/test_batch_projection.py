@@ -86,8 +86,8 @@ def test_requests_admitted_together_fill_the_iteration_and_no_more(output: int, 
     assert TIME_MODEL.iteration_s(0.0, admitted + 1.0, (admitted + 1.0) * (prompt + output)) > iteration_s * 0.93
 
 
-def test_iteration_time_is_held_at_the_promised_probability_and_not_on_average():
-    """Long answers of uncertain length: what they grow into strays, and time must be kept for that, as memory is."""
+def test_iteration_time_is_held_at_the_stated_probability_and_not_on_average():
+    """Long answers of uncertain length: their growth varies, and time must be kept for that, as memory is."""
     lengths = Lengths.from_pairs([(800, 200)] * 5 + [(800, 9_000)])
 
     def admitted(z: float) -> int:
@@ -133,8 +133,8 @@ def test_shared_blocks_count_once():
     timed = replace(params, kv_limit_tokens=10**9, iteration_s=0.05)
     sharing = BatchProjection(timed)
     sharing.reset(columns([1], [4_101.0], shared=4_000.0), 4_000.0)
-    read_alike = admit_all_that_fit(sharing, timed, Waiting(4_100, 0.0, cached_tokens=4_000, shared_tokens=4_000))
-    assert read_alike == fit_into(timed, 4_100, columns([1], [4_101.0]))
+    with_equal_reads = admit_all_that_fit(sharing, timed, Waiting(4_100, 0.0, cached_tokens=4_000, shared_tokens=4_000))
+    assert with_equal_reads == fit_into(timed, 4_100, columns([1], [4_101.0]))
 
 
 def test_a_declared_length_bounds_the_growth():

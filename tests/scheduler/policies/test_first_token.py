@@ -120,7 +120,7 @@ def test_what_the_prefix_cache_holds_of_a_prompt_takes_no_time():
     assert not late({"prompt_tokens": 25_000, "cached_tokens": 24_000}, now_s=0.0)
 
 
-def test_only_those_that_are_late_are_named():
+def test_only_late_requests_are_named():
     waits = [{"since_s": 0.0}, {"since_s": 1.9}, {"since_s": 0.1}]
     assert late(*waits, now_s=1.96) == {"w0", "w2"}
 
@@ -175,7 +175,7 @@ def test_cached_prompts_are_early_at_the_tail_too():
 
 
 def serving(capacity_rps):
-    """A replica of that capacity, whose flow of prompts of 500 tokens follows from it; nothing varies."""
+    """A replica of that capacity with prompts of 500 tokens; nothing varies."""
     flow = capacity_rps * 500 * ITERATION_S
     return replace(PARAMS, capacity_rps=capacity_rps, prompt_flow_tokens=flow, variability=0.0)
 

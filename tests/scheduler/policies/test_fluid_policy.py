@@ -1,4 +1,4 @@
-"""`fluid` as a pure object: who enters, what an iteration computes, who is refused."""
+"""`fluid` as a pure object: admissions, the tokens of an iteration, rejections."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_plan_under_which_a_single_request_could_not_run_is_no_plan():
         replace(PARAMS, iteration_s=0.0012)
 
 
-def test_at_light_load_everybody_enters_whose_prompt_has_time():
+def test_at_light_load_every_request_whose_prompt_has_time_enters():
     assert entering(decide(crowd(5), [(200, 0.0)] * 3)) == 3
     assert decide(crowd(5), [(200, 0.0)] * 3).reject_last == 0
 
@@ -72,7 +72,7 @@ def test_an_iteration_never_computes_more_than_its_time_allows():
         prompts = budget - count
         kv = sum(request.kv_tokens for request in running)
         assert TIME_MODEL.iteration_s(prompts, count, kv + prompts) <= PARAMS.iteration_s * (1 + 1e-9)
-    assert decide(crowd(300)).token_budget == 300 + 16  # everybody's decode, and prompts under way still get on
+    assert decide(crowd(300)).token_budget == 300 + 16  # all decodes, and prompts under way still progress
 
 
 def test_prompts_get_on_without_taking_the_time_of_the_decodes_where_each_token_is_slow():
@@ -83,7 +83,7 @@ def test_prompts_get_on_without_taking_the_time_of_the_decodes_where_each_token_
 
 
 def test_an_engine_slower_than_its_margin_allows_is_held_to_the_target_at_once():
-    """The margin is a fifth: an engine a tenth slower than its law has what was planned, one of 1.5 times has less."""
+    """The margin is a fifth: an engine a tenth slower than its model has the planned time, a slower one less."""
     params = replace(PARAMS, tpot_s=0.06)
     planned = decide(crowd(20), fluid=params).token_budget
     for factor, fewer in ((1.1, False), (1.5, True)):
@@ -96,12 +96,12 @@ def test_an_engine_slower_than_its_margin_allows_is_held_to_the_target_at_once()
         assert factor * TIME_MODEL.iteration_s(prompts, 20, 11_000 + prompts) <= params.tpot_s * 1.01
 
 
-def test_nobody_enters_while_prompts_under_way_fill_the_iteration():
+def test_no_request_enters_while_prompts_under_way_fill_the_iteration():
     assert entering(decide(crowd(5), [(200, 0.0)], backlog=10_000)) == 0
     assert entering(decide(crowd(5), [(200, 0.0)], backlog=0)) == 1
 
 
-def test_a_full_replica_admits_nobody_until_somebody_leaves():
+def test_a_full_replica_admits_no_request_until_one_leaves():
     policy = make_policy(Thresholds(policy="fluid", fluid=PARAMS))
     full = crowd(170, stage=1)
     assert entering(decide(full, [(500, 0.0)], policy=policy)) == 0
@@ -110,14 +110,14 @@ def test_a_full_replica_admits_nobody_until_somebody_leaves():
 
 
 def test_time_makes_room_too():
-    """Nobody has left, but all have grown old: they end soon."""
+    """None has ended, but all are long: they end soon."""
     policy = make_policy(Thresholds(policy="fluid", fluid=replace(PARAMS, iteration_s=None, kv_limit_tokens=30_100)))
     assert entering(decide(crowd(48, stage=1), [(500, 0.0)], policy=policy)) == 0
     later = [entering(decide(crowd(48, stage=98), [(300, 0.0)], policy=policy)) for _ in range(9)]
     assert max(later) == 1
 
 
-def test_who_is_too_late_is_refused_and_the_next_one_enters():
+def test_a_late_request_is_rejected_and_the_next_one_enters():
     decision = decide(crowd(5), [(500, 0.0), (500, 0.1), (500, 2.5)], now_s=2.6)
     assert (set(decision.reject), entering(decision)) == ({"w0", "w1"}, 1)
 
@@ -128,31 +128,31 @@ def test_a_long_prompt_is_late_earlier():
     assert (len(fits.reject), len(too_long.reject)) == (0, 1)
 
 
-def test_whoever_is_late_is_refused_wherever_the_turn_order_puts_them():
+def test_late_requests_are_rejected_wherever_the_turn_order_puts_them():
     """With tenants or priorities the oldest need not be at the head."""
     decision = decide(crowd(5), [(200, 2.5), (200, 0.0), (200, 2.5)], now_s=2.6)
     assert (set(decision.reject), entering(decision)) == ({"w1"}, 2)
 
 
-def test_the_refused_are_told_how_long_the_queue_takes_to_drain():
+def test_rejections_carry_the_queue_drain_time():
     params = replace(PARAMS, capacity_rps=3.0)
     assert decide(crowd(170, stage=1), [(500, 0.0)] * 9, fluid=params).drain_s == pytest.approx(3.0)
     assert decide(crowd(170, stage=1), [(500, 0.0)] * 9).drain_s == 0.0  # not known
 
 
-def test_a_queue_longer_than_useful_is_cut_at_its_end():
+def test_the_tail_beyond_the_queue_limit_is_rejected():
     decision = decide(crowd(170, stage=1), [(500, 0.0)] * 9)
     assert (entering(decision), len(decision.reject), decision.reject_last) == (0, 0, 4)
 
 
-def test_without_targets_nobody_is_refused_and_no_budget_is_set():
+def test_without_targets_no_request_is_rejected_and_no_budget_is_set():
     free = replace(PARAMS, iteration_s=None, ttft_s=None, queue_limit=None)
     decision = decide(crowd(400, stage=1), [(500, 0.0)] * 50, fluid=free, now_s=1000.0)
     assert (len(decision.reject), decision.reject_last, decision.token_budget) == (0, 0, None)
     assert entering(decision) == 0
 
 
-def test_without_a_pace_the_gate_is_open():
+def test_without_fluid_parameters_every_request_is_admitted():
     decision = decide(crowd(400), [(500, 0.0)] * 50, fluid=None)
     assert (len(decision.reject), decision.reject_last, decision.token_budget) == (0, 0, None)
     assert entering(decision) == 50
@@ -164,6 +164,6 @@ def test_the_cap_holds_as_well():
 
 
 @pytest.mark.parametrize("bad", [{"kv_limit_tokens": 0}, {"iteration_s": 0.0}])
-def test_a_pace_that_cannot_be_is_refused(bad):
+def test_invalid_fluid_parameters_raise(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         replace(PARAMS, **bad)

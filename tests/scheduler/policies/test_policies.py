@@ -1,4 +1,4 @@
-"""The policies as pure objects: who enters and who sits out, in serving mode and by the paper's letter."""
+"""The policies as pure objects: admissions and pauses, in serving and strict mode."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -56,7 +56,7 @@ def snapshot(*, now_s=0.0, released=0, running=(), **waiting):
     )
 
 
-BUSY = running(1)  # one request in service, inside a segment
+BUSY = running(1)  # one running request, inside a segment
 
 
 # A tiny engine: prefill takes one step, then one token a step.
@@ -140,7 +140,7 @@ workloads = st.lists(
 
 
 def drive(thresholds, workload, check):
-    """Run a workload to the end; `check` sees every step. Fails when somebody is stranded."""
+    """Run a workload to the end; `check` sees every step. Fails when a request starves."""
     engine = TinyEngine(make_policy(thresholds))
     known = thresholds.policy == "wait"
     requests = 0
@@ -149,7 +149,7 @@ def drive(thresholds, workload, check):
             engine.arrive(output, type_name if known else UNKNOWN_TYPE)
             requests += 1
         check(engine, *engine.step())
-    # Everybody needs at most a hold at the entry and at each boundary, its tokens, and a turn under the cap.
+    # Every request needs at most a hold at the entry and at each boundary, its tokens, and a turn under the cap.
     holds = (1 + len(thresholds.segments)) * (thresholds.max_hold_s / STEP_S + 1)
     for _ in range(int(requests * (holds + 21)) + 1):
         if engine.empty:
@@ -170,7 +170,7 @@ def test_serving_admits_the_oldest_in_time_and_respects_the_cap(thresholds, work
         if cap is not None:
             assert len(seen.running) + admitted <= cap
         waiting = sum(view.length for view in seen.waiting.values())
-        seats_left = waiting if cap is None else min(waiting, cap - len(seen.running)) - admitted
+        slots_left = waiting if cap is None else min(waiting, cap - len(seen.running)) - admitted
         if waiting and not seen.running:
             assert admitted, "an idle engine admits at once"
         overdue = {
@@ -178,7 +178,7 @@ def test_serving_admits_the_oldest_in_time_and_respects_the_cap(thresholds, work
             if seen.now_s - view.oldest_since_s >= thresholds.max_hold_s
         }
         for name in overdue:
-            assert decision.admit.get(name) or seats_left <= 0, "overdue, a seat is free, and not admitted"
+            assert decision.admit.get(name) or slots_left <= 0, "overdue, a slot is free, and not admitted"
         if overdue and (cap is None or len(seen.running) < cap):
             oldest = min(overdue, key=lambda name: overdue[name].oldest_since_s)
             since = overdue[oldest].oldest_since_s
@@ -207,12 +207,12 @@ def test_every_hold_at_the_entry_is_bounded(thresholds, workload):
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(serving_thresholds(), workloads)
-def test_requests_in_service_wait_only_at_boundaries_and_never_long(thresholds, workload):
+def test_running_requests_wait_only_at_boundaries_and_never_long(thresholds, workload):
     boundaries = {segment.end_output_tokens for segment in thresholds.segments[:-1]}
     stood_since = {}
 
     def check(engine, seen, decision):
-        stage_at_decision = {r.request_id: r.stage for r in engine.running}  # those who sat out have not moved
+        stage_at_decision = {r.request_id: r.stage for r in engine.running}  # paused requests have not moved
         for name in decision.sit_out:
             request = next(r for r in engine.running if r.request_id == name)
             assert request.type_name == UNKNOWN_TYPE, "a request of known length never sits out"
@@ -220,7 +220,7 @@ def test_requests_in_service_wait_only_at_boundaries_and_never_long(thresholds, 
             since = stood_since.setdefault((name, request.stage), seen.now_s)
             assert seen.now_s - since < thresholds.max_hold_s, "held too long at one boundary"
         if seen.running and len(decision.sit_out) == len(seen.running):
-            assert decision.admit, "everybody held and nobody entering: the engine would stall"
+            assert decision.admit, "all held and none entering: the engine would stall"
         assert len(decision.sit_out) <= len(seen.running)
 
     drive(thresholds, workload, check)
@@ -230,7 +230,7 @@ def test_requests_in_service_wait_only_at_boundaries_and_never_long(thresholds, 
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "wait", "nested_wait"])
-def test_nothing_waiting_admits_nobody(policy):
+def test_an_empty_queue_admits_no_request(policy):
     assert policy_of(policy, segments=segments((8, 4))).decide(snapshot(running=BUSY)) == Decision({}, set())
 
 
@@ -244,7 +244,7 @@ def test_idle_engine_admits_at_once(policy):
     assert policy.decide(snapshot(**{waiting: 1})).admit == {waiting: 1}
 
 
-def test_fcfs_admits_everyone_up_to_the_cap():
+def test_fcfs_admits_all_requests_up_to_the_cap():
     assert policy_of("fcfs").decide(snapshot(running=BUSY, unknown=7)).admit == {UNKNOWN_TYPE: 7}
     capped = policy_of("fcfs", max_running=4)
     assert capped.decide(snapshot(running=BUSY, released=1, unknown=7)).admit == {UNKNOWN_TYPE: 2}
@@ -266,7 +266,7 @@ def test_wait_lets_an_incomplete_group_in_when_its_hold_is_over():
 
 
 @pytest.mark.parametrize("mode", ["serving", "strict"])
-def test_an_open_gate_of_wait_lets_every_request_in_at_once(mode):
+def test_wait_admits_a_type_without_a_count_at_once(mode):
     policy = policy_of("wait", types=types(free=None, short=4), mode=mode, max_hold_s=1.0)
     batch = [*running(1, 1, 5, type_name="free"), *running(2, type_name="short")]
     decision = policy.decide(snapshot(running=batch, free=9, short=4))
@@ -277,14 +277,14 @@ def test_an_open_gate_of_wait_lets_every_request_in_at_once(mode):
     assert capped.decide(snapshot(running=running(1, 1, type_name="free"), free=9)).admit == {"free": 4}
 
 
-def test_wait_keeps_a_group_together_while_seats_are_short_but_not_beyond_its_hold():
+def test_wait_keeps_a_group_together_while_slots_are_short_but_not_beyond_its_hold():
     policy = policy_of("wait", types=types(short=4), max_running=5, max_hold_s=0.5)
     three = running(1, 1, 1)
     assert policy.decide(snapshot(now_s=10.0, running=three, short=(4, 10.0))).admit == {}
     assert policy.decide(snapshot(now_s=10.5, running=three, short=(4, 10.0))).admit == {"short": 2}
 
 
-def test_wait_gives_short_seats_to_the_oldest_type_first():
+def test_wait_gives_scarce_slots_to_the_oldest_type_first():
     policy = policy_of("wait", types=types(a=2, b=2), max_running=3, max_hold_s=9.0)
     decide = policy.decide
     assert decide(snapshot(now_s=5.0, running=BUSY, a=(2, 4.0), b=(2, 3.0))).admit == {"b": 2}
@@ -327,7 +327,7 @@ def test_unknown_lengths_enter_at_once_under_wait_without_segments():
     policy = policy_of("wait", types=types(short=4), max_hold_s=1.0)
     assert policy.decide(snapshot(running=BUSY, short=1, unknown=3)).admit == {UNKNOWN_TYPE: 3}
     capped = policy_of("wait", types=types(short=2), max_running=3, max_hold_s=1.0)
-    assert capped.decide(snapshot(running=BUSY, unknown=9)).admit == {UNKNOWN_TYPE: 2}, "every free seat, at once"
+    assert capped.decide(snapshot(running=BUSY, unknown=9)).admit == {UNKNOWN_TYPE: 2}, "every free slot, at once"
 
 
 def test_unknown_lengths_follow_the_segments_under_wait():
@@ -359,7 +359,7 @@ def test_boundary_opens_when_n_stand_there():
     assert policy.decide(snapshot(running=[first, second, inside])).sit_out == set()
     late = RunningRequest("late", stage=8)
     assert policy.decide(snapshot(running=[first, second, late, inside])).sit_out == {"late"}, (
-        "whoever passed passes on; who comes later starts a new group"
+        "a request that passed goes on; later ones start a new group"
     )
 
 
@@ -423,8 +423,8 @@ def test_a_total_is_spread_evenly_over_iterations_and_stages(total, stages, star
     assert stage_limit(total, stages, 0) >= 1
 
 
-def test_strictly_totals_let_every_request_through_undisturbed():
-    """Three requests in seven stages: who enters together finds room in each later stage, and nothing stands still."""
+def test_strict_totals_hold_no_request():
+    """Three requests in seven stages: requests that enter together find room in every stage, and none waits."""
     ends = (SegmentThreshold(end_output_tokens=7, total=3),)
     engine = TinyEngine(policy_of("nested_wait", mode="strict", segments=ends))
     for _ in range(30):
@@ -445,7 +445,7 @@ def test_boundary_holds_for_max_hold_s_counted_from_reaching_it():
     assert policy.decide(snapshot(now_s=6.0, running=running)).sit_out == set()
 
 
-def test_last_boundary_and_prefill_hold_nobody():
+def test_last_boundary_and_prefill_hold_no_request():
     policy = policy_of("nested_wait", segments=segments((8, 4), (64, 2)), max_hold_s=1.0)
     running = [
         RunningRequest("end", stage=64),
@@ -462,11 +462,11 @@ def test_each_boundary_has_its_own_queue():
     assert policy.decide(snapshot(running=running)).sit_out == {"a", "b"}, "one at each is no group of two"
 
 
-def test_nobody_is_held_when_everybody_would_be():
+def test_no_request_is_held_when_all_would_be():
     policy = policy_of("nested_wait", segments=segments((8, 4), (64, 3)), max_hold_s=1.0)
     both = [RunningRequest("a", stage=8), RunningRequest("b", stage=8)]
     assert policy.decide(snapshot(running=both)).sit_out == set()
-    assert policy.decide(snapshot(running=both, unknown=4)).sit_out == {"a", "b"}, "those who enter keep it busy"
+    assert policy.decide(snapshot(running=both, unknown=4)).sit_out == {"a", "b"}, "entering requests keep it busy"
 
 
 def test_boundary_memory_is_given_up_with_the_requests():
@@ -477,7 +477,7 @@ def test_boundary_memory_is_given_up_with_the_requests():
     assert not policy._segments._holds._since_s and not policy._segments._holds._passed
 
 
-# Strict mode: the paper's letter.
+# Strict mode: the paper's rule.
 
 
 def test_strict_wait_worked_case_keeps_its_balance():
@@ -497,7 +497,7 @@ def test_strict_wait_worked_case_keeps_its_balance():
     assert completed[1:] == [4] * 19, "four completions an iteration, the fluid optimum"
 
 
-def test_strict_wait_stops_everybody_when_no_type_is_eligible():
+def test_strict_wait_stops_all_requests_when_no_type_is_eligible():
     policy = policy_of("wait", mode="strict", types=types(all=4), max_hold_s=0.0)
     batch = running(1, 1, 2, type_name="all")
     decision = policy.decide(snapshot(now_s=99.0, running=batch, all=(3, 0.0)))
@@ -532,10 +532,10 @@ STRICT_NESTED = policy_of("nested_wait", mode="strict", segments=segments((2, 3)
 @pytest.mark.parametrize(
     ("waiting", "stages", "admitted", "sitting_stages"),
     [
-        (3, [1, 2, 2, 3, 4, 5], 3, []),  # every queue full: everybody runs
+        (3, [1, 2, 2, 3, 4, 5], 3, []),  # every queue full: all run
         (2, [1, 2, 2, 3, 4, 5], 0, [1, 2, 2, 3, 4, 5]),  # the first segment is held, and with it all others
         (3, [1, 2, 3, 4, 5], 3, [2, 3, 4, 5]),  # one at the second queue: segments two and three are held
-        (3, [1, 2, 2, 3, 5, 6], 3, [5, 6]),  # nobody at the third queue
+        (3, [1, 2, 2, 3, 5, 6], 3, [5, 6]),  # none at the third queue
         (9, [1, 1, 1, 1, 1], 3, [1, 1]),  # at most n_1 = 3 per stage
         (3, [2, 2, 2, 2, 3, 3, 3], 3, [2, 2, 3]),  # at most n_2 = 2 per stage
         (3, [2, 2, 4, 4, 9, 9], 3, [4, 9]),  # past the last boundary the last segment's n holds
@@ -559,7 +559,7 @@ def test_strict_wait_with_segments_runs_both_rules_side_by_side():
 
 @pytest.mark.parametrize(
     ("decoding", "admitted"), [(0, {"a": 2, "b": 1}), (2, {"a": 1}), (3, {}), (5, {})],
-    ids=["room", "one-seat", "full", "a-cap-lowered-below"],
+    ids=["room", "one-slot", "full", "a-cap-lowered-below"],
 )
 def test_strict_wait_keeps_to_the_cap(decoding, admitted):
     policy = policy_of("wait", mode="strict", types=types(a=2, b=2), max_running=3)

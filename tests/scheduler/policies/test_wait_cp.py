@@ -106,7 +106,7 @@ def test_no_segment_ever_holds_more_than_its_cap_nor_takes_more_than_its_share(m
         assert max(sum(run.entered[first : first + 4]) for first in range(296)) <= 6, "6 in any 4 iterations"
 
 
-def test_the_cap_on_requests_in_service_is_never_exceeded():
+def test_the_cap_on_running_requests_is_never_exceeded():
     run = Run(thresholds((4, 28), (12, 56), max_running=7, wait_gate=False), seed=1, per_step=9)
     for _ in range(200):
         run.step()
@@ -132,10 +132,10 @@ def test_the_wait_gate_opens_when_the_segment_is_full():
     policy = make_policy(thresholds((4, 8), (8, 8)))
     assert decide(policy, at(4, 5, 5, 6, 6, 7, 7, 7))[1] == set(), "open, with room for one"
     policy = make_policy(thresholds((4, 8), (8, 8), mode="strict"))
-    assert "1@5" not in decide(policy, at(4, 5, 5, 6, 6, 7, 7, 7))[1], "a full segment moves on by the letter"
+    assert "1@5" not in decide(policy, at(4, 5, 5, 6, 6, 7, 7, 7))[1], "a full segment moves on in strict mode"
 
 
-def test_the_gate_of_the_entry_waits_for_a_group_within_the_hold():
+def test_the_wait_gate_of_the_entry_holds_a_group_within_max_hold_s():
     policy = make_policy(thresholds((4, 12), max_hold_s=1.0))
     assert decide(policy, at(1), waiting=2) == (0, set())
     assert decide(policy, at(1), waiting=3) == (3, set())
@@ -150,7 +150,7 @@ def test_each_segment_is_judged_alone():
         assert "1@4" not in decide(policy, at(2, 4))[1], "segment 1 waits, segment 2 goes on"
 
 
-def test_a_closed_gate_stops_what_is_inside_by_the_letter_and_never_in_serving():
+def test_a_closed_wait_gate_stops_the_segment_in_strict_mode_and_never_in_serving():
     strict, serving = (make_policy(thresholds((4, 8), (8, 8), mode=mode)) for mode in ("strict", "serving"))
     running = at(0, 1, 3, 4, 6)
     assert decide(strict, running, waiting=0)[1] == {"1@1", "2@3", "3@4", "4@6"}, "but prompts in progress go on"
@@ -165,7 +165,7 @@ def test_a_hold_at_a_boundary_is_bounded_in_serving_whatever_the_cap_says():
     assert decide(policy, running, now_s=0.5)[1] == set()
 
 
-def test_a_request_whose_boundary_token_is_in_flight_does_not_stand_there_yet():
+def test_a_boundary_token_in_flight_does_not_count_yet():
     policy = make_policy(thresholds((4, 8), (8, 4)))
     running = [*at(2), RunningRequest("coming", 4, tokens_in_flight=1)]
     assert decide(policy, running)[1] == {"coming"}
@@ -173,7 +173,7 @@ def test_a_request_whose_boundary_token_is_in_flight_does_not_stand_there_yet():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_serving_strands_nobody(seed):
+def test_serving_starves_no_request(seed):
     run = Run(thresholds((3, 2), (7, 1), (9, 1), max_hold_s=4 * STEP_S, max_running=5), seed)
     for _ in range(60):
         run.step()
@@ -198,7 +198,7 @@ def test_parameters_follow_from_the_cap_as_in_the_experiments():
     assert [(one.end_output_tokens, one.total) for one in tuned.segments] == [(20, 21)]
     assert (tuned.max_running, tuned.token_budget, tuned.prefill_chunk_tokens) == (21, 508, 256)
     without = tune_by_cap(Thresholds(policy="wait_cp"), one_type(512, 20), 21)
-    assert without.token_budget is None, "without chunks there is no gate"
+    assert without.token_budget is None, "without chunks there is no token gate"
 
 
 @pytest.mark.parametrize(("cap", "budget"), [(21, 508), (None, None)])
@@ -206,7 +206,7 @@ def test_the_controller_keeps_to_the_operators_cap_and_else_to_what_memory_holds
     configured = Thresholds(policy="wait_cp", prefill_chunk_tokens=256, max_running=cap)
     tuned, _ = tune_counts(configured, one_type(512, 20), TIME_MODEL, LIMITS, overflow_probability=0.01)
     tuned.check_fits(LIMITS)
-    assert tuned.token_budget == budget, "a gate beyond the engine's own limit is none"
+    assert tuned.token_budget == budget, "a token gate beyond the engine's own limit is none"
     assert tuned.max_running == (cap or tuned.segments[-1].total) and tuned.segments[-1].end_output_tokens == 20
 
 

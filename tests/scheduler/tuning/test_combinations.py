@@ -87,7 +87,7 @@ def admits_one_alone(thresholds: Thresholds, slots: int, budget: int) -> bool:
 
 
 def within_the_engine(plan: FluidPlan, slots: int, budget: int) -> bool:
-    """Whether the engine has the slots and the tokens for what the parameters promise, in the iterations foreseen."""
+    """Whether the engine has the slots and the tokens for the planned capacity, in the planned iterations."""
     served = plan.capacity_rps * plan.fluid.steady_s
     running, tokens = LENGTHS.mean_output_tokens + 1, LENGTHS.mean_prompt_tokens + LENGTHS.mean_output_tokens
     return served * running <= slots * 1.001 and served * tokens <= budget * 1.001

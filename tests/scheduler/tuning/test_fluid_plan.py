@@ -1,4 +1,4 @@
-"""From targets to a pace."""
+"""From latency targets to fluid parameters."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def test_at_capacity_the_fluid_s_iteration_is_the_target(tpot_s):
     st.tuples(*(st.booleans() for _ in range(4))), st.booleans(), st.sampled_from([1e-3, 1.0, 50.0]),
     st.tuples(*(st.sampled_from([None, value]) for value in (2.0, 0.08, 15.0))),
 )
-def test_a_law_may_leave_any_of_its_terms_out(present, floor_alone, rate_rps, targets):
-    """What costs no time binds nothing: the solution is finite, and an engine starts with it."""
+def test_a_time_model_may_leave_any_term_out(present, floor_alone, rate_rps, targets):
+    """A zero cost is no bottleneck: the solution is finite, and an engine starts with it."""
     per_token = [full if kept else 0.0 for full, kept in zip((4.5e-7, 6.47e-5, 6.47e-5), present, strict=False)]
     time_model = IterationTimeModel(
         0.0 if floor_alone else 0.0034, *per_token, 0.0112 if floor_alone or present[3] else 0.0
@@ -71,7 +71,7 @@ SHAPES = [(2000, 500), (512, 200), (512, 20), (1155, 211), (20, 30)]
 
 
 @given(st.sampled_from(SHAPES), st.floats(0.5, 3.0))
-def test_no_more_is_promised_than_the_floor_leaves(shape, times_floor):
+def test_capacity_is_no_more_than_the_floor_leaves(shape, times_floor):
     prompt, output = shape
     lengths = Lengths.point(prompt, output)
     target_s = times_floor * TIME_MODEL.floor_s
@@ -95,12 +95,12 @@ def test_no_more_is_promised_than_the_floor_leaves(shape, times_floor):
         )
 
 
-def test_the_floor_binds_long_answers():
+def test_the_floor_limits_long_outputs():
     assert plan(1.0, Lengths.point(2000, 500), tpot_s=0.015).capacity_rps == pytest.approx(0.50, abs=0.005)
     assert plan(1.0, Lengths.point(512, 20), tpot_s=0.008).capacity_rps == 0
 
 
-def test_a_target_that_one_request_alone_misses_promises_nothing_and_says_so():
+def test_a_target_that_one_request_alone_misses_plans_for_nothing_and_says_so():
     for policy_targets in (Slo(tpot_s=0.008), Slo(tpot_s=0.008, ttft_s=2.0)):
         mix = WorkloadMix((RequestType("unknown", 1.0, Lengths.point(512, 20)),))
         thresholds, plan = tune_fluid(
@@ -130,7 +130,7 @@ def test_a_tighter_target_serves_less():
     assert capacities[0] < capacities[-1]
 
 
-def test_the_law_s_own_error_is_kept_free():
+def test_time_is_kept_free_for_the_model_s_error():
     mix = WorkloadMix.from_lengths(CONVERSATION, 1.0)
     sure, unsure = (
         solve_fluid_params(mix, TIME_MODEL, LIMITS, Slo(tpot_s=0.08), error=IterationTimeError(std=std))
@@ -142,7 +142,7 @@ def test_the_law_s_own_error_is_kept_free():
     assert unsure.fluid.iteration_s == pytest.approx(0.08 / (1 + unsure.tpot_margin))
 
 
-def test_what_binds_is_named():
+def test_the_bottleneck_is_named():
     assert plan(1.0, tpot_s=0.08).bottleneck == "nothing"
     assert plan(30.0, tpot_s=0.08).bottleneck == "TPOT target"
     assert plan(30.0).bottleneck == "memory"
@@ -150,7 +150,7 @@ def test_what_binds_is_named():
     assert plan(30.0, tpot_s=0.08, ttft_s=3.0).bottleneck == "TPOT target"
 
 
-def test_whoever_cannot_be_in_time_is_not_counted_as_goodput():
+def test_requests_that_miss_their_targets_do_not_count_as_goodput():
     solved = plan(1.0, tpot_s=0.08, ttft_s=0.3)
     assert 0 < solved.in_time < 1
     assert solved.goodput_rps == pytest.approx(solved.in_time)
@@ -182,7 +182,7 @@ def test_beyond_capacity_the_iteration_serves_the_most_requests_in_time(latency_
 
 
 def test_the_latency_that_most_can_keep_is_chosen():
-    """Everybody at light load; at a high one, the many short answers at the expense of a few endless ones."""
+    """All requests at light load; at a high one, many short outputs at the expense of a few very long ones."""
     lengths = Lengths(np.array([100, 100]), np.array([50, 3000]), np.array([0.95, 0.05]))
     assert plan(0.1, lengths, latency_s=60.0).in_time == pytest.approx(1.0)
     assert plan(100.0, lengths, latency_s=60.0).in_time == pytest.approx(0.95)
@@ -197,7 +197,7 @@ def test_without_targets_nothing_limits_but_memory():
     assert solved.fluid.kv_limit_tokens <= LIMITS.kv_capacity_tokens
 
 
-def test_a_queue_is_of_less_use_the_more_arrives():
+def test_the_queue_limit_falls_as_the_arrival_rate_grows():
     assert plan(2.0, ttft_s=3.0, tpot_s=0.08).fluid.queue_limit is None, "up to capacity it empties by itself"
     queues = [plan(rate, ttft_s=3.0, tpot_s=0.08).fluid.queue_limit for rate in (6.0, 10.0, 30.0)]
     assert queues == sorted(queues, reverse=True)
@@ -250,7 +250,7 @@ def test_what_requests_would_have_needed_widens_the_margin_within_bounds():
 
 @pytest.mark.parametrize("targets", [Slo(ttft_s=3.0, tpot_s=0.08), Slo(latency_s=30.0)])
 def test_what_delivery_takes_is_taken_from_the_time_for_the_first_token_and_from_no_target(targets):
-    """The engine has so much less time, while what it counts as a miss stays what the operator promised.
+    """The engine has so much less time, while what it counts as a miss stays the operator's target.
 
     What a latency target leaves for the wait is found on a grid of 64.
     """

@@ -57,7 +57,7 @@ def test_noise_is_not_sent():
 
 
 @pytest.mark.parametrize(("pushed_s_ago", "renewed"), [(59.0, False), (61.0, True), (math.inf, True)])
-def test_what_would_lapse_is_sent_again_as_it_is_when_half_its_validity_is_over(pushed_s_ago, renewed):
+def test_thresholds_are_renewed_unchanged_after_half_their_validity(pushed_s_ago, renewed):
     push = pushed(replace(ACTIVE, segments=segments_of(210)), pushed_s_ago=pushed_s_ago)
     assert not push.changed
     assert push.thresholds == (replace(ACTIVE, version=8) if renewed else None)

@@ -44,7 +44,7 @@ def proposal_for(
     engine: SyntheticEngine, configured: Thresholds, lengths: list[tuple[int, int]], *, every_s: float,
     seconds: float = 60.0, declared: bool = False,
 ) -> Proposal:
-    """What a model proposes that watched `engine` from the start of this traffic."""
+    """The proposal of a model that observed `engine` from the start of this traffic."""
     model = model_of(configured)
     model.observe(engine.report())
     engine.traffic(lengths, every_s=every_s, seconds=seconds, declared=declared)
@@ -116,7 +116,7 @@ def test_a_restarted_engine_starts_the_window_anew() -> None:
     assert model.finished_seen == 480 + 20  # what is known of lengths stays
 
 
-def test_rate_is_over_the_time_watched_then_over_the_window() -> None:
+def test_rate_is_over_the_time_observed_then_over_the_window() -> None:
     engine, model = SyntheticEngine(), model_of()
     model.observe(engine.report())
     engine.traffic([(58, 147)], every_s=0.5, seconds=16)
@@ -153,11 +153,11 @@ def test_no_rate_is_made_up_from_a_first_moment() -> None:
     engine, model = SyntheticEngine(), model_of()
     engine.now_s = 5.0
     engine.arrive(58)
-    model.observe(engine.report())  # watched for no time at all
+    model.observe(engine.report())  # observed for no time
     assert model.rate_rps <= 1.0
 
 
-def test_the_law_follows_a_slower_engine() -> None:
+def test_the_time_model_follows_a_slower_engine() -> None:
     engine, model = SyntheticEngine(), model_of()
     slow = IterationTimeModel(d0_s=2 * PAPER.d0_s, d1_s_per_kv_token=3 * PAPER.d1_s_per_kv_token)
     for step in range(1500):
@@ -289,7 +289,7 @@ def test_outputs_longer_than_a_hundred_thousand_tokens_do_not_stop_tuning() -> N
     assert proposal.thresholds.max_running is not None
 
 
-def test_fcfs_gets_a_cap_and_no_gates() -> None:
+def test_fcfs_gets_a_cap_and_no_counts() -> None:
     thresholds = proposal_for(SyntheticEngine(), Thresholds(policy="fcfs"), [(58, 147)], every_s=0.125).thresholds
     assert (thresholds.policy, thresholds.types, thresholds.segments) == ("fcfs", (), ())
     assert thresholds.max_running == min(LIMITS.max_num_seqs, running_cap(
@@ -297,7 +297,7 @@ def test_fcfs_gets_a_cap_and_no_gates() -> None:
     ))
 
 
-def test_overload_opens_the_gates_and_still_caps_memory() -> None:
+def test_overload_leaves_types_unheld_and_still_caps_memory() -> None:
     small = replace(LIMITS, kv_capacity_tokens=6000)
     proposal = proposal_for(SyntheticEngine(limits=small), NESTED, [(58, 147)], every_s=1 / 160)
     assert proposal.equilibrium is not None
@@ -308,11 +308,11 @@ def test_overload_opens_the_gates_and_still_caps_memory() -> None:
     assert 1 <= cap * (58 + 147 / 2) <= 6000
     assert "load 1.21" in proposal.reason
     assert "Nested WAIT is infeasible" in proposal.reason
-    assert "the gates stay open" in proposal.reason
+    assert "no type is held" in proposal.reason
     assert f"cap {cap} from memory" in proposal.reason
 
 
-def test_overload_with_declared_lengths_opens_every_gate() -> None:
+def test_overload_with_declared_lengths_holds_no_type() -> None:
     small = replace(LIMITS, kv_capacity_tokens=6000)
     lengths = [(58, 147), (100, 50)]
     proposal = proposal_for(SyntheticEngine(limits=small), WAIT, lengths, every_s=1 / 128, declared=True)
@@ -344,7 +344,7 @@ _ARRIVAL = st.tuples(st.integers(1, 4000), _LENGTH, st.booleans())
     block_tokens=st.sampled_from([1, 16, 128]),
     configured_n=st.integers(0, 3),
 )
-def test_every_proposal_can_be_put_in_force(
+def test_an_engine_accepts_every_proposal(
     policy: str, arrivals: list[tuple[int, int, bool]], every_s: float, slots: int, blocks: int, block_tokens: int,
     configured_n: int,
 ) -> None:
@@ -431,7 +431,7 @@ PARAMS = FluidParams(
         ({"ttft_s": 2.5}, True), ({"kv_limit_tokens": 99_000}, True),
     ],
 )
-def test_a_pace_is_left_alone_while_it_would_make_hardly_a_difference(changes: dict[str, Any], different: bool) -> None:
+def test_fluid_parameters_are_left_alone_while_they_hardly_differ(changes: dict[str, Any], different: bool) -> None:
     new, old = (Thresholds(policy="fluid", fluid=params) for params in (replace(PARAMS, **changes), PARAMS))
     assert materially_different(new, old) is different
 
@@ -461,10 +461,10 @@ CHANGED: dict[str, Any] = {
     "prompt_flow_tokens": 230.0, "capacity_rps": 2.0, "steady_s": 0.03, "variability": 1.2, "tokens_per_step": 1.2,
     "computed_per_step": 1.2, "pipeline_depth": 2, "cold": True,
 }
-"""For each field of a pace, a value that makes an engine decide otherwise."""
+"""For each fluid parameter, a value that changes an engine's decisions."""
 
 
-def test_every_field_of_a_pace_has_a_tolerance_and_a_change_that_exceeds_it() -> None:
+def test_every_fluid_parameter_has_a_tolerance_and_a_change_that_exceeds_it() -> None:
     """A new field fails here until it is decided what change of it matters."""
     names = {field.name for field in fields(FluidParams)}
     assert set(FLUID_TOLERANCES) == names
@@ -480,7 +480,7 @@ def test_a_change_of_any_field_that_matters_is_pushed(name: str) -> None:
 
 
 @pytest.mark.parametrize("field", ["d0_s", "d1_s_per_kv_token", "d2_s_per_prefill_token", "d3_s_per_decode_token"])
-def test_the_law_matters_where_no_iteration_time_is_planned_too(field: str) -> None:
+def test_the_time_model_matters_without_a_planned_iteration_time_too(field: str) -> None:
     """Without a TPOT target no flow of prompts is known."""
     params = replace(
         PARAMS, iteration_s=None, prompt_flow_tokens=0.0, time_model=replace(PARAMS.time_model, floor_s=0.0)
@@ -493,7 +493,7 @@ def test_the_law_matters_where_no_iteration_time_is_planned_too(field: str) -> N
 # What clients got, as the replica saw it leave.
 
 
-def promising(**targets: float) -> tuple[SyntheticEngine, ReplicaModel]:
+def with_targets(**targets: float) -> tuple[SyntheticEngine, ReplicaModel]:
     """A replica under `fluid` with targets, and a model that knows its lengths."""
     configured = Thresholds(policy="fluid")
     engine, model = SyntheticEngine(configured), model_of(configured, targets=Slo(**targets))
@@ -513,7 +513,7 @@ def params_after(engine: SyntheticEngine, model: ReplicaModel, delivered: list[D
 
 
 def test_what_clients_got_sets_the_margin_and_not_what_the_engine_saw() -> None:
-    engine, model = promising(tpot_s=0.08)
+    engine, model = with_targets(tpot_s=0.08)
     before = engine.active.current().thresholds.fluid
     assert before is not None and before.token_s is not None
     for _ in range(400):
@@ -526,7 +526,7 @@ def test_what_clients_got_sets_the_margin_and_not_what_the_engine_saw() -> None:
 
 
 def test_without_a_replica_that_tells_the_engine_s_times_count() -> None:
-    engine, model = promising(tpot_s=0.08)
+    engine, model = with_targets(tpot_s=0.08)
     before = engine.active.current().thresholds.fluid
     assert before is not None and before.token_s is not None
     for _ in range(400):
@@ -536,7 +536,7 @@ def test_without_a_replica_that_tells_the_engine_s_times_count() -> None:
 
 @pytest.mark.parametrize(("delay_s", "left_s"), [(0.2, 1.8), (30.0, 1.0)], ids=["measured", "bounded"])
 def test_first_tokens_are_due_as_much_earlier_as_they_take_to_leave(delay_s: float, left_s: float) -> None:
-    engine, model = promising(ttft_s=2.0, tpot_s=0.08)
+    engine, model = with_targets(ttft_s=2.0, tpot_s=0.08)
     few = [Delivered(seq, delay_s, None) for seq in range(1, 300)]
     assert params_after(engine, model, few).first_token_limit_s == 2.0, "few answers say nothing"
     more = [Delivered(seq, delay_s, None) for seq in range(300, 401)]
@@ -545,8 +545,8 @@ def test_first_tokens_are_due_as_much_earlier_as_they_take_to_leave(delay_s: flo
 
 
 def test_a_change_of_speed_does_not_make_the_margin_forget() -> None:
-    """On a machine whose speed never rests, each change would start the count anew before it says anything."""
-    engine, model = promising(tpot_s=0.08)
+    """At permanently varying speed, each change would otherwise reset the count too early."""
+    engine, model = with_targets(tpot_s=0.08)
     before = engine.active.current().thresholds.fluid
     assert before is not None and before.token_s is not None
     for factor in (2.0, 0.5, 2.0, 0.5):

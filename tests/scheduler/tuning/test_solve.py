@@ -72,7 +72,7 @@ def test_less_risk_of_overflow_means_a_lower_cap():
 @pytest.mark.parametrize(
     ("limits", "cap"), [(replace(LIMITS, max_num_seqs=7), 7), (replace(LIMITS, kv_capacity_tokens=64), 1)]
 )
-def test_the_cap_is_at_least_one_and_at_most_the_engine_s_seats(limits, cap):
+def test_the_cap_is_at_least_one_and_at_most_the_engine_s_slots(limits, cap):
     assert tuned("fcfs", undeclared((58, 147)), limits).max_running == cap
 
 
@@ -128,7 +128,7 @@ def test_counts_never_exceed_the_cap():
     result.check_fits(limits)
 
 
-def test_a_rate_that_memory_cannot_carry_opens_the_gates_and_says_so():
+def test_a_rate_beyond_memory_leaves_types_unheld_and_says_so():
     for policy, mix, words in (
         ("wait", declared((58, 147), (100, 50), rate_rps=200.0), "WAIT is infeasible"),
         ("nested_wait", undeclared((58, 147), (100, 50), rate_rps=200.0), "Nested WAIT is infeasible"),
@@ -138,7 +138,7 @@ def test_a_rate_that_memory_cannot_carry_opens_the_gates_and_says_so():
         assert [t.n for t in result.types] == [None] * (2 if policy == "wait" else 0)
         assert result.segments == ()
         assert f"{words} (" in result.reason
-        assert "the gates stay open" in result.reason
+        assert "no type is held" in result.reason
         assert "200.00 requests/s, load " in result.reason
         assert 1 <= result.max_running <= 6000 // 100
 
@@ -192,7 +192,7 @@ def test_undeclared_requests_count_with_the_lengths_of_finished_ones():
     assert result.segments[-1].end_output_tokens >= 80
 
 
-def test_nobody_generates_more_than_the_longest():
+def test_no_request_generates_more_than_the_longest():
     mix = declared((10, 5), (10, 10**30), longest=300)
     assert [(t.name, t.lengths) for t in mix.types] == [
         ("output<=5", Lengths.point(10, 5)), ("output<=300", Lengths.point(10, 300))
@@ -236,14 +236,14 @@ def test_counts_of_segments_follow_from_a_cap_and_survival():
     assert [s.total for s in less_than_one_a_stage] == [10, 5]
 
 
-def test_an_engine_starts_with_a_pace_from_profile_and_targets():
+def test_an_engine_starts_with_parameters_from_profile_and_targets():
     targets = Slo(ttft_s=3.0, tpot_s=0.08)
     cold = cold_thresholds(
         Thresholds(policy="fluid", max_hold_s=0.5), TIME_MODEL, LIMITS, targets, overflow_probability=0.01
     )
     assert cold.max_hold_s == 0.5
     assert cold.fluid is not None
-    assert cold.fluid.iteration_s < 0.08  # a law nobody has checked yet
+    assert cold.fluid.iteration_s < 0.08  # a model that is not verified yet
     assert cold.fluid.ttft_s == 3.0
     assert cold.fluid.queue_limit is None  # what could be served is a guess
     assert cold.fluid.kv_limit_tokens < LIMITS.kv_capacity_tokens

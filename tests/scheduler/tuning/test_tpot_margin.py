@@ -1,4 +1,4 @@
-"""The miss probability that is promised is the miss rate that is measured."""
+"""The measured miss rate is the stated miss probability."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def errors(generator, std, correlation, count):
 
 @pytest.mark.parametrize("miss", [0.01, 0.05])
 @pytest.mark.parametrize(("std", "correlation"), [(0.02, 0.0), (0.1, 0.0), (0.05, 0.6), (0.05, 0.9)])
-def test_noisy_iterations_miss_as_often_as_promised(std, correlation, miss):
-    """Iterations of target/(1 + margin) by the law, with errors; each request's mean is held against the target."""
+def test_noisy_iterations_miss_at_the_stated_probability(std, correlation, miss):
+    """Iterations of target/(1 + margin) by the model, with errors; each request's mean is compared with the target."""
     generator = np.random.default_rng(8)
     margin = tpot_margin(LENGTHS, IterationTimeError(std=std, correlation=correlation), miss)
     means = np.concatenate([[0.0], np.cumsum(errors(generator, std, correlation, 400_000))])
@@ -37,7 +37,7 @@ def test_noisy_iterations_miss_as_often_as_promised(std, correlation, miss):
     assert missed == pytest.approx(miss, rel=0.2)
 
 
-def test_what_is_known_from_few_iterations_is_promised_less_of():
+def test_few_iterations_give_a_wider_margin():
     margins = [
         tpot_margin(LENGTHS, IterationTimeError(std=0.05, correlation=0.3, iterations=n), 0.01)
         for n in (np.inf, 500, 50)
@@ -45,7 +45,7 @@ def test_what_is_known_from_few_iterations_is_promised_less_of():
     assert margins == sorted(set(margins))
 
 
-def test_an_exact_law_needs_no_margin_and_a_slow_engine_its_delay():
+def test_an_exact_model_needs_no_margin_and_a_slow_engine_its_delay():
     assert tpot_margin(LENGTHS, IterationTimeError(), 0.01) == 0
     assert tpot_margin(LENGTHS, IterationTimeError(mean=0.03), 0.01) == 0.03
     assert tpot_margin(LENGTHS, IterationTimeError(mean=-0.03), 0.01) == 0

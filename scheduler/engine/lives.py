@@ -1,0 +1,92 @@
+"""Arrival and first-token times and declared lengths of each request, from its arrival until it leaves the engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from scheduler.engine.client_input import declared_lengths
+from scheduler.fluid_params import FluidParams
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+_LONGEST_WAY_S = 60.0
+"""A longer way from the API process means that another machine's clock stamped the request."""
+
+
+@dataclass(slots=True)
+class Life:
+    """One request in the engine: clock seconds, declared lengths, prompt tokens found cached.
+
+    expected, most: output tokens (infinite: not declared); first_token_s: NaN before the first token.
+    """
+
+    arrived_s: float
+    expected: float
+    most: float
+    first_token_s: float = math.nan
+    cached_tokens: int = 0
+    shared_tokens: int = 0
+    audited: bool = False
+
+    def missed(self, params: FluidParams, first_s: float, now_s: float, outputs: int) -> dict[str, bool]:
+        """The targets missed by a request that completes at `now_s` with `outputs` tokens, the first at `first_s`."""
+        took_s = {
+            "ttft": (first_s - self.arrived_s, params.ttft_s), "latency": (now_s - self.arrived_s, params.latency_s),
+            "tpot": ((now_s - first_s) / max(outputs - 1, 1), params.tpot_s),
+        }
+        return {name: target is not None and seconds > target for name, (seconds, target) in took_s.items()}
+
+
+class Lives(dict[str, Life]):
+    """The requests in the engine, by id.
+
+    clock: the engine's seconds; arrival_clock: the clock of `Request.arrival_time`; longest: the context, in tokens.
+    """
+
+    def __init__(self, clock: Callable[[], float], arrival_clock: Callable[[], float], longest: int) -> None:
+        super().__init__()
+        self._clock, self._arrival_clock, self._longest = clock, arrival_clock, longest
+        self._awaiting_first_token: dict[str, Request] = {}
+
+    def begin(self, request: Request) -> None:
+        """Remember a request that has just arrived."""
+        self[request.request_id] = self._new(request)
+        self._awaiting_first_token[request.request_id] = request
+
+    def arrived_s(self, request: Request) -> float:
+        """When the request reached the API process, on the engine's clock."""
+        life = self.get(request.request_id)
+        return self._clock() if life is None else life.arrived_s
+
+    def note_first_tokens(self) -> None:
+        """Set `first_token_s` of the requests that have got their first output token."""
+        if not self._awaiting_first_token:
+            return
+        now_s = self._clock()
+        for name in [name for name, request in self._awaiting_first_token.items() if request.num_output_tokens]:
+            self[name].first_token_s = now_s
+            del self._awaiting_first_token[name]
+
+    def end(self, request: Request) -> Life:
+        """Forget a request that leaves the engine, and return its life."""
+        self._awaiting_first_token.pop(request.request_id, None)
+        return self.pop(request.request_id, None) or self._new(request)
+
+    def _new(self, request: Request) -> Life:
+        expected, most = declared_lengths(request, self._longest)
+        return Life(
+            self._clock() - self._age_s(request), math.inf if expected is None else expected,
+            math.inf if most is None else most,
+        )
+
+    def _age_s(self, request: Request) -> float:
+        """Seconds since the request reached the API process: tokenizing, the way here, the iteration under way.
+
+        0 where the clocks of the two processes disagree.
+        """
+        age_s = self._arrival_clock() - request.arrival_time
+        return age_s if 0 <= age_s <= _LONGEST_WAY_S else 0.0
