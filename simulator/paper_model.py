@@ -45,7 +45,7 @@ class PaperModel:
         self.finish_probability: FloatArray = 1 - survival[:, 1:] / reached
 
 
-class Policy(Protocol):
+class PaperPolicy(Protocol):
     """Chooses how many prompts of each type to process from each stage, the waiting ones (stage 0) included."""
 
     def batch(self, counts: IntArray) -> IntArray:
@@ -53,14 +53,14 @@ class Policy(Protocol):
         ...
 
 
-class Fcfs:
+class PaperFcfs:
     """Everything resident is processed, and whoever waits is let in as long as its prompt fits."""
 
     def batch(self, counts: IntArray) -> IntArray:
         return counts.copy()
 
 
-class Wait:
+class PaperWait:
     """Algorithm 1. Type j is eligible when >= n_j of its prompts wait; then at most n_j move on from every stage."""
 
     def __init__(self, n: tuple[int, ...]) -> None:
@@ -71,7 +71,7 @@ class Wait:
         return np.minimum(counts, self._n[:, None]) * eligible[:, :, None]
 
 
-class NestedWait:
+class PaperNestedWait:
     """Algorithm 2, for one type. Segment k has the stages after boundary k − 1 up to boundary k, the first stage 0 too.
 
     A segment runs when >= n_k prompts stand at its first stage and all segments before it run; then at most n_k move on
@@ -90,7 +90,7 @@ class NestedWait:
         return batch
 
 
-class NestedWaitByTotals:
+class PaperNestedWaitByTotals:
     """Algorithm 2 with segment totals, spread over stages by `scheduler.model.rotation`; otherwise as `NestedWait`.
 
     Keeps for each row which iteration each segment has come to.
@@ -222,7 +222,7 @@ class PaperRun:
     def __init__(
         self,
         model: PaperModel,
-        policy: Policy,
+        policy: PaperPolicy,
         *,
         seed: int,
         rows: int = 1,
