@@ -125,7 +125,9 @@ def _mix(inputs: PlanInputs) -> tuple[WorkloadMix, list[str]]:
         return WorkloadMix(tuple(_type(text, number) for number, text in enumerate(inputs.types, 1))), []
     if inputs.rate is None or not math.isfinite(inputs.rate) or inputs.rate <= 0:
         raise PlanError(f"--rate = {inputs.rate} is not allowed; allowed: requests per second > 0, with --trace")
-    from simulator.workload.requests import WorkloadConfig, open_workload  # only traces need the extra `sim`
+    # Here, because only traces need the extra `sim`.
+    from simulator.workload.config import WorkloadConfig
+    from simulator.workload.requests import open_workload
 
     workload = open_workload(WorkloadConfig(trace=inputs.trace, rate_rps=inputs.rate))
     return workload.mix(), list(workload.notes())

@@ -13,7 +13,7 @@ import httpx
 from loadgen.stream import StreamError, TokenStream
 from scheduler.config_errors import CommandFailed
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS
-from simulator.output.run_files import COMPLETED, REJECTED
+from simulator.output.rows import COMPLETED, REJECTED
 from simulator.workload.requests import SimRequest
 
 FAILED, TIMED_OUT, CANCELLED = "failed", "timed_out", "cancelled"

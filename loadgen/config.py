@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scheduler.config_errors import UsageError, describe
 from scheduler.tuning.slo import NO_SLO, Slo
-from simulator.workload.requests import SimRequest, WorkloadConfig, open_workload
+from simulator.workload.config import WorkloadConfig
+from simulator.workload.requests import SimRequest, open_workload
 
 _AS_MANY_AS_COME = sys.maxsize
 
@@ -63,7 +64,7 @@ def bench_config(*, workload: dict[str, Any], **options: Any) -> BenchConfig:
         raise BenchError(describe(error, BenchConfig)) from error
 
 
-class Load(NamedTuple):
+class OfferedLoad(NamedTuple):
     """The requests of one measurement, with the workload's name, its mean rate, and what a reader should know."""
 
     requests: list[SimRequest]
@@ -72,7 +73,7 @@ class Load(NamedTuple):
     notes: tuple[str, ...]
 
 
-def draw_load(config: BenchConfig, max_model_len: int | None) -> Load:
+def draw_load(config: BenchConfig, max_model_len: int | None) -> OfferedLoad:
     """All requests, drawn before the first is sent. What the model's context cannot hold is left out and noted.
 
     Raises:
@@ -93,4 +94,4 @@ def draw_load(config: BenchConfig, max_model_len: int | None) -> Load:
         raise BenchError(str(error)) from error
     if len(requests) <= config.warmup:
         raise BenchError(f"--warmup = {config.warmup}, but there are only {len(requests)} requests; none is measured")
-    return Load(requests, workload.name, rate_rps, workload.notes())
+    return OfferedLoad(requests, workload.name, rate_rps, workload.notes())

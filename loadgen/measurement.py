@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from loadgen.client import Exchange, Server
-from loadgen.config import BenchConfig, Load, draw_load
+from loadgen.config import BenchConfig, OfferedLoad, draw_load
 from loadgen.open_loop import OnChange, OpenLoop
 from loadgen.results import is_good, summary_of, table_of, warnings_of, write_results
-from simulator.output.run_files import COMPLETED, REJECTED
+from simulator.output.rows import COMPLETED, REJECTED
 
 
 async def measure(
@@ -52,7 +52,7 @@ async def measure(
     return summary
 
 
-def _as_run(config: BenchConfig, load: Load, model: str) -> dict[str, Any]:
+def _as_run(config: BenchConfig, load: OfferedLoad, model: str) -> dict[str, Any]:
     """The configuration under the names that `headrace report` looks for."""
     data = config.model_dump(mode="json") | {"model": model, "policy": config.label or model}
     data["workload"] |= {"name": load.name, "rate_rps": load.rate_rps, "requests": len(load.requests)}
@@ -60,7 +60,7 @@ def _as_run(config: BenchConfig, load: Load, model: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _progress(config: BenchConfig, load: Load, console: Console | None) -> Iterator[OnChange]:
+def _progress(config: BenchConfig, load: OfferedLoad, console: Console | None) -> Iterator[OnChange]:
     columns = (
         TextColumn("answered"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[counts]}"),

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from loadgen.client import CANCELLED, FAILED, TIMED_OUT, Exchange
 from scheduler.tuning.slo import Slo
 from simulator.output.metrics import delays_of, meets, request_delays_s, summarise
-from simulator.output.run_files import COMPLETED, METADATA_KEY, REQUEST_SCHEMA, REQUESTS_FILE, versions
+from simulator.output.rows import COMPLETED, REQUEST_SCHEMA
+from simulator.output.run_files import METADATA_KEY, REQUESTS_FILE, versions
 
 SUMMARY_FILE = "summary.json"
 SCHEMA = pa.schema(

@@ -14,7 +14,7 @@ from simulator.scenario.baselines import BASELINES
 from simulator.scenario.slowdown import parse_slowdown
 from simulator.scenario.speculation import Speculation
 from simulator.workload.clients import Retries
-from simulator.workload.requests import WorkloadConfig
+from simulator.workload.config import WorkloadConfig
 
 _SOLVED_POLICIES = ("wait", "nested_wait", "wait_cp", "fluid")
 _SOLVED_FIELDS = frozenset(("types", "segments", "max_running", "fluid"))

@@ -17,7 +17,7 @@ from scheduler.tuning.solve import mix_by_length, tune_by_cap, tune_counts, tune
 from simulator.audit import audit_rejections
 from simulator.config import SimulationConfig, SimulationError, simulation_config
 from simulator.engine.fleet import Fleet, limits_of
-from simulator.engine.replica import Totals
+from simulator.engine.replica_state import Totals
 from simulator.output.metrics import good_requests, summarise
 from simulator.output.run_files import RunWriter, versions
 from simulator.scenario.baselines import BASELINES

@@ -19,7 +19,8 @@ from scheduler.model.fluid import FluidEquilibrium, solve_fluid
 from scheduler.model.profiles import load_profile
 from simulator.run import simulate_options
 from simulator.sweep import PointResult, SweepPlan, SweepPoint, kept_run, run_points
-from simulator.workload.requests import WorkloadConfig, open_workload
+from simulator.workload.config import WorkloadConfig
+from simulator.workload.requests import open_workload
 
 PROFILE = "a100-llama2-7b"
 CONSOLE = Console(stderr=True)

@@ -32,7 +32,7 @@ from paper_sweeps import (
     PUBLISHED_HORIZON,
     SWEEPS,
     WITH_WAIT,
-    Baseline,
+    Simulated,
     Sweep,
     write_profiles,
 )
@@ -42,7 +42,8 @@ from scheduler.model.fluid import solve_fluid
 from scheduler.model.profiles import load_profile
 from simulator.output.run_files import REQUESTS_FILE
 from simulator.sweep import PointResult
-from simulator.workload.requests import WorkloadConfig, open_workload
+from simulator.workload.config import WorkloadConfig
+from simulator.workload.requests import open_workload
 
 COMMAND = "python benchmarks/evidence/paper_tables.py"
 NEAR_CAPACITY_RPS = 22.0
@@ -68,7 +69,7 @@ def main() -> None:
     (args.out / "paper-tables.md").write_text(with_conclusion(text, conclude), encoding="utf-8")
 
 
-def grid_of(sweep: Sweep, baseline: Baseline, rate: float, profiles: dict[str, str], quick: bool) -> Grid:
+def grid_of(sweep: Sweep, baseline: Simulated, rate: float, profiles: dict[str, str], quick: bool) -> Grid:
     requests = sweep.requests[rate]
     options = {
         "lengths": sweep.lengths, "rate_rps": rate, "requests": 40 if quick else requests, "solve_once": True,

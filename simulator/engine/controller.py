@@ -12,7 +12,7 @@ from scheduler.tuning.replica_model import ReplicaModel
 from scheduler.tuning.settings import TuningSettings
 from simulator.config import SimulationConfig
 from simulator.engine.replica import VirtualReplica
-from simulator.output.run_files import ControlRow
+from simulator.output.rows import ControlRow
 
 _NO_LAPSE_S = 1e9
 """The controller never falls silent here, so thresholds do not lapse."""

@@ -18,7 +18,8 @@ from simulator.config import SimulationConfig, SimulationError
 from simulator.engine.controller import VirtualController
 from simulator.engine.replica import VirtualReplica
 from simulator.output.metrics import window_of
-from simulator.output.run_files import UNFINISHED, RequestRow, RunWriter
+from simulator.output.rows import UNFINISHED, RequestRow
+from simulator.output.run_files import RunWriter
 from simulator.scenario.baselines import BASELINES
 from simulator.scenario.slowdown import parse_slowdown
 from simulator.scenario.speculation import speculative_args

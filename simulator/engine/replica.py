@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -17,6 +16,7 @@ from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.rejection import Rejection
 from scheduler.tuning.slo import Slo
 from scheduler.vllm_scheduler import HeadraceScheduler
+from simulator.engine.replica_state import ExecutingIteration, LiveRequest, Sink, Totals
 from simulator.engine.vllm_harness import (
     block_hasher_of,
     drafted_requests,
@@ -24,64 +24,13 @@ from simulator.engine.vllm_harness import (
     iteration_results,
     make_request,
 )
-from simulator.output.metrics import delays_of, meets
-from simulator.output.run_files import COMPLETED, GAVE_UP, REJECTED, UNFINISHED, IterationRow, RequestRow
-from simulator.scenario.admission_baselines import AdmissionRule, Load
+from simulator.output.rows import COMPLETED, GAVE_UP, REJECTED, UNFINISHED, IterationRow, RequestRow
+from simulator.scenario.admission_baselines import AdmissionRule, ReplicaLoad
 from simulator.scenario.slowdown import Slowdown
 from simulator.scenario.speculation import Speculation
 from simulator.workload.clients import Attempt, Returns
 from simulator.workload.prompts import answer_token_id, prompt_token_ids
 from simulator.workload.requests import SimRequest
-
-
-class Sink(Protocol):
-    """Where a replica's history goes; `RunWriter` is one."""
-
-    wants_iterations: bool
-
-    def request(self, row: RequestRow) -> None: ...
-
-    def iteration(self, row: IterationRow) -> None: ...
-
-
-@dataclass(slots=True)
-class Totals:
-    """What happened on one replica over the whole run; times in virtual seconds, KV as a share of capacity.
-
-    decode_steps: with speculation, how often a decoding request got tokens from an iteration; gained_tokens: how many.
-    """
-
-    iterations: int = 0
-    preemptions: int = 0
-    recomputed_tokens: int = 0
-    kv_peak_fraction: float = 0.0
-    rejected: int = 0
-    decode_steps: int = 0
-    gained_tokens: int = 0
-
-
-@dataclass(slots=True)
-class _Live:
-    number: int
-    request: Request
-    sent: SimRequest
-    since_s: float
-    attempt: Attempt | None = None
-    first_token_s: float | None = None
-    cached_tokens: int | None = None
-
-    def can_meet(self, now_s: float, targets: Slo) -> bool:
-        """Whether this request, not over yet, may still end within the targets."""
-        first_s = now_s if self.first_token_s is None else self.first_token_s
-        return bool(meets(delays_of(self.since_s, first_s, now_s, self.request.max_tokens), targets))
-
-
-@dataclass(slots=True)
-class _Executing:
-    output: SchedulerOutput
-    silent: list[str]
-    first_tokens: list[_Live]
-    ends_s: float
 
 
 class VirtualReplica:
@@ -128,14 +77,14 @@ class VirtualReplica:
         if self.headrace:
             self.headrace.clock = self.headrace.arrival_clock = lambda: self.now_s
             self.headrace.rejector.never = {str(number) for number in self._never_rejected}
-        self._live: dict[str, _Live] = {}
-        self._rejected: dict[str, _Live] = {}
+        self._live: dict[str, LiveRequest] = {}
+        self._rejected: dict[str, LiveRequest] = {}
         self._giving_up: str | None = None
-        self._in_flight: deque[_Executing] = deque()
+        self._in_flight: deque[ExecutingIteration] = deque()
         self._stage_free_s = [0.0] * self._stages
         self._token_there_s: dict[str, float] = {}
-        self._catching_up: dict[str, _Live] = {}
-        self._without_token: deque[_Live] = deque()
+        self._catching_up: dict[str, LiveRequest] = {}
+        self._without_token: deque[LiveRequest] = deque()
         self._nothing_more = self._stuck = False
         watch(scheduler, self)
 
@@ -165,7 +114,7 @@ class VirtualReplica:
             arrival_s=since_s, max_model_len=self.scheduler.max_model_len, declared=declared,
             block_hasher=self._block_hasher,
         )
-        live = _Live(number, made, request, since_s, attempt)
+        live = LiveRequest(number, made, request, since_s, attempt)
         if self._rule and number not in self._never_rejected and not self._rule(self._load()):
             self._reject(live, None)
             return
@@ -237,7 +186,7 @@ class VirtualReplica:
         if self._noise:
             seconds *= self._noise()
         ends_s = self._run_through(output, starts_s, seconds)
-        self._in_flight.append(_Executing(output, silent, first_tokens, ends_s))
+        self._in_flight.append(ExecutingIteration(output, silent, first_tokens, ends_s))
 
         totals, usage = self.totals, self.scheduler.kv_cache_manager.usage
         totals.iterations += 1
@@ -266,10 +215,10 @@ class VirtualReplica:
         """vLLM's engine core queues an empty batch behind those under way, and takes it for the turn of a group."""
         if not self._in_flight:
             return False
-        self._in_flight.append(_Executing(output, [], [], self._in_flight[-1].ends_s))
+        self._in_flight.append(ExecutingIteration(output, [], [], self._in_flight[-1].ends_s))
         return True
 
-    def _who_produces(self, output: SchedulerOutput) -> tuple[list[str], list[_Live]]:
+    def _who_produces(self, output: SchedulerOutput) -> tuple[list[str], list[LiveRequest]]:
         """Which requests of the batch get no token yet, and which get their first."""
         counts, silent, first_tokens, done = output.num_scheduled_tokens, [], [], []
         for name, live in self._catching_up.items():
@@ -320,7 +269,7 @@ class VirtualReplica:
         for live in sorted((self._rejected.pop(name) for name in said), key=lambda live: live.number):
             self._reject(live, said[live.request.request_id])
 
-    def _reject(self, live: _Live, rejection: Rejection | None) -> None:
+    def _reject(self, live: LiveRequest, rejection: Rejection | None) -> None:
         attempt, retry_after_s = live.attempt, rejection.retry_after_s if rejection else None
         if self._returns and self._returns.rejected(
             live.number, live.sent, attempt.number if attempt else 0, bool(attempt and attempt.told), self.now_s,
@@ -381,7 +330,7 @@ class VirtualReplica:
         else:
             self._rejected[request.request_id] = live
 
-    def _request_row(self, live: _Live, outcome: str, rejected_s: float | None = None) -> RequestRow:
+    def _request_row(self, live: LiveRequest, outcome: str, rejected_s: float | None = None) -> RequestRow:
         request, attempt = live.request, live.attempt
         return RequestRow(
             index=live.number, replica=self.index, type=live.sent.type_name, arrival_s=live.sent.arrival_s,
@@ -396,8 +345,8 @@ class VirtualReplica:
     def _waiting(self) -> int:
         return len(self.scheduler.waiting) + len(self.scheduler.skipped_waiting)
 
-    def _load(self) -> Load:
-        return Load(
+    def _load(self) -> ReplicaLoad:
+        return ReplicaLoad(
             waiting=self._waiting, time_model=self._time_model, ttft_s=self._ttft_s,
             prefill_tokens=sum(self._prefilling.values()), kv_used_fraction=self.scheduler.kv_cache_manager.usage,
         )

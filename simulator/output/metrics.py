@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from scheduler.tuning.slo import NO_SLO, Slo
-from simulator.output.run_files import COMPLETED, GAVE_UP, REJECTED, REQUESTS_FILE
+from simulator.output.rows import COMPLETED, GAVE_UP, REJECTED
+from simulator.output.run_files import REQUESTS_FILE
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]

@@ -110,6 +110,11 @@ class SessionSample(NamedTuple):
     lengths: Lengths
 
 
+def are_sessions(lengths: str) -> bool:
+    """Whether a text of lengths describes sessions."""
+    return lengths.strip().partition(":")[0] == SESSIONS
+
+
 def parse_sessions(text: str) -> SessionSpec:
     """The sessions that a text describes, for example
 

@@ -9,7 +9,8 @@ from loadgen.client import Exchange
 from loadgen.results import is_good, summary_of, table_of, warnings_of, write_results
 from scheduler.tuning.slo import Slo
 from simulator.output.report import make_report
-from simulator.output.run_files import REQUEST_SCHEMA, read_run
+from simulator.output.rows import REQUEST_SCHEMA
+from simulator.output.run_files import read_run
 from simulator.workload.requests import SimRequest
 
 NO_TARGET = Slo()

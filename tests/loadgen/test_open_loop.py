@@ -10,7 +10,8 @@ from fake_server import DONE, FakeServer, answer_all, event
 
 from loadgen.client import Server, ServerError
 from loadgen.open_loop import OpenLoop
-from simulator.workload.requests import SimRequest, WorkloadConfig, open_workload
+from simulator.workload.config import WorkloadConfig
+from simulator.workload.requests import SimRequest, open_workload
 
 PATIENT_S = 20.0
 

@@ -22,7 +22,8 @@ from simulator.config import simulation_config
 from simulator.output.metrics import good_requests
 from simulator.output.run_files import read_run
 from simulator.run import simulate
-from simulator.workload.requests import WorkloadConfig, open_workload
+from simulator.workload.config import WorkloadConfig
+from simulator.workload.requests import open_workload
 
 PERIOD_S, PERIODS = 5.0, 3
 TTFT_S, TPOT_S = 2.0, 0.05

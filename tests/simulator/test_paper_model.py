@@ -18,13 +18,13 @@ from scheduler.model.wait_thresholds import NestedWaitSolution, nested_wait_thre
 from scheduler.model.workload import Lengths, RequestType, WorkloadMix
 from simulator.paper_model import (
     PaperFcfs,
+    PaperModel,
     PaperNestedWait,
     PaperNestedWaitByTotals,
-    PaperModel,
     PaperRun,
+    PaperWait,
     PerIteration,
     SteppedArrivals,
-    PaperWait,
 )
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "evidence" / "theory.py"
@@ -320,7 +320,8 @@ def test_the_buffer_holds_for_less_than_one_prompt_per_stage():
     assert max(solution.n) < 0.5
     rows = 200
     run = PaperRun(
-        PaperModel(mix, time_model), PaperNestedWaitByTotals(solution.boundaries, solution.totals, rows), seed=0, rows=rows
+        PaperModel(mix, time_model), PaperNestedWaitByTotals(solution.boundaries, solution.totals, rows),
+        seed=0, rows=rows,
     )
     run.run(horizon_s)
     assert np.mean(run.peak_tokens > solution.needed_tokens) <= 0.1

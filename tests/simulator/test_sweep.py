@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from simulator.config import SimulationError
-from simulator.output.run_files import RequestRow, RunWriter, read_run
+from simulator.output.rows import RequestRow
+from simulator.output.run_files import RunWriter, read_run
 from simulator.sweep import SweepPlan, load_sweep, run_sweep
 
 FILE = """

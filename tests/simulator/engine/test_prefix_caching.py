@@ -8,8 +8,9 @@ import pytest
 from simulator.config import simulation_config
 from simulator.output.run_files import read_run
 from simulator.run import simulate
+from simulator.workload.config import WorkloadConfig
 from simulator.workload.prompts import Piece, answer_token_id, prompt_token_ids
-from simulator.workload.requests import SimRequest, WorkloadConfig, open_workload
+from simulator.workload.requests import SimRequest, open_workload
 from simulator.workload.traces import BadRow, TraceRow, open_trace
 
 MOONCAKE_TRACE = Path(__file__).parents[3].parent / "shared/data/traces/mooncake_conversation.jsonl"

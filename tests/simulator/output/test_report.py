@@ -9,7 +9,8 @@ from simulator.output import figures, report
 from simulator.output.figures import MOST_POINTS, ecdf, thin
 from simulator.output.metrics import summarise
 from simulator.output.report import find_runs, make_report
-from simulator.output.run_files import IterationRow, RequestRow, RunError, RunWriter
+from simulator.output.rows import IterationRow, RequestRow
+from simulator.output.run_files import RunError, RunWriter
 
 
 def write_run(folder, policy="wait", rate_rps=2.0, seed=1, n=60, iterations=True, workload="p58d147", **config):

@@ -7,7 +7,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from simulator.output import run_files as results
-from simulator.output.run_files import ControlRow, IterationRow, RequestRow, RunError, RunWriter, read_run, versions
+from simulator.output.rows import (
+    CONTROL_SCHEMA,
+    ITERATION_SCHEMA,
+    REQUEST_SCHEMA,
+    ControlRow,
+    IterationRow,
+    RequestRow,
+)
+from simulator.output.run_files import RunError, RunWriter, read_run, versions
 
 HEADER = {"config": {"policy": "wait", "workload": {"rate_rps": 2.0}}, "versions": {"python": "3.11"}}
 SUMMARY = {"goodput_rps": 1.5, "latency_p99_s": None}
@@ -40,15 +48,15 @@ def test_round_trip(tmp_path):
     assert (run.config, run.versions, run.summary) == (HEADER["config"], HEADER["versions"], SUMMARY)
     assert rows(run.requests()) == [SERVED, REFUSED]
     assert rows(run.iterations()) == [CAPPED, UNCAPPED]
-    assert run.requests().schema.equals(results.REQUEST_SCHEMA)
-    assert run.iterations().schema.equals(results.ITERATION_SCHEMA)
+    assert run.requests().schema.equals(REQUEST_SCHEMA)
+    assert run.iterations().schema.equals(ITERATION_SCHEMA)
     assert file_names(run.folder) == ["iterations.parquet", "requests.parquet"]
 
 
 def test_rows_have_the_schemas_fields():
-    assert RequestRow._fields == tuple(results.REQUEST_SCHEMA.names)
-    assert IterationRow._fields == tuple(results.ITERATION_SCHEMA.names)
-    assert ControlRow._fields == tuple(results.CONTROL_SCHEMA.names)
+    assert RequestRow._fields == tuple(REQUEST_SCHEMA.names)
+    assert IterationRow._fields == tuple(ITERATION_SCHEMA.names)
+    assert ControlRow._fields == tuple(CONTROL_SCHEMA.names)
 
 
 def test_each_file_carries_the_whole_header(tmp_path):
@@ -184,7 +192,7 @@ def test_what_is_not_a_run_is_said(tmp_path):
     pq.write_table(pa.table({"index": pa.array([1], pa.int64())}), path)
     with pytest.raises(RunError, match="it has no column replica of int16"):
         read_run(tmp_path)
-    pq.write_table(results.REQUEST_SCHEMA.empty_table(), path)
+    pq.write_table(REQUEST_SCHEMA.empty_table(), path)
     with pytest.raises(RunError, match="metadata has no config, versions and summary"):
         read_run(tmp_path)
     path.write_bytes(whole)

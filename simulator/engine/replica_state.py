@@ -1,0 +1,66 @@
+"""What a virtual replica keeps of its requests, of iterations under way, and of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from scheduler.tuning.slo import Slo
+from simulator.output.metrics import delays_of, meets
+from simulator.output.rows import IterationRow, RequestRow
+from simulator.workload.clients import Attempt
+from simulator.workload.requests import SimRequest
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+
+class Sink(Protocol):
+    """Where a replica's history goes; `RunWriter` is one."""
+
+    wants_iterations: bool
+
+    def request(self, row: RequestRow) -> None: ...
+
+    def iteration(self, row: IterationRow) -> None: ...
+
+
+@dataclass(slots=True)
+class Totals:
+    """What happened on one replica over the whole run; times in virtual seconds, KV as a share of capacity.
+
+    decode_steps: with speculation, how often a decoding request got tokens from an iteration; gained_tokens: how many.
+    """
+
+    iterations: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    kv_peak_fraction: float = 0.0
+    rejected: int = 0
+    decode_steps: int = 0
+    gained_tokens: int = 0
+
+
+@dataclass(slots=True)
+class LiveRequest:
+    number: int
+    request: Request
+    sent: SimRequest
+    since_s: float
+    attempt: Attempt | None = None
+    first_token_s: float | None = None
+    cached_tokens: int | None = None
+
+    def can_meet(self, now_s: float, targets: Slo) -> bool:
+        """Whether this request, not over yet, may still end within the targets."""
+        first_s = now_s if self.first_token_s is None else self.first_token_s
+        return bool(meets(delays_of(self.since_s, first_s, now_s, self.request.max_tokens), targets))
+
+
+@dataclass(slots=True)
+class ExecutingIteration:
+    output: SchedulerOutput
+    silent: list[str]
+    first_tokens: list[LiveRequest]
+    ends_s: float
