@@ -92,7 +92,7 @@ def paced_server(model: str) -> Iterator[str]:
         begun_s = loop.time()
         body = await request.json()
         tokens = body["max_tokens"]
-        # vLLM's tool sends text, whose tokens nobody counts here.
+        # vLLM's tool sends text, and its tokens are not counted here.
         prompt = len(body["prompt"]) if isinstance(body["prompt"], list) else None
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)

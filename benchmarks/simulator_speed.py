@@ -66,7 +66,7 @@ def wall_s(options: dict[str, Any]) -> float:
 
 
 def split(options: dict[str, Any]) -> dict[str, float]:
-    """Microseconds of CPU per iteration by whose code they are spent in."""
+    """Microseconds of CPU per iteration by the code that spends them: vLLM, policy, simulator."""
     spent = {"scheduler": 0, "request": 0, "with policy": 0, "inside": 0}
     patched = [
         *((AsyncScheduler, name, "scheduler") for name in ("schedule", "update_from_output", "add_request")),

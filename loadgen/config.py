@@ -26,7 +26,7 @@ class BenchConfig(BaseModel):
     url: the server's, without /v1. model: the id to ask for; None: the first that the server lists. label: what
     `headrace report` calls the run; None: the model. duration_s: arrivals stop then; None: after `workload.requests`.
     warmup: the first so many requests are sent but not measured. timeout_s: a request without its last token so long
-    after its arrival is given up. declare_lengths: requests say how long their answers will be.
+    after its arrival is given up. declare_lengths: requests declare their output lengths.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,7 +65,7 @@ def bench_config(*, workload: dict[str, Any], **options: Any) -> BenchConfig:
 
 
 class OfferedLoad(NamedTuple):
-    """The requests of one measurement, with the workload's name, its mean rate, and what a reader should know."""
+    """The requests of one measurement, with the workload's name, its mean rate, and notes for the reader."""
 
     requests: list[SimRequest]
     name: str
@@ -74,7 +74,7 @@ class OfferedLoad(NamedTuple):
 
 
 def draw_load(config: BenchConfig, max_model_len: int | None) -> OfferedLoad:
-    """All requests, drawn before the first is sent. What the model's context cannot hold is left out and noted.
+    """All requests, drawn before the first is sent. Requests longer than the model's context are left out and noted.
 
     Raises:
         BenchError: the trace cannot be read, or nothing is left to measure.

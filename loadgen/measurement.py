@@ -25,7 +25,7 @@ async def measure(
 ) -> dict[str, Any]:
     """Send the load of `config`, and return the summary (see docs/bench.md) with `notes` for the reader.
 
-    `folder` (None: nowhere) gets the results, `progress_on` shows how far it is.
+    `folder` (None: none is written) gets the results, `progress_on` shows progress.
 
     Raises:
         ServerError: the server cannot be measured. BenchError: there is nothing to send.
@@ -78,7 +78,7 @@ def _progress(config: BenchConfig, load: OfferedLoad, console: Console | None) -
                 seen[exchange.outcome if exchange.outcome in (COMPLETED, REJECTED) else "failed"] += 1
                 seen["good"] += is_good(exchange, config.slo)
             goodput_rps = seen["good"] / max(time.monotonic() - begun_s, 1.0)
-            counts = f"sent {seen['sent']}, refused {seen[REJECTED]}, failed {seen['failed']}, " \
+            counts = f"sent {seen['sent']}, rejected {seen[REJECTED]}, failed {seen['failed']}, " \
                 f"goodput {goodput_rps:.2f}/s"
             bar.update(task, completed=seen["ended"], counts=counts)
 

@@ -1,4 +1,4 @@
-"""Whether rejections were right: the run again, with some of the rejected requests let in."""
+"""Whether rejections were right: the same run again, with some of the rejected requests admitted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simulator.config import SimulationConfig
 from simulator.output.metrics import good_requests, rejected_requests
 
 LET_IN_SHARE = 0.05
-"""Of the rejections, how many a replay lets in: enough to tell a gain from chance, too few to change the load."""
+"""Of the rejections, the share that a replay admits: enough to tell a gain from chance, too few to change the load."""
 _CONFIDENCE = 0.95
 
 

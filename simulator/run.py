@@ -35,11 +35,11 @@ def simulate(
     """Run `config` and return its summary, JSON-ready; with `folder`, leave the run there (see
     `simulator.output.run_files`).
 
-    `progress` hears how many requests have arrived, and of how many (None: unknown). The same configuration gives the
-    same summary but for `wall_s`.
+    `progress` gets the number of requests that have arrived, and their total (None: unknown). The same
+    configuration gives the same summary but for `wall_s`.
 
     Raises:
-        SimulationError: the thresholds do not fit, or the engine refuses its settings.
+        SimulationError: the thresholds do not fit, or the engine rejects its settings.
     """
     begun_s = time.perf_counter()
     try:

@@ -140,6 +140,6 @@ def with_spread(summaries: list[dict[str, Any]], key: str, digits: int = 2) -> s
 
 
 def best(cells: Cells, key: str, choose: Callable[..., Any] = min) -> tuple[Any, ...]:
-    """The cell whose mean over seeds is best."""
+    """The cell with the best mean over seeds."""
     chosen: tuple[Any, ...] = choose(cells, key=lambda cell: mean_of(cells[cell], key))
     return chosen

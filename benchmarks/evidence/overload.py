@@ -163,7 +163,7 @@ def baselines_at(case: Case, load: float, group: str, options: dict[str, Any], r
 
 
 def without_targets(case: Case, bound: float, lengths: dict[str, Any], quick: bool) -> dict[str, Grid]:
-    """Plain vLLM and `fluid`, which is told no target, around capacity."""
+    """Plain vLLM, and `fluid` without targets, around capacity."""
     grids = {}
     for load in FREE_LOADS:
         rate = round(load * bound, 2)

@@ -63,7 +63,7 @@ class Case:
 
 
 def cases(traces: Path | None, profile: str) -> list[Case]:
-    """The workloads whose files are there."""
+    """The workloads with an existing file."""
     eight = {"profile": profile, "max_model_len": 32768}
     folder = traces or Path("absent")
     azure = {"trace": str(folder / "azure_conv_2023.csv"), "slo_ttft_s": 3, "profile": PROFILE}

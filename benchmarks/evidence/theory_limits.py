@@ -31,7 +31,7 @@ BLOCK_OVERFLOW = 1 - 9 / (2 * math.e**2)
 
 
 class EntryLimit:
-    """All that is resident runs, and at most `limit` prompts enter an iteration; nothing is held."""
+    """All admitted prompts run, and at most `limit` prompts enter an iteration; none is held."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit

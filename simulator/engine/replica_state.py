@@ -1,4 +1,4 @@
-"""What a virtual replica keeps of its requests, of iterations under way, and of the run."""
+"""The state of a virtual replica: its requests, its iterations under way, and totals of the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Sink(Protocol):
-    """Where a replica's history goes; `RunWriter` is one."""
+    """Receives finished requests and iterations; `RunWriter` is one."""
 
     wants_iterations: bool
 
@@ -28,9 +28,9 @@ class Sink(Protocol):
 
 @dataclass(slots=True)
 class Totals:
-    """What happened on one replica over the whole run; times in virtual seconds, KV as a share of capacity.
+    """Totals of one replica over the whole run; KV as a share of capacity.
 
-    decode_steps: with speculation, how often a decoding request got tokens from an iteration; gained_tokens: how many.
+    decode_steps: with speculation, steps of decoding requests that gained tokens; gained_tokens: their tokens.
     """
 
     iterations: int = 0
@@ -44,6 +44,8 @@ class Totals:
 
 @dataclass(slots=True)
 class LiveRequest:
+    """A request under way; `since_s` is when its latest attempt was sent, in virtual seconds."""
+
     number: int
     request: Request
     sent: SimRequest
@@ -60,6 +62,8 @@ class LiveRequest:
 
 @dataclass(slots=True)
 class ExecutingIteration:
+    """An iteration under way: `silent` requests get no token from it, `first_tokens` get their first."""
+
     output: SchedulerOutput
     silent: list[str]
     first_tokens: list[LiveRequest]

@@ -82,7 +82,7 @@ def summarise(
     the window, completed, and met every target that is given; `throughput_rps` and `output_tokens_per_s` count
     requests that finished between `window_from_s` and `window_to_s`. `latency_*`, `ttft_*` and `tpot_*` (`mean_s`,
     `p50_s`, `p99_s`) are over the completed requests that arrived in the window; an answer of one token has no time
-    per output token, and meets that target. A value nobody defines is None. All of a request's delays count from its
+    per output token, and meets that target. Undefined values are None. All of a request's delays count from its
     last attempt (`returned_s`, else `arrival_s`).
 
     `gave_up` counts clients that left without a first token, over the whole run; they are no rejections.
@@ -222,8 +222,8 @@ def _prefix_hits(read: ReadColumn) -> float | None:
     return float(cached_tokens[ran].sum()) / prompt_tokens if prompt_tokens else None
 
 
-def _missed(met: Mask, promised: bool) -> float | None:
-    return 1 - float(met.mean()) if met.size and promised else None
+def _missed(met: Mask, has_target: bool) -> float | None:
+    return 1 - float(met.mean()) if met.size and has_target else None
 
 
 def _between(seconds: Floats, from_s: float, to_s: float) -> Mask:

@@ -71,17 +71,17 @@ CONTROL_SCHEMA = pa.schema(
 
 
 class RequestRow(NamedTuple):
-    """One request. Times are virtual seconds; `index` counts arrivals; `preemptions` is how often it lost its KV cache.
+    """One request. Times are virtual seconds; `index` counts arrivals; `preemptions` counts losses of its KV cache.
 
-    `outcome` is "completed", "rejected" for a request refused before any token (both later times are then None),
-    "gave_up" for one whose client left without a token, or "unfinished" for one under way when the run was ended.
-    `rejected_s` is when its client heard of the rejection; `cached_tokens` what vLLM found of its prompt in the prefix
-    cache when it first ran (None: it never did). A client that comes back after a rejection makes several `attempts`:
-    what happened is that of the last one, which began at `returned_s` (None: the first one, at `arrival_s`). Where
-    clients were real ones, the last four are None.
+    `outcome` is "completed", "rejected" for a request rejected before any token (both later times are then None),
+    "gave_up" when its client left without a token, or "unfinished" when it was under way at the end of the run.
+    `rejected_s` is when its client got the rejection; `cached_tokens` the prompt tokens that vLLM found in the prefix
+    cache when it first ran (None: it never ran). A request that is retried after a rejection has several `attempts`;
+    its row describes the last one, which began at `returned_s` (None: the first one, at `arrival_s`). In measurements
+    of a real server the last four are None.
     """
 
-    index: int  # type: ignore[assignment]  # the column's name hides tuple's method, which nobody needs here
+    index: int  # type: ignore[assignment]  # hides tuple's method of that name, which is not used
     replica: int
     type: str
     arrival_s: float
@@ -98,7 +98,7 @@ class RequestRow(NamedTuple):
 
 
 class IterationRow(NamedTuple):
-    """One engine iteration: what it computed and read, who was there, and the thresholds in force (None: no limit)."""
+    """One engine iteration: tokens computed and read, requests, and the active thresholds (None: no limit)."""
 
     replica: int
     start_s: float
@@ -117,12 +117,12 @@ class IterationRow(NamedTuple):
 
 
 class ControlRow(NamedTuple):
-    """One pass of the controller over a replica: the thresholds in force after it, and why.
+    """One control cycle over a replica: the thresholds active after it, and the reason.
 
-    applied: it has just put them in force, as `version`. rate_rps: its estimate of arrivals. Of a pace (else None):
-    iteration_s, prompt_flow_tokens, kv_limit_tokens and queue_limit (see `scheduler.fluid_params.Pace`);
-    full_iteration_s: its law's seconds for an iteration of that flow, 100 decodes and all of that memory;
-    mean_output_tokens: of its survival.
+    applied: this cycle pushed them, as `version`. rate_rps: the estimated arrival rate. From the fluid parameters (None
+    without): iteration_s, prompt_flow_tokens, kv_limit_tokens and queue_limit (see
+    `scheduler.fluid_params.FluidParams`); full_iteration_s: modelled seconds of an iteration with that flow, 100
+    decodes and all of that memory; mean_output_tokens: of the survival curve.
     """
 
     replica: int

@@ -27,7 +27,7 @@ METADATA_KEY = b"headrace"
 ROWS_PER_GROUP = 65_536
 
 class RunError(ValueError):
-    """A folder that should hold a run does not; the message says which and why."""
+    """A folder does not hold a run; the message names it and the reason."""
 
 
 class RunWriter:
@@ -39,8 +39,8 @@ class RunWriter:
 
     The files appear under their final names, replacing an older run's, only when `close` succeeds; leaving the block
     without it discards everything. `folder` None keeps nothing: rows only live to be summarised. With `iterations`
-    False (or no folder) iteration rows are dropped; `wants_iterations` says so to who would build them. The passes of
-    a controller are few, and kept with the iterations.
+    False (or no folder) iteration rows are dropped; `wants_iterations` is then False, and callers need not build them.
+    Control cycles are few, and kept with the iterations.
 
     Raises:
         ValueError: a row that does not fit its schema (names the field), or a header or summary that JSON cannot carry.
@@ -68,7 +68,7 @@ class RunWriter:
         self._requests.append(row)
 
     def control(self, row: Sequence[Any]) -> None:
-        """Add one pass of the controller, fields in the order of ControlRow."""
+        """Add one control cycle, fields in the order of ControlRow."""
         if not self.wants_iterations:
             return
         if self._control is None:
@@ -103,8 +103,8 @@ class RunWriter:
         iterations = self._iterations.finish(metadata) if self._iterations is not None else None
         # requests.parquet is what makes a folder a run, so it goes first and comes last.
         (self._folder / REQUESTS_FILE).unlink(missing_ok=True)
-        passes = self._control.finish(metadata) if self._control is not None else None
-        for file, name in ((iterations, ITERATIONS_FILE), (passes, CONTROL_FILE)):
+        cycles = self._control.finish(metadata) if self._control is not None else None
+        for file, name in ((iterations, ITERATIONS_FILE), (cycles, CONTROL_FILE)):
             if file is not None:
                 file.replace(self._folder / name)
             else:
@@ -213,7 +213,7 @@ class Run:
         return _read(self.folder / ITERATIONS_FILE, ITERATION_SCHEMA, columns)
 
     def control(self) -> pa.Table:
-        """One row a pass of the controller, all of CONTROL_SCHEMA's columns; no row without a controller."""
+        """One row a control cycle, all of CONTROL_SCHEMA's columns; no row without a controller."""
         path = self.folder / CONTROL_FILE
         return _read(path, CONTROL_SCHEMA, None) if path.is_file() else CONTROL_SCHEMA.empty_table()
 

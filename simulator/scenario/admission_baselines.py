@@ -1,6 +1,6 @@
-"""Overload rules that others put before an engine, at their documented defaults: refuse a request when it arrives.
+"""Admission rules of other projects, at their documented defaults: they reject a request when it arrives.
 
-The engines behind them are plain vLLM. Their statistics are always fresh here, which flatters them.
+The engines behind them are plain vLLM. Their statistics are always current here, which favours them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from scheduler.model.iteration_time import IterationTimeModel
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLoad:
-    """What a rule may know of a replica when a request arrives: requests not in service yet, prompt tokens of requests
-    without a first token, share of KV blocks in use; the law; and the operator's target."""
+    """State of a replica when a request arrives: waiting requests, prompt tokens of requests without a first token,
+    share of KV blocks in use, the iteration-time model, and the TTFT target in seconds."""
 
     waiting: int
     prefill_tokens: int

@@ -32,8 +32,8 @@ _BAD_ROW_MESSAGES = 20
 class SimRequest(NamedTuple):
     """One request of a workload.
 
-    `type_name` is the component of a spec ("p512d20", "lmsys"), or "all" for a trace. `pieces` are what its prompt is
-    made of (None: nothing that any other has), `answer` the piece that its answer becomes in later prompts.
+    `type_name` is the component of a spec ("p512d20", "lmsys"), or "all" for a trace. `pieces` are the parts of
+    its prompt (None: shared with no other request), `answer` the piece that its output becomes in later prompts.
     """
 
     arrival_s: float
@@ -269,8 +269,8 @@ class _TraceWorkload(Workload):
 class _Resampled(_TraceWorkload):
     """The rows of a trace, each once before any comes again; arrivals of a process.
 
-    They come in random order, those whose prompts share text in the file's from a random one on: who shares what with
-    whom, and how soon after, is part of such a trace.
+    They come in random order, except that prompts which share text keep the file's order, from a random one on: which
+    requests share a prefix, and how soon after one another, is part of such a trace.
     """
 
     def __init__(self, config: WorkloadConfig, trace: Trace) -> None:

@@ -1,4 +1,4 @@
-"""Conversations: requests whose prompts are all that was said before, from a short text."""
+"""Conversations: each prompt contains all earlier turns; parsed from a short text."""
 
 from __future__ import annotations
 

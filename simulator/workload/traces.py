@@ -70,7 +70,7 @@ _LAYOUTS = {
 
 @dataclass(frozen=True)
 class Trace:
-    """A trace file whose format is known; `open_trace` makes it.
+    """A trace file of known format; `open_trace` makes it.
 
     `notes` say what a reader of its numbers should know. `rows()` reads the file from its beginning: each row is a
     request or the reason why it is none, in order, in memory that does not grow with the file.

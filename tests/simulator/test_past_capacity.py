@@ -1,4 +1,4 @@
-"""Beyond capacity the thresholds of WAIT are infeasible and its gates stand open: it serves what first come does."""
+"""Beyond capacity the thresholds of WAIT are infeasible and unlimited: it serves as first come, first served does."""
 
 from __future__ import annotations
 

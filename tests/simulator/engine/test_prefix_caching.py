@@ -95,7 +95,7 @@ def test_a_bad_line_is_named_and_the_rest_is_read(mooncake, entry, said):
     assert last.where == "line 3"
 
 
-def test_a_file_that_is_something_else_is_refused(mooncake):
+def test_a_file_of_another_format_is_rejected(mooncake):
     with pytest.raises(ValueError, match="is not a mooncake trace, which has a JSON object on every line: line 1: "):
         open_trace(mooncake("a,b\n1,2\n"))
 
