@@ -30,7 +30,7 @@ MINIMAL: dict[str, Any] = {
         }
     ]
 }
-ENGINE_ARGUMENTS = [  # some of vLLM's, which takes half a minute to import; the real list is compared in test_ray_seam.py
+ENGINE_ARGUMENTS = [  # some of vLLM's (slow to import); test_ray_seam.py compares the real list
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "dtype", "enforce_eager",
     "model", "scheduler_cls", "additional_config", "async_scheduling", "data_parallel_size", "data_parallel_size_local",
     "pipeline_parallel_size", "speculative_config", "kv_transfer_config",

@@ -1,4 +1,4 @@
-"""More load than one small replica can serve in time: which requests are rejected, how, and that the others are served."""
+"""Overload of one small replica: which requests are rejected, how, and that the others are served in time."""
 
 from __future__ import annotations
 

@@ -92,7 +92,9 @@ def test_an_aborted_answer_says_so_where_this_looks() -> None:
     )
 
 
-@pytest.mark.parametrize("outputs", [[output(REJECTED)], [output(REJECTED, REJECTED)]], ids=["one choice", "two choices"])
+@pytest.mark.parametrize(
+    "outputs", [[output(REJECTED)], [output(REJECTED, REJECTED)]], ids=["one choice", "two choices"]
+)
 def test_generate_raises_what_the_engine_core_rejected_and_ends_the_rest(outputs: list[Any]) -> None:
     inner = Given(*outputs, output(SERVED))
 

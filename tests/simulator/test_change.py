@@ -1,4 +1,4 @@
-"""`fluid` follows change: its parameters settle within 3 periods of the first evidence, does not cycle, and goodput returns.
+"""`fluid` follows change: its parameters settle within 3 periods of the evidence, do not cycle, and goodput returns.
 
 What it can know: an arrival rate once its window is full of the new one, lengths once requests of the new kind have
 finished, a device's speed at once. The parameters compared are those of `benchmarks.evidence.settling`.
