@@ -110,7 +110,7 @@ def timed(method: Callable[..., Any], spent: dict[str, int], owner: str) -> Call
 
 
 def flatness() -> dict[str, float]:
-    """Peak resident memory after runs of so many requests, the largest last."""
+    """Peak RSS of the process after runs of so many requests, the largest last."""
     peaks = {}
     for requests in FLATNESS_REQUESTS:
         simulate(simulation_config({"lengths": "p64d8", "requests": requests, "rate_rps": 40.0}))

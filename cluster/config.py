@@ -1,6 +1,6 @@
 """The configuration: one YAML file that `headrace up`, `serve deploy` and KubeRay all read.
 
-The file is Ray Serve's own deployment file with one application whose `args` are an `AppConfig`; `ray` beside it says
+The file is Ray Serve's own deployment file with one application; its `args` are an `AppConfig`; `ray` beside it says
 which Ray cluster `headrace up` joins or starts. Every object forbids unknown keys, so a typo is an error with a name.
 """
 

@@ -95,7 +95,7 @@ def _rejection_of(output: Any) -> Rejection | None:
 
 
 async def errors_first(chunks: Outputs) -> Outputs:
-    """The same chunks; a stream whose first event is an error becomes that one ErrorResponse."""
+    """The same chunks; a stream that begins with an error event becomes that one ErrorResponse."""
     first = True
     async with aclosing(chunks):
         async for chunk in chunks:

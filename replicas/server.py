@@ -36,7 +36,7 @@ from scheduler.wire import (
 
 _STALE_STATS_S = 30.0
 _ANSWER_S = 4.0
-"""Shorter than the caller's timeout, so that a silent engine is told apart from a silent replica."""
+"""Shorter than the caller's timeout, so that a silent engine does not look like a silent replica."""
 logger = logging.getLogger(__name__)
 
 

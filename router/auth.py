@@ -51,7 +51,7 @@ def guard(endpoints: Endpoints, check: Callable[[Request], None]) -> Endpoints:
 
 
 class _Guarded:
-    """A FastAPI app whose routes are all checked; Ray's endpoint maps call `app.get`, `app.post`, `app.put`."""
+    """A FastAPI app with a check on every route; Ray's endpoint maps call `app.get`, `app.post`, `app.put`."""
 
     def __init__(self, app: FastAPI, check: Callable[[Request], None]) -> None:
         self._app, self._check = app, check

@@ -83,7 +83,7 @@ class SimulationConfig(_Strict):
     def controlled(self) -> bool:
         """Whether the shipped controller runs, as it does in serving.
 
-        It does for a policy whose thresholds it solves, unless `solve_once` says otherwise or any of what it would
+        It does for a policy with solved thresholds, unless `solve_once` says otherwise or any of what it would
         solve is given: types, segments, fluid parameters, a cap (as `cap` or as max_running), or counts by the cap.
         """
         solves = BASELINES[self.policy].policy in _SOLVED_POLICIES

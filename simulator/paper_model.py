@@ -320,7 +320,7 @@ class PaperRun:
         return held_tokens
 
     def _admit_what_fits(self, batch: IntArray, held_tokens: IntArray) -> IntArray:
-        """Cut the batch's newcomers to those whose prompts fit; returns the KV tokens then held (rows,)."""
+        """Cut the batch's newcomers to those that fit; returns the KV tokens then held (rows,)."""
         if np.any(held_tokens + batch[:, :, 0] @ self._model.prompt_tokens > self._capacity_tokens):
             if len(self._model.rates_rps) > 1:
                 self._admit_drawn(batch, held_tokens)

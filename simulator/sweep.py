@@ -46,7 +46,7 @@ class SweepPoint(NamedTuple):
 
 @dataclass(frozen=True)
 class PointResult:
-    """How a point ended. `summary` is the run's, None for a failed point; `error` says why that failed, else None."""
+    """The outcome of a point. `summary` is the run's, None for a failed point; `error` is the reason, else None."""
 
     name: str
     folder: Path

@@ -2,7 +2,7 @@
 
     python benchmarks/evidence/a100_law.py [--out docs/evidence] [--traces FOLDER] [--write-profile]
 
---traces is a folder with azure_conv_2023.csv, whose row is left out without it. --write-profile writes the profile
+--traces is a folder with azure_conv_2023.csv; its row is left out without it. --write-profile writes the profile
 `a100-llama2-7b-vidur`. Seconds on one core; no simulation.
 """
 

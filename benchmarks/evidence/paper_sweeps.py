@@ -58,7 +58,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Sweep:
-    """One experiment. requests by rate. compare: (ours, theirs) whose distance is reported. about: their settings."""
+    """One experiment. requests by rate. compare: (ours, theirs), their distance is reported. about: their settings."""
 
     name: str
     title: str

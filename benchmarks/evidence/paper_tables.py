@@ -237,8 +237,8 @@ def read_lmsys(cells: Summaries) -> list[str]:
         "Plain vLLM with 512 slots against Sarathi with 256: "
         f"{listed(relative(cells, 'vllm, 512 slots', 'sarathi, 256 slots'))}. Past capacity, means depend on how long "
         "the run is.",
-        "Nested WAIT's solved thresholds end where the gates open: from the rate on at which its column is plain "
-        "vLLM's, the load is past capacity.",
+        "Nested WAIT's solved thresholds end where counts become unlimited: from the rate on at which its column is "
+        "plain vLLM's, the load is past capacity.",
         "The authors' simulated prompts have 35 tokens on average, these 58.6 as the paper's text says; Vidur "
         "extrapolates beyond batches of 128.",
     ]  # fmt: skip

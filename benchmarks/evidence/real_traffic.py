@@ -6,7 +6,7 @@
 
 Prefix caching on, the controller live from a cold start. Runs that are in --runs already are kept; --workers 0 only
 writes the page; every sentence with a number on it is computed. FOLDER holds azure_conv_2023.csv and
-mooncake_conversation.jsonl; workloads whose file is absent are left out. --quick is for tests of this script.
+mooncake_conversation.jsonl; workloads without a file are left out. --quick is for tests of this script.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ STRETCH_S, RATES_RPS = 25.0, (12.0, 26.0, 12.0, 26.0)
 
 
 class VaryingArrivals:
-    """Poisson arrivals of one type whose rate changes every `seconds`, the last one going on for ever.
+    """Poisson arrivals of one type with a rate that changes every `seconds`, the last one going on for ever.
 
     `run` must be set before it runs: rates depend on its clocks.
     """

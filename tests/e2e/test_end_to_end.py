@@ -273,7 +273,7 @@ BAD_UPDATES: list[tuple[str, dict[str, Any], int, str]] = [
     ("a typo", {"thresholds": {"max_in_servise": 3}}, 400, "max_in_servise"),
     ("the literal rule", {"thresholds": {"policy": "wait", "mode": "strict"}}, 400, "strict"),
     ("an old version", {"thresholds": {"version": 1}}, 409, "version"),
-    ("no such replica", {"replica": "nobody", "pin": True}, 404, "nobody"),
+    ("no such replica", {"replica": "unknown", "pin": True}, 404, "unknown"),
     ("nothing to do", {}, 400, "thresholds"),
 ]
 

@@ -65,7 +65,7 @@ class Scripted:
 
 
 def first_come_first_served(prompt, output, capacity, script, steps):
-    """Prompt by prompt: per step (waiting, resident, completed so far, evicted so far) after its arrivals."""
+    """Prompt by prompt: per step (waiting, running, completed so far, evicted so far) after its arrivals."""
     waiting, request, completed, evicted, number = [], [], 0, 0, 0
     script = iter(script)
     for _ in range(steps):
