@@ -308,7 +308,7 @@ def test_status_shows_replicas_equilibrium_and_a_dead_controller(server: Server,
         assert part in fluid
     assert "left: settled [for now]" in out
     (plan,) = [line for line in lines if "left" in line and "TPOT target" in line]
-    for part in ("4.25 ± 0.25", "3.75", "3.80", "198 answers"):
+    for part in ("4.25 ± 0.25", "3.75", "3.80", "198 outputs"):
         assert part in plan
     assert "not reachable: did not answer [telemetry]" in out
     assert "controller: the controller does not answer" in out

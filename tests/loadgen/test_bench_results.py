@@ -84,7 +84,7 @@ def test_a_late_client_is_told():
 
 def test_other_lengths_than_asked_are_told():
     (said,) = warnings([answered(0, 0.0, [1.0, 2.0], asked_tokens=5), answered(1, 0.1, [1.0])])
-    assert said.startswith("1 answers are not as long as asked for")
+    assert said.startswith("1 outputs have another length than requested")
 
 
 def warnings(exchanges):
