@@ -382,7 +382,7 @@ def test_an_older_replica_rejects_a_field_that_it_does_not_know_and_says_which(c
 def test_the_actor_tells_events_apart_from_its_state(cluster: Cluster) -> None:
     cluster.add("a")
     cluster.traffic()
-    actor = ControllerActor("headrace", CONFIG, CONFIGURED)
+    actor = ControllerActor("headrace", CONFIG, NO_SLO, CONFIGURED)
     one_cycle(actor._loop)
     answer, state = asyncio.run(actor.events()), asyncio.run(actor.state())
     assert json.loads(json.dumps(answer, allow_nan=False)) == answer
