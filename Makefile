@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/local.yaml
 
-# uv does not read pip's settings; pass on where pip has been told to look for wheels.
+# uv does not read pip's settings; pass on pip's wheel locations.
 export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 export HF_HUB_OFFLINE = 1
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[cpu,model,dev]' \

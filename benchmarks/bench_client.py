@@ -5,7 +5,7 @@
 Sends evenly spaced requests of random prompts by the one client and by the other in turns, and prints the ratios of
 what they measured; evenly spaced, because by chance two Poisson streams queue differently. First to a stand-in that
 sends its tokens at known times, so that only the clients differ; then (not with --only-paced) to plain vLLM on this
-machine's CPU, whose own times vary unless the machine is quiet. About 14 minutes.
+machine's CPU; its own times vary unless the machine is quiet. About 14 minutes.
 
 Both post to /v1/completions and take a time when an event with a token has been read. TTFT is from sending to the first
 such time, in `vllm bench serve` from when its task runs and in `headrace bench` from when the request was due (so the
@@ -92,7 +92,7 @@ def paced_server(model: str) -> Iterator[str]:
         begun_s = loop.time()
         body = await request.json()
         tokens = body["max_tokens"]
-        # vLLM's tool sends text, whose tokens nobody counts here.
+        # vLLM's tool sends text, and its tokens are not counted here.
         prompt = len(body["prompt"]) if isinstance(body["prompt"], list) else None
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)

@@ -21,8 +21,10 @@ from scheduler.thresholds import EngineLimits
 from scheduler.tuning.fluid_plan import FluidPlan, solve_fluid_params
 from scheduler.tuning.slo import Slo
 from simulator.output.figures import Series, TimePanel, draw_over_time, thin
-from simulator.output.run_files import REJECTED, Run, read_run
-from simulator.workload.requests import WorkloadConfig, open_workload
+from simulator.output.rows import REJECTED
+from simulator.output.run_files import Run, read_run
+from simulator.workload.config import WorkloadConfig
+from simulator.workload.requests import open_workload
 
 PAGE = Path(__file__).parents[1] / "docs" / "fluid-policy.md"
 BEGIN, END = "<!-- worked example: begin -->\n", "<!-- worked example: end -->\n"

@@ -1,4 +1,4 @@
-"""Measure the service-time law of a model on this machine's engine, and write it as a profile.
+"""Measure the iteration-time model of an engine on this machine, and write it as a profile.
 
     python benchmarks/measure_law.py --model .models/SmolLM2-135M-Instruct --name cpu-smollm2 \
         --output scheduler/profiles/cpu-smollm2.json
@@ -68,7 +68,7 @@ def main() -> None:
 
     fit = fit_iteration_time(*columns(training.iterations))
     if isinstance(fit, FitRejected):
-        raise SystemExit(f"no law: {fit.reason}")
+        raise SystemExit(f"no iteration-time model: {fit.reason}")
     error = held_out_error(fit, held_out.iterations)
     profile = as_profile(args, fit, training, held_out, error)
     text = json.dumps(profile, indent=2) + "\n"

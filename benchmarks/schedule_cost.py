@@ -5,7 +5,7 @@
 Both schedulers are vLLM's real class with its real block manager in one process, stepped in turn, one iteration each,
 so that the machine's drift hits both alike. Prints JSON: medians of CPU time; the ratio round by round (a round is ten
 iterations) with its quartiles; and `own`: our schedule() over that part of it which is vLLM's, which hardly depends on
-the machine's load but leaves out what vLLM's part costs more behind a gate.
+the machine's load but leaves out what vLLM's part costs more behind an admission queue.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--running", type=int, default=256)
     parser.add_argument("--waiting", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--only", default="", help="cases whose name this regular expression finds")
+    parser.add_argument("--only", default="", help="only cases with a name that matches this regular expression")
     args = parser.parse_args()
     result: dict[str, Any] = {"running": args.running, "waiting": args.waiting, "schedule": {}}
     for name, thresholds in POLICIES.items():
@@ -190,7 +190,7 @@ def step_us(engine: Engine) -> float:
 
 
 def poll_us(engine: Engine, times: int = 100_000) -> float:
-    """Microseconds to learn which thresholds are in force: what the live channel adds to every iteration."""
+    """Microseconds to read the active thresholds: what the live channel adds to every iteration."""
     current = engine.scheduler.active.current
     begun = time.perf_counter_ns()
     for _ in range(times):
@@ -199,7 +199,7 @@ def poll_us(engine: Engine, times: int = 100_000) -> float:
 
 
 def channel_ms(engine: Engine, questions: int = 100) -> dict[str, float]:
-    """From offering thresholds to the acknowledgement that they are in force, while the engine steps."""
+    """From an offer of thresholds to the acknowledgement that they are active, while the engine steps."""
     endpoint, done = new_endpoint(), threading.Event()
     server = ChannelServer(
         endpoint, engine.scheduler.active.offer, engine.scheduler.telemetry, engine.scheduler.stats

@@ -66,7 +66,7 @@ def wall_s(options: dict[str, Any]) -> float:
 
 
 def split(options: dict[str, Any]) -> dict[str, float]:
-    """Microseconds of CPU per iteration by whose code they are spent in."""
+    """Microseconds of CPU per iteration by the code that spends them: vLLM, policy, simulator."""
     spent = {"scheduler": 0, "request": 0, "with policy": 0, "inside": 0}
     patched = [
         *((AsyncScheduler, name, "scheduler") for name in ("schedule", "update_from_output", "add_request")),
@@ -110,7 +110,7 @@ def timed(method: Callable[..., Any], spent: dict[str, int], owner: str) -> Call
 
 
 def flatness() -> dict[str, float]:
-    """Peak resident memory after runs of so many requests, the largest last."""
+    """Peak RSS of the process after runs of so many requests, the largest last."""
     peaks = {}
     for requests in FLATNESS_REQUESTS:
         simulate(simulation_config({"lengths": "p64d8", "requests": requests, "rate_rps": 40.0}))

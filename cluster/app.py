@@ -32,7 +32,7 @@ from scheduler.support import EngineSetup, ranks_in
 from scheduler.thresholds import thresholds_as_dict
 
 _ROUTING_STATS_PERIOD_S = 1.0
-_HEALTH_CHECK_TIMEOUT_S = 60.0  # a busy replica must not be taken for a dead one
+_HEALTH_CHECK_TIMEOUT_S = 60.0  # a busy replica must not count as dead
 
 
 def build(args: AppConfig) -> Application:
@@ -40,7 +40,7 @@ def build(args: AppConfig) -> Application:
     config = llm_config(args)
     model_id = args.model.id
     options: dict[str, Any] = HeadraceIngress.get_deployment_options([config])
-    # One ingress process: it only passes bytes on, and every one more costs memory and a control connection.
+    # One ingress process: it only forwards bytes; each further one costs memory and a control connection.
     options |= {"autoscaling_config": None, "num_replicas": 1, "max_ongoing_requests": 4 * args.max_ongoing_requests}
     ranks = ranks_in(args.engine)
     keeper = None
@@ -81,7 +81,7 @@ def llm_config(args: AppConfig) -> LLMConfig:
         engine_kwargs={
             **args.engine,
             "scheduler_cls": args.scheduler,
-            # Not every speculator can be scheduled ahead; vLLM knows which, and refuses to be told.
+            # vLLM decides for each drafter whether it can be scheduled ahead, and raises an error if this is set.
             **({} if setup.speculative_decoding else {"async_scheduling": True}),
             "additional_config": {SETTINGS_KEY: settings},
         },

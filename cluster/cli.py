@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cluster.config import ClusterConfig
 
 app = typer.Typer()
-thresholds_app = typer.Typer(help="Show and set thresholds while they are in force.", no_args_is_help=True)
+thresholds_app = typer.Typer(help="Show and set the thresholds of running replicas.", no_args_is_help=True)
 model_app = typer.Typer(help="The bundled model.", no_args_is_help=True)
 app.add_typer(thresholds_app, name="thresholds")
 app.add_typer(model_app, name="model")
@@ -41,7 +41,7 @@ def fail(error: Exception, code: int) -> NoReturn:
 
 @app.command()
 def up(config_file: ConfigFile = DEFAULT_CONFIG) -> None:
-    """Deploy a configuration; with a Ray of its own it stays in the foreground until Ctrl-C."""
+    """Deploy a configuration; with a Ray of its own it runs in the foreground until Ctrl-C."""
     from cluster import launch
     from cluster.config import load_config
     from cluster.model import ModelUnavailable
@@ -107,7 +107,7 @@ def down(config_file: ConfigFile = DEFAULT_CONFIG) -> None:
 
 @app.command()
 def status(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
-    """What every replica does, and under which thresholds."""
+    """Every replica: requests, KV cache, active thresholds, fluid model."""
     state = AdminClient(url).state()
     _show(state, as_json, render.status_tables)
 
@@ -120,7 +120,7 @@ def events(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
 
 @thresholds_app.command("get")
 def thresholds_get(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
-    """Thresholds in force by replica."""
+    """Active thresholds by replica."""
     _show(AdminClient(url).thresholds(), as_json, render.thresholds_table)
 
 
@@ -134,7 +134,7 @@ def thresholds_set(
     url: Url = DEFAULT_URL,
     as_json: Json = False,
 ) -> None:
-    """Change some fields and keep the others as they are in force; pins them unless --no-pin."""
+    """Change some fields and keep the other active values; pins them unless --no-pin."""
     changes = _parse_settings(settings)
     client = AdminClient(url)
     active = client.thresholds()["replicas"]
@@ -145,10 +145,10 @@ def thresholds_set(
     targets = [replica] if replica else list(active)
     for name in targets:
         if "error" in active[name]:
-            raise AdminRejected(f"replica {name} does not answer, nothing is changed: {active[name]['error']}")
+            raise AdminRejected(f"replica {name} does not answer; nothing was changed: {active[name]['error']}")
     results: dict[str, Any] = {}
     for name in targets:
-        # The version is left to the server, so that two operators cannot lose each other's change unseen.
+        # The version is left to the server, so that of two changes at once neither is lost unseen.
         kept = {k: v for k, v in active[name].items() if k not in ("version", "pinned", "reason", "valid_for_s")}
         answer = client.put_thresholds({"replica": name, "thresholds": kept | changes, "pin": pin})
         results |= answer["replicas"]
@@ -157,7 +157,7 @@ def thresholds_set(
 
 @thresholds_app.command("pin")
 def thresholds_pin(replica: Replica = None, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
-    """Keep the thresholds that are in force; automatic tuning stops."""
+    """Keep the active thresholds; automatic tuning stops."""
     _show(AdminClient(url).put_thresholds({"replica": replica, "pin": True}), as_json, render.acks_table)
 
 
@@ -181,7 +181,7 @@ def plan(
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Trace: CSV, Parquet, ShareGPT JSON, Mooncake JSONL.")] = None,
     rate: Annotated[float | None, typer.Option(help="Requests per second, with --trace.")] = None,
-    profile: Annotated[str | None, typer.Option(help="Named service-time law and KV capacity.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Named iteration-time model and KV capacity.")] = None,
     d0: Annotated[float | None, typer.Option(help="Seconds every iteration takes.")] = None,
     d1: Annotated[float | None, typer.Option(help="Seconds per KV token read.")] = None,
     d2: Annotated[float | None, typer.Option(help="Seconds per prefill token.")] = None,
@@ -189,7 +189,7 @@ def plan(
     floor: Annotated[float | None, typer.Option(help="Least seconds of compute in an iteration.")] = None,
     kv_tokens: Annotated[int | None, typer.Option(help="KV cache capacity in tokens.")] = None,
     segments: Annotated[int, typer.Option(help="Most segments of Nested WAIT.", min=1, max=16)] = 4,
-    overflow_probability: Annotated[float, typer.Option(help="Accepted chance that memory overflows.")] = 0.01,
+    overflow_probability: Annotated[float, typer.Option(help="Accepted probability of a KV cache overflow.")] = 0.01,
     as_json: Json = False,
 ) -> None:
     """Solve the fluid model for a workload: load, iteration time, memory, throughput, thresholds."""
@@ -208,7 +208,7 @@ def plan(
 
 @app.command()
 def doctor(config_file: ConfigFile = DEFAULT_CONFIG, as_json: Json = False) -> None:
-    """Check imports, accelerator, model and ports, and say how to mend what is wrong. Exit code 1 if anything is."""
+    """Check imports, accelerator, model and ports, and print a fix for each problem. Exit code 1 if there is one."""
     from cluster.doctor import examine
 
     findings = examine(config_file)

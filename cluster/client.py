@@ -13,11 +13,11 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 class AdminUnavailable(CommandFailed):
-    """Nothing answers at the URL; the message says how to start it."""
+    """No server answers at the URL; the message says how to start one."""
 
 
 class AdminRejected(CommandFailed):
-    """The server refused, and says why."""
+    """The server rejected the request; the message is the server's."""
 
 
 class AdminClient:

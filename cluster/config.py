@@ -1,6 +1,6 @@
 """The configuration: one YAML file that `headrace up`, `serve deploy` and KubeRay all read.
 
-The file is Ray Serve's own deployment file with one application whose `args` are an `AppConfig`; `ray` beside it says
+The file is Ray Serve's own deployment file with one application; its `args` are an `AppConfig`; `ray` beside it says
 which Ray cluster `headrace up` joins or starts. Every object forbids unknown keys, so a typo is an error with a name.
 """
 
@@ -67,11 +67,11 @@ class AcceleratorConfig(_Strict):
 
 
 class ControllerConfig(_Strict):
-    """The central controller. period_s: seconds between two solutions; profile: the iteration-time model to start
-    from, by a preset's name or a JSON file's path; it has no default, as it must be that of the model and the device.
-    min_finished: finished requests to see before a replica's thresholds are touched; window_s: seconds of arrivals that
-    count; validity_s: how long pushed thresholds stay in force without the controller; overflow_probability: accepted
-    chance that memory overflows or that a request misses its time per token."""
+    """The central controller. period_s: seconds between two control cycles; profile: the iteration-time model to start
+    from, by a preset's name or a JSON file's path; required, since it must fit the model and the device.
+    min_finished: finished requests before a replica's thresholds are changed; window_s: seconds of arrivals that count;
+    validity_s: seconds that pushed thresholds stay active without the controller; overflow_probability: accepted
+    probability that memory overflows or that a request misses its TPOT target."""
 
     enabled: bool = True
     period_s: float = Field(default=5.0, gt=0, le=3600, allow_inf_nan=False)
@@ -86,9 +86,9 @@ class ControllerConfig(_Strict):
     def _profile_exists(cls, name: str) -> str:
         if not name:
             raise ValueError(
-                "name the profile of this model on this device, from which requests are planned until they are "
-                f"measured: {', '.join(profile_names())}, or the path of a profile's JSON file; measure one with "
-                "python benchmarks/measure_law.py --model MODEL --name NAME"
+                "name the profile of this model on this device; its iteration times are used until the engine's "
+                f"own are measured: {', '.join(profile_names())}, or the path of a profile's JSON file; measure one "
+                "with python benchmarks/measure_law.py --model MODEL --name NAME"
             )
         load_profile(name)
         return name
@@ -108,10 +108,10 @@ def _thresholds(value: Any) -> Any:
 class AppConfig(_Strict):
     """Arguments of the Serve application.
 
-    targets: what requests are to be kept within (seconds: ttft_s, tpot_s, latency_s), each optional; replicas: how many
-    engines; engine: vLLM engine arguments by their own names; thresholds: what a replica runs with until the controller
-    speaks; scheduler: the class of each engine's scheduler, as vLLM's --scheduler-cls takes it, which may be a subclass
-    of ours with a policy of your own (examples/own_policy.py); tenants: who shares the replicas, by API key; env:
+    targets: the SLO in seconds (ttft_s, tpot_s, latency_s), each optional; replicas: number of
+    replicas; engine: vLLM engine arguments by their own names; thresholds: active until the controller pushes its own;
+    scheduler: each engine's scheduler class, as for vLLM's --scheduler-cls; it may be a subclass of `HeadraceScheduler`
+    with another policy (examples/own_policy.py); tenants: weighted shares of the replicas, one API key each; env:
     environment variables of the replicas.
     """
 
@@ -163,9 +163,9 @@ class AppConfig(_Strict):
 
     @model_validator(mode="after")
     def _targets_can_be_met(self) -> Self:
-        """Judged by the profile's iteration-time model.
+        """Checked against the profile's iteration-time model.
 
-        How many tokens a step of speculative decoding gains is not known before, and so no time per token either.
+        With speculative decoding TPOT is not checked: the tokens gained per step are not known before a run.
         """
         drafts = EngineSetup.from_engine_args(self.engine, self.targets).speculative_decoding
         targets = dataclasses.replace(self.targets, tpot_s=None) if drafts else self.targets
@@ -182,7 +182,7 @@ class RayConfig(_Strict):
 
 
 class HttpOptions(_Strict):
-    """Where requests are taken: 127.0.0.1 unless said otherwise."""
+    """Address of the HTTP server, 127.0.0.1 by default."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)

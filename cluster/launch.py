@@ -1,4 +1,4 @@
-"""Bringing an application up and down: on a Ray of its own, or on a cluster that is already running."""
+"""Start and stop an application: on a local Ray started for it, or on a running cluster."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LaunchError(RuntimeError):
 
 
 def curl_line(config: ClusterConfig) -> str:
-    """One request that works."""
+    """A curl command for a chat request."""
     body = json.dumps(
         {
             "model": config.application.args.model.id,
@@ -66,7 +66,7 @@ def prepare_model(config: ClusterConfig, say: Callable[[str], None]) -> None:
 class Launcher:
     """One application on one Ray: `start`, then `wait` in the foreground or leave, then `stop`.
 
-    progress: hears one line a change, for people who wait.
+    progress: called with one line at each change of state.
     """
 
     def __init__(self, config: ClusterConfig, progress: Callable[[str], None]) -> None:
@@ -124,7 +124,7 @@ class Launcher:
             ray.shutdown()
             return
         ours = psutil.Process().children(recursive=True)
-        with contextlib.suppress(Exception):  # whatever fails here, the processes below still go
+        with contextlib.suppress(Exception):  # if this fails, the processes below are still ended
             serve.shutdown()
             ray.shutdown()
         _end_processes(ours)
@@ -166,7 +166,7 @@ class Launcher:
 
             last = ""
             while not done.wait(1.0):
-                with contextlib.suppress(Exception):  # progress is a courtesy
+                with contextlib.suppress(Exception):  # a failed status query must not end the start
                     line = _progress_line(serve.status().applications[self._config.application.name])
                     if line != last:
                         self._say(line)
@@ -192,8 +192,8 @@ class Launcher:
 
 
 def _our_code(root: Path) -> dict[str, str]:
-    """What the cluster's machines need to import us: this checkout. An installed package lies among all others, which
-    Ray must not be sent; the machines have it installed as well."""
+    """Ray's runtime environment that makes this checkout importable on all nodes. Empty for an installed package: it
+    lies in site-packages, which must not be uploaded, and the nodes have it installed too."""
     try:
         project = tomllib.loads((root / "pyproject.toml").read_text()).get("project", {})
     except (OSError, ValueError):
@@ -208,7 +208,7 @@ def _bind_ray_to_localhost() -> None:
 
 
 def _quieten() -> None:
-    """Progress is told in our own words; the libraries' logs are in Ray's session folder."""
+    """Silence the libraries' logs on the terminal; they are in Ray's session folder."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.disable(logging.WARNING)  # in this process; replicas and engines write their own files
@@ -264,11 +264,11 @@ def delete_application(config: ClusterConfig) -> None:
     launcher.stop()
 
 
-# One file a foreground `headrace up`, so that `headrace down` finds it.
+# One file for each foreground `headrace up`; `headrace down` reads it.
 
 
 def note_running(config: ClusterConfig) -> Path:
-    """Write down that this process serves `config`."""
+    """Record that this process serves `config`; returns the file."""
     path = _note_path(config)
     path.parent.mkdir(mode=0o700, exist_ok=True)
     path.write_text(json.dumps({"pid": os.getpid(), "started_s": psutil.Process().create_time()}))
@@ -284,7 +284,7 @@ def stop_running(config: ClusterConfig, timeout_s: float = 60.0) -> bool:
     try:
         note = json.loads(_note_path(config).read_text())
         process = psutil.Process(note["pid"])
-        if process.create_time() != note["started_s"]:  # the id has been given to another process since
+        if process.create_time() != note["started_s"]:  # the process id was reused
             return False
     except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
         return False

@@ -1,4 +1,4 @@
-"""`headrace plan`: the fluid model and its thresholds for a workload that need not exist yet."""
+"""`headrace plan`: the fluid model and its thresholds for a given workload, without a cluster."""
 
 from __future__ import annotations
 
@@ -98,10 +98,10 @@ def _time_model_and_memory(inputs: PlanInputs) -> tuple[IterationTimeModel, int]
             raise PlanError(f"--{name} = {value} is not allowed; allowed: a finite number >= 0")
     base = load_profile(inputs.profile) if inputs.profile else None
     if base is None and not {"d0", "d1"} <= given.keys():
-        raise PlanError("give a service-time law: --profile NAME, or at least --d0 and --d1")
+        raise PlanError("no iteration-time model is given; give --profile NAME, or at least --d0 and --d1")
     kv_tokens = inputs.kv_tokens if inputs.kv_tokens is not None else base.kv_capacity_tokens if base else None
     if kv_tokens is None:
-        raise PlanError("give --kv-tokens, the KV cache capacity in tokens (or --profile)")
+        raise PlanError("--kv-tokens is missing; give the KV cache capacity in tokens (or --profile)")
     if kv_tokens < 1:
         raise PlanError(f"--kv-tokens = {kv_tokens} is not allowed; allowed: a whole number of tokens >= 1")
 
@@ -125,7 +125,9 @@ def _mix(inputs: PlanInputs) -> tuple[WorkloadMix, list[str]]:
         return WorkloadMix(tuple(_type(text, number) for number, text in enumerate(inputs.types, 1))), []
     if inputs.rate is None or not math.isfinite(inputs.rate) or inputs.rate <= 0:
         raise PlanError(f"--rate = {inputs.rate} is not allowed; allowed: requests per second > 0, with --trace")
-    from simulator.workload.requests import WorkloadConfig, open_workload  # only traces need the extra `sim`
+    # Here, because only traces need the extra `sim`.
+    from simulator.workload.config import WorkloadConfig
+    from simulator.workload.requests import open_workload
 
     workload = open_workload(WorkloadConfig(trace=inputs.trace, rate_rps=inputs.rate))
     return workload.mix(), list(workload.notes())

@@ -13,7 +13,7 @@ from rich.text import Text
 
 
 def plain(text: str) -> str:
-    """Text that rich prints as it is."""
+    """Text with rich's markup escaped."""
     return escape(text)
 
 
@@ -47,7 +47,7 @@ def status_tables(state: dict[str, Any]) -> Iterator[Any]:
 
 
 def _kept(counters: dict[str, int]) -> str:
-    """Targets missed by the requests that were served, and what the audit of rejections says."""
+    """Targets missed by the completed requests, and the result of the rejection audit."""
     served = counters["completed"]
     missed = ", ".join(f"{name.upper()} {counters[f'{name}_misses']}" for name in ("ttft", "tpot", "latency"))
     said = f"of {served} served, missed {missed}"
@@ -58,7 +58,7 @@ def _kept(counters: dict[str, int]) -> str:
 
 def _fluid_table(replicas: dict[str, Any]) -> Table:
     table = Table(title="fluid model", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for column in ("replica", "rate /s", "load", "iteration", "memory", "of", "law R²"):
+    for column in ("replica", "rate /s", "load", "iteration", "memory", "of", "time model R²"):
         table.add_column(column, no_wrap=True)
     for name, replica in replicas.items():
         fluid, time_model = replica.get("fluid") or {}, replica.get("time_model") or {}
@@ -73,10 +73,10 @@ def _fluid_table(replicas: dict[str, Any]) -> Table:
 
 def _forecast_table(forecasts: dict[str, Any]) -> Table:
     table = Table(title="within the targets", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for column in ("replica", "arrive /s", "good /s", "possible /s", "bottleneck", "queue limit", "known from"):
+    for column in ("replica", "arrive /s", "good /s", "possible /s", "bottleneck", "queue limit", "estimated from"):
         table.add_column(column, no_wrap=True)
     for name, forecast in forecasts.items():
-        known = "a guess" if forecast["cold"] else f"{forecast['survival_samples']:.0f} answers"
+        known = "prior" if forecast["cold"] else f"{forecast['survival_samples']:.0f} outputs"
         table.add_row(
             name, _interval(forecast["rate_rps"], ".2f"), _number(forecast["goodput_rps"], ".2f"),
             _number(forecast["capacity_rps"], ".2f"), forecast["bottleneck"],
@@ -120,7 +120,7 @@ def thresholds_table(result: dict[str, Any]) -> Iterator[Any]:
 def acks_table(result: dict[str, Any]) -> Iterator[Any]:
     """The answer to a change."""
     table = Table()
-    for column in ("replica", "version in force", "reason"):
+    for column in ("replica", "active version", "reason"):
         table.add_column(column)
     for name, ack in result["replicas"].items():
         table.add_row(name, str(ack["version"]), plain(ack["reason"]))
@@ -138,7 +138,7 @@ def plan_tables(plan: dict[str, Any]) -> Iterator[Any]:
         ("memory", f"{_number(plan['memory_tokens'], '.0f')} of {plan['kv_capacity_tokens']} tokens"),
         ("throughput", f"{plan['throughput_tokens_per_s']:.1f} output tokens/s"),
         ("critical rate", f"{plan['critical_rate_scale']:.3f} times the given one, limited by {plan['limit']}"),
-        ("in service", f"{_number(plan['in_service'], '.1f')} (at most {plan['thresholds']['max_in_service']})"),
+        ("running", f"{_number(plan['in_service'], '.1f')} (at most {plan['thresholds']['max_in_service']})"),
     ]
     for name, value in rows:
         table.add_row(name, plain(value))
@@ -157,7 +157,7 @@ def plan_tables(plan: dict[str, Any]) -> Iterator[Any]:
 def doctor_table(result: dict[str, Any]) -> Iterator[Any]:
     """`headrace doctor`."""
     table = Table()
-    for column in ("check", "", "found", "how to mend it"):
+    for column in ("check", "", "found", "fix"):
         table.add_column(column)
     for finding in result["findings"]:
         mark = Text("ok", style="green") if finding["ok"] else Text("wrong", style="red")

@@ -1,8 +1,8 @@
-"""Ask a running server with the openai client: stream the answer, declare its length, come back when rejected.
+"""Ask a running server with the openai client: stream the output, declare its length, retry when rejected.
 
     python examples/openai_client.py "Write a sentence about the sea."
 
-The openai client comes back by itself after a 429 (`max_retries`); here its part is spelled out.
+The openai client retries by itself after a 429 (`max_retries`); this script shows the steps.
 """
 
 from __future__ import annotations

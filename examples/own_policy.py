@@ -1,8 +1,8 @@
-"""A scheduling policy of your own: admit while the KV cache is less than so full, and always into an idle engine.
+"""A scheduling policy of your own: admit while the KV cache is below a given share, and always into an idle engine.
 
 Serve by it with `scheduler: own_policy.OwnScheduler` in a configuration's `args`, or with
-`vllm serve MODEL --scheduler-cls own_policy.OwnScheduler` (this folder on PYTHONPATH). As a script it is simulated
-beside our `fcfs`: `python examples/own_policy.py`.
+`vllm serve MODEL --scheduler-cls own_policy.OwnScheduler` (this folder on PYTHONPATH). As a script it simulates
+the policy beside `fcfs`: `python examples/own_policy.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ FULL = 0.8
 
 
 class LeaveRoom(Policy):
-    """Admit in order of arrival while prompts fit below a share of the KV cache, so that answers can grow."""
+    """Admit in order of arrival while prompts fit below a share of the KV cache, so that outputs can grow."""
 
     name = "leave_room"
 
@@ -24,7 +24,7 @@ class LeaveRoom(Policy):
         for type_name, waiting in snapshot.waiting.items():
             for request in waiting.heads():
                 room -= request.tokens_to_compute
-                if room < 0 and (admit or not snapshot.idle):  # what is idle must run something
+                if room < 0 and (admit or not snapshot.idle):  # an idle engine must run something
                     break
                 admit[type_name] = admit.get(type_name, 0) + 1
         return Decision(admit=admit)
@@ -38,7 +38,7 @@ class OwnScheduler(HeadraceScheduler):
 
 
 def simulate_beside_fcfs() -> dict[str, dict[str, float]]:
-    """Summaries of both on an A100 whose memory is short, by name (see docs/simulator.md)."""
+    """Summaries of both by name, on an A100 with little KV memory (see docs/simulator.md)."""
     from simulator.config import simulation_config
     from simulator.run import simulate
     from simulator.scenario.baselines import BASELINES, Baseline

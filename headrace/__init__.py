@@ -1,6 +1,6 @@
-"""The names that users touch, under one roof: they stay the same wherever the code behind them moves.
+"""The public names. They stay the same when the modules behind them move.
 
-Each is imported when it is first asked for, so that `import headrace` loads neither Ray nor vLLM.
+Each is imported on first use, so that `import headrace` loads neither Ray nor vLLM.
 """
 
 from __future__ import annotations

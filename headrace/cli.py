@@ -1,6 +1,6 @@
-"""The `headrace` command: the command lines of the packages put together, and how an error ends it.
+"""The `headrace` command: the packages' command lines in one, and the exit code of errors.
 
-Exit code 0: done; 1: failed; 2: asked wrongly. A package's command line imports what a command needs when it runs.
+Exit code 0: success; 1: failure; 2: wrong usage. Each command imports what it needs when it runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loadgen.cli import app as loadgen_app
 from scheduler.config_errors import CommandFailed, UsageError
 from simulator.cli import app as simulator_app
 
-app = typer.Typer(help="Serve language models on Ray with fluid-guided thresholds.", no_args_is_help=True)
+app = typer.Typer(help="Serve language models on Ray and vLLM within latency targets.", no_args_is_help=True)
 for part in (cluster_app, simulator_app, loadgen_app):
     app.add_typer(part)
 

@@ -1,4 +1,4 @@
-"""`headrace bench`: the command and its tables. It imports what it needs when it runs."""
+"""`headrace bench`: the command and its tables. Imports are deferred until it runs."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def bench(
     slo_tpot: Annotated[float | None, typer.Option(help="Target: mean seconds per further token.")] = None,
     slo_latency: Annotated[float | None, typer.Option(help="Target: seconds end to end.")] = None,
     warmup: Annotated[int, typer.Option(help="Requests at the beginning that are not measured.", min=0)] = 0,
-    timeout: Annotated[float, typer.Option(help="Seconds after which a request is given up.")] = 600.0,
+    timeout: Annotated[float, typer.Option(help="Seconds after its arrival at which a request times out.")] = 600.0,
     declare_lengths: Annotated[
-        bool, typer.Option("--declare-lengths", help="Requests say how long their answers will be.")
+        bool, typer.Option("--declare-lengths", help="Requests declare their output lengths.")
     ] = False,
     label: Annotated[str | None, typer.Option(help="What `headrace report` calls this run, if not the model.")] = None,
     folder: Annotated[Path | None, typer.Option("--out", help="Folder for summary.json and requests.parquet.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Send requests to a running server when they are due, and measure what comes back. Ctrl-C keeps what is there."""
+    """Send requests open loop to a running server and measure the responses. Ctrl-C keeps the results so far."""
     from loadgen.config import bench_config
     from loadgen.measurement import measure
     from loadgen.open_loop import allow_many_connections
@@ -76,7 +76,7 @@ def bench(
     for message, count in summary["messages"].items():
         err.print(f"{count} times: {message}", style="red", markup=False, soft_wrap=True)
     if as_json:
-        print(json.dumps(summary, allow_nan=False))  # noqa: T201  # not rich's: programs want no wrapping
+        print(json.dumps(summary, allow_nan=False))  # noqa: T201  # rich would wrap lines
     else:
         out.print(_table(summary))
     if summary["interrupted"]:
@@ -89,7 +89,7 @@ def _table(summary: dict[str, Any]) -> Table:
     title = f"{summary['model']} at {summary['url']}: {summary['workload']}, {summary['rate_rps']:g} requests/s"
     table = Table(title=escape(title), show_header=False)
     counts = {
-        "requests": "requests", "completed": "completed", "refused (HTTP 429)": "rejected", "failed": "failed",
+        "requests": "requests", "completed": "completed", "rejected (HTTP 429)": "rejected", "failed": "failed",
         "timed out": "timed_out", "cancelled": "cancelled", "good": "good",
     }
     for name, key in counts.items():

@@ -13,7 +13,7 @@ import httpx
 from loadgen.stream import StreamError, TokenStream
 from scheduler.config_errors import CommandFailed
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS
-from simulator.output.run_files import COMPLETED, REJECTED
+from simulator.output.rows import COMPLETED, REJECTED
 from simulator.workload.requests import SimRequest
 
 FAILED, TIMED_OUT, CANCELLED = "failed", "timed_out", "cancelled"
@@ -28,7 +28,7 @@ class ServerError(CommandFailed):
 
 
 class Model(NamedTuple):
-    """A model that the server lists; `max_model_len` None: it does not tell."""
+    """A model that the server lists; `max_model_len` None: not stated."""
 
     id: str
     max_model_len: int | None
@@ -36,10 +36,10 @@ class Model(NamedTuple):
 
 @dataclass
 class Exchange:
-    """One request and what became of it. Times are seconds since the measurement began.
+    """One request and its outcome. Times are seconds since the measurement began.
 
     sent_s: when the last byte of the request was handed to the network. token_s: when each token came. ended_s:
-    when the outcome was known; None while it is under way. outcome: see docs/bench.md; what nobody ended is cancelled.
+    when the outcome was known; None while it is under way. outcome: see docs/bench.md; cancelled until then.
     status: of HTTP. prompt_tokens: as the server counted them.
     """
 
@@ -59,13 +59,13 @@ class Server:
     """An OpenAI-style server at `url`; use it as an asynchronous context manager.
 
     Raises:
-        ServerError: the URL is none.
+        ServerError: the URL is invalid.
     """
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
-        # No limit here and no waiting for a free connection: every request has its own deadline, set by who sends it.
+        # No limit here and no waiting for a free connection: every request has its own deadline, set by `OpenLoop`.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEP_IDLE_S)
         try:
             if httpx.URL(self.url).scheme not in ("http", "https"):
@@ -117,7 +117,7 @@ class Server:
         raise ServerError(f"{self.url} has no model {wanted or ''!r}; its models are: {known}")
 
     async def complete(self, exchange: Exchange, body: bytes, clock_s: Callable[[], float]) -> None:
-        """Send a completion and write into `exchange` what comes back. Only a cancellation gets out of it."""
+        """Send a completion and record the response in `exchange`. Raises only on cancellation."""
 
         async def trace(event: str, _: Any) -> None:
             if event.endswith("send_request_body.complete"):
@@ -178,10 +178,10 @@ def _end(exchange: Exchange, status: int | None, message: str) -> None:
 
 
 def _context_of(card: dict[str, Any]) -> int | None:
-    """vLLM and Ray Serve LLM each have their own name for it."""
+    """The context length in tokens; vLLM and Ray Serve LLM name it differently."""
     metadata = card.get("metadata") or {}
-    told = card.get("max_model_len") or metadata.get("max_request_context_length")
-    return told if isinstance(told, int) else None
+    context = card.get("max_model_len") or metadata.get("max_request_context_length")
+    return context if isinstance(context, int) else None
 
 
 def _said(status: int, content: bytes) -> str:

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scheduler.config_errors import UsageError, describe
 from scheduler.tuning.slo import NO_SLO, Slo
-from simulator.workload.requests import SimRequest, WorkloadConfig, open_workload
+from simulator.workload.config import WorkloadConfig
+from simulator.workload.requests import SimRequest, open_workload
 
 _AS_MANY_AS_COME = sys.maxsize
 
@@ -25,7 +26,7 @@ class BenchConfig(BaseModel):
     url: the server's, without /v1. model: the id to ask for; None: the first that the server lists. label: what
     `headrace report` calls the run; None: the model. duration_s: arrivals stop then; None: after `workload.requests`.
     warmup: the first so many requests are sent but not measured. timeout_s: a request without its last token so long
-    after its arrival is given up. declare_lengths: requests say how long their answers will be.
+    after its arrival is given up. declare_lengths: requests declare their output lengths.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,8 +64,8 @@ def bench_config(*, workload: dict[str, Any], **options: Any) -> BenchConfig:
         raise BenchError(describe(error, BenchConfig)) from error
 
 
-class Load(NamedTuple):
-    """The requests of one measurement, with the workload's name, its mean rate, and what a reader should know."""
+class OfferedLoad(NamedTuple):
+    """The requests of one measurement, with the workload's name, its mean rate, and notes for the reader."""
 
     requests: list[SimRequest]
     name: str
@@ -72,8 +73,8 @@ class Load(NamedTuple):
     notes: tuple[str, ...]
 
 
-def draw_load(config: BenchConfig, max_model_len: int | None) -> Load:
-    """All requests, drawn before the first is sent. What the model's context cannot hold is left out and noted.
+def draw_load(config: BenchConfig, max_model_len: int | None) -> OfferedLoad:
+    """All requests, drawn before the first is sent. Requests longer than the model's context are left out and noted.
 
     Raises:
         BenchError: the trace cannot be read, or nothing is left to measure.
@@ -93,4 +94,4 @@ def draw_load(config: BenchConfig, max_model_len: int | None) -> Load:
         raise BenchError(str(error)) from error
     if len(requests) <= config.warmup:
         raise BenchError(f"--warmup = {config.warmup}, but there are only {len(requests)} requests; none is measured")
-    return Load(requests, workload.name, rate_rps, workload.notes())
+    return OfferedLoad(requests, workload.name, rate_rps, workload.notes())

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from loadgen.client import Exchange, Server
-from loadgen.config import BenchConfig, Load, draw_load
+from loadgen.config import BenchConfig, OfferedLoad, draw_load
 from loadgen.open_loop import OnChange, OpenLoop
 from loadgen.results import is_good, summary_of, table_of, warnings_of, write_results
-from simulator.output.run_files import COMPLETED, REJECTED
+from simulator.output.rows import COMPLETED, REJECTED
 
 
 async def measure(
@@ -25,7 +25,7 @@ async def measure(
 ) -> dict[str, Any]:
     """Send the load of `config`, and return the summary (see docs/bench.md) with `notes` for the reader.
 
-    `folder` (None: nowhere) gets the results, `progress_on` shows how far it is.
+    `folder` (None: none is written) gets the results, `progress_on` shows progress.
 
     Raises:
         ServerError: the server cannot be measured. BenchError: there is nothing to send.
@@ -52,7 +52,7 @@ async def measure(
     return summary
 
 
-def _as_run(config: BenchConfig, load: Load, model: str) -> dict[str, Any]:
+def _as_run(config: BenchConfig, load: OfferedLoad, model: str) -> dict[str, Any]:
     """The configuration under the names that `headrace report` looks for."""
     data = config.model_dump(mode="json") | {"model": model, "policy": config.label or model}
     data["workload"] |= {"name": load.name, "rate_rps": load.rate_rps, "requests": len(load.requests)}
@@ -60,7 +60,7 @@ def _as_run(config: BenchConfig, load: Load, model: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _progress(config: BenchConfig, load: Load, console: Console | None) -> Iterator[OnChange]:
+def _progress(config: BenchConfig, load: OfferedLoad, console: Console | None) -> Iterator[OnChange]:
     columns = (
         TextColumn("answered"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[counts]}"),
@@ -78,7 +78,7 @@ def _progress(config: BenchConfig, load: Load, console: Console | None) -> Itera
                 seen[exchange.outcome if exchange.outcome in (COMPLETED, REJECTED) else "failed"] += 1
                 seen["good"] += is_good(exchange, config.slo)
             goodput_rps = seen["good"] / max(time.monotonic() - begun_s, 1.0)
-            counts = f"sent {seen['sent']}, refused {seen[REJECTED]}, failed {seen['failed']}, " \
+            counts = f"sent {seen['sent']}, rejected {seen[REJECTED]}, failed {seen['failed']}, " \
                 f"goodput {goodput_rps:.2f}/s"
             bar.update(task, completed=seen["ended"], counts=counts)
 

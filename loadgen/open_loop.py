@@ -20,8 +20,8 @@ OnChange = Callable[[Exchange], None]
 class OpenLoop:
     """One measurement. `exchanges` are the requests sent so far, in the order they arrived.
 
-    timeout_s: a request is given up so long after its arrival. on_change: hears of every request when it is sent and
-    again when it ended (its `ended_s` is then set).
+    timeout_s: seconds after its arrival at which a request times out. on_change: called with every request when it is
+    sent and again when it has ended (`ended_s` is then set).
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class OpenLoop:
     ) -> None:
         self._server, self._model = server, model
         self._timeout_s, self._declare_lengths, self._on_change = timeout_s, declare_lengths, on_change
-        # Other prompts in every run, whatever its seed: a server's prefix cache must not know them from the last one.
+        # New prompts in every run, whatever the seed, so that no prefix cache holds them.
         self._rng = np.random.default_rng()
         self._begun = 0.0
         self.exchanges: list[Exchange] = []
@@ -40,7 +40,7 @@ class OpenLoop:
         return asyncio.get_running_loop().time() - self._begun
 
     async def run(self, requests: Sequence[SimRequest]) -> bool:
-        """Send all requests and wait for their ends; False if it was cancelled and ended what was under way."""
+        """Send all requests and wait for them; False if cancelled, which ends the requests under way."""
         self._begun = asyncio.get_running_loop().time()
         tasks: list[asyncio.Task[None]] = []
         try:

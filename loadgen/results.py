@@ -1,4 +1,4 @@
-"""A measurement as the simulator keeps a run: the same columns, the same measures, and what only a client can know."""
+"""A measurement in the simulator's columns and measures, with a client's own columns beside them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from loadgen.client import CANCELLED, FAILED, TIMED_OUT, Exchange
 from scheduler.tuning.slo import Slo
 from simulator.output.metrics import delays_of, meets, request_delays_s, summarise
-from simulator.output.run_files import COMPLETED, METADATA_KEY, REQUEST_SCHEMA, REQUESTS_FILE, versions
+from simulator.output.rows import COMPLETED, REQUEST_SCHEMA
+from simulator.output.run_files import METADATA_KEY, REQUESTS_FILE, versions
 
 SUMMARY_FILE = "summary.json"
 SCHEMA = pa.schema(
@@ -30,9 +31,9 @@ SCHEMA = pa.schema(
         pa.field("token_s", pa.list_(pa.float64()), nullable=False),
     ]
 )
-_MESSAGES_TOLD = 5
+_MESSAGES_SHOWN = 5
 _LAG_OF_TTFT = 0.05
-"""Above this share of the median time to first token, the client's own delay is told as a warning."""
+"""Above this share of the median time to first token, the client's own delay is reported as a warning."""
 
 
 def is_good(exchange: Exchange, slo: Slo) -> bool:
@@ -81,12 +82,12 @@ def summary_of(requests: pa.Table, slo: Slo, *, warmup: int = 0) -> dict[str, An
         "ttft_p90_s": _percentile(request_delays_s(measured)["ttft"], 90),
         "retry_after_p50_s": _percentile(_numbers(measured, "retry_after_s"), 50),
         **{f"send_lag_p{q}_s": _percentile(lag_s, q) for q in (50, 99, 100)},
-        "messages": dict(Counter(filter(None, measured["message"].to_pylist())).most_common(_MESSAGES_TOLD)),
+        "messages": dict(Counter(filter(None, measured["message"].to_pylist())).most_common(_MESSAGES_SHOWN)),
     }
 
 
 def warnings_of(requests: pa.Table, summary: dict[str, Any]) -> list[str]:
-    """Why the numbers may not be what they seem."""
+    """Warnings about the measurement itself: a late client, wrong output lengths."""
     warnings = []
     lag_s, ttft_s = summary["send_lag_p99_s"], summary["ttft_p50_s"]
     if lag_s is not None and ttft_s is not None and lag_s > _LAG_OF_TTFT * ttft_s:
@@ -98,7 +99,7 @@ def warnings_of(requests: pa.Table, summary: dict[str, Any]) -> list[str]:
     other = int((_numbers(completed, "output_tokens") != _numbers(completed, "asked_output_tokens")).sum())
     if other:
         warnings.append(
-            f"{other} answers are not as long as asked for; the server does not follow ignore_eos and min_tokens"
+            f"{other} outputs have another length than requested; the server ignores ignore_eos or min_tokens"
         )
     return warnings
 

@@ -1,4 +1,4 @@
-"""An answer as it streams in: OpenAI-style server-sent events, and when each token came."""
+"""A streamed output: OpenAI-style server-sent events, and the time of each token."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class StreamError(Exception):
 
 
 class TokenStream:
-    """The tokens of one answer.
+    """The tokens of one output.
 
-    An event may carry several tokens. vLLM tells with each how many there are so far (`continuous_usage_stats`); of a
-    server that does not, an event with text is one token until the closing `usage` gives the true count, and tokens
-    that were hidden until then are put at the last event's time.
+    An event may carry several tokens. vLLM sends the count so far with each (`continuous_usage_stats`). Without it
+    an event with text counts as one token until the closing `usage` gives the true count; missing tokens then get the
+    last event's time.
 
-    token_s: when each token came. ended: the server said that the answer is complete. finish_reason,
-    prompt_tokens: what the server told, None before it did.
+    token_s: when each token came. ended: the server marked the output as complete. finish_reason,
+    prompt_tokens: as the server reported them, None before.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """Calling a method on one particular replica, or on all of them, from outside Serve's load balancing.
 
-Serve routes a handle's calls to whichever replica it likes; control needs the one it names. Ray Serve LLM's own control
+Serve picks the replica of a handle's call; control needs a given one. Ray Serve LLM's own control
 endpoints do this through the replica actors (`ray.llm._internal.serve.utils.broadcast`), and so does this module, the
 fence around that non-public surface: `tests/replicas/test_ray_seam.py` fails when an upgrade moves it.
 """
@@ -22,17 +22,17 @@ SERVER_CLASS = "HeadraceServer"
 
 
 _owed_answers: dict[str, Any] = {}
-"""By replica actor: the call that ran out of time and has not been answered since."""
+"""By replica actor: a call that timed out and is still unanswered."""
 
 
 class ReplicaUnavailable(RuntimeError):
-    """A replica did not answer: it is starting, overloaded or gone. The others are not affected."""
+    """A replica did not answer: it is starting, overloaded or gone."""
 
 
 def replica_ids(app_name: str) -> dict[str, str]:
     """The live replicas of an application's model servers: actor name by replica id, in a stable order.
 
-    What is remembered of replicas that are gone is dropped. Asks the cluster, so not on an event loop.
+    Forgets the pending calls of replicas that are gone. Blocks on the cluster, so not on an event loop.
     """
     found: dict[str, str] = {}
     actors = ray.util.list_named_actors(all_namespaces=True)
@@ -52,14 +52,14 @@ def replica_ids(app_name: str) -> dict[str, str]:
 async def call_replica(actor_name: str, method: str, *, timeout_s: float = 5.0, **kwargs: Any) -> Any:
     """The result of `method(**kwargs)` on one replica.
 
-    A replica that still owes an earlier answer is not asked again: questions to one that is starting would pile up.
+    A replica with an unanswered earlier call is not called again: calls to a starting replica would pile up.
 
     Raises:
         ReplicaUnavailable: no answer within `timeout_s`, or the replica is gone.
     """
     owed = _owed_answers.get(actor_name)
     if owed is not None and not ray.wait([owed], timeout=0)[0]:
-        raise ReplicaUnavailable(f"replica {actor_name} is starting or busy: it has not answered an earlier question")
+        raise ReplicaUnavailable(f"replica {actor_name} is starting or busy: an earlier call is still unanswered")
     _owed_answers.pop(actor_name, None)
     request_id = f"headrace-{uuid.uuid4()}"
     metadata = RequestMetadata(request_id=request_id, internal_request_id=request_id, call_method=method)

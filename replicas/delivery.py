@@ -1,8 +1,8 @@
-"""What a replica's clients see of its engine's tokens: the time that passes outside the engine core.
+"""Delivery times of tokens: the time between the engine core and the chunk that leaves the replica.
 
-The engine core hands a token over; detokenizing, the OpenAI layer, Ray's batching of a stream's chunks and the event
-loop they share come after that, and no record of the engine tells of them. The replica's API process measures them
-where chunks leave it: how much later than in the engine a first token leaves, and the time per token of what leaves.
+Detokenizing, the OpenAI layer, Ray's batching of a stream's chunks and the event loop they share come after the engine
+core, and its records do not contain them. The replica's API process measures them where chunks leave: the delay of the
+first token after the engine core, and the TPOT of the chunks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scheduler.messages import Delivered
 
 KEPT_DELIVERIES = 512
 _LONGEST_DELAY_S = 60.0
-"""A longer delay is the clock of another machine."""
+"""A longer delay means two machines' clocks were compared."""
 Outputs = AsyncGenerator[Any, None]
 
 
@@ -40,7 +40,7 @@ _under_way: contextvars.ContextVar[_Delivery | None] = contextvars.ContextVar("d
 
 
 class Deliveries:
-    """The latest answers that were delivered whole, and when their tokens left, beside the engine's own times."""
+    """The latest completed outputs with the times their tokens left, beside the engine's own times."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -52,13 +52,13 @@ class Deliveries:
         return tuple(self._latest)
 
     def begin(self) -> _Delivery:
-        """A request begins in this context, which its engine's outputs share."""
+        """Start timing a request; the engine's outputs of this context belong to it."""
         delivery = _Delivery()
         _under_way.set(delivery)
         return delivery
 
     async def timed(self, delivery: _Delivery, chunks: Outputs, *, streamed: bool) -> Outputs:
-        """The same chunks; when they have all been taken, the delivery is recorded."""
+        """The same chunks, unchanged; records the delivery after the last one."""
         async with aclosing(chunks):
             async for chunk in chunks:
                 delivery.last_s = self._clock()
@@ -81,7 +81,7 @@ class Deliveries:
 
 
 def noting(generate: Callable[..., Outputs]) -> Callable[..., Outputs]:
-    """`AsyncLLM.generate`, whose outputs are noted with the delivery of their request."""
+    """`AsyncLLM.generate` that also stores each output with its request's delivery."""
 
     @functools.wraps(generate)
     async def generating(*args: Any, **kwargs: Any) -> Outputs:
@@ -89,7 +89,7 @@ def noting(generate: Callable[..., Outputs]) -> Callable[..., Outputs]:
         async with aclosing(generate(*args, **kwargs)) as outputs:
             async for output in outputs:
                 if delivery is not None:
-                    # One request of the API can become several of the engine; their tokens leave interleaved.
+                    # One API request can become several engine requests; their tokens leave interleaved.
                     delivery.several |= any(choice.index for choice in output.outputs) or (
                         delivery.output is not None and delivery.output.request_id != output.request_id
                     )

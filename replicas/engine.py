@@ -1,4 +1,4 @@
-"""`HeadraceEngine`: Ray's vLLM engine, whose refusals and early errors become errors with an HTTP status.
+"""`HeadraceEngine`: Ray's vLLM engine; rejections and early errors become errors with an HTTP status.
 
 The engine core answers a rejected request with an empty output. vLLM's OpenAI layer would pass that on as a success
 with no text, and reports errors of a stream inside the stream, with status 200. Here a request that fails before its
@@ -29,15 +29,15 @@ Outputs = AsyncGenerator[Any, None]
 
 
 class RequestRejected(GenerationError, GracefulHTTPError, VLLMClientError):
-    """A refusal on its way through vLLM's OpenAI layer.
+    """A rejection on its way through vLLM's OpenAI layer.
 
-    Its message is the marked object, the only part of an error that every path passes on as it is. Each base is what
-    one of the paths looks for: streams report a GenerationError without a traceback in the log, the others take the
+    Its message is the marked JSON, the only part of an error that every path passes on unchanged. Each base class is
+    expected by one path: streams report a GenerationError without a traceback in the log, the others take the
     status of a GracefulHTTPError, and Ray's engine answers a VLLMClientError instead of failing.
     """
 
     def __init__(self, rejection: Rejection) -> None:
-        Exception.__init__(self, rejection.as_json())  # the bases' own want different arguments
+        Exception.__init__(self, rejection.as_json())  # the base classes take different arguments
         self.message = rejection.as_json()
         self.status_code = self.http_status = HTTPStatus.TOO_MANY_REQUESTS
 
@@ -72,14 +72,14 @@ class HeadraceEngine(VLLMEngine):
 def raising_rejections(generate: Callable[..., Outputs]) -> Callable[..., Outputs]:
     """`AsyncLLM.generate`, raising `RequestRejected` where the engine core rejected the request: all of its choices.
 
-    The engine core rejects or serves the choices of a request as a whole. Should one be rejected though another was
-    served, it ends as aborted, and no finished choice is thrown away.
+    The engine core rejects or serves all choices of a request together. If one is rejected although another was served,
+    it ends as aborted, and the finished choice is kept.
     """
 
     @functools.wraps(generate)
     async def generating(*args: Any, **kwargs: Any) -> Outputs:
         begun = False
-        async with aclosing(generate(*args, **kwargs)) as outputs:  # closed at once, or other choices would run on
+        async with aclosing(generate(*args, **kwargs)) as outputs:  # closed at once, else other choices run on
             async for output in outputs:
                 if not begun and (rejection := _rejection_of(output)):
                     raise RequestRejected(rejection)
@@ -95,7 +95,7 @@ def _rejection_of(output: Any) -> Rejection | None:
 
 
 async def errors_first(chunks: Outputs) -> Outputs:
-    """The same chunks; a stream whose first event is an error becomes that one ErrorResponse."""
+    """The same chunks; a stream that begins with an error event becomes that one ErrorResponse."""
     first = True
     async with aclosing(chunks):
         async for chunk in chunks:

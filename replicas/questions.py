@@ -1,7 +1,6 @@
-"""What the ingress and the controller ask of an engine, through its replica.
+"""Questions of the ingress and the controller to an engine, sent through its replica.
 
-JSON goes to the replica's actor and comes back (`scheduler.wire`), so that no class of ours is pickled between
-processes that may run different releases.
+Questions and answers are JSON (`scheduler.wire`), so that no class is pickled between processes of different releases.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from scheduler.wire import QuestionFailed, UnreadableMessage, offer_of, read_ans
 _Answer = TypeVar("_Answer", Stats, Telemetry)
 _Result = TypeVar("_Result")
 Unanswered = ReplicaUnavailable | UnreadableMessage
-"""What stands in the place of an answer that did not come, or cannot be read."""
+"""Takes the place of an answer that is missing or unreadable."""
 
 
 async def ask_telemetry(engine: EngineAddress, cursor: int | None) -> Telemetry:
@@ -28,19 +27,19 @@ async def ask_telemetry(engine: EngineAddress, cursor: int | None) -> Telemetry:
 
     Raises:
         ReplicaUnavailable: the replica or its engine does not answer.
-        UnreadableMessage: it answers in another schema version, or what cannot be read.
+        UnreadableMessage: the answer has another schema version or cannot be parsed.
     """
     answer = await call_replica(engine.actor_name, "telemetry", rank=engine.rank, cursor=cursor)
     return _read(engine, answer, Telemetry)
 
 
 async def ask_stats(engine: EngineAddress) -> Stats:
-    """An engine's few numbers for routing and readiness; raises as `ask_telemetry`."""
+    """An engine's `Stats` for routing and readiness; raises as `ask_telemetry`."""
     return _read(engine, await call_replica(engine.actor_name, "stats", rank=engine.rank), Stats)
 
 
 async def offer_thresholds(engine: EngineAddress, thresholds: Thresholds, *, automatic: bool) -> Ack:
-    """Offer thresholds to an engine; raises as `ask_telemetry`, but that a silent engine is an Ack too."""
+    """Offer thresholds to an engine; raises as `ask_telemetry`, but a silent engine gives an Ack, not accepted."""
     offer = offer_of(thresholds, automatic=automatic)
     return read_answer(await call_replica(engine.actor_name, "apply_thresholds", rank=engine.rank, offer=offer), Ack)
 
@@ -48,7 +47,7 @@ async def offer_thresholds(engine: EngineAddress, thresholds: Thresholds, *, aut
 async def ask_all(
     engines: Mapping[str, EngineAddress], ask: Callable[[EngineAddress], Awaitable[_Result]]
 ) -> dict[str, _Result | Unanswered]:
-    """Ask every engine at once; one that does not answer has the reason in the place of its answer."""
+    """Ask all engines at once; without an answer the entry is the error."""
     return dict(zip(engines, await asyncio.gather(*map(partial(_or_reason, ask), engines.values())), strict=True))
 
 

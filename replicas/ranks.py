@@ -1,4 +1,4 @@
-"""The engines of one replica: one for each data-parallel rank. How they are named, and which to ask.
+"""The engines of one replica: one for each data-parallel rank. Their names and addresses.
 
 With `data_parallel_size` above 1 vLLM starts that many engine-core processes behind one AsyncLLM, which spreads the
 requests over them. Each has a scheduler, a control channel and thresholds of its own, and is tuned and shown by itself,
@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-_MARK = "#"  # in no id that Ray gives a replica
+_MARK = "#"  # never part of a Ray replica id
 
 
 class EngineAddress(NamedTuple):
-    """Where one engine is asked: its replica's actor, and its rank there."""
+    """One engine: its replica's actor, and its rank there."""
 
     actor_name: str
     rank: int = 0
@@ -29,7 +29,7 @@ def engine_addresses(replicas: Mapping[str, str], ranks: int) -> dict[str, Engin
 
 
 def engine_name(replica: str, rank: int, ranks: int) -> str:
-    """What one engine of a replica is called."""
+    """The name of one engine of a replica."""
     return replica if ranks == 1 else f"{replica}{_MARK}{rank}"
 
 

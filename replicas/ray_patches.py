@@ -16,7 +16,7 @@ ALL_INTERFACES = "[::]:"
 
 
 def listen_where_the_node_does() -> None:
-    """On a node whose address is 127.0.0.1, bind this process's Serve ports to it; call before Serve opens them.
+    """On a node with address 127.0.0.1, bind this process's Serve ports to it; call before Serve opens them.
 
     Every Serve replica opens a gRPC port for other deployments on all interfaces, whatever the node's own address is.
     """
@@ -33,9 +33,9 @@ def listen_where_the_node_does() -> None:
 class NoDownload(CallbackBase):
     """Skips Ray Serve LLM's download task; for models in a local folder.
 
-    That task runs on every node of a replica before it starts, and imports vLLM first.
+    The task runs on every node before a replica starts, and imports vLLM.
     """
 
     async def on_before_node_init(self) -> None:
-        """Ray Serve LLM asks this first."""
+        """Called by Ray Serve LLM before a node is prepared."""
         self.ctx.run_init_node = False

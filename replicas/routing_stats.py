@@ -1,4 +1,4 @@
-"""What a replica tells Serve's request routers about its room, and how a router reads it."""
+"""`RoutingStats`: slots and occupancy of a replica, as Serve carries them to the request routers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RoutingStats:
 
     @classmethod
     def of_engines(cls, engines: Sequence[Stats]) -> RoutingStats:
-        """The stats of a replica's engines together: the room of all, as vLLM spreads its requests over them."""
+        """The sums over a replica's engines, over which vLLM spreads its requests."""
         return cls(
             slots=sum(stats.slots for stats in engines),
             occupied=sum(stats.running + stats.waiting for stats in engines),
@@ -36,7 +36,7 @@ class RoutingStats:
 
     @classmethod
     def from_dict(cls, routing_stats: Mapping[str, Any]) -> RoutingStats | None:
-        """The stats a replica reported; None when it reported none, or something else."""
+        """The stats a replica reported; None when it reported none or in another form."""
         raw = routing_stats.get(_KEY)
         try:
             return cls(**raw) if isinstance(raw, dict) else None
@@ -45,7 +45,7 @@ class RoutingStats:
             return None
 
     def as_dict(self) -> dict[str, Any]:
-        """The form in which Serve carries it."""
+        """As a dict, the form in which Serve carries it."""
         return {_KEY: asdict(self)}
 
     def slack(self, ongoing: int) -> float:
@@ -56,6 +56,6 @@ class RoutingStats:
 @lru_cache(maxsize=16)
 def _warn_once(reported: str) -> None:
     logger.warning(
-        "a replica reports its room as %s, and not as %s: another version? It is ranked last",
+        "a replica reports the routing stats %s instead of %s, so it is ranked last; does it run another release?",
         reported or "nothing", ", ".join(field.name for field in fields(RoutingStats)),
     )

@@ -1,8 +1,8 @@
 """`HeadraceServer`: one replica. Ray's LLMServer plus the control channels into its engines, one a data-parallel rank.
 
-The replica owns the channels: it names the endpoint before the engine starts, passes questions in and answers out as
-the JSON they are (`scheduler.wire`), and tells Serve's request routers how much room it has. It never waits for the
-controller: it starts, and restarts, with the configured thresholds.
+The replica owns the channels: it names the endpoint before the engine starts, forwards questions and answers as JSON
+(`scheduler.wire`), and reports its slots and occupancy to Serve's request routers. It starts, and restarts, with the
+configured thresholds, without waiting for the controller.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from scheduler.wire import (
 
 _STALE_STATS_S = 30.0
 _ANSWER_S = 4.0
-"""Less than the caller waits for this replica: a silent engine must not look like a silent replica."""
+"""Shorter than the caller's timeout, so that a silent engine does not look like a silent replica."""
 logger = logging.getLogger(__name__)
 
 
 class HeadraceServer(LLMServer):
-    """A vLLM replica whose scheduler takes thresholds while it serves."""
+    """A vLLM replica that takes new thresholds while it serves."""
 
     async def __init__(self, llm_config: LLMConfig, **kwargs: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         listen_where_the_node_does()
@@ -52,18 +52,18 @@ class HeadraceServer(LLMServer):
         self._last_stats: dict[int, tuple[float, Stats]] = {}
         self._silent: set[int] = set()
         self._deliveries = Deliveries()
-        from replicas.engine import HeadraceEngine  # imports vLLM, which a process that only deploys need not wait for
+        from replicas.engine import HeadraceEngine  # imports vLLM, which a process that only deploys does not need
 
         await super().__init__(llm_config, **({"engine_cls": HeadraceEngine} | kwargs))
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
-        """Ray's own; what leaves is timed."""
+        """Ray's own, with delivery times recorded."""
         delivery = self._deliveries.begin()
         chunks = await super().chat(request, raw_request_info)
         return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
 
     async def completions(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
-        """Ray's own; what leaves is timed."""
+        """Ray's own, with delivery times recorded."""
         delivery = self._deliveries.begin()
         chunks = await super().completions(request, raw_request_info)
         return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
@@ -73,15 +73,15 @@ class HeadraceServer(LLMServer):
         return await self._ask(rank, offer)
 
     async def telemetry(self, cursor: int | None = 0, rank: int = 0) -> bytes:
-        """The `Telemetry` of a rank's engine with the records after `cursor`, and the latest answers as they left
-        here; or an `Ack` that says why there is none."""
+        """The `Telemetry` of a rank's engine with the records after `cursor`, and the latest
+        delivery times; or an `Ack` with the reason why there is none."""
         answer = await self._ask(rank, telemetry_question(cursor))
-        # Which rank an answer came from is not known here: ranks of several go by what their own engines saw.
+        # Deliveries are not known by rank: with several ranks only the engines' own times are used.
         alone = cursor is not None and len(self._channels) == 1
         return with_delivered(answer, self._deliveries.latest()) if alone else answer
 
     async def stats(self, rank: int = 0) -> bytes:
-        """The `Stats` of a rank's engine, or an `Ack` that says why there are none."""
+        """The `Stats` of a rank's engine, or an `Ack` with the reason why there are none."""
         return await self._ask(rank, stats_question())
 
     async def _ask(self, rank: int, question: bytes) -> bytes:
@@ -94,7 +94,7 @@ class HeadraceServer(LLMServer):
         """What Serve's request routers see of this replica: its slots and how many are taken (`RoutingStats`)."""
         routing: dict[str, Any] = dict(await super().record_routing_stats())
         await asyncio.gather(*(self._refresh_stats(rank) for rank in range(len(self._channels))))
-        # The latest known stats of an engine serve a while longer, then routers treat the replica as unknown.
+        # Stats older than 30 s are dropped; routers then rank the replica as one without a report.
         fresh_s = time.monotonic() - _STALE_STATS_S
         latest = [stats for at_s, stats in self._last_stats.values() if at_s > fresh_s]
         return routing | RoutingStats.of_engines(latest).as_dict() if latest else routing

@@ -1,1 +1,1 @@
-"""The way in: OpenAI endpoints, control endpoints, and the choice of a replica."""
+"""HTTP: OpenAI endpoints, control endpoints, API keys, and the choice of a replica."""

@@ -1,4 +1,4 @@
-"""The control endpoints' bodies, and what an update means for each replica. No HTTP and no Ray in here."""
+"""The control endpoints' bodies, and the thresholds that follow for each replica. No HTTP and no Ray."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from scheduler.thresholds import InvalidThresholds, Thresholds, parse_thresholds
 from scheduler.wire import OtherSchema, UnreadableMessage
 
 _OF_ONE_UPDATE = ("version", "valid_for_s", "pinned", "reason")
-"""Fields that say how thresholds came into force, and not how requests are scheduled."""
+"""Fields about how thresholds became active, not about scheduling."""
 
 
 class AdminError(ValueError):
-    """A control request that cannot be carried out, with the HTTP status that says so."""
+    """An invalid control request, with its HTTP status."""
 
     def __init__(self, status_code: int, message: str) -> None:
         super().__init__(message)
@@ -27,7 +27,7 @@ class AdminError(ValueError):
 
 class ThresholdsUpdate(BaseModel):
     """thresholds: the new ones, whole when they name a policy, else a change of the fields they name (a missing
-    `version` means one more than in force); pin: stop automatic tuning (the default when thresholds are given); auto:
+    `version` means the active one plus 1); pin: stop automatic tuning (the default when thresholds are given); auto:
     resume it; replica: one replica's id, one of its engines as `state` names it, or all when missing."""
 
     model_config = ConfigDict(extra="forbid")
@@ -39,11 +39,11 @@ class ThresholdsUpdate(BaseModel):
 
 
 def plan_update(update: ThresholdsUpdate, telemetry: Mapping[str, Telemetry | Exception]) -> dict[str, Thresholds]:
-    """The thresholds each target is to get, checked against each target's engine.
+    """The new thresholds of each engine named, checked against that engine's limits.
 
     Raises:
-        AdminError: 400 for values that cannot be, 404 for an unknown replica, 409 for an old version, 503 when a target
-            does not answer. Nothing has been changed then.
+        AdminError: 400 for an invalid value, 404 for an unknown replica, 409 for an old version, 503 when an engine
+            does not answer. No replica has been changed then.
     """
     if update.auto and (update.pin or update.thresholds is not None):
         raise AdminError(400, "auto = true resumes automatic tuning and goes with neither pin nor thresholds")
@@ -71,13 +71,13 @@ def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception)
     active = report.thresholds
     if update.thresholds is None:
         pinned = bool(update.pin) and not update.auto
-        # A pin holds until it is lifted; what resumes tuning keeps the values until the controller speaks.
+        # A pin holds until it is lifted; resuming keeps the values until the controller pushes its own.
         return replace(active, pinned=pinned, valid_for_s=None, version=active.version + 1,
                        reason="pinned by an operator" if pinned else "automatic tuning resumed by an operator")
     given = update.thresholds
     if "policy" not in given:
-        in_force_now = thresholds_as_dict(active)
-        given = {field: value for field, value in in_force_now.items() if field not in _OF_ONE_UPDATE} | given
+        active_values = thresholds_as_dict(active)
+        given = {field: value for field, value in active_values.items() if field not in _OF_ONE_UPDATE} | given
     try:
         wanted = parse_thresholds(given)
         wanted.check_fits(report.limits)
@@ -90,16 +90,16 @@ def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception)
     elif wanted.version <= active.version:
         raise AdminError(
             409, f"replica {name}: thresholds.version = {wanted.version} is not newer than version "
-            f"{active.version}, which is in force; allowed: more than {active.version}, or leave it out",
+            f"{active.version}, which is active; allowed: more than {active.version}, or leave it out",
         )
     pinned = True if update.pin is None else update.pin
     return replace(wanted, pinned=pinned, reason=wanted.reason or "set by an operator")
 
 
 def readiness(answers: Mapping[str, Stats | Exception]) -> dict[str, Any]:
-    """The body of `/readyz`: how many replicas there are, and how many of them have an engine that answers.
+    """The body of `/readyz`: the number of replicas, and of those with an engine that answers.
 
-    An answer in another schema version is an answer: a replica of another release serves.
+    An answer in another schema version counts: a replica of another release serves requests.
     """
     ready = {replica_of(name) for name, answer in answers.items() if isinstance(answer, Stats | OtherSchema)}
     replicas = len({replica_of(name) for name in answers})

@@ -1,8 +1,8 @@
 """API keys as OpenAI clients send them: the operator's, and one for each tenant.
 
 When `HEADRACE_API_KEY` is set, `/v1/*` and `/admin/*` ask for it. Tenants are configured by name, weight and the
-environment variable that holds their key; a tenant's key opens `/v1/*` alone and says whose a request is. With tenants,
-`/admin/*` is shut unless there is an operator's key.
+environment variable that holds their key; a tenant's key is accepted on `/v1/*` only and gives a request its tenant.
+With tenants, `/admin/*` answers 401 unless an operator's key is set.
 """
 
 import hmac
@@ -20,21 +20,21 @@ Endpoints = dict[str, Callable[[FastAPI], Callable[..., Any]]]
 
 
 class Keyring:
-    """Who may do what. Keys are read from the environment at every request, so that they can be changed in place."""
+    """API keys and what each allows. Read from the environment at each request: keys change without a restart."""
 
     def __init__(self, tenants: Sequence[TenantConfig] = ()) -> None:
         self._tenants = tenants
 
     def require_operator(self, request: Request) -> None:
-        """Refuse whoever does not send the operator's key (HTTP 401); open when no key at all is configured."""
+        """401 without the operator's key; every request passes when no key is configured."""
         expected = os.environ.get(API_KEY_VARIABLE)
         if expected or self._tenants:
             _require(bool(expected) and _same(_given(request), expected or ""))
 
     def require_user(self, request: Request) -> None:
-        """Refuse whoever sends no key that is known, and write down the tenant of who does."""
+        """401 for an unknown key; otherwise store the key's tenant on the request."""
         given, operator = _given(request), os.environ.get(API_KEY_VARIABLE)
-        # Every key is compared, so that the time taken does not tell which one was nearly right.
+        # All keys are compared, so that response times do not reveal a partial match.
         found = [tenant for tenant in self._tenants if _same(given, os.environ.get(tenant.api_key_env, ""))]
         is_operator = _same(given, operator or "")
         request.state.tenant = found[0] if found else None
@@ -45,13 +45,13 @@ def guard(endpoints: Endpoints, check: Callable[[Request], None]) -> Endpoints:
     """The same endpoints, each behind `check`."""
 
     def behind_key(register: Callable[[FastAPI], Callable[..., Any]]) -> Callable[[FastAPI], Callable[..., Any]]:
-        return lambda app: register(_Guarded(app, check))  # type: ignore[arg-type]  # quacks like the app for routes
+        return lambda app: register(_Guarded(app, check))  # type: ignore[arg-type]  # has the app's route methods
 
     return {name: behind_key(register) for name, register in endpoints.items()}
 
 
 class _Guarded:
-    """A FastAPI app whose routes are all checked; Ray's endpoint maps call `app.get`, `app.post`, `app.put`."""
+    """A FastAPI app with a check on every route; Ray's endpoint maps call `app.get`, `app.post`, `app.put`."""
 
     def __init__(self, app: FastAPI, check: Callable[[Request], None]) -> None:
         self._app, self._check = app, check

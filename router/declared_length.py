@@ -1,4 +1,4 @@
-"""A request's declared output length, from where clients put it to where the scheduler reads it."""
+"""Moves a declared output length from the request body to `vllm_xargs`, where the scheduler reads it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form, a refusal among them.
+"""Errors in OpenAI's form, rejections (HTTP 429) included.
 
 The fence around the non-public name of Ray Serve LLM that carries them.
 """
@@ -29,7 +29,7 @@ def error_body(status_code: int, message: str) -> dict[str, dict[str, object]]:
 
 
 def speak_openai(app: FastAPI) -> FastAPI:
-    """Give plain HTTP errors (an unknown model or path, a missing key) OpenAI's form too."""
+    """Give all HTTP errors (unknown model or path, missing key, rejection) OpenAI's form."""
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(OpenAIHTTPException, _openai_error)
     return app
@@ -41,7 +41,7 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _openai_error(request: Request, error: Exception) -> JSONResponse:
-    """What Ray raises for an answer that is an error; a rejection says when to come again."""
+    """Ray's exception for an error response; a rejection gets `Retry-After`."""
     assert isinstance(error, OpenAIHTTPException)
     rejection = Rejection.from_json(error.message) if error.status_code == HTTPStatus.TOO_MANY_REQUESTS else None
     if rejection:

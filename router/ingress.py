@@ -1,10 +1,10 @@
 """`HeadraceIngress`: Ray's OpenAI ingress, and beside `/v1/*` the endpoints that show and set the thresholds.
 
-    GET  /admin/state        every replica: thresholds in force, iteration-time model, KV use, requests; the equilibrium
+    GET  /admin/state        every replica: active thresholds, iteration-time model, KV use, requests; the equilibrium
     GET  /admin/events       the latest changes of thresholds, with the old and the new values
-    GET  /admin/thresholds   thresholds in force by replica
+    GET  /admin/thresholds   active thresholds by replica
     PUT  /admin/thresholds   set, `pin` or return to `auto`, on all replicas or one
-    GET  /healthz, /readyz   this process lives; at least one replica serves
+    GET  /healthz, /readyz   the ingress runs; at least one replica's engine answers
 """
 # No `from __future__ import annotations` here: FastAPI reads these signatures.
 
@@ -34,12 +34,12 @@ from scheduler.thresholds import Thresholds, thresholds_as_dict
 from scheduler.wire import UnreadableMessage
 
 _CONTROLLER_ANSWER_S = 3.0
-_NO_CONTROLLER = "the controller does not answer; replicas go on with the thresholds they have"
+_NO_CONTROLLER = "the controller does not answer; replicas keep their thresholds"
 logger = logging.getLogger(__name__)
 
 
 class Keeper(Protocol):
-    """Makes sure that a controller runs (`cluster.controller.ControllerKeeper`)."""
+    """Starts the controller unless it runs (`cluster.controller.ControllerKeeper`)."""
 
     @property
     def check_every_s(self) -> float: ...
@@ -63,15 +63,15 @@ class HeadraceIngress(OpenAiIngress):
         assert self._keeper is not None
         while True:
             try:
-                # The handle is kept for as long as the actor lives: Ray ends an actor whose first handle is dropped.
+                # Keep the handle: Ray ends an actor when its first handle is dropped.
                 if self._controller is None or not await self._keeps_running(self._controller):
                     self._controller = await asyncio.to_thread(self._keeper.ensure, self._app_name)
-            except Exception:  # serving never depends on the controller
+            except Exception:  # requests are served without a controller too
                 logger.exception("could not start the controller; trying again")
             await asyncio.sleep(self._keeper.check_every_s)
 
     async def _keeps_running(self, controller: ActorHandle) -> bool:
-        """Have the controller's loop run; False when the actor is dead for good, True also while Ray restarts it."""
+        """Start the controller's loop if needed; False when the actor has died for good, True while Ray restarts it."""
         try:
             await asyncio.wait_for(asyncio.wrap_future(controller.keep_running.remote().future()), _CONTROLLER_ANSWER_S)
         except ray.exceptions.ActorUnavailableError:
@@ -91,7 +91,7 @@ class HeadraceIngress(OpenAiIngress):
             yield response
 
     async def admin_state(self) -> Response:
-        """Everything the cluster knows of itself; what is unreachable is named, not left out."""
+        """The state of every replica and of the controller; unreachable replicas are listed with the reason."""
         telemetry, controller = await asyncio.gather(self._telemetry(), self._ask_controller("state"))
         known = controller.get("replicas", {})
         replicas = {}
@@ -111,13 +111,13 @@ class HeadraceIngress(OpenAiIngress):
         return JSONResponse(state)
 
     async def admin_events(self) -> Response:
-        """The latest changes of thresholds that the controller made; none while it does not answer, and `controller`
-        says so."""
+        """The controller's latest changes of thresholds; empty while it does not answer, with the reason in
+        `controller`."""
         controller = await self._ask_controller("events")
         return JSONResponse({"events": controller.pop("events", []), "controller": controller})
 
     async def get_thresholds(self) -> Response:
-        """Thresholds in force by replica."""
+        """Active thresholds by replica."""
         telemetry = await self._telemetry()
         replicas = {
             name: thresholds_as_dict(report.thresholds) if isinstance(report, Telemetry) else {"error": str(report)}
@@ -126,7 +126,7 @@ class HeadraceIngress(OpenAiIngress):
         return JSONResponse({"replicas": replicas})
 
     async def put_thresholds(self, body: ThresholdsUpdate) -> Response:
-        """Set, pin or free thresholds. Everything is checked against every target before anything is changed."""
+        """Set, pin or unpin thresholds. Values are checked against every engine before any is changed."""
         engines = await self._engines()
         try:
             planned = plan_update(body, await ask_all(engines, _without_records))
@@ -146,7 +146,7 @@ class HeadraceIngress(OpenAiIngress):
         return JSONResponse({"replicas": results})
 
     async def healthz(self) -> Response:
-        """This process lives."""
+        """The ingress runs."""
         return JSONResponse({"status": "ok"})
 
     async def readyz(self) -> Response:
@@ -170,7 +170,7 @@ class HeadraceIngress(OpenAiIngress):
                 asyncio.wrap_future(reference.future()), _CONTROLLER_ANSWER_S
             )
             return {"alive": True} | answer
-        except Exception as error:  # gone, restarting or busy: the state of the replicas is still worth showing
+        except Exception as error:  # gone, restarting or busy: replicas are still shown
             return {"alive": False, "reason": f"{_NO_CONTROLLER} ({type(error).__name__})"}
 
 

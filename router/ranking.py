@@ -1,4 +1,4 @@
-"""The order in which replicas are offered a request."""
+"""Replicas by fluid slack: the order in which a request is offered to them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def best_first(
     replicas: Sequence[_Replica], stats: Callable[[_Replica], RoutingStats | None],
     ongoing: Callable[[_Replica], int], shuffle: Callable[[list[_Replica]], None] = random.shuffle,
 ) -> list[_Replica]:
-    """The replicas by fluid slack, most first; those that have not reported yet come after those that have.
+    """The replicas by fluid slack, most first; replicas without a report come last.
 
-    `ongoing` is the router's own, fresher count of a replica's requests. Equal slack falls in random order, so that it
-    does not always mean the same replica.
+    `ongoing` is the router's own count of a replica's requests, newer than the report. Replicas of equal slack are
+    shuffled, so that they share the load.
     """
 
     def slack(replica: _Replica) -> float:

@@ -1,8 +1,9 @@
 """`FluidSlackRouter`: which replica takes the next request.
 
-Decides: the replica with the most fluid slack, that is the largest share of free seats (`RoutingStats`); its stats are
-a moment old, so the router's own count of ongoing requests corrects them. Replicas that have not reported yet come
-after those that have, in random order. Composes with Serve's own mixins: first in, first out; LoRA; locality.
+Picks the replica with the most fluid slack, the largest share of free slots (`RoutingStats`). Reports are up to a
+second old, so the router's own count of ongoing requests corrects them. Replicas without a report come last, in random
+order.
+Composes with Serve's mixins: first in, first out; LoRA; locality.
 When not to use it: when shared prompt prefixes matter more than balance (use Ray's prefix-aware router then).
 """
 
@@ -27,7 +28,7 @@ class FluidSlackRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """One rank per replica, so that a full replica passes the request on to the next best."""
+        """One rank per replica, so that a request skips a full replica and tries the next one."""
         if pending_request is not None and pending_request.metadata.multiplexed_model_id:
             ids = self.apply_multiplex_routing(pending_request=pending_request)
         else:

@@ -1,4 +1,4 @@
-"""Tenants: who shares the replicas, and how a request carries whose it is to the engine's scheduler."""
+"""Tenants: weighted shares of the replicas, and how a request carries its tenant to the engine's scheduler."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from scheduler.settings import LARGEST_TENANT_WEIGHT, LONGEST_TENANT_NAME, TENAN
 
 
 class TenantConfig(BaseModel):
-    """One tenant: of two whose requests wait, each is served in proportion to its weight.
+    """One tenant. While several tenants have waiting requests, each is served in proportion to its weight.
 
-    api_key_env: the environment variable of the ingress that holds the tenant's key; keys stand in no configuration.
+    api_key_env: environment variable of the ingress with the tenant's key; no key is part of a configuration.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -23,7 +23,7 @@ class TenantConfig(BaseModel):
 
 
 def sign(body: Any, tenant: TenantConfig | None) -> None:
-    """Write into an OpenAI request whose it is, for the engine's scheduler; what a client wrote there is dropped."""
+    """Put the tenant into `vllm_xargs`, overwriting anything the client sent."""
     if not hasattr(body, "vllm_xargs"):
         return  # embeddings and the like
     xargs = {key: value for key, value in (body.vllm_xargs or {}).items() if key not in (TENANT, TENANT_WEIGHT)}

@@ -1,4 +1,4 @@
-"""Whether rejections were right: the run again, with some of the rejected requests let in."""
+"""Whether rejections were right: the same run again, with some of the rejected requests admitted."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from scipy.stats import t as student_t
 from simulator.config import SimulationConfig
 from simulator.output.metrics import good_requests, rejected_requests
 
-LET_IN_SHARE = 0.05
-"""Of the rejections, how many a replay lets in: enough to tell a gain from chance, too few to change the load."""
+ADMITTED_SHARE = 0.05
+"""Of the rejections, the share that a replay admits: enough to tell a gain from chance, too few to change the load."""
 _CONFIDENCE = 0.95
 
 
 def audit_rejections(
     requests: Path, config: SimulationConfig, goods_with: Callable[[Collection[int]], frozenset[int]]
 ) -> dict[str, Any]:
-    """What `config.audit` replays find, each with another 5 % of the window's rejections let in, drawn by the seed.
+    """The result of `config.audit` replays, each with another 5 % of the window's rejections admitted (seeded).
 
-    requests: what happened. goods_with: the good requests of the same run when no rule may reject those of these
-    numbers.
+    requests: the run's requests file. goods_with: the good requests of the same run when no rule may reject those of
+    these numbers.
 
-    Keys: `wrong_rejection_fraction`, the good requests that a run gains for each that is let in: one that is served
-    at the cost of another was no mistake; `wrong_rejection_low`, `wrong_rejection_high`: its 95 % interval over the
-    replays (None for a single one); all three between 0 and 1. `rejected_individually_servable_fraction`, of those let
-    in, the share that met its own targets, whatever that cost others. Nothing when nothing was rejected.
+    Keys: `wrong_rejection_fraction`, the good requests that a run gains for each one admitted: a request served
+    at the cost of another was rejected rightly; `wrong_rejection_low`, `wrong_rejection_high`: its 95 % interval over
+    the replays (None for a single one); all three between 0 and 1. `rejected_individually_servable_fraction`, of those
+    admitted, the share that met its own targets, whatever that cost others. Empty when no request was rejected.
     """
     rejected = rejected_requests(requests, config.window)
     if not rejected:
         return {}
     rng = np.random.default_rng(config.workload.seed)
     goods = len(good_requests(requests, config.window, config.slo))
-    let_in = max(1, round(LET_IN_SHARE * len(rejected)))
+    admitted = max(1, round(ADMITTED_SHARE * len(rejected)))
     gains, servable = [], 0
     for _ in range(config.audit):
-        drawn = rng.choice(rejected, size=let_in, replace=False).tolist()
+        drawn = rng.choice(rejected, size=admitted, replace=False).tolist()
         goods_now = goods_with(drawn)
         servable += len(goods_now.intersection(drawn))
-        gains.append((len(goods_now) - goods) / let_in)
+        gains.append((len(goods_now) - goods) / admitted)
     wrong, radius = float(np.mean(gains)), _radius(gains)
     return {
         "wrong_rejection_fraction": _fraction(wrong),
         "wrong_rejection_low": None if radius is None else _fraction(wrong - radius),
         "wrong_rejection_high": None if radius is None else _fraction(wrong + radius),
-        "rejected_individually_servable_fraction": servable / (let_in * config.audit),
+        "rejected_individually_servable_fraction": servable / (admitted * config.audit),
     }
 
 

@@ -54,13 +54,13 @@ def simulate(
         str, typer.Option(help=f"One of {', '.join(BASELINES)}.", autocompletion=_policies)
     ] = "vllm",
     profile: Annotated[
-        str, typer.Option(help="Service-time law and KV capacity: a preset or a JSON file.", autocompletion=_profiles)
+        str, typer.Option(help="Iteration-time model and KV capacity: preset or JSON file.", autocompletion=_profiles)
     ] = "a100-llama2-7b",
     kv_tokens: Annotated[int | None, typer.Option(help="KV cache capacity in tokens, if not the profile's.")] = None,
     token_budget: Annotated[
         int | None, typer.Option(help="Most tokens in an iteration (2048; vllm-v0 4096; sarathi 512).")
     ] = None,
-    cap: Annotated[int | None, typer.Option(help="Most requests in service.")] = None,
+    cap: Annotated[int | None, typer.Option(help="Most running requests.")] = None,
     slo_ttft: Annotated[float | None, typer.Option(help="Target: seconds to the first token.")] = None,
     slo_tpot: Annotated[float | None, typer.Option(help="Target: mean seconds per further token.")] = None,
     slo_latency: Annotated[float | None, typer.Option(help="Target: seconds end to end.")] = None,
@@ -82,7 +82,7 @@ def simulate(
     folder: Annotated[Path | None, typer.Option("--out", help="Folder for the run's Parquet files.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Run vLLM's real scheduler in virtual time, priced by a service-time law."""
+    """Run vLLM's own scheduler in virtual time; an iteration takes what an iteration-time model predicts."""
     given = {
         "lengths": workload, "trace": trace, "rate_rps": rate, "arrivals": arrivals, "requests": requests, "seed": seed,
         "policy": policy, "profile": profile, "kv_tokens": kv_tokens, "token_budget": token_budget, "cap": cap,

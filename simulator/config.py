@@ -1,4 +1,4 @@
-"""One simulation, written down: what arrives, on which hardware, under which policy, and what counts as good."""
+"""The configuration of one simulation: workload, hardware, policy and targets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simulator.scenario.baselines import BASELINES
 from simulator.scenario.slowdown import parse_slowdown
 from simulator.scenario.speculation import Speculation
 from simulator.workload.clients import Retries
-from simulator.workload.requests import WorkloadConfig
+from simulator.workload.config import WorkloadConfig
 
 _SOLVED_POLICIES = ("wait", "nested_wait", "wait_cp", "fluid")
 _SOLVED_FIELDS = frozenset(("types", "segments", "max_running", "fluid"))
@@ -31,21 +31,21 @@ class _Strict(BaseModel):
 class SimulationConfig(_Strict):
     """Everything that a result depends on.
 
-    profile: the service-time law and KV capacity (`kv_tokens` overrides the latter). token_budget: vLLM's
-    max_num_batched_tokens; None is the contender's own, 2 048 for most. cap: most requests in service; max_num_seqs:
+    profile: the iteration-time model and KV capacity (`kv_tokens` overrides the latter). token_budget: vLLM's
+    max_num_batched_tokens; None is the baseline's own, 2 048 for most. cap: most running requests; max_num_seqs:
     the engine's own limit. pipeline_parallel: vLLM's pipeline_parallel_size, stages that share the profile's model in
     equal parts. prefix_caching: vLLM's enable_prefix_caching. speculative_tokens, acceptance_rate: drafts that each
-    decoding request has in every iteration, and of each the chance to be accepted. declare_lengths: clients tell how
-    long their answers will be; None: where the policy asks for it. give_up_s: a client leaves when it has no first
-    token after so long. counts: WAIT's and Nested WAIT's are solved for the load, or follow from `cap` alone as in the
-    paper's experiments. period_s: the controller solves thresholds anew so often, from what the replica has seen.
-    solve_once: there is no controller, and they are solved once, from the workload itself (see `controlled`).
-    thresholds: fields of `Thresholds` that replace these. retries: what clients do that are rejected, see
-    `simulator.workload.clients`; None: nothing. audit: so many further runs find out whether rejections were right, see
-    `simulator.audit`. window: fractions of the arrival order between which requests are measured. slowdown: when the
-    first replica is slow, see `simulator.scenario.slowdown`. iteration_noise: relative standard deviation of iterations
-    around what the law says (lognormal, of mean 1). until_decided: end the run once no measured request
-    that is under way can meet the targets; the others' latencies are then not known.
+    decoding request has in every iteration, and of each the chance to be accepted. declare_lengths: clients declare
+    output lengths; None: where the policy needs it. give_up_s: seconds without a first token after which a client
+    leaves. counts: WAIT's and Nested WAIT's are solved for the load, or follow from `cap` alone as in the
+    paper's experiments. period_s: seconds between two control cycles, which solve thresholds from telemetry.
+    solve_once: no controller; thresholds are solved once, from the workload itself (see `controlled`).
+    thresholds: fields of `Thresholds` that replace these. retries: how clients retry after a rejection, see
+    `simulator.workload.clients`; None: they do not. audit: number of further runs that measure whether rejections were
+    right, see `simulator.audit`. window: fractions of the arrival order between which requests are measured. slowdown:
+    when the first replica is slow, see `simulator.scenario.slowdown`. iteration_noise: relative standard deviation of
+    iteration times around the model's (lognormal, of mean 1). until_decided: end the run once no measured request under
+    way can meet the targets; latencies of unfinished requests are then not known.
     """
 
     workload: WorkloadConfig
@@ -83,8 +83,8 @@ class SimulationConfig(_Strict):
     def controlled(self) -> bool:
         """Whether the shipped controller runs, as it does in serving.
 
-        It does for a policy whose thresholds it solves, unless `solve_once` says otherwise or any of what it would
-        solve is given: types, segments, a pace, a cap (as `cap` or as max_running), or counts by the cap.
+        It does for a policy with solved thresholds, unless `solve_once` says otherwise or any of what it would
+        solve is given: types, segments, fluid parameters, a cap (as `cap` or as max_running), or counts by the cap.
         """
         solves = BASELINES[self.policy].policy in _SOLVED_POLICIES
         given = self.cap is not None or self.counts == "by_cap" or not _SOLVED_FIELDS.isdisjoint(self.thresholds)
@@ -92,7 +92,7 @@ class SimulationConfig(_Strict):
 
     @property
     def declares(self) -> bool:
-        """Whether clients tell how long their answers will be."""
+        """Whether clients declare output lengths."""
         return BASELINES[self.policy].declares if self.declare_lengths is None else self.declare_lengths
 
     @property
@@ -126,9 +126,9 @@ class SimulationConfig(_Strict):
     def _decisions_come(self) -> Self:
         targets = self.slo
         if self.until_decided and targets.latency_s is None and (targets.ttft_s is None or targets.tpot_s is None):
-            raise ValueError("until_decided needs slo_ttft_s and slo_tpot_s, or slo_latency_s; nothing ends it without")
+            raise ValueError("until_decided needs slo_ttft_s and slo_tpot_s, or slo_latency_s to end the run")
         if self.audit and targets == NO_SLO:
-            raise ValueError("audit needs slo_ttft_s, slo_tpot_s or slo_latency_s; no rejection is wrong without")
+            raise ValueError("audit needs slo_ttft_s, slo_tpot_s or slo_latency_s; none is given")
         return self
 
     @model_validator(mode="after")

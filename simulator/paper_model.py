@@ -23,9 +23,9 @@ FloatArray = NDArray[np.float64]
 class PaperModel:
     """What arrives and what it costs, as arrays over (types, stages).
 
-    Every type has one prompt length. Output lengths may vary within a type: then nobody knows them ahead, and a prompt
+    Every type has one prompt length. Output lengths may vary within a type: they are then unknown ahead, and a prompt
     that was processed at stage s is finished with probability P(l' = s | l' >= s).
-    Raises ValueError for a type with several prompt lengths and for a law with more than d0 and d1.
+    Raises ValueError for a type with several prompt lengths and for a time model with more than d0 and d1.
     """
 
     def __init__(self, mix: WorkloadMix, time_model: IterationTimeModel) -> None:
@@ -45,7 +45,7 @@ class PaperModel:
         self.finish_probability: FloatArray = 1 - survival[:, 1:] / reached
 
 
-class Policy(Protocol):
+class PaperPolicy(Protocol):
     """Chooses how many prompts of each type to process from each stage, the waiting ones (stage 0) included."""
 
     def batch(self, counts: IntArray) -> IntArray:
@@ -53,14 +53,14 @@ class Policy(Protocol):
         ...
 
 
-class Fcfs:
-    """Everything resident is processed, and whoever waits is let in as long as its prompt fits."""
+class PaperFcfs:
+    """All running prompts are processed; waiting prompts are admitted while they fit."""
 
     def batch(self, counts: IntArray) -> IntArray:
         return counts.copy()
 
 
-class Wait:
+class PaperWait:
     """Algorithm 1. Type j is eligible when >= n_j of its prompts wait; then at most n_j move on from every stage."""
 
     def __init__(self, n: tuple[int, ...]) -> None:
@@ -71,7 +71,7 @@ class Wait:
         return np.minimum(counts, self._n[:, None]) * eligible[:, :, None]
 
 
-class NestedWait:
+class PaperNestedWait:
     """Algorithm 2, for one type. Segment k has the stages after boundary k − 1 up to boundary k, the first stage 0 too.
 
     A segment runs when >= n_k prompts stand at its first stage and all segments before it run; then at most n_k move on
@@ -90,8 +90,8 @@ class NestedWait:
         return batch
 
 
-class NestedWaitByTotals:
-    """Algorithm 2 with segment totals, spread over stages by `scheduler.model.rotation`; otherwise as `NestedWait`.
+class PaperNestedWaitByTotals:
+    """Algorithm 2 with segment totals, spread over stages by `scheduler.model.rotation`; else as `PaperNestedWait`.
 
     Keeps for each row which iteration each segment has come to.
     """
@@ -115,7 +115,7 @@ class NestedWaitByTotals:
             moved = np.minimum(counts[:, 0], self._limit(segment, positions)) * runs[:, segment]
             batch[undecided, 0] = moved[undecided]
             self._steps += runs & undecided[:, None]
-            # An iteration in which the limits are 0 for all who are there takes no time.
+            # An iteration in which the limits of all prompts present are 0 takes no time.
             undecided &= ~moved.any(axis=1) & runs[:, 0] & counts.any(axis=(1, 2))
             if not undecided.any():
                 break
@@ -167,9 +167,9 @@ class PerIteration:
 
 
 class SteppedArrivals:
-    """Poisson streams whose rates change in steps, over and over: (seconds, rates by type) of each stretch.
+    """Poisson streams with rates that change in steps, periodically: (seconds, rates by type) of each stretch.
 
-    Tell it with `follow` which run's clocks it lives by.
+    `follow` sets the run that gives the clocks.
     """
 
     def __init__(self, stretches: list[tuple[float, tuple[float, ...]]], rng: np.random.Generator) -> None:
@@ -207,14 +207,14 @@ class PaperRun:
 
     `capacity_tokens` is C, infinite by default: no eviction, and `peak_tokens` tells what would have been needed. An
     overflow evicts last in, first out, and an evicted prompt waits again with nothing done (the paper's restart).
-    Counts know the order of admission within a type, and between types as long as every resident prompt runs in every
+    Counts know the order of admission within a type, and between types as long as every running prompt is in every
     iteration (its stage is then its age); an overflow of several types after one was held raises ValueError. Prompts of
     several types that wait, or entered together, are taken in random order, restarted ones among them. Nor do counts
     know lengths that vary within a type: a prompt that restarts draws a new one.
 
     State, for reading: `clock_s` (rows,), `counts` (rows, types, stages). Since the start: `arrived` and `completed`
     (rows, types) in prompts; `output_tokens` of completed prompts, `evicted` prompts, `iterations` and `peak_tokens`,
-    the most KV resident in an iteration (all rows,). `evicted` counts restarts, not newcomers that never got in.
+    the most KV tokens held in an iteration (all rows,). `evicted` counts restarts, not newcomers that never got in.
     `prompt_s` (rows, types, stages) are the prompts at each stage times the seconds they were there, so that by
     Little's law its sum over arrivals is the mean latency, and that of stages 0 and 1 the mean TTFT.
     """
@@ -222,7 +222,7 @@ class PaperRun:
     def __init__(
         self,
         model: PaperModel,
-        policy: Policy,
+        policy: PaperPolicy,
         *,
         seed: int,
         rows: int = 1,
@@ -255,7 +255,7 @@ class PaperRun:
             self.step(until_s)
 
     def step(self, until_s: float = math.inf) -> None:
-        """One event in every row whose clock is short of `until_s`: an iteration or, with nothing to do, an arrival."""
+        """One event in every row with a clock before `until_s`: an iteration or, with nothing to do, an arrival."""
         live = self.clock_s < until_s
         held_tokens = self._evict_overflow(self._request_tokens())
         batch = self._policy.batch(self.counts)
@@ -287,7 +287,7 @@ class PaperRun:
         self.counts[:, :, 0] += arriving
 
     def _evict_overflow(self, held_tokens: IntArray) -> IntArray:
-        """Evict until what is resident fits; takes and returns its KV tokens (rows,)."""
+        """Evict until the running prompts fit; takes and returns their KV tokens (rows,)."""
         if not np.any(held_tokens > self._capacity_tokens):
             return held_tokens
         held_tokens = held_tokens.copy()
@@ -320,7 +320,7 @@ class PaperRun:
         return held_tokens
 
     def _admit_what_fits(self, batch: IntArray, held_tokens: IntArray) -> IntArray:
-        """Cut the batch's newcomers to those whose prompts fit; returns the KV tokens then resident (rows,)."""
+        """Cut the batch's newcomers to those that fit; returns the KV tokens then held (rows,)."""
         if np.any(held_tokens + batch[:, :, 0] @ self._model.prompt_tokens > self._capacity_tokens):
             if len(self._model.rates_rps) > 1:
                 self._admit_drawn(batch, held_tokens)

@@ -17,7 +17,7 @@ from scheduler.tuning.solve import mix_by_length, tune_by_cap, tune_counts, tune
 from simulator.audit import audit_rejections
 from simulator.config import SimulationConfig, SimulationError, simulation_config
 from simulator.engine.fleet import Fleet, limits_of
-from simulator.engine.replica import Totals
+from simulator.engine.replica_state import Totals
 from simulator.output.metrics import good_requests, summarise
 from simulator.output.run_files import RunWriter, versions
 from simulator.scenario.baselines import BASELINES
@@ -35,11 +35,11 @@ def simulate(
     """Run `config` and return its summary, JSON-ready; with `folder`, leave the run there (see
     `simulator.output.run_files`).
 
-    `progress` hears how many requests have arrived, and of how many (None: unknown). The same configuration gives the
-    same summary but for `wall_s`.
+    `progress` gets the number of requests that have arrived, and their total (None: unknown). The same
+    configuration gives the same summary but for `wall_s`.
 
     Raises:
-        SimulationError: the thresholds do not fit, or the engine refuses its settings.
+        SimulationError: the thresholds do not fit, or the engine rejects its settings.
     """
     begun_s = time.perf_counter()
     try:

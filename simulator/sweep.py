@@ -46,7 +46,7 @@ class SweepPoint(NamedTuple):
 
 @dataclass(frozen=True)
 class PointResult:
-    """How a point ended. `summary` is the run's, None for a failed point; `error` says why that failed, else None."""
+    """The outcome of a point. `summary` is the run's, None for a failed point; `error` is the reason, else None."""
 
     name: str
     folder: Path
@@ -135,8 +135,8 @@ def run_points(
     """Run points, named differently, in `workers` processes, each in a folder of its name; results keep their order.
 
     `run_point` gets a point's options and the folder to leave its run in, and returns the run's summary; it must be
-    importable by name, as it is called in other processes. A point whose folder already holds a run of the same options
-    is kept. One that fails, or whose process dies, is reported and the others go on. Ctrl-C ends the workers and is
+    importable by name, as it is called in other processes. A point is kept if its folder holds a run of the same
+    options. A point that fails, or loses its process, is reported and the others go on. Ctrl-C ends the workers and is
     raised on. A progress bar goes to `console`.
 
     Raises:
@@ -222,7 +222,7 @@ class _Pool:
 
 
 def _run_point(run_point: RunPoint, point: SweepPoint, folder: Path) -> PointResult:
-    """In a worker: one point, whose options are left beside its run once that is whole."""
+    """In a worker: run one point, and write its options beside the run once that is complete."""
     note = folder / OPTIONS_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -184,10 +184,10 @@ class Engine:
         return _STOP_TOKEN
 
     def run(self, most_steps: int = 10_000) -> None:
-        """Step until everybody has finished.
+        """Step until all requests have finished.
 
         Raises:
-            AssertionError: somebody has not after `most_steps`.
+            AssertionError: a request is unfinished after `most_steps`.
         """
         for _ in range(most_steps):
             if not self.scheduler.has_unfinished_requests():
@@ -240,7 +240,7 @@ def nested(*ends_and_n: tuple[int, int], **fields: Any) -> dict[str, Any]:
 
 
 def boundary_engine(**fields: Any) -> tuple[Engine, list[str]]:
-    """An engine whose two requests reach the boundary after four tokens; four that come later keep it busy."""
+    """An engine with two requests that reach the boundary after four tokens; four that come later keep it busy."""
     engine = Engine(thresholds=nested((4, 4), (1000, 4), **fields))
     front = add_many(engine, 2, "front", output=12)
     return engine, front

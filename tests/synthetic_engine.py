@@ -13,7 +13,7 @@ LIMITS = EngineLimits(
     kv_capacity_tokens=137_000, block_tokens=16, max_num_seqs=512, max_num_batched_tokens=2048, max_model_len=4096
 )
 PAPER = IterationTimeModel(d0_s=0.0102484863577943, d1_s_per_kv_token=3.877682025836559e-07)
-"""The law of arXiv 2504.11320; with LIMITS it makes the profile a100-llama2-7b-paper."""
+"""The iteration-time model of arXiv 2504.11320; with LIMITS it makes the profile a100-llama2-7b-paper."""
 
 
 class SyntheticEngine:

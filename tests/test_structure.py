@@ -1,6 +1,6 @@
 """Which package, room and module may import which: no arrow runs back up, and there are no circles.
 
-The picture is in docs/structures.md, "Who may import whom".
+The picture is in docs/structures.md, "Import order".
 """
 
 from __future__ import annotations

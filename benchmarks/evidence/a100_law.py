@@ -2,7 +2,7 @@
 
     python benchmarks/evidence/a100_law.py [--out docs/evidence] [--traces FOLDER] [--write-profile]
 
---traces is a folder with azure_conv_2023.csv, whose row is left out without it. --write-profile writes the profile
+--traces is a folder with azure_conv_2023.csv; its row is left out without it. --write-profile writes the profile
 `a100-llama2-7b-vidur`. Seconds on one core; no simulation.
 """
 
@@ -26,7 +26,8 @@ from scheduler.model.fluid import solve_fluid
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.profiles import load_profile
 from scheduler.model.workload import WorkloadMix
-from simulator.workload.requests import WorkloadConfig, open_workload
+from simulator.workload.config import WorkloadConfig
+from simulator.workload.requests import open_workload
 
 COMMAND = "python benchmarks/evidence/a100_law.py"
 OLD, NEW = "a100-llama2-7b", "a100-llama2-7b-vidur"

@@ -48,8 +48,8 @@ AZURE_BOUND = {"trace": "azure_conv_2023.csv"}
 class Scenario:
     """A run in which something changes.
 
-    workload: the workload whose fluid bound is capacity, with the target; load: the rate over that capacity; options:
-    what changes. others: workloads after a shift, whose running requests the oracle's caps are tried around as
+    workload: its fluid bound is capacity, with the target; load: the rate over that capacity; options:
+    what changes. others: workloads after a shift; the oracle's caps are tried around their running requests as
     well, as around `shares` of them. changes_s: virtual seconds of lasting changes, for the time to settle.
     """
 

@@ -37,7 +37,8 @@ from scheduler.messages import Iteration
 from scheduler.thresholds import EngineLimits
 from simulator.config import simulation_config
 from simulator.run import simulate
-from simulator.workload.requests import SimRequest, WorkloadConfig, open_workload
+from simulator.workload.config import WorkloadConfig
+from simulator.workload.requests import SimRequest, open_workload
 
 LENGTHS = "0.4:p16d12+0.3:p48d24+0.2:p96d32+0.1:p160d40"
 ENGINE = {"max_model_len": 1024, "max_num_seqs": 32, "max_num_batched_tokens": 256, "dtype": "float32"}

@@ -19,7 +19,8 @@ from scheduler.model.fluid import FluidEquilibrium, solve_fluid
 from scheduler.model.profiles import load_profile
 from simulator.run import simulate_options
 from simulator.sweep import PointResult, SweepPlan, SweepPoint, kept_run, run_points
-from simulator.workload.requests import WorkloadConfig, open_workload
+from simulator.workload.config import WorkloadConfig
+from simulator.workload.requests import open_workload
 
 PROFILE = "a100-llama2-7b"
 CONSOLE = Console(stderr=True)
@@ -139,6 +140,6 @@ def with_spread(summaries: list[dict[str, Any]], key: str, digits: int = 2) -> s
 
 
 def best(cells: Cells, key: str, choose: Callable[..., Any] = min) -> tuple[Any, ...]:
-    """The cell whose mean over seeds is best."""
+    """The cell with the best mean over seeds."""
     chosen: tuple[Any, ...] = choose(cells, key=lambda cell: mean_of(cells[cell], key))
     return chosen

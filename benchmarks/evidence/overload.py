@@ -44,7 +44,7 @@ SHIPPED_LOADS = (0.7, 1.0, 1.2, 1.5, 2.0, 3.0)
 
 
 @dataclass(frozen=True)
-class Baseline:
+class ComparedPolicy:
     """A policy to compare with, and at which loads; `options` are its own. early: its runs end once the measured
     requests are decided, because its backlog would take too long."""
 
@@ -56,14 +56,14 @@ class Baseline:
 
 STRICT = {"mode": "strict", "counts": "by_cap"}
 BASELINES = (
-    Baseline("vllm", LOADS, {"policy": "vllm"}),
-    Baseline("vllm-queue", SHIPPED_LOADS, {"policy": "vllm-queue"}),
-    Baseline("vllm-watermark", (1.0, 1.2, 2.0), {"policy": "vllm-watermark"}, early=True),
-    Baseline("dynamo", SHIPPED_LOADS, {"policy": "dynamo"}),
-    Baseline("llm-d", SHIPPED_LOADS, {"policy": "llm-d"}),
-    Baseline("strict-wait", (0.7, 2.0), {"policy": "wait"} | STRICT, early=True),
-    Baseline("strict-nested-wait", (0.7, 2.0), {"policy": "nested-wait"} | STRICT, early=True),
-    Baseline("fluid", LOADS, {"policy": "fluid", "period_s": PERIOD_S}),
+    ComparedPolicy("vllm", LOADS, {"policy": "vllm"}),
+    ComparedPolicy("vllm-queue", SHIPPED_LOADS, {"policy": "vllm-queue"}),
+    ComparedPolicy("vllm-watermark", (1.0, 1.2, 2.0), {"policy": "vllm-watermark"}, early=True),
+    ComparedPolicy("dynamo", SHIPPED_LOADS, {"policy": "dynamo"}),
+    ComparedPolicy("llm-d", SHIPPED_LOADS, {"policy": "llm-d"}),
+    ComparedPolicy("strict-wait", (0.7, 2.0), {"policy": "wait"} | STRICT, early=True),
+    ComparedPolicy("strict-nested-wait", (0.7, 2.0), {"policy": "nested-wait"} | STRICT, early=True),
+    ComparedPolicy("fluid", LOADS, {"policy": "fluid", "period_s": PERIOD_S}),
 )
 
 
@@ -163,7 +163,7 @@ def baselines_at(case: Case, load: float, group: str, options: dict[str, Any], r
 
 
 def without_targets(case: Case, bound: float, lengths: dict[str, Any], quick: bool) -> dict[str, Grid]:
-    """Plain vLLM and `fluid`, which is told no target, around capacity."""
+    """Plain vLLM, and `fluid` without targets, around capacity."""
     grids = {}
     for load in FREE_LOADS:
         rate = round(load * bound, 2)

@@ -13,7 +13,7 @@ from page_tables import draw_goodput, tables, titled, with_conclusion
 from slo_workloads import TTFT_S, Runs, bound_of_run, goodput, ratio, static_cell, static_summaries, summaries
 
 if TYPE_CHECKING:
-    from overload import Baseline, Case
+    from overload import Case, ComparedPolicy
 
 COMMAND = "python benchmarks/evidence/overload.py --traces FOLDER"
 SHIPPED = ("vllm", "vllm-queue", "vllm-watermark", "dynamo", "llm-d")
@@ -148,7 +148,7 @@ MEASURES = (
 )
 
 
-def page(cases: Sequence[Case], baselines: Sequence[Baseline], bounds: dict[str, float], runs: Runs) -> str:
+def page(cases: Sequence[Case], baselines: Sequence[ComparedPolicy], bounds: dict[str, float], runs: Runs) -> str:
     """The whole page."""
     measures = [measure.row(cases, bounds, runs) for measure in MEASURES]
     drawn = any(name.startswith("Azure") for name in bounds)
@@ -170,7 +170,7 @@ def draw(stem: Path, text: str, bounds: dict[str, float]) -> None:
         draw_goodput(stem, "Azure conversation", panels, DRAWN)
 
 
-def section(case: Case, baselines: Sequence[Baseline], bounds: dict[str, float], runs: Runs) -> str:
+def section(case: Case, baselines: Sequence[ComparedPolicy], bounds: dict[str, float], runs: Runs) -> str:
     """One workload's table: goodput by load."""
     names = [baseline.name for baseline in baselines if baseline.name in case.baselines]
     head = ["load", *names, "best static", "fluid / static", "fluid / own bound", "fluid: p50 TTFT"]

@@ -1,7 +1,7 @@
 """The tables of a Markdown page as data, so that a page's conclusion is computed from what the page shows.
 
-A generator writes its tables first and its conclusion from them. A page whose runs are gone can thus be concluded anew
-(`python benchmarks/evidence/conclude.py`), and a test compares each page with its own conclusion.
+A generator writes its tables first and its conclusion from them. A page without its runs can thus be concluded anew
+(`python benchmarks/evidence/conclusions.py`), and a test compares each page with its own conclusion.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def percent(share: float, form: str = "+.0") -> str:
 def draw_goodput(
     stem: Path, title: str, panels: dict[str, tuple[Table, float]], policies: tuple[str, ...]
 ) -> None:
-    """Goodput against the arrival rate; a panel: a table whose columns are policies, and the requests/s of load 1."""
+    """Goodput against the arrival rate; a panel: a table with a column per policy, and the requests/s of load 1."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     drawn = [
         RatePanel(f"goodput (requests/s), {name}", list(_lines(table, policies, rate)), offered=True)

@@ -40,7 +40,7 @@ def wait_cp(cap: int, chunk: int, *, wait_gate: bool) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Baseline:
+class Simulated:
     """A column of ours; options of the simulation, or by rate where they differ."""
 
     label: str
@@ -58,14 +58,14 @@ class Published:
 
 @dataclass(frozen=True)
 class Sweep:
-    """One experiment. requests by rate. compare: (ours, theirs) whose distance is reported. about: their settings."""
+    """One experiment. requests by rate. compare: (ours, theirs), their distance is reported. about: their settings."""
 
     name: str
     title: str
     lengths: str
     model: str
     requests: dict[float, int]
-    baselines: tuple[Baseline, ...]
+    baselines: tuple[Simulated, ...]
     published: tuple[Published, ...]
     compare: tuple[tuple[str, str], ...] = ()
     about: str = ""
@@ -141,17 +141,17 @@ SWEEPS = (
     Sweep(
         "waiting", "Waiting or not, under the same cap (the paper's waiting ablation)", "p512d20", LLAMA2,
         counts(500, 8, 12, 15, 19, more={22: 1000, 23: 1000}),
-        (Baseline("WAIT-CP, gate off", {}, ablation(wait_gate=False)),
-         Baseline("WAIT-CP", {}, ablation(wait_gate=True)),
-         Baseline("cap alone", {}, waiting(1)), Baseline("groups of 2", {}, waiting(2))),
+        (Simulated("WAIT-CP, gate off", {}, ablation(wait_gate=False)),
+         Simulated("WAIT-CP", {}, ablation(wait_gate=True)),
+         Simulated("cap alone", {}, waiting(1)), Simulated("groups of 2", {}, waiting(2))),
         (column("threshold only", ABLATION_RATES, NO_WAIT), column("WAIT", ABLATION_RATES, WITH_WAIT)),
         about="the same cap and chunk for both at each rate (4 to 14 running, 128 to 352 tokens).",
     ),
     Sweep(
         "long", "Long answers (figure of p512d1000, table of restarts)", "p512d1000", LLAMA3,
         {1.0: 60, 2.0: 100, 3.0: 200, 4.0: 300, 4.5: 300, 5.0: 300},
-        (Baseline("vllm-v0, 128 slots", V0), Baseline("sarathi, 512 slots", SARATHI),
-         Baseline("WAIT-CP, cap 120", wait_cp(120, 256, wait_gate=False))),
+        (Simulated("vllm-v0, 128 slots", V0), Simulated("sarathi, 512 slots", SARATHI),
+         Simulated("WAIT-CP, cap 120", wait_cp(120, 256, wait_gate=False))),
         (Published("vLLM", {4.5: 53.8}),
          Published("Sarathi", {3.0: 20.4, 3.5: 23.6, 4.0: "30.2 (2.88 % restarts)", 4.5: 41.7, 5.0: 59.9}),
          Published("WAIT", {3.0: 19.7, 3.5: 23.3, 4.0: "26.4 (0 %)", 4.5: 32.3, 5.0: 50.5})),
@@ -162,8 +162,8 @@ SWEEPS = (
     Sweep(
         "single", "One type (figure of p512d20), Llama-2-7B", "p512d20", LLAMA2,
         counts(500, 12, 16, 19, more={22: 1000, 23: 1500, 24: 1500}),
-        (Baseline("sarathi, 256 slots", SARATHI | {"max_num_seqs": 256}),
-         Baseline("WAIT-CP, cap 20", wait_cp(20, 256, wait_gate=True)), Baseline("wait, solved", WAIT)),
+        (Simulated("sarathi, 256 slots", SARATHI | {"max_num_seqs": 256}),
+         Simulated("WAIT-CP, cap 20", wait_cp(20, 256, wait_gate=True)), Simulated("wait, solved", WAIT)),
         (*(column(f"{name}, N = 5 000", range(12, 25), values) for name, values in SINGLE_LLAMA2.items()),
          Published("ours before, sarathi", {19: 0.74, 22: 1.09, 23: 1.64}),
          Published("ours before, cap 21", {19: 0.73, 22: 1.06, 23: 1.36})),
@@ -175,8 +175,8 @@ SWEEPS = (
     Sweep(
         "single-llama3", "One type, as published: Llama-3-8B", "p512d20", LLAMA3,
         counts(500, 16, more={20: 800, 22: 1500, 23: 1500}),
-        (Baseline("vllm-v0, 128 slots", V0), Baseline("sarathi, 512 slots", SARATHI),
-         Baseline("WAIT-CP, cap 21", wait_cp(21, 256, wait_gate=False))),
+        (Simulated("vllm-v0, 128 slots", V0), Simulated("sarathi, 512 slots", SARATHI),
+         Simulated("WAIT-CP, cap 21", wait_cp(21, 256, wait_gate=False))),
         (Published("vLLM, paper (N = 10 000)", {16: 1.18, 20: 3.693, 22: "18.23 (15.69)", 23: "26.78 (23.26)"}),
          Published("Sarathi, paper (N = 10 000)", {16: 0.633, 20: 0.963, 22: "1.85 (1.98)", 23: "5.08 (8.94)"}),
          Published("WAIT, paper (N = 10 000)", {16: 0.590, 20: 0.799, 22: "1.03 (1.01)", 23: "1.29 (1.25)"})),
@@ -187,8 +187,8 @@ SWEEPS = (
     Sweep(
         "lmsys", "lmsys-chat-1m lengths, 10 to 150 /s", "lmsys", LLAMA2,
         counts(300, 10, 30, more={50: 600, 60: 1000, 80: 1000, 100: 1000, 150: 1000}),
-        (Baseline("sarathi, 256 slots", SARATHI | {"max_num_seqs": 256}), Baseline("cap 300", capped(300, 2048)),
-         Baseline("vllm, 512 slots", VLLM), Baseline("nested-wait, solved", NESTED)),
+        (Simulated("sarathi, 256 slots", SARATHI | {"max_num_seqs": 256}), Simulated("cap 300", capped(300, 2048)),
+         Simulated("vllm, 512 slots", VLLM), Simulated("nested-wait, solved", NESTED)),
         tuple(column(f"{name}, N = 5 000", range(10, 151, 10), values) for name, values in LMSYS_LLAMA2.items()),
         about="Llama-2-7B, N = 5 000, middle half; Sarathi with 256 slots; WAIT-CP's best setting at each rate: from "
         "60 /s on one segment, chunks of 128 and a cap of 300.",
@@ -196,17 +196,17 @@ SWEEPS = (
     Sweep(
         "decode-only", "Decode only (p630d20, d2 = 0: the disaggregated experiment)", "p630d20", DECODE_ONLY,
         counts(1000, 100, 300, 500),
-        (Baseline("vllm, 128 slots", VLLM | {"max_num_seqs": 128, "token_budget": 65_536}),
-         Baseline("vllm, 720 slots", VLLM | {"max_num_seqs": 720, "token_budget": 65_536}),
-         Baseline("cap 720", capped(720, 65_536) | {"max_num_seqs": 720})),
+        (Simulated("vllm, 128 slots", VLLM | {"max_num_seqs": 128, "token_budget": 65_536}),
+         Simulated("vllm, 720 slots", VLLM | {"max_num_seqs": 720, "token_budget": 65_536}),
+         Simulated("cap 720", capped(720, 65_536) | {"max_num_seqs": 720})),
         (Published("WAIT against vLLM", {100.0: "−45 %", 500.0: "−55 %"}),),
         about="Llama-3-8B; vLLM with 128 slots, WAIT with a limit of 720 running.",
     ),
     Sweep(
         "mix", "Two types (0.7 p512d20 + 0.3 p512d50), Llama-3-8B as published", "0.7:p512d20+0.3:p512d50", LLAMA3,
         counts(500, 12, 16, 19, more={21: 1000, 22: 1500, 23: 1500}),
-        (Baseline("vllm-v0, 128 slots", V0), Baseline("sarathi, 512 slots", SARATHI),
-         Baseline("WAIT-CP, cap 30", wait_cp(30, 128, wait_gate=False))),
+        (Simulated("vllm-v0, 128 slots", V0), Simulated("sarathi, 512 slots", SARATHI),
+         Simulated("WAIT-CP, cap 30", wait_cp(30, 128, wait_gate=False))),
         (Published("vLLM, paper (N = 10 000)", {16: "(1.585)", 20: "(6.16)", 22: "56.70 (25.66)", 23: "80.25 (34.96)"}),
          *(column(f"{name}, paper", range(12, 25), values) for name, values in MIX_LLAMA3.items())),
         (("sarathi, 512 slots", "Sarathi, paper"), ("WAIT-CP, cap 30", "Nested WAIT, paper")),
@@ -218,7 +218,7 @@ SWEEPS = (
 HORIZON = Sweep(
     "horizon", "Horizon check: the mean of the first N requests", "0.7:p512d20+0.3:p512d50", LLAMA3,
     {22.0: 5_000, 23.0: 5_000},
-    (Baseline("sarathi, 512 slots", SARATHI), Baseline("WAIT-CP, cap 30", wait_cp(30, 128, wait_gate=False))), (),
+    (Simulated("sarathi, 512 slots", SARATHI), Simulated("WAIT-CP, cap 30", wait_cp(30, 128, wait_gate=False))), (),
 )  # fmt: skip
 HORIZONS = (1_000, 2_000, 5_000)
 PUBLISHED_HORIZON = {

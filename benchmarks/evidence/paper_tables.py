@@ -32,7 +32,7 @@ from paper_sweeps import (
     PUBLISHED_HORIZON,
     SWEEPS,
     WITH_WAIT,
-    Baseline,
+    Simulated,
     Sweep,
     write_profiles,
 )
@@ -42,7 +42,8 @@ from scheduler.model.fluid import solve_fluid
 from scheduler.model.profiles import load_profile
 from simulator.output.run_files import REQUESTS_FILE
 from simulator.sweep import PointResult
-from simulator.workload.requests import WorkloadConfig, open_workload
+from simulator.workload.config import WorkloadConfig
+from simulator.workload.requests import open_workload
 
 COMMAND = "python benchmarks/evidence/paper_tables.py"
 NEAR_CAPACITY_RPS = 22.0
@@ -68,7 +69,7 @@ def main() -> None:
     (args.out / "paper-tables.md").write_text(with_conclusion(text, conclude), encoding="utf-8")
 
 
-def grid_of(sweep: Sweep, baseline: Baseline, rate: float, profiles: dict[str, str], quick: bool) -> Grid:
+def grid_of(sweep: Sweep, baseline: Simulated, rate: float, profiles: dict[str, str], quick: bool) -> Grid:
     requests = sweep.requests[rate]
     options = {
         "lengths": sweep.lengths, "rate_rps": rate, "requests": 40 if quick else requests, "solve_once": True,
@@ -236,8 +237,8 @@ def read_lmsys(cells: Summaries) -> list[str]:
         "Plain vLLM with 512 slots against Sarathi with 256: "
         f"{listed(relative(cells, 'vllm, 512 slots', 'sarathi, 256 slots'))}. Past capacity, means depend on how long "
         "the run is.",
-        "Nested WAIT's solved thresholds end where the gates open: from the rate on at which its column is plain "
-        "vLLM's, the load is past capacity.",
+        "Nested WAIT's solved thresholds end where counts become unlimited: from the rate on at which its column is "
+        "plain vLLM's, the load is past capacity.",
         "The authors' simulated prompts have 35 tokens on average, these 58.6 as the paper's text says; Vidur "
         "extrapolates beyond batches of 128.",
     ]  # fmt: skip

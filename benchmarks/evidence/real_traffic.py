@@ -6,7 +6,7 @@
 
 Prefix caching on, the controller live from a cold start. Runs that are in --runs already are kept; --workers 0 only
 writes the page; every sentence with a number on it is computed. FOLDER holds azure_conv_2023.csv and
-mooncake_conversation.jsonl; workloads whose file is absent are left out. --quick is for tests of this script.
+mooncake_conversation.jsonl; workloads without a file are left out. --quick is for tests of this script.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Case:
 
 
 def cases(traces: Path | None, profile: str) -> list[Case]:
-    """The workloads whose files are there."""
+    """The workloads with an existing file."""
     eight = {"profile": profile, "max_model_len": 32768}
     folder = traces or Path("absent")
     azure = {"trace": str(folder / "azure_conv_2023.csv"), "slo_ttft_s": 3, "profile": PROFILE}

@@ -25,7 +25,7 @@ of the requests measured (beyond capacity more arrive, so that as many are serve
 several, means. Goodput in requests/s within both targets. Bound: the fluid capacity for the very requests measured,
 counting only the prompt tokens that were computed, or the offered rate if that is less. Rejection times are from
 arrival until the client has the response, which takes one and a half iterations at least. Best static: plain vLLM with
-the best of the caps and token budgets tried, whose clients leave after 2.5 s without a token. A dash stands where
+the best of the caps and token budgets tried, with clients that leave after 2.5 s without a token. A dash stands where
 nothing was run."""
 COLUMNS = (
     "| policy | load | n | goodput | bound | TTFT p50, p99 (s) | TPOT p99 (ms) | miss TTFT | miss TPOT | rejected "

@@ -20,7 +20,8 @@ from simulator.config import simulation_config
 from simulator.engine.fleet import limits_of
 from simulator.output.metrics import window_of
 from simulator.sweep import PointResult
-from simulator.workload.requests import WorkloadConfig, open_workload
+from simulator.workload.config import WorkloadConfig
+from simulator.workload.requests import open_workload
 
 TTFT_S = 3.0
 PERIOD_S = 5.0

@@ -34,7 +34,15 @@ from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.profiles import load_profile
 from scheduler.model.wait_thresholds import NestedWaitSolution, WaitSolution, nested_wait_thresholds, wait_thresholds
 from scheduler.model.workload import Lengths, RequestType, WorkloadMix
-from simulator.paper_model import Fcfs, NestedWait, PaperModel, PaperRun, PerIteration, Policy, Wait
+from simulator.paper_model import (
+    PaperFcfs,
+    PaperModel,
+    PaperNestedWait,
+    PaperPolicy,
+    PaperRun,
+    PaperWait,
+    PerIteration,
+)
 
 COMMAND = "python benchmarks/evidence/theory.py --out docs/evidence"
 
@@ -68,7 +76,7 @@ class GapCase:
     label: str
     mix: WorkloadMix
     time_model: IterationTimeModel
-    policy: Policy
+    policy: PaperPolicy
     capacity_tokens: float
     theory: float | None
     delay_theory: str
@@ -101,7 +109,7 @@ def main() -> None:
 
 
 def gap_cases() -> list[GapCase]:
-    cases = [GapCase(f"FCFS, C = {c}", ONE_TYPE, ONE_TYPE_LAW, Fcfs(), c, 0.0, "–") for c in (12, 15)]
+    cases = [GapCase(f"FCFS, C = {c}", ONE_TYPE, ONE_TYPE_LAW, PaperFcfs(), c, 0.0, "–") for c in (12, 15)]
     for mix, time_model, capacity_tokens, slack in (
         (ONE_TYPE, ONE_TYPE_LAW, 12, 0.0),
         (ONE_TYPE, ONE_TYPE_LAW, 15, 0.05),
@@ -113,13 +121,13 @@ def gap_cases() -> list[GapCase]:
         where, n = "with slack" if slack else "at the boundary", ", ".join(map(str, solution.n))
         label = f"WAIT {where}, n = {n}, C = {capacity_tokens}"
         theory, delay = (-1.0, "O(1)") if slack else (-0.5, "O((ζT)^1/2)")
-        cases.append(GapCase(label, mix, time_model, Wait(solution.n), capacity_tokens, theory, delay))
+        cases.append(GapCase(label, mix, time_model, PaperWait(solution.n), capacity_tokens, theory, delay))
     limit = "Entry limit 4, no waiting, C = 12"
     cases.append(GapCase(limit, ONE_TYPE, ONE_TYPE_LAW, EntryLimit(4), 12, None, "–"))
     for name, (mix, boundaries) in NESTED_CASES.items():
         nested = nested_wait_thresholds(mix, NESTED_LAW, 10**9, boundaries=boundaries, horizon_s=NESTED_HORIZON_S)
         assert isinstance(nested, NestedWaitSolution), nested
-        label, policy = f"Nested WAIT, {name}", NestedWait(nested.boundaries, tuple(map(round, nested.n)))
+        label, policy = f"Nested WAIT, {name}", PaperNestedWait(nested.boundaries, tuple(map(round, nested.n)))
         cases.append(GapCase(label, mix, NESTED_LAW, policy, math.inf, -1.0, "O(1)"))
     return cases
 
@@ -180,7 +188,7 @@ def measure_overflow(horizons: int) -> list[dict[str, Any]]:
                 mix, NESTED_LAW, 10**9, boundaries=boundaries, overflow_probability=delta, horizon_s=NESTED_HORIZON_S
             )
             assert isinstance(solution, NestedWaitSolution), solution
-            policy = NestedWait(solution.boundaries, tuple(map(round, solution.n)))
+            policy = PaperNestedWait(solution.boundaries, tuple(map(round, solution.n)))
             run = PaperRun(PaperModel(mix, NESTED_LAW), policy, seed=round(1 / delta), rows=horizons)
             run.run(NESTED_HORIZON_S)
             above_tokens = run.peak_tokens - solution.memory_tokens
@@ -230,7 +238,7 @@ def compare_memory() -> dict[str, Any]:
 def follow_worked_case(iterations: int) -> list[dict[str, Any]]:
     """l = l' = 1, C = 12, exactly 4 arrivals during every iteration, from 6 waiting and 3 decoding."""
     results = []
-    for label, policy in (("FCFS", Fcfs()), ("WAIT, n = 4", Wait((4,)))):
+    for label, policy in (("FCFS", PaperFcfs()), ("WAIT, n = 4", PaperWait((4,)))):
         model, start = PaperModel(ONE_TYPE, ONE_TYPE_LAW), np.array([[6, 3]])
         run = PaperRun(model, policy, seed=0, capacity_tokens=12, arrivals=PerIteration((4,)), start=start)
         completed, evicted, waiting = [0], [0], []

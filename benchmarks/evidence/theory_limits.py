@@ -13,7 +13,7 @@ from theory_fit import loglog_slope, table
 from scheduler.model.fluid import solve_fluid
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.workload import Lengths, RequestType, WorkloadMix
-from simulator.paper_model import Fcfs, PaperModel, PaperRun, Policy
+from simulator.paper_model import PaperFcfs, PaperModel, PaperPolicy, PaperRun
 
 IntArray = NDArray[np.int64]
 BASE_HORIZON_S = 100.0
@@ -31,7 +31,7 @@ BLOCK_OVERFLOW = 1 - 9 / (2 * math.e**2)
 
 
 class EntryLimit:
-    """All that is resident runs, and at most `limit` prompts enter an iteration; nothing is held."""
+    """All admitted prompts run, and at most `limit` prompts enter an iteration; none is held."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -64,15 +64,15 @@ class LimitCase:
     label: str
     mix: WorkloadMix
     time_model: IterationTimeModel
-    policy: Policy
+    policy: PaperPolicy
 
 
 def limit_cases() -> list[LimitCase]:
     unknown = PaperModel(UNKNOWN, UNKNOWN_LAW)
     capacity = capacity_tokens(UNKNOWN, UNKNOWN_LAW)
     return [
-        LimitCase("two known types, FCFS", TWO_TYPES, TWO_TYPES_LAW, Fcfs()),
-        LimitCase("unknown lengths, FCFS", UNKNOWN, UNKNOWN_LAW, Fcfs()),
+        LimitCase("two known types, FCFS", TWO_TYPES, TWO_TYPES_LAW, PaperFcfs()),
+        LimitCase("unknown lengths, FCFS", UNKNOWN, UNKNOWN_LAW, PaperFcfs()),
         *(LimitCase(f"unknown lengths, {n} enter at most", UNKNOWN, UNKNOWN_LAW, EntryLimit(n)) for n in ENTRIES),
         LimitCase("unknown lengths, room for the longest", UNKNOWN, UNKNOWN_LAW, Reserved(unknown, capacity)),
     ]

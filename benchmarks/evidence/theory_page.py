@@ -43,7 +43,7 @@ def write_figures(numbers: dict[str, Any], folder: Path) -> None:
             draw(figure, numbers[name])
             stem = folder / f"theory-{name.replace('_', '-')}"
             figure.savefig(stem.with_suffix(".png"))
-            figure.set_layout_engine("none")  # keeps the layout just found, whose search takes longer than drawing
+            figure.set_layout_engine("none")  # keeps the layout just found; searching takes longer than drawing
             figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
 
 

@@ -14,7 +14,8 @@ from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.profiles import load_profile
 from scheduler.model.wait_thresholds import SegmentChain, buffer_exponent
 from scheduler.model.workload import Lengths
-from simulator.workload.requests import WorkloadConfig, open_workload
+from simulator.workload.config import WorkloadConfig
+from simulator.workload.requests import open_workload
 
 LONGEST_TOKENS, MARGIN, SLACK = 500, 0.05, 0.05
 COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 25, 50)

@@ -13,7 +13,7 @@ from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.varying_rates import Stretch
 from scheduler.model.wait_thresholds import NestedWaitSolution, nested_wait_thresholds
 from scheduler.model.workload import Lengths, WorkloadMix
-from simulator.paper_model import NestedWait, PaperModel, PaperRun
+from simulator.paper_model import PaperModel, PaperNestedWait, PaperRun
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -25,7 +25,7 @@ STRETCH_S, RATES_RPS = 25.0, (12.0, 26.0, 12.0, 26.0)
 
 
 class VaryingArrivals:
-    """Poisson arrivals of one type whose rate changes every `seconds`, the last one going on for ever.
+    """Poisson arrivals of one type with a rate that changes every `seconds`, the last one going on for ever.
 
     `run` must be set before it runs: rates depend on its clocks.
     """
@@ -64,7 +64,7 @@ def measure_varying(powers: int, rows: int) -> list[dict[str, Any]]:
             mix, TIME_MODEL, 10**9, boundaries=BOUNDARIES, horizon_s=HORIZON_S, over_time=over_time
         )
         assert isinstance(solution, NestedWaitSolution), solution
-        policy = NestedWait(solution.boundaries, tuple(round(n) for n in solution.n))
+        policy = PaperNestedWait(solution.boundaries, tuple(round(n) for n in solution.n))
         scales = [4**power for power in range(powers)]
         measured: dict[str, list[FloatArray]] = {"gap": [], "latency": [], "ttft": []}
         for scale in scales:

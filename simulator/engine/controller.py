@@ -1,4 +1,4 @@
-"""The shipped controller's model of a replica inside a simulation, and a record of what it makes active."""
+"""The shipped controller's model of a replica inside a simulation, and a record of its control cycles."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from scheduler.tuning.replica_model import ReplicaModel
 from scheduler.tuning.settings import TuningSettings
 from simulator.config import SimulationConfig
 from simulator.engine.replica import VirtualReplica
-from simulator.output.run_files import ControlRow
+from simulator.output.rows import ControlRow
 
 _NO_LAPSE_S = 1e9
-"""The controller never falls silent here, so thresholds do not lapse."""
+"""The simulated controller never stops, so thresholds do not lapse."""
 
 
-class Passes(Protocol):
-    """Where the record goes; `RunWriter` is one."""
+class ControlSink(Protocol):
+    """Receives the control cycles; `RunWriter` is one."""
 
     def control(self, row: ControlRow) -> None: ...
 
@@ -29,7 +29,7 @@ class VirtualController:
 
     def __init__(
         self, replica: VirtualReplica, config: SimulationConfig, time_model: IterationTimeModel, configured: Thresholds,
-        record: Passes,
+        record: ControlSink,
     ) -> None:
         assert replica.headrace is not None
         self._engine, self._index, self._record = replica.headrace, replica.index, record
@@ -38,7 +38,7 @@ class VirtualController:
         )
         self._model = ReplicaModel(settings, time_model, configured)
 
-    def one_pass(self) -> None:
+    def one_cycle(self) -> None:
         """Collect, solve, push, as `cluster.controller.ControlLoop` does."""
         telemetry = self._engine.telemetry(Report(cursor=self._model.cursor))
         self._model.observe(telemetry)

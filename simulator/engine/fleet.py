@@ -1,4 +1,4 @@
-"""The replicas of one simulation, with their controllers, the router before them and the clients that come back."""
+"""The replicas of one simulation, with their controllers, the router and retrying clients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from simulator.config import SimulationConfig, SimulationError
 from simulator.engine.controller import VirtualController
 from simulator.engine.replica import VirtualReplica
 from simulator.output.metrics import window_of
-from simulator.output.run_files import UNFINISHED, RequestRow, RunWriter
+from simulator.output.rows import UNFINISHED, RequestRow
+from simulator.output.run_files import RunWriter
 from simulator.scenario.baselines import BASELINES
 from simulator.scenario.slowdown import parse_slowdown
 from simulator.scenario.speculation import speculative_args
@@ -26,15 +27,15 @@ from simulator.workload.clients import SHORTEST_PAUSE_S, Attempt, Returns
 from simulator.workload.requests import SimRequest
 
 ROUTING_STATS_PERIOD_S = 1.0
-"""How often a replica tells the routers of its room, as in serving."""
+"""Seconds between two reports of a replica to the routers, as in serving."""
 _LOOK_EVERY_S = 1.0
 
 
 class Fleet:
-    """Takes requests in the order they arrive, and lets everything happen in the order of time.
+    """Takes requests by arrival time and advances all replicas in the order of virtual time.
 
-    thresholds: what the replicas start with, and what a controller keeps to. never_rejected: numbers of requests that
-    no rule may turn away.
+    thresholds: the replicas start with these; a controller keeps their fixed fields. never_rejected: numbers of
+    requests that no rule may reject.
     """
 
     def __init__(
@@ -65,13 +66,13 @@ class Fleet:
         ]
 
     def arrive(self, number: int, request: SimRequest) -> None:
-        """Let everything happen that comes before this arrival, then hand the request to a replica."""
+        """Advance to this arrival, then submit the request to a replica."""
         self._advance(request.arrival_s)
         self._arrived, self._latest_s = number + 1, request.arrival_s
         self._submit(number, request)
 
     def finish(self) -> None:
-        """Run everything to its end, or until the measured requests are decided if that is asked for."""
+        """Run to the end, or with `until_decided` until every measured request has met or missed its targets."""
         if self._config.until_decided:
             self._decide()
             self.unfinished = sum(replica.leave_unfinished() for replica in self.replicas) + self._leave_returns()
@@ -93,7 +94,7 @@ class Fleet:
             self._run_to(now_s)
 
     def _advance(self, until_s: float) -> None:
-        """Let everything happen before `until_s`, while requests still arrive."""
+        """Advance to `until_s`, with reports and control cycles on the way."""
         if len(self.replicas) > 1:
             while self._stats_due_s <= until_s:
                 self._run_to(self._stats_due_s)
@@ -102,7 +103,7 @@ class Fleet:
         while self._controllers and self._control_due_s <= until_s:
             self._run_to(self._control_due_s)
             for controller in self._controllers:
-                controller.one_pass()
+                controller.one_cycle()
             self._control_due_s += self._config.period_s
         self._run_to(until_s)
 
@@ -112,7 +113,7 @@ class Fleet:
                 replica.advance(until_s)
             return
         while self._now_s < until_s:
-            # No rejection within a step brings a client back within it.
+            # The shortest retry pause is a whole step, so no retry falls into the step of its rejection.
             self._now_s = min(until_s, self._now_s + SHORTEST_PAUSE_S, self.returns.next_s)
             for replica in self.replicas:
                 replica.advance(self._now_s)
@@ -139,7 +140,7 @@ class Fleet:
         }
 
     def _leave_returns(self) -> int:
-        """Write down as unfinished the requests whose clients would have come back; returns how many."""
+        """Record as unfinished the requests with a retry still to come; returns their number."""
         attempts = list(self.returns.waiting()) if self.returns else []
         for attempt in attempts:
             sent = attempt.request
@@ -194,4 +195,4 @@ def _scheduler(config: SimulationConfig, thresholds: Thresholds | None) -> Any:
         )
     except ValueError as error:
         said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise SimulationError(f"the engine refuses its settings: {said.removeprefix('Value error, ')}") from error
+        raise SimulationError(f"the engine rejects its settings: {said.removeprefix('Value error, ')}") from error

@@ -1,12 +1,11 @@
-"""One virtual replica: vLLM's scheduler stepped as its engine core steps it, on a clock that a time law moves."""
+"""One virtual replica: vLLM's scheduler stepped as its engine core steps it, on a virtual clock."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -17,6 +16,7 @@ from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.rejection import Rejection
 from scheduler.tuning.slo import Slo
 from scheduler.vllm_scheduler import HeadraceScheduler
+from simulator.engine.replica_state import ExecutingIteration, LiveRequest, Sink, Totals
 from simulator.engine.vllm_harness import (
     block_hasher_of,
     drafted_requests,
@@ -24,9 +24,8 @@ from simulator.engine.vllm_harness import (
     iteration_results,
     make_request,
 )
-from simulator.output.metrics import delays_of, meets
-from simulator.output.run_files import COMPLETED, GAVE_UP, REJECTED, UNFINISHED, IterationRow, RequestRow
-from simulator.scenario.admission_baselines import AdmissionRule, Load
+from simulator.output.rows import COMPLETED, GAVE_UP, REJECTED, UNFINISHED, IterationRow, RequestRow
+from simulator.scenario.admission_baselines import AdmissionRule, ReplicaLoad
 from simulator.scenario.slowdown import Slowdown
 from simulator.scenario.speculation import Speculation
 from simulator.workload.clients import Attempt, Returns
@@ -34,67 +33,16 @@ from simulator.workload.prompts import answer_token_id, prompt_token_ids
 from simulator.workload.requests import SimRequest
 
 
-class Sink(Protocol):
-    """Where a replica's history goes; `RunWriter` is one."""
-
-    wants_iterations: bool
-
-    def request(self, row: RequestRow) -> None: ...
-
-    def iteration(self, row: IterationRow) -> None: ...
-
-
-@dataclass(slots=True)
-class Totals:
-    """What happened on one replica over the whole run; times in virtual seconds, KV as a share of capacity.
-
-    decode_steps: with speculation, how often a decoding request got tokens from an iteration; gained_tokens: how many.
-    """
-
-    iterations: int = 0
-    preemptions: int = 0
-    recomputed_tokens: int = 0
-    kv_peak_fraction: float = 0.0
-    rejected: int = 0
-    decode_steps: int = 0
-    gained_tokens: int = 0
-
-
-@dataclass(slots=True)
-class _Live:
-    number: int
-    request: Request
-    sent: SimRequest
-    since_s: float
-    attempt: Attempt | None = None
-    first_token_s: float | None = None
-    cached_tokens: int | None = None
-
-    def can_meet(self, now_s: float, targets: Slo) -> bool:
-        """Whether this request, not over yet, may still end within the targets."""
-        first_s = now_s if self.first_token_s is None else self.first_token_s
-        return bool(meets(delays_of(self.since_s, first_s, now_s, self.request.max_tokens), targets))
-
-
-@dataclass(slots=True)
-class _Executing:
-    output: SchedulerOutput
-    silent: list[str]
-    first_tokens: list[_Live]
-    ends_s: float
-
-
 class VirtualReplica:
     """A scheduler with its requests, iterations in flight, and virtual clock `now_s`.
 
     It keeps `depth` iterations under way: one for each pipeline stage, and with asynchronous scheduling one more, which
-    is scheduled already. A batch passes the stages one after the other, each with an equal part of the law's time; a
-    request's step starts when the token before it is there. `give_up_s`: a request without its first token after so
-    long is given up by its client. `door`: a rule that may turn requests away when they arrive, knowing the target
-    `ttft_s`. `slowdown`: when its device is slow; `noise`: a factor for each iteration's time. `returns` hears of
-    rejections and decides who comes back; a request that does has no row yet. `never_rejected` are numbers of requests
-    that no rule may turn away. `speculation`: drafts that decoding requests have, on a
-    scheduler made for as many.
+    is scheduled already. A batch passes the stages one after the other, each with an equal part of the modelled time; a
+    request's step starts when its previous token is there. `give_up_s`: seconds without a first token after which the
+    client leaves. `rule`: may reject requests when they arrive, given the target `ttft_s`. `slowdown`: when the device
+    is slow; `noise`: a factor for each iteration's time. `returns` gets every rejection and decides whether the request
+    is retried; one that is has no row yet. `never_rejected` are numbers of requests that no rule may reject.
+    `speculation`: draft tokens of decoding requests, on a scheduler made for as many.
     """
 
     def __init__(
@@ -128,14 +76,14 @@ class VirtualReplica:
         if self.headrace:
             self.headrace.clock = self.headrace.arrival_clock = lambda: self.now_s
             self.headrace.rejector.never = {str(number) for number in self._never_rejected}
-        self._live: dict[str, _Live] = {}
-        self._rejected: dict[str, _Live] = {}
+        self._live: dict[str, LiveRequest] = {}
+        self._rejected: dict[str, LiveRequest] = {}
         self._giving_up: str | None = None
-        self._in_flight: deque[_Executing] = deque()
+        self._in_flight: deque[ExecutingIteration] = deque()
         self._stage_free_s = [0.0] * self._stages
         self._token_there_s: dict[str, float] = {}
-        self._catching_up: dict[str, _Live] = {}
-        self._without_token: deque[_Live] = deque()
+        self._catching_up: dict[str, LiveRequest] = {}
+        self._without_token: deque[LiveRequest] = deque()
         self._nothing_more = self._stuck = False
         watch(scheduler, self)
 
@@ -153,9 +101,9 @@ class VirtualReplica:
         self, number: int, request: SimRequest, *, declared: dict[str, Any] | None = None,
         attempt: Attempt | None = None,
     ) -> None:
-        """A request reaches the engine now; `declared` are the arguments in which its client states the length.
+        """A request reaches the engine now; `declared` are the arguments that declare its output length.
 
-        `attempt` says that its client was rejected before and comes back.
+        `attempt`: this is a retry after a rejection.
         """
         since_s = attempt.at_s if attempt else request.arrival_s
         self.now_s, self._stuck = max(self.now_s, since_s), False
@@ -165,7 +113,7 @@ class VirtualReplica:
             arrival_s=since_s, max_model_len=self.scheduler.max_model_len, declared=declared,
             block_hasher=self._block_hasher,
         )
-        live = _Live(number, made, request, since_s, attempt)
+        live = LiveRequest(number, made, request, since_s, attempt)
         if self._rule and number not in self._never_rejected and not self._rule(self._load()):
             self._reject(live, None)
             return
@@ -177,16 +125,16 @@ class VirtualReplica:
         self.scheduler.add_request(made)
 
     def advance(self, until_s: float) -> None:
-        """Everything that happens before `until_s`."""
+        """Run iterations until `until_s`."""
         while True:
             if len(self._in_flight) < self._depth and not self._nothing_more and self._live:
                 if self.now_s >= until_s:
                     return
-                if self._launch() or self._launch():  # a second try ends a standstill of held requests
+                if self._launch() or self._launch():  # a second try runs requests that are all held
                     continue
                 self._nothing_more = bool(self._in_flight)
                 if self._rejected and not self._in_flight:
-                    self._tell_rejected(self._update(self._empty, ()))
+                    self._deliver_rejections(self._update(self._empty, ()))
                 if not self._in_flight and not self._sleep(until_s):
                     self._stuck = not any(end > self.now_s for end in self._holds_end_s())
                     return
@@ -196,7 +144,7 @@ class VirtualReplica:
                 return
 
     def finish(self) -> list[int]:
-        """Run until nothing moves any more; returns the numbers of the requests that are stranded."""
+        """Run until no request can progress; returns the numbers of the stranded requests."""
         self.advance(math.inf)
         return [live.number for live in self._live.values()]
 
@@ -205,7 +153,7 @@ class VirtualReplica:
         return any(live.number in measured and live.can_meet(now_s, targets) for live in self._live.values())
 
     def leave_unfinished(self) -> int:
-        """Write down the requests that are under way as unfinished; the run ends here. Returns how many."""
+        """Record the requests under way as unfinished, at the end of the run; returns their number."""
         for live in self._rejected.values():
             self._sink.request(self._request_row(live, REJECTED, rejected_s=self.now_s))
         for live in self._live.values():
@@ -228,7 +176,7 @@ class VirtualReplica:
             if live.cached_tokens is None:
                 live.cached_tokens = new.num_computed_tokens
         tokens_there_s = self._tokens_there_s(output)
-        silent, first_tokens = self._who_produces(output)
+        silent, first_tokens = self._token_producers(output)
         work = self.headrace.latest_work if self.headrace else batch_work(output, self.scheduler.requests)
         seconds = self._stage_time_model.iteration_s(work.prefill_tokens, work.decode_tokens, work.kv_tokens)
         starts_s = max(self.now_s, self._stage_free_s[0], tokens_there_s)
@@ -237,7 +185,7 @@ class VirtualReplica:
         if self._noise:
             seconds *= self._noise()
         ends_s = self._run_through(output, starts_s, seconds)
-        self._in_flight.append(_Executing(output, silent, first_tokens, ends_s))
+        self._in_flight.append(ExecutingIteration(output, silent, first_tokens, ends_s))
 
         totals, usage = self.totals, self.scheduler.kv_cache_manager.usage
         totals.iterations += 1
@@ -247,7 +195,7 @@ class VirtualReplica:
         return True
 
     def _run_through(self, output: SchedulerOutput, starts_s: float, seconds: float) -> float:
-        """Each stage takes the batch as soon as it has passed the one before and the stage is free; when it ends."""
+        """The batch enters a stage when it has left the one before and the stage is free; returns when it ends."""
         ends_s = starts_s
         for stage, free_s in enumerate(self._stage_free_s):
             ends_s = self._stage_free_s[stage] = max(ends_s, free_s) + seconds
@@ -256,20 +204,20 @@ class VirtualReplica:
         return ends_s
 
     def _tokens_there_s(self, output: SchedulerOutput) -> float:
-        """When the tokens are there that this batch goes on from; prompts in parts need none."""
+        """When the previous tokens of this batch's decodes are there; prefill chunks need none."""
         if self._stages == 1:
             return 0.0
         decoding = [name for name in output.num_scheduled_tokens if name not in self._catching_up]
         return max((self._token_there_s.get(name, 0.0) for name in decoding), default=0.0)
 
     def _queue_empty(self, output: SchedulerOutput) -> bool:
-        """vLLM's engine core queues an empty batch behind those under way, and takes it for the turn of a group."""
+        """vLLM's engine core queues an empty batch behind those under way; it counts as a group's turn."""
         if not self._in_flight:
             return False
-        self._in_flight.append(_Executing(output, [], [], self._in_flight[-1].ends_s))
+        self._in_flight.append(ExecutingIteration(output, [], [], self._in_flight[-1].ends_s))
         return True
 
-    def _who_produces(self, output: SchedulerOutput) -> tuple[list[str], list[_Live]]:
+    def _token_producers(self, output: SchedulerOutput) -> tuple[list[str], list[LiveRequest]]:
         """Which requests of the batch get no token yet, and which get their first."""
         counts, silent, first_tokens, done = output.num_scheduled_tokens, [], [], []
         for name, live in self._catching_up.items():
@@ -295,7 +243,7 @@ class VirtualReplica:
             self._prefilling.pop(live.request.request_id, None)
         outputs = self._update(executing.output, executing.silent)
         if self._rejected:
-            self._tell_rejected(outputs)
+            self._deliver_rejections(outputs)
 
     def _update(self, output: SchedulerOutput, silent: Collection[str]) -> Any:
         speculation = self._speculation
@@ -310,8 +258,8 @@ class VirtualReplica:
             self.totals.gained_tokens += tokens
         return results
 
-    def _tell_rejected(self, outputs: Any) -> None:
-        """Clients hear of a refusal with an iteration's results, as the scheduler answers them."""
+    def _deliver_rejections(self, outputs: Any) -> None:
+        """Clients get a rejection with an iteration's results, as the scheduler returns it."""
         answers = [answer for client in outputs.values() for answer in client.outputs]
         said = {
             answer.request_id: Rejection.of_answer(str(answer.finish_reason), answer.stop_reason)
@@ -320,10 +268,10 @@ class VirtualReplica:
         for live in sorted((self._rejected.pop(name) for name in said), key=lambda live: live.number):
             self._reject(live, said[live.request.request_id])
 
-    def _reject(self, live: _Live, rejection: Rejection | None) -> None:
+    def _reject(self, live: LiveRequest, rejection: Rejection | None) -> None:
         attempt, retry_after_s = live.attempt, rejection.retry_after_s if rejection else None
         if self._returns and self._returns.rejected(
-            live.number, live.sent, attempt.number if attempt else 0, bool(attempt and attempt.told), self.now_s,
+            live.number, live.sent, attempt.number if attempt else 0, bool(attempt and attempt.as_advised), self.now_s,
             retry_after_s,
         ):
             return
@@ -331,7 +279,7 @@ class VirtualReplica:
         self._sink.request(self._request_row(live, REJECTED, rejected_s=self.now_s))
 
     def _sleep(self, until_s: float) -> bool:
-        """Nothing runs: pass the time until a hold ends. False when none does before `until_s`."""
+        """Idle: advance to the end of the next hold. False when none ends before `until_s`."""
         ends = [end for end in self._holds_end_s() if end > self.now_s]
         if not ends or min(ends) >= until_s:
             return False
@@ -358,7 +306,7 @@ class VirtualReplica:
                 self._giving_up = oldest.request.request_id
                 self.scheduler.finish_requests(oldest.request.request_id, RequestStatus.FINISHED_ABORTED)
 
-    # What the scheduler tells of its requests (see `watch`).
+    # Called by the scheduler about its requests (see `watch`).
 
     def preempted(self, request: Request) -> None:
         """A request loses its KV cache and will compute it again."""
@@ -366,7 +314,7 @@ class VirtualReplica:
         self.totals.recomputed_tokens += request.num_computed_tokens
 
     def left(self, request: Request) -> None:
-        """A request leaves the engine: finished, refused or given up."""
+        """A request leaves the engine: finished, rejected or given up."""
         live = self._live.pop(request.request_id)
         del self._answers[request.request_id]
         if self._speculation:
@@ -381,7 +329,7 @@ class VirtualReplica:
         else:
             self._rejected[request.request_id] = live
 
-    def _request_row(self, live: _Live, outcome: str, rejected_s: float | None = None) -> RequestRow:
+    def _request_row(self, live: LiveRequest, outcome: str, rejected_s: float | None = None) -> RequestRow:
         request, attempt = live.request, live.attempt
         return RequestRow(
             index=live.number, replica=self.index, type=live.sent.type_name, arrival_s=live.sent.arrival_s,
@@ -396,8 +344,8 @@ class VirtualReplica:
     def _waiting(self) -> int:
         return len(self.scheduler.waiting) + len(self.scheduler.skipped_waiting)
 
-    def _load(self) -> Load:
-        return Load(
+    def _load(self) -> ReplicaLoad:
+        return ReplicaLoad(
             waiting=self._waiting, time_model=self._time_model, ttft_s=self._ttft_s,
             prefill_tokens=sum(self._prefilling.values()), kv_used_fraction=self.scheduler.kv_cache_manager.usage,
         )
@@ -419,18 +367,18 @@ class VirtualReplica:
 
 
 def watch(scheduler: Scheduler, replica: VirtualReplica) -> None:
-    """Have `scheduler` tell `replica` of requests that are preempted or leave, before it forgets them.
+    """Make `scheduler` call `replica` for requests that are preempted or leave, before their state is dropped.
 
-    vLLM reports neither a preempted request's lost tokens nor, without looking through every output, who has ended.
+    vLLM reports neither a preempted request's lost tokens nor, without a scan of every output, which requests ended.
     """
     preempt, free = scheduler._preempt_request, scheduler._free_request
 
-    def preempt_and_tell(request: Request, *args: Any, **kwargs: Any) -> None:
+    def preempt_and_record(request: Request, *args: Any, **kwargs: Any) -> None:
         replica.preempted(request)
         preempt(request, *args, **kwargs)
 
-    def free_and_tell(request: Request, *args: Any, **kwargs: Any) -> Any:
+    def free_and_record(request: Request, *args: Any, **kwargs: Any) -> Any:
         replica.left(request)
         return free(request, *args, **kwargs)
 
-    scheduler._preempt_request, scheduler._free_request = preempt_and_tell, free_and_tell
+    scheduler._preempt_request, scheduler._free_request = preempt_and_record, free_and_record

@@ -34,7 +34,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-# Scheduling never looks at the model's shape: the smallest that vLLM accepts will do for every model.
+# Scheduling does not depend on the model's shape, so the smallest one that vLLM accepts is used.
 _HEADS, _HEAD_SIZE = 4, 16
 _MODEL = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": _HEADS * _HEAD_SIZE,
@@ -61,8 +61,8 @@ def make_scheduler(
 ) -> _AnyScheduler:
     """A scheduler as an engine core would make it, over `blocks` KV blocks of `block_tokens` tokens.
 
-    `engine_args` are vLLM's own engine arguments, such as max_num_seqs and max_num_batched_tokens; what vLLM refuses
-    raises its own ValueError.
+    `engine_args` are vLLM's own engine arguments, such as max_num_seqs and max_num_batched_tokens; settings that vLLM
+    rejects raise its own ValueError.
     """
     engine_args = {"enable_prefix_caching": False, "async_scheduling": True} | engine_args
     config: VllmConfig = EngineArgs(
@@ -70,7 +70,7 @@ def make_scheduler(
         block_size=block_tokens, enforce_eager=True, dtype="bfloat16", num_gpu_blocks_override=blocks,
         additional_config=additional_config or {}, **engine_args,
     ).create_engine_config()
-    # vLLM's CPU platform switches it off, whatever one asks for.
+    # vLLM's CPU platform switches it off, whatever the arguments say.
     config.scheduler_config.async_scheduling = engine_args["async_scheduling"]
     config.cache_config.num_gpu_blocks = blocks
     spec = FullAttentionSpec(

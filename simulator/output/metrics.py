@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from scheduler.tuning.slo import NO_SLO, Slo
-from simulator.output.run_files import COMPLETED, GAVE_UP, REJECTED, REQUESTS_FILE
+from simulator.output.rows import COMPLETED, GAVE_UP, REJECTED
+from simulator.output.run_files import REQUESTS_FILE
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -80,11 +81,11 @@ def summarise(
     the window's first and last request, `window_requests` their number. `goodput_rps` counts requests that arrived in
     the window, completed, and met every target that is given; `throughput_rps` and `output_tokens_per_s` count
     requests that finished between `window_from_s` and `window_to_s`. `latency_*`, `ttft_*` and `tpot_*` (`mean_s`,
-    `p50_s`, `p99_s`) are over the completed requests that arrived in the window; an answer of one token has no time
-    per output token, and meets that target. A value nobody defines is None. All of a request's delays count from its
+    `p50_s`, `p99_s`) are over the completed requests that arrived in the window; an output of one token has no time
+    per output token, and meets that target. Undefined values are None. All of a request's delays count from its
     last attempt (`returned_s`, else `arrival_s`).
 
-    `gave_up` counts clients that left without a first token, over the whole run; they are no rejections.
+    `gave_up` counts requests given up by their clients without a first token, over the whole run; not rejections.
     `prefix_hit_fraction`: tokens that were found cached, of the prompt tokens of all requests that ran.
     `served_ttft_miss_fraction` and `served_tpot_miss_fraction`: of the completed requests of the window, those that
     missed that target; `wrong_admission_fraction`: those that missed any. `rejected_in_window`: requests of the window
@@ -221,8 +222,8 @@ def _prefix_hits(read: ReadColumn) -> float | None:
     return float(cached_tokens[ran].sum()) / prompt_tokens if prompt_tokens else None
 
 
-def _missed(met: Mask, promised: bool) -> float | None:
-    return 1 - float(met.mean()) if met.size and promised else None
+def _missed(met: Mask, has_target: bool) -> float | None:
+    return 1 - float(met.mean()) if met.size and has_target else None
 
 
 def _between(seconds: Floats, from_s: float, to_s: float) -> Mask:

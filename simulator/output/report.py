@@ -251,7 +251,7 @@ def _draw_timeline(stem: Path, entry: _Entry) -> None:
     used = _series(run, "kv_used_tokens", scale=1 / kv_tokens if kv_tokens else 1.0)
     panels = [
         TimePanel("KV cache used" if kv_tokens else "KV tokens used", {"used": used}, top=1.05 if kv_tokens else None),
-        TimePanel("requests", {"in service": _series(run, "running")}, {"cap": _series(run, "max_running")}),
+        TimePanel("requests", {"running": _series(run, "running")}, {"cap": _series(run, "max_running")}),
         TimePanel("requests", {"waiting": _series(run, "waiting"), "held": _series(run, "held")}),
         TimePanel(
             "tokens an iteration", {"computed": _series(run, "prefill_tokens", "decode_tokens")},

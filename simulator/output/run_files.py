@@ -13,152 +13,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from simulator.output.rows import CONTROL_SCHEMA, ITERATION_SCHEMA, REQUEST_SCHEMA
 
 REQUESTS_FILE = "requests.parquet"
 ITERATIONS_FILE = "iterations.parquet"
 CONTROL_FILE = "control.parquet"
 METADATA_KEY = b"headrace"
 ROWS_PER_GROUP = 65_536
-COMPLETED = "completed"
-REJECTED = "rejected"
-GAVE_UP = "gave_up"
-UNFINISHED = "unfinished"
-
-_NAME = pa.dictionary(pa.int32(), pa.string())
-
-REQUEST_SCHEMA = pa.schema(
-    [
-        pa.field("index", pa.int64(), nullable=False),
-        pa.field("replica", pa.int16(), nullable=False),
-        pa.field("type", _NAME, nullable=False),
-        pa.field("arrival_s", pa.float64(), nullable=False),
-        pa.field("first_token_s", pa.float64()),
-        pa.field("finished_s", pa.float64()),
-        pa.field("prompt_tokens", pa.int32(), nullable=False),
-        pa.field("output_tokens", pa.int32(), nullable=False),
-        pa.field("preemptions", pa.int16(), nullable=False),
-        pa.field("outcome", _NAME, nullable=False),
-        pa.field("rejected_s", pa.float64()),
-        pa.field("cached_tokens", pa.int32()),
-        pa.field("attempts", pa.int16()),
-        pa.field("returned_s", pa.float64()),
-    ]
-)
-
-ITERATION_SCHEMA = pa.schema(
-    [
-        pa.field("replica", pa.int16(), nullable=False),
-        pa.field("start_s", pa.float64(), nullable=False),
-        pa.field("seconds", pa.float64(), nullable=False),
-        pa.field("prefill_tokens", pa.int32(), nullable=False),
-        pa.field("decode_tokens", pa.int32(), nullable=False),
-        pa.field("kv_read_tokens", pa.int64(), nullable=False),
-        pa.field("kv_used_tokens", pa.int64(), nullable=False),
-        pa.field("batch_size", pa.int32(), nullable=False),
-        pa.field("running", pa.int32(), nullable=False),
-        pa.field("waiting", pa.int32(), nullable=False),
-        pa.field("held", pa.int32(), nullable=False),
-        pa.field("sitting_out", pa.int32(), nullable=False),
-        pa.field("max_running", pa.int32()),
-        pa.field("token_budget", pa.int32()),
-    ]
-)
-
-CONTROL_SCHEMA = pa.schema(
-    [
-        pa.field("replica", pa.int16(), nullable=False),
-        pa.field("at_s", pa.float64(), nullable=False),
-        pa.field("applied", pa.bool_(), nullable=False),
-        pa.field("version", pa.int32(), nullable=False),
-        pa.field("rate_rps", pa.float64(), nullable=False),
-        pa.field("max_running", pa.int32()),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("iteration_s", pa.float64()),
-        pa.field("full_iteration_s", pa.float64()),
-        pa.field("prompt_flow_tokens", pa.float64()),
-        pa.field("mean_output_tokens", pa.float64()),
-        pa.field("kv_limit_tokens", pa.int64()),
-        pa.field("queue_limit", pa.int64()),
-    ]
-)
-
-
-class RequestRow(NamedTuple):
-    """One request. Times are virtual seconds; `index` counts arrivals; `preemptions` is how often it lost its KV cache.
-
-    `outcome` is "completed", "rejected" for a request refused before any token (both later times are then None),
-    "gave_up" for one whose client left without a token, or "unfinished" for one under way when the run was ended.
-    `rejected_s` is when its client heard of the rejection; `cached_tokens` what vLLM found of its prompt in the prefix
-    cache when it first ran (None: it never did). A client that comes back after a rejection makes several `attempts`:
-    what happened is that of the last one, which began at `returned_s` (None: the first one, at `arrival_s`). Where
-    clients were real ones, the last four are None.
-    """
-
-    index: int  # type: ignore[assignment]  # the column's name hides tuple's method, which nobody needs here
-    replica: int
-    type: str
-    arrival_s: float
-    first_token_s: float | None
-    finished_s: float | None
-    prompt_tokens: int
-    output_tokens: int
-    preemptions: int
-    outcome: str
-    rejected_s: float | None = None
-    cached_tokens: int | None = None
-    attempts: int = 1
-    returned_s: float | None = None
-
-
-class IterationRow(NamedTuple):
-    """One engine iteration: what it computed and read, who was there, and the thresholds in force (None: no limit)."""
-
-    replica: int
-    start_s: float
-    seconds: float
-    prefill_tokens: int
-    decode_tokens: int
-    kv_read_tokens: int
-    kv_used_tokens: int
-    batch_size: int
-    running: int
-    waiting: int
-    held: int
-    sitting_out: int
-    max_running: int | None
-    token_budget: int | None
-
-
-class ControlRow(NamedTuple):
-    """One pass of the controller over a replica: the thresholds in force after it, and why.
-
-    applied: it has just put them in force, as `version`. rate_rps: its estimate of arrivals. Of a pace (else None):
-    iteration_s, prompt_flow_tokens, kv_limit_tokens and queue_limit (see `scheduler.fluid_params.Pace`);
-    full_iteration_s: its law's seconds for an iteration of that flow, 100 decodes and all of that memory;
-    mean_output_tokens: of its survival.
-    """
-
-    replica: int
-    at_s: float
-    applied: bool
-    version: int
-    rate_rps: float
-    max_running: int | None
-    reason: str
-    iteration_s: float | None = None
-    full_iteration_s: float | None = None
-    prompt_flow_tokens: float | None = None
-    mean_output_tokens: float | None = None
-    kv_limit_tokens: int | None = None
-    queue_limit: int | None = None
-
 
 class RunError(ValueError):
-    """A folder that should hold a run does not; the message says which and why."""
+    """A folder does not hold a run; the message names it and the reason."""
 
 
 class RunWriter:
@@ -170,8 +39,8 @@ class RunWriter:
 
     The files appear under their final names, replacing an older run's, only when `close` succeeds; leaving the block
     without it discards everything. `folder` None keeps nothing: rows only live to be summarised. With `iterations`
-    False (or no folder) iteration rows are dropped; `wants_iterations` says so to who would build them. The passes of
-    a controller are few, and kept with the iterations.
+    False (or no folder) iteration rows are dropped; `wants_iterations` is then False, and callers need not build them.
+    Control cycles are few, and kept with the iterations.
 
     Raises:
         ValueError: a row that does not fit its schema (names the field), or a header or summary that JSON cannot carry.
@@ -199,7 +68,7 @@ class RunWriter:
         self._requests.append(row)
 
     def control(self, row: Sequence[Any]) -> None:
-        """Add one pass of the controller, fields in the order of ControlRow."""
+        """Add one control cycle, fields in the order of ControlRow."""
         if not self.wants_iterations:
             return
         if self._control is None:
@@ -234,8 +103,8 @@ class RunWriter:
         iterations = self._iterations.finish(metadata) if self._iterations is not None else None
         # requests.parquet is what makes a folder a run, so it goes first and comes last.
         (self._folder / REQUESTS_FILE).unlink(missing_ok=True)
-        passes = self._control.finish(metadata) if self._control is not None else None
-        for file, name in ((iterations, ITERATIONS_FILE), (passes, CONTROL_FILE)):
+        cycles = self._control.finish(metadata) if self._control is not None else None
+        for file, name in ((iterations, ITERATIONS_FILE), (cycles, CONTROL_FILE)):
             if file is not None:
                 file.replace(self._folder / name)
             else:
@@ -344,7 +213,7 @@ class Run:
         return _read(self.folder / ITERATIONS_FILE, ITERATION_SCHEMA, columns)
 
     def control(self) -> pa.Table:
-        """One row a pass of the controller, all of CONTROL_SCHEMA's columns; no row without a controller."""
+        """One row a control cycle, all of CONTROL_SCHEMA's columns; no row without a controller."""
         path = self.folder / CONTROL_FILE
         return _read(path, CONTROL_SCHEMA, None) if path.is_file() else CONTROL_SCHEMA.empty_table()
 

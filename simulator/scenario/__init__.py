@@ -1,1 +1,1 @@
-"""What a run may be told: the policies to compare, rules before an engine, slowdowns, and accepted drafts."""
+"""Options of a run: the policies to compare, admission rules before an engine, slowdowns, and accepted drafts."""

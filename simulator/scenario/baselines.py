@@ -1,7 +1,7 @@
-"""The policies that can be simulated, by name: vLLM's own, the paper's baselines, and ours.
+"""The policies that can be simulated, by name: vLLM's own, the paper's and other projects' baselines, Headrace's.
 
-A contender is an engine's scheduler class with the engine settings that belong to it; ours all run the same
-`HeadraceScheduler` as in serving, under different thresholds.
+A baseline is a scheduler class with the engine settings it needs; Headrace's own policies all run the
+`HeadraceScheduler` of serving, under different thresholds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Baseline:
     """scheduler: where its class is, "module:Class". policy: the policy our scheduler runs, None for others.
 
     token_budget: tokens an iteration unless the user says otherwise; engine_args: vLLM settings it cannot do without.
-    declares: its clients declare output lengths. door: the rule before the engine. about: one line for people.
+    declares: its clients declare output lengths. rule: the admission rule before the engine. about: one line of text.
     """
 
     about: str
@@ -57,7 +57,7 @@ BASELINES: dict[str, Baseline] = {
     "llm-d": Baseline("V1 behind llm-d's utilisation rule (queue 5, KV 0.8)", _VLLM, rule=llm_d_utilisation),
     "dynamo": Baseline("V1 behind Dynamo's busy thresholds (KV 0.85, prefill 10 000)", _VLLM, rule=dynamo_busy),
     "sarathi": Baseline("chunked prefill with 512 tokens an iteration (Sarathi)", _VLLM, token_budget=512),
-    "fcfs": Baseline("our scheduler with open gates and, if asked for, a cap", _OURS, policy="fcfs"),
+    "fcfs": Baseline("Headrace's scheduler in vLLM's order, with an optional cap", _OURS, policy="fcfs"),
     "wait": Baseline("WAIT with solved thresholds; clients declare lengths", _OURS, policy="wait", declares=True),
     "fluid": Baseline("as many requests within the targets as the hardware allows", _OURS, policy="fluid"),
     "wait-cp": Baseline("what WAIT's authors ran: caps on segments, chunks, a token gate", _OURS, policy="wait_cp"),

@@ -20,7 +20,7 @@ class Slowdown:
     until_s: float = math.inf
 
     def factor_at(self, now_s: float) -> float:
-        """What the law's seconds are multiplied with for an iteration that starts now."""
+        """The factor on the modelled seconds of an iteration that starts now."""
         return self.factor if self.at_s <= now_s < self.until_s else 1.0
 
 

@@ -1,6 +1,6 @@
 """Speculative decoding with a stated acceptance: how many of a request's draft tokens the model takes.
 
-Each draft token is accepted with the same probability, and the first refused one ends the step (a geometric prefix, as
+Each draft token is accepted with the same probability, and the first rejected one ends the step (a geometric prefix, as
 Leviathan, Kalman and Matias (2023) have it). Draws belong to a request and not to a batch, so that the same request
 accepts the same drafts under any scheduler that gives it as many.
 """

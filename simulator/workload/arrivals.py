@@ -46,7 +46,7 @@ def parse_arrivals(text: str) -> ArrivalProcess:
     poisson
     uniform                           one request every 1/rate seconds
     gamma:cv=3                        independent gamma gaps; cv is their standard deviation divided by their mean
-    onoff:on=10,off=20                Poisson for `on` seconds, nobody for `off` seconds, and again
+    onoff:on=10,off=20                Poisson for `on` seconds, no arrivals for `off` seconds, and again
     diurnal:period=3600,amplitude=0.8 Poisson with rate·(1 + amplitude·sin(2πt/period)), 0 <= amplitude <= 1
     step:at=60,factor=3               Poisson with rate, from `at` seconds on with rate·factor
     step:at=60,until=120,factor=3     the same, only until `until`

@@ -1,4 +1,4 @@
-"""Clients that come back when they are rejected: those that wait as long as they are told to, and those that do not."""
+"""Retries after a rejection: clients that wait as `Retry-After` says, and clients that do not."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from simulator.workload.requests import SimRequest
 Retries = Literal["openai", "impatient"]
 
 OPENAI_RETRIES, OPENAI_LONGEST_S = 2, 120.0
-"""The openai client's defaults (`openai/_base_client.py`): how often it tries again, and the longest wait it obeys."""
+"""The openai client's defaults (`openai/_base_client.py`): retries, and the longest `Retry-After` obeyed, s."""
 _BACKOFF_S, _LONGEST_BACKOFF_S, _BACKOFF_JITTER = 0.5, 8.0, 0.25
 IMPATIENT_RETRIES, IMPATIENT_PAUSE_S = 5, 0.5
 SHORTEST_PAUSE_S = 0.25
-"""Nobody comes back sooner: every rejection earlier than this before a moment is known by then."""
+"""Seconds before the earliest retry: all rejections older than this are known."""
 
 
 class Attempt(NamedTuple):
-    """A request's next attempt: when its client comes back, for the how-manieth time, and whether as it was told."""
+    """A retry of a request: its time (virtual seconds), its number, and whether it comes when `Retry-After` said."""
 
     at_s: float
     request_number: int
     number: int
-    told: bool
+    as_advised: bool
     request: SimRequest
 
 
 class _Pause(NamedTuple):
     seconds: float
-    told: bool
+    as_advised: bool
 
 
 @dataclass
 class ReturnTotals:
-    """attempts: times that clients came back; told: those that waited as told, and of these, `rejected_again`."""
+    """attempts: retries; as_advised: those at the time that `Retry-After` gave; of these, `rejected_again`."""
 
     attempts: int = 0
-    told: int = 0
+    as_advised: int = 0
     rejected_again: int = 0
 
     @property
     def admitted_fraction(self) -> float | None:
-        """Of those who came back when they were told to, the share that was not rejected again."""
-        return 1 - self.rejected_again / self.told if self.told else None
+        """Of the retries at the time that `Retry-After` gave, the share that was not rejected again."""
+        return 1 - self.rejected_again / self.as_advised if self.as_advised else None
 
 
 class Returns:
-    """What becomes of rejected requests: their clients come back by a rule, or do not; `seed` is for their jitter."""
+    """Schedules the retries of rejected requests by a rule; `seed` is for their jitter."""
 
     def __init__(self, retries: Retries, seed: int) -> None:
         self._rule: Callable[[int, float | None, random.Random], _Pause | None] = _RULES[retries]
@@ -61,11 +61,11 @@ class Returns:
 
     @property
     def next_s(self) -> float:
-        """When the next client comes back; infinite if none does."""
+        """Time of the next retry; infinite if there is none."""
         return self._coming[0].at_s if self._coming else math.inf
 
     def waiting(self) -> Iterator[Attempt]:
-        """The attempts that are still to come, in no order."""
+        """The retries still to come, in no order."""
         return iter(self._coming)
 
     def due(self, now_s: float) -> Iterator[Attempt]:
@@ -73,19 +73,19 @@ class Returns:
         while self.next_s <= now_s:
             attempt = heapq.heappop(self._coming)
             self.totals.attempts += 1
-            self.totals.told += attempt.told
+            self.totals.as_advised += attempt.as_advised
             yield attempt
 
     def rejected(
-        self, request_number: int, request: SimRequest, attempt: int, told: bool, at_s: float,
+        self, request_number: int, request: SimRequest, attempt: int, as_advised: bool, at_s: float,
         retry_after_s: float | None,
     ) -> bool:
-        """A client hears that this attempt (0: its first) was rejected; whether it will come back."""
-        self.totals.rejected_again += told
+        """Record that this attempt (0: the first) was rejected; returns whether the request will be retried."""
+        self.totals.rejected_again += as_advised
         pause = self._rule(attempt, retry_after_s, self._rng)
         if pause is None:
             return False
-        coming = Attempt(at_s + pause.seconds, request_number, attempt + 1, pause.told, request)
+        coming = Attempt(at_s + pause.seconds, request_number, attempt + 1, pause.as_advised, request)
         heapq.heappush(self._coming, coming)
         return True
 
@@ -94,13 +94,13 @@ def _openai(attempt: int, retry_after_s: float | None, rng: random.Random) -> _P
     if attempt >= OPENAI_RETRIES or (retry_after_s is not None and retry_after_s > OPENAI_LONGEST_S):
         return None
     if retry_after_s is not None and retry_after_s > 0:
-        return _Pause(max(retry_after_s, SHORTEST_PAUSE_S), told=True)
+        return _Pause(max(retry_after_s, SHORTEST_PAUSE_S), as_advised=True)
     seconds: float = min(_BACKOFF_S * 2**attempt, _LONGEST_BACKOFF_S)
-    return _Pause(seconds * (1 - _BACKOFF_JITTER * rng.random()), told=False)
+    return _Pause(seconds * (1 - _BACKOFF_JITTER * rng.random()), as_advised=False)
 
 
 def _impatient(attempt: int, retry_after_s: float | None, rng: random.Random) -> _Pause | None:
-    return _Pause(IMPATIENT_PAUSE_S, told=False) if attempt < IMPATIENT_RETRIES else None
+    return _Pause(IMPATIENT_PAUSE_S, as_advised=False) if attempt < IMPATIENT_RETRIES else None
 
 
 _RULES: dict[str, Callable[[int, float | None, random.Random], _Pause | None]] = {

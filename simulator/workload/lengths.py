@@ -42,7 +42,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Phase:
-    """The mix in force from `start_s` until the next phase; the weights of its components sum to 1."""
+    """The mix from `start_s` until the next phase; the weights of its components sum to 1."""
 
     start_s: float
     components: tuple[Component, ...]

@@ -6,22 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice, repeat
-from pathlib import Path
-from typing import Annotated, NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from scheduler.model.workload import RequestType, WorkloadMix
 from simulator.workload.arrivals import parse_arrivals
+from simulator.workload.config import WorkloadConfig
 from simulator.workload.lengths import parse_lengths
 from simulator.workload.prompts import Pieces
-from simulator.workload.sessions import SESSIONS, Limits, parse_sessions, sample_sessions, turns_by_time
+from simulator.workload.sessions import SESSIONS, Limits, are_sessions, parse_sessions, sample_sessions, turns_by_time
 from simulator.workload.traces import (
     BadRow,
     Trace,
-    TraceFormat,
     TraceRow,
     TraceSample,
     open_trace,
@@ -34,8 +32,8 @@ _BAD_ROW_MESSAGES = 20
 class SimRequest(NamedTuple):
     """One request of a workload.
 
-    `type_name` is the component of a spec ("p512d20", "lmsys"), or "all" for a trace. `pieces` are what its prompt is
-    made of (None: nothing that any other has), `answer` the piece that its answer becomes in later prompts.
+    `type_name` is the component of a spec ("p512d20", "lmsys"), or "all" for a trace. `pieces` are the parts of
+    its prompt (None: shared with no other request), `answer` the piece that its output becomes in later prompts.
     """
 
     arrival_s: float
@@ -46,64 +44,6 @@ class SimRequest(NamedTuple):
     answer: int | None = None
 
 
-class WorkloadConfig(BaseModel):
-    """What to run.
-
-    Either `lengths` (see `simulator.workload.lengths.parse_lengths`, and `simulator.workload.sessions.parse_sessions`
-    for conversations) or `trace` (see `simulator.workload.traces.open_trace`).
-    `arrivals` is a process (see `simulator.workload.arrivals.parse_arrivals`) of mean rate `rate_rps`, or "replay" for
-    the trace's own times, which `rate_rps` then stretches to that mean rate. `requests` None is the whole trace.
-    Requests of more than `max_total_tokens` (prompt + output; no replica could run them), with prompts of more than
-    `max_prompt_tokens` and of less than `min_output_tokens` are left out before anything else, so they do not lower the
-    rate of a process.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    lengths: str | None = None
-    trace: Path | None = None
-    trace_format: TraceFormat = "auto"
-    tokenizer: Path | None = None
-    arrivals: str = "poisson"
-    rate_rps: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    requests: Annotated[int, Field(ge=1)] | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
-    max_total_tokens: Annotated[int, Field(ge=2)] | None = None
-    max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
-    min_output_tokens: Annotated[int, Field(ge=1)] = 1
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if (self.lengths is None) == (self.trace is None):
-            raise ValueError(f"lengths is {self.lengths!r} and trace is {self.trace!r}; give exactly one of them")
-        if self.lengths is not None and self.requests is None:
-            raise ValueError("requests is None; with lengths it must say how many")
-        if self.lengths is not None and self.replays:
-            raise ValueError("arrivals is 'replay'; that needs a trace")
-        if self.rate_rps is None and not self.replays:
-            raise ValueError("rate_rps is None; only arrivals 'replay' has a rate of its own")
-        return self
-
-    @field_validator("lengths")
-    @classmethod
-    def _lengths_are_known(cls, lengths: str | None) -> str | None:
-        if lengths is not None:
-            _ = parse_sessions(lengths) if _are_sessions(lengths) else parse_lengths(lengths)
-        return lengths
-
-    @field_validator("arrivals")
-    @classmethod
-    def _arrivals_are_known(cls, arrivals: str) -> str:
-        if arrivals != "replay":
-            parse_arrivals(arrivals)
-        return arrivals
-
-    @property
-    def replays(self) -> bool:
-        """Whether requests arrive when the trace says."""
-        return self.arrivals == "replay"
-
-
 def open_workload(config: WorkloadConfig) -> "Workload":
     """The workload of `config`.
 
@@ -112,7 +52,7 @@ def open_workload(config: WorkloadConfig) -> "Workload":
     is within the limits; OSError when the trace cannot be read.
     """
     if config.lengths is not None:
-        return _Sessions(config) if _are_sessions(config.lengths) else _Synthetic(config)
+        return _Sessions(config) if are_sessions(config.lengths) else _Synthetic(config)
     assert config.trace is not None
     trace = open_trace(config.trace, config.trace_format, config.tokenizer)
     return _Replay(config, trace) if config.replays else _Resampled(config, trace)
@@ -243,10 +183,6 @@ class _Synthetic(Workload):
         return tuple(f"{share:.1%} of {name} left out ({limits})" for name, share in self._source.left_out.items())
 
 
-def _are_sessions(lengths: str) -> bool:
-    return lengths.strip().partition(":")[0] == SESSIONS
-
-
 class _Sessions(Workload):
     """Conversations. The process gives the times at which they begin; those that went on at time 0 began before it, at
     the same mean rate, so that requests come at theirs from the beginning."""
@@ -333,8 +269,8 @@ class _TraceWorkload(Workload):
 class _Resampled(_TraceWorkload):
     """The rows of a trace, each once before any comes again; arrivals of a process.
 
-    They come in random order, those whose prompts share text in the file's from a random one on: who shares what with
-    whom, and how soon after, is part of such a trace.
+    They come in random order, except that prompts which share text keep the file's order, from a random one on: which
+    requests share a prefix, and how soon after one another, is part of such a trace.
     """
 
     def __init__(self, config: WorkloadConfig, trace: Trace) -> None:

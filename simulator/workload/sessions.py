@@ -1,4 +1,4 @@
-"""Conversations: requests whose prompts are all that was said before, from a short text."""
+"""Conversations: each prompt contains all earlier turns; parsed from a short text."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Which turns there are: see `WorkloadConfig`."""
+    """Limits on a turn's tokens: see `WorkloadConfig`."""
 
     max_total_tokens: float = math.inf
     max_prompt_tokens: float = math.inf
@@ -64,12 +64,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class SessionSpec:
-    """What conversations are like; `parse_sessions` makes it.
+    """Parameters of conversations; `parse_sessions` makes it.
 
     turns: how many requests a session has, `geometric` with that mean, else all the same. system: tokens that every
-    prompt of every session begins with. first, turn: tokens that a user says at first and later; output: of an answer.
-    think_s: mean of the exponential time from an answer to the next turn; an answer counts as given token_s seconds per
-    token after its question.
+    prompt of every session begins with. first, turn: tokens of the user's first and later messages; output: tokens.
+    think_s: mean of the exponential time from an output to the next turn; an output is assumed to end token_s seconds
+    per token after its request.
     """
 
     turns: float = 5.0
@@ -82,8 +82,8 @@ class SessionSpec:
     token_s: float = 0.03
 
     def session(self, rng: np.random.Generator, pieces: Iterator[int], limits: Limits) -> list[Turn]:
-        """The turns of one session. It ends where the next turn would be longer than the limits; a turn whose answer
-        would be shorter than they say never happens."""
+        """The turns of one session. It ends where the next turn would pass the limits; a turn with an
+        output below `min_output_tokens` is skipped."""
         wanted = int(rng.geometric(1 / self.turns)) if self.geometric else round(self.turns)
         history: Pieces = (Piece(_SYSTEM_PIECE, self.system),) if self.system else ()
         tokens, now_s = self.system, 0.0
@@ -108,6 +108,11 @@ class SessionSample(NamedTuple):
     mean_turns: float
     longest_s: float
     lengths: Lengths
+
+
+def are_sessions(lengths: str) -> bool:
+    """Whether a text of lengths describes sessions."""
+    return lengths.strip().partition(":")[0] == SESSIONS
 
 
 def parse_sessions(text: str) -> SessionSpec:

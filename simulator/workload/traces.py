@@ -70,10 +70,10 @@ _LAYOUTS = {
 
 @dataclass(frozen=True)
 class Trace:
-    """A trace file whose format is known; `open_trace` makes it.
+    """A trace file of known format; `open_trace` makes it.
 
-    `notes` say what a reader of its numbers should know. `rows()` reads the file from its beginning: each row is a
-    request or the reason why it is none, in order, in memory that does not grow with the file.
+    `notes` are remarks for a reader of its numbers. `rows()` reads the file from its beginning: each row is a
+    request or a `BadRow` with the reason, in order, in memory that does not grow with the file.
     """
 
     path: Path
@@ -84,7 +84,7 @@ class Trace:
 
 
 def open_trace(path: str | Path, trace_format: TraceFormat = "auto", tokenizer: str | Path | None = None) -> Trace:
-    """Find out how to read a trace.
+    """Open a trace file and detect its format.
 
     headrace   CSV with num_prefill_tokens, num_decode_tokens and, if requests have times, arrived_at in seconds
     azure      CSV with TIMESTAMP (ISO date and time), ContextTokens, GeneratedTokens
@@ -99,7 +99,7 @@ def open_trace(path: str | Path, trace_format: TraceFormat = "auto", tokenizer: 
     Other columns are ignored, and Parquet may be named by its layout if its suffix says it is Parquet. `tokenizer` is
     a folder that transformers can read, for sharegpt only; without one a token is taken to be 4 bytes of UTF-8.
 
-    Raises ValueError when the columns are of no known layout or a Parquet file is none, OSError when the file cannot
+    Raises ValueError when the columns are of no known layout or a Parquet file is invalid, OSError when the file cannot
     be read.
     """
     path = Path(path)

@@ -30,7 +30,7 @@ MINIMAL: dict[str, Any] = {
         }
     ]
 }
-ENGINE_ARGUMENTS = [  # some of vLLM's, whose import takes half a minute; the real list is compared in test_ray_seam.py
+ENGINE_ARGUMENTS = [  # some of vLLM's (slow to import); test_ray_seam.py compares the real list
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "dtype", "enforce_eager",
     "model", "scheduler_cls", "additional_config", "async_scheduling", "data_parallel_size", "data_parallel_size_local",
     "pipeline_parallel_size", "speculative_config", "kv_transfer_config",
@@ -239,14 +239,14 @@ def test_a_profile_must_be_named(tmp_path: Path, controller: dict[str, float] | 
         assert part in str(error.value)
 
 
-def test_strict_mode_is_refused(tmp_path: Path) -> None:
+def test_strict_mode_is_rejected(tmp_path: Path) -> None:
     message = complaint(tmp_path, (*ARGS, "thresholds", "mode"), "strict")
     assert "mode = 'strict'" in message
     assert "allowed: serving" in message
 
 
 @pytest.mark.parametrize("key", ["scheduler_cls", "additional_config", "model", "async_scheduling"])
-def test_engine_arguments_that_headrace_sets_are_refused(tmp_path: Path, key: str) -> None:
+def test_engine_arguments_that_headrace_sets_are_rejected(tmp_path: Path, key: str) -> None:
     assert f"{key} is set by Headrace itself" in complaint(tmp_path, (*ARGS, "engine", key), "x")
 
 
@@ -293,7 +293,7 @@ NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}
     ],
     ids=str,
 )
-def test_an_engine_setting_that_the_policy_does_not_go_with_is_refused(
+def test_an_engine_setting_that_the_policy_does_not_support_is_rejected(
     tmp_path: Path, args: dict[str, Any], said: str
 ) -> None:
     data = copy.deepcopy(MINIMAL)

@@ -1,4 +1,4 @@
-"""The `headrace` command against a server whose rules are the application's own."""
+"""The `headrace` command against a server with the application's own rules."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Server:
         self.answer: httpx.Response | None = None
         self.events: list[dict[str, Any]] = [
             {"at_unix_s": 1.7e9, "replica": "left", "old_version": 3, "new_version": 4, "accepted": True,
-             "reason": "1.20 requests/s of 3.40 possible [nothing binds]", "old": {}, "new": {"version": 4}},
+             "reason": "1.20 requests/s of 3.40 possible [no bottleneck]", "old": {}, "new": {"version": 4}},
         ]
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
@@ -169,7 +169,7 @@ def test_a_broken_configuration_is_asked_wrongly(headrace: Any, tmp_path: Path) 
         assert "did you mean applications?" in err
 
 
-def test_set_merges_into_what_is_in_force_and_pins_it(server: Server, headrace: Any) -> None:
+def test_set_merges_into_the_active_thresholds_and_pins_them(server: Server, headrace: Any) -> None:
     code, out, _ = headrace(
         "thresholds", "set", "max_running=32", "segments=[{end_output_tokens: 128, total: 8}]", "--json"
     )
@@ -214,7 +214,7 @@ def test_set_leaves_the_version_to_the_server(server: Server, headrace: Any) -> 
         ("mode=strict", "serving"),
     ],
 )
-def test_set_passes_the_server_s_refusal_on(server: Server, headrace: Any, setting: str, said: str) -> None:
+def test_set_prints_the_server_s_error(server: Server, headrace: Any, setting: str, said: str) -> None:
     code, out, err = headrace("thresholds", "set", setting)
     assert (code, out) == (1, "")
     assert "HTTP 400: replica left: " in err
@@ -275,13 +275,13 @@ def test_pin_and_auto(server: Server, headrace: Any) -> None:
     assert server.active("left").version == 2
 
 
-def test_pin_of_an_unknown_replica_is_refused_by_the_server(server: Server, headrace: Any) -> None:
+def test_pin_of_an_unknown_replica_is_rejected_by_the_server(server: Server, headrace: Any) -> None:
     code, _, err = headrace("thresholds", "pin", "--replica", "middle")
     assert code == 1
     assert "HTTP 404: replica = 'middle' does not exist; the replicas are left, right" in err
 
 
-def test_get_shows_what_is_in_force_and_who_does_not_answer(server: Server, headrace: Any) -> None:
+def test_get_shows_active_thresholds_and_silent_replicas(server: Server, headrace: Any) -> None:
     server.unreachable = {"right"}
     code, out, _ = headrace("thresholds", "get")
     assert code == 0
@@ -308,7 +308,7 @@ def test_status_shows_replicas_equilibrium_and_a_dead_controller(server: Server,
         assert part in fluid
     assert "left: settled [for now]" in out
     (plan,) = [line for line in lines if "left" in line and "TPOT target" in line]
-    for part in ("4.25 ± 0.25", "3.75", "3.80", "198 answers"):
+    for part in ("4.25 ± 0.25", "3.75", "3.80", "198 outputs"):
         assert part in plan
     assert "not reachable: did not answer [telemetry]" in out
     assert "controller: the controller does not answer" in out
@@ -319,7 +319,7 @@ def test_events_name_the_replica_the_versions_and_the_reason(server: Server, hea
     code, out, _ = headrace("events")
     assert code == 0
     (event,) = [line for line in out.splitlines() if "left" in line]
-    for part in ("2023-11-1", "3 → 4", "yes", "1.20 requests/s of 3.40 possible [nothing binds]"):
+    for part in ("2023-11-1", "3 → 4", "yes", "1.20 requests/s of 3.40 possible [no bottleneck]"):
         assert part in event
     assert json.loads(headrace("events", "--json")[1])["events"][0]["new"] == {"version": 4}
 
@@ -354,7 +354,7 @@ def test_nothing_listening_says_how_to_start(
     headrace: Any, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
     monkeypatch.delenv("HEADRACE_URL", raising=False)
-    with socket.socket() as bound:  # bound and not listening: refused for certain
+    with socket.socket() as bound:  # bound and not listening: connections are refused
         bound.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         code, out, err = headrace(*command, "--url", url)

@@ -106,8 +106,8 @@ def new_loop() -> ControlLoop:
     return ControlLoop("headrace", CONFIG, NO_SLO, CONFIGURED)
 
 
-def one_pass(loop: ControlLoop) -> None:
-    asyncio.run(loop.one_pass())
+def one_cycle(loop: ControlLoop) -> None:
+    asyncio.run(loop.one_cycle())
 
 
 def decision(loop: ControlLoop, name: str) -> str:
@@ -117,7 +117,7 @@ def decision(loop: ControlLoop, name: str) -> str:
 def test_a_replica_is_left_alone_until_enough_is_known(cluster: Cluster) -> None:
     cluster.add("a")
     loop = new_loop()
-    one_pass(loop)
+    one_cycle(loop)
     assert cluster.offered == []
     assert cluster.active("a") == CONFIGURED
 
@@ -125,9 +125,9 @@ def test_a_replica_is_left_alone_until_enough_is_known(cluster: Cluster) -> None
 def test_it_pushes_once_and_then_settles(cluster: Cluster) -> None:
     cluster.add("a")
     loop = new_loop()
-    one_pass(loop)
+    one_cycle(loop)
     cluster.traffic()
-    one_pass(loop)
+    one_cycle(loop)
     ((_, pushed, ack),) = cluster.offered
     assert ack.accepted
     assert pushed.version == 1
@@ -136,7 +136,7 @@ def test_it_pushes_once_and_then_settles(cluster: Cluster) -> None:
     assert cluster.active("a") == pushed
 
     cluster.traffic(seconds=CONFIG.period_s)
-    one_pass(loop)
+    one_cycle(loop)
     assert len(cluster.offered) == 1
     assert decision(loop, "a") == "settled"
     assert loop.passes == 3
@@ -146,7 +146,7 @@ def test_every_replica_is_tuned_for_its_own_traffic(cluster: Cluster) -> None:
     limits = replace(LIMITS, max_num_seqs=4096)
     cluster.add("a", limits=limits).traffic([(58, 147)], every_s=0.125, seconds=60)
     cluster.add("b", limits=limits).traffic([(100, 300)], every_s=0.125, seconds=60)
-    one_pass(new_loop())
+    one_cycle(new_loop())
     a, b = cluster.active("a"), cluster.active("b")
     assert a.version == b.version == 1
     assert a.segments[-1].end_output_tokens < b.segments[-1].end_output_tokens
@@ -164,7 +164,7 @@ def test_every_rank_of_a_replica_is_tuned_by_itself_and_a_silent_one_stops_no_ot
     cluster.add("b#1")
     cluster.unreachable = {"b#0"}
     loop = ControlLoop("headrace", CONFIG, NO_SLO, CONFIGURED, ranks=2)
-    one_pass(loop)
+    one_cycle(loop)
     first, second = cluster.active("a#0"), cluster.active("a#1")
     assert first.version == second.version == 1
     assert first.max_running > second.max_running
@@ -173,7 +173,7 @@ def test_every_rank_of_a_replica_is_tuned_by_itself_and_a_silent_one_stops_no_ot
 
     cluster.operator("a#1", pinned=True, max_running=3)  # one rank only
     cluster.traffic(lengths=[(58, 20)], every_s=0.125, seconds=600)
-    one_pass(loop)
+    one_cycle(loop)
     assert cluster.active("a#1").max_running == 3
     assert cluster.active("a#0").version == 2
 
@@ -182,9 +182,9 @@ def test_a_material_change_of_traffic_is_followed(cluster: Cluster) -> None:
     cluster.add("a")
     loop = new_loop()
     cluster.traffic()
-    one_pass(loop)
+    one_cycle(loop)
     cluster.traffic(lengths=[(58, 147)], every_s=0.5, seconds=1200)  # more than the lengths that are kept
-    one_pass(loop)
+    one_cycle(loop)
     versions = [pushed.version for _, pushed, _ in cluster.offered]
     assert versions == [1, 2]
     ends = [pushed.segments[-1].end_output_tokens for _, pushed, _ in cluster.offered]
@@ -196,13 +196,13 @@ def test_a_pin_stops_tuning_and_auto_resumes_it(cluster: Cluster) -> None:
     loop = new_loop()
     cluster.operator("a", pinned=True, max_running=3)
     cluster.traffic()
-    one_pass(loop)
+    one_cycle(loop)
     assert cluster.offered == []
     assert decision(loop, "a") == "pinned by an operator at version 1"
     assert cluster.active("a").max_running == 3
 
     cluster.operator("a", pinned=False)
-    one_pass(loop)
+    one_cycle(loop)
     ((_, pushed, ack),) = cluster.offered
     assert ack.accepted
     assert pushed.version == 3
@@ -214,7 +214,7 @@ def test_a_pin_set_between_telemetry_and_push_is_respected_and_recorded(cluster:
     loop = new_loop()
     cluster.traffic()
     cluster.before_apply = lambda name: cluster.operator(name, pinned=True)
-    one_pass(loop)
+    one_cycle(loop)
     (event,) = loop.events
     assert not event.accepted
     assert event.reason.startswith("rejected: ")
@@ -223,15 +223,15 @@ def test_a_pin_set_between_telemetry_and_push_is_respected_and_recorded(cluster:
     assert cluster.active("a").segments == ()
 
 
-def test_a_refused_push_is_offered_again_on_top_of_what_is_in_force(cluster: Cluster) -> None:
+def test_a_rejected_push_is_offered_again_on_top_of_the_active_thresholds(cluster: Cluster) -> None:
     cluster.add("a")
     loop = new_loop()
     cluster.traffic()
     cluster.before_apply = lambda name: cluster.operator(name, max_hold_s=0.5)  # a change that overtakes the push
-    one_pass(loop)
+    one_cycle(loop)
     assert [ack.code for _, _, ack in cluster.offered] == ["stale"]
     cluster.before_apply = lambda _: None
-    one_pass(loop)
+    one_cycle(loop)
     assert cluster.offered[-1][2].accepted
     assert cluster.active("a").version == 2
 
@@ -242,12 +242,12 @@ def test_an_unreachable_replica_does_not_stop_the_others(cluster: Cluster) -> No
     cluster.traffic()
     cluster.unreachable = {"a"}
     loop = new_loop()
-    one_pass(loop)
+    one_cycle(loop)
     assert [name for name, _, _ in cluster.offered] == ["b"]
     assert "actor-of-a did not answer telemetry" in decision(loop, "a")
 
     cluster.unreachable = set()
-    one_pass(loop)
+    one_cycle(loop)
     assert [name for name, _, _ in cluster.offered] == ["b", "a"]
 
 
@@ -269,13 +269,13 @@ def test_a_replica_whose_model_fails_does_not_stop_the_others(
         observe(model, telemetry)
 
     monkeypatch.setattr(ReplicaModel, "observe", fails_on_the_record)
-    one_pass(loop)
+    one_cycle(loop)
     assert [name for name, _, _ in cluster.offered] == ["b", "c"]
     assert "TypeError" in decision(loop, "a")
     assert loop.passes == 1
 
     cluster.traffic()
-    one_pass(loop)
+    one_cycle(loop)
     assert [name for name, _, _ in cluster.offered] == ["b", "c", "a"]
     assert "TypeError" not in decision(loop, "a")
 
@@ -286,9 +286,9 @@ def test_a_solver_that_fails_forgets_nothing(cluster: Cluster, monkeypatch: pyte
     loop = new_loop()
     with monkeypatch.context() as failing:
         failing.setattr(ReplicaModel, "propose", lambda model: 1 / 0)
-        one_pass(loop)
+        one_cycle(loop)
         assert "ZeroDivisionError" in decision(loop, "a")
-    one_pass(loop)
+    one_cycle(loop)
     assert cluster.active("a").version == 1
 
 
@@ -303,13 +303,13 @@ def test_a_failure_in_the_push_is_told_too(cluster: Cluster) -> None:
 
     cluster.before_apply = fails
     loop = new_loop()
-    one_pass(loop)
+    one_cycle(loop)
     assert [name for name, _, _ in cluster.offered] == ["b"]
     assert "of another version" in decision(loop, "a")
 
 
 def of_schema(version: int) -> Callable[[str, bytes], bytes]:
-    """A release whose answers have another schema version."""
+    """A release that answers in another schema version."""
     return lambda _, text: json.dumps(json.loads(text) | {"schema": version}).encode()
 
 
@@ -338,17 +338,17 @@ def test_a_replica_of_another_schema_version_is_not_tuned_and_stops_no_other(
     cluster.traffic()
     loop = new_loop()
     for _ in range(3):
-        one_pass(loop)
+        one_cycle(loop)
     assert [name for name, _, _ in cluster.offered] == ["b"]
     assert decision(loop, "a") == (
         f"not tuned: the replica speaks schema version {version}, this process version {SCHEMA}; "
         "both must run the same release"
     )
     assert cluster.active("a") == CONFIGURED
-    assert len([record for record in caplog.records if "not tuned" in record.getMessage()]) == 1, "told once"
+    assert len([record for record in caplog.records if "not tuned" in record.getMessage()]) == 1, "logged once"
 
     cluster.releases.clear()  # the upgrade is complete
-    one_pass(loop)
+    one_cycle(loop)
     assert cluster.active("a").version == 1
 
 
@@ -363,9 +363,9 @@ def test_a_newer_replica_of_the_same_schema_version_is_tuned(
     cluster.releases["a"] = with_key(method, *path)
     cluster.traffic()
     loop = new_loop()
-    one_pass(loop)
+    one_cycle(loop)
     assert cluster.active("a").version == 1
-    one_pass(loop)
+    one_cycle(loop)
     assert decision(loop, "a") == "settled"
 
 
@@ -374,7 +374,7 @@ def test_an_older_replica_rejects_a_field_that_it_does_not_know_and_says_which(c
     cluster.releases["a"] = with_key("apply_thresholds", "apply")
     cluster.traffic()
     loop = new_loop()
-    one_pass(loop)
+    one_cycle(loop)
     assert cluster.active("a") == CONFIGURED
     assert decision(loop, "a").startswith("rejected: thresholds.of_a_later_release = 1 is not allowed")
 
@@ -382,8 +382,8 @@ def test_an_older_replica_rejects_a_field_that_it_does_not_know_and_says_which(c
 def test_the_actor_tells_events_apart_from_its_state(cluster: Cluster) -> None:
     cluster.add("a")
     cluster.traffic()
-    actor = ControllerActor("headrace", CONFIG, CONFIGURED)
-    one_pass(actor._loop)
+    actor = ControllerActor("headrace", CONFIG, NO_SLO, CONFIGURED)
+    one_cycle(actor._loop)
     answer, state = asyncio.run(actor.events()), asyncio.run(actor.state())
     assert json.loads(json.dumps(answer, allow_nan=False)) == answer
     (event,) = answer["events"]
@@ -412,7 +412,7 @@ def test_while_a_pass_solves_the_state_can_be_read(cluster: Cluster, monkeypatch
     monkeypatch.setattr(controller_module, "replica_ids", listed)
 
     async def main() -> dict[str, Any]:
-        running = asyncio.create_task(loop.one_pass())
+        running = asyncio.create_task(loop.one_cycle())
         while not begun.is_set():
             await asyncio.sleep(0)
         state = loop.state()
@@ -430,32 +430,32 @@ def test_a_vanished_replica_is_forgotten_and_a_new_one_is_taken_in(cluster: Clus
     cluster.add("a")
     loop = new_loop()
     cluster.traffic()
-    one_pass(loop)
+    one_cycle(loop)
     del cluster.engines["a"]
     cluster.add("b")
-    one_pass(loop)
+    one_cycle(loop)
     assert loop.state()["replicas"].keys() == {"b"}
     cluster.traffic()
-    one_pass(loop)
+    one_cycle(loop)
     assert cluster.active("b").version == 1
 
 
 def test_an_application_without_replicas_is_no_error(cluster: Cluster) -> None:
     loop = new_loop()
-    one_pass(loop)
+    one_cycle(loop)
     assert loop.state()["replicas"] == {}
     assert loop.passes == 1
 
 
-def test_thresholds_are_renewed_before_they_lapse_with_the_values_in_force(cluster: Cluster) -> None:
+def test_thresholds_are_renewed_before_they_lapse_with_the_active_values(cluster: Cluster) -> None:
     engine = cluster.add("a")
     loop = new_loop()
     cluster.traffic()
-    one_pass(loop)
+    one_cycle(loop)
     first = cluster.active("a")
     for _ in range(60):  # five minutes of passes, over which the rate grows by 3 %
         cluster.traffic(every_s=0.2425, seconds=CONFIG.period_s)
-        one_pass(loop)
+        one_cycle(loop)
         current = engine.active.current()
         assert not current.from_config
         assert current.thresholds.same_rule(first)
@@ -469,7 +469,7 @@ def test_thresholds_are_renewed_before_they_lapse_with_the_values_in_force(clust
 def test_without_the_controller_they_lapse_to_the_configured_ones(cluster: Cluster) -> None:
     engine = cluster.add("a")
     cluster.traffic()
-    one_pass(new_loop())
+    one_cycle(new_loop())
     engine.now_s += CONFIG.validity_s - 1
     assert not engine.active.current().from_config
     engine.now_s += 1
@@ -481,10 +481,10 @@ def test_a_window_without_arrivals_returns_to_the_configured_ones_and_says_why(c
     engine = cluster.add("a")
     loop = new_loop()
     cluster.traffic()
-    one_pass(loop)
+    one_cycle(loop)
     engine.now_s += CONFIG.window_s + 1
     cluster.clock_s += CONFIG.window_s + 1
-    one_pass(loop)
+    one_cycle(loop)
     assert cluster.active("a").same_rule(CONFIGURED)
     assert "no arrivals in the last 60 s" in loop.events[-1].reason
     assert "no arrivals in the last 60 s" in cluster.active("a").reason
@@ -494,7 +494,7 @@ def test_events_tell_what_changed_and_why(cluster: Cluster) -> None:
     cluster.add("a")
     loop = new_loop()
     cluster.traffic()
-    one_pass(loop)
+    one_cycle(loop)
     (event,) = loop.events
     assert (event.replica, event.old_version, event.new_version, event.accepted) == ("a", 0, 1, True)
     assert parse_thresholds(event.old) == CONFIGURED
@@ -504,31 +504,31 @@ def test_events_tell_what_changed_and_why(cluster: Cluster) -> None:
     assert event.at_unix_s == 1.7e9 + cluster.clock_s
 
 
-def test_a_new_controller_goes_on_from_what_is_in_force(cluster: Cluster) -> None:
+def test_a_new_controller_goes_on_from_the_active_thresholds(cluster: Cluster) -> None:
     cluster.add("a")
     cluster.traffic()
-    one_pass(new_loop())
+    one_cycle(new_loop())
     cluster.operator("a", max_hold_s=0.25)
     before = cluster.active("a")
     restarted = new_loop()
-    one_pass(restarted)
+    one_cycle(restarted)
     after = cluster.active("a")
     assert after.same_rule(before)
     assert before.version <= after.version <= before.version + 1
     assert all(ack.accepted for _, _, ack in cluster.offered)
-    assert list(restarted.events) == []  # nothing that anybody would notice
+    assert list(restarted.events) == []  # no visible change
 
 
 def test_a_restarted_engine_is_tuned_again(cluster: Cluster) -> None:
     cluster.add("a")
     loop = new_loop()
     cluster.traffic()
-    one_pass(loop)
+    one_cycle(loop)
     engine = SyntheticEngine(CONFIGURED, engine_id="a-2")
     cluster.engines["a"] = engine
-    one_pass(loop)
+    one_cycle(loop)
     cluster.traffic()
-    one_pass(loop)
+    one_cycle(loop)
     assert cluster.active("a").version >= 1
     assert cluster.active("a").segments
 
@@ -540,9 +540,9 @@ def test_state_is_plain_json(cluster: Cluster, every_s: float) -> None:
     cluster.add("c")
     cluster.unreachable = {"c"}
     loop = new_loop()
-    one_pass(loop)
+    one_cycle(loop)
     cluster.traffic(every_s=every_s)
-    one_pass(loop)
+    one_cycle(loop)
     state = loop.state()
     assert json.loads(json.dumps(state, allow_nan=False)) == state
     assert state["passes"] == 2
@@ -555,9 +555,9 @@ def test_state_is_plain_json(cluster: Cluster, every_s: float) -> None:
 def test_state_says_what_binds_and_what_is_expected_to_be_good(cluster: Cluster) -> None:
     cluster.add("a")
     loop = ControlLoop("headrace", CONFIG, Slo(ttft_s=3.0, tpot_s=0.1), Thresholds(policy="fluid"))
-    one_pass(loop)
+    one_cycle(loop)
     cluster.traffic(every_s=0.25)
-    one_pass(loop)
+    one_cycle(loop)
     state = loop.state()
     assert json.loads(json.dumps(state, allow_nan=False)) == state
     assert "events" not in state
@@ -574,7 +574,7 @@ def test_the_list_of_events_is_bounded(cluster: Cluster) -> None:
     loop = new_loop()
     cluster.traffic()
     for number in range(300):
-        one_pass(loop)
+        one_cycle(loop)
         now = cluster.active("a")
         other = replace(
             now, version=now.version + 1, segments=(SegmentThreshold(end_output_tokens=number + 1, total=1),)

@@ -1,4 +1,4 @@
-"""Bringing up and down, without Ray: the request to try, the model, the port, and the note of who serves."""
+"""Bringing up and down, without Ray: the request to try, the model, the port, and the record of the serving process."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_the_tests_run_from_a_checkout() -> None:
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "/nowhere/model", "~/nowhere-at-all"])
-def test_a_missing_local_model_is_refused(source: str) -> None:
+def test_a_missing_local_model_is_rejected(source: str) -> None:
     with pytest.raises(ConfigError, match=r"model\.source = .*nowhere.* does not exist; allowed: a folder, or a hub"):
         launch.prepare_model(config_for(source), lambda _: None)
 
@@ -232,7 +232,7 @@ def test_a_missing_model_package_says_what_to_install(tmp_path: Path, monkeypatc
         prepare_bundled_model(tmp_path / "model")
 
 
-# Who serves.
+# The record of the serving process.
 
 
 @pytest.fixture

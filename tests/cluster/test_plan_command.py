@@ -242,7 +242,7 @@ def test_a_clean_trace_says_nothing(tmp_path: Path) -> None:
         (("--trace", "/nowhere/trace.csv", "--rate", "5", *TIME_MODEL), ["/nowhere/trace.csv", "No such file"]),
     ],
 )
-def test_what_cannot_be_planned_is_refused_with_what_is_allowed(
+def test_bad_inputs_are_rejected_with_what_is_allowed(
     rejected: Any, arguments: tuple[str, ...], said: list[str]
 ) -> None:
     message = rejected(*arguments)

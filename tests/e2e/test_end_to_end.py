@@ -135,7 +135,7 @@ def test_wait_admits_groups_of_eight_and_bounds_the_hold_of_the_ninth(cluster: C
     hold_s = 4.0
     wait = {"policy": "wait", "types": [{"name": "all", "n": 8}], "max_hold_s": hold_s}
     assert cluster.put({"replica": chosen, "thresholds": wait}).status_code == 200
-    # The other replica has one seat, taken, so the router sends everything to the chosen one.
+    # The other replica has one slot, taken, so the router sends every request to the chosen one.
     assert cluster.put({"replica": other, "thresholds": {"policy": "fcfs", "max_running": 1}}).status_code == 200
 
     async def scenario() -> None:
@@ -152,7 +152,7 @@ def test_wait_admits_groups_of_eight_and_bounds_the_hold_of_the_ninth(cluster: C
             assert len(busy) < 8, "one replica gets everything"
             busy.append(asyncio.create_task(request(1500)))
             await _eventually(
-                lambda s: sum(s[name]["running"] for name in names) == len(busy), cluster, "the next one in service"
+                lambda s: sum(s[name]["running"] for name in names) == len(busy), cluster, "the next one running"
             )
         await asyncio.sleep(2.5)  # the routing statistics of the full replica are refreshed every second
         first = cluster.state()["replicas"]
@@ -167,10 +167,10 @@ def test_wait_admits_groups_of_eight_and_bounds_the_hold_of_the_ninth(cluster: C
                 group.append(asyncio.create_task(request(120)))
             return bool(replicas[chosen]["running"] == before["running"] + 8 and replicas[chosen]["held"] == 1)
 
-        seen = await _eventually(eight_and_one, cluster, "eight in service and the ninth held")
+        seen = await _eventually(eight_and_one, cluster, "eight running and the ninth held")
         assert seen[chosen]["waiting"] == 1
         for task in busy:
-            task.cancel()  # a request that strayed to the full replica waits for its seat
+            task.cancel()  # a request that strayed to the full replica waits for its slot
         await asyncio.gather(*group)
         after = cluster.state()["replicas"][chosen]
         assert after["counters"]["held"] - before["counters"]["held"] == 9
@@ -267,13 +267,13 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], int, str]] = [
 BAD_UPDATES: list[tuple[str, dict[str, Any], int, str]] = [
     ("unknown policy", {"thresholds": {"policy": "lifo"}}, 400, "nested_wait"),
     ("n of zero", {"thresholds": {"policy": "wait", "types": [{"name": "all", "n": 0}]}}, 400, "types[0].n"),
-    ("more than memory seats", {"thresholds": {"policy": "wait", "types": [{"name": "all", "n": 5000}]}}, 400, "64"),
+    ("more than memory holds", {"thresholds": {"policy": "wait", "types": [{"name": "all", "n": 5000}]}}, 400, "64"),
     ("a hold that is not a number", {"thresholds": {"max_hold_s": "NaN"}}, 400, "max_hold_s"),
     ("a negative hold", {"thresholds": {"max_hold_s": -1}}, 400, "max_hold_s"),
     ("a typo", {"thresholds": {"max_in_servise": 3}}, 400, "max_in_servise"),
     ("the literal rule", {"thresholds": {"policy": "wait", "mode": "strict"}}, 400, "strict"),
     ("an old version", {"thresholds": {"version": 1}}, 409, "version"),
-    ("no such replica", {"replica": "nobody", "pin": True}, 404, "nobody"),
+    ("no such replica", {"replica": "unknown", "pin": True}, 404, "unknown"),
     ("nothing to do", {}, 400, "thresholds"),
 ]
 

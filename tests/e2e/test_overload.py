@@ -1,4 +1,4 @@
-"""More than one small replica can answer in time: who is refused, how, and that the others lose nothing."""
+"""Overload of one small replica: which requests are rejected, how, and that the others are served in time."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def burst(cluster: ClusterProcess, count: int) -> dict[str, list[httpx.Response]
     return asyncio.run(scenario())
 
 
-def test_a_burst_is_answered_whole_or_refused_before_its_first_token(cluster: ClusterProcess) -> None:
+def test_a_burst_is_answered_whole_or_rejected_before_its_first_token(cluster: ClusterProcess) -> None:
     by_tenant = burst(cluster, 60)
     answers = by_tenant["red"] + by_tenant["blue"]
     statuses = Counter(answer.status_code for answer in answers)
@@ -84,7 +84,7 @@ def test_a_burst_is_answered_whole_or_refused_before_its_first_token(cluster: Cl
     (replica,) = cluster.state()["replicas"].values()
     assert replica["counters"]["rejected"] == statuses[429]
     assert replica["preemptions"] == 0
-    # Who is ahead by how much depends on how many a machine can serve in time, and on who entered before a queue
+    # The order depends on how many requests a machine can serve in time, and on those admitted before a queue
     # formed; turns by weight are asserted in tests/scheduler/test_fair_queue.py.
     served = {name: sum(answer.is_success for answer in given) for name, given in by_tenant.items()}
     assert all(served.values()), served

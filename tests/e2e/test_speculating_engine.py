@@ -28,11 +28,11 @@ def test_fluid_with_ngram_speculation_says_what_plain_vllm_says(tmp_path: Path) 
         [sys.executable, str(script), str(MODEL), str(result)], env=environment, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
-    told = json.loads(result.read_text())
-    assert told["ours"] == told["plain"] and len(told["ours"]) == told["completed"] == 4
-    assert told["stalled"] == [], "every decoding request is in every iteration"
-    assert told["gained"] / told["steps"] > 1.3, "prompts that repeat themselves are easy to foretell"
-    assert 1 < told["computed"] / told["steps"] <= 4
+    report = json.loads(result.read_text())
+    assert report["ours"] == report["plain"] and len(report["ours"]) == report["completed"] == 4
+    assert report["stalled"] == [], "every decoding request is in every iteration"
+    assert report["gained"] / report["steps"] > 1.3, "prompts that repeat themselves are easy to predict"
+    assert 1 < report["computed"] / report["steps"] <= 4
     # The controller believes it the more, the more steps it has seen.
-    assert 1 < told["tokens_per_step"] < told["gained"] / told["steps"]
-    assert 1 < told["computed_per_step"] < told["computed"] / told["steps"]
+    assert 1 < report["tokens_per_step"] < report["gained"] / report["steps"]
+    assert 1 < report["computed_per_step"] < report["computed"] / report["steps"]

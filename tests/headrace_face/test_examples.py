@@ -22,7 +22,7 @@ PIECES = ("The ", "sea ", "is ", "wide.")
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> ModuleType:
-    """The example whose name the test is given, imported as a script beside it would."""
+    """The example of the given name, imported as a script beside it would."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     return importlib.import_module(request.param)
 

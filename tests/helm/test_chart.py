@@ -358,7 +358,7 @@ def test_object_name(chart: Chart, values: Values | None, release: str, expected
     assert service["metadata"]["labels"]["app.kubernetes.io/instance"] == release
 
 
-def test_name_that_kuberay_refuses_is_refused_here(chart: Chart) -> None:
+def test_name_that_kuberay_rejects_is_rejected_here(chart: Chart) -> None:
     with pytest.raises(HelmRenderError, match="fullnameOverride"):
         chart.render(name="7b")
 
@@ -375,7 +375,7 @@ def test_pod_templates_do_not_change_with_the_chart_version(chart: Chart) -> Non
 
 
 def typos() -> list[tuple[Values, str]]:
-    """One misspelt key in every mapping of values.yaml whose keys the chart fixes."""
+    """One misspelt key in every mapping of values.yaml with fixed keys."""
     free_form = {"annotations", "nodeSelector", "extraArgs"}
 
     def mappings(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -547,7 +547,7 @@ def test_existing_secret_with_its_own_entry_names(chart: Chart) -> None:
 
 
 @pytest.mark.parametrize("inline", ["hfToken", "apiKey"])
-def test_inline_key_beside_an_existing_secret_is_refused(chart: Chart, inline: str) -> None:
+def test_inline_key_beside_an_existing_secret_is_rejected(chart: Chart, inline: str) -> None:
     with pytest.raises(HelmRenderError, match="auth.existingSecret excludes") as error:
         chart.render({"auth": {"existingSecret": "team-keys", inline: API_KEY}})
     assert API_KEY not in str(error.value)

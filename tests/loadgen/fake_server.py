@@ -1,4 +1,4 @@
-"""An OpenAI-style server in a thread, whose answers a test writes line by line."""
+"""An OpenAI-style server in a thread; a test writes its answers line by line."""
 
 from __future__ import annotations
 

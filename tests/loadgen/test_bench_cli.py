@@ -126,7 +126,7 @@ def test_what_the_model_cannot_hold_is_left_out_and_told(headrace):
     assert "100.0% of p99d9 left out" in err
 
 
-def test_refusals_and_failures_are_told_apart(headrace):
+def test_rejections_and_failures_are_counted_apart(headrace):
     async def answer(call):
         if call.number == 1:
             return web.json_response({"message": "full"}, status=429, headers={"Retry-After": "4"})

@@ -9,7 +9,8 @@ from loadgen.client import Exchange
 from loadgen.results import is_good, summary_of, table_of, warnings_of, write_results
 from scheduler.tuning.slo import Slo
 from simulator.output.report import make_report
-from simulator.output.run_files import REQUEST_SCHEMA, read_run
+from simulator.output.rows import REQUEST_SCHEMA
+from simulator.output.run_files import read_run
 from simulator.workload.requests import SimRequest
 
 NO_TARGET = Slo()
@@ -83,7 +84,7 @@ def test_a_late_client_is_told():
 
 def test_other_lengths_than_asked_are_told():
     (said,) = warnings([answered(0, 0.0, [1.0, 2.0], asked_tokens=5), answered(1, 0.1, [1.0])])
-    assert said.startswith("1 answers are not as long as asked for")
+    assert said.startswith("1 outputs have another length than requested")
 
 
 def warnings(exchanges):

@@ -10,7 +10,8 @@ from fake_server import DONE, FakeServer, answer_all, event
 
 from loadgen.client import Server, ServerError
 from loadgen.open_loop import OpenLoop
-from simulator.workload.requests import SimRequest, WorkloadConfig, open_workload
+from simulator.workload.config import WorkloadConfig
+from simulator.workload.requests import SimRequest, open_workload
 
 PATIENT_S = 20.0
 
@@ -98,7 +99,7 @@ def test_every_token_has_its_time():
     assert 0 < exchange.sent_s <= exchange.token_s[0] <= exchange.token_s[-1] <= exchange.ended_s
 
 
-def test_a_refusal_keeps_its_retry_after():
+def test_a_rejection_keeps_its_retry_after():
     async def reject(call):
         return web.json_response(
             {"error": {"message": "come back later"}}, status=429, headers={"Retry-After": "2.5"}
@@ -110,7 +111,7 @@ def test_a_refusal_keeps_its_retry_after():
     assert exchange.token_s == []
 
 
-def test_a_refusal_inside_the_stream_is_one_too():
+def test_a_rejection_inside_the_stream_is_one_too():
     async def reject(call):
         response = await call.stream()
         await response.write(b'data: {"error": {"message": "full", "code": 429}}\n\n' + DONE)

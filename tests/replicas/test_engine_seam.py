@@ -1,4 +1,4 @@
-"""Refusals and early errors on their way through Ray's engine and vLLM's OpenAI layer, both of them not public."""
+"""Rejections and early errors on their way through Ray's engine and vLLM's OpenAI layer, both not public."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from replicas.engine import HeadraceEngine, RequestRejected, errors_first, raising_rejections
 from scheduler.rejection import Rejection
 
-REFUSAL = Rejection("busy", 3)
+REJECTION = Rejection("busy", 3)
 
 
 def choice(stop_reason: object = None, finish_reason: str | None = None) -> Any:
@@ -38,7 +38,7 @@ def output(*choices: Any) -> Any:
     return SimpleNamespace(outputs=list(choices))
 
 
-REFUSED = choice(REFUSAL.as_json(), "abort")
+REJECTED = choice(REJECTION.as_json(), "abort")
 SERVED = choice(None, "length")
 
 
@@ -71,18 +71,18 @@ def test_a_rejection_is_each_kind_of_error_that_a_path_looks_for() -> None:
     assert {"message", "type", "code"} <= set(ErrorInfo.model_fields) and "error" in ErrorResponse.model_fields
 
 
-def test_a_refusal_becomes_an_error_with_status_429_that_gives_it_back() -> None:
-    error = create_error_response(RequestRejected(REFUSAL)).error
+def test_a_rejection_becomes_an_error_with_status_429_that_gives_it_back() -> None:
+    error = create_error_response(RequestRejected(REJECTION)).error
     assert error.code == HTTPStatus.TOO_MANY_REQUESTS
-    assert Rejection.from_json(error.message) == REFUSAL
+    assert Rejection.from_json(error.message) == REJECTION
 
 
-def test_a_stream_s_refusal_comes_out_of_vllms_own_event_as_it_went_in() -> None:
+def test_a_stream_s_rejection_comes_out_of_vllms_own_event_as_it_went_in() -> None:
     serving = GenerateBaseServing.__new__(GenerateBaseServing)
-    data = serving._convert_generation_error_to_streaming_response(RequestRejected(REFUSAL))
+    data = serving._convert_generation_error_to_streaming_response(RequestRejected(REJECTION))
     (error,) = asyncio.run(collected(errors_first(given(f"data: {data}\n\n", "data: [DONE]\n\n"))))
     assert error.error.code == HTTPStatus.TOO_MANY_REQUESTS
-    assert Rejection.from_json(error.error.message) == REFUSAL
+    assert Rejection.from_json(error.error.message) == REJECTION
 
 
 def test_an_aborted_answer_says_so_where_this_looks() -> None:
@@ -92,20 +92,22 @@ def test_an_aborted_answer_says_so_where_this_looks() -> None:
     )
 
 
-@pytest.mark.parametrize("outputs", [[output(REFUSED)], [output(REFUSED, REFUSED)]], ids=["one choice", "two choices"])
-def test_generate_raises_what_the_engine_core_refused_and_ends_the_rest(outputs: list[Any]) -> None:
+@pytest.mark.parametrize(
+    "outputs", [[output(REJECTED)], [output(REJECTED, REJECTED)]], ids=["one choice", "two choices"]
+)
+def test_generate_raises_what_the_engine_core_rejected_and_ends_the_rest(outputs: list[Any]) -> None:
     inner = Given(*outputs, output(SERVED))
 
     async def main() -> None:
         with pytest.raises(RequestRejected) as error:
             await collected(raising_rejections(lambda: inner.items)())
-        assert Rejection.from_json(str(error.value)) == REFUSAL
+        assert Rejection.from_json(str(error.value)) == REJECTION
         assert inner.closed, "what else the request has in the engine stops at once"
 
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("choices", [(SERVED, REFUSED), (REFUSED, SERVED)], ids=["served first", "refused first"])
+@pytest.mark.parametrize("choices", [(SERVED, REJECTED), (REJECTED, SERVED)], ids=["served first", "rejected first"])
 def test_a_finished_choice_is_never_thrown_away(choices: tuple[Any, ...]) -> None:
     outputs = [output(*choices)]
     assert asyncio.run(collected(raising_rejections(lambda: given(*outputs))())) == outputs
@@ -130,7 +132,7 @@ def collector_of_two_choices(kind: RequestOutputKind, *answers: EngineCoreOutput
 
 def rejected_choice(index: int) -> EngineCoreOutput:
     return EngineCoreOutput(
-        f"{index}_p-ab", [], finish_reason=FinishReason.ABORT, stop_reason=REFUSAL.as_json()
+        f"{index}_p-ab", [], finish_reason=FinishReason.ABORT, stop_reason=REJECTION.as_json()
     )
 
 
@@ -150,13 +152,13 @@ def test_vllm_hands_on_a_finished_choice_beside_a_rejected_one(kind: RequestOutp
 
 
 @pytest.mark.parametrize("finish_reason", ["stop", "length", None])
-def test_a_client_s_own_stop_string_is_no_refusal(finish_reason: str | None) -> None:
-    outputs = [output(choice(REFUSAL.as_json(), finish_reason)), output(choice(REFUSAL.text, finish_reason))]
+def test_a_client_s_own_stop_string_is_no_rejection(finish_reason: str | None) -> None:
+    outputs = [output(choice(REJECTION.as_json(), finish_reason)), output(choice(REJECTION.text, finish_reason))]
     assert asyncio.run(collected(raising_rejections(lambda: given(*outputs))())) == outputs
 
 
 def test_other_outputs_pass_and_nothing_is_cut_after_it_has_begun() -> None:
-    outputs = [output(choice()), output(choice(128001, "stop")), output(choice("END", "stop")), output(REFUSED)]
+    outputs = [output(choice()), output(choice(128001, "stop")), output(choice("END", "stop")), output(REJECTED)]
     assert asyncio.run(collected(raising_rejections(lambda: given(*outputs))())) == outputs
 
 
@@ -197,13 +199,13 @@ def test_every_path_that_generates_answers_a_rejected_stream_with_one_error(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As vLLM's streams do: an event with the error, in which the rejection is a JSON text, and the end."""
-    event = json.dumps({"error": create_error_response(RequestRejected(REFUSAL)).error.model_dump()})
+    event = json.dumps({"error": create_error_response(RequestRejected(REJECTION)).error.model_dump()})
     monkeypatch.setattr(
         vllm_engine.VLLMEngine, method, lambda self, *args: given(f"data: {event}\n\n", "data: [DONE]\n\n")
     )
     (error,) = asyncio.run(collected(getattr(HeadraceEngine.__new__(HeadraceEngine), method)(None)))
     assert isinstance(error, ErrorResponse) and error.error.code == HTTPStatus.TOO_MANY_REQUESTS
-    assert Rejection.from_json(error.error.message) == REFUSAL
+    assert Rejection.from_json(error.error.message) == REJECTION
 
 
 @pytest.mark.parametrize("serving", [chat_serving, completion_serving])

@@ -465,12 +465,12 @@ def test_plain_http_errors_speak_openai_too() -> None:
 
     app = name_in("router.errors", "speak_openai")(name_in("ray.llm._internal.serve.core.ingress.ingress", "init")())
 
-    @app.get("/refused")
+    @app.get("/unknown-model")
     def rejected() -> None:
         raise HTTPException(404, "no model gpt-9")
 
     client = TestClient(app)
-    for path, message in (("/refused", "no model gpt-9"), ("/nowhere", "Not Found")):
+    for path, message in (("/unknown-model", "no model gpt-9"), ("/nowhere", "Not Found")):
         answer = client.get(path)
         assert answer.status_code == 404
         assert answer.json()["error"]["message"] == message

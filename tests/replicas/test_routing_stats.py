@@ -30,7 +30,7 @@ GAUGES = {"running": 6, "waiting": 3, "held": 2, "kv_used_tokens": 250}
 
 
 @pytest.mark.parametrize(("cap", "slots"), [(None, 64), (12, 12)])
-def test_slots_are_the_cap_in_force_or_the_engine_s_own(cap: int | None, slots: int) -> None:
+def test_slots_are_the_active_cap_or_the_engine_s_own(cap: int | None, slots: int) -> None:
     stats = of_engine(Thresholds(version=4, max_running=cap), **GAUGES)
     assert (stats.slots, stats.thresholds_version, stats.kv_used_fraction) == (slots, 4, 0.25)
     assert RoutingStats.of_engines([stats]) == RoutingStats(slots=slots, occupied=9, kv_used_fraction=0.25)

@@ -163,7 +163,7 @@ def test_nothing_to_do_and_contradictions_are_400(body: dict[str, Any]) -> None:
     assert rejection(body, {"a": report()})[0] == 400
 
 
-def test_a_typo_in_the_body_is_refused() -> None:
+def test_a_typo_in_the_body_is_rejected() -> None:
     with pytest.raises(ValidationError, match="treshold"):
         update(tresholds={})
 
@@ -175,7 +175,7 @@ def test_an_unknown_replica_is_404_with_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize("version", [0, 6, 7])
-def test_an_old_version_is_409_with_what_is_in_force(version: int) -> None:
+def test_an_old_version_is_409_with_the_active_version(version: int) -> None:
     status, message = rejection({"thresholds": {"version": version}}, {"a": report()})
     assert status == 409
     assert f"thresholds.version = {version} is not newer than version 7" in message

@@ -22,7 +22,7 @@ def client_with(*tenants: TenantConfig) -> TestClient:
     async def echo(request: Request) -> dict[str, Any]:
         return {"path": request.url.path}
 
-    async def whose(request: Request) -> dict[str, Any]:
+    async def tenant_of(request: Request) -> dict[str, Any]:
         body = SimpleNamespace(vllm_xargs={"headrace_tenant": "forged", "mine": 1})
         sign(body, request.state.tenant)
         return {"path": request.url.path} | ({"xargs": body.vllm_xargs} if tenants else {})
@@ -34,7 +34,7 @@ def client_with(*tenants: TenantConfig) -> TestClient:
     for register in guard(admin, keys.require_operator).values():
         register(app)(echo)
     for register in guard({"chat": lambda app: app.post("/v1/chat/completions")}, keys.require_user).values():
-        register(app)(whose)
+        register(app)(tenant_of)
     app.get("/healthz")(echo)
     return TestClient(app)
 

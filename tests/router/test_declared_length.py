@@ -1,4 +1,4 @@
-"""A declared output length reaches the place that vLLM hands to its scheduler, or is refused."""
+"""A declared output length reaches the place that vLLM hands to its scheduler, or is rejected."""
 
 from __future__ import annotations
 

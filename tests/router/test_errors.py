@@ -1,4 +1,4 @@
-"""Errors as OpenAI clients read them, a refusal with the time to come again."""
+"""Errors as OpenAI clients read them, a rejection with `Retry-After`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def answer_to(app: FastAPI, error: Exception):
     return TestClient(app).get("/")
 
 
-def test_a_refusal_is_429_with_retry_after(app: FastAPI) -> None:
+def test_a_rejection_is_429_with_retry_after(app: FastAPI) -> None:
     rejection = Rejection("queue full: one more request could not meet its latency target", 4)
     error = OpenAIHTTPException(status_code=429, message=rejection.as_json(), type="Too Many Requests")
     response = answer_to(app, error)
@@ -35,7 +35,7 @@ def test_a_refusal_is_429_with_retry_after(app: FastAPI) -> None:
     }
 
 
-def test_only_a_429_that_the_engine_marked_is_a_refusal() -> None:
+def test_only_a_429_that_the_engine_marked_is_a_rejection() -> None:
     for status, message in ((400, Rejection("x", 9).as_json()), (429, "rejected: by the user; retry in 60 s")):
         error = OpenAIHTTPException(status_code=status, message=message, type="t")
         response = answer_to(speak_openai(FastAPI()), error)

@@ -1,4 +1,4 @@
-"""Which replica a request goes to: the one with the largest share of free seats."""
+"""Which replica a request goes to: the one with the largest share of free slots."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEPLOYMENT = DeploymentID(name="HeadraceServer:m", app_name="headrace")
 
 
 def replica(name: str, *, slots: int = 0, occupied: int = 0, models: tuple[str, ...] = ()) -> SimpleNamespace:
-    """A replica as Serve's routers see it; one without seats has not reported yet."""
+    """A replica as Serve's routers see it; one without slots has not reported yet."""
     stats = RoutingStats(slots=slots, occupied=occupied, kv_used_fraction=0.5).as_dict() if slots else {}
     return SimpleNamespace(
         replica_id=ReplicaID(name, DEPLOYMENT), routing_stats=stats, multiplexed_model_ids=set(models)

@@ -1,7 +1,7 @@
-"""`fluid` follows change: its pace settles within 3 periods of what it can know, does not cycle, and goodput returns.
+"""`fluid` follows change: its parameters settle within 3 periods of the evidence, do not cycle, and goodput returns.
 
 What it can know: an arrival rate once its window is full of the new one, lengths once requests of the new kind have
-finished, a device's speed at once. The pace's parameters are those of `benchmarks.evidence.settling`.
+finished, a device's speed at once. The parameters compared are those of `benchmarks.evidence.settling`.
 """
 
 from functools import cache
@@ -22,13 +22,14 @@ from simulator.config import simulation_config
 from simulator.output.metrics import good_requests
 from simulator.output.run_files import read_run
 from simulator.run import simulate
-from simulator.workload.requests import WorkloadConfig, open_workload
+from simulator.workload.config import WorkloadConfig
+from simulator.workload.requests import open_workload
 
 PERIOD_S, PERIODS = 5.0, 3
 TTFT_S, TPOT_S = 2.0, 0.05
 FROM_S, TO_S, END_S = 60.0, 160.0, 260.0
 SERVICE_S = 7.0
-"""Upper bound of a request's time in service: 100 tokens of 0.05 s, and its prompt."""
+"""Upper bound of a request's running time: 100 tokens of 0.05 s, and its prompt."""
 SHORT, LONG = "0.5:p300d60+0.5:p900d100", "0.5:p900d60+0.5:p1800d100"
 
 

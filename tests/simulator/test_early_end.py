@@ -57,7 +57,7 @@ def test_without_targets_nothing_ends_a_run_early():
     simulation_config(PLAIN | {"until_decided": True, "slo_latency_s": 1.0})
 
 
-def test_the_history_says_what_the_controller_put_in_force_and_when(tmp_path):
+def test_the_history_says_what_the_controller_pushed_and_when(tmp_path):
     options = HURRIED | {"policy": "fluid", "period_s": 2.0, "rate_rps": 40.0, "replicas": 2}
     history = run_of(options, tmp_path).control().to_pylist()
     one = [row for row in history if row["replica"] == 1]
@@ -66,7 +66,7 @@ def test_the_history_says_what_the_controller_put_in_force_and_when(tmp_path):
     assert all(abs(at_s - 2.0 * place) < 0.2 for place, at_s in enumerate(times))
     assert [row["version"] for row in one] == list(np.cumsum([row["applied"] for row in one]))
     assert one[0]["applied"]
-    assert one[0]["mean_output_tokens"] < 20, "a guess, that closes no gate"
+    assert one[0]["mean_output_tokens"] < 20, "a prior, which rejects nothing"
     assert one[-1]["mean_output_tokens"] == pytest.approx(40, rel=0.1)
     assert one[-1]["rate_rps"] == pytest.approx(20, rel=0.2)
     assert one[-1]["iteration_s"] == pytest.approx(0.05, rel=0.01)

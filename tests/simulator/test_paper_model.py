@@ -17,14 +17,14 @@ from scheduler.model.varying_rates import Stretch
 from scheduler.model.wait_thresholds import NestedWaitSolution, nested_wait_thresholds, wait_thresholds
 from scheduler.model.workload import Lengths, RequestType, WorkloadMix
 from simulator.paper_model import (
-    Fcfs,
-    NestedWait,
-    NestedWaitByTotals,
+    PaperFcfs,
     PaperModel,
+    PaperNestedWait,
+    PaperNestedWaitByTotals,
     PaperRun,
+    PaperWait,
     PerIteration,
     SteppedArrivals,
-    Wait,
 )
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "evidence" / "theory.py"
@@ -36,7 +36,7 @@ TWO_TYPES = WorkloadMix((RequestType("a", 4.0, Lengths.point(1, 1)), RequestType
 TWO_TYPES_LAW = IterationTimeModel(3 / 8, 1 / 64)
 UNKNOWN = WorkloadMix.from_lengths(Lengths(np.array([4, 4, 4]), np.array([2, 4, 8]), np.array([0.3, 0.3, 0.4])), 20.0)
 UNKNOWN_LAW = IterationTimeModel(1 / 4, 1 / 4800)
-NESTED = NestedWait((2, 4, 8), (7, 6, 4))
+NESTED = PaperNestedWait((2, 4, 8), (7, 6, 4))
 
 
 class Watched:
@@ -65,7 +65,7 @@ class Scripted:
 
 
 def first_come_first_served(prompt, output, capacity, script, steps):
-    """Prompt by prompt: per step (waiting, resident, completed so far, evicted so far) after its arrivals."""
+    """Prompt by prompt: per step (waiting, running, completed so far, evicted so far) after its arrivals."""
     waiting, request, completed, evicted, number = [], [], 0, 0, 0
     script = iter(script)
     for _ in range(steps):
@@ -87,7 +87,7 @@ def first_come_first_served(prompt, output, capacity, script, steps):
 def test_fcfs_is_what_a_simulation_prompt_by_prompt_does(prompt, output, capacity, mean):
     script = np.random.default_rng(1).poisson(mean, 400).tolist()
     model = PaperModel(WorkloadMix.from_lengths(Lengths.point(prompt, output), 1.0), TIME_MODEL)
-    run = PaperRun(model, Fcfs(), seed=0, capacity_tokens=capacity, arrivals=Scripted(script))
+    run = PaperRun(model, PaperFcfs(), seed=0, capacity_tokens=capacity, arrivals=Scripted(script))
     for expected in first_come_first_served(prompt, output, capacity, script, 400):
         run.step()
         found = run.counts[0, 0, 0], run.counts[0, 0, 1:].sum(), run.completed[0, 0], run.evicted[0]
@@ -118,7 +118,7 @@ def test_fcfs_of_two_types_is_close_to_a_simulation_prompt_by_prompt():
     mix = WorkloadMix((RequestType("a", 1.0, Lengths.point(1, 1)), RequestType("b", 1.0, Lengths.point(1, 2))))
     time_model = IterationTimeModel(7 / 16, 1 / 16)
     assert solve_fluid(mix, time_model, 9).memory_tokens == 9
-    run = PaperRun(PaperModel(mix, time_model), Fcfs(), seed=0, rows=10, capacity_tokens=9)
+    run = PaperRun(PaperModel(mix, time_model), PaperFcfs(), seed=0, rows=10, capacity_tokens=9)
     while run.iterations.min() < 4000:
         run.step()
     # Restarts first in line or in random order: they keep what is offered only in part, and about the same part.
@@ -130,7 +130,7 @@ def test_fcfs_of_two_types_is_close_to_a_simulation_prompt_by_prompt():
 def test_prompt_seconds_are_latency_by_little_s_law():
     """Prompts that come one by one into an idle system: no wait, then l' + 1 iterations of known times."""
     model = PaperModel(LONGER, TIME_MODEL)
-    run = PaperRun(model, Fcfs(), seed=0, arrivals=Scripted([0] * 400))
+    run = PaperRun(model, PaperFcfs(), seed=0, arrivals=Scripted([0] * 400))
     for _ in range(101):
         run.step()
     assert run.completed[0, 0] == 20
@@ -153,7 +153,7 @@ def completions(run, iterations):
 
 
 def test_worked_case():
-    fcfs, wait = worked_case(Fcfs()), worked_case(Wait((4,)))
+    fcfs, wait = worked_case(PaperFcfs()), worked_case(PaperWait((4,)))
     assert completions(fcfs, 12) == [3, 6] + [0, 6] * 5
     assert fcfs.evicted[0] == 2 + 4 + 6 * 3
     assert completions(wait, 12) == [3] + [4] * 11
@@ -165,9 +165,9 @@ def test_worked_case():
 
 
 RUNS = {
-    "fcfs": (LONGER, TIME_MODEL, Fcfs(), 40),
-    "fcfs, two types": (TWO_TYPES, TWO_TYPES_LAW, Fcfs(), 40),
-    "wait": (TWO_TYPES, TWO_TYPES_LAW, Wait((4, 2)), 40),
+    "fcfs": (LONGER, TIME_MODEL, PaperFcfs(), 40),
+    "fcfs, two types": (TWO_TYPES, TWO_TYPES_LAW, PaperFcfs(), 40),
+    "wait": (TWO_TYPES, TWO_TYPES_LAW, PaperWait((4, 2)), 40),
     "nested wait, ample": (UNKNOWN, UNKNOWN_LAW, NESTED, math.inf),
     "nested wait, too little memory": (UNKNOWN, UNKNOWN_LAW, NESTED, 363),
 }
@@ -197,14 +197,14 @@ def test_no_request_is_lost_and_memory_is_kept(name):
 def test_wait_runs_a_type_only_when_enough_wait_and_takes_no_more_per_stage():
     counts = np.random.default_rng(0).integers(0, 8, (500, 2, 4))
     n = (5, 2)
-    for held, batch in zip(counts, Wait(n).batch(counts), strict=True):
+    for held, batch in zip(counts, PaperWait(n).batch(counts), strict=True):
         for j in range(2):
             assert batch[j].tolist() == ([min(n[j], k) for k in held[j]] if held[j, 0] >= n[j] else [0] * 4)
 
 
 def test_wait_idles_until_the_threshold_and_holds_what_is_resident():
     model = PaperModel(ONE_TYPE, TIME_MODEL)
-    run = PaperRun(model, Wait((5,)), seed=1, start=np.array([[0, 3]]))
+    run = PaperRun(model, PaperWait((5,)), seed=1, start=np.array([[0, 3]]))
     for arrived in range(1, 6):
         run.step()
         assert run.counts[0, 0].tolist() == [arrived, 3]
@@ -219,7 +219,7 @@ def test_nested_wait_runs_a_prefix_of_segments():
     boundaries, n = (2, 3, 6), (6, 4, 2)
     counts = np.random.default_rng(0).integers(0, 10, (500, 1, 7))
     seen = set()
-    for held, batch in zip(counts[:, 0], NestedWait(boundaries, n).batch(counts)[:, 0], strict=True):
+    for held, batch in zip(counts[:, 0], PaperNestedWait(boundaries, n).batch(counts)[:, 0], strict=True):
         running = 0
         for first, threshold in zip((0, 3, 4), n, strict=True):
             if held[first] < threshold:
@@ -256,7 +256,7 @@ def test_same_seed_same_run(name):
 def test_wait_never_needs_more_than_its_memory(mix, time_model, capacity):
     """From empty, no stage ever holds more than n_j, so that M(n) <= C rules evictions out, held types included."""
     solution = wait_thresholds(mix, time_model, capacity)
-    watched = Watched(Wait(solution.n))
+    watched = Watched(PaperWait(solution.n))
     run = PaperRun(PaperModel(mix, time_model), watched, seed=5, rows=50, capacity_tokens=capacity)
     run.run(200.0)
     assert run.evicted.sum() == 0
@@ -267,7 +267,7 @@ def test_wait_never_needs_more_than_its_memory(mix, time_model, capacity):
 def test_wait_with_slack_delivers_the_fluid_throughput_and_fcfs_does_not():
     fluid = solve_fluid(ONE_TYPE, TIME_MODEL, 15).throughput_tokens_per_s
     achieved = []
-    for policy in (Wait(wait_thresholds(ONE_TYPE, TIME_MODEL, 15).n), Fcfs()):
+    for policy in (PaperWait(wait_thresholds(ONE_TYPE, TIME_MODEL, 15).n), PaperFcfs()):
         run = PaperRun(PaperModel(ONE_TYPE, TIME_MODEL), policy, seed=2, rows=40, capacity_tokens=15)
         run.run(1000.0)
         achieved.append(run.output_tokens.mean() / 1000 / fluid)
@@ -277,8 +277,8 @@ def test_wait_with_slack_delivers_the_fluid_throughput_and_fcfs_does_not():
 
 def test_scaling_arrivals_and_speeds_is_a_longer_horizon():
     scaled_time_model = IterationTimeModel(TIME_MODEL.d0_s / 4, TIME_MODEL.d1_s_per_kv_token / 4)
-    fast = PaperRun(PaperModel(ONE_TYPE.scaled(4), scaled_time_model), Wait((4,)), seed=7, rows=10)
-    slow = PaperRun(PaperModel(ONE_TYPE, TIME_MODEL), Wait((4,)), seed=7, rows=10)
+    fast = PaperRun(PaperModel(ONE_TYPE.scaled(4), scaled_time_model), PaperWait((4,)), seed=7, rows=10)
+    slow = PaperRun(PaperModel(ONE_TYPE, TIME_MODEL), PaperWait((4,)), seed=7, rows=10)
     fast.run(50.0)
     slow.run(200.0)
     assert np.array_equal(fast.counts, slow.counts)
@@ -292,7 +292,7 @@ def test_the_buffer_keeps_nested_wait_from_overflowing():
     capacity = math.ceil(solution.memory_tokens + solution.buffer_tokens)
     assert nested_wait_thresholds(UNKNOWN, UNKNOWN_LAW, capacity, **wanted) == solution
     assert isinstance(solution, NestedWaitSolution)
-    model, policy = PaperModel(UNKNOWN, UNKNOWN_LAW), NestedWait(solution.boundaries, solution.n)
+    model, policy = PaperModel(UNKNOWN, UNKNOWN_LAW), PaperNestedWait(solution.boundaries, solution.n)
     unlimited = PaperRun(model, policy, seed=0, rows=300)
     unlimited.run(100.0)
     assert np.mean(unlimited.peak_tokens > capacity) <= 0.1
@@ -306,7 +306,7 @@ def test_the_buffer_keeps_nested_wait_from_overflowing():
 
 def test_whole_totals_are_whole_thresholds():
     counts = np.random.default_rng(0).integers(0, 10, (200, 1, 9))
-    by_totals = NestedWaitByTotals((2, 4, 8), (14, 12, 16), 200).batch(counts)
+    by_totals = PaperNestedWaitByTotals((2, 4, 8), (14, 12, 16), 200).batch(counts)
     assert np.array_equal(by_totals, NESTED.batch(counts))
 
 
@@ -320,7 +320,8 @@ def test_the_buffer_holds_for_less_than_one_prompt_per_stage():
     assert max(solution.n) < 0.5
     rows = 200
     run = PaperRun(
-        PaperModel(mix, time_model), NestedWaitByTotals(solution.boundaries, solution.totals, rows), seed=0, rows=rows
+        PaperModel(mix, time_model), PaperNestedWaitByTotals(solution.boundaries, solution.totals, rows),
+        seed=0, rows=rows,
     )
     run.run(horizon_s)
     assert np.mean(run.peak_tokens > solution.needed_tokens) <= 0.1
@@ -337,7 +338,7 @@ def test_thresholds_of_the_worst_window_keep_up_when_the_rate_moves():
     for over_time in ((), (slow, fast)):
         solution = nested_wait_thresholds(UNKNOWN, UNKNOWN_LAW, 10**6, over_time=over_time, **wanted)
         arrivals = SteppedArrivals([(40.0, (12.0,)), (40.0, (28.0,))], np.random.default_rng(4))
-        policy = NestedWait(solution.boundaries, solution.n)
+        policy = PaperNestedWait(solution.boundaries, solution.n)
         run = PaperRun(PaperModel(UNKNOWN, UNKNOWN_LAW), policy, seed=4, rows=50, arrivals=arrivals)
         arrivals.follow(run)
         run.run(80.0)
@@ -354,9 +355,9 @@ def test_what_the_model_does_not_cover_is_an_error():
     with pytest.raises(ValueError, match="several prompt lengths"):
         PaperModel(WorkloadMix.from_lengths(Lengths.from_pairs([(1, 1), (2, 1)]), 1.0), TIME_MODEL)
     with pytest.raises(ValueError, match="20 tokens overflows after prompts were held"):
-        PaperRun(PaperModel(TWO_TYPES, TIME_MODEL), Wait((4, 2)), seed=0, capacity_tokens=20).run(100.0)
+        PaperRun(PaperModel(TWO_TYPES, TIME_MODEL), PaperWait((4, 2)), seed=0, capacity_tokens=20).run(100.0)
     with pytest.raises(RuntimeError, match="idle"):
-        PaperRun(PaperModel(ONE_TYPE, TIME_MODEL), Wait((4,)), seed=0, arrivals=PerIteration((4,))).step()
+        PaperRun(PaperModel(ONE_TYPE, TIME_MODEL), PaperWait((4,)), seed=0, arrivals=PerIteration((4,))).step()
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ import pytest
 
 from scheduler.model.fluid import solve_fluid
 from scheduler.model.profiles import load_profile
-from simulator.workload.requests import WorkloadConfig, open_workload
+from simulator.workload.config import WorkloadConfig
+from simulator.workload.requests import open_workload
 
 EVIDENCE = Path(__file__).parents[2] / "benchmarks" / "evidence"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(EVIDENCE.parents[1])}

@@ -1,4 +1,4 @@
-"""Beyond capacity the thresholds of WAIT are infeasible and its gates stand open: it serves what first come does."""
+"""Beyond capacity the thresholds of WAIT are infeasible and unlimited: it serves as first come, first served does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from scheduler.model.fluid import solve_fluid
 from scheduler.model.profiles import load_profile
 from simulator.config import simulation_config
 from simulator.run import simulate
-from simulator.workload.requests import WorkloadConfig, open_workload
+from simulator.workload.config import WorkloadConfig
+from simulator.workload.requests import open_workload
 
 PROFILE = load_profile("a100-llama2-7b")
 TWO_TYPES = "0.7:p512d20+0.3:p512d50"

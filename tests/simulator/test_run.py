@@ -92,7 +92,7 @@ def test_rows_and_summary_agree(tmp_path):
     outcomes = Counter(row["outcome"] for row in rows)
     assert outcomes["gave_up"] > 0
     assert (summary["completed"], summary["gave_up"]) == (outcomes["completed"], outcomes["gave_up"])
-    assert (summary["rejected"], summary["rejected_in_window"]) == (0, 0), "no client was told anything"
+    assert (summary["rejected"], summary["rejected_in_window"]) == (0, 0), "no request was rejected"
     done = [row for row in rows if row["outcome"] == "completed"]
     assert summary["latency_mean_s"] == pytest.approx(np.mean([row["finished_s"] - row["arrival_s"] for row in done]))
     assert summary["ttft_mean_s"] == pytest.approx(np.mean([row["first_token_s"] - row["arrival_s"] for row in done]))
@@ -175,7 +175,7 @@ def test_a_cap_is_reached_and_never_exceeded(policy, tmp_path):
 
 
 def test_a_cap_from_memory_prevents_preemption():
-    """No counts are feasible here, so that the cap alone does it: the gates are open."""
+    """No counts are feasible here, so that the cap alone does it: the counts are unlimited."""
     preemptions = {
         policy: sum(
             simulate(simulation_config(TIGHT | {"policy": policy, "solve_once": True, "seed": seed}))["preemptions"]
@@ -247,7 +247,7 @@ def test_requests_go_where_the_routing_of_serving_puts_them(tmp_path, monkeypatc
     rows = sorted(run.requests(["index", "replica"]).to_pylist(), key=lambda row: row["index"])
     assert [row["replica"] for row in rows] == chosen
     assert Counter(chosen).most_common(1)[0][1] > 60, "the fullest gets even more"
-    assert known[0] == [None] * 3, "nobody has reported in the first second"
+    assert known[0] == [None] * 3, "no replica has reported in the first second"
     assert all(isinstance(stats, RoutingStats) and stats.slots == 50 for stats in known[-1])
     assert max(stats.occupied for stats in known[-1]) > 0
 
@@ -342,7 +342,7 @@ def test_a_wrong_option_is_named(options, said):
     ("options", "said"),
     [
         ({"policy": "fcfs", "cap": 600}, "max_running = 600 .* from 1 to 512"),
-        ({"policy": "vllm", "cap": 3000}, "the engine refuses its settings: .*2048.*max_num_seqs .3000."),
+        ({"policy": "vllm", "cap": 3000}, "the engine rejects its settings: .*2048.*max_num_seqs .3000."),
         ({"policy": "vllm-v0", "token_budget": 512}, r"max_num_batched_tokens \(512\) is smaller than max_model_len"),
         ({"policy": "wait", "max_hold_s": 100}, "max_hold_s = 100.0 .* seconds from 0 to 60"),
         ({"policy": "wait", "mode": "loose"}, "mode = 'loose'"),
@@ -429,7 +429,7 @@ def test_counts_by_cap(tmp_path):
     assert summary["completed"] == summary["requests"]
 
 
-PROMISED = {
+WITH_TARGETS = {
     "lengths": "0.5:p100d20+0.5:p400d60", "requests": 900, "seed": 4, "slo_ttft_s": 1.0, "slo_tpot_s": 0.05,
 }
 
@@ -438,20 +438,20 @@ PROMISED = {
     "control", [{"solve_once": True}, {"period_s": 2.0}], ids=["solved beforehand", "solved live"]
 )
 def test_fluid_keeps_its_goodput_far_beyond_capacity(control):
-    promised = PROMISED | {"policy": "fluid"} | control
-    below = simulate(simulation_config(promised | {"rate_rps": 15.0}))
+    targets = WITH_TARGETS | {"policy": "fluid"} | control
+    below = simulate(simulation_config(targets | {"rate_rps": 15.0}))
     assert below["rejected"] == 0
-    peak = simulate(simulation_config(promised | {"rate_rps": 45.0}))["goodput_rps"]
-    beyond = simulate(simulation_config(promised | {"rate_rps": 120.0}))
+    peak = simulate(simulation_config(targets | {"rate_rps": 45.0}))["goodput_rps"]
+    beyond = simulate(simulation_config(targets | {"rate_rps": 120.0}))
     assert beyond["goodput_rps"] > 0.9 * peak > 25
     assert beyond["ttft_p50_s"] < 0.5
     assert beyond["tpot_p99_s"] <= 0.0505
     assert beyond["preemptions"] == 0
-    plain = simulate(simulation_config(PROMISED | {"rate_rps": 120.0, "policy": "vllm"}))
+    plain = simulate(simulation_config(WITH_TARGETS | {"rate_rps": 120.0, "policy": "vllm"}))
     assert plain["goodput_rps"] < 0.2 * beyond["goodput_rps"]
 
 
-def test_fluid_without_targets_refuses_nobody_and_never_preempts():
+def test_fluid_without_targets_rejects_no_request_and_never_preempts():
     tight = TIGHT | {"policy": "fluid"}
     summary = simulate(simulation_config(tight))
     assert (summary["completed"], summary["rejected"], summary["preemptions"]) == (120, 0, 0)

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from simulator.config import SimulationError
-from simulator.output.run_files import RequestRow, RunWriter, read_run
+from simulator.output.rows import RequestRow
+from simulator.output.run_files import RunWriter, read_run
 from simulator.sweep import SweepPlan, load_sweep, run_sweep
 
 FILE = """
@@ -22,7 +23,7 @@ out: results
 
 
 def run_one(options, folder):
-    """A run whose only request tells the options, as the real simulator would write it."""
+    """A run with one request that encodes the options, written as the real simulator does."""
     if options.get("fails"):
         raise ValueError(f"fails is {options['fails']!r}")
     if options.get("dies"):

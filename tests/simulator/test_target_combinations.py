@@ -21,9 +21,11 @@ from scheduler.tuning.fluid_plan import solve_fluid_params
 from scheduler.tuning.slo import Slo
 from simulator.config import simulation_config
 from simulator.output.metrics import good_requests
-from simulator.output.run_files import REJECTED, read_run
+from simulator.output.rows import REJECTED
+from simulator.output.run_files import read_run
 from simulator.run import simulate
-from simulator.workload.requests import WorkloadConfig, open_workload
+from simulator.workload.config import WorkloadConfig
+from simulator.workload.requests import open_workload
 
 PROFILE, LENGTHS, KV_TOKENS = "a100-llama2-7b", "p700~1d120~0.7", 137_216
 TARGETS = {"ttft_s": 2.0, "tpot_s": 0.06, "latency_s": 12.0}

@@ -2,7 +2,7 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 47 | trimSuffix "-" -}}
 {{- end -}}
 
-{{/* At most 47 characters: KubeRay refuses longer RayService names, since it appends to them for its own objects. */}}
+{{/* At most 47 characters: KubeRay rejects longer RayService names, since it appends to them for its own objects. */}}
 {{- define "headrace.fullname" -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
 {{- $full := printf "%s-%s" .Release.Name $name -}}

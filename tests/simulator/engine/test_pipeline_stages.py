@@ -42,7 +42,7 @@ def test_pipeline_stages_without_asynchronous_scheduling_are_for_our_policies():
 
 @pytest.mark.timeout(300)
 def test_fluid_keeps_a_tpot_target_in_a_pipeline_at_twice_its_capacity():
-    """The fluid model's capacity with two stages: 38.3 requests/s (38.2 of the whole law at 50 ms, 19.1, twice)."""
+    """The fluid model's capacity with two stages: 38.3 requests/s (38.2: the whole model at 50 ms, 19.1, twice)."""
     summary = simulate(simulation_config({
         "lengths": "p512d50", "rate_rps": 76.0, "requests": 1000, "policy": "fluid", "pipeline_parallel": 2,
         "slo_ttft_s": 3.0, "slo_tpot_s": 0.05, "period_s": 2.0,

@@ -8,8 +8,9 @@ import pytest
 from simulator.config import simulation_config
 from simulator.output.run_files import read_run
 from simulator.run import simulate
+from simulator.workload.config import WorkloadConfig
 from simulator.workload.prompts import Piece, answer_token_id, prompt_token_ids
-from simulator.workload.requests import SimRequest, WorkloadConfig, open_workload
+from simulator.workload.requests import SimRequest, open_workload
 from simulator.workload.traces import BadRow, TraceRow, open_trace
 
 MOONCAKE_TRACE = Path(__file__).parents[3].parent / "shared/data/traces/mooncake_conversation.jsonl"
@@ -94,7 +95,7 @@ def test_a_bad_line_is_named_and_the_rest_is_read(mooncake, entry, said):
     assert last.where == "line 3"
 
 
-def test_a_file_that_is_something_else_is_refused(mooncake):
+def test_a_file_of_another_format_is_rejected(mooncake):
     with pytest.raises(ValueError, match="is not a mooncake trace, which has a JSON object on every line: line 1: "):
         open_trace(mooncake("a,b\n1,2\n"))
 

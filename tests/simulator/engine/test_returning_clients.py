@@ -1,4 +1,4 @@
-"""Runs whose clients come back, the audit of rejections by replay, and which runs have a controller."""
+"""Runs with retries, the audit of rejections by replay, and which runs have a controller."""
 
 import json
 from itertools import pairwise
@@ -65,7 +65,7 @@ def test_every_request_has_one_row_whatever_its_attempts(tmp_path, retries, repl
 def test_clients_of_a_rule_at_the_door_come_back_too(tmp_path):
     run, rows = run_of(tmp_path, policy="llm-d", retries="openai")
     assert run.summary["retry_attempts"] > 0
-    assert run.summary["returned_admitted_fraction"] is None, "it tells nobody when to come back"
+    assert run.summary["returned_admitted_fraction"] is None, "no Retry-After was given"
     assert all(row["rejected_s"] == (row["returned_s"] or row["arrival_s"]) for row in rows if row["rejected_s"])
 
 
@@ -161,7 +161,7 @@ def test_a_policy_that_is_solved_has_a_controller_unless_told_otherwise(options,
     )
 
 
-def test_what_a_policy_is_told_beside_its_counts_stays_in_force_under_the_controller(tmp_path):
+def test_given_thresholds_beside_the_counts_stay_active_under_the_controller(tmp_path):
     options = {"policy": "wait", "max_hold_s": 0.125, "lengths": "p40d12", "rate_rps": 20.0, "requests": 400}
     simulate(simulation_config(options), folder=tmp_path)
     run = read_run(tmp_path)

@@ -47,7 +47,7 @@ def test_the_law_s_seconds_are_multiplied_on_the_first_replica_only(tmp_path):
     starts, seconds = seconds_and_time_model(run, 0)
     inside = (starts >= 2) & (starts < 4)
     assert inside.sum() > 20
-    # Iterations of this small a batch lie at the law's floor or a little above.
+    # Iterations of this small a batch lie at the time model's floor or a little above.
     assert seconds[inside].min() > 2.9 * seconds[~inside].min()
     assert seconds[~inside].max() < seconds[inside].min()
     starts, seconds = seconds_and_time_model(run, 1)

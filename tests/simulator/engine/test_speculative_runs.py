@@ -66,11 +66,11 @@ def test_drafts_that_are_never_accepted_cost_time(tmp_path):
     simulate(simulation_config(SMALL | {"acceptance_rate": 0.0}), folder=tmp_path / "run")
     table = read_run(tmp_path / "run").iterations(("decode_tokens", "batch_size", "prefill_tokens"))
     decodes = [row for row in table.to_pylist() if not row["prefill_tokens"]]
-    assert {row["decode_tokens"] / row["batch_size"] for row in decodes} == {4.0}, "the law prices drafts too"
+    assert {row["decode_tokens"] / row["batch_size"] for row in decodes} == {4.0}, "the time model counts drafts too"
 
 
 def test_beyond_capacity_fluid_serves_what_the_model_with_drafts_says_is_possible():
-    """The controller is told neither acceptance nor drafts: it measures them."""
+    """The controller gets neither acceptance nor drafts: it measures them."""
     config = simulation_config({
         "lengths": "p500~0.8d200~0.8", "rate_rps": 16.0, "requests": 2500, "policy": "fluid", "slo_ttft_s": 3.0,
         "slo_tpot_s": 0.025, "speculative_tokens": 3, "acceptance_rate": 0.7, "seed": 1,
@@ -97,6 +97,6 @@ def test_beyond_capacity_fluid_serves_what_the_model_with_drafts_says_is_possibl
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused_in_a_sentence(options, said):
+def test_impossible_options_are_rejected_in_a_sentence(options, said):
     with pytest.raises(SimulationError, match=said):
         simulation_config(SMALL | options)

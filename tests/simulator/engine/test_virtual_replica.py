@@ -36,7 +36,7 @@ class Recorder:
         self.requests, self.iterations = {}, []
 
     def request(self, row):
-        assert row.index not in self.requests, "told twice"
+        assert row.index not in self.requests, "written twice"
         self.requests[row.index] = row
 
     def iteration(self, row):
@@ -65,7 +65,7 @@ def feed(replica, *requests, declare=False):
 
 
 def run(replica, *requests, declare=False):
-    """Feed them and run to the end: the request rows by number, the iteration rows, and who is stranded."""
+    """Feed them and run to the end: the request rows by number, the iteration rows, and the stranded requests."""
     feed(replica, *requests, declare=declare)
     stranded = replica.finish()
     return replica._sink.requests, replica._sink.iterations, stranded

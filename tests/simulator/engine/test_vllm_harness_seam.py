@@ -48,7 +48,7 @@ def add(scheduler, name, prompt=32, output=4, declared=None):
 
 
 def iterate(scheduler, silent=None):
-    """One iteration, results and all; `silent` None: whoever vLLM says is in the middle of its prompt."""
+    """One iteration, results and all; `silent` None: the requests that vLLM says are in the middle of their prompts."""
     output = scheduler.schedule()
     if silent is None:
         silent = [name for name in output.num_scheduled_tokens if scheduler.requests[name].is_prefill_chunk]
@@ -138,7 +138,7 @@ def test_watermark_is_kept_free_of_new_requests():
     assert [request.request_id for request in scheduler.running] == list("abcd")
 
 
-def test_vllm_refuses_impossible_settings_with_a_value_error():
+def test_vllm_rejects_impossible_settings_with_a_value_error():
     with pytest.raises(ValueError, match="max_num_batched_tokens"):
         scheduler_of(max_num_seqs=300, max_num_batched_tokens=256)
 
@@ -259,7 +259,7 @@ def test_everyone_who_leaves_is_told_once(scheduler_cls):
     iterate(scheduler)
     assert watching.gone == [("done", 2, "FINISHED_LENGTH_CAPPED")]
     add(scheduler, "late")
-    for name in ("late", "running", "running", "nobody"):
+    for name in ("late", "running", "running", "unknown"):
         scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
     assert watching.gone[1:] == [("late", 0, "FINISHED_ABORTED"), ("running", 2, "FINISHED_ABORTED")]
     iterate(scheduler)

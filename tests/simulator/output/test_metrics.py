@@ -18,7 +18,8 @@ from simulator.output.metrics import (
     request_delays_s,
     summarise,
 )
-from simulator.output.run_files import REQUEST_SCHEMA, RequestRow, RunWriter
+from simulator.output.rows import REQUEST_SCHEMA, RequestRow
+from simulator.output.run_files import RunWriter
 
 modest = settings(derandomize=True, deadline=None, max_examples=80)
 NO_TARGET = {"slo_ttft_s": None, "slo_tpot_s": None}

@@ -9,11 +9,12 @@ from simulator.output import figures, report
 from simulator.output.figures import MOST_POINTS, ecdf, thin
 from simulator.output.metrics import summarise
 from simulator.output.report import find_runs, make_report
-from simulator.output.run_files import IterationRow, RequestRow, RunError, RunWriter
+from simulator.output.rows import IterationRow, RequestRow
+from simulator.output.run_files import RunError, RunWriter
 
 
 def write_run(folder, policy="wait", rate_rps=2.0, seed=1, n=60, iterations=True, workload="p58d147", **config):
-    """A run whose delays grow with the rate, differ by seed, and are the same every time."""
+    """A run with delays that grow with the rate, differ by seed, and are the same every time."""
     rng = np.random.default_rng([seed, int(10 * rate_rps), *policy.encode()])
     arrivals_s = np.cumsum(rng.exponential(1 / rate_rps, n)).tolist()
     waits_s = rng.exponential(0.1 * rate_rps, n).tolist()

@@ -7,17 +7,25 @@ import pyarrow.parquet as pq
 import pytest
 
 from simulator.output import run_files as results
-from simulator.output.run_files import ControlRow, IterationRow, RequestRow, RunError, RunWriter, read_run, versions
+from simulator.output.rows import (
+    CONTROL_SCHEMA,
+    ITERATION_SCHEMA,
+    REQUEST_SCHEMA,
+    ControlRow,
+    IterationRow,
+    RequestRow,
+)
+from simulator.output.run_files import RunError, RunWriter, read_run, versions
 
 HEADER = {"config": {"policy": "wait", "workload": {"rate_rps": 2.0}}, "versions": {"python": "3.11"}}
 SUMMARY = {"goodput_rps": 1.5, "latency_p99_s": None}
 SERVED = RequestRow(0, 1, "chat", 0.5, 1.0, 3.25, 58, 147, 2, "completed")
-REFUSED = RequestRow(1, 0, "code", 0.75, None, None, 5000, 1, 0, "rejected")
+REJECTED_ROW = RequestRow(1, 0, "code", 0.75, None, None, 5000, 1, 0, "rejected")
 CAPPED = IterationRow(0, 0.5, 0.0112, 58, 0, 58, 64, 1, 1, 0, 0, 0, 32, 2048)
 UNCAPPED = IterationRow(1, 0.6, 0.0113, 0, 4, 99, 128, 4, 5, 6, 7, 8, None, None)
 
 
-def write_run(folder, requests=(SERVED, REFUSED), iterations=(CAPPED, UNCAPPED), **options):
+def write_run(folder, requests=(SERVED, REJECTED_ROW), iterations=(CAPPED, UNCAPPED), **options):
     with RunWriter(folder, HEADER, **options) as writer:
         for row in requests:
             writer.request(row)
@@ -38,17 +46,17 @@ def file_names(folder):
 def test_round_trip(tmp_path):
     run = read_run(write_run(tmp_path / "a" / "run"))
     assert (run.config, run.versions, run.summary) == (HEADER["config"], HEADER["versions"], SUMMARY)
-    assert rows(run.requests()) == [SERVED, REFUSED]
+    assert rows(run.requests()) == [SERVED, REJECTED_ROW]
     assert rows(run.iterations()) == [CAPPED, UNCAPPED]
-    assert run.requests().schema.equals(results.REQUEST_SCHEMA)
-    assert run.iterations().schema.equals(results.ITERATION_SCHEMA)
+    assert run.requests().schema.equals(REQUEST_SCHEMA)
+    assert run.iterations().schema.equals(ITERATION_SCHEMA)
     assert file_names(run.folder) == ["iterations.parquet", "requests.parquet"]
 
 
 def test_rows_have_the_schemas_fields():
-    assert RequestRow._fields == tuple(results.REQUEST_SCHEMA.names)
-    assert IterationRow._fields == tuple(results.ITERATION_SCHEMA.names)
-    assert ControlRow._fields == tuple(results.CONTROL_SCHEMA.names)
+    assert RequestRow._fields == tuple(REQUEST_SCHEMA.names)
+    assert IterationRow._fields == tuple(ITERATION_SCHEMA.names)
+    assert ControlRow._fields == tuple(CONTROL_SCHEMA.names)
 
 
 def test_each_file_carries_the_whole_header(tmp_path):
@@ -122,9 +130,9 @@ def test_an_exception_leaves_no_file(tmp_path, error):
 def test_an_exception_leaves_the_older_run(tmp_path):
     write_run(tmp_path)
     with pytest.raises(RuntimeError), RunWriter(tmp_path, HEADER) as writer:
-        writer.request(REFUSED)
+        writer.request(REJECTED_ROW)
         raise RuntimeError
-    assert rows(read_run(tmp_path).requests()) == [SERVED, REFUSED]
+    assert rows(read_run(tmp_path).requests()) == [SERVED, REJECTED_ROW]
 
 
 def test_a_block_left_without_close_leaves_no_file(tmp_path):
@@ -160,7 +168,7 @@ def test_a_bad_row_names_its_field(tmp_path, row, message):
     assert file_names(tmp_path) == []
 
 
-def test_a_header_json_cannot_carry_is_refused_at_the_start(tmp_path):
+def test_a_header_json_cannot_carry_is_rejected_at_the_start(tmp_path):
     with pytest.raises(ValueError, match="finite JSON values"):
         RunWriter(tmp_path / "run", {"config": {"max_hold_s": float("inf")}, "versions": {}})
     assert not (tmp_path / "run").exists()
@@ -184,7 +192,7 @@ def test_what_is_not_a_run_is_said(tmp_path):
     pq.write_table(pa.table({"index": pa.array([1], pa.int64())}), path)
     with pytest.raises(RunError, match="it has no column replica of int16"):
         read_run(tmp_path)
-    pq.write_table(results.REQUEST_SCHEMA.empty_table(), path)
+    pq.write_table(REQUEST_SCHEMA.empty_table(), path)
     with pytest.raises(RunError, match="metadata has no config, versions and summary"):
         read_run(tmp_path)
     path.write_bytes(whole)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from scheduler.model.iteration_time import IterationTimeModel
-from simulator.scenario.admission_baselines import Load, dynamo_busy, llm_d_utilisation, queued_tokens
+from simulator.scenario.admission_baselines import ReplicaLoad, dynamo_busy, llm_d_utilisation, queued_tokens
 
-QUIET = Load(
+QUIET = ReplicaLoad(
     waiting=0, prefill_tokens=0, kv_used_fraction=0.1, time_model=IterationTimeModel(0.004, 4e-7, 1e-4), ttft_s=3.0
 )
 

@@ -11,9 +11,9 @@ from simulator.workload.requests import SimRequest
 REQUEST = SimRequest(0.0, 10, 10, "t")
 
 
-def pause(returns, attempt, retry_after_s, told=False):
+def pause(returns, attempt, retry_after_s, as_advised=False):
     """Seconds until the client comes back, or None."""
-    if not returns.rejected(7, REQUEST, attempt, told, 100.0, retry_after_s):
+    if not returns.rejected(7, REQUEST, attempt, as_advised, 100.0, retry_after_s):
         return None
     (coming,) = returns.due(1e9)
     assert (coming.request_number, coming.number, coming.request) == (7, attempt + 1, REQUEST)
@@ -43,7 +43,7 @@ def test_an_openai_client_that_is_told_nothing_backs_off():
     for attempt, longest_s in ((0, 0.5), (1, 1.0)):
         pauses = [pause(returns, attempt, None) for _ in range(200)]
         assert 0.75 * longest_s <= min(pauses) < 0.8 * longest_s < 0.95 * longest_s < max(pauses) <= longest_s
-    assert returns.totals.told == 0
+    assert returns.totals.as_advised == 0
 
 
 def test_impatient_clients_ignore_what_they_are_told():
@@ -59,7 +59,7 @@ def test_who_came_back_when_told_is_counted_until_the_next_rejection():
     assert returns.next_s == 2.0
     assert len(list(returns.due(2.0))) == 4
     returns.rejected(0, REQUEST, 1, True, 3.0, 2)
-    assert (returns.totals.attempts, returns.totals.told, returns.totals.admitted_fraction) == (4, 4, 0.75)
+    assert (returns.totals.attempts, returns.totals.as_advised, returns.totals.admitted_fraction) == (4, 4, 0.75)
 
 
 def test_an_audit_needs_targets():

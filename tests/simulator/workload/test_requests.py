@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from scheduler.model.workload import Lengths
-from simulator.workload.requests import SimRequest, WorkloadConfig, open_workload
+from simulator.workload.config import WorkloadConfig
+from simulator.workload.requests import SimRequest, open_workload
 
 AZURE_TRACE = Path(__file__).parents[3].parent / "shared/data/traces/azure_conv_2023.csv"
 HEADER = "arrived_at,num_prefill_tokens,num_decode_tokens\n"

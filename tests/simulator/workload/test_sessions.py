@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from simulator.workload.config import WorkloadConfig
 from simulator.workload.prompts import answer_token_id, prompt_token_ids
-from simulator.workload.requests import WorkloadConfig, open_workload
+from simulator.workload.requests import open_workload
 from simulator.workload.sessions import Limits, SessionSpec, parse_sessions
 
 
