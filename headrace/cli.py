@@ -21,8 +21,8 @@ app = typer.Typer(help="Serve language models on Ray and vLLM within latency tar
 for part in (cluster_app, simulator_app, loadgen_app):
     app.add_typer(part)
 
-EXTRA_WITH = {"pyarrow": "sim", "matplotlib": "report"}
-"""The extra of this package that installs a module which serving does not need."""
+EXTRA_WITH = {"pyarrow": "sim", "matplotlib": "report", "vllm": "gpu", "ray": "gpu"}
+"""The extra of this package that installs a module; `cpu` in place of `gpu` on a machine without one."""
 
 
 def main() -> None:

@@ -58,9 +58,11 @@ def plan_update(update: ThresholdsUpdate, telemetry: Mapping[str, Telemetry | Ex
     return {name: _planned(update, name, telemetry[name]) for name in named}
 
 
-def _check_params(thresholds: Thresholds) -> None:
+def _check_params(name: str, thresholds: Thresholds) -> None:
     if thresholds.policy == "fluid" and thresholds.fluid is None:
-        raise AdminError(400, "thresholds.fluid is missing: the controller solves it; send auto = true instead")
+        raise AdminError(
+            400, f"replica {name}: thresholds.fluid is missing: the controller solves it; send auto = true instead"
+        )
 
 
 def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception) -> Thresholds:
@@ -84,7 +86,7 @@ def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception)
         wanted.check_serves()
     except InvalidThresholds as error:
         raise AdminError(400, f"replica {name}: {error}") from error
-    _check_params(wanted)
+    _check_params(name, wanted)
     if "version" not in update.thresholds:
         wanted = wanted.with_version(active.version + 1)
     elif wanted.version <= active.version:

@@ -136,7 +136,7 @@ class HeadraceIngress(OpenAiIngress):
         acks: dict[str, Ack] = dict(zip(planned, answers, strict=True))
         rejected = {name: ack.reason for name, ack in acks.items() if not ack.accepted}
         results = {
-            name: {"accepted": ack.accepted, "version": ack.version_in_force, "reason": ack.reason}
+            name: {"accepted": ack.accepted, "version": ack.active_version, "reason": ack.reason}
             for name, ack in acks.items()
         }
         if rejected:
@@ -182,7 +182,7 @@ async def _apply(engine: EngineAddress, thresholds: Thresholds) -> Ack:
     try:
         return await offer_thresholds(engine, thresholds, automatic=False)
     except (ReplicaUnavailable, UnreadableMessage) as error:
-        return Ack(accepted=False, version_in_force=-1, reason=str(error), code="unavailable")
+        return Ack(accepted=False, active_version=-1, reason=str(error), code="unavailable")
 
 
 ADMIN_ENDPOINTS = {

@@ -240,12 +240,12 @@ class Ack:
 
     A rejection has a `reason` in words and a `code`: stale (an older version), pinned (by an operator), invalid (the
     values, or an unreadable question), schema (a message of another schema version), unavailable (the engine does not
-    answer). version_in_force: the active version; -1: not known.
+    answer). active_version: the active version; -1: not known.
     """
 
     schema: int = SCHEMA
     accepted: bool
-    version_in_force: int
+    active_version: int
     reason: str = ""
     code: str = ""
 

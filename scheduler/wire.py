@@ -6,7 +6,8 @@
 
 Processes of two versions meet while a deployment is upgraded. Within one schema version answers may gain keys: a reader
 ignores those that it does not know. Thresholds are a command: a key that is not known is rejected. `SCHEMA` goes up
-when a key is renamed, is removed or changes its meaning; messages of two schema versions are not read at all.
+when a key is renamed, is removed or changes its meaning; thresholds and answers of another schema
+version are not read, questions that change nothing are answered in any.
 """
 
 from __future__ import annotations

@@ -71,9 +71,10 @@ PAGE = """# WAIT and Nested WAIT beyond capacity
 <!-- conclusion: begin -->
 <!-- conclusion: end -->
 
-Made by `{command}`. {requests} Poisson arrivals at a multiple of the fluid model's capacity, no targets, profile
-`{profile}`, one seed, controller on. Throughput in requests/s of the central window. Beyond capacity no thresholds are
-feasible, so that WAIT's and Nested WAIT's queues stand open and only a cap from memory limits admission.
+Made by `{command}`. {requests} Poisson
+arrivals at a multiple of the fluid model's capacity, no targets, profile `{profile}`, one seed, controller on.
+Throughput in requests/s of the central window. Beyond capacity no thresholds are feasible, so that WAIT's and Nested
+WAIT's queues stand open and only a cap from memory limits admission.
 
 | workload | load | offered /s | fcfs /s | wait /s | nested-wait /s | wait / fcfs | nested-wait / fcfs \
 | fcfs: preemptions | wait: preemptions | nested-wait: preemptions |

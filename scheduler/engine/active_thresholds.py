@@ -75,7 +75,7 @@ class ActiveThresholds:
             # The same rule keeps its policy object, and with it the state of its holds.
             policy = now.policy if offered.same_rule(active) else self._policy_of(offered)
             self._current = Active(offered, policy, lapses, from_config=False)
-            return Ack(accepted=True, version_in_force=offered.version, reason=offered.reason)
+            return Ack(accepted=True, active_version=offered.version, reason=offered.reason)
 
     def _current_locked(self) -> Active:
         current = self._current
@@ -96,7 +96,7 @@ class ActiveThresholds:
 
     def _rejection(self, offered: Thresholds, active: Thresholds, automatic: bool) -> Ack | None:
         def reject(code: Literal["stale", "pinned", "invalid"], reason: str) -> Ack:
-            return Ack(accepted=False, version_in_force=active.version, reason=reason, code=code)
+            return Ack(accepted=False, active_version=active.version, reason=reason, code=code)
 
         if offered.version <= active.version:
             reason = f"version {offered.version} is not newer than the active version {active.version}"

@@ -79,7 +79,7 @@ class Server:
             for name, wanted in planned.items()
         }
         results = {
-            name: {"accepted": ack.accepted, "version": ack.version_in_force, "reason": ack.reason}
+            name: {"accepted": ack.accepted, "version": ack.active_version, "reason": ack.reason}
             for name, ack in acks.items()
         }
         return httpx.Response(200, json={"replicas": results})

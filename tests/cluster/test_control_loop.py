@@ -69,7 +69,7 @@ class Cluster:
         try:
             offer = read_question(written(method, arguments["offer"]))
         except ValueError as error:  # as `ChannelServer` answers it
-            return answer_of(Ack(accepted=False, version_in_force=-1, reason=str(error), code="invalid"))
+            return answer_of(Ack(accepted=False, active_version=-1, reason=str(error), code="invalid"))
         assert isinstance(offer, Apply)
         ack = self.engines[name].active.offer(offer)
         self.offered.append((name, offer.thresholds, ack))

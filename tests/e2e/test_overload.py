@@ -85,7 +85,7 @@ def test_a_burst_is_answered_whole_or_rejected_before_its_first_token(cluster: C
     assert replica["counters"]["rejected"] == statuses[429]
     assert replica["preemptions"] == 0
     # The order depends on how many requests a machine can serve in time, and on those admitted before a queue
-    # formed; turns by weight are asserted in tests/scheduler/test_fair_queue.py.
+    # formed; turns by weight are asserted in tests/scheduler/engine/test_fair_queue.py.
     served = {name: sum(answer.is_success for answer in given) for name, given in by_tenant.items()}
     assert all(served.values()), served
 

@@ -62,12 +62,12 @@ def test_telemetry_and_acks_arrive_whole(replicas: Replicas) -> None:
     for cursor in (0, 3, None):
         assert asyncio.run(ask_telemetry(ENGINES["b#0"], cursor)) == replicas.engine.report(cursor)
     ack = asyncio.run(offer_thresholds(ENGINES["b#0"], Thresholds(version=4, pinned=True), automatic=False))
-    assert (ack.accepted, ack.version_in_force) == (True, 4)
+    assert (ack.accepted, ack.active_version) == (True, 4)
     assert asyncio.run(offer_thresholds(ENGINES["b#0"], Thresholds(version=5), automatic=True)).code == "pinned"
 
 
 def test_silence_another_release_and_an_engine_s_own_silence_are_results(replicas: Replicas) -> None:
-    silent_engine = Ack(accepted=False, version_in_force=-1, reason="the engine did not answer", code="unavailable")
+    silent_engine = Ack(accepted=False, active_version=-1, reason="the engine did not answer", code="unavailable")
     replicas.answers = {
         ("a", 0): ReplicaUnavailable("gone"), ("a", 1): b'{"schema":2}', ("b", 0): answer_of(silent_engine),
     }

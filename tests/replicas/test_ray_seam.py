@@ -334,7 +334,7 @@ def test_a_silent_engine_is_an_answer_and_no_exception_of_ours(server_over: Call
         with pytest.raises(QuestionFailed, match="the engine did not answer"):
             read_answer(asyncio.run(answer), kind)
     ack = read_answer(asyncio.run(server.apply_thresholds(offer_of(Thresholds(), automatic=True))), Ack)
-    assert (ack.accepted, ack.code, ack.version_in_force) == (False, "unavailable", -1)
+    assert (ack.accepted, ack.code, ack.active_version) == (False, "unavailable", -1)
 
 
 def test_a_silent_engine_is_told_of_once_and_its_last_stats_serve_on(

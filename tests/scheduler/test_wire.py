@@ -63,7 +63,7 @@ TELEMETRY = Telemetry(
     finished=(Finished(9, 1.2, 32, 5, False, 16, 8, 0.1, None),), running=(RunningLengths(8, 3),), records_lost=1,
     delivered=(Delivered(1, 0.01, None), Delivered(2, None, 0.05)),
 )
-ACK = Ack(accepted=False, version_in_force=3, reason="version 3 is not newer", code="stale")
+ACK = Ack(accepted=False, active_version=3, reason="version 3 is not newer", code="stale")
 STATS = Stats.of_engine("e", LIMITS, THRESHOLDS, TELEMETRY.gauges)
 
 
@@ -195,7 +195,7 @@ KEYS_OF_SCHEMA_1 = {
     Telemetry: "schema engine_id clock_s cursor limits thresholds from_config gauges counters iterations arrivals "
     "finished running records_lost delivered",
     Stats: "schema engine_id slots running waiting kv_used_tokens kv_capacity_tokens thresholds_version",
-    Ack: "schema accepted version_in_force reason code",
+    Ack: "schema accepted active_version reason code",
     Gauges: "running waiting held sitting_out kv_used_tokens",
     Counters: "arrivals completed aborted rejected preemptions iterations held hold_s ttft_misses tpot_misses "
     "latency_misses audited audited_met decode_steps decode_computed_tokens decode_gained_tokens decode_gained_squares",

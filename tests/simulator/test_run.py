@@ -132,7 +132,7 @@ def test_the_header_says_what_was_run(tmp_path):
 
 @pytest.mark.parametrize("policy", BASELINES)
 @pytest.mark.parametrize("workload", [SMALL, TIGHT], ids=["room", "tight"])
-def test_every_contender_completes_everything(policy, workload):
+def test_every_baseline_completes_everything(policy, workload):
     summary = simulate(simulation_config(workload | {"policy": policy}))
     turned_away = summary["rejected"] if BASELINES[policy].rule else 0
     assert (summary["completed"] + turned_away, summary["stranded"]) == (120, 0)

@@ -44,7 +44,7 @@ def test_configured_thresholds_are_active_at_first(active):
 
 def test_newer_thresholds_take_over_with_their_policy(active):
     ack = active.offer(Apply(thresholds=_wait(1, reason="load")))
-    assert ack.accepted and ack.version_in_force == 1 and ack.reason == "load" and ack.code == ""
+    assert ack.accepted and ack.active_version == 1 and ack.reason == "load" and ack.code == ""
     current = active.current()
     assert current.thresholds.version == 1 and current.policy.name == "wait" and not current.from_config
 
@@ -54,7 +54,7 @@ def test_older_or_equal_version_is_stale(active, version):
     active.offer(Apply(thresholds=_wait(5)))
     before = active.current()
     ack = active.offer(Apply(thresholds=_wait(version, n=8)))
-    assert (ack.accepted, ack.code, ack.version_in_force) == (False, "stale", 5)
+    assert (ack.accepted, ack.code, ack.active_version) == (False, "stale", 5)
     assert f"version {version}" in ack.reason and "version 5" in ack.reason
     assert active.current() is before
 
@@ -66,14 +66,14 @@ def test_operator_cannot_go_back_in_versions_either(active):
 
 def test_version_zero_means_one_more(active):
     active.offer(Apply(thresholds=_wait(41)))
-    assert active.offer(Apply(thresholds=_wait(0, n=8))).version_in_force == 42
+    assert active.offer(Apply(thresholds=_wait(0, n=8))).active_version == 42
     assert active.current().thresholds == _wait(42, n=8)
 
 
 def test_pin_rejects_the_controller_and_accepts_the_operator(active):
     active.offer(Apply(thresholds=_wait(1, pinned=True), automatic=False))
     rejected = active.offer(Apply(thresholds=_wait(2, n=8), automatic=True))
-    assert (rejected.accepted, rejected.code, rejected.version_in_force) == (False, "pinned", 1)
+    assert (rejected.accepted, rejected.code, rejected.active_version) == (False, "pinned", 1)
     assert "pinned" in rejected.reason
     assert active.current().thresholds == _wait(1, pinned=True)
 
@@ -85,7 +85,7 @@ def test_thresholds_that_do_not_fit_change_nothing(active):
     active.offer(Apply(thresholds=_wait(1)))
     before = active.current()
     ack = active.offer(Apply(thresholds=_wait(2, n=65)))
-    assert (ack.accepted, ack.code, ack.version_in_force) == (False, "invalid", 1)
+    assert (ack.accepted, ack.code, ack.active_version) == (False, "invalid", 1)
     assert "types[0].n = 65" in ack.reason
     assert active.current() is before
     assert active.offer(Apply(thresholds=_wait(2))).accepted, "the rejected version was not used up"
@@ -175,5 +175,5 @@ def test_of_equal_versions_offered_at_once_exactly_one_wins(active):
 
 
 def test_acks_name_growing_versions(active):
-    versions = [active.offer(Apply(thresholds=_wait(0, n=n))).version_in_force for n in range(1, 6)]
+    versions = [active.offer(Apply(thresholds=_wait(0, n=n))).active_version for n in range(1, 6)]
     assert all(later > earlier for earlier, later in itertools.pairwise(versions))

@@ -118,7 +118,7 @@ def test_thresholds_survive_the_round_trip_and_are_acknowledged(endpoint):
     async def main():
         async with asking(endpoint) as client:
             ack = await client.apply(WAIT)
-            assert ack.accepted and ack.version_in_force == 3 and ack.reason == "λ = 2/s"
+            assert ack.accepted and ack.active_version == 3 and ack.reason == "λ = 2/s"
 
     with serving(endpoint) as engine:
         asyncio.run(main())
@@ -130,9 +130,9 @@ def test_older_thresholds_are_rejected_with_the_active_version(endpoint):
         async with asking(endpoint) as client:
             await client.apply(WAIT)
             ack = await client.apply(Thresholds(version=2))
-            assert (ack.accepted, ack.version_in_force, ack.code) == (False, 3, "stale")
+            assert (ack.accepted, ack.active_version, ack.code) == (False, 3, "stale")
             ack = await client.apply(Thresholds(version=4, max_running=65))
-            assert (ack.accepted, ack.version_in_force, ack.code) == (False, 3, "invalid")
+            assert (ack.accepted, ack.active_version, ack.code) == (False, 3, "invalid")
             assert "max_running = 65" in ack.reason
 
     with serving(endpoint) as engine:
@@ -187,7 +187,7 @@ def test_several_clients_at_once(endpoint):
             acks = await asyncio.gather(
                 *(client.apply(Thresholds(version=version)) for version in range(1, 11) for client in (one, other))
             )
-            accepted = [ack.version_in_force for ack in acks if ack.accepted]
+            accepted = [ack.active_version for ack in acks if ack.accepted]
             assert len(set(accepted)) == len(accepted), "no version is taken twice"
             assert (await one.report()).thresholds.version == (await other.report()).thresholds.version == 10
 
@@ -222,7 +222,7 @@ def test_several_clients_at_once(endpoint):
 def test_garbage_is_answered_and_changes_nothing(endpoint, question, says):
     async def main():
         answer = await answer_to(endpoint, question)
-        assert answer["accepted"] is False and answer["code"] == "invalid" and answer["version_in_force"] == -1
+        assert answer["accepted"] is False and answer["code"] == "invalid" and answer["active_version"] == -1
         assert says in answer["reason"]
         async with asking(endpoint) as client:
             assert (await client.apply(Thresholds(version=1))).accepted, "and the channel works on"
@@ -290,7 +290,7 @@ def test_twice_delivered_thresholds_are_taken_once(endpoint):
         question = json.dumps({"schema": SCHEMA, "apply": {"version": 5, "policy": "fcfs"}}).encode()
         assert (await answer_to(endpoint, question))["accepted"] is True
         again = await answer_to(endpoint, question)
-        assert (again["accepted"], again["code"], again["version_in_force"]) == (False, "stale", 5)
+        assert (again["accepted"], again["code"], again["active_version"]) == (False, "stale", 5)
 
     with serving(endpoint):
         asyncio.run(main())
@@ -315,7 +315,7 @@ def test_late_answer_to_an_earlier_question_is_dropped(endpoint):
 
         answering = asyncio.create_task(answer_twice())
         async with asking(endpoint) as client:
-            assert (await client.apply(WAIT)).version_in_force == 3
+            assert (await client.apply(WAIT)).active_version == 3
             assert (await client.report()).thresholds == WAIT
         await answering
         socket.close(linger=0)
