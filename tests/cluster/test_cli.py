@@ -197,6 +197,24 @@ def test_set_changes_one_replica_only(server: Server, headrace: Any) -> None:
     assert server.active("left") == CONFIGURED
 
 
+def test_set_keeps_what_another_operator_changed_meanwhile(
+    server: Server, headrace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = server.entry
+
+    def read_before_another_change(name: str) -> dict[str, Any]:
+        entry, active = read(name), server.active(name)
+        changed = replace(active, version=active.version + 1, token_budget=500)
+        server.engines[name].active.offer(Apply(thresholds=changed, automatic=False))
+        return entry
+
+    monkeypatch.setattr(server, "entry", read_before_another_change)
+    assert headrace("thresholds", "set", "max_running=7")[0] == 0
+    for name in ("left", "right"):
+        assert (server.active(name).token_budget, server.active(name).max_running) == (500, 7)
+    assert len(server.puts) == 1, "all replicas are changed or none"
+
+
 def test_set_leaves_the_version_to_the_server(server: Server, headrace: Any) -> None:
     headrace("thresholds", "set", "max_running=7", "--replica", "left")
     headrace("thresholds", "set", "max_running=8", "--replica", "left")
