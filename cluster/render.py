@@ -19,12 +19,13 @@ def plain(text: str) -> str:
 
 def status_tables(state: dict[str, Any]) -> Iterator[Any]:
     """`headrace status`."""
-    table = Table(title=f"{state['application']}: replicas", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    # One space between columns: with ids of 8 and the longest policy name it fits 80.
+    table = Table(title=f"{state['application']}: replicas", box=box.SIMPLE, pad_edge=False, padding=0)
     for column in ("replica", "ver", "policy", "tuning", "running", "waiting", "held", "KV", "preempted", "rejected"):
         table.add_column(column, no_wrap=True)
     for name, replica in state["replicas"].items():
         if not replica["reachable"]:
-            table.add_row(name, Text(f"not reachable: {replica['reason']}", style="red"))
+            table.add_row(name, "–", Text("unreachable", style="red"))
             continue
         thresholds = replica["thresholds"]
         table.add_row(
@@ -38,7 +39,8 @@ def status_tables(state: dict[str, Any]) -> Iterator[Any]:
     if any(forecasts.values()):
         yield _forecast_table({name: forecast for name, forecast in forecasts.items() if forecast})
     for name, replica in state["replicas"].items():
-        yield Text(f"{name}: {replica.get('decision', 'not reachable')}")
+        said = replica["decision"] if replica["reachable"] else f"not reachable: {replica['reason']}"
+        yield Text(f"{name}: {said}")
         if replica["reachable"] and replica["counters"]["completed"]:
             yield Text(f"{name}: {_kept(replica['counters'])}")
     controller = state["controller"]
@@ -72,8 +74,8 @@ def _fluid_table(replicas: dict[str, Any]) -> Table:
 
 
 def _forecast_table(forecasts: dict[str, Any]) -> Table:
-    table = Table(title="within the targets", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for column in ("replica", "arrive /s", "good /s", "possible /s", "bottleneck", "queue limit", "estimated from"):
+    table = Table(title="requests/s within the targets", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for column in ("replica", "arrive", "good", "possible", "bottleneck", "queue limit", "known from"):
         table.add_column(column, no_wrap=True)
     for name, forecast in forecasts.items():
         known = "prior" if forecast["cold"] else f"{forecast['survival_samples']:.0f} outputs"

@@ -169,6 +169,16 @@ def test_a_broken_configuration_is_asked_wrongly(headrace: Any, tmp_path: Path) 
         assert "did you mean applications?" in err
 
 
+def test_status_fits_80_columns(
+    server: Server, headrace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_cli, "out", Console(width=80))
+    _, out, _ = headrace("status")
+    assert "…" not in out
+    for heading in ("preempted", "rejected", "time model R²", "bottleneck", "queue limit", "known from", "198 outputs"):
+        assert heading in out
+
+
 def test_set_merges_into_the_active_thresholds_and_pins_them(server: Server, headrace: Any) -> None:
     code, out, _ = headrace(
         "thresholds", "set", "max_running=32", "segments=[{end_output_tokens: 128, total: 8}]", "--json"
