@@ -13,6 +13,7 @@ from rich.console import Console
 from cluster import render
 from cluster.client import DEFAULT_URL, AdminClient, AdminRejected
 from scheduler.config_errors import UsageError, parse_settings
+from scheduler.model.probability import ACCEPTED_MISSES
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
@@ -146,11 +147,11 @@ def thresholds_set(
     for name in targets:
         if "error" in active[name]:
             raise AdminRejected(f"replica {name} does not answer; nothing was changed: {active[name]['error']}")
-    results: dict[str, Any] = {}
     if "policy" not in changes:  # the server keeps the other fields of each replica, and changes all replicas or none
-        results = client.put_thresholds({"replica": replica, "thresholds": changes, "pin": pin})["replicas"]
-        _show({"replicas": results}, as_json, render.acks_table)
+        answer = client.put_thresholds({"replica": replica, "thresholds": changes, "pin": pin})
+        _show(answer, as_json, render.acks_table)
         return
+    results: dict[str, Any] = {}
     for name in targets:  # with a policy the server takes the fields as all there are
         kept = {k: v for k, v in active[name].items() if k not in ("version", "pinned", "reason", "valid_for_s")}
         answer = client.put_thresholds({"replica": name, "thresholds": kept | changes, "pin": pin})
@@ -192,7 +193,9 @@ def plan(
     floor: Annotated[float | None, typer.Option(help="Least seconds of compute in an iteration.")] = None,
     kv_tokens: Annotated[int | None, typer.Option(help="KV cache capacity in tokens.")] = None,
     segments: Annotated[int, typer.Option(help="Most segments of Nested WAIT.", min=1, max=16)] = 4,
-    overflow_probability: Annotated[float, typer.Option(help="Accepted probability of a KV cache overflow.")] = 0.01,
+    overflow_probability: Annotated[
+        float, typer.Option(help="Accepted probability of a KV cache overflow.")
+    ] = ACCEPTED_MISSES,
     as_json: Json = False,
 ) -> None:
     """Solve the fluid model for a workload: load, iteration time, memory, throughput, thresholds."""

@@ -22,7 +22,7 @@ for part in (cluster_app, simulator_app, loadgen_app):
     app.add_typer(part)
 
 EXTRA_WITH = {"pyarrow": "sim", "matplotlib": "report", "vllm": "gpu", "ray": "gpu"}
-"""The extra of this package that installs a module; `cpu` in place of `gpu` on a machine without one."""
+"""The extra of this package that installs a module."""
 
 
 def main() -> None:
@@ -39,6 +39,8 @@ def main() -> None:
         if missing not in EXTRA_WITH:
             raise
         install = f"pip install 'headrace[{EXTRA_WITH[missing]}]'"
+        if EXTRA_WITH[missing] == "gpu":
+            install += " ([cpu] on a machine without a GPU)"
         fail(CommandFailed(f"this command needs {missing}, which is not installed: {install}"), 1)
 
 

@@ -76,7 +76,6 @@ class TokenStream:
         self.token_s.extend([self._latest_s] * missing)
 
 
-
 def _reported(error: Any) -> StreamError:
     if not isinstance(error, dict):
         return StreamError(str(error))

@@ -88,7 +88,7 @@ class HeadraceServer(LLMServer):
         try:
             return await self._channels[rank].ask(question, timeout_s=_ANSWER_S)
         except ChannelClosed as error:
-            return answer_of(Ack(accepted=False, active_version=-1, reason=str(error), code="unavailable"))
+            return answer_of(Ack.without_version(str(error)))
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """What Serve's request routers see of this replica: its slots and how many are taken (`RoutingStats`)."""

@@ -182,7 +182,7 @@ async def _apply(engine: EngineAddress, thresholds: Thresholds) -> Ack:
     try:
         return await offer_thresholds(engine, thresholds, automatic=False)
     except (ReplicaUnavailable, UnreadableMessage) as error:
-        return Ack(accepted=False, active_version=-1, reason=str(error), code="unavailable")
+        return Ack.without_version(str(error))
 
 
 ADMIN_ENDPOINTS = {

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Strict
 
 from scheduler.model.iteration_time import IterationTimeModel, Seconds, Tokens, require_number
 from scheduler.model.littles_law import requests_running
+from scheduler.model.probability import ACCEPTED_MISSES
 from scheduler.survival import Survival
 
 Real = Annotated[float, Strict()]
@@ -64,7 +65,7 @@ class FluidParams:
     ttft_s: Real | None = None
     latency_s: Real | None = None
     first_token_within_s: Real | None = None
-    miss_probability: Real = 0.01
+    miss_probability: Real = ACCEPTED_MISSES
     queue_limit: Count | None = None
     prompt_flow_tokens: Real = 0.0
     capacity_rps: Real = 0.0

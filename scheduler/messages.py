@@ -249,6 +249,11 @@ class Ack:
     reason: str = ""
     code: str = ""
 
+    @classmethod
+    def without_version(cls, reason: str, code: str = "unavailable") -> Ack:
+        """Not accepted, and the active version is not known: the engine does not answer, or not this question."""
+        return cls(accepted=False, active_version=-1, reason=reason, code=code)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Apply:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from scheduler.model.probability import ACCEPTED_MISSES
 from scheduler.thresholds import Thresholds, parse_thresholds
 from scheduler.tuning.slo import NO_SLO, Slo
 
@@ -35,7 +36,7 @@ class SchedulerSettings(BaseModel):
     thresholds: Thresholds = Field(default_factory=Thresholds)
     profile: str | None = None
     targets: Slo = NO_SLO
-    overflow_probability: float = Field(default=0.01, gt=0, lt=1)
+    overflow_probability: float = Field(default=ACCEPTED_MISSES, gt=0, lt=1)
     channel: str | None = None
     allow_strict: bool = False
     audit_share: float = Field(default=0.005, ge=0, le=1)

@@ -21,8 +21,7 @@ from pydantic_core import from_json, to_json
 from scheduler.messages import SCHEMA, Ack, Apply, AskStats, ByColumn, Delivered, Report, Stats, Telemetry
 from scheduler.thresholds import Thresholds, parse_thresholds, thresholds_as_dict
 
-_QUESTIONS = {"apply": {"apply", "automatic"}, "report": {"report"}, "stats": {"stats"}}
-"""By question: the keys allowed beside the schema version."""
+_QUESTIONS = ("apply", "report", "stats")
 _LONGEST_SHOWN = 200
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Ack, Telemetry, Stats)}
 _DELIVERED: TypeAdapter[tuple[Delivered, ...]] = TypeAdapter(Annotated[tuple[Delivered, ...], ByColumn(Delivered)])
@@ -79,7 +78,7 @@ def read_question(text: bytes) -> Apply | Report | AskStats:
     if kind == "apply":
         if schema != SCHEMA:
             raise OtherSchema("the sender of these thresholds", schema)
-        if surplus := sorted(asked.keys() - _QUESTIONS[kind]):
+        if surplus := sorted(asked.keys() - {"apply", "automatic"}):
             raise UnreadableMessage(f"unknown key {', '.join(surplus)} beside the thresholds; allowed: automatic")
         automatic = asked.get("automatic", True)
         if not isinstance(automatic, bool):

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from scheduler.config_errors import UsageError, describe, did_you_mean, parse_settings
+from scheduler.model.probability import ACCEPTED_MISSES
 from scheduler.model.profiles import load_profile
 from scheduler.tuning.slo import NO_SLO, Slo
 from simulator.scenario.baselines import BASELINES
@@ -65,7 +66,7 @@ class SimulationConfig(_Strict):
     replicas: int = Field(default=1, ge=1, le=1024)
     declare_lengths: bool | None = None
     give_up_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    overflow_probability: float = Field(default=0.01, gt=0, lt=1)
+    overflow_probability: float = Field(default=ACCEPTED_MISSES, gt=0, lt=1)
     period_s: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     solve_once: bool = False
     law_error: float = Field(default=0.0, ge=0)

@@ -149,7 +149,7 @@ class ChannelServer:
         except Exception as error:  # one bad question must never silence the channel
             logger.exception("control channel: a question failed")
             rejection = f"internal error: {error!r}"
-        return answer_of(Ack(accepted=False, active_version=-1, reason=rejection, code=code))
+        return answer_of(Ack.without_version(rejection, code))
 
 
 class ChannelClient:

@@ -17,6 +17,7 @@ from scipy.stats import norm
 
 from scheduler.model.fluid import batch_memory_tokens, batch_time_s, solve_fluid
 from scheduler.model.iteration_time import IterationTimeModel, require_number
+from scheduler.model.probability import ACCEPTED_MISSES
 from scheduler.model.rotation import stage_lengths
 from scheduler.model.steps import ONE_TOKEN_A_STEP, Steps
 from scheduler.model.varying_rates import Stretch, WorstWindows
@@ -111,7 +112,7 @@ def nested_wait_thresholds(
     boundaries: Sequence[int] | None = None,
     segments: int = 4,
     margin: float = 0.05,
-    overflow_probability: float = 0.01,
+    overflow_probability: float = ACCEPTED_MISSES,
     horizon_s: float = 3600.0,
     whole: bool = True,
     steady: bool = False,
@@ -176,7 +177,7 @@ def nested_wait_thresholds(
     return best or Infeasible("; ".join(reasons[-_MOST_REASONS:]))
 
 
-def running_cap(mix: WorkloadMix, kv_capacity_tokens: int, *, overflow_probability: float = 0.01) -> int:
+def running_cap(mix: WorkloadMix, kv_capacity_tokens: int, *, overflow_probability: float = ACCEPTED_MISSES) -> int:
     """The cap on running requests: the largest N >= 1 with N m + z √N s <= C.
 
     m and s are mean and standard deviation of a running request's KV tokens, z the normal quantile of

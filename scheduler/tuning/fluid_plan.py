@@ -18,6 +18,7 @@ from scheduler.fluid_params import ITERATIONS_UNDER_WAY, FluidParams
 from scheduler.model.fluid import NO_REUSE, FluidEquilibrium, PrefixReuse, Regimes, solve_fluid
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.littles_law import requests_running
+from scheduler.model.probability import ACCEPTED_MISSES
 from scheduler.model.queue_limit import FullReplica, queue_limit
 from scheduler.model.steps import ONE_TOKEN_A_STEP, Steps
 from scheduler.model.workload import WorkloadMix
@@ -64,7 +65,7 @@ class FluidPlan:
 
 def solve_fluid_params(
     mix: WorkloadMix, time_model: IterationTimeModel, limits: EngineLimits, targets: Slo, *,
-    error: IterationTimeError = EXACT, miss_probability: float = 0.01, dispersion: float = 1.0,
+    error: IterationTimeError = EXACT, miss_probability: float = ACCEPTED_MISSES, dispersion: float = 1.0,
     reuse: PrefixReuse = NO_REUSE, steps: Steps = ONE_TOKEN_A_STEP, realised_margin: float = 0.0,
     delivery_s: float = 0.0,
 ) -> FluidPlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from scheduler.model.probability import ACCEPTED_MISSES
 from scheduler.tuning.slo import NO_SLO, Slo
 
 
@@ -18,6 +19,6 @@ class TuningSettings:
 
     window_s: float = 60.0
     min_finished: int = 20
-    overflow_probability: float = 0.01
+    overflow_probability: float = ACCEPTED_MISSES
     validity_s: float = 120.0
     targets: Slo = NO_SLO
