@@ -32,6 +32,7 @@ from scheduler.support import EngineSetup, ranks_in
 from scheduler.thresholds import thresholds_as_dict
 
 _ROUTING_STATS_PERIOD_S = 1.0
+_HEALTH_CHECK_PERIOD_S = 1.0  # Serve learns from its checks that a replica's process has ended
 _HEALTH_CHECK_TIMEOUT_S = 60.0  # a busy replica must not count as dead
 
 
@@ -88,6 +89,7 @@ def llm_config(args: AppConfig) -> LLMConfig:
         deployment_config={
             "num_replicas": args.replicas,
             "max_ongoing_requests": args.max_ongoing_requests,
+            "health_check_period_s": _HEALTH_CHECK_PERIOD_S,
             "health_check_timeout_s": _HEALTH_CHECK_TIMEOUT_S,
             "ray_actor_options": {"num_cpus": accelerator.cpus},
             "request_router_config": {

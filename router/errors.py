@@ -20,6 +20,21 @@ def bad_request(message: str) -> OpenAIHTTPException:
     return OpenAIHTTPException(status_code=400, message=message, type="invalid_request_error")
 
 
+class Unavailable(OpenAIHTTPException):
+    """HTTP 503: no replica can take the request now. retry_after_s: seconds, a whole number."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(status_code=int(HTTPStatus.SERVICE_UNAVAILABLE), message=message, type="server_error")
+        self.retry_after_s = retry_after_s
+
+
+def failed_request(message: str) -> OpenAIHTTPException:
+    """HTTP 500 with an OpenAI-style body, to be raised from an ingress method."""
+    return OpenAIHTTPException(
+        status_code=int(HTTPStatus.INTERNAL_SERVER_ERROR), message=message, type="server_error"
+    )
+
+
 def error_body(status_code: int, message: str) -> dict[str, dict[str, object]]:
     """The body of an error as OpenAI clients read it."""
     kind = "invalid_request_error" if status_code < 500 else "server_error"
@@ -49,4 +64,5 @@ async def _openai_error(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse(body, error.status_code, headers={"Retry-After": str(rejection.retry_after_s)})
     body = error_body(error.status_code, error.message)
     body["error"]["type"] = error.type
-    return JSONResponse(body, error.status_code)
+    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, Unavailable) else None
+    return JSONResponse(body, error.status_code, headers=headers)

@@ -12,13 +12,16 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
 from typing import Any, Protocol
 
 import ray
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from ray import serve
 from ray.actor import ActorHandle
+from ray.serve.context import _get_serve_request_context
 from ray.serve.llm.ingress import OpenAiIngress
 
 from replicas.actor_calls import ReplicaUnavailable, replica_ids
@@ -26,6 +29,7 @@ from replicas.questions import Unanswered, ask_all, ask_stats, ask_telemetry, of
 from replicas.ranks import EngineAddress, engine_addresses
 from replicas.ray_patches import listen_where_the_node_does
 from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
+from router.attempts import Attempts, ending_at_an_error
 from router.declared_length import move_declared_length
 from router.errors import error_body
 from router.tenants import sign
@@ -54,6 +58,7 @@ class HeadraceIngress(OpenAiIngress):
         listen_where_the_node_does()
         super().__init__(*args, **kwargs)
         self._ranks = ranks
+        self._attempts = Attempts()
         self._app_name = serve.get_replica_context().app_name
         self._keeper = keeper
         self._controller: ActorHandle | None = None
@@ -87,8 +92,16 @@ class HeadraceIngress(OpenAiIngress):
     ) -> AsyncGenerator[Any, None]:
         move_declared_length(body)
         sign(body, getattr(raw_request.state, "tenant", None) if raw_request is not None else None)
-        async for response in super()._get_response(body=body, call_method=call_method, raw_request=raw_request):
-            yield response
+        send = partial(super()._get_response, body=body, call_method=call_method, raw_request=raw_request)
+        async with aclosing(self._attempts.answer(send, _get_serve_request_context()._internal_request_id)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _process_llm_request(self, *args: Any, **kwargs: Any) -> Response:
+        response: Response = await super()._process_llm_request(*args, **kwargs)
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = ending_at_an_error(response.body_iterator)
+        return response
 
     async def admin_state(self) -> Response:
         """The state of every replica and of the controller; unreachable replicas are listed with the reason."""
