@@ -23,8 +23,8 @@ from ray.serve.request_router import (
 )
 
 from replicas.routing_stats import RoutingStats
+from router import rotation  # as a module: Serve pickles what this one holds by value, and a copy would know nothing
 from router.ranking import best_first
-from router.rotation import ROTATION
 
 
 class FluidSlackRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
@@ -40,17 +40,17 @@ class FluidSlackRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
             ids = self.apply_locality_routing(pending_request=pending_request)
         candidates = [self.curr_replicas[replica_id] for replica_id in ids if replica_id in self.curr_replicas]
         request_id = pending_request.metadata.internal_request_id if pending_request is not None else ""
-        offered = ROTATION.offered(candidates, lambda replica: str(replica.replica_id.unique_id), request_id)
+        offered = rotation.ROTATION.offered(candidates, lambda replica: str(replica.replica_id.unique_id), request_id)
         return [[replica] for replica in best_first(offered, self._stats, self._ongoing)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Called by Serve when a replica has accepted a request."""
-        ROTATION.routed(pending_request.metadata.internal_request_id, replica_id.unique_id, result.cancel)
+        rotation.ROTATION.routed(pending_request.metadata.internal_request_id, replica_id.unique_id, result.cancel)
 
     def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
         """First in, first out, which may give the replica chosen for one request to another; while a request is tried
         elsewhere, each gets the replica that was chosen for it."""
-        order = RequestRouter if ROTATION.tries_again else FIFOMixin
+        order = RequestRouter if rotation.ROTATION.tries_again else FIFOMixin
         order._fulfill_next_pending_request(self, replica, request_metadata)
 
     def _stats(self, replica: RunningReplica) -> RoutingStats | None:
