@@ -24,20 +24,23 @@ from ray.actor import ActorHandle
 from ray.serve.context import _get_serve_request_context
 from ray.serve.llm.ingress import OpenAiIngress
 
-from replicas.actor_calls import ReplicaUnavailable, replica_ids
-from replicas.questions import Unanswered, ask_all, ask_stats, ask_telemetry, offer_thresholds
+from replicas.actor_calls import ReplicaUnavailable, deployed_name, model_of, replica_ids
+from replicas.questions import ANSWER_S, Unanswered, ask_all, ask_stats, ask_telemetry, offer_thresholds
 from replicas.ranks import EngineAddress, engine_addresses
 from replicas.ray_patches import listen_where_the_node_does
-from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
+from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
 from router.attempts import Attempts, ending_at_an_error
 from router.declared_length import move_declared_length
 from router.errors import error_body
+from router.replica_watch import ReplicaWatch, readiness
 from router.tenants import sign
 from scheduler.messages import Ack, Telemetry
 from scheduler.thresholds import Thresholds, thresholds_as_dict
 from scheduler.wire import UnreadableMessage
 
 _CONTROLLER_ANSWER_S = 3.0
+_STATE_ANSWER_S = 1.0
+"""What the state waits for a silent replica."""
 _NO_CONTROLLER = "the controller does not answer; replicas keep their thresholds"
 logger = logging.getLogger(__name__)
 
@@ -62,7 +65,11 @@ class HeadraceIngress(OpenAiIngress):
         self._app_name = serve.get_replica_context().app_name
         self._keeper = keeper
         self._controller: ActorHandle | None = None
-        self._watch = asyncio.get_running_loop().create_task(self._watch_controller()) if keeper else None
+        self.replica_watch = ReplicaWatch(self._list_engines, model_of, ask_stats)
+        loop = asyncio.get_running_loop()
+        self._watching = [loop.create_task(self.replica_watch.run())]
+        if keeper:
+            self._watching.append(loop.create_task(self._watch_controller()))
 
     async def _watch_controller(self) -> None:
         assert self._keeper is not None
@@ -106,7 +113,7 @@ class HeadraceIngress(OpenAiIngress):
     async def admin_state(self) -> Response:
         """The state of every replica and of the controller; unreachable replicas are listed with the reason."""
         telemetry, controller = await asyncio.gather(self._telemetry(), self._ask_controller("state"))
-        known = controller.get("replicas", {})
+        known, latest = controller.get("replicas", {}), self.replica_watch.latest()
         replicas = {}
         for name, report in telemetry.items():
             if isinstance(report, Telemetry):
@@ -114,7 +121,8 @@ class HeadraceIngress(OpenAiIngress):
                 empty = unknown | {"decision": controller.get("reason", "not seen yet")}
                 replicas[name] = {"reachable": True} | telemetry_as_dict(report) | known.get(name, empty)
             else:
-                replicas[name] = {"reachable": False, "reason": str(report)}
+                age_s = latest[name].age_s if name in latest else None
+                replicas[name] = {"reachable": False, "reason": str(report), "last_answer_age_s": age_s}
         state = {
             "application": self._app_name,
             "at_unix_s": time.time(),
@@ -163,15 +171,18 @@ class HeadraceIngress(OpenAiIngress):
         return JSONResponse({"status": "ok"})
 
     async def readyz(self) -> Response:
-        """At least one replica's engine answers."""
-        body = readiness(await ask_all(await self._engines(), ask_stats))
+        """At least one replica's engine has answered in the last few seconds; models without one are named."""
+        body = readiness(self.replica_watch.latest().values(), [deployed_name(model) for model in self._model_cards])
         return JSONResponse(body, status_code=200 if body["ready"] else 503)
 
     async def _telemetry(self) -> dict[str, Telemetry | Unanswered]:
-        return await ask_all(await self._engines(), _without_records)
+        return await ask_all(await self._engines(), partial(_without_records, timeout_s=_STATE_ANSWER_S))
 
     async def _engines(self) -> dict[str, EngineAddress]:
-        return engine_addresses(await asyncio.to_thread(replica_ids, self._app_name), self._ranks)
+        return await asyncio.to_thread(self._list_engines)
+
+    def _list_engines(self) -> dict[str, EngineAddress]:
+        return engine_addresses(replica_ids(self._app_name), self._ranks)
 
     async def _ask_controller(self, method: str) -> dict[str, Any]:
         if self._controller is None:
@@ -187,8 +198,8 @@ class HeadraceIngress(OpenAiIngress):
             return {"alive": False, "reason": f"{_NO_CONTROLLER} ({type(error).__name__})"}
 
 
-async def _without_records(engine: EngineAddress) -> Telemetry:
-    return await ask_telemetry(engine, cursor=None)
+async def _without_records(engine: EngineAddress, *, timeout_s: float = ANSWER_S) -> Telemetry:
+    return await ask_telemetry(engine, cursor=None, timeout_s=timeout_s)
 
 
 async def _apply(engine: EngineAddress, thresholds: Thresholds) -> Ack:
@@ -205,8 +216,8 @@ ADMIN_ENDPOINTS = {
     "put_thresholds": lambda app: app.put("/admin/thresholds"),
 }
 HEALTH_ENDPOINTS = {
-    "healthz": lambda app: app.get("/healthz"),
-    "readyz": lambda app: app.get("/readyz"),
+    "healthz": lambda app: app.api_route("/healthz", methods=["GET", "HEAD"]),
+    "readyz": lambda app: app.api_route("/readyz", methods=["GET", "HEAD"]),
 }
 
 
