@@ -29,10 +29,14 @@ class Trail:
 
 
 class Rotation:
-    """Which replicas a request may go to. Replicas are named by Serve's unique ids; safe from several threads."""
+    """Which replicas a request may go to. Replicas are named by Serve's unique ids; safe from several threads.
+
+    out_for_s: seconds until a replica that Serve still lists gets requests again.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, out_for_s: float = OUT_FOR_S) -> None:
-        self._clock, self._out_for_s = clock, out_for_s
+        self.out_for_s = out_for_s
+        self._clock = clock
         self._out: dict[str, float] = {}
         self._doubted: dict[str, float] = {}
         self._trails: dict[str, Trail] = {}
@@ -42,12 +46,12 @@ class Rotation:
     def take_out(self, replica: str) -> None:
         """Nothing new goes to it: it failed, or it leaves."""
         with self._lock:
-            self._out[replica] = self._clock() + self._out_for_s
+            self._out[replica] = self._clock() + self.out_for_s
 
     def doubt(self, replica: str) -> None:
         """It gets something new only when every other is out."""
         with self._lock:
-            self._doubted[replica] = self._clock() + self._out_for_s
+            self._doubted[replica] = self._clock() + self.out_for_s
 
     def out(self) -> set[str]:
         """The replicas that nothing new goes to now."""

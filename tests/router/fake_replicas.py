@@ -21,12 +21,14 @@ from router.auth import Keyring, guard
 from router.errors import speak_openai
 from router.ingress import ADMIN_ENDPOINTS, HEALTH_ENDPOINTS, HeadraceIngress
 from router.request_router import FluidSlackRouter
+from router.rotation import ROTATION
 from scheduler.messages import Ack, Stats
 from scheduler.wire import answer_of
 
 MODEL = "fake"
 CHUNKS = 20
-EVERY_S = 0.1
+EVERY_S = 0.06
+OUT_FOR_S = 2.0
 
 
 def event(**fields: Any) -> str:
@@ -46,6 +48,14 @@ def text_of(number: int, request: Any, finish_reason: str | None = None) -> str:
 
 def error(kind: str, code: int) -> ErrorResponse:
     return ErrorResponse(error=ErrorInfo(message=f"{kind} at /root/secret/path.py", type=kind, code=code))
+
+
+class Ingress(HeadraceIngress):
+    """Ours, with a short memory of failures, so that tests follow each other."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        ROTATION.out_for_s = OUT_FOR_S
 
 
 class FakeServer:
@@ -74,8 +84,6 @@ class FakeServer:
             raise RuntimeError("at /root/secret/path.py")
         if way in ("dies", "dies at once"):
             os._exit(1)
-        if way == "hangs":
-            await asyncio.sleep(3600)
         refusals = {
             "failed": error(REPLICA_FAILED, 503), "leaves": error(RECALLED, 503), "server error": error("oops", 500),
             "rejects": error("rate_limit_error", 429), "client error": error("invalid_request_error", 400),
@@ -138,7 +146,7 @@ def application(replicas: int = 2, models: tuple[str, ...] = (MODEL,)) -> Any:
     from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, init
 
     keys = Keyring()
-    ingress = make_fastapi_ingress(HeadraceIngress, endpoint_map={
+    ingress = make_fastapi_ingress(Ingress, endpoint_map={
         **HEALTH_ENDPOINTS, **guard(ADMIN_ENDPOINTS, keys.require_operator),
         **guard(DEFAULT_ENDPOINTS, keys.require_user),
     }, app=speak_openai(init()))

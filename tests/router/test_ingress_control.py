@@ -15,6 +15,7 @@ from synthetic_engine import SyntheticEngine
 from replicas import questions
 from replicas.actor_calls import ReplicaUnavailable
 from router.admin import ThresholdsUpdate
+from router.replica_watch import ReplicaWatch, Report
 from scheduler.messages import Apply
 from scheduler.thresholds import Thresholds
 from scheduler.wire import answer_of, read_question
@@ -64,13 +65,19 @@ class Application:
         self.ingress = object.__new__(ingress_module.HeadraceIngress)
         self.ingress._app_name, self.ingress._ranks = "headrace", 1
         self.ingress._controller, self.ingress._keeper = self.controller, None
+        self.ingress._model_cards = {"org/m.1": None}
+        self.ingress.replica_watch = ReplicaWatch(
+            self.ingress._list_engines, lambda actor_name: "org--m_1", questions.ask_stats
+        )
 
     def replica_ids(self, app_name: str) -> dict[str, str]:
         assert app_name == "headrace"
         self.listed += 1
         return {name: name for name in self.engines}
 
-    async def call_replica(self, name: str, method: str, *, rank: int, **arguments: Any) -> bytes:
+    async def call_replica(
+        self, name: str, method: str, *, rank: int, timeout_s: float = 5.0, **arguments: Any
+    ) -> bytes:
         self.calls.append((name, method, arguments.get("cursor")))
         if name in self.silent:
             raise ReplicaUnavailable(f"replica {name} did not answer {method}")
@@ -82,6 +89,9 @@ class Application:
         offer = read_question(arguments["offer"])
         assert isinstance(offer, Apply)
         return answer_of(engine.active.offer(offer))
+
+    def watched(self) -> list[Report]:
+        return list(self.ingress.replica_watch.latest().values()) or [Report("", "", None, "not listed yet", None)]
 
     def ask(self, endpoint: str, *arguments: Any) -> tuple[int, dict[str, Any]]:
         response = asyncio.run(getattr(self.ingress, endpoint)(*arguments))
@@ -100,13 +110,26 @@ def application(monkeypatch: pytest.MonkeyPatch) -> Application:
     return Application(monkeypatch)
 
 
-def test_readiness_asks_for_stats_alone(application: Application) -> None:
-    assert application.ask("readyz") == (200, {"status": "ready", "ready": 2, "replicas": 2})
+def test_readiness_is_known_from_the_watch_alone(application: Application) -> None:
+    application.later = {"b"}
+
+    async def main() -> list[Any]:
+        watching = asyncio.create_task(application.ingress.replica_watch.run())
+        answers = [await application.ingress.readyz()]
+        while not all(report.is_ready for report in application.watched()):
+            await asyncio.sleep(0.01)
+        watching.cancel()
+        asked = len(application.calls)
+        answers.append(await application.ingress.readyz())
+        assert len(application.calls) == asked
+        return answers
+
+    before, after = asyncio.run(main())
+    assert (before.status_code, json.loads(before.body)["ready"]) == (503, 0)
+    assert (after.status_code, json.loads(after.body)) == (200, {
+        "status": "ready", "ready": 2, "replicas": 2, "models_without_replica": [],
+    })
     assert application.asked() == [("stats", None)]
-    application.silent, application.later = {"a"}, {"b"}
-    assert application.ask("readyz") == (200, {"status": "ready", "ready": 1, "replicas": 2})
-    application.silent = {"a", "b"}
-    assert application.ask("readyz") == (503, {"status": "not ready", "ready": 0, "replicas": 2})
 
 
 def test_thresholds_are_asked_for_without_records(application: Application) -> None:
