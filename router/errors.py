@@ -14,6 +14,8 @@ from starlette.exceptions import HTTPException
 
 from scheduler.rejection import Rejection
 
+_RETRY_AFTER_S = 1
+
 
 def bad_request(message: str) -> OpenAIHTTPException:
     """HTTP 400 with an OpenAI-style body, to be raised from an ingress method."""
@@ -56,7 +58,7 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _openai_error(request: Request, error: Exception) -> JSONResponse:
-    """Ray's exception for an error response; a rejection gets `Retry-After`."""
+    """Ray's exception for an error response; a rejection, and a wait that was too long, get `Retry-After`."""
     assert isinstance(error, OpenAIHTTPException)
     rejection = Rejection.from_json(error.message) if error.status_code == HTTPStatus.TOO_MANY_REQUESTS else None
     if rejection:
@@ -64,5 +66,7 @@ async def _openai_error(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse(body, error.status_code, headers={"Retry-After": str(rejection.retry_after_s)})
     body = error_body(error.status_code, error.message)
     body["error"]["type"] = error.type
-    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, Unavailable) else None
+    headers = None
+    if error.status_code in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.SERVICE_UNAVAILABLE):
+        headers = {"Retry-After": str(getattr(error, "retry_after_s", _RETRY_AFTER_S))}
     return JSONResponse(body, error.status_code, headers=headers)

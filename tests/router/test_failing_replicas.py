@@ -210,8 +210,8 @@ def test_readiness_does_not_wait_for_a_silent_engine(cluster: Cluster) -> None:
 
 def test_a_killed_ingress_never_ends_a_stream_in_an_orderly_way(cluster: Cluster) -> None:
     ingress = [
-        process for process in psutil.process_iter(["cmdline"])
-        if any("HeadraceIngress" in part or ":Ingress" in part for part in process.info["cmdline"] or ())
+        process for process in psutil.Process().children(recursive=True)
+        if any("HeadraceIngress" in part or ":Ingress" in part for part in process.cmdline())
     ]
     stream = cluster.openai.chat.completions.create(
         model=fake_replicas.MODEL, messages=[{"role": "user", "content": "x"}], stream=True
@@ -225,5 +225,5 @@ def test_a_killed_ingress_never_ends_a_stream_in_an_orderly_way(cluster: Cluster
         os.kill(ingress[0].pid, signal.SIGKILL)
         with pytest.raises(httpx.RemoteProtocolError, match="incomplete chunked read"):
             b"".join(packets)
-    with pytest.raises(httpx.RemoteProtocolError):
+    with pytest.raises(APIError):
         list(chunks)
