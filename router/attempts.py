@@ -116,14 +116,15 @@ class Attempts:
                 trail.cancel()  # the client has gone, or has waited too long: the engine must not work on for it
 
     async def _first(self, chunks: Chunks, trail: Trail, deadline_s: float) -> Any:
+        waiting = asyncio.timeout(max(0.0, deadline_s - self._clock()))
         try:
-            async with asyncio.timeout(max(0.0, deadline_s - self._clock())):
+            async with waiting:
                 chunk = await anext(chunks)
-        except TimeoutError:
-            raise Unavailable(f"{_NO_REPLICA} within {self.max_wait_s:g} s", _RETRY_AFTER_S) from None
         except StopAsyncIteration:
             return _Failed(RuntimeError("the answer has ended before it has begun"), trail.replica)
         except Exception as error:
+            if waiting.expired():
+                raise Unavailable(f"{_NO_REPLICA} within {self.max_wait_s:g} s", _RETRY_AFTER_S) from None
             if isinstance(error, DeploymentUnavailableError):
                 raise Unavailable(_NO_REPLICA, _RETRY_AFTER_S) from error
             is_its_own = trail.replica is None or getattr(error, "status_code", 500) < 500
