@@ -24,7 +24,7 @@ from ray.serve.llm.ingress import OpenAiIngress
 from replicas.actor_calls import ReplicaUnavailable
 from replicas.questions import ask_all, ask_stats, ask_telemetry, offer_thresholds
 from replicas.ranks import EngineAddress, ServedModel
-from replicas.ray_patches import listen_where_the_node_does
+from replicas.ray_patches import listen_where_the_node_does, take_adapters_from_folders
 from replicas.served import engines_of
 from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
 from router.declared_length import move_declared_length
@@ -55,6 +55,7 @@ class HeadraceIngress(OpenAiIngress):
         self, *args: Any, models: Mapping[str, ServedModel], keeper: Keeper | None = None, **kwargs: Any
     ) -> None:
         listen_where_the_node_does()
+        take_adapters_from_folders()
         super().__init__(*args, **kwargs)
         self._models = models
         self._app_name = serve.get_replica_context().app_name
