@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Protocol
 
 import ray
-from fastapi import Request, Response
+from fastapi import HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from ray import serve
 from ray.actor import ActorHandle
@@ -26,6 +26,7 @@ from replicas.questions import ask_all, ask_stats, ask_telemetry, offer_threshol
 from replicas.ranks import EngineAddress, ServedModel
 from replicas.ray_patches import listen_where_the_node_does, take_adapters_from_folders
 from replicas.served import engines_of
+from router.adapters import exists
 from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
 from router.declared_length import move_declared_length
 from router.errors import error_body
@@ -35,6 +36,7 @@ from scheduler.thresholds import Thresholds, thresholds_as_dict
 from scheduler.wire import UnreadableMessage
 
 _CONTROLLER_ANSWER_S = 3.0
+_ECHOED = 200  # characters of a client's input in an answer
 _NO_CONTROLLER = "the controller does not answer; replicas keep their thresholds"
 logger = logging.getLogger(__name__)
 
@@ -85,6 +87,17 @@ class HeadraceIngress(OpenAiIngress):
         except TimeoutError:
             return True
         return True
+
+    async def _get_model_id(self, model: str | None) -> str:
+        model_id: str = await super()._get_model_id(model)
+        if not await exists(model_id, self._lora_paths, self._get_lora_model_metadata_func):
+            raise HTTPException(404, f"Could not find model with id {model_id[:_ECHOED]!r}.")
+        return model_id
+
+    async def model(self, model_id: str) -> Any:
+        """Ray's card of a model or adapter; None when there is none."""
+        there = await exists(model_id, self._lora_paths, self._get_lora_model_metadata_func)
+        return await super().model(model_id) if there else None
 
     async def _get_response(
         self, *, body: Any, call_method: str, raw_request: Request | None = None

@@ -148,6 +148,9 @@ def test_the_openai_endpoints_have_the_names_the_ingress_answers_to() -> None:
     ingress = name_in("ray.serve.llm.ingress", "OpenAiIngress")
     assert endpoints.keys() >= {"models", "model_data", "completions", "chat"}
     assert all(callable(getattr(ingress, name)) for name in endpoints)
+    for name in ("_get_model_id", "model"):
+        assert inspect.iscoroutinefunction(getattr(ingress, name))
+    assert {"_lora_paths", "_get_lora_model_metadata_func"} <= set(ingress.__init__.__code__.co_names)
     assert list(parameters(ingress._get_response)) == ["self", "body", "call_method", "raw_request"]
     assert inspect.isasyncgenfunction(ingress._get_response)
     assert callable(ingress.get_deployment_options)
@@ -473,9 +476,12 @@ def test_adapters_are_read_from_a_folder_through_the_function_we_widen(
     name_in("replicas.ray_patches", "take_adapters_from_folders")()
     assert listed(address, "m") == ["m:north"]
     assert asyncio.run(lora.get_lora_model_metadata("m:north", address))["max_request_context_length"] == 512
-    loader = lora.LoraModelLoader(lora_root=str(tmp_path / "cache"))
+    server = inspect.getsource(name_in("ray.serve.llm.deployment", "LLMServer")._init_multiplex_loader)
+    assert "model_downloader_cls(\n                download_timeout_s=" in server, "the folder is the first argument"
+    loader = name_in("replicas.ray_patches", "adapter_loader")(tmp_path / "of-a-replica")(max_tries=1)
     loaded = asyncio.run(loader.load_model_from_config("m:north", config))
     assert (Path(loaded.local_path) / "adapter_config.json").is_file()
+    assert tmp_path / "of-a-replica" in Path(loaded.local_path).parents
     with pytest.raises(ValueError, match="Unsupported URI scheme"):
         file_system.get_fs_and_path("ftp://host/adapters")
 
