@@ -49,15 +49,9 @@ def replica_ids(app_name: str) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def model_of(actor_name: str) -> str:
-    """The model that a replica serves, as Ray Serve LLM writes it into the name of its deployment."""
-    name: str = ReplicaID.from_full_id_str(actor_name).deployment_id.name
-    return name.removeprefix(f"{SERVER_CLASS}:")
-
-
-def deployed_name(model_id: str) -> str:
-    """A model's id as Ray Serve LLM writes it into the name of its deployment."""
-    return model_id.replace("/", "--").replace(".", "_")
+def deployment_of(actor_name: str) -> str:
+    """The deployment to which a replica belongs, by its actor's name: HeadraceServer:MODEL."""
+    return str(ReplicaID.from_full_id_str(actor_name).deployment_id.name)
 
 
 async def call_replica(actor_name: str, method: str, *, timeout_s: float = 5.0, **kwargs: Any) -> Any:

@@ -21,9 +21,16 @@ from ray.serve.llm.deployment import LLMServer
 from replicas.delivery import Deliveries
 from replicas.engine_client import end_process
 from replicas.engine_health import EngineHealth
-from replicas.ray_patches import listen_where_the_node_does
+from replicas.ray_patches import adapter_loader, listen_where_the_node_does, take_adapters_from_folders
 from replicas.routing_stats import RoutingStats
-from scheduler.engine.channel import ChannelClient, ChannelClosed, new_endpoint, rank_endpoint, remove_endpoint
+from scheduler.engine.channel import (
+    ChannelClient,
+    ChannelClosed,
+    folder_of,
+    new_endpoint,
+    rank_endpoint,
+    remove_endpoint,
+)
 from scheduler.messages import Ack, Stats
 from scheduler.settings import SETTINGS_KEY
 from scheduler.support import ranks_in
@@ -49,6 +56,7 @@ class HeadraceServer(LLMServer):
 
     async def __init__(self, llm_config: LLMConfig, **kwargs: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         listen_where_the_node_does()
+        take_adapters_from_folders()
         self._endpoint = new_endpoint()
         _open_channel_at(self._endpoint, llm_config)
         ranks = ranks_in(llm_config.engine_kwargs)
@@ -59,7 +67,8 @@ class HeadraceServer(LLMServer):
         self.health = EngineHealth(self._current_stats, ranks, partial(end_process, self._endpoint))
         from replicas.engine import HeadraceEngine  # imports vLLM, which a process that only deploys does not need
 
-        await super().__init__(llm_config, **({"engine_cls": HeadraceEngine} | kwargs))
+        ours = {"engine_cls": HeadraceEngine, "model_downloader": adapter_loader(folder_of(self._endpoint))}
+        await super().__init__(llm_config, **(ours | kwargs))
         if isinstance(self.engine, HeadraceEngine):
             self.engine.be_watched(self.health)
 

@@ -44,7 +44,7 @@ class Asked:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcess]:
     prepare_bundled_model(MODEL)
     process = ClusterProcess(
-        tmp_path_factory.mktemp("faults"), engine={"distributed_executor_backend": "mp"}, replicas=2,
+        tmp_path_factory.mktemp("faults"), llm={"engine_kwargs": {"distributed_executor_backend": "mp"}},
     )
     try:
         process.wait_until_ready()

@@ -16,6 +16,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, Er
 from ray.serve.llm.ingress import make_fastapi_ingress
 
 from replicas.engine_health import RECALLED, REPLICA_FAILED
+from replicas.ranks import ServedModel
 from replicas.routing_stats import RoutingStats
 from router.auth import Keyring, guard
 from router.errors import speak_openai
@@ -158,6 +159,7 @@ def application(replicas: int = 2, models: tuple[str, ...] = (MODEL,)) -> Any:
     options = {"max_ongoing_requests": 256, "ray_actor_options": {"num_cpus": 0}, "graceful_shutdown_timeout_s": 1.0}
     return serve.deployment(ingress, **options).bind(
         llm_deployments=servers, lora_paths={},
+        models={f"HeadraceServer:{model}": ServedModel(model) for model in models},
         model_cards={model: ModelCard(id=model, object="model", owned_by="us", permission=[], metadata={})
                      for model in models},
     )

@@ -23,10 +23,11 @@ class World:
         self.now_s = 0.0
         self.answers = answers
         self.asked: list[str] = []
-        self.listed: dict[str, EngineAddress] | Exception = {name: EngineAddress(name) for name in answers}
+        self.listed: dict[str, EngineAddress] | Exception = {
+            name: EngineAddress(name, model_id=f"model-{name}") for name in answers
+        }
         self.watch = ReplicaWatch(
-            self.engines, lambda actor_name: f"model-{actor_name}", self.ask, clock=lambda: self.now_s,
-            sleep=self.sleep,
+            self.engines, self.ask, clock=lambda: self.now_s, sleep=self.sleep
         )
         self._sleeping: list[asyncio.Event] = []
 
