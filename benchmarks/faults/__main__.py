@@ -26,7 +26,6 @@ from benchmarks.faults.stack import STACKS, Stack, StackFailed
 from benchmarks.faults.stack_config import Settings
 
 RECOVERY_S = 90.0
-LEARN_S = 25.0
 CAPACITY_FILE = "capacity.json"
 _begun = time.monotonic()
 
@@ -37,6 +36,7 @@ def main() -> None:
     parser.add_argument("--load", default="0.7,1.5", help="of capacity, several with commas")
     parser.add_argument("--stack", default=",".join(STACKS), help="headrace, ray, or both")
     parser.add_argument("--capacity", type=float, help="requests/s of two replicas; left out: measured once")
+    parser.add_argument("--learn", type=float, default=25.0, help="seconds of requests after each start, not measured")
     parser.add_argument("--watch", type=int, help="seconds of load after the fault, instead of each fault's own")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no fault is begun")
     parser.add_argument("--runs", type=Path, default=Path("runs/faults"))
@@ -96,7 +96,7 @@ def begin(args: argparse.Namespace, kind: str, fault: Fault) -> Stack:
         kept = args.runs / CAPACITY_FILE
         if args.capacity is None and kept.exists():
             args.capacity = json.loads(kept.read_text())["capacity_rps"]
-        asyncio.run(offer(stack.url, args.capacity or 3.0, LEARN_S, seed=99))
+        asyncio.run(offer(stack.url, args.capacity or 3.0, args.learn, seed=99))
         if args.capacity is None:
             args.capacity = round(capacity_rps(stack), 2)
             kept.write_text(json.dumps({"capacity_rps": args.capacity, "stack": kind}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import signal
 import socket
@@ -59,7 +60,7 @@ class Stack:
         self.temporary = Path(tempfile.mkdtemp(prefix="hrf-", dir="/tmp"))
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._before_shm = _names_in(_SHARED_MEMORY)
+        self._shared_memory: set[str] = set()
         self._nodes: subprocess.Popen[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._family: Family | None = None
@@ -137,6 +138,8 @@ class Stack:
         return os.environ | {
             "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary),
             "RAY_TMPDIR": str(self.temporary), FOLDER_VARIABLE: str(self.temporary),
+            # Compiled kernels are a cache between starts, not something that a start leaves behind.
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"),
         }
 
     def admin_state(self) -> dict[str, Any]:
@@ -156,6 +159,7 @@ class Stack:
         while time.monotonic() - begun < timeout_s:
             trouble = self.trouble()
             if not trouble:
+                self.note_shared_memory()
                 return time.monotonic() - begun
             time.sleep(1.0)
         raise StackFailed(f"{self.kind} is not healthy after {timeout_s:g} s: {trouble}")
@@ -208,11 +212,21 @@ class Stack:
                     return argument.partition("=")[2]
         raise StackFailed("no raylet runs")
 
+    def note_shared_memory(self) -> None:
+        """Remember which segments the stack's processes map, to look for them when it is stopped."""
+        for process in self.family.refresh():
+            with contextlib.suppress(OSError):
+                for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
+                    path = line.partition(f"{_SHARED_MEMORY}/")[2]
+                    if path and not path.endswith("(deleted)"):
+                        self._shared_memory.add(path)
+
     def stop(self) -> Leftovers:
         """Ctrl-C, then the account of what is left; whatever is left is ended and removed."""
         if self._family is None:
             self._remove_files()
             return Leftovers(None)
+        self.note_shared_memory()
         members = self.family.refresh()
         for member in members:  # a stopped process would not take a signal
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -224,11 +238,11 @@ class Stack:
             self._nodes.stdin.close()
             _end(self._nodes)
         left.processes = end_all(list({*members, *self.family.refresh()}))
-        left.shared_memory = sorted(_names_in(_SHARED_MEMORY) - self._before_shm)
+        left.shared_memory = sorted(name for name in self._shared_memory if (_SHARED_MEMORY / name).exists())
         left.sockets = [] if _is_free(self.port) else [f"127.0.0.1:{self.port}"]
         left.files = sorted(
             str(path.relative_to(self.temporary)) for path in self.temporary.rglob("*")
-            if not path.is_dir() and "session_" not in str(path)  # Ray keeps its logs
+            if not path.is_dir() and not path.relative_to(self.temporary).parts[0] == "ray"  # Ray keeps its logs
         )
         self._remove_files()
         return left
@@ -247,12 +261,6 @@ def _end(process: subprocess.Popen[Any] | None) -> int | None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT_S)
     return process.poll()
-
-
-def _names_in(folder: Path) -> set[str]:
-    with contextlib.suppress(OSError):
-        return {path.name for path in folder.iterdir()}
-    return set()
 
 
 def _free_port() -> int:
