@@ -242,7 +242,7 @@ class Stack:
         left.sockets = [] if _is_free(self.port) else [f"127.0.0.1:{self.port}"]
         left.files = sorted(
             str(path.relative_to(self.temporary)) for path in self.temporary.rglob("*")
-            if not path.is_dir() and not path.relative_to(self.temporary).parts[0] == "ray"  # Ray keeps its logs
+            if not path.is_dir() and path.relative_to(self.temporary).parts[0] != "ray"  # Ray keeps its logs
         )
         self._remove_files()
         return left
