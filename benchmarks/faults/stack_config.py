@@ -39,14 +39,16 @@ def configuration(settings: Settings, port: int) -> dict[str, Any]:
     config["http_options"]["port"] = port
     config["proxy_location"] = "HeadOnly"  # two nodes on one machine would want the same port
     args = config["applications"][0]["args"]
-    args["model"]["source"] = str((ROOT / args["model"]["source"]).resolve())
-    args["replicas"] = settings.replicas
-    args["accelerator"]["cpus"] = settings.cpus
-    args["engine"]["max_num_seqs"] = settings.max_num_seqs
-    args["targets"] = {"ttft_s": TARGETS.ttft_s, "tpot_s": TARGETS.tpot_s}
-    args["controller"]["min_finished"] = 10
+    (model,) = args["llm_configs"]
+    source = model["model_loading_config"]["model_source"]
+    model["model_loading_config"]["model_source"] = str((ROOT / source).resolve())
+    model["deployment_config"] = {"num_replicas": settings.replicas, "ray_actor_options": {"num_cpus": settings.cpus}}
+    model["engine_kwargs"]["max_num_seqs"] = settings.max_num_seqs
+    ours = args["headrace"]
+    ours["targets"] = {"ttft_s": TARGETS.ttft_s, "tpot_s": TARGETS.tpot_s}
+    ours["controller"]["min_finished"] = 10
     if settings.faulty_channel:
-        args["scheduler"] = FAULTY_SCHEDULER
+        ours["scheduler"] = FAULTY_SCHEDULER
     return config
 
 

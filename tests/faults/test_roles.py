@@ -31,7 +31,11 @@ def test_a_process_without_a_command_line_is_none_of_ours():
     assert role_of([]) is Role.OTHER
 
 
-PARENT = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'input()'], stdin=0).pid, flush=True); input()"
+PARENT = """
+import subprocess, sys
+print(subprocess.Popen([sys.executable, "-c", "input()"], stdin=0).pid, flush=True)
+input()
+"""
 
 
 def test_a_family_keeps_the_children_of_a_parent_that_is_gone():
