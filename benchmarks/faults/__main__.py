@@ -20,10 +20,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.faults.experiment import capacity_rps, offer, run_fault
 from benchmarks.faults.faults import FAULTS, Fault
 from benchmarks.faults.stack import STACKS, Stack, StackFailed
 from benchmarks.faults.stack_config import Settings
+from scheduler.config_errors import CommandFailed
 
 RECOVERY_S = 90.0
 CAPACITY_FILE = "capacity.json"
@@ -49,42 +52,49 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the stack under way is stopped, too
     args.runs.mkdir(parents=True, exist_ok=True)
     loads = [float(load) for load in args.load.split(",")]
+    failed = 0
     for kind, (two_nodes, faulty) in product(args.stack.split(","), product((False, True), repeat=2)):
         alike = [FAULTS[name] for name in names if (FAULTS[name].two_nodes, FAULTS[name].faulty_channel) ==
                  (two_nodes, faulty) and kind in FAULTS[name].stacks]
         todo = [(load, fault) for load, fault in product(loads, alike)
                 if not result_file(args.runs, kind, load, fault).exists()]
         if todo:
-            run_group(args, kind, todo)
+            failed += run_group(args, kind, todo)
     if args.json:
         args.json.write_text(json.dumps([one | {"requests": None} for one in results(args.runs)], indent=1))
+    sys.exit(bool(failed))
 
 
-def run_group(args: argparse.Namespace, kind: str, todo: list[tuple[float, Fault]]) -> None:
-    """Faults that need the same kind of stack, on as few starts of it as they leave it alive."""
+def run_group(args: argparse.Namespace, kind: str, todo: list[tuple[float, Fault]]) -> int:
+    """Faults that need the same kind of stack, on as few starts of it as they leave it alive; how many did not run."""
     stack: Stack | None = None
+    failed = 0
     try:
         for load, fault in todo:
             if time.monotonic() - _begun > args.budget:
-                return
-            if stack is None:
-                stack = begin(args, kind, fault)
-            say(f"{kind} at {load:g}: {fault.title}")
-            result = run_fault(stack, fault, load * args.capacity, watch_s=args.watch)
-            alive = True
+                say(f"not begun: {fault.name} and what follows")
+                return failed
+            try:
+                stack = stack or begin(args, kind, fault)
+                say(f"{kind} at {load:g}: {fault.title}")
+                result = run_fault(stack, fault, load * args.capacity, watch_s=args.watch)
+            except (StackFailed, CommandFailed, psutil.Error) as error:
+                failed += 1
+                say(f"{fault.name} did not run: {error}")
+                stack = stop(stack)
+                continue
             try:
                 result["healthy_after_s"] = stack.wait_until_healthy(RECOVERY_S)
             except StackFailed as error:
-                alive, result["unhealthy"] = False, str(error)[:600]
+                result["unhealthy"] = str(error)[:600]
             result |= {"stack": kind, "load": load, "fault": fault.name, "capacity_rps": args.capacity}
             result_file(args.runs, kind, load, fault).write_text(json.dumps(result))
             say(f"  {line_of(result)}")
-            if not alive:
-                stop(stack)
-                stack = None
+            if "unhealthy" in result:
+                stack = stop(stack)
     finally:
-        if stack is not None:
-            stop(stack)
+        stop(stack)
+    return failed
 
 
 def begin(args: argparse.Namespace, kind: str, fault: Fault) -> Stack:
@@ -108,9 +118,9 @@ def begin(args: argparse.Namespace, kind: str, fault: Fault) -> Stack:
     return stack
 
 
-def stop(stack: Stack) -> None:
-    left = stack.stop()
-    say(f"stopped; left behind: {left}")
+def stop(stack: Stack | None) -> None:
+    if stack is not None:
+        say(f"stopped; left behind: {stack.stop()}")
 
 
 def result_file(runs: Path, kind: str, load: float, fault: Fault) -> Path:

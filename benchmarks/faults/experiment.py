@@ -11,7 +11,7 @@ from benchmarks.faults.faults import Fault, NotApplicable
 from benchmarks.faults.goodput import goodput_before, goodput_by_second, seconds_to, share_kept
 from benchmarks.faults.outcomes import ERRORS, FAILURES, Outcome, Seen, account, arrived_from, in_flight_at, seen_of
 from benchmarks.faults.processes import Role
-from benchmarks.faults.stack import Stack, StackFailed
+from benchmarks.faults.stack import Stack
 from benchmarks.faults.stack_config import TARGETS
 from loadgen.client import Exchange, Server
 from loadgen.config import bench_config, draw_load
@@ -96,7 +96,7 @@ async def _strike(stack: Stack, fault: Fault, load: asyncio.Task[Any], loops: li
     watching = asyncio.create_task(_watch(stack, before, struck, loop))
     striking = asyncio.create_task(asyncio.to_thread(fault.strike, stack, prepared))
     if fault.lasts_s is not None:
-        struck.hit = await striking
+        await asyncio.wait([striking])
         await asyncio.sleep(struck.at_s + fault.lasts_s - loop.now_s())
         try:
             await asyncio.to_thread(fault.relieve, stack, prepared)
@@ -104,8 +104,10 @@ async def _strike(stack: Stack, fault: Fault, load: asyncio.Task[Any], loops: li
             struck.notes.append(f"not relieved: {error}")
     try:
         struck.hit = await asyncio.wait_for(striking, _STRIKE_TIMEOUT_S)
-    except StackFailed as error:
-        struck.hit, struck.notes = "failed", [*struck.notes, str(error)[:400]]
+    except NotApplicable:
+        raise
+    except Exception as error:  # such as a redeploy that fails: the requests still count
+        struck.hit, struck.notes = "failed", [*struck.notes, f"{type(error).__name__}: {error}"[:400]]
     struck.struck_s = loop.now_s() - struck.at_s
     await asyncio.wait([load])
     watching.cancel()
