@@ -29,6 +29,7 @@ from benchmarks.faults.stack_config import Settings
 from scheduler.config_errors import CommandFailed
 
 RECOVERY_S = 90.0
+LEFT = ("processes", "shared_memory", "sockets", "files")
 CAPACITY_FILE = "capacity.json"
 _begun = time.monotonic()
 
@@ -120,7 +121,10 @@ def begin(args: argparse.Namespace, kind: str, fault: Fault) -> Stack:
 
 def stop(stack: Stack | None) -> None:
     if stack is not None:
-        say(f"stopped; left behind: {stack.stop()}")
+        left = stack.stop()
+        kinds = {kind: found for kind in LEFT if (found := getattr(left, kind))}
+        shown = "; ".join(f"{len(found)} {kind}: {', '.join(found[:3])}" for kind, found in kinds.items())
+        say(f"stopped, exit code {left.exit_code}; left behind: {shown or 'nothing'}")
 
 
 def result_file(runs: Path, kind: str, load: float, fault: Fault) -> Path:
