@@ -74,7 +74,8 @@ def test_every_request_is_counted_before_and_after_the_fault(quick):
     assert result["new"]["errors"] + result["new"]["complete"] == result["new"]["requests"]
     assert result["goodput_before_rps"] == pytest.approx(10, abs=1)
     assert 2.0 <= result["replaced_s"] <= 3.5
-    assert result["messages"] == {"HTTP 500: broken": result["new"]["errors"]}
+    errors = result["in_flight"]["errors"] + result["new"]["errors"]
+    assert result["messages"] == {"HTTP 500: broken": errors} and result["failed_before"] == 0
 
 
 def test_a_strike_that_fails_is_a_note(quick):
