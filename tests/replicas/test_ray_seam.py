@@ -235,6 +235,7 @@ def test_every_endpoint_but_health_asks_for_the_key(monkeypatch: pytest.MonkeyPa
         raise Built
 
     monkeypatch.setattr(application, "make_fastapi_ingress", capture)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(runtime_env={}))  # else it starts a Ray
     with pytest.raises(Built):
         application.build(load_config(next(path for path in CONFIGS if path.stem == "local")).application.args)
 
@@ -449,6 +450,34 @@ def test_on_a_real_cluster_the_port_stays_where_ray_puts_it(monkeypatch: pytest.
 
 
 # replicas/ray_patches.py
+
+
+def test_adapters_are_read_from_a_folder_through_the_function_we_widen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluster.llm_entry import LLMEntry
+
+    file_system = name_in("ray.llm._internal.common.utils.cloud_filesystem.pyarrow_filesystem", "PyArrowFileSystem")
+    monkeypatch.setattr(file_system, "get_fs_and_path", staticmethod(file_system.get_fs_and_path))  # restored after
+    lora = importlib.import_module("ray.llm._internal.serve.utils.lora_serve_utils")
+    listed = name_in("ray.llm._internal.common.utils.lora_utils", "get_lora_model_ids")
+    adapters = tmp_path / "adapters"
+    (adapters / "north").mkdir(parents=True)
+    (adapters / "north" / "adapter_config.json").write_text('{"r": 8, "max_length": 512}')
+    entry = LLMEntry.model_validate({
+        "model_loading_config": {"model_id": "m"}, "lora_config": {"dynamic_lora_loading_path": f"file://{adapters}"},
+    })
+    config = name_in("ray.serve.llm", "LLMConfig").model_validate(entry.own)
+    address = config.lora_config.dynamic_lora_loading_path
+    assert listed(address, "m") == [], "Ray by itself does not read folders"
+    name_in("replicas.ray_patches", "take_adapters_from_folders")()
+    assert listed(address, "m") == ["m:north"]
+    assert asyncio.run(lora.get_lora_model_metadata("m:north", address))["max_request_context_length"] == 512
+    loader = lora.LoraModelLoader(lora_root=str(tmp_path / "cache"))
+    loaded = asyncio.run(loader.load_model_from_config("m:north", config))
+    assert (Path(loaded.local_path) / "adapter_config.json").is_file()
+    with pytest.raises(ValueError, match="Unsupported URI scheme"):
+        file_system.get_fs_and_path("ftp://host/adapters")
 
 
 def test_a_callback_may_skip_the_download_before_a_node_starts() -> None:
