@@ -187,13 +187,15 @@ class Stack:
         return ""
 
     def redeploy(self, settings: Settings) -> None:
-        """Deploy the same application with other settings over the running one.
+        """Deploy the same application with other settings over the running one, as its user would.
 
         Raises:
             StackFailed: it fails or takes longer than REDEPLOY_TIMEOUT_S.
         """
         config = write(settings, self.port, self._work / f"{self.kind}.yaml")
-        command = [sys.executable, "-m", "benchmarks.faults.redeploy", self.kind, str(config), self._gcs_address()]
+        command = self._command(config)  # `headrace up` updates what runs
+        if self.kind == RAY:
+            command = [sys.executable, "-m", "benchmarks.faults.redeploy", str(config), self._gcs_address()]
         try:
             done = subprocess.run(
                 command, cwd=ROOT, env=self._environment(), capture_output=True, text=True, timeout=REDEPLOY_TIMEOUT_S,
