@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.faults.experiment import capacity_rps, offer, run_fault
+from benchmarks.faults.experiment import Span, capacity_rps, offer, run_fault
 from benchmarks.faults.faults import FAULTS, Fault
 from benchmarks.faults.stack import STACKS, Stack, StackFailed
 from benchmarks.faults.stack_config import Settings
@@ -107,7 +107,7 @@ def begin(args: argparse.Namespace, kind: str, fault: Fault) -> Stack:
         kept = args.runs / CAPACITY_FILE
         if args.capacity is None and kept.exists():
             args.capacity = json.loads(kept.read_text())["capacity_rps"]
-        asyncio.run(offer(stack.url, args.capacity or 3.0, args.learn, seed=99))
+        asyncio.run(offer(stack.url, args.capacity or 3.0, Span(args.learn), seed=99))
         if args.capacity is None:
             args.capacity = round(capacity_rps(stack), 2)
             kept.write_text(json.dumps({"capacity_rps": args.capacity, "stack": kind}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from benchmarks.faults.faults import Fault, NotApplicable
@@ -35,24 +36,31 @@ class Struck:
     notes: list[str] = field(default_factory=list)
 
 
-async def offer(url: str, rate_rps: float, seconds: float, seed: int, loop_made: Any = None) -> list[Exchange]:
+@dataclass
+class Span:
+    """How long the load lasts, seconds; may be shortened while it runs. loop: once it has begun."""
+
+    seconds: float
+    loop: OpenLoop | None = None
+
+
+async def offer(url: str, rate_rps: float, span: Span, seed: int) -> list[Exchange]:
     """Send the load, open loop and evenly spaced, and return every request with its outcome."""
     config = bench_config(
-        url=url, duration_s=seconds, timeout_s=DEADLINE_S, slo={},
+        url=url, duration_s=span.seconds, timeout_s=DEADLINE_S, slo={},
         workload={"lengths": LENGTHS, "rate_rps": rate_rps, "arrivals": "uniform", "seed": seed},
     )
     async with Server(url) as server:
         model = await server.model(None)
-        loop = OpenLoop(server, model.id, timeout_s=DEADLINE_S)
-        if loop_made:
-            loop_made(loop)
-        await loop.run(draw_load(config, None).requests)
-    return loop.exchanges
+        requests = draw_load(config, None).requests
+        span.loop = OpenLoop(server, model.id, timeout_s=DEADLINE_S)
+        await span.loop.run(takewhile(lambda request: request.arrival_s < span.seconds, requests))
+    return span.loop.exchanges
 
 
 def capacity_rps(stack: Stack, offered_rps: float = 10.0, seconds: float = 30.0) -> float:
     """Requests/s that come back whole, within targets, while far more are offered; measured after the queue filled."""
-    exchanges = asyncio.run(offer(stack.url, offered_rps, seconds, seed=7))
+    exchanges = asyncio.run(offer(stack.url, offered_rps, Span(seconds), seed=7))
     seen = [seen_of(exchange, TARGETS) for exchange in exchanges]
     from_s = seconds / 3
     ended = sum(one.outcome is Outcome.COMPLETE and from_s <= one.ended_s < seconds for one in seen)
@@ -65,28 +73,28 @@ def run_fault(stack: Stack, fault: Fault, rate_rps: float, *, watch_s: int | Non
 
 
 async def _run_fault(stack: Stack, fault: Fault, rate_rps: float, watch_s: int) -> dict[str, Any]:
-    loops: list[OpenLoop] = []
-    load = asyncio.create_task(offer(stack.url, rate_rps, FAULT_S + watch_s, 1, loops.append))
+    span = Span(FAULT_S + watch_s)
+    load = asyncio.create_task(offer(stack.url, rate_rps, span, seed=1))
     try:
-        struck = await _strike(stack, fault, load, loops)
+        struck = await _strike(stack, fault, load, span)
     except NotApplicable as error:
         load.cancel()
         await asyncio.gather(load, return_exceptions=True)
         return {"na": str(error)}
     exchanges = await load
     seen = [seen_of(exchange, TARGETS) for exchange in exchanges]
-    return summary(seen, len(exchanges), struck.at_s, FAULT_S + watch_s) | {
+    return summary(seen, len(exchanges), struck.at_s, int(span.seconds)) | {
         "hit": struck.hit, "notes": struck.notes, "replaced_s": struck.replaced_s, "struck_s": struck.struck_s,
         "rate_rps": rate_rps, "requests": [one.as_dict() for one in seen],
     }
 
 
-async def _strike(stack: Stack, fault: Fault, load: asyncio.Task[Any], loops: list[OpenLoop]) -> Struck:
-    while not loops:
+async def _strike(stack: Stack, fault: Fault, load: asyncio.Task[Any], span: Span) -> Struck:
+    while span.loop is None:
         await asyncio.sleep(0.05)
         if load.done():
             load.result()
-    (loop,) = loops
+    loop = span.loop
     struck = Struck()
     await asyncio.sleep(FAULT_S - _PREPARE_S - loop.now_s())
     prepared = await asyncio.to_thread(fault.prepare, stack)
@@ -109,6 +117,8 @@ async def _strike(stack: Stack, fault: Fault, load: asyncio.Task[Any], loops: li
     except Exception as error:  # such as a redeploy that fails: the requests still count
         struck.hit, struck.notes = "failed", [*struck.notes, f"{type(error).__name__}: {error}"[:400]]
     struck.struck_s = loop.now_s() - struck.at_s
+    if fault.after_done_s is not None:
+        span.seconds = min(span.seconds, loop.now_s() + fault.after_done_s)
     await asyncio.wait([load])
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)

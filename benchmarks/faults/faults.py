@@ -17,7 +17,7 @@ from benchmarks.faults.hang_ups import HangUps
 from benchmarks.faults.processes import Role
 from benchmarks.faults.stack import HEADRACE, RAY, Stack
 
-SHORT_WATCH_S, LONG_WATCH_S = 45, 75
+SHORT_WATCH_S, LONG_WATCH_S, LONGEST_WATCH_S = 45, 75, 240
 
 
 class NotApplicable(Exception):
@@ -26,12 +26,14 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True)
 class Fault:
-    """Base class. lasts_s: until `relieve`; None: it is not relieved. watch_s: seconds of load after the strike."""
+    """Base class. lasts_s: until `relieve`; None: it is not relieved. watch_s: seconds of load after the strike.
+    after_done_s: the load ends so long after a strike that takes its time, and after watch_s at the latest."""
 
     name: str
     title: str
     watch_s: int = SHORT_WATCH_S
     lasts_s: float | None = None
+    after_done_s: int | None = None
     stacks: tuple[str, ...] = (HEADRACE, RAY)
     two_nodes: bool = False
     faulty_channel: bool = False
@@ -213,8 +215,10 @@ FAULTS: dict[str, Fault] = {fault.name: fault for fault in (
     Kill("kill-ingress", "kill −9 of an ingress actor", role=Role.INGRESS),
     Kill("kill-proxy", "kill −9 of a Serve proxy", role=Role.PROXY),
     Freeze("stop-engine-core", "SIGSTOP of an engine core for 60 s", watch_s=LONG_WATCH_S, lasts_s=60.0),
-    RollingRedeploy("redeploy", "rolling redeploy, an engine setting changed", watch_s=LONG_WATCH_S),
-    Scale("scale", "scale 2 → 1 → 2", watch_s=LONG_WATCH_S),
+    RollingRedeploy(
+        "redeploy", "rolling redeploy, an engine setting changed", watch_s=LONGEST_WATCH_S, after_done_s=20
+    ),
+    Scale("scale", "scale 2 → 1 → 2", watch_s=LONGEST_WATCH_S, after_done_s=20),
     Channel("channel-garbage", "a channel that answers garbage", lasts_s=30.0, stacks=_OURS, faulty_channel=True),
     Channel(
         "channel-late", "a channel that answers 3 s late", lasts_s=30.0, stacks=_OURS, faulty_channel=True, way=LATE

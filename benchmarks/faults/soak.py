@@ -21,7 +21,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.experiment import DEADLINE_S, capacity_rps, offer
+from benchmarks.faults.experiment import DEADLINE_S, Span, capacity_rps, offer
 from benchmarks.faults.faults import FAULTS, NotApplicable
 from benchmarks.faults.memory import MemoryLog, Slope, sample
 from benchmarks.faults.outcomes import account, seen_of, to_the_last
@@ -45,7 +45,7 @@ async def soak(stack: Stack, rate_rps: float, seconds: float) -> dict[str, Any]:
     memory, struck = MemoryLog(min(WARM_S, seconds / 4)), []
     begun_s = time.monotonic()
     async with _running(_sample(stack, memory)), _running(_strike(stack, seconds, struck)):
-        exchanges = await offer(stack.url, rate_rps, seconds, seed=5)
+        exchanges = await offer(stack.url, rate_rps, Span(seconds), seed=5)
     seen = [seen_of(exchange, TARGETS) for exchange in exchanges]
     return {
         "minutes": (time.monotonic() - begun_s) / 60, "rate_rps": rate_rps, "sent": len(exchanges), "struck": struck,
