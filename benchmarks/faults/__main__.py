@@ -84,15 +84,17 @@ def run_group(args: argparse.Namespace, kind: str, todo: list[tuple[float, Fault
                 say(f"{fault.name} did not run: {error}")
                 stack = stop(stack)
                 continue
+            result |= {"stack": kind, "load": load, "fault": fault.name, "capacity_rps": args.capacity}
+            kept = result_file(args.runs, kind, load, fault)
+            kept.write_text(json.dumps(result))
+            say(f"  {line_of(result)}")
             try:
                 result["healthy_after_s"] = stack.wait_until_healthy(RECOVERY_S)
             except StackFailed as error:
                 result["unhealthy"] = str(error)[:600]
-            result |= {"stack": kind, "load": load, "fault": fault.name, "capacity_rps": args.capacity}
-            result_file(args.runs, kind, load, fault).write_text(json.dumps(result))
-            say(f"  {line_of(result)}")
-            if "unhealthy" in result:
+                say(f"  not healthy: {result['unhealthy']}")
                 stack = stop(stack)
+            kept.write_text(json.dumps(result))
     finally:
         stop(stack)
     return failed
@@ -146,7 +148,7 @@ def line_of(result: dict[str, Any]) -> str:
         f"cut {flying['cut']}, lost {flying['lost']}, hung {flying['hung']}, 429 {flying['rejected']}; "
         f"new {new['requests']}: failed {new['failed']} (cut {new['cut']}, lost {new['lost']}, hung {new['hung']}), "
         f"429 {new['rejected']}; before {result['goodput_before_rps']:.2f}/s, to 90 % {result['seconds_to_90']} s, "
-        f"kept {result['share_kept']}, replaced {result['replaced_s']}, {result.get('unhealthy', '')} "
+        f"kept {result['share_kept']}, replaced {result['replaced_s']} "
         f"{result['notes'] or ''} {result['messages'] or ''}"
     )
 
