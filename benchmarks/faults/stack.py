@@ -24,7 +24,7 @@ from benchmarks.faults.processes import Family, Role, end_all
 from benchmarks.faults.stack_config import ROOT, Settings, write
 
 HEADRACE, RAY = STACKS = ("headrace", "ray")
-READY_TIMEOUT_S, STOP_TIMEOUT_S, REDEPLOY_TIMEOUT_S = 300.0, 90.0, 240.0
+READY_TIMEOUT_S, STOP_TIMEOUT_S, REDEPLOY_TIMEOUT_S = 420.0, 90.0, 240.0
 _PROBES = 4
 _DEFAULT = Settings()
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # what is left behind there is looked for, nothing is written
