@@ -137,7 +137,7 @@ class Stack:
     def _environment(self) -> dict[str, str]:
         return os.environ | {
             "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary),
-            "RAY_TMPDIR": str(self.temporary), FOLDER_VARIABLE: str(self.temporary),
+            FOLDER_VARIABLE: str(self.temporary),
             # Compiled kernels are a cache between starts, not something that a start leaves behind.
             "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"),
         }
