@@ -38,6 +38,7 @@ from scheduler.support import EngineSetup, ranks_in
 from scheduler.thresholds import thresholds_as_dict
 
 _ROUTING_STATS_PERIOD_S = 1.0
+_HEALTH_CHECK_PERIOD_S = 1.0  # Serve learns from its checks that a replica's process has ended
 _HEALTH_CHECK_TIMEOUT_S = 60.0  # a busy replica must not count as dead
 _MAX_ONGOING_REQUESTS = 1024
 _FEWEST_INGRESSES = 2  # with more than one node: the loss of either leaves one
@@ -111,7 +112,10 @@ def _deployment_config(entry: LLMEntry, settings: ModelSettings) -> dict[str, An
     router = {
         "request_router_class": FluidSlackRouter, "request_routing_stats_period_s": _ROUTING_STATS_PERIOD_S,
     }
-    defaults = {"max_ongoing_requests": _MAX_ONGOING_REQUESTS, "health_check_timeout_s": _HEALTH_CHECK_TIMEOUT_S}
+    defaults = {
+        "max_ongoing_requests": _MAX_ONGOING_REQUESTS, "health_check_period_s": _HEALTH_CHECK_PERIOD_S,
+        "health_check_timeout_s": _HEALTH_CHECK_TIMEOUT_S,
+    }
     return defaults | entry.deployment_config | {
         "request_router_config": router | entry.deployment_config.get("request_router_config", {}),
         "graceful_shutdown_timeout_s": settings.drain_s,

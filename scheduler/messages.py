@@ -200,7 +200,8 @@ class Stats:
     """The figures of one engine that routing and readiness need; of constant size.
 
     slots: requests that may run before the engine counts as full; running, waiting: requests; KV in tokens;
-    thresholds_version: version of the active thresholds.
+    thresholds_version: version of the active thresholds. steps: scheduling decisions since the engine started; while it
+        has requests, a working engine takes one each iteration (`replicas.engine_health`).
     """
 
     schema: int = SCHEMA
@@ -211,9 +212,12 @@ class Stats:
     kv_used_tokens: int
     kv_capacity_tokens: int
     thresholds_version: int
+    steps: int = 0
 
     @classmethod
-    def of_engine(cls, engine_id: str, limits: EngineLimits, thresholds: Thresholds, gauges: Gauges) -> Stats:
+    def of_engine(
+        cls, engine_id: str, limits: EngineLimits, thresholds: Thresholds, gauges: Gauges, steps: int = 0
+    ) -> Stats:
         """The stats of an engine under `thresholds`.
 
         Its slots are `max_running`; without it, the running requests at capacity by the fluid parameters, so that a
@@ -225,7 +229,7 @@ class Stats:
         return cls(
             engine_id=engine_id, slots=thresholds.max_running or slots, running=gauges.running, waiting=gauges.waiting,
             kv_used_tokens=gauges.kv_used_tokens, kv_capacity_tokens=limits.kv_capacity_tokens,
-            thresholds_version=thresholds.version,
+            thresholds_version=thresholds.version, steps=steps,
         )
 
     @property

@@ -356,7 +356,9 @@ class HeadraceScheduler(AsyncScheduler):
     def stats(self) -> Stats:
         """The figures for routing and readiness; safe from another thread; cost does not grow with the requests."""
         thresholds = self.active.current().thresholds
-        return Stats.of_engine(self._engine_id, self.active.limits, thresholds, self.recorder.gauges)
+        return Stats.of_engine(
+            self._engine_id, self.active.limits, thresholds, self.recorder.gauges, self.current_step
+        )
 
     def shutdown(self) -> None:
         """Close the channel, then vLLM's own shutdown."""

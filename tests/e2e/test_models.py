@@ -83,16 +83,17 @@ def test_each_engine_has_its_own_model_s_settings(cluster: ClusterProcess) -> No
     replicas = by_model(cluster)
     assert replicas[TUNED]["targets"] == {"ttft_s": 30.0, "tpot_s": 5.0, "latency_s": None}
     assert replicas[PLAIN]["targets"] == {"ttft_s": 60.0, "tpot_s": 5.0, "latency_s": None}
-    print({m: r["thresholds"] for m, r in replicas.items()})
-    assert replicas[PLAIN]["thresholds"]["max_running"] == 7
+    assert [replicas[model]["thresholds"]["max_running"] for model in (TUNED, PLAIN)] == [None, 7]
+    fluid = {model: replica["thresholds"]["fluid"] for model, replica in replicas.items()}
+    assert [fluid[model]["ttft_s"] for model in (TUNED, PLAIN)] == [30.0, 60.0], "what the engines themselves plan by"
 
 
 def test_adapters_answer_each_in_its_own_way_under_fluid(cluster: ClusterProcess) -> None:
     answers = {model: answer(cluster, model) for model in (TUNED, *ADAPTERS)}
-    print(answers)
     assert len(set(answers.values())) == 3
     assert {model: answer(cluster, model) for model in (*ADAPTERS, TUNED)} == answers, "each again"
     assert by_model(cluster)[TUNED]["thresholds"]["policy"] == "fluid"
     missing = cluster.http.post("/v1/completions", json={"model": f"{TUNED}:west", "prompt": "x", "max_tokens": 1})
-    print(missing.status_code, missing.text)
     assert missing.status_code == 404
+    assert missing.json()["error"]["message"] == f"Could not find model with id '{TUNED}:west'."
+    assert cluster.http.get(f"/v1/models/{TUNED}:west").status_code == 404
