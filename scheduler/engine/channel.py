@@ -23,7 +23,7 @@ from pathlib import Path
 import zmq
 import zmq.asyncio
 
-from scheduler.messages import Ack, Apply, Report, Stats, Telemetry
+from scheduler.messages import Ack, Apply, Drain, Report, Stats, Telemetry
 from scheduler.thresholds import InvalidThresholds, Thresholds
 from scheduler.wire import (
     OtherSchema,
@@ -91,8 +91,8 @@ def remove_endpoint(endpoint: str) -> None:
 class ChannelServer:
     """Answers questions at `endpoint` from a daemon thread until closed.
 
-    apply: accepts or rejects thresholds with an Ack; report: the telemetry after a cursor; stats: the `Stats`. An
-    unreadable question is answered with an error and changes nothing.
+    apply: accepts or rejects thresholds with an Ack; report: the telemetry after a cursor; stats: the `Stats`; drain:
+    begins to drain. An unreadable question is answered with an error and changes nothing.
 
     Raises:
         RuntimeError: the endpoint cannot be bound.
@@ -100,9 +100,9 @@ class ChannelServer:
 
     def __init__(
         self, endpoint: str, apply: Callable[[Apply], Ack], report: Callable[[Report], Telemetry],
-        stats: Callable[[], Stats],
+        stats: Callable[[], Stats], drain: Callable[[Drain], Ack],
     ) -> None:
-        self._apply, self._report, self._stats = apply, report, stats
+        self._apply, self._report, self._stats, self._drain = apply, report, stats, drain
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -141,6 +141,8 @@ class ChannelServer:
             asked = read_question(question)
             if isinstance(asked, Apply):
                 return answer_of(self._apply(asked))
+            if isinstance(asked, Drain):
+                return answer_of(self._drain(asked))
             return answer_of(self._report(asked) if isinstance(asked, Report) else self._stats())
         except OtherSchema as error:
             code, rejection = "schema", str(error)

@@ -273,6 +273,7 @@ TELEMETRY = Telemetry(
     from_config=True, gauges=Gauges(running=2, waiting=1, kv_used_tokens=250), counters=Counters(),
 )
 STATS = Stats.of_engine("e", LIMITS, TELEMETRY.thresholds, TELEMETRY.gauges)
+ACK = Ack(accepted=True, active_version=-1)
 
 
 class Channel:
@@ -375,7 +376,7 @@ def test_a_replica_reaches_each_rank_s_engine_by_its_own_channel(server_over: Ca
     endpoint = new_endpoint()
     engines = [ActiveThresholds(Thresholds(), LIMITS, lambda: 0.0) for _ in range(2)]
     channels = [
-        ChannelServer(rank_endpoint(endpoint, rank), engine.offer, lambda _: TELEMETRY, lambda: STATS)
+        ChannelServer(rank_endpoint(endpoint, rank), engine.offer, lambda _: TELEMETRY, lambda: STATS, lambda _: ACK)
         for rank, engine in enumerate(engines)
     ]
 
