@@ -1,10 +1,13 @@
-"""Two patches of Ray: a local Ray's Serve replicas stay off the network, and a model in a folder is not downloaded.
+"""Patches of Ray: a local Ray's Serve replicas stay off the network, a model in a folder is not downloaded, and a
+replica hears that Serve begins to stop it.
 
-The fence around two non-public names of Ray: `tests/replicas/test_ray_seam.py` fails when an upgrade moves either.
+The fence around the non-public names of Ray: `tests/replicas/test_ray_seam.py` fails when an upgrade moves either.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -13,6 +16,7 @@ from ray.serve._private import replica as serve_replica
 
 LOCALHOST = "127.0.0.1"
 ALL_INTERFACES = "[::]:"
+logger = logging.getLogger(__name__)
 
 
 def listen_where_the_node_does() -> None:
@@ -28,6 +32,23 @@ def listen_where_the_node_does() -> None:
         return bind(server, address.replace(ALL_INTERFACES, f"{LOCALHOST}:"))
 
     serve_replica.add_port_to_grpc_server = bind_locally
+
+
+def on_graceful_shutdown(hook: Callable[[float], None]) -> None:
+    """Call `hook` when Serve begins to stop this process's replica, with the seconds until Serve kills it.
+
+    Serve tells a replica only when its requests have ended. The hook runs in the thread of Serve's own event loop.
+    """
+    perform = serve_replica.Replica.perform_graceful_shutdown
+
+    async def performing(replica: Any) -> None:
+        try:
+            hook(replica._deployment_config.graceful_shutdown_timeout_s)
+        except Exception:  # whatever happens here, the replica stops
+            logger.exception("the replica could not begin to drain")
+        await perform(replica)
+
+    serve_replica.Replica.perform_graceful_shutdown = performing
 
 
 class NoDownload(CallbackBase):

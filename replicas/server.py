@@ -18,7 +18,8 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
 from replicas.delivery import Deliveries
-from replicas.ray_patches import listen_where_the_node_does
+from replicas.draining import Draining
+from replicas.ray_patches import listen_where_the_node_does, on_graceful_shutdown
 from replicas.routing_stats import RoutingStats
 from scheduler.engine.channel import ChannelClient, ChannelClosed, new_endpoint, rank_endpoint, remove_endpoint
 from scheduler.messages import Ack, Stats
@@ -52,21 +53,37 @@ class HeadraceServer(LLMServer):
         self._last_stats: dict[int, tuple[float, Stats]] = {}
         self._silent: set[int] = set()
         self._deliveries = Deliveries()
+        self._draining = Draining(self._channels)
+        loop = asyncio.get_running_loop()
+        on_graceful_shutdown(lambda within_s: loop.call_soon_threadsafe(self._draining.begin, within_s))
         from replicas.engine import HeadraceEngine  # imports vLLM, which a process that only deploys does not need
 
         await super().__init__(llm_config, **({"engine_cls": HeadraceEngine} | kwargs))
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
         """Ray's own, with delivery times recorded."""
+        if self._draining.begun:
+            return self._recalled(request)
         delivery = self._deliveries.begin()
         chunks = await super().chat(request, raw_request_info)
         return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
 
     async def completions(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
         """Ray's own, with delivery times recorded."""
+        if self._draining.begun:
+            return self._recalled(request)
         delivery = self._deliveries.begin()
         chunks = await super().completions(request, raw_request_info)
         return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
+
+    async def _recalled(self, request: Any) -> AsyncGenerator[Any, None]:
+        from replicas.engine import recalled
+
+        yield recalled(self._draining.recall(str(request.request_id)))
+
+    async def drain(self, within_s: float) -> None:
+        """Admit nothing more and finish what has begun, within a bound; an operator stops the application."""
+        self._draining.begin(within_s)
 
     async def apply_thresholds(self, offer: bytes, rank: int = 0) -> bytes:
         """Pass an offer of thresholds to the engine of a rank; the answer is an `Ack`."""
@@ -111,6 +128,7 @@ class HeadraceServer(LLMServer):
         self._silent.discard(rank)
 
     async def __del__(self) -> None:
+        self._draining.stop()
         for channel in self._channels:
             channel.close()
         remove_endpoint(self._endpoint)

@@ -69,8 +69,8 @@ class DrainRule:
         for request in waiting:
             family = families[request.request_id]
             if family is not None and family not in self._recalled:
-                # More arrived than are here: one has finished already.
-                if family in begun or self._queue.choices.arrived(family) > live[family]:
+                finished = self._queue.choices.arrived(family) - live[family]
+                if family in begun or finished > 0:
                     continue
             back.append(request)
         self._recalled |= {family for request in back if (family := families[request.request_id]) is not None}

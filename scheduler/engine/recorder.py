@@ -55,8 +55,8 @@ class Recorder:
     ) -> None:
         """One request that left the engine: turned away (rejected or recalled), else aborted, else completed."""
         record = Finished(
-            self._next(), at_s, prompt_tokens, output_tokens, aborted or turned_away is not None, cached_tokens, shared_tokens, ttft_s,
-            tpot_s,
+            self._next(), at_s, prompt_tokens, output_tokens, aborted or turned_away is not None, cached_tokens,
+            shared_tokens, ttft_s, tpot_s,
         )
         self._append(self._finished, record)
         if turned_away is Kind.REJECTED:

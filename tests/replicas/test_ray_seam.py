@@ -436,6 +436,32 @@ def test_serve_replicas_open_their_port_through_the_function_we_narrow(monkeypat
     assert bound == ["127.0.0.1:0"]
 
 
+def test_a_replica_hears_of_its_stop_before_serve_waits_for_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = name_in("ray.serve._private.replica", "Replica")
+    actor = inspect.getsource(name_in("ray.serve._private.replica", "ReplicaActor").perform_graceful_shutdown)
+    assert "self._replica_impl.perform_graceful_shutdown()" in actor
+    own = inspect.getsource(replica._perform_graceful_shutdown)
+    assert "self._deployment_config.graceful_shutdown_timeout_s" in own
+    assert own.index("_drain_ongoing_requests") < own.index("self._quiescing = True") < own.index("shutdown()")
+    done: list[Any] = []
+
+    async def perform(self: Any) -> None:
+        done.append("Serve waits")
+
+    monkeypatch.setattr(replica, "perform_graceful_shutdown", perform)
+    name_in("replicas.ray_patches", "on_graceful_shutdown")(done.append)
+    stopping = SimpleNamespace(_deployment_config=SimpleNamespace(graceful_shutdown_timeout_s=600.0))
+    asyncio.run(replica.perform_graceful_shutdown(stopping))
+    assert done == [600.0, "Serve waits"]
+
+    def fails(within_s: float) -> None:
+        raise RuntimeError
+
+    name_in("replicas.ray_patches", "on_graceful_shutdown")(fails)
+    asyncio.run(replica.perform_graceful_shutdown(stopping))
+    assert done[2:] == [600.0, "Serve waits"], "a hook that fails does not keep the replica"
+
+
 def test_on_a_real_cluster_the_port_stays_where_ray_puts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     replica = importlib.import_module("ray.serve._private.replica")
     before = replica.add_port_to_grpc_server

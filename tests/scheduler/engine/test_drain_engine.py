@@ -39,7 +39,10 @@ def balanced(engine: Engine) -> bool:
     return counters.arrivals == known + counters.in_flight and counters.in_flight == len(engine.scheduler.requests)
 
 
-@pytest.mark.parametrize("policy", [{"policy": "fcfs"}, wait(n=2), nested((4, 2), (1000, 2))], ids=lambda p: p["policy"])
+POLICIES = [{"policy": "fcfs"}, wait(n=2), nested((4, 2), (1000, 2))]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy["policy"])
 def test_what_has_begun_is_finished_and_what_has_not_goes_back_at_once(policy: dict[str, Any]) -> None:
     engine = Engine(thresholds=policy, max_num_seqs=2)
     names = add_many(engine, 6, output=20)
