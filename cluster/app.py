@@ -32,6 +32,9 @@ from scheduler.support import EngineSetup, ranks_in
 from scheduler.thresholds import thresholds_as_dict
 
 _ROUTING_STATS_PERIOD_S = 1.0
+DRAIN_S = 600.0
+"""Bound on the time that requests have to finish when their replica stops."""
+_INGRESS_OUTLASTS_S = 15.0
 _HEALTH_CHECK_TIMEOUT_S = 60.0  # a busy replica must not count as dead
 
 
@@ -42,6 +45,7 @@ def build(args: AppConfig) -> Application:
     options: dict[str, Any] = HeadraceIngress.get_deployment_options([config])
     # One ingress process: it only forwards bytes; each further one costs memory and a control connection.
     options |= {"autoscaling_config": None, "num_replicas": 1, "max_ongoing_requests": 4 * args.max_ongoing_requests}
+    options["graceful_shutdown_timeout_s"] = DRAIN_S + _INGRESS_OUTLASTS_S  # it streams what the replicas finish
     ranks = ranks_in(args.engine)
     keeper = None
     if args.controller.enabled:
@@ -89,6 +93,7 @@ def llm_config(args: AppConfig) -> LLMConfig:
             "num_replicas": args.replicas,
             "max_ongoing_requests": args.max_ongoing_requests,
             "health_check_timeout_s": _HEALTH_CHECK_TIMEOUT_S,
+            "graceful_shutdown_timeout_s": DRAIN_S,
             "ray_actor_options": {"num_cpus": accelerator.cpus},
             "request_router_config": {
                 "request_router_class": FluidSlackRouter,

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
+import psutil
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
@@ -21,7 +22,15 @@ from replicas.delivery import Deliveries
 from replicas.draining import Draining
 from replicas.ray_patches import listen_where_the_node_does, on_graceful_shutdown
 from replicas.routing_stats import RoutingStats
-from scheduler.engine.channel import ChannelClient, ChannelClosed, new_endpoint, rank_endpoint, remove_endpoint
+from scheduler.engine import segments
+from scheduler.engine.channel import (
+    ChannelClient,
+    ChannelClosed,
+    folder_of,
+    new_endpoint,
+    rank_endpoint,
+    remove_endpoint,
+)
 from scheduler.messages import Ack, Stats
 from scheduler.settings import SETTINGS_KEY
 from scheduler.support import ranks_in
@@ -59,6 +68,8 @@ class HeadraceServer(LLMServer):
         from replicas.engine import HeadraceEngine  # imports vLLM, which a process that only deploys does not need
 
         await super().__init__(llm_config, **({"engine_cls": HeadraceEngine} | kwargs))
+        children = [process.pid for process in psutil.Process().children(recursive=True)]
+        segments.note(folder_of(self._endpoint), children)
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
         """Ray's own, with delivery times recorded."""
@@ -131,8 +142,10 @@ class HeadraceServer(LLMServer):
         self._draining.stop()
         for channel in self._channels:
             channel.close()
-        remove_endpoint(self._endpoint)
-        await super().__del__()
+        try:
+            await super().__del__()
+        finally:
+            remove_endpoint(self._endpoint)
 
 
 def _open_channel_at(endpoint: str, llm_config: LLMConfig) -> None:

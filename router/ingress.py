@@ -28,6 +28,7 @@ from replicas.ray_patches import listen_where_the_node_does
 from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
 from router.declared_length import move_declared_length
 from router.errors import error_body
+from router.in_flight import InFlight
 from router.tenants import sign
 from scheduler.messages import Ack, Telemetry
 from scheduler.thresholds import Thresholds, thresholds_as_dict
@@ -53,6 +54,7 @@ class HeadraceIngress(OpenAiIngress):
     def __init__(self, *args: Any, keeper: Keeper | None = None, ranks: int = 1, **kwargs: Any) -> None:
         listen_where_the_node_does()
         super().__init__(*args, **kwargs)
+        self._in_flight = InFlight()
         self._ranks = ranks
         self._app_name = serve.get_replica_context().app_name
         self._keeper = keeper
@@ -85,10 +87,16 @@ class HeadraceIngress(OpenAiIngress):
     async def _get_response(
         self, *, body: Any, call_method: str, raw_request: Request | None = None
     ) -> AsyncGenerator[Any, None]:
-        move_declared_length(body)
-        sign(body, getattr(raw_request.state, "tenant", None) if raw_request is not None else None)
-        async for response in super()._get_response(body=body, call_method=call_method, raw_request=raw_request):
-            yield response
+        with self._in_flight.request(str(getattr(body, "request_id", ""))):
+            move_declared_length(body)
+            sign(body, getattr(raw_request.state, "tenant", None) if raw_request is not None else None)
+            async for response in super()._get_response(body=body, call_method=call_method, raw_request=raw_request):
+                yield response
+
+    async def stop_admitting(self) -> int:
+        """Answer new requests with 503 from now on; returns how many are still in flight. For an operator's stop."""
+        self._in_flight.close()
+        return self._in_flight.count
 
     async def admin_state(self) -> Response:
         """The state of every replica and of the controller; unreachable replicas are listed with the reason."""
@@ -151,6 +159,8 @@ class HeadraceIngress(OpenAiIngress):
 
     async def readyz(self) -> Response:
         """At least one replica's engine answers."""
+        if self._in_flight.is_closed:
+            return _error(503, "the server is stopping")
         body = readiness(await ask_all(await self._engines(), ask_stats))
         return JSONResponse(body, status_code=200 if body["ready"] else 503)
 

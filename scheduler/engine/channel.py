@@ -23,6 +23,7 @@ from pathlib import Path
 import zmq
 import zmq.asyncio
 
+from scheduler.engine import segments
 from scheduler.messages import Ack, Apply, Drain, Report, Stats, Telemetry
 from scheduler.thresholds import InvalidThresholds, Thresholds
 from scheduler.wire import (
@@ -50,8 +51,9 @@ class ChannelClosed(RuntimeError):
 def new_endpoint() -> str:
     """A fresh private endpoint on this machine, in a folder only this user may enter.
 
-    The folder is locked while this process lives. Folders without a live lock are removed here; unlike process ids, the
-    lock is also valid where containers share the folder for temporary files.
+    The folder is locked while this process lives. Folders without a live lock are removed here, with the shared memory
+    that a killed engine left; unlike process ids, the lock is also valid where containers share the folder for
+    temporary files.
     """
     for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}-*"):
         _remove_unless_held(folder)
@@ -70,6 +72,7 @@ def _remove_unless_held(folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            segments.remove_noted(folder)
             shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(descriptor)
@@ -80,9 +83,16 @@ def rank_endpoint(endpoint: str, rank: int) -> str:
     return endpoint if rank == 0 else f"{endpoint}-rank{rank}"
 
 
+def folder_of(endpoint: str) -> Path:
+    """The folder of an endpoint."""
+    return Path(endpoint.removeprefix("ipc://")).parent
+
+
 def remove_endpoint(endpoint: str) -> None:
-    """Remove what `new_endpoint` made; absent files are fine."""
-    shutil.rmtree(Path(endpoint.removeprefix("ipc://")).parent, ignore_errors=True)
+    """Remove what `new_endpoint` made, and noted segments; absent files are fine."""
+    folder = folder_of(endpoint)
+    segments.remove_noted(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     lock = _locks.pop(endpoint, None)
     if lock is not None:
         os.close(lock)
