@@ -21,6 +21,7 @@ from ray.serve.llm.ingress import make_fastapi_ingress
 
 from cluster.config import AppConfig, ModelConfig
 from cluster.controller import ControllerKeeper
+from replicas.draining import DRAIN_S
 from replicas.ray_patches import NoDownload
 from replicas.server import HeadraceServer
 from router.auth import Keyring, guard
@@ -32,8 +33,6 @@ from scheduler.support import EngineSetup, ranks_in
 from scheduler.thresholds import thresholds_as_dict
 
 _ROUTING_STATS_PERIOD_S = 1.0
-DRAIN_S = 600.0
-"""Bound on the time that requests have to finish when their replica stops."""
 _INGRESS_OUTLASTS_S = 15.0
 _HEALTH_CHECK_TIMEOUT_S = 60.0  # a busy replica must not count as dead
 

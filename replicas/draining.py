@@ -18,11 +18,18 @@ from scheduler.messages import Ack
 from scheduler.rejection import Kind, Rejection
 from scheduler.wire import UnreadableMessage, drain_question, read_answer
 
+DRAIN_S = 600.0
+"""Bound on the time that requests have to finish when their replica stops."""
 _ASK_AGAIN_S = 1.0
 _ANSWER_S = 4.0
 _TO_TELL_CLIENTS_S = 5.0
 _RETRY_AFTER_S = 5.0
 logger = logging.getLogger(__name__)
+
+
+def ends_after_s(within_s: float) -> float:
+    """Seconds after which the rest is ended, so that its clients hear of it before `within_s` is over."""
+    return max(0.0, within_s - min(_TO_TELL_CLIENTS_S, within_s / 4))
 
 
 class Channel(Protocol):
@@ -51,7 +58,7 @@ class Draining:
         if self._recalls is None:
             logger.info("the replica stops: requests that have begun have %g s to finish", within_s)
             self._recalls = loop.create_task(self._tell_all(end=False))
-        ends_at_s = loop.time() + max(0.0, within_s - min(_TO_TELL_CLIENTS_S, within_s / 4))
+        ends_at_s = loop.time() + ends_after_s(within_s)
         if ends_at_s < self._ends_at_s:
             if self._end is not None:
                 self._end.cancel()

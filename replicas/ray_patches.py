@@ -34,7 +34,7 @@ def listen_where_the_node_does() -> None:
     serve_replica.add_port_to_grpc_server = bind_locally
 
 
-def on_graceful_shutdown(hook: Callable[[float], None]) -> None:
+def on_graceful_shutdown(hook: Callable[[float], object]) -> None:
     """Call `hook` when Serve begins to stop this process's replica, with the seconds until Serve kills it.
 
     Serve tells a replica only when its requests have ended. The hook runs in the thread of Serve's own event loop.
