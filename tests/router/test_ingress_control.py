@@ -16,6 +16,7 @@ from replicas import questions
 from replicas.actor_calls import ReplicaUnavailable
 from router.admin import ThresholdsUpdate
 from scheduler.messages import Apply
+from scheduler.rejection import Rejection
 from scheduler.thresholds import Thresholds
 from scheduler.wire import answer_of, read_question
 
@@ -52,6 +53,7 @@ class Application:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from router import ingress as ingress_module
+        from router.in_flight import InFlight
 
         self.engines = {name: SyntheticEngine(CONFIGURED, engine_id=name) for name in "ab"}
         self.calls: list[tuple[str, str, Any]] = []
@@ -63,6 +65,7 @@ class Application:
         monkeypatch.setattr(ingress_module, "replica_ids", self.replica_ids)
         self.ingress = object.__new__(ingress_module.HeadraceIngress)
         self.ingress._app_name, self.ingress._ranks = "headrace", 1
+        self.ingress._in_flight = InFlight()
         self.ingress._controller, self.ingress._keeper = self.controller, None
 
     def replica_ids(self, app_name: str) -> dict[str, str]:
@@ -107,6 +110,36 @@ def test_readiness_asks_for_stats_alone(application: Application) -> None:
     assert application.ask("readyz") == (200, {"status": "ready", "ready": 1, "replicas": 2})
     application.silent = {"a", "b"}
     assert application.ask("readyz") == (503, {"status": "not ready", "ready": 0, "replicas": 2})
+
+
+def test_a_stopping_ingress_turns_requests_away_and_finishes_those_in_flight(
+    application: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
+
+    from router import ingress as ingress_module
+
+    async def chunks(self: Any, **_: Any) -> Any:
+        for number in range(3):
+            yield number
+
+    monkeypatch.setattr(ingress_module.OpenAiIngress, "_get_response", chunks)
+    ingress, body = application.ingress, SimpleNamespace(request_id="r")
+
+    async def stop_while_one_runs() -> None:
+        running = ingress._get_response(body=body, call_method="chat")
+        assert await anext(running) == 0
+        assert await ingress.stop_admitting() == 1
+        with pytest.raises(OpenAIHTTPException) as error:
+            await anext(ingress._get_response(body=body, call_method="chat"))
+        rejection = Rejection.from_json(error.value.message)
+        assert error.value.status_code == 503 and rejection and "the server is stopping" in rejection.text
+        assert [chunk async for chunk in running] == [1, 2]
+        assert await ingress.stop_admitting() == 0
+
+    asyncio.run(stop_while_one_runs())
+    assert application.ask("readyz")[0] == 503, "a load balancer sends no more"
+    assert application.calls == []
 
 
 def test_thresholds_are_asked_for_without_records(application: Application) -> None:
