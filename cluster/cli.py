@@ -76,10 +76,8 @@ def up(config_file: ConfigFile = DEFAULT_CONFIG) -> None:
 
 
 def _stop(launcher: Launcher, folder: RunFolder, signals: Signals, *, keep_logs: bool) -> None:
-    from replicas.draining import DRAIN_S
-
     if launcher.serves:
-        launcher.drain(DRAIN_S, lambda: signals.again)
+        launcher.drain(lambda: signals.again)
     _say_and_note(folder, "stopping")
     launcher.stop()
     if not keep_logs:
@@ -122,16 +120,15 @@ def down(
     """Stop what `up` started, the foreground process or the application on its cluster, once its requests are done."""
     from cluster import launch
     from cluster.config import load_config
-    from replicas.draining import DRAIN_S
 
     config = load_config(config_file, with_engine=False)
     try:
         if config.ray.address != "local":
             signals = _handled_signals()
             signals.stopping()
-            launch.delete_application(config, _say, DRAIN_S, lambda: now or signals.again)
+            launch.delete_application(config, _say, lambda: now or signals.again)
             out.print(f"{config.application.name} is deleted from the cluster at {config.ray.address}")
-        elif launch.stop_running(config, _say, now=now, within_s=DRAIN_S):
+        elif launch.stop_running(config, _say, now=now):
             out.print(f"{config.application.name} is stopped")
         else:
             out.print(f"{config.application.name} is not running on this machine")

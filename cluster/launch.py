@@ -40,7 +40,7 @@ def curl_line(config: ClusterConfig) -> str:
     """A curl command for a chat request."""
     body = json.dumps(
         {
-            "model": config.application.args.model.id,
+            "model": config.application.args.llm_configs[0].model_id,
             "messages": [{"role": "user", "content": "What is the capital of France?"}],
             "max_tokens": 24,
             "temperature": 0,
@@ -53,18 +53,22 @@ def prepare_model(config: ClusterConfig, say: Callable[[str], None]) -> None:
     """Write the bundled model where the configuration expects it, when that is what it names.
 
     Raises:
-        ConfigError: the model is a local path that does not exist.
+        ConfigError: a model is a local path that does not exist.
         ModelUnavailable: the bundled model's package is missing.
     """
-    source = config.application.args.model.local_folder
-    if source is None:
-        return
-    if source.name == BUNDLED_MODEL_NAME:
-        if not is_prepared(source):
-            say(f"preparing {BUNDLED_MODEL_NAME} in {source} (once, about half a minute)")
-            prepare_bundled_model(source)
-    elif not source.exists():
-        raise ConfigError(f"model.source = {str(source)!r} does not exist; allowed: a folder, or a hub id ORG/NAME")
+    for entry in config.application.args.llm_configs:
+        source = entry.local_folder
+        if source is None:
+            continue
+        if source.name == BUNDLED_MODEL_NAME:
+            if not is_prepared(source):
+                say(f"preparing {BUNDLED_MODEL_NAME} in {source} (once, about half a minute)")
+                prepare_bundled_model(source)
+        elif not source.exists():
+            raise ConfigError(
+                f"model_loading_config.model_source = {str(source)!r} of {entry.model_id} does not exist; "
+                "allowed: a folder, or a hub id ORG/NAME"
+            )
 
 
 class Launcher:
@@ -124,9 +128,10 @@ class Launcher:
                 self._folder.remember(psutil.Process().children(recursive=True))
             time.sleep(_REMEMBER_EVERY_S)
 
-    def drain(self, within_s: float, at_once: Callable[[], bool]) -> int:
+    def drain(self, at_once: Callable[[], bool]) -> int:
         """Let the requests finish that have begun (`finish_requests`); returns how many were cut."""
-        return finish_requests(self._config.application.name, within_s, self._say, at_once)
+        application = self._config.application
+        return finish_requests(application.name, application.args.drain_s, self._say, at_once)
 
     @property
     def serves(self) -> bool:
@@ -258,9 +263,7 @@ def port_is_free(host: str, port: int) -> bool:
         return True
 
 
-def delete_application(
-    config: ClusterConfig, say: Callable[[str], None], within_s: float, at_once: Callable[[], bool]
-) -> None:
+def delete_application(config: ClusterConfig, say: Callable[[str], None], at_once: Callable[[], bool]) -> None:
     """Delete the application from the cluster that the configuration joins, once its requests have finished.
 
     Raises:
@@ -271,14 +274,14 @@ def delete_application(
     launcher = Launcher(config, progress=say)
     use_the_user_s_token()
     launcher.join(ray)
-    launcher.drain(within_s, at_once)
+    launcher.drain(at_once)
     launcher.stop()
 
 
-def stop_running(config: ClusterConfig, say: Callable[[str], None], *, now: bool, within_s: float) -> bool:
+def stop_running(config: ClusterConfig, say: Callable[[str], None], *, now: bool) -> bool:
     """Ask the process that serves `config` to stop and wait for it; False when there is none.
 
-    now: end requests at once; within_s: the bound that they have otherwise. What a killed process has left is removed.
+    now: end requests at once. What a killed process has left is removed.
 
     Raises:
         LaunchError: it does not stop in time.
@@ -291,7 +294,8 @@ def stop_running(config: ClusterConfig, say: Callable[[str], None], *, now: bool
     process.send_signal(signal.SIGINT)
     if now:
         process.send_signal(signal.SIGTERM)
-    deadline_s = time.monotonic() + within_s + _STOP_S
+    allowed_s = config.application.args.drain_s + _STOP_S
+    deadline_s = time.monotonic() + allowed_s
     while time.monotonic() < deadline_s:
         with contextlib.suppress(psutil.TimeoutExpired):
             process.wait(0.5)
@@ -299,4 +303,4 @@ def stop_running(config: ClusterConfig, say: Callable[[str], None], *, now: bool
         if (line := folder.said()) and line != said:
             said = line
             say(line)
-    raise LaunchError(f"process {process.pid} did not stop within {within_s + _STOP_S:g} s; stop it by hand")
+    raise LaunchError(f"process {process.pid} did not stop within {allowed_s:g} s; stop it by hand")

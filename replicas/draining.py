@@ -18,8 +18,6 @@ from scheduler.messages import Ack
 from scheduler.rejection import Kind, Rejection
 from scheduler.wire import UnreadableMessage, drain_question, read_answer
 
-DRAIN_S = 600.0
-"""Bound on the time that requests have to finish when their replica stops."""
 _ASK_AGAIN_S = 1.0
 _ANSWER_S = 4.0
 _TO_TELL_CLIENTS_S = 5.0

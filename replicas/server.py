@@ -12,6 +12,7 @@ import copy
 import logging
 import time
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 import psutil
@@ -20,7 +21,14 @@ from ray.serve.llm.deployment import LLMServer
 
 from replicas.delivery import Deliveries
 from replicas.draining import Draining
-from replicas.ray_patches import listen_where_the_node_does, on_graceful_shutdown
+from replicas.engine_client import end_process
+from replicas.engine_health import EngineHealth
+from replicas.ray_patches import (
+    adapter_loader,
+    listen_where_the_node_does,
+    on_graceful_shutdown,
+    take_adapters_from_folders,
+)
 from replicas.routing_stats import RoutingStats
 from scheduler.engine import segments
 from scheduler.engine.channel import (
@@ -45,6 +53,7 @@ from scheduler.wire import (
 )
 
 _STALE_STATS_S = 30.0
+_STATS_ANSWER_S = 1.0
 _ANSWER_S = 4.0
 """Shorter than the caller's timeout, so that a silent engine does not look like a silent replica."""
 logger = logging.getLogger(__name__)
@@ -55,6 +64,7 @@ class HeadraceServer(LLMServer):
 
     async def __init__(self, llm_config: LLMConfig, **kwargs: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         listen_where_the_node_does()
+        take_adapters_from_folders()
         self._endpoint = new_endpoint()
         _open_channel_at(self._endpoint, llm_config)
         ranks = ranks_in(llm_config.engine_kwargs)
@@ -65,9 +75,13 @@ class HeadraceServer(LLMServer):
         self._draining = Draining(self._channels)
         loop = asyncio.get_running_loop()
         on_graceful_shutdown(lambda within_s: loop.call_soon_threadsafe(self._draining.begin, within_s))
+        self.health = EngineHealth(self._current_stats, ranks, partial(end_process, self._endpoint))
         from replicas.engine import HeadraceEngine  # imports vLLM, which a process that only deploys does not need
 
-        await super().__init__(llm_config, **({"engine_cls": HeadraceEngine} | kwargs))
+        ours = {"engine_cls": HeadraceEngine, "model_downloader": adapter_loader(folder_of(self._endpoint))}
+        await super().__init__(llm_config, **(ours | kwargs))
+        if isinstance(self.engine, HeadraceEngine):
+            self.engine.be_watched(self.health)
         children = [process.pid for process in psutil.Process().children(recursive=True)]
         segments.note(folder_of(self._endpoint), children)
 
@@ -95,6 +109,11 @@ class HeadraceServer(LLMServer):
     async def drain(self, within_s: float) -> None:
         """Admit nothing more and finish what has begun, within a bound; an operator stops the application."""
         self._draining.begin(within_s)
+
+    async def check_health(self) -> None:
+        """Asked by Serve: raises when the engine has failed, also when it is frozen."""
+        self.health.check()
+        await super().check_health()
 
     async def apply_thresholds(self, offer: bytes, rank: int = 0) -> bytes:
         """Pass an offer of thresholds to the engine of a rank; the answer is an `Ack`."""
@@ -129,7 +148,7 @@ class HeadraceServer(LLMServer):
 
     async def _refresh_stats(self, rank: int) -> None:
         try:
-            stats = read_answer(await self._channels[rank].ask(stats_question(), timeout_s=1.0), Stats)
+            stats = await self._current_stats(rank)
         except (ChannelClosed, QuestionFailed, UnreadableMessage) as error:
             if rank not in self._silent:
                 logger.warning("no routing stats from the engine of rank %d: %s", rank, error)
@@ -138,8 +157,12 @@ class HeadraceServer(LLMServer):
         self._last_stats[rank] = (time.monotonic(), stats)
         self._silent.discard(rank)
 
+    async def _current_stats(self, rank: int) -> Stats:
+        return read_answer(await self._channels[rank].ask(stats_question(), timeout_s=_STATS_ANSWER_S), Stats)
+
     async def __del__(self) -> None:
         self._draining.stop()
+        self.health.stop()
         for channel in self._channels:
             channel.close()
         try:

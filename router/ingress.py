@@ -11,30 +11,40 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from functools import partial
 from typing import Any, Protocol
 
 import ray
-from fastapi import Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import HTTPException, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
 from ray import serve
 from ray.actor import ActorHandle
+from ray.serve.context import _get_serve_request_context
 from ray.serve.llm.ingress import OpenAiIngress
 
-from replicas.actor_calls import ReplicaUnavailable, replica_ids
-from replicas.questions import Unanswered, ask_all, ask_stats, ask_telemetry, offer_thresholds
-from replicas.ranks import EngineAddress, engine_addresses
-from replicas.ray_patches import listen_where_the_node_does
-from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
+from replicas.actor_calls import ReplicaUnavailable
+from replicas.questions import ANSWER_S, ask_all, ask_stats, ask_telemetry, offer_thresholds
+from replicas.ranks import EngineAddress, ServedModel
+from replicas.ray_patches import listen_where_the_node_does, take_adapters_from_folders
+from replicas.served import engines_of
+from router.adapters import exists
+from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
+from router.attempts import Attempts, ending_at_an_error
 from router.declared_length import move_declared_length
 from router.errors import error_body
 from router.in_flight import InFlight
+from router.replica_watch import ReplicaWatch, readiness
 from router.tenants import sign
 from scheduler.messages import Ack, Telemetry
 from scheduler.thresholds import Thresholds, thresholds_as_dict
 from scheduler.wire import UnreadableMessage
 
 _CONTROLLER_ANSWER_S = 3.0
+_STATE_ANSWER_S = 1.0
+"""What the state waits for a silent replica."""
+_ECHOED = 200  # characters of a client's input in an answer
 _NO_CONTROLLER = "the controller does not answer; replicas keep their thresholds"
 logger = logging.getLogger(__name__)
 
@@ -49,17 +59,25 @@ class Keeper(Protocol):
 
 
 class HeadraceIngress(OpenAiIngress):
-    """OpenAI endpoints and the control endpoints of one application."""
+    """OpenAI endpoints and the control endpoints of one application. models: what it serves, by deployment."""
 
-    def __init__(self, *args: Any, keeper: Keeper | None = None, ranks: int = 1, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, models: Mapping[str, ServedModel], keeper: Keeper | None = None, **kwargs: Any
+    ) -> None:
         listen_where_the_node_does()
+        take_adapters_from_folders()
         super().__init__(*args, **kwargs)
         self._in_flight = InFlight()
-        self._ranks = ranks
+        self._models = models
+        self._attempts = Attempts()
         self._app_name = serve.get_replica_context().app_name
         self._keeper = keeper
         self._controller: ActorHandle | None = None
-        self._watch = asyncio.get_running_loop().create_task(self._watch_controller()) if keeper else None
+        self.replica_watch = ReplicaWatch(self._list_engines, ask_stats)
+        loop = asyncio.get_running_loop()
+        self._watching = [loop.create_task(self.replica_watch.run())]
+        if keeper:
+            self._watching.append(loop.create_task(self._watch_controller()))
 
     async def _watch_controller(self) -> None:
         assert self._keeper is not None
@@ -84,32 +102,56 @@ class HeadraceIngress(OpenAiIngress):
             return True
         return True
 
+    async def _get_model_id(self, model: str | None) -> str:
+        model_id: str = await super()._get_model_id(model)
+        if not await exists(model_id, self._lora_paths, self._get_lora_model_metadata_func):
+            raise HTTPException(404, f"Could not find model with id {model_id[:_ECHOED]!r}.")
+        return model_id
+
+    async def model(self, model_id: str) -> Any:
+        """Ray's card of a model or adapter; None when there is none."""
+        there = await exists(model_id, self._lora_paths, self._get_lora_model_metadata_func)
+        return await super().model(model_id) if there else None
+
     async def _get_response(
         self, *, body: Any, call_method: str, raw_request: Request | None = None
     ) -> AsyncGenerator[Any, None]:
         with self._in_flight.request(str(getattr(body, "request_id", ""))):
             move_declared_length(body)
             sign(body, getattr(raw_request.state, "tenant", None) if raw_request is not None else None)
-            async for response in super()._get_response(body=body, call_method=call_method, raw_request=raw_request):
-                yield response
+            send = partial(super()._get_response, body=body, call_method=call_method, raw_request=raw_request)
+            request_id = _get_serve_request_context()._internal_request_id
+            async with aclosing(self._attempts.answer(send, request_id)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
     async def stop_admitting(self) -> int:
         """Answer new requests with 503 from now on; returns how many are still in flight. For an operator's stop."""
         self._in_flight.close()
         return self._in_flight.count
 
+    async def _process_llm_request(self, *args: Any, **kwargs: Any) -> Response:
+        response: Response = await super()._process_llm_request(*args, **kwargs)
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = ending_at_an_error(response.body_iterator)
+        return response
+
     async def admin_state(self) -> Response:
         """The state of every replica and of the controller; unreachable replicas are listed with the reason."""
-        telemetry, controller = await asyncio.gather(self._telemetry(), self._ask_controller("state"))
-        known = controller.get("replicas", {})
+        engines = await self._engines()
+        ask = partial(_without_records, timeout_s=_STATE_ANSWER_S)
+        telemetry, controller = await asyncio.gather(ask_all(engines, ask), self._ask_controller("state"))
+        known, latest = controller.get("replicas", {}), self.replica_watch.latest()
         replicas = {}
         for name, report in telemetry.items():
+            replicas[name] = {"model": engines[name].model_id, "reachable": isinstance(report, Telemetry)}
             if isinstance(report, Telemetry):
                 unknown: dict[str, Any] = dict.fromkeys(("time_model", "fluid", "forecast"))
                 empty = unknown | {"decision": controller.get("reason", "not seen yet")}
-                replicas[name] = {"reachable": True} | telemetry_as_dict(report) | known.get(name, empty)
+                replicas[name] |= telemetry_as_dict(report) | known.get(name, empty)
             else:
-                replicas[name] = {"reachable": False, "reason": str(report)}
+                age_s = latest[name].age_s if name in latest else None
+                replicas[name] |= {"reason": str(report), "last_answer_age_s": age_s}
         state = {
             "application": self._app_name,
             "at_unix_s": time.time(),
@@ -126,7 +168,7 @@ class HeadraceIngress(OpenAiIngress):
 
     async def get_thresholds(self) -> Response:
         """Active thresholds by replica."""
-        telemetry = await self._telemetry()
+        telemetry = await ask_all(await self._engines(), _without_records)
         replicas = {
             name: thresholds_as_dict(report.thresholds) if isinstance(report, Telemetry) else {"error": str(report)}
             for name, report in telemetry.items()
@@ -158,17 +200,18 @@ class HeadraceIngress(OpenAiIngress):
         return JSONResponse({"status": "ok"})
 
     async def readyz(self) -> Response:
-        """At least one replica's engine answers."""
+        """At least one replica's engine has answered in the last few seconds; models without one are named."""
         if self._in_flight.is_closed:
             return _error(503, "the server is stopping")
-        body = readiness(await ask_all(await self._engines(), ask_stats))
+        models = [model.model_id for model in self._models.values()]
+        body = readiness(self.replica_watch.latest().values(), models)
         return JSONResponse(body, status_code=200 if body["ready"] else 503)
 
-    async def _telemetry(self) -> dict[str, Telemetry | Unanswered]:
-        return await ask_all(await self._engines(), _without_records)
-
     async def _engines(self) -> dict[str, EngineAddress]:
-        return engine_addresses(await asyncio.to_thread(replica_ids, self._app_name), self._ranks)
+        return await asyncio.to_thread(self._list_engines)
+
+    def _list_engines(self) -> dict[str, EngineAddress]:
+        return engines_of(self._app_name, self._models)
 
     async def _ask_controller(self, method: str) -> dict[str, Any]:
         if self._controller is None:
@@ -184,8 +227,8 @@ class HeadraceIngress(OpenAiIngress):
             return {"alive": False, "reason": f"{_NO_CONTROLLER} ({type(error).__name__})"}
 
 
-async def _without_records(engine: EngineAddress) -> Telemetry:
-    return await ask_telemetry(engine, cursor=None)
+async def _without_records(engine: EngineAddress, *, timeout_s: float = ANSWER_S) -> Telemetry:
+    return await ask_telemetry(engine, cursor=None, timeout_s=timeout_s)
 
 
 async def _apply(engine: EngineAddress, thresholds: Thresholds) -> Ack:
@@ -202,8 +245,8 @@ ADMIN_ENDPOINTS = {
     "put_thresholds": lambda app: app.put("/admin/thresholds"),
 }
 HEALTH_ENDPOINTS = {
-    "healthz": lambda app: app.get("/healthz"),
-    "readyz": lambda app: app.get("/readyz"),
+    "healthz": lambda app: app.api_route("/healthz", methods=["GET", "HEAD"]),
+    "readyz": lambda app: app.api_route("/readyz", methods=["GET", "HEAD"]),
 }
 
 

@@ -203,7 +203,9 @@ class Stats:
     """The figures of one engine that routing and readiness need; of constant size.
 
     slots: requests that may run before the engine counts as full; running, waiting: requests; KV in tokens;
-    thresholds_version: version of the active thresholds; draining: nothing more is admitted.
+    thresholds_version: version of the active thresholds. steps: scheduling decisions since the engine started; while it
+        has requests, a working engine takes one each iteration (`replicas.engine_health`). draining: nothing more is
+        admitted.
     """
 
     schema: int = SCHEMA
@@ -214,11 +216,13 @@ class Stats:
     kv_used_tokens: int
     kv_capacity_tokens: int
     thresholds_version: int
+    steps: int = 0
     draining: bool = False
 
     @classmethod
     def of_engine(
-        cls, engine_id: str, limits: EngineLimits, thresholds: Thresholds, gauges: Gauges, *, draining: bool = False
+        cls, engine_id: str, limits: EngineLimits, thresholds: Thresholds, gauges: Gauges, steps: int = 0,
+        *, draining: bool = False,
     ) -> Stats:
         """The stats of an engine under `thresholds`.
 
@@ -231,7 +235,7 @@ class Stats:
         return cls(
             engine_id=engine_id, slots=thresholds.max_running or slots, running=gauges.running, waiting=gauges.waiting,
             kv_used_tokens=gauges.kv_used_tokens, kv_capacity_tokens=limits.kv_capacity_tokens,
-            thresholds_version=thresholds.version, draining=draining,
+            thresholds_version=thresholds.version, steps=steps, draining=draining,
         )
 
     @property

@@ -366,7 +366,8 @@ class HeadraceScheduler(AsyncScheduler):
         """The figures for routing and readiness; safe from another thread; cost does not grow with the requests."""
         thresholds = self.active.current().thresholds
         return Stats.of_engine(
-            self._engine_id, self.active.limits, thresholds, self.recorder.gauges, draining=self.drain.asked
+            self._engine_id, self.active.limits, thresholds, self.recorder.gauges, self.current_step,
+            draining=self.drain.asked,
         )
 
     def shutdown(self) -> None:

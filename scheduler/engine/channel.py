@@ -84,7 +84,7 @@ def rank_endpoint(endpoint: str, rank: int) -> str:
 
 
 def folder_of(endpoint: str) -> Path:
-    """The folder of an endpoint."""
+    """The folder that `new_endpoint` made for an endpoint; what else lies in it is removed with it."""
     return Path(endpoint.removeprefix("ipc://")).parent
 
 

@@ -20,10 +20,10 @@ from cluster.run_folder import AlreadyRunning, Note, claim, clear_stale, folder_
 from scheduler.engine import segments
 
 
-def config_for(port: int = 8123, name: str = "headrace") -> ClusterConfig:
+def config_for(port: int = 8123, name: str = "headrace", drain_s: float = 600.0) -> ClusterConfig:
     args = {
-        "model": {"id": "m", "source": "org/model"}, "accelerator": {"kind": "cpu"},
-        "controller": {"profile": "cpu-smollm2"},
+        "llm_configs": [{"model_loading_config": {"model_id": "m", "model_source": "org/model"}}],
+        "headrace": {"controller": {"profile": "cpu-smollm2"}, "drain_s": drain_s},
     }
     applications = [{"name": name, "args": args}]
     return ClusterConfig.model_validate({"http_options": {"port": port}, "applications": applications})
@@ -168,7 +168,7 @@ def test_the_next_run_clears_away_and_takes_the_place(said: list[str]) -> None:
 
 
 def test_nothing_to_stop_without_a_run(said: list[str]) -> None:
-    assert launch.stop_running(config_for(), said.append, now=False, within_s=1.0) is False
+    assert launch.stop_running(config_for(), said.append, now=False) is False
 
 
 def test_a_process_that_got_the_id_of_a_run_is_not_signalled(
@@ -179,14 +179,14 @@ def test_a_process_that_got_the_id_of_a_run_is_not_signalled(
 
     monkeypatch.setattr(psutil.Process, "send_signal", sent)
     noted(config_for(), os.getpid(), started_s=1.0)
-    assert launch.stop_running(config_for(), said.append, now=False, within_s=1.0) is False
+    assert launch.stop_running(config_for(), said.append, now=False) is False
 
 
 def test_the_process_of_the_note_is_asked_to_stop_waited_for_and_heard(
     said: list[str], serving: subprocess.Popen[bytes]
 ) -> None:
     noted(config_for(), serving.pid)
-    assert launch.stop_running(config_for(), said.append, now=False, within_s=5.0) is True
+    assert launch.stop_running(config_for(), said.append, now=False) is True
     assert serving.poll() is not None
 
 
@@ -198,7 +198,7 @@ def test_what_a_stopping_process_says_is_passed_on(said: list[str], monkeypatch:
         folder_for(config_for()).say("finishing 3 requests")
         try:
             with pytest.raises(launch.LaunchError, match=rf"process {process.pid} did not stop within 1 s"):
-                launch.stop_running(config_for(), said.append, now=False, within_s=0.0)
+                launch.stop_running(config_for(drain_s=0.0), said.append, now=False)
         finally:
             process.kill()
     assert said == ["finishing 3 requests"]
@@ -209,7 +209,7 @@ def test_now_asks_twice(said: list[str]) -> None:
         assert process.stdout is not None and process.stdout.readline() == b"serving\n"
         noted(config_for(), process.pid)
         try:
-            assert launch.stop_running(config_for(), said.append, now=True, within_s=5.0) is True
+            assert launch.stop_running(config_for(), said.append, now=True) is True
         finally:
             process.kill()
     assert process.returncode == 0 != -signal.SIGTERM

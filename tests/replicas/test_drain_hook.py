@@ -112,11 +112,11 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("told")
 
 
-def deploy(record: Path, replicas: int) -> Any:
-    same = {"version": "1", "ray_actor_options": {"num_cpus": 0}, "graceful_shutdown_wait_loop_s": 0.2}
-    server = serve.deployment(Server).options(
-        name=f"{SERVER_CLASS}:m", num_replicas=replicas, graceful_shutdown_timeout_s=300, **same
-    )
+def deploy(record: Path) -> Any:
+    same = {
+        "ray_actor_options": {"num_cpus": 0}, "graceful_shutdown_wait_loop_s": 0.2, "graceful_shutdown_timeout_s": 300,
+    }
+    server = serve.deployment(Server).options(name=f"{SERVER_CLASS}:m", num_replicas=2, **same)
     ingress = serve.deployment(Ingress).options(name=INGRESS_CLASS, **same)
     return serve.run(ingress.bind(server.bind(str(record))), name=APP, route_prefix="/")
 
@@ -156,18 +156,18 @@ def told(record: Path) -> list[str]:
 
 
 def test_a_replica_that_serve_stops_is_told_at_once_and_its_streams_finish(cluster: None, record: Path) -> None:
-    app = deploy(record, 2)
+    app = deploy(record)
     streams = [Stream(app, 300) for _ in range(8)]
     begun(streams)
     assert told(record) == []
-    scaled_down = threading.Thread(target=deploy, args=(record, 1), daemon=True)
-    scaled_down.start()
+    deleted = threading.Thread(target=serve.delete, args=(APP,), daemon=True)
+    deleted.start()
     while not told(record):
         assert all(stream.is_alive() for stream in streams), "the replica is not told while its streams run"
         time.sleep(0.02)
     assert [stream.done() for stream in streams] == [list(range(300))] * 8
-    scaled_down.join(120)
-    assert told(record) == ["waiting\n"]
+    deleted.join(120)
+    assert told(record) == ["waiting\n"] * 2
 
 
 def test_an_operator_s_stop_finishes_what_runs_turns_new_requests_away_and_cuts_the_rest(
@@ -175,7 +175,7 @@ def test_an_operator_s_stop_finishes_what_runs_turns_new_requests_away_and_cuts_
 ) -> None:
     """Asked again, once the short streams have finished."""
     before = told(record)
-    app = deploy(record, 2)
+    app = deploy(record)
     assert len(replica_ids(APP)) == 2 and len(ingress_ids(APP)) == 1
     short, endless = [Stream(app, 20) for _ in range(3)], [Stream(app, 100_000) for _ in range(2)]
     begun([*short, *endless])
