@@ -14,7 +14,6 @@ from typing import Any
 import ray
 from ray import serve
 from ray.llm._internal.common.dict_utils import maybe_apply_llm_deployment_config_defaults
-from ray.llm._internal.serve.constants import DEFAULT_MAX_TARGET_ONGOING_REQUESTS
 from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
 from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, init
 from ray.llm._internal.serve.core.server.builder import build_llm_deployment
@@ -135,10 +134,8 @@ def ingress_options(configs: list[LLMConfig], given: dict[str, Any]) -> dict[str
     defaults["graceful_shutdown_timeout_s"] = drain_s + _INGRESS_OUTLASTS_S  # it streams what the replicas finish
     nodes = _nodes()
     if nodes > 1:
-        defaults["autoscaling_config"] = {
-            "min_replicas": _FEWEST_INGRESSES, "max_replicas": max(_FEWEST_INGRESSES, nodes),
-            "target_ongoing_requests": DEFAULT_MAX_TARGET_ONGOING_REQUESTS, **defaults["autoscaling_config"],
-        }
+        bounds = {"min_replicas": _FEWEST_INGRESSES, "max_replicas": max(_FEWEST_INGRESSES, nodes)}
+        defaults["autoscaling_config"] = bounds | defaults["autoscaling_config"]
     elif "autoscaling_config" not in given:
         defaults |= {"autoscaling_config": None, "num_replicas": 1}
     options: dict[str, Any] = maybe_apply_llm_deployment_config_defaults(defaults, given)

@@ -69,7 +69,7 @@ class HeadraceIngress(OpenAiIngress):
         super().__init__(*args, **kwargs)
         self._in_flight = InFlight()
         self._models = models
-        self._attempts = Attempts()
+        self._attempts = Attempts(is_stopping=lambda: self._in_flight.is_closed)
         self._app_name = serve.get_replica_context().app_name
         self._keeper = keeper
         self._controller: ActorHandle | None = None

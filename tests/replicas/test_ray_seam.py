@@ -560,6 +560,7 @@ def test_adapters_are_read_from_a_folder_through_the_function_we_widen(
     server = inspect.getsource(name_in("ray.serve.llm.deployment", "LLMServer")._init_multiplex_loader)
     assert "model_downloader_cls(\n                download_timeout_s=" in server, "the folder is the first argument"
     loader = name_in("replicas.ray_patches", "adapter_loader")(tmp_path / "of-a-replica")(max_tries=1)
+    assert isinstance(loader, lora.LoraModelLoader)
     loaded = asyncio.run(loader.load_model_from_config("m:north", config))
     assert (Path(loaded.local_path) / "adapter_config.json").is_file()
     assert tmp_path / "of-a-replica" in Path(loaded.local_path).parents
