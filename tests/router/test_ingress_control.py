@@ -142,23 +142,25 @@ def test_a_stopping_ingress_turns_requests_away_and_finishes_those_in_flight(
     from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 
     from router import ingress as ingress_module
+    from router.attempts import Attempts
 
     async def chunks(self: Any, **_: Any) -> Any:
-        for number in range(3):
+        for number in "012":
             yield number
 
     monkeypatch.setattr(ingress_module.OpenAiIngress, "_get_response", chunks)
     ingress, body = application.ingress, SimpleNamespace(request_id="r")
+    ingress._attempts = Attempts()
 
     async def stop_while_one_runs() -> None:
         running = ingress._get_response(body=body, call_method="chat")
-        assert await anext(running) == 0
+        assert await anext(running) == "0"
         assert await ingress.stop_admitting() == 1
         with pytest.raises(OpenAIHTTPException) as error:
             await anext(ingress._get_response(body=body, call_method="chat"))
         rejection = Rejection.from_json(error.value.message)
         assert error.value.status_code == 503 and rejection and "the server is stopping" in rejection.text
-        assert [chunk async for chunk in running] == [1, 2]
+        assert [chunk async for chunk in running] == ["1", "2"]
         assert await ingress.stop_admitting() == 0
 
     asyncio.run(stop_while_one_runs())
