@@ -37,6 +37,7 @@ from scheduler.support import EngineSetup, ranks_in
 from scheduler.thresholds import thresholds_as_dict
 
 _ROUTING_STATS_PERIOD_S = 1.0
+_INGRESS_OUTLASTS_S = 15.0
 _HEALTH_CHECK_PERIOD_S = 1.0  # Serve learns from its checks that a replica's process has ended
 _HEALTH_CHECK_TIMEOUT_S = 60.0  # a busy replica must not count as dead
 _MAX_ONGOING_REQUESTS = 1024
@@ -129,6 +130,8 @@ def ingress_options(configs: list[LLMConfig], given: dict[str, Any]) -> dict[str
     """
     defaults: dict[str, Any] = HeadraceIngress.get_deployment_options(configs)
     defaults["max_ongoing_requests"] = 4 * sum(config.deployment_config["max_ongoing_requests"] for config in configs)
+    drain_s = max(config.deployment_config["graceful_shutdown_timeout_s"] for config in configs)
+    defaults["graceful_shutdown_timeout_s"] = drain_s + _INGRESS_OUTLASTS_S  # it streams what the replicas finish
     nodes = _nodes()
     if nodes > 1:
         bounds = {"min_replicas": _FEWEST_INGRESSES, "max_replicas": max(_FEWEST_INGRESSES, nodes)}

@@ -60,13 +60,17 @@ class _Failed:
 
 
 class Attempts:
-    """Tries the requests of one ingress. max_wait_s: to the first token, or to the answer without streaming."""
+    """Tries the requests of one ingress.
+
+    max_wait_s: to the first token, or to the answer without streaming. is_stopping: whether the application stops, so
+    that a recalled request has nowhere to go.
+    """
 
     def __init__(
         self, rotation: Rotation = ROTATION, *, max_wait_s: float = MAX_WAIT_S,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, is_stopping: Callable[[], bool] = bool,
     ) -> None:
-        self.max_wait_s = max_wait_s
+        self.max_wait_s, self._is_stopping = max_wait_s, is_stopping
         self._rotation, self._clock = rotation, clock
 
     async def answer(self, send: Callable[[], Chunks], request_id: str) -> Chunks:
@@ -94,7 +98,7 @@ class Attempts:
                     recalls += 1
                 else:
                     failed.append(first)
-                if len(failed) == _MOST_FAILURES or recalls > _MOST_RECALLS:
+                if len(failed) == _MOST_FAILURES or recalls > _MOST_RECALLS or self._is_stopping():
                     yield _last_word(first)
                     return
                 self._rotation.try_again(request_id)

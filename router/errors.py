@@ -58,10 +58,10 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _openai_error(request: Request, error: Exception) -> JSONResponse:
-    """Ray's exception for an error response; a rejection, and a wait that was too long, get `Retry-After`."""
+    """Ray's exception for an error response; a request that was turned away, or waited too long, gets `Retry-After`."""
     assert isinstance(error, OpenAIHTTPException)
-    rejection = Rejection.from_json(error.message) if error.status_code == HTTPStatus.TOO_MANY_REQUESTS else None
-    if rejection:
+    rejection = Rejection.from_json(error.message)
+    if rejection and error.status_code == rejection.kind.http_status:
         body = error_body(error.status_code, rejection.text)
         return JSONResponse(body, error.status_code, headers={"Retry-After": str(rejection.retry_after_s)})
     body = error_body(error.status_code, error.message)

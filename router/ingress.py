@@ -34,6 +34,7 @@ from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as
 from router.attempts import Attempts, ending_at_an_error
 from router.declared_length import move_declared_length
 from router.errors import error_body
+from router.in_flight import InFlight
 from router.replica_watch import ReplicaWatch, readiness
 from router.tenants import sign
 from scheduler.messages import Ack, Telemetry
@@ -66,8 +67,9 @@ class HeadraceIngress(OpenAiIngress):
         listen_where_the_node_does()
         take_adapters_from_folders()
         super().__init__(*args, **kwargs)
+        self._in_flight = InFlight()
         self._models = models
-        self._attempts = Attempts()
+        self._attempts = Attempts(is_stopping=lambda: self._in_flight.is_closed)
         self._app_name = serve.get_replica_context().app_name
         self._keeper = keeper
         self._controller: ActorHandle | None = None
@@ -114,12 +116,19 @@ class HeadraceIngress(OpenAiIngress):
     async def _get_response(
         self, *, body: Any, call_method: str, raw_request: Request | None = None
     ) -> AsyncGenerator[Any, None]:
-        move_declared_length(body)
-        sign(body, getattr(raw_request.state, "tenant", None) if raw_request is not None else None)
-        send = partial(super()._get_response, body=body, call_method=call_method, raw_request=raw_request)
-        async with aclosing(self._attempts.answer(send, _get_serve_request_context()._internal_request_id)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        with self._in_flight.request(str(getattr(body, "request_id", ""))):
+            move_declared_length(body)
+            sign(body, getattr(raw_request.state, "tenant", None) if raw_request is not None else None)
+            send = partial(super()._get_response, body=body, call_method=call_method, raw_request=raw_request)
+            request_id = _get_serve_request_context()._internal_request_id
+            async with aclosing(self._attempts.answer(send, request_id)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    async def stop_admitting(self) -> int:
+        """Answer new requests with 503 from now on; returns how many are still in flight. For an operator's stop."""
+        self._in_flight.close()
+        return self._in_flight.count
 
     async def _process_llm_request(self, *args: Any, **kwargs: Any) -> Response:
         response: Response = await super()._process_llm_request(*args, **kwargs)
@@ -192,6 +201,8 @@ class HeadraceIngress(OpenAiIngress):
 
     async def readyz(self) -> Response:
         """At least one replica's engine has answered in the last few seconds; models without one are named."""
+        if self._in_flight.is_closed:
+            return _error(503, "the server is stopping")
         models = [model.model_id for model in self._models.values()]
         body = readiness(self.replica_watch.latest().values(), models)
         return JSONResponse(body, status_code=200 if body["ready"] else 503)

@@ -30,6 +30,7 @@ from scheduler.engine.active_thresholds import Active, ActiveThresholds
 from scheduler.engine.admission_queue import AdmissionQueue
 from scheduler.engine.channel import ChannelServer, engine_id, rank_endpoint
 from scheduler.engine.client_input import declared_lengths, tenant_of
+from scheduler.engine.drain import DrainRule
 from scheduler.engine.fair_queue import DEFAULT_TENANT
 from scheduler.engine.held import HeldRequests
 from scheduler.engine.iteration_timer import IterationTimer
@@ -105,11 +106,12 @@ class HeadraceScheduler(AsyncScheduler):
         self.latest_work = BatchWork(0, 0, 0, 0)
         self._timer = IterationTimer(self._depth)
         self.rejector = Rejector(self.admission_queue, self._lives, settings.audit_share)
+        self.drain = DrainRule(self.admission_queue)
         self._pause_none = False
         self._channel: ChannelServer | None = None
         if settings.channel:
             endpoint = rank_endpoint(settings.channel, vllm_config.parallel_config.data_parallel_index)
-            self._channel = ChannelServer(endpoint, self.active.offer, self.telemetry, self.stats)
+            self._channel = ChannelServer(endpoint, self.active.offer, self.telemetry, self.stats, self.drain.ask)
             logger.info("Headrace: control channel open, policy %s", settings.thresholds.policy)
 
     def make_policy(self, thresholds: Thresholds) -> Policy:
@@ -122,12 +124,19 @@ class HeadraceScheduler(AsyncScheduler):
     # One iteration.
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """One iteration under the active thresholds: reject, admit, pause requests, let vLLM schedule the rest."""
+        """One iteration under the active thresholds: reject, admit, pause requests, let vLLM schedule the rest.
+
+        An engine that drains follows no policy: it sends back what has not begun and runs the rest to the end.
+        """
         obeyed = self.active.current()
         if obeyed is not self._obeyed:
             self._obey(obeyed)
         now_s = self.clock()
-        decision = obeyed.policy.decide(self._snapshot(now_s))
+        if self.drain.asked:
+            self._finish_rejected(self.drain.choose(self.requests))
+            decision = self.drain.decision()
+        else:
+            decision = obeyed.policy.decide(self._snapshot(now_s))
         siblings = 0
         if decision.reject:
             rejected = self._reject([self.requests[name] for name in decision.reject], TOO_LATE, decision.drain_s)
@@ -307,7 +316,7 @@ class HeadraceScheduler(AsyncScheduler):
         first_s = now_s if math.isnan(life.first_token_s) else life.first_token_s
         self.recorder.finished(
             now_s, request.num_prompt_tokens, outputs, aborted=request.status in _CUT_SHORT,
-            rejected=self.rejector.is_rejected(request.request_id), cached_tokens=life.cached_tokens,
+            turned_away=self.rejector.kind_of(request.request_id), cached_tokens=life.cached_tokens,
             shared_tokens=life.shared_tokens, ttft_s=first_s - life.arrived_s if outputs else None,
             tpot_s=(now_s - first_s) / (outputs - 1) if outputs > 1 else None,
         )
@@ -350,14 +359,15 @@ class HeadraceScheduler(AsyncScheduler):
             engine_id=self._engine_id, clock_s=self.clock(), cursor=cursor, limits=self.active.limits,
             thresholds=current.thresholds, from_config=current.from_config, gauges=self.recorder.gauges,
             counters=self.recorder.counters(), iterations=iterations, arrivals=arrivals, finished=finished,
-            running=running, records_lost=int(lost),
+            running=running, records_lost=int(lost), draining=self.drain.asked,
         )
 
     def stats(self) -> Stats:
         """The figures for routing and readiness; safe from another thread; cost does not grow with the requests."""
         thresholds = self.active.current().thresholds
         return Stats.of_engine(
-            self._engine_id, self.active.limits, thresholds, self.recorder.gauges, self.current_step
+            self._engine_id, self.active.limits, thresholds, self.recorder.gauges, self.current_step,
+            draining=self.drain.asked,
         )
 
     def shutdown(self) -> None:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import TypeVar
 
 from scheduler.messages import Arrival, Counters, Finished, Gauges, Iteration
+from scheduler.rejection import Kind
 
 KEPT_RECORDS = 4096
 """Records of each kind kept; at 10 ms an iteration this is 40 s, several control periods."""
@@ -49,17 +50,19 @@ class Recorder:
         self.totals.arrivals += 1
 
     def finished(
-        self, at_s: float, prompt_tokens: int, output_tokens: int, *, aborted: bool, rejected: bool = False,
+        self, at_s: float, prompt_tokens: int, output_tokens: int, *, aborted: bool, turned_away: Kind | None = None,
         cached_tokens: int = 0, shared_tokens: int = 0, ttft_s: float | None = None, tpot_s: float | None = None,
     ) -> None:
-        """One request that left the engine: rejected, else aborted, else completed."""
+        """One request that left the engine: turned away (rejected or recalled), else aborted, else completed."""
         record = Finished(
-            self._next(), at_s, prompt_tokens, output_tokens, aborted or rejected, cached_tokens, shared_tokens, ttft_s,
-            tpot_s,
+            self._next(), at_s, prompt_tokens, output_tokens, aborted or turned_away is not None, cached_tokens,
+            shared_tokens, ttft_s, tpot_s,
         )
         self._append(self._finished, record)
-        if rejected:
+        if turned_away is Kind.REJECTED:
             self.totals.rejected += 1
+        elif turned_away is Kind.RECALLED:
+            self.totals.recalled += 1
         elif aborted:
             self.totals.aborted += 1
         else:
