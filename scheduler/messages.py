@@ -195,12 +195,23 @@ class Telemetry:
         return self.gauges.kv_used_tokens / self.limits.kv_capacity_tokens
 
 
+class Room(NamedTuple):
+    """What an admission queue takes; the fields are those of `Stats`."""
+
+    room: int | None = None
+    drain_rps: float = 0.0
+    retry_after_s: float = 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
     """The figures of one engine that routing and readiness need; of constant size.
 
     slots: requests that may run before the engine counts as full; running, waiting: requests; KV in tokens;
     thresholds_version: version of the active thresholds.
+    room: how many more requests the admission queue takes now before it rejects one (None: it rejects none); drain_rps:
+    requests per second that leave the queue while it is full (0: not known); retry_after_s: seconds in which the queue
+    drains, for a `Retry-After` without its jitter.
     """
 
     schema: int = SCHEMA
@@ -211,9 +222,14 @@ class Stats:
     kv_used_tokens: int
     kv_capacity_tokens: int
     thresholds_version: int
+    room: int | None = None
+    drain_rps: float = 0.0
+    retry_after_s: float = 0.0
 
     @classmethod
-    def of_engine(cls, engine_id: str, limits: EngineLimits, thresholds: Thresholds, gauges: Gauges) -> Stats:
+    def of_engine(
+        cls, engine_id: str, limits: EngineLimits, thresholds: Thresholds, gauges: Gauges, room: Room | None = None
+    ) -> Stats:
         """The stats of an engine under `thresholds`.
 
         Its slots are `max_running`; without it, the running requests at capacity by the fluid parameters, so that a
@@ -225,7 +241,7 @@ class Stats:
         return cls(
             engine_id=engine_id, slots=thresholds.max_running or slots, running=gauges.running, waiting=gauges.waiting,
             kv_used_tokens=gauges.kv_used_tokens, kv_capacity_tokens=limits.kv_capacity_tokens,
-            thresholds_version=thresholds.version,
+            thresholds_version=thresholds.version, **(room._asdict() if room else {}),
         )
 
     @property

@@ -36,6 +36,7 @@ from scheduler.engine.iteration_timer import IterationTimer
 from scheduler.engine.lives import Lives
 from scheduler.engine.pipeline import coming, has_more_than_its_share, pipeline_depth
 from scheduler.engine.prefix_hits import PrefixHits
+from scheduler.engine.queue_room import QueueRoom
 from scheduler.engine.recorder import Recorder
 from scheduler.engine.rejector import Rejector
 from scheduler.engine.running_requests import BatchWork, EngineBatch, batch_work, decode_steps, tokens_to_decode
@@ -105,6 +106,7 @@ class HeadraceScheduler(AsyncScheduler):
         self.latest_work = BatchWork(0, 0, 0, 0)
         self._timer = IterationTimer(self._depth)
         self.rejector = Rejector(self.admission_queue, self._lives, settings.audit_share)
+        self._room = QueueRoom()
         self._pause_none = False
         self._channel: ChannelServer | None = None
         if settings.channel:
@@ -128,6 +130,7 @@ class HeadraceScheduler(AsyncScheduler):
             self._obey(obeyed)
         now_s = self.clock()
         decision = obeyed.policy.decide(self._snapshot(now_s))
+        self._room.decided(decision, self.recorder.totals.arrivals)
         siblings = 0
         if decision.reject:
             rejected = self._reject([self.requests[name] for name in decision.reject], TOO_LATE, decision.drain_s)
@@ -355,8 +358,9 @@ class HeadraceScheduler(AsyncScheduler):
 
     def stats(self) -> Stats:
         """The figures for routing and readiness; safe from another thread; cost does not grow with the requests."""
-        thresholds = self.active.current().thresholds
-        return Stats.of_engine(self._engine_id, self.active.limits, thresholds, self.recorder.gauges)
+        thresholds, totals = self.active.current().thresholds, self.recorder.totals
+        room = self._room.now(thresholds, self.active.limits, totals.arrivals, is_idle=not self.requests)
+        return Stats.of_engine(self._engine_id, self.active.limits, thresholds, self.recorder.gauges, room)
 
     def shutdown(self) -> None:
         """Close the channel, then vLLM's own shutdown."""
