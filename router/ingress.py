@@ -11,7 +11,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
 import ray
@@ -27,13 +27,18 @@ from replicas.ranks import EngineAddress, engine_addresses
 from replicas.ray_patches import listen_where_the_node_does
 from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
 from router.declared_length import move_declared_length
-from router.errors import error_body
-from router.tenants import sign
+from router.front_door import NO_REPORTS
+from router.gate import Desk, open_desk
+from router.limits import DEFAULT_LIMITS, Limits
+from router.refusal import error_body, shortened
+from router.tenants import TenantConfig, sign
 from scheduler.messages import Ack, Telemetry
 from scheduler.thresholds import Thresholds, thresholds_as_dict
 from scheduler.wire import UnreadableMessage
 
 _CONTROLLER_ANSWER_S = 3.0
+_LONGEST_ERROR = 600
+"""Of an operator's request, whose parts are bounded one by one."""
 _NO_CONTROLLER = "the controller does not answer; replicas keep their thresholds"
 logger = logging.getLogger(__name__)
 
@@ -50,9 +55,13 @@ class Keeper(Protocol):
 class HeadraceIngress(OpenAiIngress):
     """OpenAI endpoints and the control endpoints of one application."""
 
-    def __init__(self, *args: Any, keeper: Keeper | None = None, ranks: int = 1, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, keeper: Keeper | None = None, ranks: int = 1, tenants: Sequence[TenantConfig] = (),
+        limits: Limits = DEFAULT_LIMITS, **kwargs: Any,
+    ) -> None:
         listen_where_the_node_does()
         super().__init__(*args, **kwargs)
+        self.desk = open_desk(tenants, limits, NO_REPORTS, self._model_cards)
         self._ranks = ranks
         self._app_name = serve.get_replica_context().app_name
         self._keeper = keeper
@@ -86,7 +95,8 @@ class HeadraceIngress(OpenAiIngress):
         self, *, body: Any, call_method: str, raw_request: Request | None = None
     ) -> AsyncGenerator[Any, None]:
         move_declared_length(body)
-        sign(body, getattr(raw_request.state, "tenant", None) if raw_request is not None else None)
+        tenant = getattr(raw_request.state, "tenant", None) if raw_request is not None else None
+        sign(body, tenant, self.desk.turned_away(body.model))
         async for response in super()._get_response(body=body, call_method=call_method, raw_request=raw_request):
             yield response
 
@@ -185,6 +195,12 @@ async def _apply(engine: EngineAddress, thresholds: Thresholds) -> Ack:
         return Ack.without_version(str(error))
 
 
+def desk_of_this_ingress() -> Desk:
+    """What the gate in this process knows; for `http_app`."""
+    desk: Desk = serve.get_replica_context().servable_object.desk
+    return desk
+
+
 ADMIN_ENDPOINTS = {
     "admin_state": lambda app: app.get("/admin/state"),
     "admin_events": lambda app: app.get("/admin/events"),
@@ -198,7 +214,7 @@ HEALTH_ENDPOINTS = {
 
 
 def _error(status_code: int, message: str, results: dict[str, Any] | None = None) -> JSONResponse:
-    body: dict[str, Any] = error_body(status_code, message)
+    body: dict[str, Any] = error_body(status_code, shortened(message, _LONGEST_ERROR))
     if results is not None:
         body["replicas"] = results
     return JSONResponse(body, status_code=status_code)
