@@ -1,8 +1,8 @@
-"""API keys on their way from the process that deploys to the ingress: as digests, so that no key is in Ray's records."""
+"""API keys on their way from the process that deploys to the ingress: as digests, so that Ray's records have no key."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ipaddress import ip_address
 from typing import Any
 
@@ -10,10 +10,15 @@ from router.auth import API_KEY_FILE_VARIABLE, API_KEY_VARIABLE, Keyring
 from router.tenants import TenantConfig
 
 
-def keys_for_the_ingress(tenants: Sequence[TenantConfig]) -> dict[str, Any]:
-    """Ray actor options with the digests of the keys known here; {} if there are none."""
+def with_keys(options: Mapping[str, Any], tenants: Sequence[TenantConfig]) -> dict[str, Any]:
+    """Deployment options of the ingress, and in its environment the digests of the keys known here."""
     digests = Keyring(tenants).digests()
-    return {"runtime_env": {"env_vars": digests}} if digests else {}
+    if not digests:
+        return dict(options)
+    actor = dict(options.get("ray_actor_options") or {})
+    environment = dict(actor.get("runtime_env") or {})
+    environment["env_vars"] = environment.get("env_vars", {}) | digests
+    return dict(options) | {"ray_actor_options": actor | {"runtime_env": environment}}
 
 
 def require_key_beyond_loopback(host: str, tenants: Sequence[TenantConfig]) -> str | None:

@@ -34,14 +34,14 @@ _LARGEST_GAP_S = 60.0
 
 
 class Report(Protocol):
-    """The latest answer of one engine; `stats` is a reason in words when it has none."""
+    """The latest answer of one engine, and its age in seconds; None: none yet. model: the model's deployment."""
 
     @property
     def model(self) -> str: ...
     @property
-    def stats(self) -> Stats | str: ...
+    def stats(self) -> Stats | None: ...
     @property
-    def age_s(self) -> float: ...
+    def age_s(self) -> float | None: ...
 
 
 class Reports(Protocol):
@@ -165,10 +165,10 @@ class FrontDoor:
         answers = []
         for report in self._reports.latest().values():
             if report.model == model:
-                stats = report.stats
-                if not isinstance(stats, Stats) or stats.room is None or report.age_s > _RECENT_S:
+                stats, age_s = report.stats, report.age_s
+                if stats is None or stats.room is None or age_s is None or age_s > _RECENT_S:
                     return None
-                answers.append((stats, report.age_s))
+                answers.append((stats, age_s))
         return answers or None
 
     def _room(self, model: str, answers: list[tuple[Stats, float]], now_s: float) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from router.auth import ANONYMOUS, Holder, Keyring
 from router.front_door import FrontDoor, Reports, Tenant
 from router.key_usage import KeyUsage
-from router.limits import Limits
+from router.limits import NO_OTHERS, Limits
 from router.refusal import Refusal
 from router.request_body import Asked, Disconnected, asked_for, parse, read_body, require_json
 from router.tenants import TenantConfig
@@ -34,14 +34,23 @@ _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 class Desk:
     """What the gate of one ingress knows: the keys, the limits and what is used of them, the room at the replicas.
 
-    models: ids of the models served. `limits` may be replaced at any time; no count is lost.
+    deployments: by model id, the name under which its replicas report. `change` loses no count.
     """
 
     def __init__(
-        self, keys: Keyring, limits: Limits, front_door: FrontDoor, usage: KeyUsage, models: Collection[str]
+        self, keys: Keyring, front_door: FrontDoor, usage: KeyUsage, deployments: Mapping[str, str], limits: Limits,
+        model_limits: Mapping[str, Limits] = NO_OTHERS,
     ) -> None:
-        self.keys, self.limits, self.front_door, self.usage = keys, limits, front_door, usage
-        self.models = frozenset(models)
+        self.keys, self.front_door, self.usage, self._deployments = keys, front_door, usage, dict(deployments)
+        self.limits, self._model_limits = limits, dict(model_limits)
+
+    def change(self, tenants: Sequence[TenantConfig], limits: Limits, model_limits: Mapping[str, Limits]) -> None:
+        """New tenants and limits, in force from the next request on."""
+        self.keys, self.limits, self._model_limits = Keyring(tenants), limits, dict(model_limits)
+
+    def limits_of(self, model: str | None) -> Limits:
+        """The limits of a model's requests; those of the application where it has none of its own."""
+        return self._model_limits.get(model or "", self.limits)
 
     def share_with(self, ingresses: int) -> None:
         """So many ingress replicas share the room and the limits of keys."""
@@ -50,22 +59,26 @@ class Desk:
     def turned_away(self, name: str | None) -> int:
         """Requests for this model rejected here since the last call."""
         model = self.model_of(name)
-        return self.front_door.take_turned_away(model) if model else 0
+        return self.front_door.take_turned_away(self._deployments[model]) if model else 0
 
     def model_of(self, name: str | None) -> str | None:
-        """The base model that a request means; None if it must be read from its body, or is not served."""
+        """The model that a request means, without an adapter's name; None if it is not served, or not said."""
         if name is None:
-            return next(iter(self.models)) if len(self.models) == 1 else None
+            return next(iter(self._deployments)) if len(self._deployments) == 1 else None
         base = name.partition(":")[0]
-        return name if name in self.models else base if base in self.models else None
+        return name if name in self._deployments else base if base in self._deployments else None
+
+    def deployment_of(self, model: str) -> str:
+        """The name under which a model's replicas report."""
+        return self._deployments[model]
 
 
 def open_desk(
-    tenants: Sequence[TenantConfig], limits: Limits, reports: Reports, models: Collection[str],
-    clock: Callable[[], float] = time.monotonic,
+    tenants: Sequence[TenantConfig], limits: Limits, model_limits: Mapping[str, Limits], reports: Reports,
+    deployments: Mapping[str, str], clock: Callable[[], float] = time.monotonic,
 ) -> Desk:
     """A desk whose keys are in this process's environment."""
-    return Desk(Keyring(tenants), limits, FrontDoor(reports, clock), KeyUsage(clock), models)
+    return Desk(Keyring(tenants), FrontDoor(reports, clock), KeyUsage(clock), deployments, limits, model_limits)
 
 
 class Gate:
@@ -149,42 +162,49 @@ class _Visit:
         return self._holder
 
     async def serve(self, app: ASGIApp, receive: Any, send: Any) -> None:
-        desk, limits = self._desk, self._desk.limits
+        """Check the body and what it asks for, and call the app; a place is taken from before to after."""
+        desk, holder = self._desk, self._holder.name
         model = desk.model_of(None) if self._generates else None
         if model is not None:
             self._require_room(model, 1)  # before the body: with one model nothing of it needs to be known
-        body = await read_body(self._headers, receive, limits)
-        asked = self._checked(body, limits)
-        model = desk.model_of(asked.model) if self._generates else None
-        desk.usage.take(self._holder.name, limits.of_key(self._holder.name), asked.tokens, self._request_id)
+        body = await read_body(self._headers, receive, desk.limits)
+        asked, model = self._checked(body)
+        desk.usage.take(holder, desk.limits.of_key(holder), asked.tokens, self._request_id)
         if model is None:
             await app(self.scope, replayed(body, receive), send)
             return
         try:
             self._require_room(model, asked.requests)
         except Refusal:
-            desk.usage.give_back(self._holder.name, asked.tokens)
+            desk.usage.give_back(holder, asked.tokens)
             raise
-        desk.front_door.sent(model, asked.requests, self._tenant)
+        deployment = desk.deployment_of(model)
+        desk.front_door.sent(deployment, asked.requests, self._tenant)
         try:
             await app(self.scope, replayed(body, receive), self._noting_status(send))
         finally:
             if self._status != HTTPStatus.TOO_MANY_REQUESTS:
-                desk.front_door.ended(model, asked.requests)
+                desk.front_door.ended(deployment, asked.requests)
 
     def _require_room(self, model: str, requests: int) -> None:
-        if not self._desk.limits.front_door:
+        desk = self._desk
+        if not desk.limits_of(model).front_door:
             return
-        rejection = self._desk.front_door.full(model, self._request_id, requests, self._tenant)
+        rejection = desk.front_door.full(desk.deployment_of(model), self._request_id, requests, self._tenant)
         if rejection:
             raise Refusal(429, rejection.text, retry_after_s=rejection.retry_after_s)
 
-    def _checked(self, body: bytes, limits: Limits) -> Asked:
+    def _checked(self, body: bytes) -> tuple[Asked, str | None]:
+        """What the body asks for, and of which model if it generates."""
         if self._path in _FORMS:
-            return Asked()
+            return Asked(), None
         require_json(self._headers)
-        found = parse(body, limits)
-        return asked_for(found, limits) if self._generates else Asked()
+        found = parse(body, self._desk.limits)
+        if not self._generates:
+            return Asked(), None
+        name = found.get("model")
+        model = self._desk.model_of(name if isinstance(name, str) else None)
+        return asked_for(found, self._desk.limits_of(model)), model
 
     def _noting_status(self, send: Any) -> Any:
         async def noting(message: Any) -> None:

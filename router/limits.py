@@ -40,6 +40,8 @@ class Limits(KeyLimits):
     keys: other limits for a tenant by its name, for "operator" or for "anonymous".
     cors_origins: web origins whose pages may call /v1 from a browser; never /admin.
     front_door: reject in the ingress while the queues of all replicas are full.
+
+    choices, max_tokens, prompt_tokens and front_door may differ by model; the others are those of the application.
     """
 
     choices: _Count = 16
@@ -60,3 +62,4 @@ class Limits(KeyLimits):
 
 
 DEFAULT_LIMITS = Limits()
+NO_OTHERS: Mapping[str, Limits] = {}

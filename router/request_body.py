@@ -35,10 +35,9 @@ class Disconnected(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a request asks for. model: as named by the client; requests: `n` times the number of prompts, as the engine
-    counts them; tokens: prompt and output tokens, estimated as `KeyLimits` says."""
+    """What a request asks for. requests: `n` times the number of prompts, as the engine counts them; tokens: prompt and
+    output tokens, estimated as `KeyLimits` says."""
 
-    model: str | None = None
     requests: int = 1
     tokens: int = 0
 
@@ -174,9 +173,8 @@ def asked_for(found: Mapping[str, Any], limits: Limits) -> Asked:
         raise Refusal(400, f"max_tokens = {most} is not allowed; allowed: at most {limits.max_tokens}")
     if limits.prompt_tokens is not None and prompt_tokens > limits.prompt_tokens:
         raise Refusal(400, f"a prompt has {prompt_tokens} tokens; allowed: at most {limits.prompt_tokens}")
-    model = found.get("model")
     outputs = requests * max(0, _USUAL_OUTPUT_TOKENS if most is None else most)
-    return Asked(model if isinstance(model, str) else None, requests, _text_tokens(found) * choices + outputs)
+    return Asked(requests, _text_tokens(found) * choices + outputs)
 
 
 def _prompts(prompt: Any) -> tuple[int, int]:

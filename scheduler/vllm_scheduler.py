@@ -29,7 +29,7 @@ from vllm.v1.request import Request, RequestStatus
 from scheduler.engine.active_thresholds import Active, ActiveThresholds
 from scheduler.engine.admission_queue import AdmissionQueue
 from scheduler.engine.channel import ChannelServer, engine_id, rank_endpoint
-from scheduler.engine.client_input import declared_lengths, tenant_of
+from scheduler.engine.client_input import declared_lengths, tenant_of, turned_away
 from scheduler.engine.fair_queue import DEFAULT_TENANT
 from scheduler.engine.held import HeldRequests
 from scheduler.engine.iteration_timer import IterationTimer
@@ -87,7 +87,7 @@ class HeadraceScheduler(AsyncScheduler):
             _first_thresholds(settings, limits), limits, lambda: self.clock(), allow_strict=settings.allow_strict,
             setup=setup, policy_of=self.make_policy,
         )
-        self._engine_id = engine_id()
+        self._engine_id, self._trusts_ingress = engine_id(), settings.trust_tenants
         self._obeyed: Active = self.active.current()
         self._prefixes = PrefixHits(self.kv_cache_manager, self.block_size, self.cache_config.enable_prefix_caching)
         self._lives = Lives(lambda: self.clock(), lambda: self.arrival_clock(), self.max_model_len)
@@ -288,7 +288,10 @@ class HeadraceScheduler(AsyncScheduler):
         if self.policy is not SchedulingPolicy.PRIORITY:
             request.priority = 0  # the client's; only vLLM's own policy "priority" lets it order requests
         if request.request_id not in self.requests:
-            self.recorder.arrival(self.clock(), request.num_prompt_tokens, self.known_output_tokens(request))
+            like_it = (request.num_prompt_tokens, self.known_output_tokens(request))
+            if self._trusts_ingress and (count := turned_away(request)):
+                self.recorder.turned_away(self.clock(), count, *like_it)
+            self.recorder.arrival(self.clock(), *like_it)
             self._lives.begin(request)
         super().add_request(request)
         if request.pooling_params is not None:

@@ -8,7 +8,7 @@ decoding requests end as randomly as a Poisson process.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import islice
 
@@ -147,13 +147,12 @@ class FirstToken:
         each = tokens / waiting if waiting else self._usual_prompt_tokens
         usual = Waiting(round(each), 0.0)
 
-        def in_time(more: int) -> bool:
+        def seconds(more: int) -> float:
             ahead = waiting + more - 1
-            return self._wait_s(ahead, round(tokens + (more - 1) * each), free) + self.own_s(usual) <= limit_s
+            return self._wait_s(ahead, round(tokens + (more - 1) * each), free) + self.own_s(usual)
 
-        if limit_s is not None:
-            # The wait grows with the place in the queue: look for the first place that is too late.
-            most = bisect_left(range(1, max(0, most) + 1), True, key=lambda more: not in_time(more))
+        if limit_s is not None:  # the wait grows with the place in the queue
+            most = bisect_right(range(1, max(0, most) + 1), limit_s, key=seconds)
         return max(most, 0 if waiting else 1)
 
     @property

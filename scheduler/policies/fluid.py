@@ -58,8 +58,8 @@ class Fluid(Policy):
         taken = len(snapshot.running) + snapshot.released
         if not view:
             spare = FirstToken.of(admission.fluid, snapshot, room) if admission.rejects else None
-            left = partial(spare.room, 0, 0, taken, self._spare_slots(snapshot, taken)) if spare else None
-            return Decision(token_budget=admission.budget(snapshot, room), room=left)
+            more = partial(spare.room, 0, 0, taken, self._spare_slots(snapshot, taken)) if spare else None
+            return Decision(token_budget=admission.budget(snapshot, room), room=more)
         first = FirstToken.of(admission.fluid, snapshot, room)
         late = first.too_late(view, snapshot.now_s)
         admitted, tokens, cached = admission.admitted(view, late, slots, snapshot, room)
