@@ -41,7 +41,12 @@ def fail(error: Exception, code: int) -> NoReturn:
 
 
 @app.command()
-def up(config_file: ConfigFile = DEFAULT_CONFIG) -> None:
+def up(
+    config_file: ConfigFile = DEFAULT_CONFIG,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Serve beyond this machine although there is no API key.")
+    ] = False,
+) -> None:
     """Deploy a configuration; with a Ray of its own it runs in the foreground until Ctrl-C."""
     from cluster import launch
     from cluster.config import load_config
@@ -49,7 +54,9 @@ def up(config_file: ConfigFile = DEFAULT_CONFIG) -> None:
 
     with err.status("reading the configuration"):
         config = load_config(config_file)
-    launcher = launch.Launcher(config, progress=lambda line: err.print(f"[dim]{render.plain(line)}[/dim]"))
+    launcher = launch.Launcher(
+        config, progress=lambda line: err.print(f"[dim]{render.plain(line)}[/dim]"), insecure=insecure
+    )
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, _interrupt)
     note = launch.note_running(config) if launcher.owns_ray else None

@@ -21,6 +21,7 @@ import httpx
 import psutil
 
 from cluster.config import ClusterConfig, ConfigError
+from cluster.keys import require_key_beyond_loopback
 from cluster.model import BUNDLED_MODEL_NAME, is_prepared, prepare_bundled_model
 
 READY_TIMEOUT_S = 600.0
@@ -70,11 +71,11 @@ def prepare_model(config: ClusterConfig, say: Callable[[str], None]) -> None:
 class Launcher:
     """One application on one Ray: `start`, then `wait` in the foreground or leave, then `stop`.
 
-    progress: called with one line at each change of state.
+    progress: called with one line at each change of state. insecure: other machines may reach it without an API key.
     """
 
-    def __init__(self, config: ClusterConfig, progress: Callable[[str], None]) -> None:
-        self._config, self._say = config, progress
+    def __init__(self, config: ClusterConfig, progress: Callable[[str], None], *, insecure: bool = False) -> None:
+        self._config, self._say, self._insecure = config, progress, insecure
 
     @property
     def owns_ray(self) -> bool:
@@ -85,9 +86,11 @@ class Launcher:
         """Start (or join) Ray, deploy, and return once a replica answers.
 
         Raises:
-            LaunchError: the port is taken, the cluster cannot be reached, or the deployment failed.
+            LaunchError: the port is taken, the cluster cannot be reached, the deployment failed, or other machines
+                could use it without an API key.
         """
         options = self._config.http_options
+        self._require_key(options.host)
         if self.owns_ray and not port_is_free(options.host, options.port):
             raise LaunchError(
                 f"port {options.port} on {options.host} is taken; stop what uses it (headrace down?) "
@@ -103,6 +106,7 @@ class Launcher:
 
         self._connect(ray)
         serve.start(proxy_location=self._config.proxy_location, http_options=options.model_dump())
+        self._require_key(_address_of_serve())  # Serve keeps the address with which it was first started
         application = self._config.application
         with self._watching_progress():
             try:
@@ -110,6 +114,11 @@ class Launcher:
             except RuntimeError as error:
                 raise LaunchError(f"the deployment failed: {error}; the logs are in {_log_folder()}") from error
         self._wait_until_ready()
+
+    def _require_key(self, host: str) -> None:
+        wrong = require_key_beyond_loopback(host, self._config.application.args.headrace.tenants)
+        if wrong and not self._insecure:
+            raise LaunchError(wrong)
 
     def wait(self) -> None:
         """Stay in the foreground; a signal's exception ends it."""
@@ -193,6 +202,13 @@ class Launcher:
                         return
                 time.sleep(0.5)
         raise LaunchError(f"{self._config.base_url}/readyz did not answer within {READY_TIMEOUT_S:g} s")
+
+
+def _address_of_serve() -> str:
+    """Where the running Serve listens."""
+    from ray.serve.context import _get_global_client
+
+    return str(_get_global_client().http_config.host)
 
 
 def _our_code(root: Path) -> dict[str, str]:

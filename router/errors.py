@@ -21,6 +21,7 @@ from router.refusal import error_body, shortened
 from scheduler.rejection import Rejection
 
 _FAILED = "the server failed on this request"
+_OF_A_WRONG_SHAPE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 logger = logging.getLogger(__name__)
 
 
@@ -39,9 +40,11 @@ def speak_openai(app: FastAPI) -> FastAPI:
 
 
 class Failures:
-    """ASGI middleware: an exception of an endpoint becomes one answer, 400 where a client caused it, else 500.
+    """ASGI middleware: an exception becomes one answer, 400 where a client caused it, else 500.
 
-    A response that has begun can only end; its connection is closed by the exception.
+    vLLM's request models raise what they stumble over in a body of the wrong shape: whatever is raised before a body
+    has become a request (`state.is_valid`) is the client's. A response that has begun can only end; the exception
+    closes its connection.
     """
 
     def __init__(self, app: Any) -> None:
@@ -61,12 +64,14 @@ class Failures:
         except Exception as error:
             if begun or scope["type"] != "http":
                 raise
-            await _answer_to(error, dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1"))(
-                scope, receive, send
-            )
+            is_valid = scope["method"] != "POST" or scope.get("state", {}).get("is_valid", False)
+            request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+            await _answer_to(error, request_id, is_valid)(scope, receive, send)
 
 
-def _answer_to(error: Exception, request_id: str) -> JSONResponse:
+def _answer_to(error: Exception, request_id: str, is_valid: bool) -> JSONResponse:
+    if not is_valid and isinstance(error, _OF_A_WRONG_SHAPE):
+        return _response(400, "the body has a field of the wrong type or with a value that is not allowed")
     if isinstance(error, (*VLLM_CLIENT_ERRORS, ValidationError)):
         first = str(error).strip().splitlines()[-1:] or [""]  # of a Ray error: what follows the traceback
         return _response(400, f"the engine does not accept this request: {first[0]}")

@@ -5,8 +5,8 @@ rejects one. Between two reports the ingress keeps count: a request that it send
 place back. A model is full when all of its replicas reported lately and their room is used up; a replica that is
 silent, new or rejects nothing counts as having room. A request that is let through can still be rejected by the engine.
 
-Several ingresses: each uses an equal share of the reported room, at least one request a report. So n of them send at
-most the room and n - 1 requests more between two reports, and none is shut out while there is room.
+Several ingresses: each uses an equal share of the reported room, rounded up or down by lot at each report. So n of them
+send as much as there is room on average, at most n - 1 requests more, and none is shut out for long.
 
 Tenants: while several ask, one that has had less than its share of what was let through is never rejected here. The
 engine takes its request before others, and may reject theirs.
@@ -15,6 +15,7 @@ engine takes its request before others, and may reject theirs.
 from __future__ import annotations
 
 import math
+import random
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ FULL = "the queues of all replicas are full"
 _RECENT_S = 3.0
 """A replica whose report is older counts as silent."""
 _ON_THE_WAY_S = 0.03
-"""A request sent this long before a report may not have been in the engine yet."""
+"""A request sent this long before a report may not have been in the engine yet; one that ended this long after may
+already have left it."""
+_SAME_REPORT_S = 1e-3
 _SHARES_FORGET_S = 10.0
 _ACTIVE_S = 5.0
 _LARGEST_GAP_S = 60.0
@@ -72,6 +75,7 @@ class _Places:
     def __init__(self) -> None:
         self._changes: deque[tuple[float, int]] = deque()
         self.turned_away = 0
+        self.drawn, self.drawn_at_s = 0.0, -math.inf
 
     def change(self, now_s: float, count: int) -> None:
         """`count` places are taken, or given back when negative."""
@@ -80,12 +84,13 @@ class _Places:
         self._changes.append((now_s, count))
 
     def taken_since(self, at_s: float) -> int:
-        """Places taken since, less those given back."""
+        """Places taken since a report, less those given back."""
         taken = 0
         for when_s, count in reversed(self._changes):
-            if when_s < at_s:
+            if when_s < at_s - _ON_THE_WAY_S:
                 break
-            taken += count
+            if count > 0 or when_s > at_s + _ON_THE_WAY_S:
+                taken += count
         return taken
 
 
@@ -106,11 +111,14 @@ class _Share:
 class FrontDoor:
     """The places that one ingress still has at the replicas of each model.
 
-    reports: of all engines. clock: seconds. `ingresses` is the number of ingress replicas that share the room.
+    reports: of all engines. clock: seconds. draw: a random number from 0 to 1. `ingresses` is the number of ingress
+    replicas that share the room.
     """
 
-    def __init__(self, reports: Reports, clock: Callable[[], float]) -> None:
-        self._reports, self._clock = reports, clock
+    def __init__(
+        self, reports: Reports, clock: Callable[[], float], draw: Callable[[], float] = random.random
+    ) -> None:
+        self._reports, self._clock, self._draw = reports, clock, draw
         self._places: dict[str, _Places] = {}
         self._shares: dict[str, _Share] = {}
         self.ingresses = 1
@@ -174,9 +182,13 @@ class FrontDoor:
     def _room(self, model: str, answers: list[tuple[Stats, float]], now_s: float) -> float:
         places = self._places_of(model)
         published = sum(stats.room or 0 for stats, _ in answers)
-        taken = sum(places.taken_since(now_s - age_s - _ON_THE_WAY_S) for _, age_s in answers) / len(answers)
-        # Rounded up: with more ingresses than places, each still sends one.
-        return math.ceil(published / self.ingresses) - taken
+        taken = sum(places.taken_since(now_s - age_s) for _, age_s in answers) / len(answers)
+        if self.ingresses == 1:
+            return published - taken
+        newest_s = now_s - min(age_s for _, age_s in answers)
+        if abs(newest_s - places.drawn_at_s) > _SAME_REPORT_S:
+            places.drawn, places.drawn_at_s = self._draw(), newest_s
+        return math.floor(published / self.ingresses + places.drawn) - taken
 
     def _below_share(self, tenant: Tenant, now_s: float) -> bool:
         asking = {name: share for name, share in self._shares.items() if now_s - share.asked_at_s <= _ACTIVE_S}

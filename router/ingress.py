@@ -100,6 +100,8 @@ class HeadraceIngress(OpenAiIngress):
         move_declared_length(body)
         tenant = getattr(raw_request.state, "tenant", None) if raw_request is not None else None
         sign(body, tenant, self.desk.turned_away(body.model))
+        if raw_request is not None:
+            raw_request.state.is_valid = True
         async for response in super()._get_response(body=body, call_method=call_method, raw_request=raw_request):
             yield response
 

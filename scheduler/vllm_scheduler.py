@@ -130,7 +130,7 @@ class HeadraceScheduler(AsyncScheduler):
             self._obey(obeyed)
         now_s = self.clock()
         decision = obeyed.policy.decide(self._snapshot(now_s))
-        self._room.decided(decision, self.recorder.totals.arrivals)
+        self._room.decided(decision, self.recorder.received)
         siblings = 0
         if decision.reject:
             rejected = self._reject([self.requests[name] for name in decision.reject], TOO_LATE, decision.drain_s)
@@ -361,8 +361,8 @@ class HeadraceScheduler(AsyncScheduler):
 
     def stats(self) -> Stats:
         """The figures for routing and readiness; safe from another thread; cost does not grow with the requests."""
-        thresholds, totals = self.active.current().thresholds, self.recorder.totals
-        room = self._room.now(thresholds, self.active.limits, totals.arrivals, is_idle=not self.requests)
+        thresholds = self.active.current().thresholds
+        room = self._room.now(thresholds, self.active.limits, self.recorder.received, is_idle=not self.requests)
         return Stats.of_engine(self._engine_id, self.active.limits, thresholds, self.recorder.gauges, room)
 
     def shutdown(self) -> None:

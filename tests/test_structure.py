@@ -28,7 +28,7 @@ WITH_VLLM = {
 }
 WITH_RAY = {
     "cluster.app", "cluster.controller", "replicas.actor_calls", "replicas.engine", "replicas.ray_patches",
-    "replicas.server", "router.errors", "router.ingress", "router.request_router",
+    "replicas.server", "router.errors", "router.http_app", "router.ingress", "router.request_router",
 }
 MODULES = {name: path for package in PACKAGES for name, path in modules_of(package).items()}
 EVIDENCE = {path.stem: path for path in (ROOT / "benchmarks" / "evidence").glob("*.py")}

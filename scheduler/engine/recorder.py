@@ -18,6 +18,8 @@ from scheduler.messages import Arrival, Counters, Finished, Gauges, Iteration
 KEPT_RECORDS = 4096
 """Records of each kind kept; at 10 ms an iteration this is 40 s, several control periods."""
 _MOST_TURNED_AWAY = 8
+
+
 _Record = TypeVar("_Record", Iteration, Arrival, Finished)
 
 
@@ -30,7 +32,7 @@ class Recorder:
         self._iterations: deque[Iteration] = deque(maxlen=kept)
         self._arrivals: deque[Arrival] = deque(maxlen=kept)
         self._finished: deque[Finished] = deque(maxlen=kept)
-        self._dropped_seq = 0
+        self._dropped_seq = self._turned_away = 0
         self.totals = SimpleNamespace(**asdict(Counters()))  # the same fields, while they still change
         self.gauges = Gauges()
 
@@ -60,6 +62,13 @@ class Recorder:
             self._append(self._arrivals, Arrival(self._next(), when_s, prompt_tokens, known_output_tokens))
         self.totals.arrivals += count
         self.totals.rejected += count
+        self._turned_away += count
+
+    @property
+    def received(self) -> int:
+        """Requests that reached this engine, without those that the ingress rejected."""
+        received: int = self.totals.arrivals - self._turned_away
+        return received
 
     def finished(
         self, at_s: float, prompt_tokens: int, output_tokens: int, *, aborted: bool, rejected: bool = False,
