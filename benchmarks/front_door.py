@@ -84,10 +84,11 @@ def application(models: list[str]) -> Any:
     endpoints = {**HEALTH_ENDPOINTS, **DEFAULT_ENDPOINTS, "pid": lambda app: app.get("/pid")}
     ingress = make_fastapi_ingress(Ingress, endpoint_map=endpoints, app=http_app(desk_of_this_ingress))
     fake = serve.deployment(Fake, name="Fake", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
+    server = fake.bind()
     return serve.deployment(
         ingress, name="Ingress", max_ongoing_requests=4000, ray_actor_options={"num_cpus": 0}
     ).bind(
-        llm_deployments={name: fake.bind() for name in models},
+        llm_deployments=dict.fromkeys(models, server),
         model_cards={
             name: ModelCard(id=name, object="model", owned_by="t", permission=[], metadata={}) for name in models
         },

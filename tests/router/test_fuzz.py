@@ -31,11 +31,6 @@ def application() -> Any:
         yield FakeApplication().stand_in(monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def document(application: FakeApplication) -> Any:
-    return schemathesis.openapi.from_asgi("/openapi.json", application.app)
-
-
 def judge(response: Any, caplog: pytest.LogCaptureFixture) -> None:
     text = response.text
     assert response.status_code < 500, text[:500]
@@ -47,14 +42,28 @@ def judge(response: Any, caplog: pytest.LogCaptureFixture) -> None:
         assert error["param"] is None
 
 
-schema = schemathesis.pytest.from_fixture("document")
+def test_requests_by_the_document(application: FakeApplication, caplog: pytest.LogCaptureFixture) -> None:
+    document = schemathesis.openapi.from_asgi("/openapi.json", application.app)
+    tried = 0
+    for operation in (result.ok() for result in document.get_all_operations()):
 
+        @SETTINGS
+        @given(case=operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE))
+        def wrong(case: Any) -> None:
+            caplog.clear()
+            judge(case.call(), caplog)
 
-@schema.exclude(path_regex="^/v1/models/").parametrize()
-@SETTINGS
-def test_requests_by_the_document(case: Any, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.clear()
-    judge(case.call(), caplog)
+        @SETTINGS
+        @given(case=operation.as_strategy(generation_mode=schemathesis.GenerationMode.POSITIVE))
+        def right(case: Any) -> None:
+            caplog.clear()
+            judge(case.call(), caplog)
+
+        right()
+        if operation.body:
+            wrong()
+        tried += 1
+    assert tried >= 10
 
 
 JSON = st.recursive(
