@@ -18,9 +18,16 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
 from replicas.delivery import Deliveries
-from replicas.ray_patches import listen_where_the_node_does
+from replicas.ray_patches import adapter_loader, listen_where_the_node_does, take_adapters_from_folders
 from replicas.routing_stats import RoutingStats
-from scheduler.engine.channel import ChannelClient, ChannelClosed, new_endpoint, rank_endpoint, remove_endpoint
+from scheduler.engine.channel import (
+    ChannelClient,
+    ChannelClosed,
+    folder_of,
+    new_endpoint,
+    rank_endpoint,
+    remove_endpoint,
+)
 from scheduler.messages import Ack, Stats
 from scheduler.settings import SETTINGS_KEY
 from scheduler.support import ranks_in
@@ -45,6 +52,7 @@ class HeadraceServer(LLMServer):
 
     async def __init__(self, llm_config: LLMConfig, **kwargs: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         listen_where_the_node_does()
+        take_adapters_from_folders()
         self._endpoint = new_endpoint()
         _open_channel_at(self._endpoint, llm_config)
         ranks = ranks_in(llm_config.engine_kwargs)
@@ -54,7 +62,8 @@ class HeadraceServer(LLMServer):
         self._deliveries = Deliveries()
         from replicas.engine import HeadraceEngine  # imports vLLM, which a process that only deploys does not need
 
-        await super().__init__(llm_config, **({"engine_cls": HeadraceEngine} | kwargs))
+        ours = {"engine_cls": HeadraceEngine, "model_downloader": adapter_loader(folder_of(self._endpoint))}
+        await super().__init__(llm_config, **(ours | kwargs))
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
         """Ray's own, with delivery times recorded."""

@@ -15,23 +15,24 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 import ray
-from fastapi import Request, Response
+from fastapi import HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from ray import serve
 from ray.actor import ActorHandle
 from ray.serve.llm.ingress import OpenAiIngress
 
-from replicas.actor_calls import ReplicaUnavailable
+from replicas.actor_calls import ReplicaUnavailable, deployment_of, replicas_of
 from replicas.questions import ask_all, ask_stats, ask_telemetry, offer_thresholds
 from replicas.ranks import EngineAddress, ServedModel
-from replicas.ray_patches import listen_where_the_node_does
+from replicas.ray_patches import listen_where_the_node_does, take_adapters_from_folders
 from replicas.served import engines_of
+from router.adapters import exists
 from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
 from router.declared_length import move_declared_length
-from router.front_door import NO_REPORTS
 from router.gate import Desk, open_desk
 from router.limits import DEFAULT_LIMITS, NO_OTHERS, Limits
 from router.refusal import error_body, shortened
+from router.replica_watch import ReplicaWatch
 from router.tenants import TenantConfig, sign
 from scheduler.messages import Ack, Telemetry
 from scheduler.thresholds import Thresholds, thresholds_as_dict
@@ -40,6 +41,7 @@ from scheduler.wire import UnreadableMessage
 _CONTROLLER_ANSWER_S = 3.0
 _LONGEST_ERROR = 600
 """Of an operator's request, whose parts are bounded one by one."""
+_ECHOED = 200  # characters of a client's input in an answer
 _NO_CONTROLLER = "the controller does not answer; replicas keep their thresholds"
 logger = logging.getLogger(__name__)
 
@@ -62,11 +64,15 @@ class HeadraceIngress(OpenAiIngress):
         model_limits: Mapping[str, Limits] = NO_OTHERS, **kwargs: Any,
     ) -> None:
         listen_where_the_node_does()
+        take_adapters_from_folders()
         super().__init__(*args, **kwargs)
         self._models = models
+        context = serve.get_replica_context()
+        self._app_name, self._deployment = context.app_name, context.deployment
         deployments = {model.model_id: name for name, model in models.items()}
-        self.desk = open_desk(tenants, limits, model_limits, NO_REPORTS, deployments)
-        self._app_name = serve.get_replica_context().app_name
+        self.replica_watch = ReplicaWatch(self._list_engines, deployment_of, ask_stats)
+        self.desk = open_desk(tenants, limits, model_limits, self.replica_watch, deployments)
+        self._watching = asyncio.get_running_loop().create_task(self.replica_watch.run())
         self._keeper = keeper
         self._controller: ActorHandle | None = None
         self._watch = asyncio.get_running_loop().create_task(self._watch_controller()) if keeper else None
@@ -93,6 +99,17 @@ class HeadraceIngress(OpenAiIngress):
         except TimeoutError:
             return True
         return True
+
+    async def _get_model_id(self, model: str | None) -> str:
+        model_id: str = await super()._get_model_id(model)
+        if not await exists(model_id, self._lora_paths, self._get_lora_model_metadata_func):
+            raise HTTPException(404, f"Could not find model with id {model_id[:_ECHOED]!r}.")
+        return model_id
+
+    async def model(self, model_id: str) -> Any:
+        """Ray's card of a model or adapter; None when there is none."""
+        there = await exists(model_id, self._lora_paths, self._get_lora_model_metadata_func)
+        return await super().model(model_id) if there else None
 
     async def _get_response(
         self, *, body: Any, call_method: str, raw_request: Request | None = None
@@ -124,6 +141,7 @@ class HeadraceIngress(OpenAiIngress):
             "at_unix_s": time.time(),
             "replicas": replicas,
             "controller": {key: value for key, value in controller.items() if key != "replicas"},
+            "front_door": {"rejected": self.desk.front_door.rejected, "ingresses": self.desk.front_door.ingresses},
         }
         return JSONResponse(state)
 
@@ -172,7 +190,11 @@ class HeadraceIngress(OpenAiIngress):
         return JSONResponse(body, status_code=200 if body["ready"] else 503)
 
     async def _engines(self) -> dict[str, EngineAddress]:
-        return await asyncio.to_thread(engines_of, self._app_name, self._models)
+        return await asyncio.to_thread(self._list_engines)
+
+    def _list_engines(self) -> dict[str, EngineAddress]:
+        self.desk.share_with(replicas_of(self._app_name, self._deployment))
+        return engines_of(self._app_name, self._models)
 
     async def _ask_controller(self, method: str) -> dict[str, Any]:
         if self._controller is None:

@@ -148,6 +148,9 @@ def test_the_openai_endpoints_have_the_names_the_ingress_answers_to() -> None:
     ingress = name_in("ray.serve.llm.ingress", "OpenAiIngress")
     assert endpoints.keys() >= {"models", "model_data", "completions", "chat"}
     assert all(callable(getattr(ingress, name)) for name in endpoints)
+    for name in ("_get_model_id", "model"):
+        assert inspect.iscoroutinefunction(getattr(ingress, name))
+    assert {"_lora_paths", "_get_lora_model_metadata_func"} <= set(ingress.__init__.__code__.co_names)
     assert list(parameters(ingress._get_response)) == ["self", "body", "call_method", "raw_request"]
     assert inspect.isasyncgenfunction(ingress._get_response)
     assert callable(ingress.get_deployment_options)
@@ -181,34 +184,39 @@ def test_engine_arguments_can_be_changed_before_the_engine_starts() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_engine_arguments_are_vllm_s(path: Path) -> None:
     from cluster.app import llm_config
-    from cluster.config import SCHEDULER, _engine_argument_names, load_config
+    from cluster.config import load_config
+    from cluster.ray_llm import engine_argument_names
+    from cluster.settings import SCHEDULER
 
     arguments = {field.name for field in dataclasses.fields(name_in("vllm.engine.arg_utils", "AsyncEngineArgs"))}
-    assert set(_engine_argument_names()) == arguments
+    assert set(engine_argument_names()) > arguments, "and those of vLLM's OpenAI layer, which Ray takes there too"
+    assert "chat_template" in engine_argument_names()
     assert {"scheduler_cls", "additional_config", "async_scheduling", "model"} <= arguments
     args = load_config(path).application.args
-    config = llm_config(args)
+    (entry,) = args.llm_configs
+    settings = args.settings_of(entry.model_id)
+    config = llm_config(entry, settings)
     assert config.engine_kwargs["scheduler_cls"] == SCHEDULER
-    assert config.engine_kwargs["additional_config"]["headrace"]["thresholds"]["policy"] == args.thresholds.policy
+    assert config.engine_kwargs["additional_config"]["headrace"]["thresholds"]["policy"] == settings.thresholds.policy
     assert config.engine_kwargs["additional_config"]["headrace"]["trust_tenants"], "our ingress signs every request"
-    assert config.deployment_config["num_replicas"] == args.replicas
+    assert config.deployment_config["num_replicas"] == entry.deployment_config["num_replicas"]
 
 
 def test_vllm_decides_which_speculators_are_scheduled_ahead() -> None:
     from cluster.app import llm_config
-    from cluster.config import AppConfig
+    from cluster.llm_entry import LLMEntry
+    from cluster.settings import ModelSettings
 
-    args: dict[str, Any] = {
-        "model": {"id": "m", "source": "org/m"}, "accelerator": {"kind": "cpu"},
-        "controller": {"profile": "cpu-smollm2"},
-    }
-    speculating = {"engine": {"speculative_config": {"method": "ngram"}}, "thresholds": {"policy": "fcfs"}}
-    assert llm_config(AppConfig.model_validate(args)).engine_kwargs["async_scheduling"] is True
-    assert "async_scheduling" not in llm_config(AppConfig.model_validate(args | speculating)).engine_kwargs
+    def arguments(engine: dict[str, Any]) -> dict[str, Any]:
+        entry = LLMEntry.model_validate({"model_loading_config": {"model_id": "m"}, "engine_kwargs": engine})
+        return dict(llm_config(entry, ModelSettings()).engine_kwargs)
+
+    assert arguments({})["async_scheduling"] is True
+    assert "async_scheduling" not in arguments({"speculative_config": {"method": "ngram"}})
 
 
 def test_the_scheduler_is_where_the_engine_looks_for_it() -> None:
-    from cluster.config import SCHEDULER
+    from cluster.settings import SCHEDULER
 
     module, _, name = SCHEDULER.rpartition(".")
     assert inspect.isclass(name_in(module, name))
@@ -230,6 +238,7 @@ def test_every_endpoint_but_health_asks_for_the_key(monkeypatch: pytest.MonkeyPa
         raise Built
 
     monkeypatch.setattr(application, "make_fastapi_ingress", capture)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(runtime_env={}))  # else it starts a Ray
     with pytest.raises(Built):
         application.build(load_config(next(path for path in CONFIGS if path.stem == "local")).application.args)
 
@@ -444,6 +453,37 @@ def test_on_a_real_cluster_the_port_stays_where_ray_puts_it(monkeypatch: pytest.
 
 
 # replicas/ray_patches.py
+
+
+def test_adapters_are_read_from_a_folder_through_the_function_we_widen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluster.llm_entry import LLMEntry
+
+    file_system = name_in("ray.llm._internal.common.utils.cloud_filesystem.pyarrow_filesystem", "PyArrowFileSystem")
+    monkeypatch.setattr(file_system, "get_fs_and_path", staticmethod(file_system.get_fs_and_path))  # restored after
+    lora = importlib.import_module("ray.llm._internal.serve.utils.lora_serve_utils")
+    listed = name_in("ray.llm._internal.common.utils.lora_utils", "get_lora_model_ids")
+    adapters = tmp_path / "adapters"
+    (adapters / "north").mkdir(parents=True)
+    (adapters / "north" / "adapter_config.json").write_text('{"r": 8, "max_length": 512}')
+    entry = LLMEntry.model_validate({
+        "model_loading_config": {"model_id": "m"}, "lora_config": {"dynamic_lora_loading_path": f"file://{adapters}"},
+    })
+    config = name_in("ray.serve.llm", "LLMConfig").model_validate(entry.own)
+    address = config.lora_config.dynamic_lora_loading_path
+    assert listed(address, "m") == [], "Ray by itself does not read folders"
+    name_in("replicas.ray_patches", "take_adapters_from_folders")()
+    assert listed(address, "m") == ["m:north"]
+    assert asyncio.run(lora.get_lora_model_metadata("m:north", address))["max_request_context_length"] == 512
+    server = inspect.getsource(name_in("ray.serve.llm.deployment", "LLMServer")._init_multiplex_loader)
+    assert "model_downloader_cls(\n                download_timeout_s=" in server, "the folder is the first argument"
+    loader = name_in("replicas.ray_patches", "adapter_loader")(tmp_path / "of-a-replica")(max_tries=1)
+    loaded = asyncio.run(loader.load_model_from_config("m:north", config))
+    assert (Path(loaded.local_path) / "adapter_config.json").is_file()
+    assert tmp_path / "of-a-replica" in Path(loaded.local_path).parents
+    with pytest.raises(ValueError, match="Unsupported URI scheme"):
+        file_system.get_fs_and_path("ftp://host/adapters")
 
 
 def test_a_callback_may_skip_the_download_before_a_node_starts() -> None:

@@ -96,7 +96,7 @@ class FakeApplication:
         }
         ingress._default_serve_handles = dict.fromkeys(models, self.server)
         ingress._configured_serve_handles, ingress._lora_paths = {}, {}
-        ingress._app_name, ingress._models = "headrace", {}
+        ingress._app_name, ingress._models, ingress._deployment = "headrace", {}, "Ingress"
         ingress._controller = ingress._keeper = None
         ingress.desk = self.desk
         return ingress
@@ -114,6 +114,7 @@ class FakeApplication:
         address = SimpleNamespace(actor_name="a", rank=0, model_id=MODEL)
         monkeypatch.setattr(questions, "call_replica", self.call_replica)
         monkeypatch.setattr(ingress_module, "engines_of", lambda *_: {"a": address})
+        monkeypatch.setattr(ingress_module, "replicas_of", lambda *_: 1)
         return self
 
 
