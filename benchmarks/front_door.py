@@ -145,7 +145,10 @@ async def measure(options: argparse.Namespace) -> None:
     async with aiohttp.ClientSession(connector=connector) as http:
         async with http.get(f"http://127.0.0.1:{PORT}/pid") as answer:
             ingress = psutil.Process(int(await answer.text()))
-        found = [process for process in psutil.process_iter() if "ProxyActor" in " ".join(process.cmdline())]
+        found = [
+            process for process in psutil.process_iter(["cmdline"])
+            if "ProxyActor" in " ".join(process.info["cmdline"] or ())
+        ]
         proxy = max(found, key=lambda process: process.create_time())
         for model in ("full", "free"):
             await at_rate(http, model, 50.0, 2.0)

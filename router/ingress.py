@@ -70,7 +70,7 @@ class HeadraceIngress(OpenAiIngress):
         context = serve.get_replica_context()
         self._app_name, self._deployment = context.app_name, context.deployment
         deployments = {model.model_id: name for name, model in models.items()}
-        self.replica_watch = ReplicaWatch(self._list_engines, deployment_of, ask_stats)
+        self.replica_watch = ReplicaWatch(self._look_around, deployment_of, ask_stats)
         self.desk = open_desk(tenants, limits, model_limits, self.replica_watch, deployments)
         self._watching = asyncio.get_running_loop().create_task(self.replica_watch.run())
         self._keeper = keeper
@@ -192,8 +192,12 @@ class HeadraceIngress(OpenAiIngress):
     async def _engines(self) -> dict[str, EngineAddress]:
         return await asyncio.to_thread(self._list_engines)
 
-    def _list_engines(self) -> dict[str, EngineAddress]:
+    def _look_around(self) -> dict[str, EngineAddress]:
+        """The engines; and with how many other ingresses room and limits are shared."""
         self.desk.share_with(replicas_of(self._app_name, self._deployment))
+        return self._list_engines()
+
+    def _list_engines(self) -> dict[str, EngineAddress]:
         return engines_of(self._app_name, self._models)
 
     async def _ask_controller(self, method: str) -> dict[str, Any]:

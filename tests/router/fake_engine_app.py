@@ -11,6 +11,8 @@ from fastapi import FastAPI
 from ray.llm._internal.serve.core.configs.openai_api_models import (
     ChatCompletionResponse,
     CompletionResponse,
+    ErrorInfo,
+    ErrorResponse,
     ModelCard,
 )
 from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS
@@ -65,9 +67,10 @@ class FakeServer:
         await self.may_answer.wait()
         if self.failure is not None:
             raise self.failure
-        if method not in ("chat", "completions"):
-            raise NotImplementedError(method)
-        yield completion(method, body)
+        if method in ("chat", "completions"):
+            yield completion(method, body)
+        else:
+            yield ErrorResponse(error=ErrorInfo(message=f"no {method} here", type="BadRequestError", code=400))
 
 
 class FakeApplication:
@@ -96,7 +99,8 @@ class FakeApplication:
         }
         ingress._default_serve_handles = dict.fromkeys(models, self.server)
         ingress._configured_serve_handles, ingress._lora_paths = {}, {}
-        ingress._app_name, ingress._models, ingress._deployment = "headrace", {}, "Ingress"
+        ingress._get_lora_model_metadata_func = None
+        ingress._app_name, ingress._models = "headrace", {}
         ingress._controller = ingress._keeper = None
         ingress.desk = self.desk
         return ingress
@@ -114,7 +118,6 @@ class FakeApplication:
         address = SimpleNamespace(actor_name="a", rank=0, model_id=MODEL)
         monkeypatch.setattr(questions, "call_replica", self.call_replica)
         monkeypatch.setattr(ingress_module, "engines_of", lambda *_: {"a": address})
-        monkeypatch.setattr(ingress_module, "replicas_of", lambda *_: 1)
         return self
 
 
