@@ -84,3 +84,28 @@ def test_room_travels_and_an_engine_of_another_release_has_none() -> None:
     assert read_answer(text, Stats) == stats
     older = text.replace(b',"room":%d' % stats.room, b"")
     assert older != text and read_answer(older, Stats).room is None
+
+
+def test_what_the_ingress_turned_away_counts_as_arrivals_and_takes_no_place() -> None:
+    engine = full(Engine(
+        thresholds={"policy": "fluid", "fluid": fluid_params(kv_limit_tokens=400, capacity_rps=2.0, queue_limit=12)},
+        settings={"trust_tenants": True},
+    ), 5)
+    before, counters = engine.scheduler.stats().room, engine.scheduler.recorder.counters()
+    records = len(engine.scheduler.recorder.since(0)[1])
+    engine.now_s += 3.0
+    engine.add("new", prompt=100, output=50, extra_args={"headrace_turned_away": 40})
+    after = engine.scheduler.recorder.counters()
+    assert (after.arrivals - counters.arrivals, after.rejected - counters.rejected) == (41, 40)
+    assert after.in_flight == counters.in_flight + 1
+    assert before is not None and engine.scheduler.stats().room == before - 1
+    arrivals = engine.scheduler.recorder.since(0)[1]
+    assert len(arrivals) == records + 9, "of many, eight stand for all"
+    times = [one.at_s for one in arrivals]
+    assert times == sorted(times) and len(set(times[-9:])) == 9, "spread over the time in which they came"
+
+
+def test_without_an_ingress_a_client_s_word_is_not_taken() -> None:
+    engine = rejecting(queue_limit=12)
+    engine.add("new", extra_args={"headrace_turned_away": 40})
+    assert engine.scheduler.recorder.counters().arrivals == 1
