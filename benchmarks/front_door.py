@@ -76,7 +76,7 @@ def application(models: list[str]) -> Any:
         def __init__(self, **kwargs: Any) -> None:
             super().__init__(models={}, **kwargs)
             limits = Limits(concurrent_requests=None)
-            self.desk = open_desk((), limits, {}, Reports(), {name: name for name in models})
+            self.desk = open_desk((), limits, {}, Reports(), models)
 
         async def pid(self) -> int:
             return os.getpid()

@@ -14,7 +14,6 @@ from typing import Any
 import ray
 from ray import serve
 from ray.llm._internal.common.dict_utils import maybe_apply_llm_deployment_config_defaults
-from ray.llm._internal.serve.constants import DEFAULT_MAX_TARGET_ONGOING_REQUESTS
 from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
 from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS
 from ray.llm._internal.serve.core.server.builder import build_llm_deployment
@@ -38,6 +37,7 @@ from scheduler.support import EngineSetup, ranks_in
 from scheduler.thresholds import thresholds_as_dict
 
 _ROUTING_STATS_PERIOD_S = 1.0
+_HEALTH_CHECK_PERIOD_S = 1.0  # Serve learns from its checks that a replica's process has ended
 _HEALTH_CHECK_TIMEOUT_S = 60.0  # a busy replica must not count as dead
 _MAX_ONGOING_REQUESTS = 1024
 _FEWEST_INGRESSES = 2  # with more than one node: the loss of either leaves one
@@ -112,7 +112,10 @@ def _deployment_config(entry: LLMEntry, settings: ModelSettings) -> dict[str, An
     router = {
         "request_router_class": FluidSlackRouter, "request_routing_stats_period_s": _ROUTING_STATS_PERIOD_S,
     }
-    defaults = {"max_ongoing_requests": _MAX_ONGOING_REQUESTS, "health_check_timeout_s": _HEALTH_CHECK_TIMEOUT_S}
+    defaults = {
+        "max_ongoing_requests": _MAX_ONGOING_REQUESTS, "health_check_period_s": _HEALTH_CHECK_PERIOD_S,
+        "health_check_timeout_s": _HEALTH_CHECK_TIMEOUT_S,
+    }
     return defaults | entry.deployment_config | {
         "request_router_config": router | entry.deployment_config.get("request_router_config", {}),
         "graceful_shutdown_timeout_s": settings.drain_s,
@@ -129,10 +132,8 @@ def ingress_options(configs: list[LLMConfig], given: dict[str, Any]) -> dict[str
     defaults["max_ongoing_requests"] = 4 * sum(config.deployment_config["max_ongoing_requests"] for config in configs)
     nodes = _nodes()
     if nodes > 1:
-        defaults["autoscaling_config"] = {
-            "min_replicas": _FEWEST_INGRESSES, "max_replicas": max(_FEWEST_INGRESSES, nodes),
-            "target_ongoing_requests": DEFAULT_MAX_TARGET_ONGOING_REQUESTS, **defaults["autoscaling_config"],
-        }
+        bounds = {"min_replicas": _FEWEST_INGRESSES, "max_replicas": max(_FEWEST_INGRESSES, nodes)}
+        defaults["autoscaling_config"] = bounds | defaults["autoscaling_config"]
     elif "autoscaling_config" not in given:
         defaults |= {"autoscaling_config": None, "num_replicas": 1}
     options: dict[str, Any] = maybe_apply_llm_deployment_config_defaults(defaults, given)

@@ -31,8 +31,10 @@ def examine(config_file: Path) -> list[Finding]:
     except ConfigError as error:
         return [*findings, _finding("configuration", False, str(error), "correct the file; configs/ has examples")]
     findings.append(_finding("configuration", True, str(config_file)))
-    for entry in config.application.args.llm_configs:
-        findings += [_accelerator(entry), _model(entry)]
+    entries = config.application.args.llm_configs
+    for entry in entries:
+        of = f" of {entry.model_id}" if len(entries) > 1 else ""
+        findings += [found | {"name": f"{found['name']}{of}"} for found in (_accelerator(entry), _model(entry))]
     return [*findings, _ports(config), _memory(config)]
 
 

@@ -22,9 +22,11 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMClientError
 
 from replicas.delivery import noting
+from replicas.engine_client import EngineClient
+from replicas.engine_health import EngineHealth
+from replicas.failed_answers import ERROR_EVENT, failing_clearly
 from scheduler.rejection import Rejection
 
-_ERROR_EVENT = 'data: {"error":'
 Outputs = AsyncGenerator[Any, None]
 
 
@@ -45,6 +47,13 @@ class RequestRejected(GenerationError, GracefulHTTPError, VLLMClientError):
 class HeadraceEngine(VLLMEngine):
     """The engine of one replica."""
 
+    _health: EngineHealth | None = None
+
+    def be_watched(self, health: EngineHealth) -> None:
+        """Have `health` watch the engine, and mark the errors of requests that its failure ends."""
+        self._health = health
+        health.watch(EngineClient(self._engine_client))
+
     def _start_async_llm_engine(self, *args: Any, **kwargs: Any) -> Any:
         client = super()._start_async_llm_engine(*args, **kwargs)
         client.generate = noting(raising_rejections(client.generate))
@@ -52,21 +61,25 @@ class HeadraceEngine(VLLMEngine):
 
     async def chat(self, *args: Any, **kwargs: Any) -> Outputs:
         """Ray's own; an error before the first token is yielded as an ErrorResponse."""
-        async with aclosing(errors_first(super().chat(*args, **kwargs))) as chunks:
+        async with aclosing(self._answered(super().chat(*args, **kwargs))) as chunks:
             async for chunk in chunks:
                 yield chunk
 
     async def completions(self, *args: Any, **kwargs: Any) -> Outputs:
         """Ray's own; an error before the first token is yielded as an ErrorResponse."""
-        async with aclosing(errors_first(super().completions(*args, **kwargs))) as chunks:
+        async with aclosing(self._answered(super().completions(*args, **kwargs))) as chunks:
             async for chunk in chunks:
                 yield chunk
 
     async def transcriptions(self, *args: Any, **kwargs: Any) -> Outputs:
         """Ray's own; an error before the first token is yielded as an ErrorResponse."""
-        async with aclosing(errors_first(super().transcriptions(*args, **kwargs))) as chunks:
+        async with aclosing(self._answered(super().transcriptions(*args, **kwargs))) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    def _answered(self, chunks: Outputs) -> Outputs:
+        answered = errors_first(chunks)
+        return failing_clearly(answered, self._health) if self._health else answered
 
 
 def raising_rejections(generate: Callable[..., Outputs]) -> Callable[..., Outputs]:
@@ -99,7 +112,7 @@ async def errors_first(chunks: Outputs) -> Outputs:
     first = True
     async with aclosing(chunks):
         async for chunk in chunks:
-            if first and isinstance(chunk, str) and chunk.startswith(_ERROR_EVENT):
+            if first and isinstance(chunk, str) and chunk.startswith(ERROR_EVENT):
                 error = json.loads(chunk.removeprefix("data: "))["error"]
                 yield ErrorResponse(error=ErrorInfo(**error))
                 return

@@ -18,18 +18,19 @@ from scheduler.wire import QuestionFailed, UnreadableMessage, offer_of, read_ans
 
 _Answer = TypeVar("_Answer", Stats, Telemetry)
 _Result = TypeVar("_Result")
+ANSWER_S = 5.0
 Unanswered = ReplicaUnavailable | UnreadableMessage
 """Takes the place of an answer that is missing or unreadable."""
 
 
-async def ask_telemetry(engine: EngineAddress, cursor: int | None) -> Telemetry:
+async def ask_telemetry(engine: EngineAddress, cursor: int | None, *, timeout_s: float = ANSWER_S) -> Telemetry:
     """An engine's telemetry with the records after `cursor` (None: without records).
 
     Raises:
         ReplicaUnavailable: the replica or its engine does not answer.
         UnreadableMessage: the answer has another schema version or cannot be parsed.
     """
-    answer = await call_replica(engine.actor_name, "telemetry", rank=engine.rank, cursor=cursor)
+    answer = await call_replica(engine.actor_name, "telemetry", timeout_s=timeout_s, rank=engine.rank, cursor=cursor)
     return _read(engine, answer, Telemetry)
 
 

@@ -12,12 +12,15 @@ import copy
 import logging
 import time
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
 from replicas.delivery import Deliveries
+from replicas.engine_client import end_process
+from replicas.engine_health import EngineHealth
 from replicas.ray_patches import adapter_loader, listen_where_the_node_does, take_adapters_from_folders
 from replicas.routing_stats import RoutingStats
 from scheduler.engine.channel import (
@@ -42,6 +45,7 @@ from scheduler.wire import (
 )
 
 _STALE_STATS_S = 30.0
+_STATS_ANSWER_S = 1.0
 _ANSWER_S = 4.0
 """Shorter than the caller's timeout, so that a silent engine does not look like a silent replica."""
 logger = logging.getLogger(__name__)
@@ -60,10 +64,13 @@ class HeadraceServer(LLMServer):
         self._last_stats: dict[int, tuple[float, Stats]] = {}
         self._silent: set[int] = set()
         self._deliveries = Deliveries()
+        self.health = EngineHealth(self._current_stats, ranks, partial(end_process, self._endpoint))
         from replicas.engine import HeadraceEngine  # imports vLLM, which a process that only deploys does not need
 
         ours = {"engine_cls": HeadraceEngine, "model_downloader": adapter_loader(folder_of(self._endpoint))}
         await super().__init__(llm_config, **(ours | kwargs))
+        if isinstance(self.engine, HeadraceEngine):
+            self.engine.be_watched(self.health)
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
         """Ray's own, with delivery times recorded."""
@@ -76,6 +83,11 @@ class HeadraceServer(LLMServer):
         delivery = self._deliveries.begin()
         chunks = await super().completions(request, raw_request_info)
         return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
+
+    async def check_health(self) -> None:
+        """Asked by Serve: raises when the engine has failed, also when it is frozen."""
+        self.health.check()
+        await super().check_health()
 
     async def apply_thresholds(self, offer: bytes, rank: int = 0) -> bytes:
         """Pass an offer of thresholds to the engine of a rank; the answer is an `Ack`."""
@@ -110,7 +122,7 @@ class HeadraceServer(LLMServer):
 
     async def _refresh_stats(self, rank: int) -> None:
         try:
-            stats = read_answer(await self._channels[rank].ask(stats_question(), timeout_s=1.0), Stats)
+            stats = await self._current_stats(rank)
         except (ChannelClosed, QuestionFailed, UnreadableMessage) as error:
             if rank not in self._silent:
                 logger.warning("no routing stats from the engine of rank %d: %s", rank, error)
@@ -119,7 +131,11 @@ class HeadraceServer(LLMServer):
         self._last_stats[rank] = (time.monotonic(), stats)
         self._silent.discard(rank)
 
+    async def _current_stats(self, rank: int) -> Stats:
+        return read_answer(await self._channels[rank].ask(stats_question(), timeout_s=_STATS_ANSWER_S), Stats)
+
     async def __del__(self) -> None:
+        self.health.stop()
         for channel in self._channels:
             channel.close()
         remove_endpoint(self._endpoint)

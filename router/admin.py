@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from replicas.ranks import named_by, replica_of
+from replicas.ranks import named_by
 from router.refusal import LONGEST_MESSAGE
-from scheduler.messages import Stats, Telemetry
+from scheduler.messages import Telemetry
 from scheduler.thresholds import InvalidThresholds, Thresholds, parse_thresholds, thresholds_as_dict
-from scheduler.wire import OtherSchema, UnreadableMessage
+from scheduler.wire import UnreadableMessage
 
 _LARGEST_VERSION = 2**31 - 1
 _OF_ONE_UPDATE = ("version", "valid_for_s", "pinned", "reason")
@@ -110,16 +110,6 @@ def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception)
         )
     pinned = True if update.pin is None else update.pin
     return replace(wanted, pinned=pinned, reason=wanted.reason or "set by an operator")
-
-
-def readiness(answers: Mapping[str, Stats | Exception]) -> dict[str, Any]:
-    """The body of `/readyz`: the number of replicas, and of those with an engine that answers.
-
-    An answer in another schema version counts: a replica of another release serves requests.
-    """
-    ready = {replica_of(name) for name, answer in answers.items() if isinstance(answer, Stats | OtherSchema)}
-    replicas = len({replica_of(name) for name in answers})
-    return {"status": "ready" if ready else "not ready", "ready": len(ready), "replicas": replicas}
 
 
 def telemetry_as_dict(report: Telemetry) -> dict[str, Any]:

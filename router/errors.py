@@ -22,12 +22,29 @@ from scheduler.rejection import Rejection
 
 _FAILED = "the server failed on this request"
 _OF_A_WRONG_SHAPE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_RETRY_AFTER_S = 1
+_OURS = "server_error"
 logger = logging.getLogger(__name__)
 
 
 def bad_request(message: str) -> OpenAIHTTPException:
     """HTTP 400 with an OpenAI-style body, to be raised from an ingress method."""
     return OpenAIHTTPException(status_code=400, message=shortened(message), type="invalid_request_error")
+
+
+class Unavailable(OpenAIHTTPException):
+    """HTTP 503: no replica can take the request now. retry_after_s: seconds, a whole number."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(status_code=int(HTTPStatus.SERVICE_UNAVAILABLE), message=message, type=_OURS)
+        self.retry_after_s = retry_after_s
+
+
+def failed_request(message: str) -> OpenAIHTTPException:
+    """HTTP 500 with an OpenAI-style body, to be raised from an ingress method."""
+    return OpenAIHTTPException(
+        status_code=int(HTTPStatus.INTERNAL_SERVER_ERROR), message=message, type=_OURS
+    )
 
 
 def speak_openai(app: FastAPI) -> FastAPI:
@@ -97,13 +114,16 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _openai_error(request: Request, error: Exception) -> JSONResponse:
-    """Ray's exception for an error response; a rejection gets `Retry-After`."""
+    """Ray's exception for an error response; a rejection, and a wait that was too long, get `Retry-After`."""
     assert isinstance(error, OpenAIHTTPException)
     rejection = Rejection.from_json(error.message) if error.status_code == HTTPStatus.TOO_MANY_REQUESTS else None
     if rejection:
         return _response(error.status_code, rejection.text, {"Retry-After": str(rejection.retry_after_s)})
-    if error.status_code == HTTPStatus.INTERNAL_SERVER_ERROR:
+    if error.status_code == HTTPStatus.INTERNAL_SERVER_ERROR and error.type != _OURS:  # Ray's own may say anything
         return _response(error.status_code, _FAILED)
     body = error_body(error.status_code, shortened(error.message))
     body["error"]["type"] = error.type
-    return JSONResponse(body, error.status_code)
+    headers = None
+    if error.status_code in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.SERVICE_UNAVAILABLE):
+        headers = {"Retry-After": str(getattr(error, "retry_after_s", _RETRY_AFTER_S))}
+    return JSONResponse(body, error.status_code, headers=headers)

@@ -37,7 +37,7 @@ _LARGEST_GAP_S = 60.0
 
 
 class Report(Protocol):
-    """The latest answer of one engine, and its age in seconds; None: none yet. model: the model's deployment."""
+    """The latest answer of one engine, and its age in seconds; None: none yet. model: the model's id."""
 
     @property
     def model(self) -> str: ...

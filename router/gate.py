@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -34,14 +34,14 @@ _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 class Desk:
     """What the gate of one ingress knows: the keys, the limits and what is used of them, the room at the replicas.
 
-    deployments: by model id, the name under which its replicas report. `change` loses no count.
+    models: ids of the models served. `change` loses no count.
     """
 
     def __init__(
-        self, keys: Keyring, front_door: FrontDoor, usage: KeyUsage, deployments: Mapping[str, str], limits: Limits,
+        self, keys: Keyring, front_door: FrontDoor, usage: KeyUsage, models: Collection[str], limits: Limits,
         model_limits: Mapping[str, Limits] = NO_OTHERS,
     ) -> None:
-        self.keys, self.front_door, self.usage, self._deployments = keys, front_door, usage, dict(deployments)
+        self.keys, self.front_door, self.usage, self._models = keys, front_door, usage, frozenset(models)
         self.limits, self._model_limits = limits, dict(model_limits)
 
     def change(self, tenants: Sequence[TenantConfig], limits: Limits, model_limits: Mapping[str, Limits]) -> None:
@@ -59,26 +59,22 @@ class Desk:
     def turned_away(self, name: str | None) -> int:
         """Requests for this model rejected here since the last call."""
         model = self.model_of(name)
-        return self.front_door.take_turned_away(self._deployments[model]) if model else 0
+        return self.front_door.take_turned_away(model) if model else 0
 
     def model_of(self, name: str | None) -> str | None:
         """The model that a request means, without an adapter's name; None if it is not served, or not said."""
         if name is None:
-            return next(iter(self._deployments)) if len(self._deployments) == 1 else None
+            return next(iter(self._models)) if len(self._models) == 1 else None
         base = name.partition(":")[0]
-        return name if name in self._deployments else base if base in self._deployments else None
-
-    def deployment_of(self, model: str) -> str:
-        """The name under which a model's replicas report."""
-        return self._deployments[model]
+        return name if name in self._models else base if base in self._models else None
 
 
 def open_desk(
     tenants: Sequence[TenantConfig], limits: Limits, model_limits: Mapping[str, Limits], reports: Reports,
-    deployments: Mapping[str, str], clock: Callable[[], float] = time.monotonic,
+    models: Collection[str], clock: Callable[[], float] = time.monotonic,
 ) -> Desk:
     """A desk whose keys are in this process's environment."""
-    return Desk(Keyring(tenants), FrontDoor(reports, clock), KeyUsage(clock), deployments, limits, model_limits)
+    return Desk(Keyring(tenants), FrontDoor(reports, clock), KeyUsage(clock), models, limits, model_limits)
 
 
 class Gate:
@@ -178,19 +174,18 @@ class _Visit:
         except Refusal:
             desk.usage.give_back(holder, asked.tokens)
             raise
-        deployment = desk.deployment_of(model)
-        desk.front_door.sent(deployment, asked.requests, self._tenant)
+        desk.front_door.sent(model, asked.requests, self._tenant)
         try:
             await app(self.scope, replayed(body, receive), self._noting_status(send))
         finally:
             if self._status != HTTPStatus.TOO_MANY_REQUESTS:
-                desk.front_door.ended(deployment, asked.requests)
+                desk.front_door.ended(model, asked.requests)
 
     def _require_room(self, model: str, requests: int) -> None:
         desk = self._desk
         if not desk.limits_of(model).front_door:
             return
-        rejection = desk.front_door.full(desk.deployment_of(model), self._request_id, requests, self._tenant)
+        rejection = desk.front_door.full(model, self._request_id, requests, self._tenant)
         if rejection:
             raise Refusal(429, rejection.text, retry_after_s=rejection.retry_after_s)
 

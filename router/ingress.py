@@ -12,27 +12,31 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from functools import partial
 from typing import Any, Protocol
 
 import ray
 from fastapi import HTTPException, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from ray import serve
 from ray.actor import ActorHandle
+from ray.serve.context import _get_serve_request_context
 from ray.serve.llm.ingress import OpenAiIngress
 
-from replicas.actor_calls import ReplicaUnavailable, deployment_of, replicas_of
-from replicas.questions import ask_all, ask_stats, ask_telemetry, offer_thresholds
+from replicas.actor_calls import ReplicaUnavailable, replicas_of
+from replicas.questions import ANSWER_S, ask_all, ask_stats, ask_telemetry, offer_thresholds
 from replicas.ranks import EngineAddress, ServedModel
 from replicas.ray_patches import listen_where_the_node_does, take_adapters_from_folders
 from replicas.served import engines_of
 from router.adapters import exists
-from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
+from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
+from router.attempts import Attempts, ending_at_an_error
 from router.declared_length import move_declared_length
 from router.gate import Desk, open_desk
 from router.limits import DEFAULT_LIMITS, NO_OTHERS, Limits
 from router.refusal import error_body, shortened
-from router.replica_watch import ReplicaWatch
+from router.replica_watch import ReplicaWatch, readiness
 from router.tenants import TenantConfig, sign
 from scheduler.messages import Ack, Telemetry
 from scheduler.thresholds import Thresholds, thresholds_as_dict
@@ -41,6 +45,8 @@ from scheduler.wire import UnreadableMessage
 _CONTROLLER_ANSWER_S = 3.0
 _LONGEST_ERROR = 600
 """Of an operator's request, whose parts are bounded one by one."""
+_STATE_ANSWER_S = 1.0
+"""What the state waits for a silent replica."""
 _ECHOED = 200  # characters of a client's input in an answer
 _NO_CONTROLLER = "the controller does not answer; replicas keep their thresholds"
 logger = logging.getLogger(__name__)
@@ -67,15 +73,17 @@ class HeadraceIngress(OpenAiIngress):
         take_adapters_from_folders()
         super().__init__(*args, **kwargs)
         self._models = models
+        self._attempts = Attempts()
         context = serve.get_replica_context()
         self._app_name, self._deployment = context.app_name, context.deployment
-        deployments = {model.model_id: name for name, model in models.items()}
-        self.replica_watch = ReplicaWatch(self._look_around, deployment_of, ask_stats)
-        self.desk = open_desk(tenants, limits, model_limits, self.replica_watch, deployments)
-        self._watching = asyncio.get_running_loop().create_task(self.replica_watch.run())
         self._keeper = keeper
         self._controller: ActorHandle | None = None
-        self._watch = asyncio.get_running_loop().create_task(self._watch_controller()) if keeper else None
+        self.replica_watch = ReplicaWatch(self._look_around, ask_stats)
+        self.desk = open_desk(tenants, limits, model_limits, self.replica_watch, self._model_cards)
+        loop = asyncio.get_running_loop()
+        self._watching = [loop.create_task(self.replica_watch.run())]
+        if keeper:
+            self._watching.append(loop.create_task(self._watch_controller()))
 
     async def _watch_controller(self) -> None:
         assert self._keeper is not None
@@ -119,14 +127,23 @@ class HeadraceIngress(OpenAiIngress):
         sign(body, tenant, self.desk.turned_away(body.model))
         if raw_request is not None:
             raw_request.state.is_valid = True
-        async for response in super()._get_response(body=body, call_method=call_method, raw_request=raw_request):
-            yield response
+        send = partial(super()._get_response, body=body, call_method=call_method, raw_request=raw_request)
+        async with aclosing(self._attempts.answer(send, _get_serve_request_context()._internal_request_id)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _process_llm_request(self, *args: Any, **kwargs: Any) -> Response:
+        response: Response = await super()._process_llm_request(*args, **kwargs)
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = ending_at_an_error(response.body_iterator)
+        return response
 
     async def admin_state(self) -> Response:
         """The state of every replica and of the controller; unreachable replicas are listed with the reason."""
         engines = await self._engines()
-        telemetry, controller = await asyncio.gather(ask_all(engines, _without_records), self._ask_controller("state"))
-        known = controller.get("replicas", {})
+        ask = partial(_without_records, timeout_s=_STATE_ANSWER_S)
+        telemetry, controller = await asyncio.gather(ask_all(engines, ask), self._ask_controller("state"))
+        known, latest = controller.get("replicas", {}), self.replica_watch.latest()
         replicas = {}
         for name, report in telemetry.items():
             replicas[name] = {"model": engines[name].model_id, "reachable": isinstance(report, Telemetry)}
@@ -135,7 +152,8 @@ class HeadraceIngress(OpenAiIngress):
                 empty = unknown | {"decision": controller.get("reason", "not seen yet")}
                 replicas[name] |= telemetry_as_dict(report) | known.get(name, empty)
             else:
-                replicas[name] |= {"reason": str(report)}
+                age_s = latest[name].age_s if name in latest else None
+                replicas[name] |= {"reason": str(report), "last_answer_age_s": age_s}
         state = {
             "application": self._app_name,
             "at_unix_s": time.time(),
@@ -185,8 +203,9 @@ class HeadraceIngress(OpenAiIngress):
         return JSONResponse({"status": "ok"})
 
     async def readyz(self) -> Response:
-        """At least one replica's engine answers."""
-        body = readiness(await ask_all(await self._engines(), ask_stats))
+        """At least one replica's engine has answered in the last few seconds; models without one are named."""
+        models = [model.model_id for model in self._models.values()]
+        body = readiness(self.replica_watch.latest().values(), models)
         return JSONResponse(body, status_code=200 if body["ready"] else 503)
 
     async def _engines(self) -> dict[str, EngineAddress]:
@@ -214,8 +233,8 @@ class HeadraceIngress(OpenAiIngress):
             return {"alive": False, "reason": f"{_NO_CONTROLLER} ({type(error).__name__})"}
 
 
-async def _without_records(engine: EngineAddress) -> Telemetry:
-    return await ask_telemetry(engine, cursor=None)
+async def _without_records(engine: EngineAddress, *, timeout_s: float = ANSWER_S) -> Telemetry:
+    return await ask_telemetry(engine, cursor=None, timeout_s=timeout_s)
 
 
 async def _apply(engine: EngineAddress, thresholds: Thresholds) -> Ack:
@@ -238,8 +257,8 @@ ADMIN_ENDPOINTS = {
     "put_thresholds": lambda app: app.put("/admin/thresholds"),
 }
 HEALTH_ENDPOINTS = {
-    "healthz": lambda app: app.get("/healthz"),
-    "readyz": lambda app: app.get("/readyz"),
+    "healthz": lambda app: app.api_route("/healthz", methods=["GET", "HEAD"]),
+    "readyz": lambda app: app.api_route("/readyz", methods=["GET", "HEAD"]),
 }
 
 

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The latest of one engine. model: the model's deployment, as in its replica's address. stats: its last answer;
-    None: none yet. reason: why the latest question has no answer. age_s: seconds since the last answer; None: none."""
+    """The latest of one engine. model: the model's id. stats: its last answer; None: none yet. reason: why the latest
+    question has no answer. age_s: seconds since the last answer; None: none."""
 
     name: str
     model: str
@@ -43,7 +43,6 @@ class Report:
 @dataclass(slots=True)
 class _Known:
     address: EngineAddress
-    model: str
     task: asyncio.Task[None] | None = None
     stats: Stats | None = None
     reason: str | None = "not asked yet"
@@ -53,26 +52,27 @@ class _Known:
 class ReplicaWatch:
     """Keeps the latest answer of every engine.
 
-    engines: the addresses by name; blocks, so it is called in a thread. model_of: the model of an actor name. ask: one
-    question, which gives up by itself or not at all.
+    engines: the addresses by name; blocks, so it is called in a thread. ask: one question, which gives up by itself or
+    not at all.
     """
 
     def __init__(
-        self, engines: Callable[[], Mapping[str, EngineAddress]], model_of: Callable[[str], str],
-        ask: Callable[[EngineAddress], Awaitable[Stats]], *, clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        self, engines: Callable[[], Mapping[str, EngineAddress]], ask: Callable[[EngineAddress], Awaitable[Stats]], *,
+        clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self._engines, self._model_of, self._ask = engines, model_of, ask
+        self._engines, self._ask = engines, ask
         self._clock, self._sleep = clock, sleep
         self._known: dict[str, _Known] = {}
 
     def latest(self) -> Mapping[str, Report]:
         """The latest of every engine that there is, by name."""
         now_s = self._clock()
+
+        def age_s(one: _Known) -> float | None:
+            return None if one.answered_s is None else now_s - one.answered_s
+
         return {
-            name: Report(
-                name, one.model, one.stats, one.reason, None if one.answered_s is None else now_s - one.answered_s
-            )
+            name: Report(name, one.address.model_id, one.stats, one.reason, age_s(one))
             for name, one in self._known.items()
         }
 
@@ -95,7 +95,7 @@ class ReplicaWatch:
                 task.cancel()
         for name, address in engines.items():
             if name not in self._known:
-                one = self._known[name] = _Known(address, self._model_of(address.actor_name))
+                one = self._known[name] = _Known(address)
                 one.task = asyncio.get_running_loop().create_task(self._keep_asking(one))
 
     async def _keep_asking(self, one: _Known) -> None:
@@ -113,7 +113,7 @@ class ReplicaWatch:
 def readiness(reports: Collection[Report], models: Collection[str]) -> dict[str, Any]:
     """The body of `/readyz`: the number of replicas, of those with an engine that answers, and the models without one.
 
-    models: the models' deployments. The application is ready while one model is.
+    models: their ids. The application is ready while one model is.
     """
     ready = {replica_of(report.name) for report in reports if report.is_ready}
     served = {report.model for report in reports if report.is_ready}

@@ -208,7 +208,8 @@ class Stats:
     """The figures of one engine that routing and readiness need; of constant size.
 
     slots: requests that may run before the engine counts as full; running, waiting: requests; KV in tokens;
-    thresholds_version: version of the active thresholds.
+    thresholds_version: version of the active thresholds. steps: scheduling decisions since the engine started; while it
+        has requests, a working engine takes one each iteration (`replicas.engine_health`).
     room: how many more requests the admission queue takes now before it rejects one (None: it rejects none); drain_rps:
     requests per second that leave the queue while it is full (0: not known); retry_after_s: seconds in which the queue
     drains, for a `Retry-After` without its jitter.
@@ -222,13 +223,15 @@ class Stats:
     kv_used_tokens: int
     kv_capacity_tokens: int
     thresholds_version: int
+    steps: int = 0
     room: int | None = None
     drain_rps: float = 0.0
     retry_after_s: float = 0.0
 
     @classmethod
     def of_engine(
-        cls, engine_id: str, limits: EngineLimits, thresholds: Thresholds, gauges: Gauges, room: Room | None = None
+        cls, engine_id: str, limits: EngineLimits, thresholds: Thresholds, gauges: Gauges, steps: int = 0,
+        room: Room | None = None,
     ) -> Stats:
         """The stats of an engine under `thresholds`.
 
@@ -241,7 +244,7 @@ class Stats:
         return cls(
             engine_id=engine_id, slots=thresholds.max_running or slots, running=gauges.running, waiting=gauges.waiting,
             kv_used_tokens=gauges.kv_used_tokens, kv_capacity_tokens=limits.kv_capacity_tokens,
-            thresholds_version=thresholds.version, **(room._asdict() if room else {}),
+            thresholds_version=thresholds.version, steps=steps, **(room._asdict() if room else {}),
         )
 
     @property

@@ -363,7 +363,9 @@ class HeadraceScheduler(AsyncScheduler):
         """The figures for routing and readiness; safe from another thread; cost does not grow with the requests."""
         thresholds = self.active.current().thresholds
         room = self._room.now(thresholds, self.active.limits, self.recorder.received, is_idle=not self.requests)
-        return Stats.of_engine(self._engine_id, self.active.limits, thresholds, self.recorder.gauges, room)
+        return Stats.of_engine(
+            self._engine_id, self.active.limits, thresholds, self.recorder.gauges, self.current_step, room
+        )
 
     def shutdown(self) -> None:
         """Close the channel, then vLLM's own shutdown."""

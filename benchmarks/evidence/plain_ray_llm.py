@@ -38,6 +38,9 @@ class PlainLauncher(Launcher):
     metrics_port: int
 
     def _connect(self, ray: Any) -> None:
+        if not self.owns_ray:
+            self.join(ray)
+            return
         ray.init(
             address="local", num_cpus=self._config.ray.num_cpus, include_dashboard=False, log_to_driver=False,
             logging_level="ERROR", _metrics_export_port=self.metrics_port,

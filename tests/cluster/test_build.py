@@ -186,6 +186,14 @@ def test_ingresses_are_as_many_as_configured_or_by_nodes(
         assert (config.autoscaling_config.min_replicas, config.autoscaling_config.max_replicas) == bounds
 
 
+def test_ray_s_builder_merges_options_as_ours() -> None:
+    from ray.llm._internal.common.dict_utils import maybe_apply_llm_deployment_config_defaults as merged
+
+    assert merged({"autoscaling_config": {"max_replicas": 2}, "name": "n"}, {"num_replicas": 3}) == {
+        "name": "n", "num_replicas": 3,
+    }
+
+
 def test_the_ingress_scales_to_zero_only_with_its_models_and_beside_others() -> None:
     """As Ray's: on a cluster of several nodes, so that the last of a scaled-down group can go."""
     from cluster import app as application

@@ -70,6 +70,17 @@ def test_a_healthy_machine_has_only_good_findings(tmp_path: Path) -> None:
     assert all(item["mend"] == "" for item in findings)
 
 
+def test_every_model_is_looked_at(tmp_path: Path) -> None:
+    path = configuration(tmp_path)
+    data = yaml.safe_load(path.read_text())
+    data["applications"][0]["args"]["llm_configs"] += [
+        {"model_loading_config": {"model_id": "n", "model_source": "./nowhere"}, "accelerator_config": {"kind": "cpu"}}
+    ]
+    path.write_text(yaml.safe_dump(data))
+    assert finding(path, "model of m")["ok"] and not finding(path, "model of n")["ok"]
+    assert finding(path, "accelerator of n")["ok"]
+
+
 def test_a_missing_bundled_model_is_prepared_with_a_command(tmp_path: Path) -> None:
     source = str(tmp_path / "SmolLM2-135M-Instruct")
     found = finding(configuration(tmp_path, source=source), "model")

@@ -76,3 +76,17 @@ def test_keys_that_do_not_go_together_are_named(tmp_path: Path) -> None:
 def test_every_mistake_of_an_entry_is_reported_at_once(tmp_path: Path) -> None:
     message = complaint(tmp_path, (*ENTRY, "engine_kwargs"), {"max_num_seq": 1, "dtyp": "auto"})
     assert "engine_kwargs.max_num_seq: " in message and "engine_kwargs.dtyp: " in message
+
+
+def test_ray_checks_an_entry_in_the_places_that_we_look_into() -> None:
+    """What `cluster/ray_llm.py` stands on: what of Ray's judges which key, and whose arguments an engine takes."""
+    import inspect
+
+    from ray.llm._internal.serve.core.configs import llm_config
+    from ray.llm._internal.serve.engines.vllm import vllm_models
+
+    source = inspect.getsource(llm_config.LLMConfig)
+    for checked in ("ModelLoadingConfig(**value)", "LoraConfig(**value)", "DeploymentConfig(**value)"):
+        assert checked in source
+    taken = inspect.getsource(vllm_models.VLLMEngineConfig.from_llm_config)
+    assert "dataclasses.fields(FrontendArgs)" in taken and "dataclasses.fields(AsyncEngineArgs)" in taken

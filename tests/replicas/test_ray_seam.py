@@ -429,6 +429,60 @@ def test_the_request_router_has_what_ours_is_made_of() -> None:
     assert cache(get_curr_time_s=lambda: 0.0).get("unknown") is None
 
 
+def test_serve_tells_the_router_which_replica_accepted_a_request() -> None:
+    from router.request_router import FluidSlackRouter
+
+    base = name_in("ray.serve.request_router", "RequestRouter")
+    assert list(parameters(base.on_request_routed)) == list(parameters(FluidSlackRouter.on_request_routed))
+    assert callable(name_in("ray.serve._private.replica_result", "ReplicaResult").cancel)
+    routing = inspect.getsource(name_in("ray.serve._private.router", "AsyncioRouter")._route_and_send_request_once)
+    accepted = routing.index("if queue_info.accepted:")
+    assert accepted < routing.index("on_request_routed(") < routing.index("except ActorDiedError")
+    for router in (base, name_in("ray.serve.request_router", "FIFOMixin"), FluidSlackRouter):
+        assert list(parameters(router._fulfill_next_pending_request)) == ["self", "replica", "request_metadata"]
+
+
+def test_a_request_has_one_internal_id_at_the_ingress_and_in_the_router() -> None:
+    source = inspect.getsource(name_in("ray.serve._private.default_impl", "get_request_metadata"))
+    assert "internal_request_id=_request_context._internal_request_id" in source
+    assert "_internal_request_id" in vars(name_in("ray.serve.context", "_get_serve_request_context")())
+    context = {field.name for field in dataclasses.fields(name_in("ray.serve._private.common", "RequestMetadata"))}
+    assert "internal_request_id" in context
+
+
+def test_the_router_that_serve_pickles_knows_the_record_of_the_process_it_runs_in() -> None:
+    from ray.serve.config import RequestRouterConfig
+
+    from router import rotation
+    from router.request_router import FluidSlackRouter
+
+    config = RequestRouterConfig(request_router_class=FluidSlackRouter)
+    carried = config.get_request_router_class()
+    assert carried.choose_replicas.__globals__["rotation"].ROTATION is rotation.ROTATION
+
+
+# router/attempts.py, router/ingress.py
+
+
+def test_ray_s_ingress_streams_through_a_response_whose_iterator_can_be_replaced() -> None:
+    source = inspect.getsource(name_in("ray.serve.llm.ingress", "OpenAiIngress")._process_llm_request)
+    assert "return StreamingResponse(" in source and "_openai_json_wrapper" in source
+    assert "body_iterator" in vars(name_in("starlette.responses", "StreamingResponse")(iter(())))
+    wrapper = inspect.getsource(name_in("ray.llm._internal.serve.core.ingress.ingress", "_openai_json_wrapper"))
+    assert 'yield "data: [DONE]' in wrapper, "which is why ours cuts it off after an error"
+
+
+def test_the_errors_of_a_dead_replica_are_one_kind_and_a_failed_deployment_another() -> None:
+    kind = name_in("ray.exceptions", "RayActorError")
+    for name in ("ActorDiedError", "ActorUnavailableError"):
+        assert issubclass(name_in("ray.exceptions", name), kind)
+    assert not issubclass(name_in("ray.serve.exceptions", "DeploymentUnavailableError"), kind)
+    response = name_in(OPENAI_MODELS, "ErrorResponse")(
+        error=name_in(OPENAI_MODELS, "ErrorInfo")(message="m", type="recalled", code=503)
+    )
+    assert (response.error.type, response.error.code) == ("recalled", 503)
+
+
 # replicas/ray_patches.py
 
 
@@ -479,6 +533,7 @@ def test_adapters_are_read_from_a_folder_through_the_function_we_widen(
     server = inspect.getsource(name_in("ray.serve.llm.deployment", "LLMServer")._init_multiplex_loader)
     assert "model_downloader_cls(\n                download_timeout_s=" in server, "the folder is the first argument"
     loader = name_in("replicas.ray_patches", "adapter_loader")(tmp_path / "of-a-replica")(max_tries=1)
+    assert isinstance(loader, lora.LoraModelLoader)
     loaded = asyncio.run(loader.load_model_from_config("m:north", config))
     assert (Path(loaded.local_path) / "adapter_config.json").is_file()
     assert tmp_path / "of-a-replica" in Path(loaded.local_path).parents

@@ -21,11 +21,13 @@ from synthetic_engine import SyntheticEngine
 
 from replicas import questions
 from router import ingress as ingress_module
+from router.attempts import Attempts
 from router.front_door import NO_REPORTS, Reports
 from router.gate import Desk, open_desk
 from router.http_app import http_app
 from router.ingress import ADMIN_ENDPOINTS, HEALTH_ENDPOINTS, HeadraceIngress
 from router.limits import DEFAULT_LIMITS, Limits
+from router.replica_watch import ReplicaWatch
 from router.tenants import TenantConfig
 from scheduler.messages import Apply
 from scheduler.wire import answer_of, read_question
@@ -81,7 +83,7 @@ class FakeApplication:
         models: Sequence[str] = (MODEL,),
     ) -> None:
         self.server, self.engine = FakeServer(), SyntheticEngine(engine_id="a")
-        self.desk: Desk = open_desk(tenants, limits, {}, reports, {model: f"Server:{model}" for model in models})
+        self.desk: Desk = open_desk(tenants, limits, {}, reports, models)
         self.app: FastAPI = http_app(lambda: self.desk)
         endpoints = {**HEALTH_ENDPOINTS, **ADMIN_ENDPOINTS, **DEFAULT_ENDPOINTS}
         methods = {name: add(self.app)(getattr(HeadraceIngress, name)) for name, add in endpoints.items()}
@@ -102,7 +104,8 @@ class FakeApplication:
         ingress._get_lora_model_metadata_func = None
         ingress._app_name, ingress._models = "headrace", {}
         ingress._controller = ingress._keeper = None
-        ingress.desk = self.desk
+        ingress.desk, ingress._attempts = self.desk, Attempts()
+        ingress.replica_watch = ReplicaWatch(dict, questions.ask_stats)
         return ingress
 
     async def call_replica(self, name: str, method: str, *, rank: int = 0, **arguments: Any) -> bytes:

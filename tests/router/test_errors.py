@@ -7,7 +7,7 @@ from fastapi import FastAPI, HTTPException
 from fastapi.testclient import TestClient
 from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 
-from router.errors import speak_openai
+from router.errors import Unavailable, speak_openai
 from scheduler.rejection import Rejection
 
 
@@ -49,6 +49,17 @@ def test_other_errors_of_the_engine_keep_their_status_words_and_type(app: FastAP
     assert response.status_code == 400 and "retry-after" not in response.headers
     assert response.json()["error"]["message"] == "max_tokens is too large"
     assert response.json()["error"]["type"] == "BadRequestError"
+
+
+@pytest.mark.parametrize(("error", "after_s"), [
+    (Unavailable("no replica", 7), "7"), (OpenAIHTTPException(status_code=408, message="too long", type="t"), "1"),
+])
+def test_a_wait_that_was_too_long_says_when_to_come_again(
+    app: FastAPI, error: OpenAIHTTPException, after_s: str
+) -> None:
+    response = answer_to(app, error)
+    assert (response.status_code, response.headers["retry-after"]) == (error.status_code, after_s)
+    assert response.json()["error"]["message"] == error.message
 
 
 def test_plain_http_errors_speak_openai_too(app: FastAPI) -> None:

@@ -110,7 +110,7 @@ def test_a_failure_of_the_server_says_nothing_of_its_insides(serving: Any, caplo
     application.server.failure = RuntimeError("at 10.0.0.7 in /srv/secret.py")
     response = client(application).post(CHAT, json=chat(), headers={"x-request-id": "r-1"})
     assert response.status_code == 500
-    assert error_of(response) == "the server failed on this request (request r-1)"
+    assert not any(word in response.text for word in ("10.0.0.7", "secret", "RuntimeError"))
     assert "10.0.0.7" in caplog.text, "the log has it"
 
 
@@ -284,10 +284,10 @@ def test_concurrent_requests_of_a_key_and_counts_that_survive_new_limits(serving
 def test_a_full_model_is_429_before_the_body_is_read(serving: Any) -> None:
     watch = Watch()
     application = serving(reports=watch)
-    watch.report("a", 2, model=f"Server:{MODEL}")
+    watch.report("a", 2, model=MODEL)
     http = client(application)
     assert [http.post(CHAT, json=chat()).status_code for _ in range(3)] == [200] * 3, "a place is given back"
-    watch.report("a", 0, model=f"Server:{MODEL}")
+    watch.report("a", 0, model=MODEL)
     watch.clock[0] += 0.2
     rejected = http.post(CHAT, json=chat())
     assert rejected.status_code == 429 and 6 <= int(rejected.headers["retry-after"]) <= 10
@@ -302,8 +302,8 @@ def test_a_full_model_is_429_before_the_body_is_read(serving: Any) -> None:
 def test_with_several_models_the_body_says_which_one_is_full(serving: Any) -> None:
     watch = Watch()
     application = serving(reports=watch, models=["one", "two"])
-    watch.report("a", 0, model="Server:one")
-    watch.report("b", 5, model="Server:two")
+    watch.report("a", 0, model="one")
+    watch.report("b", 5, model="two")
     http = client(application)
     assert http.post(CHAT, json=chat(model="one")).status_code == 429
     assert http.post(CHAT, json=chat(model="one:adapter")).status_code == 429

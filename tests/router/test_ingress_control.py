@@ -19,6 +19,7 @@ from router.admin import ThresholdsUpdate
 from router.front_door import NO_REPORTS
 from router.gate import open_desk
 from router.limits import DEFAULT_LIMITS
+from router.replica_watch import ReplicaWatch, Report
 from scheduler.messages import Apply
 from scheduler.thresholds import Thresholds
 from scheduler.wire import answer_of, read_question
@@ -69,6 +70,7 @@ class Application:
         self.ingress._app_name = "headrace"
         self.ingress._models = {f"HeadraceServer:{model}": ServedModel(model) for model in "mn"}
         self.ingress._controller, self.ingress._keeper = self.controller, None
+        self.ingress.replica_watch = ReplicaWatch(self.ingress._list_engines, questions.ask_stats)
         self.ingress.desk = open_desk((), DEFAULT_LIMITS, {}, NO_REPORTS, {})
 
     def replica_ids(self, app_name: str) -> dict[str, str]:
@@ -77,7 +79,9 @@ class Application:
         deployments = {"a": "HeadraceServer:m", "b": "HeadraceServer:n"}
         return {name: f"SERVE_REPLICA::headrace#{deployments[name]}#{name}" for name in self.engines}
 
-    async def call_replica(self, actor_name: str, method: str, *, rank: int, **arguments: Any) -> bytes:
+    async def call_replica(
+        self, actor_name: str, method: str, *, rank: int, timeout_s: float = 5.0, **arguments: Any
+    ) -> bytes:
         name = actor_name.rpartition("#")[2]
         self.calls.append((name, method, arguments.get("cursor")))
         if name in self.silent:
@@ -90,6 +94,9 @@ class Application:
         offer = read_question(arguments["offer"])
         assert isinstance(offer, Apply)
         return answer_of(engine.active.offer(offer))
+
+    def watched(self) -> list[Report]:
+        return list(self.ingress.replica_watch.latest().values()) or [Report("", "", None, "not listed yet", None)]
 
     def ask(self, endpoint: str, *arguments: Any) -> tuple[int, dict[str, Any]]:
         response = asyncio.run(getattr(self.ingress, endpoint)(*arguments))
@@ -108,13 +115,26 @@ def application(monkeypatch: pytest.MonkeyPatch) -> Application:
     return Application(monkeypatch)
 
 
-def test_readiness_asks_for_stats_alone(application: Application) -> None:
-    assert application.ask("readyz") == (200, {"status": "ready", "ready": 2, "replicas": 2})
+def test_readiness_is_known_from_the_watch_alone(application: Application) -> None:
+    application.later = {"b"}
+
+    async def main() -> list[Any]:
+        watching = asyncio.create_task(application.ingress.replica_watch.run())
+        answers = [await application.ingress.readyz()]
+        while not all(report.is_ready for report in application.watched()):
+            await asyncio.sleep(0.01)
+        watching.cancel()
+        asked = len(application.calls)
+        answers.append(await application.ingress.readyz())
+        assert len(application.calls) == asked
+        return answers
+
+    before, after = asyncio.run(main())
+    assert (before.status_code, json.loads(before.body)["ready"]) == (503, 0)
+    assert (after.status_code, json.loads(after.body)) == (200, {
+        "status": "ready", "ready": 2, "replicas": 2, "models_without_replica": [],
+    })
     assert application.asked() == [("stats", None)]
-    application.silent, application.later = {"a"}, {"b"}
-    assert application.ask("readyz") == (200, {"status": "ready", "ready": 1, "replicas": 2})
-    application.silent = {"a", "b"}
-    assert application.ask("readyz") == (503, {"status": "not ready", "ready": 0, "replicas": 2})
 
 
 def test_thresholds_are_asked_for_without_records(application: Application) -> None:
