@@ -108,7 +108,9 @@ class FakeApplication:
         ingress.replica_watch = ReplicaWatch(dict, questions.ask_stats)
         return ingress
 
-    async def call_replica(self, name: str, method: str, *, rank: int = 0, **arguments: Any) -> bytes:
+    async def call_replica(
+        self, name: str, method: str, *, rank: int = 0, timeout_s: float = 1.0, **arguments: Any
+    ) -> bytes:
         """As `replicas.actor_calls.call_replica`."""
         if method != "apply_thresholds":
             return answer_of(self.engine.stats() if method == "stats" else self.engine.report(**arguments))

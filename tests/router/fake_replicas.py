@@ -18,9 +18,8 @@ from ray.serve.llm.ingress import make_fastapi_ingress
 from replicas.engine_health import RECALLED, REPLICA_FAILED
 from replicas.ranks import ServedModel
 from replicas.routing_stats import RoutingStats
-from router.auth import Keyring, guard
-from router.errors import speak_openai
-from router.ingress import ADMIN_ENDPOINTS, HEALTH_ENDPOINTS, HeadraceIngress
+from router.http_app import http_app
+from router.ingress import ADMIN_ENDPOINTS, HEALTH_ENDPOINTS, HeadraceIngress, desk_of_this_ingress
 from router.request_router import FluidSlackRouter
 from router.rotation import ROTATION
 from scheduler.messages import Ack, Stats
@@ -144,13 +143,11 @@ class FakeServer:
 def application(replicas: int = 2, models: tuple[str, ...] = (MODEL,)) -> Any:
     """The application, as `cluster.app` builds it."""
     from ray.llm._internal.serve.core.configs.openai_api_models import ModelCard
-    from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, init
+    from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS
 
-    keys = Keyring()
     ingress = make_fastapi_ingress(Ingress, endpoint_map={
-        **HEALTH_ENDPOINTS, **guard(ADMIN_ENDPOINTS, keys.require_operator),
-        **guard(DEFAULT_ENDPOINTS, keys.require_user),
-    }, app=speak_openai(init()))
+        **HEALTH_ENDPOINTS, **ADMIN_ENDPOINTS, **DEFAULT_ENDPOINTS,
+    }, app=http_app(desk_of_this_ingress))
     servers = {model: serve.deployment(
         FakeServer, name=f"HeadraceServer:{model}", num_replicas=replicas, max_ongoing_requests=64,
         health_check_period_s=1.0, graceful_shutdown_timeout_s=1.0, ray_actor_options={"num_cpus": 0},

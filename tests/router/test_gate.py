@@ -285,6 +285,7 @@ def test_a_full_model_is_429_before_the_body_is_read(serving: Any) -> None:
     watch = Watch()
     application = serving(reports=watch)
     watch.report("a", 2, model=MODEL)
+    watch.clock[0] += 0.2
     http = client(application)
     assert [http.post(CHAT, json=chat()).status_code for _ in range(3)] == [200] * 3, "a place is given back"
     watch.report("a", 0, model=MODEL)
