@@ -124,9 +124,12 @@ class Launcher:
     def wait(self) -> None:
         """Stay in the foreground; a signal's exception ends it."""
         while True:
-            if self._folder is not None:
-                self._folder.remember(psutil.Process().children(recursive=True))
+            self._remember()
             time.sleep(_REMEMBER_EVERY_S)
+
+    def _remember(self) -> None:
+        if self._folder is not None:
+            self._folder.remember(psutil.Process().children(recursive=True))
 
     def drain(self, at_once: Callable[[], bool]) -> int:
         """Let the requests finish that have begun (`finish_requests`); returns how many were cut."""
@@ -143,13 +146,11 @@ class Launcher:
         import ray
         from ray import serve
 
-        if not ray.is_initialized():
-            return
-        if not self.owns_ray:
+        if self.owns_ray:
+            stop_local_ray(serve, ray)
+        elif ray.is_initialized():
             serve.delete(self._config.application.name)
             ray.shutdown()
-            return
-        stop_local_ray(serve, ray)
 
     def _connect(self, ray: Any) -> None:
         if self.owns_ray:
@@ -188,6 +189,7 @@ class Launcher:
 
             last = ""
             while not done.wait(1.0):
+                self._remember()
                 with contextlib.suppress(Exception):  # a failed status query must not end the start
                     line = _progress_line(serve.status().applications[self._config.application.name])
                     if line != last:
