@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import psutil
 import pytest
 
 from cluster import shutdown
@@ -124,9 +125,10 @@ class Ray:
 
 
 @pytest.mark.parametrize("initialized", [True, False])
-def test_whatever_ray_says_no_process_stays(initialized: bool) -> None:
+def test_whatever_ray_says_no_process_stays(initialized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = Ray(initialized=initialized)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as child:
+        monkeypatch.setattr(psutil.Process, "children", lambda self, recursive: [psutil.Process(child.pid)])
         shutdown.stop_local_ray(ray, ray)
         assert child.poll() is not None
     assert ray.shut_down == initialized, "a Serve that was never started is not asked, or it would start one"
