@@ -29,6 +29,7 @@ READY_TIMEOUT_S = 600.0
 _STOP_S = 90.0
 """Bound on a stop once its requests have ended."""
 _REMEMBER_EVERY_S = 10.0
+_HEARD_S = 1.0
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -295,7 +296,10 @@ def stop_running(config: ClusterConfig, say: Callable[[str], None], *, now: bool
     folder, said = folder_for(config), ""
     process.send_signal(signal.SIGINT)
     if now:
-        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(psutil.TimeoutExpired):  # two signals at once would be one
+            process.wait(_HEARD_S)
+            return True
+        process.send_signal(signal.SIGINT)
     allowed_s = config.application.args.drain_s + _STOP_S
     deadline_s = time.monotonic() + allowed_s
     while time.monotonic() < deadline_s:
