@@ -44,7 +44,12 @@ def fail(error: Exception, code: int) -> NoReturn:
 
 
 @app.command()
-def up(config_file: ConfigFile = DEFAULT_CONFIG) -> None:
+def up(
+    config_file: ConfigFile = DEFAULT_CONFIG,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Serve beyond this machine although there is no API key.")
+    ] = False,
+) -> None:
     """Deploy a configuration; with a Ray of its own it runs in the foreground until Ctrl-C."""
     from cluster import launch
     from cluster.config import load_config
@@ -55,7 +60,7 @@ def up(config_file: ConfigFile = DEFAULT_CONFIG) -> None:
         config = load_config(config_file)
     signals, failed = _handled_signals(), True
     folder = claim(config, _say) if config.ray.address == "local" else None
-    launcher = launch.Launcher(config, progress=partial(_say_and_note, folder), folder=folder)
+    launcher = launch.Launcher(config, progress=partial(_say_and_note, folder), folder=folder, insecure=insecure)
     try:
         launch.prepare_model(config, _say)
         with err.status("starting (about a minute and a half on two cores)"):

@@ -21,6 +21,7 @@ import psutil
 
 from cluster.config import ClusterConfig, ConfigError
 from cluster.joining import is_refusal, use_the_user_s_token, why_not_joined
+from cluster.keys import require_key_beyond_loopback
 from cluster.model import BUNDLED_MODEL_NAME, is_prepared, prepare_bundled_model
 from cluster.run_folder import RunFolder, clear_stale, folder_for, running_note
 from cluster.shutdown import finish_requests, stop_local_ray
@@ -75,13 +76,15 @@ def prepare_model(config: ClusterConfig, say: Callable[[str], None]) -> None:
 class Launcher:
     """One application on one Ray: `start`, then `wait` in the foreground or leave, then `stop`.
 
-    progress: called with one line at each change of state; folder: of a Ray of its own.
+    progress: called with one line at each change of state; folder: of a Ray of its own. insecure: other machines may
+    reach it without an API key.
     """
 
     def __init__(
-        self, config: ClusterConfig, progress: Callable[[str], None], folder: RunFolder | None = None
+        self, config: ClusterConfig, progress: Callable[[str], None], folder: RunFolder | None = None, *,
+        insecure: bool = False,
     ) -> None:
-        self._config, self._say, self._folder = config, progress, folder
+        self._config, self._say, self._folder, self._insecure = config, progress, folder, insecure
         self._serves = False
 
     @property
@@ -93,9 +96,11 @@ class Launcher:
         """Start (or join) Ray, deploy, and return once a replica answers.
 
         Raises:
-            LaunchError: the port is taken, the cluster cannot be reached, or the deployment failed.
+            LaunchError: the port is taken, the cluster cannot be reached, the deployment failed, or other machines
+                could use it without an API key.
         """
         options = self._config.http_options
+        self._require_key(options.host)
         if self.owns_ray and not port_is_free(options.host, options.port):
             raise LaunchError(
                 f"port {options.port} on {options.host} is taken by a program that is none of ours; stop it, "
@@ -113,6 +118,7 @@ class Launcher:
 
         self._connect(ray)
         serve.start(proxy_location=self._config.proxy_location, http_options=options.model_dump())
+        self._require_key(_address_of_serve())  # Serve keeps the address with which it was first started
         application = self._config.application
         with self._watching_progress():
             try:
@@ -121,6 +127,11 @@ class Launcher:
                 raise LaunchError(f"the deployment failed: {error}{self._where_logs_are()}") from error
         self._wait_until_ready()
         self._serves = True
+
+    def _require_key(self, host: str) -> None:
+        wrong = require_key_beyond_loopback(host, self._config.application.args.headrace.tenants)
+        if wrong and not self._insecure:
+            raise LaunchError(wrong)
 
     def wait(self) -> None:
         """Stay in the foreground; a signal's exception ends it."""
@@ -219,6 +230,13 @@ class Launcher:
         raise LaunchError(
             f"{self._config.base_url}/readyz did not answer within {READY_TIMEOUT_S:g} s{self._where_logs_are()}"
         )
+
+
+def _address_of_serve() -> str:
+    """Where the running Serve listens."""
+    from ray.serve.context import _get_global_client
+
+    return str(_get_global_client().http_config.host)
 
 
 def _our_code(root: Path) -> dict[str, str]:

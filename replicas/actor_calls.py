@@ -58,6 +58,16 @@ def _replicas(app_name: str, deployments: str) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def replicas_of(app_name: str, deployment: str) -> int:
+    """The number of live replicas of any deployment, such as the ingress. Blocks on the cluster."""
+    names = [
+        actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["namespace"] == SERVE_NAMESPACE and ReplicaID.is_full_id_str(actor["name"])
+    ]
+    found = [ReplicaID.from_full_id_str(name).deployment_id for name in names]
+    return sum((one.app_name, one.name) == (app_name, deployment) for one in found)
+
+
 def deployment_of(actor_name: str) -> str:
     """The deployment to which a replica belongs, by its actor's name: HeadraceServer:MODEL."""
     return str(ReplicaID.from_full_id_str(actor_name).deployment_id.name)

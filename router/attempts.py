@@ -25,7 +25,8 @@ from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from replicas.engine_health import RECALLED, REPLICA_FAILED
-from router.errors import Unavailable, error_body, failed_request
+from router.errors import Unavailable, failed_request
+from router.refusal import error_body
 from router.rotation import ROTATION, Rotation, Trail
 
 MAX_WAIT_S = 600.0

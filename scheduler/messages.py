@@ -198,6 +198,14 @@ class Telemetry:
         return self.gauges.kv_used_tokens / self.limits.kv_capacity_tokens
 
 
+class Room(NamedTuple):
+    """What an admission queue takes; the fields are those of `Stats`."""
+
+    room: int | None = None
+    drain_rps: float = 0.0
+    retry_after_s: float = 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
     """The figures of one engine that routing and readiness need; of constant size.
@@ -206,6 +214,9 @@ class Stats:
     thresholds_version: version of the active thresholds. steps: scheduling decisions since the engine started; while it
         has requests, a working engine takes one each iteration (`replicas.engine_health`). draining: nothing more is
         admitted.
+    room: how many more requests the admission queue takes now before it rejects one (None: it rejects none); drain_rps:
+        requests per second that leave the queue while it is full (0: not known); retry_after_s: seconds in which the
+        queue drains, for a `Retry-After` without its jitter.
     """
 
     schema: int = SCHEMA
@@ -218,11 +229,14 @@ class Stats:
     thresholds_version: int
     steps: int = 0
     draining: bool = False
+    room: int | None = None
+    drain_rps: float = 0.0
+    retry_after_s: float = 0.0
 
     @classmethod
     def of_engine(
         cls, engine_id: str, limits: EngineLimits, thresholds: Thresholds, gauges: Gauges, steps: int = 0,
-        *, draining: bool = False,
+        room: Room | None = None, *, draining: bool = False,
     ) -> Stats:
         """The stats of an engine under `thresholds`.
 
@@ -236,6 +250,7 @@ class Stats:
             engine_id=engine_id, slots=thresholds.max_running or slots, running=gauges.running, waiting=gauges.waiting,
             kv_used_tokens=gauges.kv_used_tokens, kv_capacity_tokens=limits.kv_capacity_tokens,
             thresholds_version=thresholds.version, steps=steps, draining=draining,
+            **(room._asdict() if room else {}),
         )
 
     @property

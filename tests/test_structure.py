@@ -28,8 +28,8 @@ WITH_VLLM = {
 }
 WITH_RAY = {
     "cluster.app", "cluster.controller", "replicas.actor_calls", "replicas.engine", "replicas.failed_answers",
-    "replicas.ray_patches", "replicas.server", "router.attempts", "router.errors", "router.in_flight",
-    "router.ingress", "router.request_router",
+    "replicas.ray_patches", "replicas.server", "router.attempts", "router.errors", "router.http_app",
+    "router.in_flight", "router.ingress", "router.request_router",
 }
 MODULES = {name: path for package in PACKAGES for name, path in modules_of(package).items()}
 EVIDENCE = {path.stem: path for path in (ROOT / "benchmarks" / "evidence").glob("*.py")}

@@ -18,6 +18,7 @@ from scheduler.rejection import Kind
 
 KEPT_RECORDS = 4096
 """Records of each kind kept; at 10 ms an iteration this is 40 s, several control periods."""
+_MOST_TURNED_AWAY = 8
 
 
 _Record = TypeVar("_Record", Iteration, Arrival, Finished)
@@ -32,7 +33,7 @@ class Recorder:
         self._iterations: deque[Iteration] = deque(maxlen=kept)
         self._arrivals: deque[Arrival] = deque(maxlen=kept)
         self._finished: deque[Finished] = deque(maxlen=kept)
-        self._dropped_seq = 0
+        self._dropped_seq = self._turned_away = 0
         self.totals = SimpleNamespace(**asdict(Counters()))  # the same fields, while they still change
         self.gauges = Gauges()
 
@@ -48,6 +49,27 @@ class Recorder:
         """One request that reached the engine."""
         self._append(self._arrivals, Arrival(self._next(), at_s, prompt_tokens, known_output_tokens))
         self.totals.arrivals += 1
+
+    def turned_away(self, at_s: float, count: int, prompt_tokens: int, known_output_tokens: int | None) -> None:
+        """`count` requests that the ingress rejected before the one that arrives now; taken to be like it.
+
+        They count as arrivals and as rejected. Their records are spread over the time since the latest arrival, as they
+        came; more than a few are not recorded one by one, since a rate so far above capacity changes nothing more.
+        """
+        since_s = self._arrivals[-1].at_s if self._arrivals else at_s
+        recorded = min(count, _MOST_TURNED_AWAY)
+        for place in range(1, recorded + 1):
+            when_s = since_s + (at_s - since_s) * place / (recorded + 1)
+            self._append(self._arrivals, Arrival(self._next(), when_s, prompt_tokens, known_output_tokens))
+        self.totals.arrivals += count
+        self.totals.rejected += count
+        self._turned_away += count
+
+    @property
+    def received(self) -> int:
+        """Requests that reached this engine, without those that the ingress rejected."""
+        received: int = self.totals.arrivals - self._turned_away
+        return received
 
     def finished(
         self, at_s: float, prompt_tokens: int, output_tokens: int, *, aborted: bool, turned_away: Kind | None = None,

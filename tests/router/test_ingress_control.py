@@ -16,6 +16,9 @@ from replicas import questions, served
 from replicas.actor_calls import ReplicaUnavailable
 from replicas.ranks import ServedModel
 from router.admin import ThresholdsUpdate
+from router.front_door import NO_REPORTS
+from router.gate import open_desk
+from router.limits import DEFAULT_LIMITS
 from router.replica_watch import ReplicaWatch, Report
 from scheduler.messages import Apply
 from scheduler.rejection import Rejection
@@ -71,6 +74,7 @@ class Application:
         self.ingress._in_flight = InFlight()
         self.ingress._controller, self.ingress._keeper = self.controller, None
         self.ingress.replica_watch = ReplicaWatch(self.ingress._list_engines, questions.ask_stats)
+        self.ingress.desk = open_desk((), DEFAULT_LIMITS, {}, NO_REPORTS, {})
 
     def replica_ids(self, app_name: str) -> dict[str, str]:
         assert app_name == "headrace"
@@ -200,7 +204,8 @@ def test_the_state_has_no_events_and_names_what_cannot_be_read(application: Appl
     application.later = {"b"}
     status, state = application.ask("admin_state")
     assert status == 200
-    assert state.keys() == {"application", "at_unix_s", "replicas", "controller"}
+    assert state.keys() == {"application", "at_unix_s", "replicas", "controller", "front_door"}
+    assert state["front_door"] == {"rejected": 0, "ingresses": 1}
     assert state["controller"] == {"alive": True, "passes": 3, "period_s": 5.0}
     assert state["replicas"]["a"]["decision"] == "settled"
     assert {name: replica["model"] for name, replica in state["replicas"].items()} == {"a": "m", "b": "n"}
