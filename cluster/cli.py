@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -59,13 +58,14 @@ def up(
 
     with err.status("reading the configuration"):
         config = load_config(config_file)
+    signals, failed = _handled_signals(), True
     folder = claim(config, _say) if config.ray.address == "local" else None
     launcher = launch.Launcher(config, progress=partial(_say_and_note, folder), folder=folder, insecure=insecure)
-    signals, failed = _handled_signals(), True
     try:
         launch.prepare_model(config, _say)
         with err.status("starting (about a minute and a half on two cores)"):
             launcher.start()
+        signals.install()  # Ray has put its own handler of SIGTERM there
         _say_ready(config, launcher.owns_ray)
         failed = False
         if launcher.owns_ray:
@@ -81,8 +81,11 @@ def up(
 
 
 def _stop(launcher: Launcher, folder: RunFolder, signals: Signals, *, keep_logs: bool) -> None:
-    if launcher.serves:
-        launcher.drain(lambda: signals.again)
+    try:
+        if launcher.serves:
+            launcher.drain(lambda: signals.again)
+    except Exception as error:  # the stop goes on, whatever the cluster answers
+        _say(f"could not wait for the requests: {error}")
     _say_and_note(folder, "stopping")
     launcher.stop()
     if not keep_logs:
@@ -93,8 +96,7 @@ def _handled_signals() -> Signals:
     from cluster.shutdown import Signals
 
     signals = Signals()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signals)
+    signals.install()
     return signals
 
 

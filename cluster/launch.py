@@ -30,6 +30,7 @@ READY_TIMEOUT_S = 600.0
 _STOP_S = 90.0
 """Bound on a stop once its requests have ended."""
 _REMEMBER_EVERY_S = 10.0
+_HEARD_S = 1.0
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -135,9 +136,12 @@ class Launcher:
     def wait(self) -> None:
         """Stay in the foreground; a signal's exception ends it."""
         while True:
-            if self._folder is not None:
-                self._folder.remember(psutil.Process().children(recursive=True))
+            self._remember()
             time.sleep(_REMEMBER_EVERY_S)
+
+    def _remember(self) -> None:
+        if self._folder is not None:
+            self._folder.remember(psutil.Process().children(recursive=True))
 
     def drain(self, at_once: Callable[[], bool]) -> int:
         """Let the requests finish that have begun (`finish_requests`); returns how many were cut."""
@@ -154,13 +158,11 @@ class Launcher:
         import ray
         from ray import serve
 
-        if not ray.is_initialized():
-            return
-        if not self.owns_ray:
+        if self.owns_ray:
+            stop_local_ray(serve, ray)
+        elif ray.is_initialized():
             serve.delete(self._config.application.name)
             ray.shutdown()
-            return
-        stop_local_ray(serve, ray)
 
     def _connect(self, ray: Any) -> None:
         if self.owns_ray:
@@ -199,6 +201,7 @@ class Launcher:
 
             last = ""
             while not done.wait(1.0):
+                self._remember()
                 with contextlib.suppress(Exception):  # a failed status query must not end the start
                     line = _progress_line(serve.status().applications[self._config.application.name])
                     if line != last:
@@ -311,7 +314,10 @@ def stop_running(config: ClusterConfig, say: Callable[[str], None], *, now: bool
     folder, said = folder_for(config), ""
     process.send_signal(signal.SIGINT)
     if now:
-        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(psutil.TimeoutExpired):  # two signals at once would be one
+            process.wait(_HEARD_S)
+            return True
+        process.send_signal(signal.SIGINT)
     allowed_s = config.application.args.drain_s + _STOP_S
     deadline_s = time.monotonic() + allowed_s
     while time.monotonic() < deadline_s:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -34,6 +35,11 @@ class Signals:
         self._count += 1
         if self._count == 1:
             raise KeyboardInterrupt
+
+    def install(self) -> None:
+        """Handle SIGINT (Ctrl-C) and SIGTERM from now on."""
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self)
 
     def stopping(self) -> None:
         """The stop has begun, for whatever reason."""
@@ -106,7 +112,8 @@ def stop_local_ray(serve: Any, ray: Any) -> None:
     ours = psutil.Process().children(recursive=True)
     shared = segments.mapped_by(process.pid for process in ours)
     with contextlib.suppress(Exception):  # if this fails, the processes below are still ended
-        serve.shutdown()
-        ray.shutdown()
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
     end_processes(ours)
     segments.remove(shared)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Callable
 
+import psutil
 import pytest
 
 from cluster import shutdown
@@ -104,3 +107,28 @@ def test_a_signal_during_a_stop_that_had_another_reason_hurries() -> None:
     assert not signals.again
     signals()
     assert signals.again
+
+
+class Ray:
+    """Stands for Ray and for Serve."""
+
+    def __init__(self, *, initialized: bool) -> None:
+        self.initialized = initialized
+        self.shut_down = 0
+
+    def is_initialized(self) -> bool:
+        return self.initialized
+
+    def shutdown(self) -> None:
+        self.shut_down += 1
+        raise RuntimeError("the cluster is gone")
+
+
+@pytest.mark.parametrize("initialized", [True, False])
+def test_whatever_ray_says_no_process_stays(initialized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(initialized=initialized)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as child:
+        monkeypatch.setattr(psutil.Process, "children", lambda self, recursive: [psutil.Process(child.pid)])
+        shutdown.stop_local_ray(ray, ray)
+        assert child.poll() is not None
+    assert ray.shut_down == initialized, "a Serve that was never started is not asked, or it would start one"

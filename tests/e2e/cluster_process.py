@@ -94,10 +94,14 @@ class ClusterProcess:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def stop(self) -> tuple[int, list[str]]:
-        """Ctrl-C; returns the exit code and what is still running of all that was ever started."""
+        """Ctrl-C, and again for requests in flight; returns the exit code and what still runs of all that was started.
+        """
         if self.process.poll() is not None:
             return self.process.returncode, []
         started = self.children()
+        self.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(2)
         self.process.send_signal(signal.SIGINT)
         self.process.wait(90)
         _, alive = psutil.wait_procs(started, timeout=10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -81,14 +82,14 @@ def assert_nothing_is_left(cluster: ClusterProcess, started: list[psutil.Process
     _, alive = psutil.wait_procs(started, timeout=20)
     assert alive == []
     assert memory and not memory & our_memory(), "shared memory of the engines stays"
-    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"headrace-{os.getuid()}" / str(cluster.port)
+    folder = Path(tempfile.gettempdir()) / f"headrace-{os.getuid()}" / str(cluster.port)
     assert not folder.exists(), list(folder.rglob("*"))[:20]
 
 
 @pytest.fixture
 def cluster(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
     prepare_bundled_model(MODEL)
-    process = ClusterProcess(tmp_path, replicas=1)
+    process = ClusterProcess(tmp_path, llm={"deployment_config": {"num_replicas": 1}})
     try:
         process.wait_until_ready()
         yield process

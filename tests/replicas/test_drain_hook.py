@@ -115,6 +115,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def deploy(record: Path) -> Any:
     same = {
         "ray_actor_options": {"num_cpus": 0}, "graceful_shutdown_wait_loop_s": 0.2, "graceful_shutdown_timeout_s": 300,
+        "max_ongoing_requests": 100,
     }
     server = serve.deployment(Server).options(name=f"{SERVER_CLASS}:m", num_replicas=2, **same)
     ingress = serve.deployment(Ingress).options(name=INGRESS_CLASS, **same)
@@ -177,7 +178,7 @@ def test_an_operator_s_stop_finishes_what_runs_turns_new_requests_away_and_cuts_
     before = told(record)
     app = deploy(record)
     assert len(replica_ids(APP)) == 2 and len(ingress_ids(APP)) == 1
-    short, endless = [Stream(app, 20) for _ in range(3)], [Stream(app, 100_000) for _ in range(2)]
+    short, endless = [Stream(app, 200) for _ in range(3)], [Stream(app, 100_000) for _ in range(2)]
     begun([*short, *endless])
     said: list[str] = []
     late: list[Stream] = []
@@ -190,7 +191,7 @@ def test_an_operator_s_stop_finishes_what_runs_turns_new_requests_away_and_cuts_
     assert finish_requests(APP, 300.0, said.append, at_once) == 2
     assert said[0] == "finishing 5 requests, at most 300 s; Ctrl-C again ends at once"
     assert said[-1] == "ended 2 requests before they were complete"
-    assert [stream.done() for stream in short] == [list(range(20))] * 3
+    assert [stream.done() for stream in short] == [list(range(200))] * 3
     assert [stream.done()[-1] for stream in endless] == ["cut"] * 2
     assert "OpenAIHTTPException" in str(late[0].error) and late[0].got == []
     assert sorted(told(record)) == sorted([*before, *["waiting\nall\n"] * 2])
