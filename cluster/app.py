@@ -15,7 +15,7 @@ import ray
 from ray import serve
 from ray.llm._internal.common.dict_utils import maybe_apply_llm_deployment_config_defaults
 from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
-from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, init
+from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS
 from ray.llm._internal.serve.core.server.builder import build_llm_deployment
 from ray.serve import Application
 from ray.serve.llm import LLMConfig
@@ -23,20 +23,21 @@ from ray.serve.llm.ingress import make_fastapi_ingress
 
 from cluster.config import AppConfig
 from cluster.controller import ControllerKeeper, TunedModel
+from cluster.keys import with_keys
 from cluster.llm_entry import LLMEntry
 from cluster.settings import ModelSettings
 from replicas.ranks import ServedModel
 from replicas.ray_patches import NoDownload
 from replicas.server import HeadraceServer
-from router.auth import Keyring, guard
-from router.errors import speak_openai
-from router.ingress import ADMIN_ENDPOINTS, HEALTH_ENDPOINTS, HeadraceIngress
+from router.http_app import http_app
+from router.ingress import ADMIN_ENDPOINTS, HEALTH_ENDPOINTS, HeadraceIngress, desk_of_this_ingress
 from router.request_router import FluidSlackRouter
 from scheduler.settings import SETTINGS_KEY
 from scheduler.support import EngineSetup, ranks_in
 from scheduler.thresholds import thresholds_as_dict
 
 _ROUTING_STATS_PERIOD_S = 1.0
+_INGRESS_OUTLASTS_S = 15.0
 _HEALTH_CHECK_PERIOD_S = 1.0  # Serve learns from its checks that a replica's process has ended
 _HEALTH_CHECK_TIMEOUT_S = 60.0  # a busy replica must not count as dead
 _MAX_ONGOING_REQUESTS = 1024
@@ -55,16 +56,14 @@ def build(args: AppConfig) -> Application:
     if len(models) < len(configs):
         raise ValueError(f"two models share a deployment's name: {', '.join(configs)}; rename one of them")
     tuned = {name: TunedModel(model, args.settings_of(model.model_id)) for name, model in models.items()}
-    keys = Keyring(args.headrace.tenants)
     ingress = make_fastapi_ingress(
-        HeadraceIngress,
-        endpoint_map={
-            **HEALTH_ENDPOINTS, **guard(ADMIN_ENDPOINTS, keys.require_operator),
-            **guard(DEFAULT_ENDPOINTS, keys.require_user),
-        },
-        app=speak_openai(init()),
+        HeadraceIngress, endpoint_map={**HEALTH_ENDPOINTS, **ADMIN_ENDPOINTS, **DEFAULT_ENDPOINTS},
+        app=http_app(desk_of_this_ingress),
     )
-    return serve.deployment(ingress, **ingress_options(list(configs.values()), args.ingress_deployment_config)).bind(
+    options = with_keys(
+        ingress_options(list(configs.values()), args.ingress_deployment_config), args.headrace.tenants
+    )
+    return serve.deployment(ingress, **options).bind(
         llm_deployments=deployments,
         model_cards={model_id: to_model_metadata(model_id, config) for model_id, config in configs.items()},
         lora_paths={
@@ -73,6 +72,9 @@ def build(args: AppConfig) -> Application:
         },
         keeper=ControllerKeeper(tuned) if any(one.settings.controller.enabled for one in tuned.values()) else None,
         models=models,
+        tenants=args.headrace.tenants,
+        limits=args.headrace.limits,
+        model_limits={model_id: args.settings_of(model_id).limits for model_id in configs},
     )
 
 
@@ -129,6 +131,8 @@ def ingress_options(configs: list[LLMConfig], given: dict[str, Any]) -> dict[str
     """
     defaults: dict[str, Any] = HeadraceIngress.get_deployment_options(configs)
     defaults["max_ongoing_requests"] = 4 * sum(config.deployment_config["max_ongoing_requests"] for config in configs)
+    drain_s = max(config.deployment_config["graceful_shutdown_timeout_s"] for config in configs)
+    defaults["graceful_shutdown_timeout_s"] = drain_s + _INGRESS_OUTLASTS_S  # it streams what the replicas finish
     nodes = _nodes()
     if nodes > 1:
         bounds = {"min_replicas": _FEWEST_INGRESSES, "max_replicas": max(_FEWEST_INGRESSES, nodes)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -17,6 +18,9 @@ from scheduler.model.probability import ACCEPTED_MISSES
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
+    from cluster.launch import Launcher
+    from cluster.run_folder import RunFolder
+    from cluster.shutdown import Signals
 
 app = typer.Typer()
 thresholds_app = typer.Typer(help="Show and set the thresholds of running replicas.", no_args_is_help=True)
@@ -41,41 +45,67 @@ def fail(error: Exception, code: int) -> NoReturn:
 
 
 @app.command()
-def up(config_file: ConfigFile = DEFAULT_CONFIG) -> None:
+def up(
+    config_file: ConfigFile = DEFAULT_CONFIG,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Serve beyond this machine although there is no API key.")
+    ] = False,
+) -> None:
     """Deploy a configuration; with a Ray of its own it runs in the foreground until Ctrl-C."""
     from cluster import launch
     from cluster.config import load_config
     from cluster.model import ModelUnavailable
+    from cluster.run_folder import claim
 
     with err.status("reading the configuration"):
         config = load_config(config_file)
-    launcher = launch.Launcher(config, progress=lambda line: err.print(f"[dim]{render.plain(line)}[/dim]"))
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, _interrupt)
-    note = launch.note_running(config) if launcher.owns_ray else None
+    folder = claim(config, _say) if config.ray.address == "local" else None
+    launcher = launch.Launcher(config, progress=partial(_say_and_note, folder), folder=folder, insecure=insecure)
+    signals, failed = _handled_signals(), True
     try:
-        launch.prepare_model(config, lambda line: err.print(f"[dim]{render.plain(line)}[/dim]"))
+        launch.prepare_model(config, _say)
         with err.status("starting (about a minute and a half on two cores)"):
             launcher.start()
         _say_ready(config, launcher.owns_ray)
+        failed = False
         if launcher.owns_ray:
             launcher.wait()
     except KeyboardInterrupt:
-        pass
+        failed = False
     except (launch.LaunchError, ModelUnavailable) as error:
         fail(error, 1)
     finally:
-        for name in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not leave processes behind
-            signal.signal(name, signal.SIG_IGN)
-        if launcher.owns_ray:
-            err.print("[dim]stopping[/dim]")
-            launcher.stop()
-        if note:
-            note.unlink(missing_ok=True)
+        signals.stopping()  # a further Ctrl-C hurries, and must not leave processes behind
+        if folder is not None:
+            _stop(launcher, folder, signals, keep_logs=failed)
 
 
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+def _stop(launcher: Launcher, folder: RunFolder, signals: Signals, *, keep_logs: bool) -> None:
+    if launcher.serves:
+        launcher.drain(lambda: signals.again)
+    _say_and_note(folder, "stopping")
+    launcher.stop()
+    if not keep_logs:
+        folder.remove()
+
+
+def _handled_signals() -> Signals:
+    from cluster.shutdown import Signals
+
+    signals = Signals()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signals)
+    return signals
+
+
+def _say(line: str) -> None:
+    err.print(f"[dim]{render.plain(line)}[/dim]")
+
+
+def _say_and_note(folder: RunFolder | None, line: str) -> None:
+    _say(line)
+    if folder is not None:
+        folder.say(line)
 
 
 def _say_ready(config: ClusterConfig, foreground: bool) -> None:
@@ -84,21 +114,26 @@ def _say_ready(config: ClusterConfig, foreground: bool) -> None:
     out.print(f"ready at {config.base_url}", highlight=False)
     out.print(curl_line(config), highlight=False, soft_wrap=True, markup=False)
     if foreground:
-        err.print("[dim]Ctrl-C stops it[/dim]")
+        _say("Ctrl-C stops it, once its requests are done")
 
 
 @app.command()
-def down(config_file: ConfigFile = DEFAULT_CONFIG) -> None:
-    """Stop what `up` started: the foreground process, or the application on its cluster."""
+def down(
+    config_file: ConfigFile = DEFAULT_CONFIG,
+    now: Annotated[bool, typer.Option("--now", help="End requests at once instead of letting them finish.")] = False,
+) -> None:
+    """Stop what `up` started, the foreground process or the application on its cluster, once its requests are done."""
     from cluster import launch
     from cluster.config import load_config
 
     config = load_config(config_file, with_engine=False)
     try:
         if config.ray.address != "local":
-            launch.delete_application(config)
+            signals = _handled_signals()
+            signals.stopping()
+            launch.delete_application(config, _say, lambda: now or signals.again)
             out.print(f"{config.application.name} is deleted from the cluster at {config.ray.address}")
-        elif launch.stop_running(config):
+        elif launch.stop_running(config, _say, now=now):
             out.print(f"{config.application.name} is stopped")
         else:
             out.print(f"{config.application.name} is not running on this machine")

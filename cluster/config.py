@@ -95,6 +95,11 @@ class AppConfig(Strict):
                 profiles_missing = True
                 yield Complaint(("headrace", "controller", "profile"), PROFILE_MISSING)
 
+    @property
+    def drain_s(self) -> float:
+        """Seconds in which requests may finish when all models stop: those of the model that allows most."""
+        return max(settings.drain_s for settings in self._settings.values())
+
     def settings_of(self, model_id: str) -> ModelSettings:
         """The settings of one model: the top-level ones, overridden by the model's own."""
         return self._settings[model_id]

@@ -9,7 +9,6 @@ import os
 import shlex
 import signal
 import socket
-import tempfile
 import threading
 import time
 import tomllib
@@ -21,10 +20,16 @@ import httpx
 import psutil
 
 from cluster.config import ClusterConfig, ConfigError
+from cluster.joining import is_refusal, use_the_user_s_token, why_not_joined
+from cluster.keys import require_key_beyond_loopback
 from cluster.model import BUNDLED_MODEL_NAME, is_prepared, prepare_bundled_model
+from cluster.run_folder import RunFolder, clear_stale, folder_for, running_note
+from cluster.shutdown import finish_requests, stop_local_ray
 
 READY_TIMEOUT_S = 600.0
-_SHUTDOWN_GRACE_S = 10.0
+_STOP_S = 90.0
+"""Bound on a stop once its requests have ended."""
+_REMEMBER_EVERY_S = 10.0
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -70,11 +75,16 @@ def prepare_model(config: ClusterConfig, say: Callable[[str], None]) -> None:
 class Launcher:
     """One application on one Ray: `start`, then `wait` in the foreground or leave, then `stop`.
 
-    progress: called with one line at each change of state.
+    progress: called with one line at each change of state; folder: of a Ray of its own. insecure: other machines may
+    reach it without an API key.
     """
 
-    def __init__(self, config: ClusterConfig, progress: Callable[[str], None]) -> None:
-        self._config, self._say = config, progress
+    def __init__(
+        self, config: ClusterConfig, progress: Callable[[str], None], folder: RunFolder | None = None, *,
+        insecure: bool = False,
+    ) -> None:
+        self._config, self._say, self._folder, self._insecure = config, progress, folder, insecure
+        self._serves = False
 
     @property
     def owns_ray(self) -> bool:
@@ -85,16 +95,20 @@ class Launcher:
         """Start (or join) Ray, deploy, and return once a replica answers.
 
         Raises:
-            LaunchError: the port is taken, the cluster cannot be reached, or the deployment failed.
+            LaunchError: the port is taken, the cluster cannot be reached, the deployment failed, or other machines
+                could use it without an API key.
         """
         options = self._config.http_options
+        self._require_key(options.host)
         if self.owns_ray and not port_is_free(options.host, options.port):
             raise LaunchError(
-                f"port {options.port} on {options.host} is taken; stop what uses it (headrace down?) "
+                f"port {options.port} on {options.host} is taken by a program that is none of ours; stop it, "
                 "or set http_options.port in the configuration"
             )
         if self.owns_ray:
             _bind_ray_to_localhost()
+        if self._folder is not None:
+            self._folder.hold_temporary_files()
         _quieten()
         import ray
         from ray import serve
@@ -103,18 +117,37 @@ class Launcher:
 
         self._connect(ray)
         serve.start(proxy_location=self._config.proxy_location, http_options=options.model_dump())
+        self._require_key(_address_of_serve())  # Serve keeps the address with which it was first started
         application = self._config.application
         with self._watching_progress():
             try:
                 serve.run(build(application.args), name=application.name, route_prefix=application.route_prefix)
             except RuntimeError as error:
-                raise LaunchError(f"the deployment failed: {error}; the logs are in {_log_folder()}") from error
+                raise LaunchError(f"the deployment failed: {error}{self._where_logs_are()}") from error
         self._wait_until_ready()
+        self._serves = True
+
+    def _require_key(self, host: str) -> None:
+        wrong = require_key_beyond_loopback(host, self._config.application.args.headrace.tenants)
+        if wrong and not self._insecure:
+            raise LaunchError(wrong)
 
     def wait(self) -> None:
         """Stay in the foreground; a signal's exception ends it."""
         while True:
-            time.sleep(0.5)
+            if self._folder is not None:
+                self._folder.remember(psutil.Process().children(recursive=True))
+            time.sleep(_REMEMBER_EVERY_S)
+
+    def drain(self, at_once: Callable[[], bool]) -> int:
+        """Let the requests finish that have begun (`finish_requests`); returns how many were cut."""
+        application = self._config.application
+        return finish_requests(application.name, application.args.drain_s, self._say, at_once)
+
+    @property
+    def serves(self) -> bool:
+        """True once `start` has succeeded."""
+        return self._serves
 
     def stop(self) -> None:
         """Take the application down; with a Ray of its own, every process of it too."""
@@ -127,11 +160,7 @@ class Launcher:
             serve.delete(self._config.application.name)
             ray.shutdown()
             return
-        ours = psutil.Process().children(recursive=True)
-        with contextlib.suppress(Exception):  # if this fails, the processes below are still ended
-            serve.shutdown()
-            ray.shutdown()
-        _end_processes(ours)
+        stop_local_ray(serve, ray)
 
     def _connect(self, ray: Any) -> None:
         if self.owns_ray:
@@ -141,6 +170,7 @@ class Launcher:
                 logging_level="ERROR",
             )
             return
+        use_the_user_s_token()
         self.join(ray)
 
     def join(self, ray: Any) -> None:
@@ -155,11 +185,10 @@ class Launcher:
             ray.init(
                 address=self._config.ray.address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR"
             )
-        except ConnectionError as error:
-            raise LaunchError(
-                f"no Ray cluster answers at {self._config.ray.address}: {error}; start one with 'ray start --head', "
-                "or set ray.address in the configuration"
-            ) from error
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            raise LaunchError(why_not_joined(self._config.ray.address, error)) from error
 
     @contextlib.contextmanager
     def _watching_progress(self) -> Iterator[None]:
@@ -184,6 +213,9 @@ class Launcher:
             done.set()
             thread.join(timeout=5.0)
 
+    def _where_logs_are(self) -> str:
+        return f"; the logs are in {self._folder.logs}" if self._folder is not None else ""
+
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + READY_TIMEOUT_S
         with httpx.Client(base_url=self._config.base_url, timeout=10.0, trust_env=False) as client:
@@ -192,7 +224,16 @@ class Launcher:
                     if client.get("/readyz").status_code == 200:
                         return
                 time.sleep(0.5)
-        raise LaunchError(f"{self._config.base_url}/readyz did not answer within {READY_TIMEOUT_S:g} s")
+        raise LaunchError(
+            f"{self._config.base_url}/readyz did not answer within {READY_TIMEOUT_S:g} s{self._where_logs_are()}"
+        )
+
+
+def _address_of_serve() -> str:
+    """Where the running Serve listens."""
+    from ray.serve.context import _get_global_client
+
+    return str(_get_global_client().http_config.host)
 
 
 def _our_code(root: Path) -> dict[str, str]:
@@ -229,17 +270,6 @@ def _progress_line(application: Any) -> str:
     return "; ".join(parts) or f"application {application.status.lower()}"
 
 
-def _end_processes(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=_SHUTDOWN_GRACE_S)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=_SHUTDOWN_GRACE_S)
-
-
 def port_is_free(host: str, port: int) -> bool:
     """True when a server may bind there."""
     with socket.socket() as probe:
@@ -251,57 +281,44 @@ def port_is_free(host: str, port: int) -> bool:
         return True
 
 
-def _log_folder() -> str:
-    return os.path.join(tempfile.gettempdir(), "ray", "session_latest", "logs", "serve")
-
-
-def delete_application(config: ClusterConfig) -> None:
-    """Delete the application from the cluster that the configuration joins.
+def delete_application(config: ClusterConfig, say: Callable[[str], None], at_once: Callable[[], bool]) -> None:
+    """Delete the application from the cluster that the configuration joins, once its requests have finished.
 
     Raises:
         LaunchError: the cluster cannot be reached.
     """
     import ray
 
-    launcher = Launcher(config, progress=lambda _: None)
+    launcher = Launcher(config, progress=say)
+    use_the_user_s_token()
     launcher.join(ray)
+    launcher.drain(at_once)
     launcher.stop()
 
 
-# One file for each foreground `headrace up`; `headrace down` reads it.
-
-
-def note_running(config: ClusterConfig) -> Path:
-    """Record that this process serves `config`; returns the file."""
-    path = _note_path(config)
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    path.write_text(json.dumps({"pid": os.getpid(), "started_s": psutil.Process().create_time()}))
-    return path
-
-
-def stop_running(config: ClusterConfig, timeout_s: float = 60.0) -> bool:
+def stop_running(config: ClusterConfig, say: Callable[[str], None], *, now: bool) -> bool:
     """Ask the process that serves `config` to stop and wait for it; False when there is none.
+
+    now: end requests at once. What a killed process has left is removed.
 
     Raises:
         LaunchError: it does not stop in time.
     """
-    try:
-        note = json.loads(_note_path(config).read_text())
-        process = psutil.Process(note["pid"])
-        if process.create_time() != note["started_s"]:  # the process id was reused
-            return False
-    except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
-        return False
+    note = running_note(config)
+    process = note.process() if note else None
+    if process is None:
+        return clear_stale(config, say)
+    folder, said = folder_for(config), ""
     process.send_signal(signal.SIGINT)
-    try:
-        process.wait(timeout_s)
-    except psutil.TimeoutExpired as error:
-        raise LaunchError(f"process {process.pid} did not stop within {timeout_s:g} s; stop it by hand") from error
-    return True
-
-
-def _note_path(config: ClusterConfig) -> Path:
-    folder = Path(tempfile.gettempdir()) / f"headrace-run-{os.getuid()}"
-    return folder / f"{config.application.name}-{config.http_options.port}.json"
-
-
+    if now:
+        process.send_signal(signal.SIGTERM)
+    allowed_s = config.application.args.drain_s + _STOP_S
+    deadline_s = time.monotonic() + allowed_s
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(psutil.TimeoutExpired):
+            process.wait(0.5)
+            return True
+        if (line := folder.said()) and line != said:
+            said = line
+            say(line)
+    raise LaunchError(f"process {process.pid} did not stop within {allowed_s:g} s; stop it by hand")

@@ -1,7 +1,8 @@
 """What Ray Serve LLM and vLLM say about an entry of `llm_configs`, as complaints with a place in the file.
 
 Ray reports some mistakes inside others, and lets unknown deployment options and engine arguments pass until a replica
-starts; here each is found, with its key, before anything starts.
+starts; here each is found, with its key, before anything starts. On a machine without Ray or vLLM, which only renders
+charts, nothing is found. A broken installation raises anything when imported, which `headrace doctor` names.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from scheduler.config_errors import Complaint, Place, described, did_you_mean
 
 
 def judge(entry: Mapping[str, Any], never: Collection[str], beside: Collection[str]) -> Iterator[Complaint]:
-    """What is wrong with an entry's keys. Nothing is, where Ray Serve LLM is not installed.
+    """What is wrong with an entry's keys. Nothing is, where Ray Serve LLM cannot be imported.
 
     never: Ray's keys that a configuration may not have; beside: further keys that it may have.
     """
     try:
         from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
-    except ImportError:
+    except Exception:
         return
     allowed = [*(key for key in LLMConfig.model_fields if key not in never), *beside]
     for key in entry.keys() - allowed:
@@ -42,7 +43,7 @@ def hardware_kind(entry: Mapping[str, Any]) -> str:
     entry says, else gpu, Ray's default."""
     try:
         from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
-    except ImportError:
+    except Exception:
         return str((entry.get("accelerator_config") or {}).get("kind", "gpu"))
     return str(LLMConfig.model_validate(dict(entry)).accelerator_config.kind)
 
@@ -52,7 +53,7 @@ def engine_argument_names() -> tuple[str, ...]:
     """The keys that `engine_kwargs` may have; none where vLLM is not installed (a laptop that only plans)."""
     try:
         from ray.llm._internal.serve.engines.vllm.vllm_models import AsyncEngineArgs, FrontendArgs
-    except ImportError:
+    except Exception:
         return ()
     return tuple(field.name for kind in (AsyncEngineArgs, FrontendArgs) for field in dataclasses.fields(kind))
 

@@ -131,8 +131,8 @@ class HeadraceSettings(ModelSettings):
     @field_validator("tenants")
     @classmethod
     def _tenants_differ(cls, tenants: tuple[TenantConfig, ...]) -> tuple[TenantConfig, ...]:
-        for field in ("name", "api_key_env"):
-            values = [getattr(tenant, field) for tenant in tenants]
+        for field in ("name", "api_key_env", "api_key_file"):
+            values = [value for tenant in tenants if (value := getattr(tenant, field)) is not None]
             twice = next((value for value in values if values.count(value) > 1), None)
             if twice is not None:
                 raise ValueError(f"two tenants have {field} = {twice!r}; each needs its own")

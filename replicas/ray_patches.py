@@ -1,11 +1,12 @@
-"""Patches of Ray: a local Ray's Serve replicas stay off the network, a model in a folder is not downloaded, and LoRA
-adapters may lie in a folder.
+"""Patches of Ray: a local Ray's Serve replicas stay off the network, a model in a folder is not downloaded, LoRA
+adapters may lie in a folder, and a replica hears that Serve begins to stop it.
 
 The fence around non-public names of Ray: `tests/replicas/test_ray_seam.py` fails when an upgrade moves any.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ LOCALHOST = "127.0.0.1"
 ALL_INTERFACES = "[::]:"
 ADAPTER_FOLDER = "pyarrow-file://"
 """The beginning of a folder's address that Ray's configuration takes; users write file://."""
+logger = logging.getLogger(__name__)
 
 
 def listen_where_the_node_does() -> None:
@@ -37,6 +39,23 @@ def listen_where_the_node_does() -> None:
         return bind(server, address.replace(ALL_INTERFACES, f"{LOCALHOST}:"))
 
     serve_replica.add_port_to_grpc_server = bind_locally
+
+
+def on_graceful_shutdown(hook: Callable[[float], object]) -> None:
+    """Call `hook` when Serve begins to stop this process's replica, with the seconds until Serve kills it.
+
+    Serve tells a replica only when its requests have ended. The hook runs in the thread of Serve's own event loop.
+    """
+    perform = serve_replica.Replica.perform_graceful_shutdown
+
+    async def performing(replica: Any) -> None:
+        try:
+            hook(replica._deployment_config.graceful_shutdown_timeout_s)
+        except Exception:  # whatever happens here, the replica stops
+            logger.exception("the replica could not begin to drain")
+        await perform(replica)
+
+    serve_replica.Replica.perform_graceful_shutdown = performing
 
 
 def take_adapters_from_folders() -> None:

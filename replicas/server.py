@@ -15,14 +15,22 @@ from collections.abc import AsyncGenerator
 from functools import partial
 from typing import Any
 
+import psutil
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
 from replicas.delivery import Deliveries
+from replicas.draining import Draining
 from replicas.engine_client import end_process
 from replicas.engine_health import EngineHealth
-from replicas.ray_patches import adapter_loader, listen_where_the_node_does, take_adapters_from_folders
+from replicas.ray_patches import (
+    adapter_loader,
+    listen_where_the_node_does,
+    on_graceful_shutdown,
+    take_adapters_from_folders,
+)
 from replicas.routing_stats import RoutingStats
+from scheduler.engine import segments
 from scheduler.engine.channel import (
     ChannelClient,
     ChannelClosed,
@@ -64,6 +72,9 @@ class HeadraceServer(LLMServer):
         self._last_stats: dict[int, tuple[float, Stats]] = {}
         self._silent: set[int] = set()
         self._deliveries = Deliveries()
+        self._draining = Draining(self._channels)
+        loop = asyncio.get_running_loop()
+        on_graceful_shutdown(lambda within_s: loop.call_soon_threadsafe(self._draining.begin, within_s))
         self.health = EngineHealth(self._current_stats, ranks, partial(end_process, self._endpoint))
         from replicas.engine import HeadraceEngine  # imports vLLM, which a process that only deploys does not need
 
@@ -71,18 +82,33 @@ class HeadraceServer(LLMServer):
         await super().__init__(llm_config, **(ours | kwargs))
         if isinstance(self.engine, HeadraceEngine):
             self.engine.be_watched(self.health)
+        children = [process.pid for process in psutil.Process().children(recursive=True)]
+        segments.note(folder_of(self._endpoint), children)
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
         """Ray's own, with delivery times recorded."""
+        if self._draining.begun:
+            return self._recalled(request)
         delivery = self._deliveries.begin()
         chunks = await super().chat(request, raw_request_info)
         return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
 
     async def completions(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
         """Ray's own, with delivery times recorded."""
+        if self._draining.begun:
+            return self._recalled(request)
         delivery = self._deliveries.begin()
         chunks = await super().completions(request, raw_request_info)
         return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
+
+    async def _recalled(self, request: Any) -> AsyncGenerator[Any, None]:
+        from replicas.engine import recalled
+
+        yield recalled(self._draining.recall(str(request.request_id)))
+
+    async def drain(self, within_s: float) -> None:
+        """Admit nothing more and finish what has begun, within a bound; an operator stops the application."""
+        self._draining.begin(within_s)
 
     async def check_health(self) -> None:
         """Asked by Serve: raises when the engine has failed, also when it is frozen."""
@@ -135,11 +161,14 @@ class HeadraceServer(LLMServer):
         return read_answer(await self._channels[rank].ask(stats_question(), timeout_s=_STATS_ANSWER_S), Stats)
 
     async def __del__(self) -> None:
+        self._draining.stop()
         self.health.stop()
         for channel in self._channels:
             channel.close()
-        remove_endpoint(self._endpoint)
-        await super().__del__()
+        try:
+            await super().__del__()
+        finally:
+            remove_endpoint(self._endpoint)
 
 
 def _open_channel_at(endpoint: str, llm_config: LLMConfig) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from replicas.ranks import named_by
+from router.refusal import LONGEST_MESSAGE
 from scheduler.messages import Telemetry
 from scheduler.thresholds import InvalidThresholds, Thresholds, parse_thresholds, thresholds_as_dict
 from scheduler.wire import UnreadableMessage
 
+_LARGEST_VERSION = 2**31 - 1
 _OF_ONE_UPDATE = ("version", "valid_for_s", "pinned", "reason")
 """Fields about how thresholds became active, not about scheduling."""
 
@@ -28,14 +30,26 @@ class AdminError(ValueError):
 class ThresholdsUpdate(BaseModel):
     """thresholds: the new ones, whole when they name a policy, else a change of the fields they name (a missing
     `version` means the active one plus 1); pin: stop automatic tuning (the default when thresholds are given); auto:
-    resume it; replica: one replica's id, one of its engines as `state` names it, or all when missing."""
+    resume it; replica: one replica's id, one of its engines as `state` names it, or all when missing. What is kept and
+    shown is bounded: `version` below 2³¹, `reason` and `replica` to 200 characters."""
 
     model_config = ConfigDict(extra="forbid")
 
-    replica: str | None = None
+    replica: Annotated[str, Field(max_length=LONGEST_MESSAGE)] | None = None
     thresholds: dict[str, Any] | None = None
     pin: bool | None = None
     auto: bool = False
+
+    @field_validator("thresholds")
+    @classmethod
+    def _bounded(cls, thresholds: dict[str, Any] | None) -> dict[str, Any] | None:
+        given = thresholds or {}
+        version, reason = given.get("version"), given.get("reason")
+        if isinstance(version, int) and not 0 <= version <= _LARGEST_VERSION:
+            raise ValueError(f"version is not allowed; allowed: an integer from 0 to {_LARGEST_VERSION}")
+        if isinstance(reason, str) and len(reason) > LONGEST_MESSAGE:
+            raise ValueError(f"reason has {len(reason)} characters; allowed: at most {LONGEST_MESSAGE}")
+        return thresholds
 
 
 def plan_update(update: ThresholdsUpdate, telemetry: Mapping[str, Telemetry | Exception]) -> dict[str, Thresholds]:

@@ -25,7 +25,8 @@ from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from replicas.engine_health import RECALLED, REPLICA_FAILED
-from router.errors import Unavailable, error_body, failed_request
+from router.errors import Unavailable, failed_request
+from router.refusal import error_body
 from router.rotation import ROTATION, Rotation, Trail
 
 MAX_WAIT_S = 600.0
@@ -60,13 +61,17 @@ class _Failed:
 
 
 class Attempts:
-    """Tries the requests of one ingress. max_wait_s: to the first token, or to the answer without streaming."""
+    """Tries the requests of one ingress.
+
+    max_wait_s: to the first token, or to the answer without streaming. is_stopping: whether the application stops, so
+    that a recalled request has nowhere to go.
+    """
 
     def __init__(
         self, rotation: Rotation = ROTATION, *, max_wait_s: float = MAX_WAIT_S,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, is_stopping: Callable[[], bool] = bool,
     ) -> None:
-        self.max_wait_s = max_wait_s
+        self.max_wait_s, self._is_stopping = max_wait_s, is_stopping
         self._rotation, self._clock = rotation, clock
 
     async def answer(self, send: Callable[[], Chunks], request_id: str) -> Chunks:
@@ -94,7 +99,7 @@ class Attempts:
                     recalls += 1
                 else:
                     failed.append(first)
-                if len(failed) == _MOST_FAILURES or recalls > _MOST_RECALLS:
+                if len(failed) == _MOST_FAILURES or recalls > _MOST_RECALLS or self._is_stopping():
                     yield _last_word(first)
                     return
                 self._rotation.try_again(request_id)

@@ -11,7 +11,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from ray.actor import ActorHandle
 from ray.serve.context import _get_serve_request_context
 from ray.serve.llm.ingress import OpenAiIngress
 
-from replicas.actor_calls import ReplicaUnavailable
+from replicas.actor_calls import ReplicaUnavailable, replicas_of
 from replicas.questions import ANSWER_S, ask_all, ask_stats, ask_telemetry, offer_thresholds
 from replicas.ranks import EngineAddress, ServedModel
 from replicas.ray_patches import listen_where_the_node_does, take_adapters_from_folders
@@ -33,14 +33,19 @@ from router.adapters import exists
 from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
 from router.attempts import Attempts, ending_at_an_error
 from router.declared_length import move_declared_length
-from router.errors import error_body
+from router.gate import Desk, open_desk
+from router.in_flight import InFlight
+from router.limits import DEFAULT_LIMITS, NO_OTHERS, Limits
+from router.refusal import error_body, shortened
 from router.replica_watch import ReplicaWatch, readiness
-from router.tenants import sign
+from router.tenants import TenantConfig, sign
 from scheduler.messages import Ack, Telemetry
 from scheduler.thresholds import Thresholds, thresholds_as_dict
 from scheduler.wire import UnreadableMessage
 
 _CONTROLLER_ANSWER_S = 3.0
+_LONGEST_ERROR = 600
+"""Of an operator's request, whose parts are bounded one by one."""
 _STATE_ANSWER_S = 1.0
 """What the state waits for a silent replica."""
 _ECHOED = 200  # characters of a client's input in an answer
@@ -61,17 +66,22 @@ class HeadraceIngress(OpenAiIngress):
     """OpenAI endpoints and the control endpoints of one application. models: what it serves, by deployment."""
 
     def __init__(
-        self, *args: Any, models: Mapping[str, ServedModel], keeper: Keeper | None = None, **kwargs: Any
+        self, *args: Any, models: Mapping[str, ServedModel], keeper: Keeper | None = None,
+        tenants: Sequence[TenantConfig] = (), limits: Limits = DEFAULT_LIMITS,
+        model_limits: Mapping[str, Limits] = NO_OTHERS, **kwargs: Any,
     ) -> None:
         listen_where_the_node_does()
         take_adapters_from_folders()
         super().__init__(*args, **kwargs)
+        self._in_flight = InFlight()
         self._models = models
-        self._attempts = Attempts()
-        self._app_name = serve.get_replica_context().app_name
+        self._attempts = Attempts(is_stopping=lambda: self._in_flight.is_closed)
+        context = serve.get_replica_context()
+        self._app_name, self._deployment = context.app_name, context.deployment
         self._keeper = keeper
         self._controller: ActorHandle | None = None
-        self.replica_watch = ReplicaWatch(self._list_engines, ask_stats)
+        self.replica_watch = ReplicaWatch(self._look_around, ask_stats)
+        self.desk = open_desk(tenants, limits, model_limits, self.replica_watch, self._model_cards)
         loop = asyncio.get_running_loop()
         self._watching = [loop.create_task(self.replica_watch.run())]
         if keeper:
@@ -114,12 +124,22 @@ class HeadraceIngress(OpenAiIngress):
     async def _get_response(
         self, *, body: Any, call_method: str, raw_request: Request | None = None
     ) -> AsyncGenerator[Any, None]:
-        move_declared_length(body)
-        sign(body, getattr(raw_request.state, "tenant", None) if raw_request is not None else None)
-        send = partial(super()._get_response, body=body, call_method=call_method, raw_request=raw_request)
-        async with aclosing(self._attempts.answer(send, _get_serve_request_context()._internal_request_id)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        with self._in_flight.request(str(getattr(body, "request_id", ""))):
+            move_declared_length(body)
+            tenant = getattr(raw_request.state, "tenant", None) if raw_request is not None else None
+            sign(body, tenant, self.desk.turned_away(body.model))
+            if raw_request is not None:
+                raw_request.state.is_valid = True
+            send = partial(super()._get_response, body=body, call_method=call_method, raw_request=raw_request)
+            request_id = _get_serve_request_context()._internal_request_id
+            async with aclosing(self._attempts.answer(send, request_id)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    async def stop_admitting(self) -> int:
+        """Answer new requests with 503 from now on; returns how many are still in flight. For an operator's stop."""
+        self._in_flight.close()
+        return self._in_flight.count
 
     async def _process_llm_request(self, *args: Any, **kwargs: Any) -> Response:
         response: Response = await super()._process_llm_request(*args, **kwargs)
@@ -148,6 +168,7 @@ class HeadraceIngress(OpenAiIngress):
             "at_unix_s": time.time(),
             "replicas": replicas,
             "controller": {key: value for key, value in controller.items() if key != "replicas"},
+            "front_door": {"rejected": self.desk.front_door.rejected, "ingresses": self.desk.front_door.ingresses},
         }
         return JSONResponse(state)
 
@@ -192,12 +213,19 @@ class HeadraceIngress(OpenAiIngress):
 
     async def readyz(self) -> Response:
         """At least one replica's engine has answered in the last few seconds; models without one are named."""
+        if self._in_flight.is_closed:
+            return _error(503, "the server is stopping")
         models = [model.model_id for model in self._models.values()]
         body = readiness(self.replica_watch.latest().values(), models)
         return JSONResponse(body, status_code=200 if body["ready"] else 503)
 
     async def _engines(self) -> dict[str, EngineAddress]:
         return await asyncio.to_thread(self._list_engines)
+
+    def _look_around(self) -> dict[str, EngineAddress]:
+        """The engines; and with how many other ingresses room and limits are shared."""
+        self.desk.share_with(replicas_of(self._app_name, self._deployment))
+        return self._list_engines()
 
     def _list_engines(self) -> dict[str, EngineAddress]:
         return engines_of(self._app_name, self._models)
@@ -227,6 +255,12 @@ async def _apply(engine: EngineAddress, thresholds: Thresholds) -> Ack:
         return Ack.without_version(str(error))
 
 
+def desk_of_this_ingress() -> Desk:
+    """What the gate in this process knows; for `http_app`."""
+    desk: Desk = serve.get_replica_context().servable_object.desk
+    return desk
+
+
 ADMIN_ENDPOINTS = {
     "admin_state": lambda app: app.get("/admin/state"),
     "admin_events": lambda app: app.get("/admin/events"),
@@ -240,7 +274,7 @@ HEALTH_ENDPOINTS = {
 
 
 def _error(status_code: int, message: str, results: dict[str, Any] | None = None) -> JSONResponse:
-    body: dict[str, Any] = error_body(status_code, message)
+    body: dict[str, Any] = error_body(status_code, shortened(message, _LONGEST_ERROR))
     if results is not None:
         body["replicas"] = results
     return JSONResponse(body, status_code=status_code)

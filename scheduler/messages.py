@@ -127,8 +127,8 @@ class Counters:
     """Totals since the engine started; a request is one choice, so `n` > 1 counts n times.
 
     hold_s: seconds that released requests were held in the admission queue, summed.
-    completed, aborted (by the client, the server or an error), rejected (before any work): disjoint; the rest of the
-        arrivals is in flight.
+    completed, aborted (by the client, the server or an error), rejected (before any work), recalled (before any work,
+        from an engine that stops): disjoint; the rest of the arrivals is in flight.
     ttft_misses, tpot_misses, latency_misses: completed requests that missed the target active when they ended.
     audited: completed requests served although they would have been rejected; audited_met: of these, the ones that
         met every target, though some may have displaced others.
@@ -141,6 +141,7 @@ class Counters:
     completed: int = 0
     aborted: int = 0
     rejected: int = 0
+    recalled: int = 0
     preemptions: int = 0
     iterations: int = 0
     held: int = 0
@@ -158,7 +159,7 @@ class Counters:
     @property
     def in_flight(self) -> int:
         """Waiting and running requests."""
-        return self.arrivals - self.completed - self.aborted - self.rejected
+        return self.arrivals - self.completed - self.aborted - self.rejected - self.recalled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +172,7 @@ class Telemetry:
     running: lengths of the requests that run now.
     delivered: the latest outputs as they left the replica, whatever the cursor, numbered separately; added by the
         replica.
+    draining: the engine has been asked to `Drain`.
     """
 
     schema: int = SCHEMA
@@ -188,11 +190,20 @@ class Telemetry:
     running: Annotated[tuple[RunningLengths, ...], ByColumn(RunningLengths)] = ()
     records_lost: int = 0
     delivered: Annotated[tuple[Delivered, ...], ByColumn(Delivered)] = ()
+    draining: bool = False
 
     @property
     def kv_used_fraction(self) -> float:
         """Share of the KV cache in use, from 0 to 1."""
         return self.gauges.kv_used_tokens / self.limits.kv_capacity_tokens
+
+
+class Room(NamedTuple):
+    """What an admission queue takes; the fields are those of `Stats`."""
+
+    room: int | None = None
+    drain_rps: float = 0.0
+    retry_after_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +212,11 @@ class Stats:
 
     slots: requests that may run before the engine counts as full; running, waiting: requests; KV in tokens;
     thresholds_version: version of the active thresholds. steps: scheduling decisions since the engine started; while it
-        has requests, a working engine takes one each iteration (`replicas.engine_health`).
+        has requests, a working engine takes one each iteration (`replicas.engine_health`). draining: nothing more is
+        admitted.
+    room: how many more requests the admission queue takes now before it rejects one (None: it rejects none); drain_rps:
+        requests per second that leave the queue while it is full (0: not known); retry_after_s: seconds in which the
+        queue drains, for a `Retry-After` without its jitter.
     """
 
     schema: int = SCHEMA
@@ -213,10 +228,15 @@ class Stats:
     kv_capacity_tokens: int
     thresholds_version: int
     steps: int = 0
+    draining: bool = False
+    room: int | None = None
+    drain_rps: float = 0.0
+    retry_after_s: float = 0.0
 
     @classmethod
     def of_engine(
-        cls, engine_id: str, limits: EngineLimits, thresholds: Thresholds, gauges: Gauges, steps: int = 0
+        cls, engine_id: str, limits: EngineLimits, thresholds: Thresholds, gauges: Gauges, steps: int = 0,
+        room: Room | None = None, *, draining: bool = False,
     ) -> Stats:
         """The stats of an engine under `thresholds`.
 
@@ -229,7 +249,8 @@ class Stats:
         return cls(
             engine_id=engine_id, slots=thresholds.max_running or slots, running=gauges.running, waiting=gauges.waiting,
             kv_used_tokens=gauges.kv_used_tokens, kv_capacity_tokens=limits.kv_capacity_tokens,
-            thresholds_version=thresholds.version, steps=steps,
+            thresholds_version=thresholds.version, steps=steps, draining=draining,
+            **(room._asdict() if room else {}),
         )
 
     @property
@@ -280,3 +301,13 @@ class Report:
 @dataclass(frozen=True, slots=True)
 class AskStats:
     """Send `Stats`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Admit nothing more, and send back at once what has not begun; what has begun runs to its end.
+
+    end: end that too, with an error.
+    """
+
+    end: bool = False

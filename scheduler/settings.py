@@ -16,6 +16,8 @@ EXPECTED_OUTPUT_TOKENS = "expected_output_tokens"
 
 TENANT, TENANT_WEIGHT = "headrace_tenant", "headrace_weight"
 """The keys of the same place in which the ingress writes the tenant of a request and the tenant's weight."""
+TURNED_AWAY = "headrace_turned_away"
+"""The key of the same place for the requests that the ingress has rejected itself before this one."""
 LONGEST_TENANT_NAME, LARGEST_TENANT_WEIGHT = 64, 1000.0
 
 

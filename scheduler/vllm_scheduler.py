@@ -29,13 +29,15 @@ from vllm.v1.request import Request, RequestStatus
 from scheduler.engine.active_thresholds import Active, ActiveThresholds
 from scheduler.engine.admission_queue import AdmissionQueue
 from scheduler.engine.channel import ChannelServer, engine_id, rank_endpoint
-from scheduler.engine.client_input import declared_lengths, tenant_of
+from scheduler.engine.client_input import declared_lengths, tenant_of, turned_away
+from scheduler.engine.drain import DrainRule
 from scheduler.engine.fair_queue import DEFAULT_TENANT
 from scheduler.engine.held import HeldRequests
 from scheduler.engine.iteration_timer import IterationTimer
 from scheduler.engine.lives import Lives
 from scheduler.engine.pipeline import coming, has_more_than_its_share, pipeline_depth
 from scheduler.engine.prefix_hits import PrefixHits
+from scheduler.engine.queue_room import QueueRoom
 from scheduler.engine.recorder import Recorder
 from scheduler.engine.rejector import Rejector
 from scheduler.engine.running_requests import BatchWork, EngineBatch, batch_work, decode_steps, tokens_to_decode
@@ -86,7 +88,7 @@ class HeadraceScheduler(AsyncScheduler):
             _first_thresholds(settings, limits), limits, lambda: self.clock(), allow_strict=settings.allow_strict,
             setup=setup, policy_of=self.make_policy,
         )
-        self._engine_id = engine_id()
+        self._engine_id, self._trusts_ingress = engine_id(), settings.trust_tenants
         self._obeyed: Active = self.active.current()
         self._prefixes = PrefixHits(self.kv_cache_manager, self.block_size, self.cache_config.enable_prefix_caching)
         self._lives = Lives(lambda: self.clock(), lambda: self.arrival_clock(), self.max_model_len)
@@ -105,11 +107,13 @@ class HeadraceScheduler(AsyncScheduler):
         self.latest_work = BatchWork(0, 0, 0, 0)
         self._timer = IterationTimer(self._depth)
         self.rejector = Rejector(self.admission_queue, self._lives, settings.audit_share)
+        self.drain = DrainRule(self.admission_queue)
+        self._room = QueueRoom()
         self._pause_none = False
         self._channel: ChannelServer | None = None
         if settings.channel:
             endpoint = rank_endpoint(settings.channel, vllm_config.parallel_config.data_parallel_index)
-            self._channel = ChannelServer(endpoint, self.active.offer, self.telemetry, self.stats)
+            self._channel = ChannelServer(endpoint, self.active.offer, self.telemetry, self.stats, self.drain.ask)
             logger.info("Headrace: control channel open, policy %s", settings.thresholds.policy)
 
     def make_policy(self, thresholds: Thresholds) -> Policy:
@@ -122,12 +126,20 @@ class HeadraceScheduler(AsyncScheduler):
     # One iteration.
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """One iteration under the active thresholds: reject, admit, pause requests, let vLLM schedule the rest."""
+        """One iteration under the active thresholds: reject, admit, pause requests, let vLLM schedule the rest.
+
+        An engine that drains follows no policy: it sends back what has not begun and runs the rest to the end.
+        """
         obeyed = self.active.current()
         if obeyed is not self._obeyed:
             self._obey(obeyed)
         now_s = self.clock()
-        decision = obeyed.policy.decide(self._snapshot(now_s))
+        if self.drain.asked:
+            self._finish_rejected(self.drain.choose(self.requests))
+            decision = self.drain.decision()
+        else:
+            decision = obeyed.policy.decide(self._snapshot(now_s))
+        self._room.decided(decision, self.recorder.received)
         siblings = 0
         if decision.reject:
             rejected = self._reject([self.requests[name] for name in decision.reject], TOO_LATE, decision.drain_s)
@@ -285,7 +297,10 @@ class HeadraceScheduler(AsyncScheduler):
         if self.policy is not SchedulingPolicy.PRIORITY:
             request.priority = 0  # the client's; only vLLM's own policy "priority" lets it order requests
         if request.request_id not in self.requests:
-            self.recorder.arrival(self.clock(), request.num_prompt_tokens, self.known_output_tokens(request))
+            like_it = (request.num_prompt_tokens, self.known_output_tokens(request))
+            if self._trusts_ingress and (count := turned_away(request)):
+                self.recorder.turned_away(self.clock(), count, *like_it)
+            self.recorder.arrival(self.clock(), *like_it)
             self._lives.begin(request)
         super().add_request(request)
         if request.pooling_params is not None:
@@ -307,7 +322,7 @@ class HeadraceScheduler(AsyncScheduler):
         first_s = now_s if math.isnan(life.first_token_s) else life.first_token_s
         self.recorder.finished(
             now_s, request.num_prompt_tokens, outputs, aborted=request.status in _CUT_SHORT,
-            rejected=self.rejector.is_rejected(request.request_id), cached_tokens=life.cached_tokens,
+            turned_away=self.rejector.kind_of(request.request_id), cached_tokens=life.cached_tokens,
             shared_tokens=life.shared_tokens, ttft_s=first_s - life.arrived_s if outputs else None,
             tpot_s=(now_s - first_s) / (outputs - 1) if outputs > 1 else None,
         )
@@ -350,14 +365,16 @@ class HeadraceScheduler(AsyncScheduler):
             engine_id=self._engine_id, clock_s=self.clock(), cursor=cursor, limits=self.active.limits,
             thresholds=current.thresholds, from_config=current.from_config, gauges=self.recorder.gauges,
             counters=self.recorder.counters(), iterations=iterations, arrivals=arrivals, finished=finished,
-            running=running, records_lost=int(lost),
+            running=running, records_lost=int(lost), draining=self.drain.asked,
         )
 
     def stats(self) -> Stats:
         """The figures for routing and readiness; safe from another thread; cost does not grow with the requests."""
         thresholds = self.active.current().thresholds
+        room = self._room.now(thresholds, self.active.limits, self.recorder.received, is_idle=not self.requests)
         return Stats.of_engine(
-            self._engine_id, self.active.limits, thresholds, self.recorder.gauges, self.current_step
+            self._engine_id, self.active.limits, thresholds, self.recorder.gauges, self.current_step, room,
+            draining=self.drain.asked,
         )
 
     def shutdown(self) -> None:

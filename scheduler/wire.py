@@ -2,12 +2,13 @@
 
     question  {"schema": 1, "apply": {thresholds}, "automatic": true}
               {"schema": 1, "report": cursor}        {"schema": 1, "stats": true}
+              {"schema": 1, "drain": "waiting"}      or "all": also what has begun
     answer    {"schema": 1, …}: the fields of `Ack`, `Telemetry` or `Stats`; a question that failed is answered by `Ack`
 
 Processes of two versions meet while a deployment is upgraded. Within one schema version answers may gain keys: a reader
-ignores those that it does not know. Thresholds are a command: a key that is not known is rejected. `SCHEMA` goes up
-when a key is renamed, is removed or changes its meaning; thresholds and answers of another schema
-version are not read, questions that change nothing are answered in any.
+ignores those that it does not know. Thresholds and `drain` are commands: a key that is not known is rejected. `SCHEMA`
+goes up when a key is renamed, is removed or changes its meaning; commands and answers of another schema version are not
+read, questions that change nothing are answered in any.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import Annotated, Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
-from scheduler.messages import SCHEMA, Ack, Apply, AskStats, ByColumn, Delivered, Report, Stats, Telemetry
+from scheduler.messages import SCHEMA, Ack, Apply, AskStats, ByColumn, Delivered, Drain, Report, Stats, Telemetry
 from scheduler.thresholds import Thresholds, parse_thresholds, thresholds_as_dict
 
-_QUESTIONS = ("apply", "report", "stats")
+_QUESTIONS = ("apply", "report", "stats", "drain")
+_DRAINS = {"waiting": Drain(end=False), "all": Drain(end=True)}
 _LONGEST_SHOWN = 200
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Ack, Telemetry, Stats)}
 _DELIVERED: TypeAdapter[tuple[Delivered, ...]] = TypeAdapter(Annotated[tuple[Delivered, ...], ByColumn(Delivered)])
@@ -62,11 +64,16 @@ def stats_question() -> bytes:
     return _text({"stats": True})
 
 
-def read_question(text: bytes) -> Apply | Report | AskStats:
+def drain_question(*, end: bool) -> bytes:
+    """The command to drain; answered by an `Ack`."""
+    return _text({"drain": next(word for word, drain in _DRAINS.items() if drain.end == end)})
+
+
+def read_question(text: bytes) -> Apply | Report | AskStats | Drain:
     """The question in `text`.
 
     Raises:
-        OtherSchema: thresholds of another schema version; read-only questions are answered whatever their version.
+        OtherSchema: a command of another schema version; read-only questions are answered whatever their version.
         UnreadableMessage: an unknown or malformed question.
         InvalidThresholds: an unknown field or an invalid value.
     """
@@ -75,9 +82,9 @@ def read_question(text: bytes) -> Apply | Report | AskStats:
     kind = next((kind for kind in _QUESTIONS if kind in asked), None)
     if kind is None:
         raise UnreadableMessage(f"unknown question {sorted(asked)}; ask one of {', '.join(_QUESTIONS)}")
+    if kind in ("apply", "drain") and schema != SCHEMA:
+        raise OtherSchema("the sender of this command", schema)
     if kind == "apply":
-        if schema != SCHEMA:
-            raise OtherSchema("the sender of these thresholds", schema)
         if surplus := sorted(asked.keys() - {"apply", "automatic"}):
             raise UnreadableMessage(f"unknown key {', '.join(surplus)} beside the thresholds; allowed: automatic")
         automatic = asked.get("automatic", True)
@@ -90,7 +97,15 @@ def read_question(text: bytes) -> Apply | Report | AskStats:
             shown = str(cursor)[:_LONGEST_SHOWN]
             raise UnreadableMessage(f"report = {shown} is not allowed; allowed: a cursor, or null")
         return Report(cursor=cursor)
-    return AskStats()
+    return _drain(asked) if kind == "drain" else AskStats()
+
+
+def _drain(asked: dict[str, Any]) -> Drain:
+    word = asked["drain"]
+    if len(asked) > 1 or not isinstance(word, str) or word not in _DRAINS:
+        shown = str(asked)[:_LONGEST_SHOWN]
+        raise UnreadableMessage(f"{shown} is not allowed; allowed: drain alone, {' or '.join(_DRAINS)}")
+    return _DRAINS[word]
 
 
 # Answers of an engine.

@@ -10,9 +10,9 @@ from pathlib import Path
 from import_graph import ROOT, imports_in, modules_of
 
 SEAMS = (
+    "cluster/test_build.py", "cluster/test_joining.py", "cluster/test_ray_llm.py",
     "scheduler/test_vllm_seam.py", "simulator/engine/test_vllm_harness_seam.py", "replicas/test_ray_seam.py",
     "replicas/test_engine_seam.py", "replicas/test_delivery.py", "router/test_fluid_slack_router.py",
-    "cluster/test_build.py", "cluster/test_ray_llm.py",
 )
 USERS = ("scheduler", "simulator", "replicas", "router", "cluster")
 FILES = [path for package in USERS for path in modules_of(package).values()]

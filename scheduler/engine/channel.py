@@ -23,7 +23,8 @@ from pathlib import Path
 import zmq
 import zmq.asyncio
 
-from scheduler.messages import Ack, Apply, Report, Stats, Telemetry
+from scheduler.engine import segments
+from scheduler.messages import Ack, Apply, Drain, Report, Stats, Telemetry
 from scheduler.thresholds import InvalidThresholds, Thresholds
 from scheduler.wire import (
     OtherSchema,
@@ -50,8 +51,9 @@ class ChannelClosed(RuntimeError):
 def new_endpoint() -> str:
     """A fresh private endpoint on this machine, in a folder only this user may enter.
 
-    The folder is locked while this process lives. Folders without a live lock are removed here; unlike process ids, the
-    lock is also valid where containers share the folder for temporary files.
+    The folder is locked while this process lives. Folders without a live lock are removed here, with the shared memory
+    that a killed engine left; unlike process ids, the lock is also valid where containers share the folder for
+    temporary files.
     """
     for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}-*"):
         _remove_unless_held(folder)
@@ -70,6 +72,7 @@ def _remove_unless_held(folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            segments.remove_noted(folder)
             shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(descriptor)
@@ -86,8 +89,10 @@ def folder_of(endpoint: str) -> Path:
 
 
 def remove_endpoint(endpoint: str) -> None:
-    """Remove what `new_endpoint` made; absent files are fine."""
-    shutil.rmtree(folder_of(endpoint), ignore_errors=True)
+    """Remove what `new_endpoint` made, and noted segments; absent files are fine."""
+    folder = folder_of(endpoint)
+    segments.remove_noted(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     lock = _locks.pop(endpoint, None)
     if lock is not None:
         os.close(lock)
@@ -96,8 +101,8 @@ def remove_endpoint(endpoint: str) -> None:
 class ChannelServer:
     """Answers questions at `endpoint` from a daemon thread until closed.
 
-    apply: accepts or rejects thresholds with an Ack; report: the telemetry after a cursor; stats: the `Stats`. An
-    unreadable question is answered with an error and changes nothing.
+    apply: accepts or rejects thresholds with an Ack; report: the telemetry after a cursor; stats: the `Stats`; drain:
+    begins to drain. An unreadable question is answered with an error and changes nothing.
 
     Raises:
         RuntimeError: the endpoint cannot be bound.
@@ -105,9 +110,9 @@ class ChannelServer:
 
     def __init__(
         self, endpoint: str, apply: Callable[[Apply], Ack], report: Callable[[Report], Telemetry],
-        stats: Callable[[], Stats],
+        stats: Callable[[], Stats], drain: Callable[[Drain], Ack],
     ) -> None:
-        self._apply, self._report, self._stats = apply, report, stats
+        self._apply, self._report, self._stats, self._drain = apply, report, stats, drain
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -146,6 +151,8 @@ class ChannelServer:
             asked = read_question(question)
             if isinstance(asked, Apply):
                 return answer_of(self._apply(asked))
+            if isinstance(asked, Drain):
+                return answer_of(self._drain(asked))
             return answer_of(self._report(asked) if isinstance(asked, Report) else self._stats())
         except OtherSchema as error:
             code, rejection = "schema", str(error)

@@ -29,13 +29,15 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from replicas.engine import HeadraceEngine, RequestRejected, errors_first, raising_rejections
+from replicas.engine import HeadraceEngine, RequestRejected, errors_first, raising_rejections, recalled
 from replicas.engine_client import EngineClient, kill_children
 from replicas.engine_health import REPLICA_FAILED, EngineHealth
 from replicas.failed_answers import ERROR_EVENT, failing_clearly
-from scheduler.rejection import Rejection
+from scheduler.rejection import Kind, Rejection
 
 REJECTION = Rejection("busy", 3)
+RECALL = Rejection("stopping", 4, Kind.RECALLED)
+CUT = Rejection("stopped", 5, Kind.ENDED)
 
 
 def choice(stop_reason: object = None, finish_reason: str | None = None) -> Any:
@@ -222,6 +224,64 @@ def test_vllms_streams_report_a_generation_error_first_and_without_a_traceback(s
     _, _, after = source.partition("except GenerationError as e:")
     assert after.lstrip().startswith('yield f"data: {self._convert_generation_error_to_streaming_response(e)}')
     assert "except Exception as e:" in after
+
+
+# A replica that stops.
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_recalled_request_is_an_error_of_its_own_type_that_the_ingress_knows(streamed: bool) -> None:
+    error = create_error_response(RequestRejected(RECALL)).error.model_dump()
+    whole = ErrorResponse(error=ErrorInfo(**error))
+    serving = GenerateBaseServing.__new__(GenerateBaseServing)
+    event = f"data: {serving._convert_generation_error_to_streaming_response(RequestRejected(RECALL))}\n\n"
+    (found,) = asyncio.run(collected(errors_first(given(*([event, "data: [DONE]\n\n"] if streamed else [whole])))))
+    assert isinstance(found, ErrorResponse) and (found.error.type, found.error.code) == ("recalled", 503)
+    assert Rejection.from_json(found.error.message) == RECALL
+    assert recalled(RECALL) == found, "the replica itself answers late ones in the same way"
+
+
+def test_a_rejection_keeps_the_status_and_type_it_had() -> None:
+    error = create_error_response(RequestRejected(REJECTION)).error
+    (found,) = asyncio.run(collected(errors_first(given(ErrorResponse(error=ErrorInfo(**error.model_dump()))))))
+    assert (found.error.type, found.error.code) == (error.type, 429)
+
+
+@pytest.mark.parametrize("others", [(), (SERVED,), (choice(),)], ids=["alone", "beside a finished one", "beside one"])
+def test_an_answer_that_is_cut_raises_also_after_it_has_begun(others: tuple[Any, ...]) -> None:
+    inner = Given(output(choice(), *others), output(choice(CUT.as_json(), "abort"), *others))
+
+    async def main() -> None:
+        passed = raising_rejections(lambda: inner.items)()
+        await anext(passed)
+        with pytest.raises(RequestRejected) as error:
+            await anext(passed)
+        assert Rejection.from_json(str(error.value)) == CUT and inner.closed
+
+    asyncio.run(main())
+
+
+def test_a_stream_that_is_cut_ends_with_an_error_in_words_and_nothing_after_it() -> None:
+    serving = GenerateBaseServing.__new__(GenerateBaseServing)
+    event = f"data: {serving._convert_generation_error_to_streaming_response(RequestRejected(CUT))}\n\n"
+    first, last = asyncio.run(collected(errors_first(given('data: {"id": 1}\n\n', event, "data: [DONE]\n\n"))))
+    assert first == 'data: {"id": 1}\n\n'
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert (error["message"], error["type"], error["code"]) == ("ended: stopped; retry in 5 s", "ended", 503)
+
+
+def test_the_engine_core_ends_with_its_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own shutdown leaves it to be killed, and its shared memory in place."""
+    assert "_engine_client" not in inspect.getsource(vllm_engine.VLLMEngine.shutdown)
+    assert list(inspect.signature(AsyncLLM.shutdown).parameters) == ["self", "timeout"]
+    engine = HeadraceEngine.__new__(HeadraceEngine)
+    engine._token_receiver = None
+    ended: list[float] = []
+    engine._engine_client = SimpleNamespace(shutdown=lambda timeout: ended.append(timeout))
+    asyncio.run(engine.shutdown())
+    assert len(ended) == 1 and ended[0] > 5
+    engine._engine_client = None
+    asyncio.run(engine.shutdown())
 
 
 # replicas/engine_client.py, replicas/failed_answers.py

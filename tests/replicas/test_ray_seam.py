@@ -282,6 +282,7 @@ TELEMETRY = Telemetry(
     from_config=True, gauges=Gauges(running=2, waiting=1, kv_used_tokens=250), counters=Counters(),
 )
 STATS = Stats.of_engine("e", LIMITS, TELEMETRY.thresholds, TELEMETRY.gauges)
+ACK = Ack(accepted=True, active_version=-1)
 
 
 class Channel:
@@ -384,7 +385,7 @@ def test_a_replica_reaches_each_rank_s_engine_by_its_own_channel(server_over: Ca
     endpoint = new_endpoint()
     engines = [ActiveThresholds(Thresholds(), LIMITS, lambda: 0.0) for _ in range(2)]
     channels = [
-        ChannelServer(rank_endpoint(endpoint, rank), engine.offer, lambda _: TELEMETRY, lambda: STATS)
+        ChannelServer(rank_endpoint(endpoint, rank), engine.offer, lambda _: TELEMETRY, lambda: STATS, lambda _: ACK)
         for rank, engine in enumerate(engines)
     ]
 
@@ -496,6 +497,32 @@ def test_serve_replicas_open_their_port_through_the_function_we_narrow(monkeypat
     name_in("replicas.ray_patches", "listen_where_the_node_does")()
     replica.add_port_to_grpc_server(None, "[::]:0")
     assert bound == ["127.0.0.1:0"]
+
+
+def test_a_replica_hears_of_its_stop_before_serve_waits_for_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = name_in("ray.serve._private.replica", "Replica")
+    actor = inspect.getsource(name_in("ray.serve._private.replica", "ReplicaActor").perform_graceful_shutdown)
+    assert "self._replica_impl.perform_graceful_shutdown()" in actor
+    own = inspect.getsource(replica._perform_graceful_shutdown)
+    assert "self._deployment_config.graceful_shutdown_timeout_s" in own
+    assert own.index("_drain_ongoing_requests") < own.index("self._quiescing = True") < own.index("shutdown()")
+    done: list[Any] = []
+
+    async def perform(self: Any) -> None:
+        done.append("Serve waits")
+
+    monkeypatch.setattr(replica, "perform_graceful_shutdown", perform)
+    name_in("replicas.ray_patches", "on_graceful_shutdown")(done.append)
+    stopping = SimpleNamespace(_deployment_config=SimpleNamespace(graceful_shutdown_timeout_s=600.0))
+    asyncio.run(replica.perform_graceful_shutdown(stopping))
+    assert done == [600.0, "Serve waits"]
+
+    def fails(within_s: float) -> None:
+        raise RuntimeError
+
+    name_in("replicas.ray_patches", "on_graceful_shutdown")(fails)
+    asyncio.run(replica.perform_graceful_shutdown(stopping))
+    assert done[2:] == [600.0, "Serve waits"], "a hook that fails does not keep the replica"
 
 
 def test_on_a_real_cluster_the_port_stays_where_ray_puts_it(monkeypatch: pytest.MonkeyPatch) -> None:

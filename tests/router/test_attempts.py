@@ -47,7 +47,8 @@ class Replicas:
         self.sent: list[str] = []
         self.cancelled: list[str] = []
         self.rotation = Rotation(lambda: 0.0)
-        self.attempts = Attempts(self.rotation, max_wait_s=max_wait_s)
+        self.is_stopping = False
+        self.attempts = Attempts(self.rotation, max_wait_s=max_wait_s, is_stopping=lambda: self.is_stopping)
 
     async def send(self) -> AsyncGenerator[Any, None]:
         offered = self.rotation.offered(sorted(self.scripts), str, "r")
@@ -115,6 +116,14 @@ def test_a_request_given_back_is_tried_elsewhere_up_to_three_times_and_has_not_f
     with pytest.raises(Unavailable):
         replicas.ask()
     assert replicas.sent == list("abcd")
+
+
+def test_while_the_application_stops_a_request_given_back_is_told_so_at_once() -> None:
+    replicas = Replicas(a=[[RECALL]], b=[WHOLE])
+    replicas.is_stopping = True
+    with pytest.raises(Unavailable) as error:
+        replicas.ask()
+    assert error.value.status_code == 503 and replicas.sent == ["a"]
 
 
 @pytest.mark.parametrize("code", [400, 404, 429])

@@ -8,7 +8,7 @@ from fastapi.testclient import TestClient
 from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 
 from router.errors import Unavailable, speak_openai
-from scheduler.rejection import Rejection
+from scheduler.rejection import Kind, Rejection
 
 
 @pytest.fixture
@@ -32,6 +32,16 @@ def test_a_rejection_is_429_with_retry_after(app: FastAPI) -> None:
     assert response.headers["retry-after"] == "4"
     assert response.json()["error"] == {
         "message": rejection.text, "type": "rate_limit_error", "param": None, "code": 429,
+    }
+
+
+@pytest.mark.parametrize("kind", [Kind.RECALLED, Kind.ENDED])
+def test_what_a_stopping_server_turns_away_is_503_with_retry_after(app: FastAPI, kind: Kind) -> None:
+    rejection = Rejection("the replica is stopping", 5, kind)
+    response = answer_to(app, OpenAIHTTPException(status_code=503, message=rejection.as_json(), type=kind))
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+    assert response.json()["error"] == {
+        "message": rejection.text, "type": "server_error", "param": None, "code": 503,
     }
 
 

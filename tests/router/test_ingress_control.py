@@ -16,8 +16,12 @@ from replicas import questions, served
 from replicas.actor_calls import ReplicaUnavailable
 from replicas.ranks import ServedModel
 from router.admin import ThresholdsUpdate
+from router.front_door import NO_REPORTS
+from router.gate import open_desk
+from router.limits import DEFAULT_LIMITS
 from router.replica_watch import ReplicaWatch, Report
 from scheduler.messages import Apply
+from scheduler.rejection import Rejection
 from scheduler.thresholds import Thresholds
 from scheduler.wire import answer_of, read_question
 
@@ -54,6 +58,7 @@ class Application:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from router import ingress as ingress_module
+        from router.in_flight import InFlight
 
         self.engines = {name: SyntheticEngine(CONFIGURED, engine_id=name) for name in "ab"}
         self.calls: list[tuple[str, str, Any]] = []
@@ -66,8 +71,10 @@ class Application:
         self.ingress = object.__new__(ingress_module.HeadraceIngress)
         self.ingress._app_name = "headrace"
         self.ingress._models = {f"HeadraceServer:{model}": ServedModel(model) for model in "mn"}
+        self.ingress._in_flight = InFlight()
         self.ingress._controller, self.ingress._keeper = self.controller, None
         self.ingress.replica_watch = ReplicaWatch(self.ingress._list_engines, questions.ask_stats)
+        self.ingress.desk = open_desk((), DEFAULT_LIMITS, {}, NO_REPORTS, {})
 
     def replica_ids(self, app_name: str) -> dict[str, str]:
         assert app_name == "headrace"
@@ -133,6 +140,38 @@ def test_readiness_is_known_from_the_watch_alone(application: Application) -> No
     assert application.asked() == [("stats", None)]
 
 
+def test_a_stopping_ingress_turns_requests_away_and_finishes_those_in_flight(
+    application: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
+
+    from router import ingress as ingress_module
+    from router.attempts import Attempts
+
+    async def chunks(self: Any, **_: Any) -> Any:
+        for number in "012":
+            yield number
+
+    monkeypatch.setattr(ingress_module.OpenAiIngress, "_get_response", chunks)
+    ingress, body = application.ingress, SimpleNamespace(request_id="r")
+    ingress._attempts = Attempts()
+
+    async def stop_while_one_runs() -> None:
+        running = ingress._get_response(body=body, call_method="chat")
+        assert await anext(running) == "0"
+        assert await ingress.stop_admitting() == 1
+        with pytest.raises(OpenAIHTTPException) as error:
+            await anext(ingress._get_response(body=body, call_method="chat"))
+        rejection = Rejection.from_json(error.value.message)
+        assert error.value.status_code == 503 and rejection and "the server is stopping" in rejection.text
+        assert [chunk async for chunk in running] == ["1", "2"]
+        assert await ingress.stop_admitting() == 0
+
+    asyncio.run(stop_while_one_runs())
+    assert application.ask("readyz")[0] == 503, "a load balancer sends no more"
+    assert application.calls == []
+
+
 def test_thresholds_are_asked_for_without_records(application: Application) -> None:
     application.silent = {"b"}
     status, body = application.ask("get_thresholds")
@@ -165,7 +204,8 @@ def test_the_state_has_no_events_and_names_what_cannot_be_read(application: Appl
     application.later = {"b"}
     status, state = application.ask("admin_state")
     assert status == 200
-    assert state.keys() == {"application", "at_unix_s", "replicas", "controller"}
+    assert state.keys() == {"application", "at_unix_s", "replicas", "controller", "front_door"}
+    assert state["front_door"] == {"rejected": 0, "ingresses": 1}
     assert state["controller"] == {"alive": True, "passes": 3, "period_s": 5.0}
     assert state["replicas"]["a"]["decision"] == "settled"
     assert {name: replica["model"] for name, replica in state["replicas"].items()} == {"a": "m", "b": "n"}

@@ -25,9 +25,9 @@ from scheduler.engine.channel import (
     remove_endpoint,
 )
 from scheduler.engine.recorder import Recorder
-from scheduler.messages import Arrival, Counters, Gauges, Iteration, RunningLengths, Stats, Telemetry
+from scheduler.messages import Ack, Arrival, Counters, Drain, Gauges, Iteration, RunningLengths, Stats, Telemetry
 from scheduler.thresholds import EngineLimits, SegmentThreshold, Thresholds, TypeThreshold
-from scheduler.wire import SCHEMA, OtherSchema, QuestionFailed, offer_of, read_answer, stats_question
+from scheduler.wire import SCHEMA, OtherSchema, QuestionFailed, drain_question, offer_of, read_answer, stats_question
 
 LIMITS = EngineLimits(
     kv_capacity_tokens=1600, block_tokens=16, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=1024
@@ -53,6 +53,13 @@ class FakeEngine:
         self.recorder = Recorder()
         self.reports = []
         self.fails = False
+        self.drained = []
+
+    def drain(self, order):
+        if self.fails:
+            raise RuntimeError("broken drain")
+        self.drained.append(order)
+        return Ack(accepted=True, active_version=-1)
 
     def report(self, asked):
         if self.fails:
@@ -76,7 +83,7 @@ class FakeEngine:
 @contextlib.contextmanager
 def serving(endpoint, engine=None):
     engine = engine or FakeEngine()
-    server = ChannelServer(endpoint, engine.active.offer, engine.report, engine.stats)
+    server = ChannelServer(endpoint, engine.active.offer, engine.report, engine.stats, engine.drain)
     try:
         yield engine
     finally:
@@ -482,7 +489,20 @@ def test_endpoint_is_private_and_leaves_nothing_behind():
 
 def test_endpoint_that_cannot_be_bound_is_named():
     with pytest.raises(RuntimeError, match="cannot open the control channel at ipc:///nowhere/engine"):
-        ChannelServer("ipc:///nowhere/engine", lambda _: None, lambda _: None, lambda: None)
+        ChannelServer("ipc:///nowhere/engine", lambda _: None, lambda _: None, lambda: None, lambda _: None)
+
+
+def test_a_drain_reaches_the_engine_and_is_acknowledged(endpoint):
+    async def main():
+        async with asking(endpoint) as client:
+            acks = [read_answer(await client.ask(drain_question(end=end)), Ack) for end in (False, False, True)]
+            engine.fails = True
+            failed = read_answer(await client.ask(drain_question(end=True)), Ack)
+        assert all(ack.accepted for ack in acks) and not failed.accepted
+
+    with serving(endpoint) as engine:
+        asyncio.run(main())
+    assert engine.drained == [Drain(end=False), Drain(end=False), Drain(end=True)]
 
 
 def test_closing_frees_the_endpoint_for_the_next(endpoint):
@@ -524,7 +544,7 @@ import sys, tempfile
 tempfile.tempdir = sys.argv[1]
 from scheduler.engine.channel import ChannelServer, new_endpoint
 endpoint = new_endpoint()
-server = ChannelServer(endpoint, None, None, None)
+server = ChannelServer(endpoint, None, None, None, None)
 print(endpoint, flush=True)
 sys.stdin.read()
 """
