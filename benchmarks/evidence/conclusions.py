@@ -248,8 +248,8 @@ def faults(several: list[Table]) -> str:
     if not ours:
         return NOT_RUN
     bad = ("errors", "silently cut", "hung", "lost")
-    text = f"{len({row['fault'] for row, _ in ours})} faults in Headrace at {listed(sorted({at for _, at in ours}))} "
-    text += "of capacity. "
+    kinds = len({row["fault"] for row, _ in ours} - {"no fault"})
+    text = f"{kinds} fault{'s' * (kinds != 1)} in Headrace at {listed(sorted({at for _, at in ours}))} of capacity. "
     for name, seen in (("Headrace", ours), ("Ray Serve LLM", [
         (row, load) for row, load in rows if row["stack"] != "Headrace" and row["in flight"] != "n/a"
     ])):

@@ -53,7 +53,8 @@ def test_what_does_not_apply_says_why(faults_page):
     ])
     assert "| scale 2 → 1 → 2 | Headrace | n/a |" in text and "Headrace: it has one replica." in text
     assert "no answer; started anew" in text
-    assert "1 faults" in said and "failed after kill −9 of an engine core at 0.7 (2)" in said
+    assert said.startswith("1 fault in Headrace at 0.7 of capacity")
+    assert "failed after kill −9 of an engine core at 0.7 (2)" in said
 
 
 def test_the_soak(faults_page):
