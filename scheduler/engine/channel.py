@@ -1,4 +1,4 @@
-"""The control channel of an engine-core process: thresholds in, telemetry out, while it serves.
+"""The control channel of an engine-core process: thresholds and settings in, telemetry out, while it serves.
 
 The engine-core process answers no calls of ours, so the scheduler opens a ZeroMQ socket of its own, served by one
 daemon thread. The engine's loop only reads a reference each iteration and does not wait for that thread. Every answer
@@ -23,7 +23,7 @@ from pathlib import Path
 import zmq
 import zmq.asyncio
 
-from scheduler.messages import Ack, Apply, Report, Stats, Telemetry
+from scheduler.messages import Ack, Apply, Configure, Report, Stats, Telemetry
 from scheduler.thresholds import InvalidThresholds, Thresholds
 from scheduler.wire import (
     OtherSchema,
@@ -91,8 +91,8 @@ def remove_endpoint(endpoint: str) -> None:
 class ChannelServer:
     """Answers questions at `endpoint` from a daemon thread until closed.
 
-    apply: accepts or rejects thresholds with an Ack; report: the telemetry after a cursor; stats: the `Stats`. An
-    unreadable question is answered with an error and changes nothing.
+    apply, configure: accept or reject thresholds or settings with an Ack; report: the telemetry after a cursor; stats:
+    the `Stats`. An unreadable question is answered with an error and changes nothing.
 
     Raises:
         RuntimeError: the endpoint cannot be bound.
@@ -100,9 +100,9 @@ class ChannelServer:
 
     def __init__(
         self, endpoint: str, apply: Callable[[Apply], Ack], report: Callable[[Report], Telemetry],
-        stats: Callable[[], Stats],
+        stats: Callable[[], Stats], configure: Callable[[Configure], Ack],
     ) -> None:
-        self._apply, self._report, self._stats = apply, report, stats
+        self._apply, self._report, self._stats, self._configure = apply, report, stats, configure
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -141,6 +141,8 @@ class ChannelServer:
             asked = read_question(question)
             if isinstance(asked, Apply):
                 return answer_of(self._apply(asked))
+            if isinstance(asked, Configure):
+                return answer_of(self._configure(asked))
             return answer_of(self._report(asked) if isinstance(asked, Report) else self._stats())
         except OtherSchema as error:
             code, rejection = "schema", str(error)
