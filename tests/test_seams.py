@@ -11,7 +11,8 @@ from import_graph import ROOT, imports_in, modules_of
 
 SEAMS = (
     "scheduler/test_vllm_seam.py", "simulator/engine/test_vllm_harness_seam.py", "replicas/test_ray_seam.py",
-    "replicas/test_engine_seam.py", "replicas/test_delivery.py", "router/test_fluid_slack_router.py",
+    "replicas/test_engine_seam.py", "replicas/test_cluster_store.py", "replicas/test_delivery.py",
+    "router/test_fluid_slack_router.py",
 )
 USERS = ("scheduler", "simulator", "replicas", "router", "cluster")
 FILES = [path for package in USERS for path in modules_of(package).values()]
