@@ -12,24 +12,24 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
-from cluster.config import ControllerConfig
-from replicas.actor_calls import ReplicaUnavailable, replica_ids
+from cluster.settings import ModelSettings
+from replicas.actor_calls import ReplicaUnavailable
 from replicas.questions import ask_telemetry, offer_thresholds
-from replicas.ranks import EngineAddress, engine_addresses
+from replicas.ranks import EngineAddress, ServedModel
+from replicas.served import engines_of
 from scheduler.messages import Telemetry
 from scheduler.model.fluid import finite_or_none
 from scheduler.model.profiles import load_profile
 from scheduler.thresholds import Thresholds, thresholds_as_dict
 from scheduler.tuning.next_push import next_push
 from scheduler.tuning.replica_model import Proposal, ReplicaModel
-from scheduler.tuning.slo import Slo
 from scheduler.wire import UnreadableMessage
 
 NAMESPACE = "headrace"
@@ -37,37 +37,54 @@ _KEPT_EVENTS = 200
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class TunedModel:
+    """A model of the application, and the settings with which its replicas are tuned."""
+
+    served: ServedModel
+    settings: ModelSettings
+
+    def new_replica_model(self) -> ReplicaModel:
+        """What is known of a replica before it has reported anything."""
+        time_model = load_profile(self.settings.controller.profile).time_model
+        return ReplicaModel(self.settings.tuning(), time_model, self.settings.thresholds)
+
+
 @dataclass(slots=True)
 class _Replica:
-    """One engine: its model, `cursor` (records read so far), and `shown`, its entry in `state`."""
+    """One engine: what it serves, its model of the replica, `cursor` (records read so far), `shown`, its entry in
+    `state`, and when it is due (monotonic seconds)."""
 
+    tuned: TunedModel
     model: ReplicaModel
     cursor: int = 0
     shown: dict[str, Any] = field(default_factory=dict)
     pushed_at_s: float = 0.0
+    due_s: float = float("-inf")
     note: str = ""
 
-    def learn(self, telemetry: Telemetry, fresh: Callable[[], ReplicaModel]) -> Proposal:
+    def learn(self, telemetry: Telemetry) -> Proposal:
         """Update the model from a report and solve; blocking, so not on an event loop. A model that raises on a report
         is replaced by a new one, which continues after that report, so bad records are not read twice."""
         try:
             self.model.observe(telemetry)
         except Exception:
-            self.model = fresh()
+            self.model = self.tuned.new_replica_model()
             raise
         finally:
             self.cursor = telemetry.cursor
         proposal = self.model.propose()
-        self.shown = _shown(self.model, proposal)
+        self.shown = _shown(self.tuned, self.model, proposal)
         return proposal
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One change of thresholds: time (Unix seconds), engine, versions, reason, and whether it was accepted."""
+    """One change of thresholds: time (Unix seconds), engine, model, versions, reason, and whether it was accepted."""
 
     at_unix_s: float
     replica: str
+    model: str
     old_version: int
     new_version: int
     accepted: bool
@@ -79,38 +96,49 @@ class Event:
 class ControlLoop:
     """Control cycles over all replicas of one application; `ControllerActor` runs it.
 
-    ranks: engines per replica (data parallel). Each engine is tuned separately.
+    models: by deployment. Each engine is tuned by itself, with its own model's settings, at that model's period.
     """
 
-    def __init__(
-        self, app_name: str, config: ControllerConfig, targets: Slo, configured: Thresholds, ranks: int = 1
-    ) -> None:
-        self._app_name, self._config, self._configured, self._ranks = app_name, config, configured, ranks
-        self._settings = config.settings(targets)
-        self._profile = load_profile(config.profile)
+    def __init__(self, app_name: str, models: Mapping[str, TunedModel]) -> None:
+        self._app_name = app_name
+        self._models = {name: model for name, model in models.items() if model.settings.controller.enabled}
+        self._served = {name: model.served for name, model in self._models.items()}
         self._replicas: dict[str, _Replica] = {}
         self.events: deque[Event] = deque(maxlen=_KEPT_EVENTS)
         self.passes = 0
+
+    @property
+    def period_s(self) -> float:
+        """Seconds between two cycles: the shortest period of a model."""
+        return min(model.settings.controller.period_s for model in self._models.values())
 
     async def one_cycle(self) -> None:
         """Collect, solve, push. A replica without an answer, or with a failing model, does not delay the others.
 
         Replicas are solved one after the other in a thread, so that the actor still answers calls.
         """
-        found = engine_addresses(await asyncio.to_thread(replica_ids, self._app_name), self._ranks)
-        self._replicas = {name: self._replicas.get(name) or self._new_replica() for name in found}
+        found = await asyncio.to_thread(engines_of, self._app_name, self._served)
+        self._replicas = {name: self._replicas.get(name) or self._new_replica(found[name]) for name in found}
         solving = asyncio.Lock()
         await asyncio.gather(
-            *(self._tune_alone(name, found[name], entry, solving) for name, entry in self._replicas.items())
+            *(self._tune_alone(name, found[name], self._replicas[name], solving) for name in self._due())
         )
         self.passes += 1
 
-    def _new_model(self) -> ReplicaModel:
-        return ReplicaModel(self._settings, self._profile.time_model, self._configured)
+    def _due(self) -> list[str]:
+        """The replicas whose period has passed, but for a tenth, as cycles come a little early or late."""
+        now_s, due = time.monotonic(), []
+        for name, entry in self._replicas.items():
+            period_s = entry.tuned.settings.controller.period_s
+            if period_s <= self.period_s or now_s >= entry.due_s - 0.1 * period_s:
+                entry.due_s = now_s + period_s
+                due.append(name)
+        return due
 
-    def _new_replica(self) -> _Replica:
-        model = self._new_model()
-        return _Replica(model, shown=_shown(model, None))
+    def _new_replica(self, engine: EngineAddress) -> _Replica:
+        tuned = self._models[engine.deployment]
+        model = tuned.new_replica_model()
+        return _Replica(tuned, model, shown=_shown(tuned, model, None))
 
     async def _tune_alone(self, name: str, engine: EngineAddress, entry: _Replica, solving: asyncio.Lock) -> None:
         try:
@@ -131,9 +159,10 @@ class ControlLoop:
     async def _tune(self, name: str, engine: EngineAddress, entry: _Replica, solving: asyncio.Lock) -> None:
         telemetry = await ask_telemetry(engine, entry.cursor)
         async with solving:
-            proposal = await asyncio.to_thread(entry.learn, telemetry, self._new_model)
+            proposal = await asyncio.to_thread(entry.learn, telemetry)
         push = next_push(
-            telemetry, proposal, pushed_s_ago=time.monotonic() - entry.pushed_at_s, validity_s=self._config.validity_s
+            telemetry, proposal, pushed_s_ago=time.monotonic() - entry.pushed_at_s,
+            validity_s=entry.tuned.settings.controller.validity_s,
         )
         if push.thresholds is None:
             entry.note = push.reason
@@ -149,8 +178,9 @@ class ControlLoop:
             entry.pushed_at_s = time.monotonic()
         if changed or not ack.accepted:
             event = Event(
-                at_unix_s=time.time(), replica=name, old_version=old.version, new_version=new.version,
-                accepted=ack.accepted, reason=entry.note, old=thresholds_as_dict(old), new=thresholds_as_dict(new),
+                at_unix_s=time.time(), replica=name, model=engine.model_id, old_version=old.version,
+                new_version=new.version, accepted=ack.accepted, reason=entry.note, old=thresholds_as_dict(old),
+                new=thresholds_as_dict(new),
             )
             self.events.append(event)
             logger.info("thresholds of %s: version %d -> %d: %s", name, old.version, new.version, entry.note)
@@ -159,12 +189,12 @@ class ControlLoop:
         """The estimates and the latest decision of every replica, JSON-ready."""
         return {
             "passes": self.passes,
-            "period_s": self._config.period_s,
+            "period_s": self.period_s,
             "replicas": {name: entry.shown | {"decision": entry.note} for name, entry in self._replicas.items()},
         }
 
 
-def _shown(model: ReplicaModel, proposal: Proposal | None) -> dict[str, Any]:
+def _shown(tuned: TunedModel, model: ReplicaModel, proposal: Proposal | None) -> dict[str, Any]:
     time_model = model.time_model
     equilibrium = proposal.equilibrium if proposal else None
     forecast = proposal.forecast if proposal else None
@@ -181,6 +211,7 @@ def _shown(model: ReplicaModel, proposal: Proposal | None) -> dict[str, Any]:
             "limit": equilibrium.limit,
         }
     return {
+        "targets": asdict(tuned.settings.targets),
         "rate_rps": model.rate_rps,
         "finished_seen": model.finished_seen,
         "time_model": asdict(time_model.time_model)
@@ -193,11 +224,8 @@ def _shown(model: ReplicaModel, proposal: Proposal | None) -> dict[str, Any]:
 class ControllerActor:
     """The Ray actor around a `ControlLoop`."""
 
-    def __init__(
-        self, app_name: str, config: ControllerConfig, targets: Slo, configured: Thresholds, ranks: int = 1
-    ) -> None:
-        self._loop = ControlLoop(app_name, config, targets, configured, ranks)
-        self._config = config
+    def __init__(self, app_name: str, models: Mapping[str, TunedModel]) -> None:
+        self._loop = ControlLoop(app_name, models)
         self._task: asyncio.Task[None] | None = None
         self._started_unix_s = time.time()
 
@@ -221,23 +249,26 @@ class ControllerActor:
             try:
                 await self._loop.one_cycle()
             except Exception:  # the next cycle starts from new telemetry
-                logger.exception("a control cycle failed; the next one starts in %g s", self._config.period_s)
-            await asyncio.sleep(max(0.0, self._config.period_s - (time.monotonic() - begun)))
+                logger.exception("a control cycle failed; the next one starts in %g s", self._loop.period_s)
+            await asyncio.sleep(max(0.0, self._loop.period_s - (time.monotonic() - begun)))
 
 
 @dataclass(frozen=True, slots=True)
 class ControllerKeeper:
-    """Starts the controller from an ingress replica unless it exists; safe to run in several replicas at once."""
+    """Starts the controller from an ingress replica unless it exists; safe to run in several replicas at once.
 
-    config: ControllerConfig
-    targets: Slo
-    configured: Thresholds
-    ranks: int = 1
+    models: by deployment; at least one has its controller enabled.
+    """
+
+    models: Mapping[str, TunedModel]
 
     @property
     def check_every_s(self) -> float:
         """Seconds between two checks: a lost controller is replaced within two of its periods."""
-        return max(0.5, self.config.period_s / 2)
+        periods_s = [
+            model.settings.controller.period_s for model in self.models.values() if model.settings.controller.enabled
+        ]
+        return max(0.5, min(periods_s) / 2)
 
     def ensure(self, app_name: str) -> ActorHandle:
         """The controller of an application, started if there is none.
@@ -247,7 +278,7 @@ class ControllerKeeper:
         remote = ray.remote(ControllerActor)
         actor = remote.options(
             name=controller_name(app_name), namespace=NAMESPACE, get_if_exists=True, num_cpus=0, max_restarts=-1
-        ).remote(app_name, self.config, self.targets, self.configured, self.ranks)
+        ).remote(app_name, self.models)
         actor.keep_running.remote()
         return actor
 

@@ -36,7 +36,7 @@ def curl_line(config: ClusterConfig) -> str:
     """A curl command for a chat request."""
     body = json.dumps(
         {
-            "model": config.application.args.model.id,
+            "model": config.application.args.llm_configs[0].model_id,
             "messages": [{"role": "user", "content": "What is the capital of France?"}],
             "max_tokens": 24,
             "temperature": 0,
@@ -49,18 +49,22 @@ def prepare_model(config: ClusterConfig, say: Callable[[str], None]) -> None:
     """Write the bundled model where the configuration expects it, when that is what it names.
 
     Raises:
-        ConfigError: the model is a local path that does not exist.
+        ConfigError: a model is a local path that does not exist.
         ModelUnavailable: the bundled model's package is missing.
     """
-    source = config.application.args.model.local_folder
-    if source is None:
-        return
-    if source.name == BUNDLED_MODEL_NAME:
-        if not is_prepared(source):
-            say(f"preparing {BUNDLED_MODEL_NAME} in {source} (once, about half a minute)")
-            prepare_bundled_model(source)
-    elif not source.exists():
-        raise ConfigError(f"model.source = {str(source)!r} does not exist; allowed: a folder, or a hub id ORG/NAME")
+    for entry in config.application.args.llm_configs:
+        source = entry.local_folder
+        if source is None:
+            continue
+        if source.name == BUNDLED_MODEL_NAME:
+            if not is_prepared(source):
+                say(f"preparing {BUNDLED_MODEL_NAME} in {source} (once, about half a minute)")
+                prepare_bundled_model(source)
+        elif not source.exists():
+            raise ConfigError(
+                f"model_loading_config.model_source = {str(source)!r} of {entry.model_id} does not exist; "
+                "allowed: a folder, or a hub id ORG/NAME"
+            )
 
 
 class Launcher:

@@ -49,6 +49,11 @@ def replica_ids(app_name: str) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def deployment_of(actor_name: str) -> str:
+    """The deployment to which a replica belongs, by its actor's name: HeadraceServer:MODEL."""
+    return str(ReplicaID.from_full_id_str(actor_name).deployment_id.name)
+
+
 async def call_replica(actor_name: str, method: str, *, timeout_s: float = 5.0, **kwargs: Any) -> Any:
     """The result of `method(**kwargs)` on one replica.
 

@@ -11,7 +11,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Protocol
 
 import ray
@@ -21,10 +21,11 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.serve.llm.ingress import OpenAiIngress
 
-from replicas.actor_calls import ReplicaUnavailable, replica_ids
-from replicas.questions import Unanswered, ask_all, ask_stats, ask_telemetry, offer_thresholds
-from replicas.ranks import EngineAddress, engine_addresses
+from replicas.actor_calls import ReplicaUnavailable
+from replicas.questions import ask_all, ask_stats, ask_telemetry, offer_thresholds
+from replicas.ranks import EngineAddress, ServedModel
 from replicas.ray_patches import listen_where_the_node_does
+from replicas.served import engines_of
 from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
 from router.declared_length import move_declared_length
 from router.errors import error_body
@@ -48,12 +49,14 @@ class Keeper(Protocol):
 
 
 class HeadraceIngress(OpenAiIngress):
-    """OpenAI endpoints and the control endpoints of one application."""
+    """OpenAI endpoints and the control endpoints of one application. models: what it serves, by deployment."""
 
-    def __init__(self, *args: Any, keeper: Keeper | None = None, ranks: int = 1, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, models: Mapping[str, ServedModel], keeper: Keeper | None = None, **kwargs: Any
+    ) -> None:
         listen_where_the_node_does()
         super().__init__(*args, **kwargs)
-        self._ranks = ranks
+        self._models = models
         self._app_name = serve.get_replica_context().app_name
         self._keeper = keeper
         self._controller: ActorHandle | None = None
@@ -92,16 +95,18 @@ class HeadraceIngress(OpenAiIngress):
 
     async def admin_state(self) -> Response:
         """The state of every replica and of the controller; unreachable replicas are listed with the reason."""
-        telemetry, controller = await asyncio.gather(self._telemetry(), self._ask_controller("state"))
+        engines = await self._engines()
+        telemetry, controller = await asyncio.gather(ask_all(engines, _without_records), self._ask_controller("state"))
         known = controller.get("replicas", {})
         replicas = {}
         for name, report in telemetry.items():
+            replicas[name] = {"model": engines[name].model_id, "reachable": isinstance(report, Telemetry)}
             if isinstance(report, Telemetry):
                 unknown: dict[str, Any] = dict.fromkeys(("time_model", "fluid", "forecast"))
                 empty = unknown | {"decision": controller.get("reason", "not seen yet")}
-                replicas[name] = {"reachable": True} | telemetry_as_dict(report) | known.get(name, empty)
+                replicas[name] |= telemetry_as_dict(report) | known.get(name, empty)
             else:
-                replicas[name] = {"reachable": False, "reason": str(report)}
+                replicas[name] |= {"reason": str(report)}
         state = {
             "application": self._app_name,
             "at_unix_s": time.time(),
@@ -118,7 +123,7 @@ class HeadraceIngress(OpenAiIngress):
 
     async def get_thresholds(self) -> Response:
         """Active thresholds by replica."""
-        telemetry = await self._telemetry()
+        telemetry = await ask_all(await self._engines(), _without_records)
         replicas = {
             name: thresholds_as_dict(report.thresholds) if isinstance(report, Telemetry) else {"error": str(report)}
             for name, report in telemetry.items()
@@ -154,11 +159,8 @@ class HeadraceIngress(OpenAiIngress):
         body = readiness(await ask_all(await self._engines(), ask_stats))
         return JSONResponse(body, status_code=200 if body["ready"] else 503)
 
-    async def _telemetry(self) -> dict[str, Telemetry | Unanswered]:
-        return await ask_all(await self._engines(), _without_records)
-
     async def _engines(self) -> dict[str, EngineAddress]:
-        return engine_addresses(await asyncio.to_thread(replica_ids, self._app_name), self._ranks)
+        return await asyncio.to_thread(engines_of, self._app_name, self._models)
 
     async def _ask_controller(self, method: str) -> dict[str, Any]:
         if self._controller is None:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from synthetic_engine import SyntheticEngine
 
-from replicas import questions
+from replicas import questions, served
 from replicas.actor_calls import ReplicaUnavailable
+from replicas.ranks import ServedModel
 from router.admin import ThresholdsUpdate
 from scheduler.messages import Apply
 from scheduler.thresholds import Thresholds
@@ -60,17 +61,20 @@ class Application:
         self.later: set[str] = set()
         self.controller = Controller()
         monkeypatch.setattr(questions, "call_replica", self.call_replica)
-        monkeypatch.setattr(ingress_module, "replica_ids", self.replica_ids)
+        monkeypatch.setattr(served, "replica_ids", self.replica_ids)
         self.ingress = object.__new__(ingress_module.HeadraceIngress)
-        self.ingress._app_name, self.ingress._ranks = "headrace", 1
+        self.ingress._app_name = "headrace"
+        self.ingress._models = {f"HeadraceServer:{model}": ServedModel(model) for model in "mn"}
         self.ingress._controller, self.ingress._keeper = self.controller, None
 
     def replica_ids(self, app_name: str) -> dict[str, str]:
         assert app_name == "headrace"
         self.listed += 1
-        return {name: name for name in self.engines}
+        deployments = {"a": "HeadraceServer:m", "b": "HeadraceServer:n"}
+        return {name: f"SERVE_REPLICA::headrace#{deployments[name]}#{name}" for name in self.engines}
 
-    async def call_replica(self, name: str, method: str, *, rank: int, **arguments: Any) -> bytes:
+    async def call_replica(self, actor_name: str, method: str, *, rank: int, **arguments: Any) -> bytes:
+        name = actor_name.rpartition("#")[2]
         self.calls.append((name, method, arguments.get("cursor")))
         if name in self.silent:
             raise ReplicaUnavailable(f"replica {name} did not answer {method}")
@@ -144,6 +148,7 @@ def test_the_state_has_no_events_and_names_what_cannot_be_read(application: Appl
     assert state.keys() == {"application", "at_unix_s", "replicas", "controller"}
     assert state["controller"] == {"alive": True, "passes": 3, "period_s": 5.0}
     assert state["replicas"]["a"]["decision"] == "settled"
+    assert {name: replica["model"] for name, replica in state["replicas"].items()} == {"a": "m", "b": "n"}
     assert not state["replicas"]["b"]["reachable"]
     assert "speaks schema version 2" in state["replicas"]["b"]["reason"]
     assert application.controller.asked == ["state"]
