@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -51,7 +52,7 @@ class Event:
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 
 
-class EventLog:
+class EventLog(Sequence[Event]):
     """The latest `KEPT_EVENTS` events, oldest first: read from `store` once; each new one is written there.
 
     Every method but `latest` blocks on the store. A store that fails costs the memory of a restart, nothing else.
@@ -62,6 +63,12 @@ class EventLog:
         self._events: deque[tuple[str, Event]] = deque()
         self._next = 1
         self._read = False
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def __getitem__(self, index: Any) -> Any:
+        return [event for _, event in self._events][index]
 
     @property
     def latest(self) -> list[dict[str, Any]]:

@@ -82,34 +82,28 @@ class Pins:
         except ValidationError as error:
             logger.error("the stored pins are of another release and are dropped: %s", error)
 
-    def pin(self, pin: Pin, *, models: Iterable[str] = (), engines: Iterable[str] = ()) -> None:
-        """Keep a pin, of whole models or of single engines."""
-        self._change(dict.fromkeys(models, pin), dict.fromkeys(engines, pin))
+    def pin(
+        self, pin: Pin, models: Iterable[str] = (), engines: Iterable[str] = (), instead_of: Iterable[str] = ()
+    ) -> None:
+        """Keep a pin, of whole models or of single engines; drop what was kept of the engines `instead_of`."""
+        self._change(dict.fromkeys(models, pin), dict.fromkeys(engines, pin), instead_of)
 
-    def release(self, *, models: Iterable[str] = (), engines: Iterable[str] = ()) -> None:
-        """Release whole models, or single engines whatever their model's pin says."""
+    def release(
+        self, models: Iterable[str] = (), engines: Iterable[str] = (), instead_of: Iterable[str] = ()
+    ) -> None:
+        """Release whole models, or single engines whatever their model's pin says; `instead_of` as in `pin`."""
         for model in models:
             self._kept.models.pop(model, None)
-        self._change({}, dict.fromkeys(engines))
-
-    def forget_engines(self, engines: Iterable[str]) -> None:
-        """Drop what is kept of single engines: they are gone, or a change for their whole model counts now."""
-        gone = set(engines) & self._kept.engines.keys()
-        if gone:
-            for engine in gone:
-                del self._kept.engines[engine]
-            self._write()
+        self._change({}, dict.fromkeys(engines), instead_of)
 
     def keep_only(self, engines: Collection[str], now_s: float) -> None:
         """Drop the pins of engines that are gone, and pins whose time is over."""
         over = [name for name, pin in self._kept.models.items() if _is_over(pin, now_s)]
+        gone = [name for name, pin in self._kept.engines.items() if name not in engines or _is_over(pin, now_s)]
         for name in over:
             del self._kept.models[name]
-        self.forget_engines(
-            [name for name, pin in self._kept.engines.items() if name not in engines or _is_over(pin, now_s)]
-        )
-        if over:
-            self._write()
+        if over or gone:
+            self._change({}, {}, gone)
 
     def missing(self, engine: str, model: str, active: Thresholds) -> Pin | None:
         """The pin of its model that this engine lacks; None when it has what it should have."""
@@ -132,12 +126,13 @@ class Pins:
         """The pins of whole models, JSON-ready."""
         return {model: pin.shown for model, pin in self._kept.models.items()}
 
-    def _change(self, models: dict[str, Pin], engines: dict[str, Pin] | dict[str, Pin | None]) -> None:
+    def _change(
+        self, models: dict[str, Pin], engines: dict[str, Pin] | dict[str, Pin | None], forgotten: Iterable[str] = ()
+    ) -> None:
+        for engine in forgotten:
+            self._kept.engines.pop(engine, None)
         self._kept.models.update(models)
         self._kept.engines.update(engines)
-        self._write()
-
-    def _write(self) -> None:
         self._store.put(_KEY, asdict(self._kept))
 
 

@@ -67,8 +67,8 @@ def test_what_is_said_of_one_engine_goes_before_its_model_s_pin_and_with_the_eng
     pins.keep_only(["b"], now_s=200.0)
     assert pins.missing("a", "small", TUNED) == PIN, "the entry went with the engine"
     pins.release(engines=["b"])
-    pins.forget_engines(["b"])
-    assert pins.missing("b", "small", TUNED) == PIN
+    pins.pin(PIN, models=["small"], instead_of=["b"])
+    assert pins.missing("b", "small", TUNED) == PIN, "a pin for all counts for it too"
 
 
 def test_a_pin_with_an_end_is_given_for_the_rest_of_its_time_and_then_dropped(pins: Pins) -> None:
