@@ -356,7 +356,15 @@ class ControllerKeeper:
         periods_s = [
             model.settings.controller.period_s for model in self.models.values() if model.settings.controller.enabled
         ]
-        return max(0.5, min(periods_s) / 2)
+        return max(0.5, min(periods_s, default=_IDLE_PERIOD_S) / 2)
+
+    def with_settings(self, settings: Mapping[str, Mapping[str, Any]]) -> ControllerKeeper:
+        """The same, with the settings of the models by name, as `cluster.live.live_settings` writes them."""
+        return ControllerKeeper({
+            name: replace(one, settings=ModelSettings.model_validate(settings[one.served.model_id]))
+            if one.served.model_id in settings else one
+            for name, one in self.models.items()
+        })
 
     def ensure(self, app_name: str) -> ActorHandle:
         """The controller of an application, started if there is none.

@@ -14,10 +14,13 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from ray import serve
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
+from replicas.cluster_store import ClusterStore
 from replicas.delivery import Deliveries
+from replicas.live_settings import SettingsFollower
 from replicas.ray_patches import listen_where_the_node_does
 from replicas.routing_stats import RoutingStats
 from scheduler.engine.channel import ChannelClient, ChannelClosed, new_endpoint, rank_endpoint, remove_endpoint
@@ -52,9 +55,20 @@ class HeadraceServer(LLMServer):
         self._last_stats: dict[int, tuple[float, Stats]] = {}
         self._silent: set[int] = set()
         self._deliveries = Deliveries()
+        store = ClusterStore(serve.get_replica_context().app_name)
+        self._settings = SettingsFollower(llm_config.model_id, ranks, self._ask, store)
         from replicas.engine import HeadraceEngine  # imports vLLM, which a process that only deploys does not need
 
         await super().__init__(llm_config, **({"engine_cls": HeadraceEngine} | kwargs))
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take new settings; Serve calls it after the start and whenever others are deployed."""
+        await self._settings.deployed(user_config)
+
+    async def look_at_settings(self) -> dict[str, dict[str, Any]]:
+        """Take an operator's change of settings now; by rank, whether its engine took it, and why not."""
+        acks = await self._settings.look()
+        return {str(rank): {"accepted": ack.accepted, "reason": ack.reason} for rank, ack in acks.items()}
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
         """Ray's own, with delivery times recorded."""
@@ -111,6 +125,7 @@ class HeadraceServer(LLMServer):
         self._silent.discard(rank)
 
     async def __del__(self) -> None:
+        self._settings.close()
         for channel in self._channels:
             channel.close()
         remove_endpoint(self._endpoint)

@@ -9,12 +9,16 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from replicas.ranks import named_by, replica_of
+from router.authors import Name, Reason
 from scheduler.messages import Stats, Telemetry
 from scheduler.thresholds import InvalidThresholds, Thresholds, parse_thresholds, thresholds_as_dict
 from scheduler.wire import OtherSchema, UnreadableMessage
 
 _OF_ONE_UPDATE = ("version", "valid_for_s", "pinned", "reason")
 """Fields about how thresholds became active, not about scheduling."""
+
+
+_WHY = {True: "pinned by an operator", False: "automatic tuning resumed by an operator"}
 
 
 class AdminError(ValueError):
@@ -28,7 +32,8 @@ class AdminError(ValueError):
 class ThresholdsUpdate(BaseModel):
     """thresholds: the new ones, whole when they name a policy, else a change of the fields they name (a missing
     `version` means the active one plus 1); pin: stop automatic tuning (the default when thresholds are given); auto:
-    resume it; replica: one replica's id, one of its engines as `state` names it, or all when missing."""
+    resume it; replica: one replica's id, one of its engines as `state` names it, or all when missing, new ones too;
+    by: the operator's name for itself; reason: why."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,6 +41,8 @@ class ThresholdsUpdate(BaseModel):
     thresholds: dict[str, Any] | None = None
     pin: bool | None = None
     auto: bool = False
+    by: Name = ""
+    reason: Reason = ""
 
 
 def plan_update(update: ThresholdsUpdate, telemetry: Mapping[str, Telemetry | Exception]) -> dict[str, Thresholds]:
@@ -75,7 +82,7 @@ def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception)
         pinned = bool(update.pin) and not update.auto
         # A pin holds until it is lifted; resuming keeps the values until the controller pushes its own.
         return replace(active, pinned=pinned, valid_for_s=None, version=active.version + 1,
-                       reason="pinned by an operator" if pinned else "automatic tuning resumed by an operator")
+                       reason=update.reason or _WHY[pinned])
     given = update.thresholds
     if "policy" not in given:
         active_values = thresholds_as_dict(active)
@@ -95,7 +102,7 @@ def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception)
             f"{active.version}, which is active; allowed: more than {active.version}, or leave it out",
         )
     pinned = True if update.pin is None else update.pin
-    return replace(wanted, pinned=pinned, reason=wanted.reason or "set by an operator")
+    return replace(wanted, pinned=pinned, reason=update.reason or wanted.reason or "set by an operator")
 
 
 def readiness(answers: Mapping[str, Stats | Exception]) -> dict[str, Any]:
@@ -115,6 +122,7 @@ def telemetry_as_dict(report: Telemetry) -> dict[str, Any]:
         "engine_id": report.engine_id,
         "thresholds": thresholds_as_dict(report.thresholds),
         "from_config": report.from_config,
+        "settings": report.settings,
         **gauges,
         "kv_used_fraction": report.kv_used_fraction,
         "limits": limits,

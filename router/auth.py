@@ -19,11 +19,29 @@ API_KEY_VARIABLE = "HEADRACE_API_KEY"
 Endpoints = dict[str, Callable[[FastAPI], Callable[..., Any]]]
 
 
+OPERATOR, ANONYMOUS = "operator key", "anonymous"
+_followed: list[Sequence[TenantConfig]] = []
+
+
+def follow_tenants(tenants: Sequence[TenantConfig]) -> None:
+    """Other tenants from now on, for every keyring of this process."""
+    _followed[:] = [tenants]
+
+
+def key_of(request: Request) -> str:
+    """With which key a request to `/admin` came, in words."""
+    return OPERATOR if _same(_given(request), os.environ.get(API_KEY_VARIABLE, "")) else ANONYMOUS
+
+
 class Keyring:
     """API keys and what each allows. Read from the environment at each request: keys change without a restart."""
 
     def __init__(self, tenants: Sequence[TenantConfig] = ()) -> None:
-        self._tenants = tenants
+        self._configured = tenants
+
+    @property
+    def _tenants(self) -> Sequence[TenantConfig]:
+        return _followed[0] if _followed else self._configured
 
     def require_operator(self, request: Request) -> None:
         """401 without the operator's key; every request passes when no key is configured."""
