@@ -14,6 +14,7 @@ from scheduler.config_errors import Complaint, complaints
 
 WITHOUT_ENGINE = {"engine": "unchecked"}
 """The validation context in which Ray and vLLM are not asked: a machine that only renders charts lacks both."""
+_ADAPTERS = "dynamic_lora_loading_path"
 _SET_BY_US = "set by Headrace itself; remove it"
 _NOT_FOR_USERS: dict[str, dict[str, str]] = {
     "": {"server_cls": _SET_BY_US, "llm_engine": f"{_SET_BY_US}: the engine is vLLM"},
@@ -97,8 +98,12 @@ class LLMEntry(_RayObject):
 
     @property
     def own(self) -> dict[str, Any]:
-        """Ray's keys as they were written."""
-        return self.model_dump(exclude={"headrace"}, exclude_unset=True)
+        """Ray's keys as they were written; a folder of LoRA adapters by the address that Ray's own check lets pass."""
+        own = self.model_dump(exclude={"headrace"}, exclude_unset=True)
+        adapters = own["lora_config"].get(_ADAPTERS) if isinstance(own.get("lora_config"), dict) else None
+        if isinstance(adapters, str) and adapters.startswith("file:///"):
+            own["lora_config"][_ADAPTERS] = f"pyarrow-{adapters}"
+        return own
 
     @property
     def local_folder(self) -> Path | None:

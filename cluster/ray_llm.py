@@ -38,11 +38,12 @@ def judge(entry: Mapping[str, Any], never: Collection[str], beside: Collection[s
 
 
 def hardware_kind(entry: Mapping[str, Any]) -> str:
-    """cpu, gpu or tpu: what a valid entry's replicas run on, as Ray infers it; gpu where Ray is not installed."""
+    """cpu, gpu or tpu: what a valid entry's replicas run on, as Ray infers it. Where Ray is not installed, what the
+    entry says, else gpu, Ray's default."""
     try:
         from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
     except ImportError:
-        return "gpu"
+        return str((entry.get("accelerator_config") or {}).get("kind", "gpu"))
     return str(LLMConfig.model_validate(dict(entry)).accelerator_config.kind)
 
 
@@ -75,7 +76,11 @@ def _of_ray(error: ValidationError, model: type[BaseModel], place: Place) -> Ite
         if isinstance(inner, ValidationError):
             yield from _of_ray(inner, _part(str(item["loc"][-1])), (*place, *item["loc"]))
         else:
-            yield described(item, model, place)
+            found = described(item, model, place)
+            if found.place[-1:] == ("dynamic_lora_loading_path",):
+                schemes = "file:///, s3://, gs://, abfss:// or azure://"
+                found = dataclasses.replace(found, message=f"not an address of LoRA adapters; allowed: {schemes}")
+            yield found
 
 
 def _part(key: str) -> type[BaseModel]:

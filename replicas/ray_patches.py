@@ -1,6 +1,7 @@
-"""Two patches of Ray: a local Ray's Serve replicas stay off the network, and a model in a folder is not downloaded.
+"""Patches of Ray: a local Ray's Serve replicas stay off the network, a model in a folder is not downloaded, and LoRA
+adapters may lie in a folder.
 
-The fence around two non-public names of Ray: `tests/replicas/test_ray_seam.py` fails when an upgrade moves either.
+The fence around non-public names of Ray: `tests/replicas/test_ray_seam.py` fails when an upgrade moves any.
 """
 
 from __future__ import annotations
@@ -8,11 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import ray
+from pyarrow import fs as arrow_fs
 from ray.llm._internal.common.callbacks.base import CallbackBase
+from ray.llm._internal.common.utils.cloud_filesystem.pyarrow_filesystem import PyArrowFileSystem
 from ray.serve._private import replica as serve_replica
 
 LOCALHOST = "127.0.0.1"
 ALL_INTERFACES = "[::]:"
+ADAPTER_FOLDER = "pyarrow-file://"
+"""The beginning of a folder's address that Ray's configuration takes; users write file://."""
 
 
 def listen_where_the_node_does() -> None:
@@ -28,6 +33,21 @@ def listen_where_the_node_does() -> None:
         return bind(server, address.replace(ALL_INTERFACES, f"{LOCALHOST}:"))
 
     serve_replica.add_port_to_grpc_server = bind_locally
+
+
+def take_adapters_from_folders() -> None:
+    """Let this process read LoRA adapters from `pyarrow-file:///FOLDER`; in replicas and ingresses.
+
+    Ray lists and loads adapters from buckets only, although the library under it reads folders as well.
+    """
+    find = PyArrowFileSystem.get_fs_and_path
+
+    def find_also_folders(object_uri: str) -> tuple[arrow_fs.FileSystem, str]:
+        if not object_uri.startswith(ADAPTER_FOLDER):
+            return find(object_uri)  # type: ignore[no-any-return]
+        return arrow_fs.LocalFileSystem(), object_uri.removeprefix(ADAPTER_FOLDER)
+
+    PyArrowFileSystem.get_fs_and_path = staticmethod(find_also_folders)
 
 
 class NoDownload(CallbackBase):

@@ -21,7 +21,7 @@ from ray.serve.llm.deployment import LLMServer
 from replicas.cluster_store import ClusterStore
 from replicas.delivery import Deliveries
 from replicas.live_settings import SettingsFollower
-from replicas.ray_patches import listen_where_the_node_does
+from replicas.ray_patches import listen_where_the_node_does, take_adapters_from_folders
 from replicas.routing_stats import RoutingStats
 from scheduler.engine.channel import ChannelClient, ChannelClosed, new_endpoint, rank_endpoint, remove_endpoint
 from scheduler.messages import Ack, Stats
@@ -48,6 +48,7 @@ class HeadraceServer(LLMServer):
 
     async def __init__(self, llm_config: LLMConfig, **kwargs: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         listen_where_the_node_does()
+        take_adapters_from_folders()
         self._endpoint = new_endpoint()
         _open_channel_at(self._endpoint, llm_config)
         ranks = ranks_in(llm_config.engine_kwargs)

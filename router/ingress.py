@@ -29,7 +29,7 @@ from replicas.cluster_store import ClusterStore
 from replicas.live_settings import Settings, engine_settings
 from replicas.questions import ask_all, ask_stats, ask_telemetry, ask_to_look_at_settings, offer_thresholds
 from replicas.ranks import EngineAddress, ServedModel
-from replicas.ray_patches import listen_where_the_node_does
+from replicas.ray_patches import listen_where_the_node_does, take_adapters_from_folders
 from replicas.served import engines_of
 from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
 from router.auth import follow_tenants, key_of
@@ -69,6 +69,7 @@ class HeadraceIngress(OpenAiIngress):
         self, *args: Any, models: Mapping[str, ServedModel], judge: Judge, keeper: Keeper | None = None, **kwargs: Any
     ) -> None:
         listen_where_the_node_does()
+        take_adapters_from_folders()
         super().__init__(*args, **kwargs)
         self._models = models
         self._app_name = serve.get_replica_context().app_name

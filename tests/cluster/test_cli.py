@@ -436,12 +436,12 @@ def test_up_without_its_model_names_the_path(
     monkeypatch.setattr("signal.signal", lambda *_: None)
     path = tmp_path / "x.yaml"
     path.write_text(
-        "applications: [{args: {model: {id: m, source: ./nowhere}, accelerator: {kind: cpu}, "
-        "controller: {profile: cpu-smollm2}}}]\nray: {address: auto}\n"
+        "applications: [{args: {llm_configs: [{model_loading_config: {model_id: m, model_source: ./nowhere}}], "
+        "headrace: {controller: {profile: cpu-smollm2}}}}]\nray: {address: auto}\n"
     )
     code, _, err = headrace("up", str(path))
     assert code == 2
-    assert "model.source = 'nowhere' does not exist" in err or "model.source = './nowhere' does not exist" in err
+    assert "model_source = 'nowhere' of m does not exist" in err
 
 
 def test_the_readme_s_plan_command_runs(headrace: Any) -> None:

@@ -45,8 +45,12 @@ def free_port() -> int:
 
 def configuration(folder: Path, *, source: str = "org/model", kind: str = "cpu", port: int | None = None) -> Path:
     path = folder / "headrace.yaml"
-    args = {"model": {"id": "m", "source": source}, "accelerator": {"kind": kind},
-            "controller": {"profile": "cpu-smollm2"}}
+    args = {
+        "llm_configs": [
+            {"model_loading_config": {"model_id": "m", "model_source": source}, "accelerator_config": {"kind": kind}}
+        ],
+        "headrace": {"controller": {"profile": "cpu-smollm2"}},
+    }
     http = {"port": port or free_port()}
     path.write_text(yaml.safe_dump({"http_options": http, "applications": [{"args": args}]}))
     return path
@@ -104,10 +108,10 @@ def test_a_taken_port_is_found(tmp_path: Path) -> None:
 
 def test_a_broken_configuration_is_found_with_its_key(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
-    path.write_text("applications: [{args: {modl: {}, accelerator: {kind: cpu}}}]")
+    path.write_text("applications: [{args: {llm_config: [], headrace: {}}}]")
     found = finding(path, "configuration")
     assert not found["ok"]
-    assert "modl: no such key" in found["found"]
+    assert "llm_config: no such key" in found["found"]
     assert "configs/" in found["mend"]
 
 

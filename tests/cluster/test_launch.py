@@ -18,6 +18,7 @@ import pytest
 
 from cluster import launch, model
 from cluster.config import ClusterConfig, ConfigError
+from cluster.llm_entry import WITHOUT_ENGINE
 from cluster.model import ModelUnavailable, is_prepared, prepare_bundled_model
 
 CHECKPOINT = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
@@ -32,12 +33,13 @@ def config_for(
             "applications": [
                 {
                     "args": {
-                        "model": {"id": model_id, "source": source}, "accelerator": {"kind": "cpu"},
-                        "controller": {"profile": "cpu-smollm2"},
+                        "llm_configs": [{"model_loading_config": {"model_id": model_id, "model_source": source}}],
+                        "headrace": {"controller": {"profile": "cpu-smollm2"}},
                     }
                 }
             ],
-        }
+        },
+        context=WITHOUT_ENGINE,
     )
 
 
@@ -118,7 +120,7 @@ def test_the_tests_run_from_a_checkout() -> None:
 
 @pytest.mark.parametrize("source", ["./nowhere", "/nowhere/model", "~/nowhere-at-all"])
 def test_a_missing_local_model_is_rejected(source: str) -> None:
-    with pytest.raises(ConfigError, match=r"model\.source = .*nowhere.* does not exist; allowed: a folder, or a hub"):
+    with pytest.raises(ConfigError, match=r"model_source = .*nowhere.* of m does not exist; allowed: a folder, or"):
         launch.prepare_model(config_for(source), lambda _: None)
 
 

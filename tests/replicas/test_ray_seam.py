@@ -181,34 +181,39 @@ def test_engine_arguments_can_be_changed_before_the_engine_starts() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_engine_arguments_are_vllm_s(path: Path) -> None:
     from cluster.app import llm_config
-    from cluster.config import SCHEDULER, _engine_argument_names, load_config
+    from cluster.config import load_config
+    from cluster.ray_llm import engine_argument_names
+    from cluster.settings import SCHEDULER
 
     arguments = {field.name for field in dataclasses.fields(name_in("vllm.engine.arg_utils", "AsyncEngineArgs"))}
-    assert set(_engine_argument_names()) == arguments
+    assert set(engine_argument_names()) > arguments, "and those of vLLM's OpenAI layer, which Ray takes there too"
+    assert "chat_template" in engine_argument_names()
     assert {"scheduler_cls", "additional_config", "async_scheduling", "model"} <= arguments
     args = load_config(path).application.args
-    config = llm_config(args)
+    (entry,) = args.llm_configs
+    settings = args.settings_of(entry.model_id)
+    config = llm_config(entry, settings)
     assert config.engine_kwargs["scheduler_cls"] == SCHEDULER
-    assert config.engine_kwargs["additional_config"]["headrace"]["thresholds"]["policy"] == args.thresholds.policy
+    assert config.engine_kwargs["additional_config"]["headrace"]["thresholds"]["policy"] == settings.thresholds.policy
     assert config.engine_kwargs["additional_config"]["headrace"]["trust_tenants"], "our ingress signs every request"
-    assert config.deployment_config["num_replicas"] == args.replicas
+    assert config.deployment_config["num_replicas"] == entry.deployment_config["num_replicas"]
 
 
 def test_vllm_decides_which_speculators_are_scheduled_ahead() -> None:
     from cluster.app import llm_config
-    from cluster.config import AppConfig
+    from cluster.llm_entry import LLMEntry
+    from cluster.settings import ModelSettings
 
-    args: dict[str, Any] = {
-        "model": {"id": "m", "source": "org/m"}, "accelerator": {"kind": "cpu"},
-        "controller": {"profile": "cpu-smollm2"},
-    }
-    speculating = {"engine": {"speculative_config": {"method": "ngram"}}, "thresholds": {"policy": "fcfs"}}
-    assert llm_config(AppConfig.model_validate(args)).engine_kwargs["async_scheduling"] is True
-    assert "async_scheduling" not in llm_config(AppConfig.model_validate(args | speculating)).engine_kwargs
+    def arguments(engine: dict[str, Any]) -> dict[str, Any]:
+        entry = LLMEntry.model_validate({"model_loading_config": {"model_id": "m"}, "engine_kwargs": engine})
+        return dict(llm_config(entry, ModelSettings()).engine_kwargs)
+
+    assert arguments({})["async_scheduling"] is True
+    assert "async_scheduling" not in arguments({"speculative_config": {"method": "ngram"}})
 
 
 def test_the_scheduler_is_where_the_engine_looks_for_it() -> None:
-    from cluster.config import SCHEDULER
+    from cluster.settings import SCHEDULER
 
     module, _, name = SCHEDULER.rpartition(".")
     assert inspect.isclass(name_in(module, name))
