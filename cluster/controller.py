@@ -28,10 +28,11 @@ from cluster.pins import Pin, Pins
 from cluster.settings import ModelSettings
 from cluster.shown import shown_of
 from replicas.actor_calls import ReplicaUnavailable
-from replicas.cluster_store import ClusterStore, Store
+from replicas.cluster_store import ClusterStore
 from replicas.questions import ask_telemetry, offer_thresholds
 from replicas.ranks import EngineAddress, ServedModel
 from replicas.served import engines_of
+from replicas.store import Store
 from scheduler.messages import Telemetry
 from scheduler.model.profiles import load_profile
 from scheduler.settings import LiveSettings

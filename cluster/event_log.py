@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from replicas.cluster_store import Store
+from replicas.store import Store
 
 KEPT_EVENTS = 200
 _FOLDER = "events/"

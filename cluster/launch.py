@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -26,6 +27,7 @@ from cluster.model import BUNDLED_MODEL_NAME, is_prepared, prepare_bundled_model
 READY_TIMEOUT_S = 600.0
 _SHUTDOWN_GRACE_S = 10.0
 _ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = ("headrace", "cluster", "router", "replicas", "scheduler", "simulator", "loadgen")
 
 
 class LaunchError(RuntimeError):
@@ -70,16 +72,21 @@ def prepare_model(config: ClusterConfig, say: Callable[[str], None]) -> None:
 class Launcher:
     """One application on one Ray: `start`, then `wait` in the foreground or leave, then `stop`.
 
-    progress: called with one line at each change of state.
+    progress: called with one line at each change of state. running_at: the address of a local Ray that another process
+    started for this application; `start` then updates it.
+    whats_new: after `start`, what it changed of what ran before; empty if nothing ran.
     """
 
-    def __init__(self, config: ClusterConfig, progress: Callable[[str], None]) -> None:
-        self._config, self._say = config, progress
+    def __init__(
+        self, config: ClusterConfig, progress: Callable[[str], None], running_at: str | None = None
+    ) -> None:
+        self._config, self._say, self._running_at = config, progress, running_at
+        self.whats_new: list[str] = []
 
     @property
     def owns_ray(self) -> bool:
         """True when Ray is started, and stopped, with the application."""
-        return self._config.ray.address == "local"
+        return self._config.ray.address == "local" and self._running_at is None
 
     def start(self) -> None:
         """Start (or join) Ray, deploy, and return once a replica answers.
@@ -93,22 +100,28 @@ class Launcher:
                 f"port {options.port} on {options.host} is taken; stop what uses it (headrace down?) "
                 "or set http_options.port in the configuration"
             )
-        if self.owns_ray:
+        if self._config.ray.address == "local":
             _bind_ray_to_localhost()
         _quieten()
         import ray
         from ray import serve
 
-        from cluster.app import build
+        from cluster import deployed
+        from cluster.app import application, versions_of
+        from replicas.cluster_store import ClusterStore
 
         self._connect(ray)
         serve.start(proxy_location=self._config.proxy_location, http_options=options.model_dump())
-        application = self._config.application
+        entry = self._config.application
+        built = application(entry.args, entry.runtime_env)
+        store, new = ClusterStore(entry.name), deployed.deployed(entry.args, versions_of(built))
+        self.whats_new = deployed.whats_new(store, new)
         with self._watching_progress():
             try:
-                serve.run(build(application.args), name=application.name, route_prefix=application.route_prefix)
+                serve.run(built, name=entry.name, route_prefix=entry.route_prefix)
             except RuntimeError as error:
                 raise LaunchError(f"the deployment failed: {error}; the logs are in {_log_folder()}") from error
+        deployed.note(store, new)
         self._wait_until_ready()
 
     def wait(self) -> None:
@@ -124,7 +137,10 @@ class Launcher:
         if not ray.is_initialized():
             return
         if not self.owns_ray:
+            from replicas.cluster_store import ClusterStore
+
             serve.delete(self._config.application.name)
+            ClusterStore(self._config.application.name).forget()
             ray.shutdown()
             return
         ours = psutil.Process().children(recursive=True)
@@ -149,15 +165,15 @@ class Launcher:
         Raises:
             LaunchError: it cannot be reached.
         """
-        self._say(f"joining the Ray cluster at {self._config.ray.address}")
-        runtime_env = _our_code(_ROOT) | self._config.application.runtime_env
+        address = self._running_at or self._config.ray.address
+        self._say(f"joining the Ray cluster at {address}")
+        # On a local Ray every process has this one's code already.
+        runtime_env = {} if self._running_at else _our_code(_ROOT) | self._config.application.runtime_env
         try:
-            ray.init(
-                address=self._config.ray.address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR"
-            )
+            ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR")
         except ConnectionError as error:
             raise LaunchError(
-                f"no Ray cluster answers at {self._config.ray.address}: {error}; start one with 'ray start --head', "
+                f"no Ray cluster answers at {address}: {error}; start one with 'ray start --head', "
                 "or set ray.address in the configuration"
             ) from error
 
@@ -195,14 +211,17 @@ class Launcher:
         raise LaunchError(f"{self._config.base_url}/readyz did not answer within {READY_TIMEOUT_S:g} s")
 
 
-def _our_code(root: Path) -> dict[str, str]:
+def _our_code(root: Path) -> dict[str, Any]:
     """Ray's runtime environment that makes this checkout importable on all nodes. Empty for an installed package: it
     lies in site-packages, which must not be uploaded, and the nodes have it installed too."""
     try:
         project = tomllib.loads((root / "pyproject.toml").read_text()).get("project", {})
     except (OSError, ValueError):
         return {}
-    return {"working_dir": str(root)} if project.get("name") == "headrace" else {}
+    if project.get("name") != "headrace":
+        return {}
+    # The packages alone: Serve restarts everything when the folder's content changes, such as a configuration in it.
+    return {"working_dir": str(root), "excludes": ["/*", *(f"!/{name}" for name in _PACKAGES), "__pycache__"]}
 
 
 def _bind_ray_to_localhost() -> None:
@@ -272,11 +291,49 @@ def delete_application(config: ClusterConfig) -> None:
 
 
 def note_running(config: ClusterConfig) -> Path:
-    """Record that this process serves `config`; returns the file."""
+    """Record that this process serves `config`, and where its Ray is once it has one; returns the file."""
     path = _note_path(config)
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    path.write_text(json.dumps({"pid": os.getpid(), "started_s": psutil.Process().create_time()}))
+    note = {"pid": os.getpid(), "started_s": psutil.Process().create_time(), "ray_address": _ray_address()}
+    path.write_text(json.dumps(note))
     return path
+
+
+def _ray_address() -> str | None:
+    if "ray" not in sys.modules:
+        return None
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address) if ray.is_initialized() else None
+
+
+def running_at(config: ClusterConfig) -> str | None:
+    """Where the local Ray is on which another process serves this application at this port; None when none does.
+
+    Raises:
+        LaunchError: that process is still starting.
+    """
+    found = _running(config) if config.ray.address == "local" else None
+    if found is None:
+        return None
+    process, note = found
+    if not note.get("ray_address"):
+        raise LaunchError(
+            f"process {process.pid} is starting {config.application.name} at port {config.http_options.port}; "
+            "try again when it is ready, or stop it with headrace down"
+        )
+    return str(note["ray_address"])
+
+
+def _running(config: ClusterConfig) -> tuple[psutil.Process, dict[str, Any]] | None:
+    try:
+        note = json.loads(_note_path(config).read_text())
+        process = psutil.Process(note["pid"])
+        if process.create_time() != note["started_s"]:  # the process id was reused
+            return None
+    except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
+        return None
+    return process, note
 
 
 def stop_running(config: ClusterConfig, timeout_s: float = 60.0) -> bool:
@@ -285,13 +342,10 @@ def stop_running(config: ClusterConfig, timeout_s: float = 60.0) -> bool:
     Raises:
         LaunchError: it does not stop in time.
     """
-    try:
-        note = json.loads(_note_path(config).read_text())
-        process = psutil.Process(note["pid"])
-        if process.create_time() != note["started_s"]:  # the process id was reused
-            return False
-    except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
+    found = _running(config)
+    if found is None:
         return False
+    process, _ = found
     process.send_signal(signal.SIGINT)
     try:
         process.wait(timeout_s)

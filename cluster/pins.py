@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from replicas.cluster_store import Store
+from replicas.store import Store
 from scheduler.thresholds import Thresholds, parse_thresholds
 
 _KEY = "pins"

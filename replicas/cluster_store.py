@@ -7,7 +7,7 @@ Every call blocks on the GCS, so none belongs on an event loop.
 from __future__ import annotations
 
 import logging
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import quote
 
 from pydantic_core import from_json, to_json
@@ -15,18 +15,6 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _in
 
 _NAMESPACE = "headrace"
 logger = logging.getLogger(__name__)
-
-
-class Store(Protocol):
-    """Values by key; a key may have parts, separated by "/"."""
-
-    def get(self, key: str) -> Any: ...
-
-    def put(self, key: str, value: Any) -> None: ...
-
-    def delete(self, key: str) -> None: ...
-
-    def keys(self, prefix: str) -> list[str]: ...
 
 
 class ClusterStore:

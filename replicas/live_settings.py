@@ -15,7 +15,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from replicas.cluster_store import Store
+from replicas.store import Store
 from scheduler.messages import Ack
 from scheduler.settings import LiveSettings
 from scheduler.wire import read_answer, settings_question

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from replicas.cluster_store import Store
 from replicas.live_settings import LOOK_EVERY_S, Settings, in_force, kept_change, store_key
+from replicas.store import Store
 from router.admin import AdminError
 from router.authors import Name, Reason
 
