@@ -94,15 +94,15 @@ def _forecast_table(forecasts: dict[str, Any]) -> Table:
 def events_table(answer: dict[str, Any]) -> Iterator[Any]:
     """`headrace events`, the newest last."""
     table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for column in ("at", "replica", "kind", "version", "taken"):
+    for column in ("at", "replica", "version", "taken"):
         table.add_column(column, no_wrap=True)
     table.add_column("reason")
     for event in answer["events"]:
         at = datetime.fromtimestamp(event["at_unix_s"], UTC).astimezone().isoformat(" ", "seconds")
-        versions = "" if event["new_version"] is None else f"{event['old_version']} → {event['new_version']}"
+        versions = event["kind"] if event["new_version"] is None else f"{event['old_version']} → {event['new_version']}"
         taken = "yes" if event["accepted"] else "no"
         about = event["replica"] or event["model"]
-        table.add_row(at, about, event["kind"], versions, taken, plain(event["reason"]))
+        table.add_row(at, about, versions, taken, plain(event["reason"]))
     if answer["events"]:
         yield table
     else:

@@ -106,7 +106,9 @@ def test_a_checkout_is_shipped_and_site_packages_are_not(
     spec.loader.exec_module(elsewhere)
     ray = JoinedRay()
     elsewhere.Launcher(config_for(), progress=lambda _: None).join(ray)
-    assert ray.runtime_env == ({"working_dir": str(tmp_path)} if ships else {})
+    assert ray.runtime_env.get("working_dir") == (str(tmp_path) if ships else None)
+    excludes = ray.runtime_env.get("excludes", [])
+    assert not ships or (excludes[0] == "/*" and "!/scheduler" in excludes), "a changed configuration changes no code"
 
 
 def test_the_tests_run_from_a_checkout() -> None:
@@ -255,7 +257,7 @@ def test_nothing_to_stop_without_a_note(notes: Path) -> None:
 def test_a_note_names_this_process_and_is_private(notes: Path) -> None:
     path = launch.note_running(config_for())
     note = json.loads(path.read_text())
-    assert note == {"pid": os.getpid(), "started_s": psutil.Process().create_time()}
+    assert note == {"pid": os.getpid(), "started_s": psutil.Process().create_time(), "ray_address": None}
     assert path.parent.stat().st_mode & 0o077 == 0
     assert notes in path.parents
 

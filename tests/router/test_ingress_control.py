@@ -92,7 +92,7 @@ class Application:
         return response.status_code, json.loads(response.body)
 
     def put(self, **body: Any) -> tuple[int, dict[str, Any]]:
-        return self.ask("put_thresholds", ThresholdsUpdate.model_validate(body))
+        return self.ask("put_thresholds", ThresholdsUpdate.model_validate(body), SimpleNamespace(headers={}))
 
     def asked(self) -> list[tuple[str, Any]]:
         """Methods and cursors, of all replicas alike."""
