@@ -101,7 +101,9 @@ def scale(cluster: ClusterProcess, replicas: int) -> str:
 
 
 def headrace(*arguments: str) -> str:
-    done = subprocess.run([HEADRACE, *arguments], cwd=CHECKOUT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [HEADRACE, *arguments], cwd=CHECKOUT, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
