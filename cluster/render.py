@@ -38,9 +38,10 @@ def status_tables(state: dict[str, Any]) -> Iterator[Any]:
     forecasts = {name: replica.get("forecast") for name, replica in state["replicas"].items()}
     if any(forecasts.values()):
         yield _forecast_table({name: forecast for name, forecast in forecasts.items() if forecast})
+    models = {replica["model"] for replica in state["replicas"].values()}
     for name, replica in state["replicas"].items():
         said = replica["decision"] if replica["reachable"] else f"not reachable: {replica['reason']}"
-        yield Text(f"{name}: {said}")
+        yield Text(f"{name} ({replica['model']}): {said}" if len(models) > 1 else f"{name}: {said}")
         if replica["reachable"] and replica["counters"]["completed"]:
             yield Text(f"{name}: {_kept(replica['counters'])}")
     controller = state["controller"]

@@ -6,12 +6,16 @@ The fence around non-public names of Ray: `tests/replicas/test_ray_seam.py` fail
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
 from pyarrow import fs as arrow_fs
 from ray.llm._internal.common.callbacks.base import CallbackBase
 from ray.llm._internal.common.utils.cloud_filesystem.pyarrow_filesystem import PyArrowFileSystem
+from ray.llm._internal.serve.utils.lora_serve_utils import LoraModelLoader
 from ray.serve._private import replica as serve_replica
 
 LOCALHOST = "127.0.0.1"
@@ -48,6 +52,15 @@ def take_adapters_from_folders() -> None:
         return arrow_fs.LocalFileSystem(), object_uri.removeprefix(ADAPTER_FOLDER)
 
     PyArrowFileSystem.get_fs_and_path = staticmethod(find_also_folders)
+
+
+def adapter_loader(folder: Path) -> Callable[..., LoraModelLoader]:
+    """Ray's loader of LoRA adapters, with its copies in a replica's own folder.
+
+    Ray's own place is one per machine, by the adapter's name: there a replica could load an adapter of another model,
+    or one that another replica is just writing.
+    """
+    return partial(LoraModelLoader, str(folder / "adapters"))
 
 
 class NoDownload(CallbackBase):

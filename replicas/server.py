@@ -21,9 +21,16 @@ from ray.serve.llm.deployment import LLMServer
 from replicas.cluster_store import ClusterStore
 from replicas.delivery import Deliveries
 from replicas.live_settings import SettingsFollower
-from replicas.ray_patches import listen_where_the_node_does, take_adapters_from_folders
+from replicas.ray_patches import adapter_loader, listen_where_the_node_does, take_adapters_from_folders
 from replicas.routing_stats import RoutingStats
-from scheduler.engine.channel import ChannelClient, ChannelClosed, new_endpoint, rank_endpoint, remove_endpoint
+from scheduler.engine.channel import (
+    ChannelClient,
+    ChannelClosed,
+    folder_of,
+    new_endpoint,
+    rank_endpoint,
+    remove_endpoint,
+)
 from scheduler.messages import Ack, Stats
 from scheduler.settings import SETTINGS_KEY
 from scheduler.support import ranks_in
@@ -60,7 +67,8 @@ class HeadraceServer(LLMServer):
         self._settings = SettingsFollower(llm_config.model_id, ranks, self._ask, store)
         from replicas.engine import HeadraceEngine  # imports vLLM, which a process that only deploys does not need
 
-        await super().__init__(llm_config, **({"engine_cls": HeadraceEngine} | kwargs))
+        ours = {"engine_cls": HeadraceEngine, "model_downloader": adapter_loader(folder_of(self._endpoint))}
+        await super().__init__(llm_config, **(ours | kwargs))
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take new settings; Serve calls it after the start and whenever others are deployed."""

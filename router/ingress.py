@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Any, Protocol
 
 import ray
-from fastapi import Request, Response
+from fastapi import HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from ray import serve
 from ray.actor import ActorHandle
@@ -31,6 +31,7 @@ from replicas.questions import ask_all, ask_stats, ask_telemetry, ask_to_look_at
 from replicas.ranks import EngineAddress, ServedModel
 from replicas.ray_patches import listen_where_the_node_does, take_adapters_from_folders
 from replicas.served import engines_of
+from router.adapters import exists
 from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
 from router.auth import follow_tenants, key_of
 from router.authors import author
@@ -45,6 +46,7 @@ from scheduler.wire import UnreadableMessage
 
 _CONTROLLER_ANSWER_S = 3.0
 _RETRY_S = 0.5
+_ECHOED = 200  # characters of a client's input in an answer
 _NO_CONTROLLER = "the controller does not answer; replicas keep their thresholds"
 logger = logging.getLogger(__name__)
 
@@ -124,6 +126,17 @@ class HeadraceIngress(OpenAiIngress):
         except TimeoutError:
             return True
         return True
+
+    async def _get_model_id(self, model: str | None) -> str:
+        model_id: str = await super()._get_model_id(model)
+        if not await exists(model_id, self._lora_paths, self._get_lora_model_metadata_func):
+            raise HTTPException(404, f"Could not find model with id {model_id[:_ECHOED]!r}.")
+        return model_id
+
+    async def model(self, model_id: str) -> Any:
+        """Ray's card of a model or adapter; None when there is none."""
+        there = await exists(model_id, self._lora_paths, self._get_lora_model_metadata_func)
+        return await super().model(model_id) if there else None
 
     async def _get_response(
         self, *, body: Any, call_method: str, raw_request: Request | None = None

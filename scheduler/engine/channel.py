@@ -80,9 +80,14 @@ def rank_endpoint(endpoint: str, rank: int) -> str:
     return endpoint if rank == 0 else f"{endpoint}-rank{rank}"
 
 
+def folder_of(endpoint: str) -> Path:
+    """The folder that `new_endpoint` made for an endpoint; what else lies in it is removed with it."""
+    return Path(endpoint.removeprefix("ipc://")).parent
+
+
 def remove_endpoint(endpoint: str) -> None:
     """Remove what `new_endpoint` made; absent files are fine."""
-    shutil.rmtree(Path(endpoint.removeprefix("ipc://")).parent, ignore_errors=True)
+    shutil.rmtree(folder_of(endpoint), ignore_errors=True)
     lock = _locks.pop(endpoint, None)
     if lock is not None:
         os.close(lock)

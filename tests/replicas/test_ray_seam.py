@@ -148,6 +148,9 @@ def test_the_openai_endpoints_have_the_names_the_ingress_answers_to() -> None:
     ingress = name_in("ray.serve.llm.ingress", "OpenAiIngress")
     assert endpoints.keys() >= {"models", "model_data", "completions", "chat"}
     assert all(callable(getattr(ingress, name)) for name in endpoints)
+    for name in ("_get_model_id", "model"):
+        assert inspect.iscoroutinefunction(getattr(ingress, name))
+    assert {"_lora_paths", "_get_lora_model_metadata_func"} <= set(ingress.__init__.__code__.co_names)
     assert list(parameters(ingress._get_response)) == ["self", "body", "call_method", "raw_request"]
     assert inspect.isasyncgenfunction(ingress._get_response)
     assert callable(ingress.get_deployment_options)
@@ -235,6 +238,7 @@ def test_every_endpoint_but_health_asks_for_the_key(monkeypatch: pytest.MonkeyPa
         raise Built
 
     monkeypatch.setattr(application, "make_fastapi_ingress", capture)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(runtime_env={}))  # else it starts a Ray
     with pytest.raises(Built):
         application.build(load_config(next(path for path in CONFIGS if path.stem == "local")).application.args)
 
@@ -449,6 +453,37 @@ def test_on_a_real_cluster_the_port_stays_where_ray_puts_it(monkeypatch: pytest.
 
 
 # replicas/ray_patches.py
+
+
+def test_adapters_are_read_from_a_folder_through_the_function_we_widen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluster.llm_entry import LLMEntry
+
+    file_system = name_in("ray.llm._internal.common.utils.cloud_filesystem.pyarrow_filesystem", "PyArrowFileSystem")
+    monkeypatch.setattr(file_system, "get_fs_and_path", staticmethod(file_system.get_fs_and_path))  # restored after
+    lora = importlib.import_module("ray.llm._internal.serve.utils.lora_serve_utils")
+    listed = name_in("ray.llm._internal.common.utils.lora_utils", "get_lora_model_ids")
+    adapters = tmp_path / "adapters"
+    (adapters / "north").mkdir(parents=True)
+    (adapters / "north" / "adapter_config.json").write_text('{"r": 8, "max_length": 512}')
+    entry = LLMEntry.model_validate({
+        "model_loading_config": {"model_id": "m"}, "lora_config": {"dynamic_lora_loading_path": f"file://{adapters}"},
+    })
+    config = name_in("ray.serve.llm", "LLMConfig").model_validate(entry.own)
+    address = config.lora_config.dynamic_lora_loading_path
+    assert listed(address, "m") == [], "Ray by itself does not read folders"
+    name_in("replicas.ray_patches", "take_adapters_from_folders")()
+    assert listed(address, "m") == ["m:north"]
+    assert asyncio.run(lora.get_lora_model_metadata("m:north", address))["max_request_context_length"] == 512
+    server = inspect.getsource(name_in("ray.serve.llm.deployment", "LLMServer")._init_multiplex_loader)
+    assert "model_downloader_cls(\n                download_timeout_s=" in server, "the folder is the first argument"
+    loader = name_in("replicas.ray_patches", "adapter_loader")(tmp_path / "of-a-replica")(max_tries=1)
+    loaded = asyncio.run(loader.load_model_from_config("m:north", config))
+    assert (Path(loaded.local_path) / "adapter_config.json").is_file()
+    assert tmp_path / "of-a-replica" in Path(loaded.local_path).parents
+    with pytest.raises(ValueError, match="Unsupported URI scheme"):
+        file_system.get_fs_and_path("ftp://host/adapters")
 
 
 def test_a_callback_may_skip_the_download_before_a_node_starts() -> None:
