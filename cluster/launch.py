@@ -22,6 +22,7 @@ import httpx
 import psutil
 
 from cluster.config import ClusterConfig, ConfigError
+from cluster.joining import use_the_user_s_token
 from cluster.model import BUNDLED_MODEL_NAME, is_prepared, prepare_bundled_model
 
 READY_TIMEOUT_S = 600.0
@@ -157,6 +158,7 @@ class Launcher:
                 logging_level="ERROR",
             )
             return
+        use_the_user_s_token()
         self.join(ray)
 
     def join(self, ray: Any) -> None:
