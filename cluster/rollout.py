@@ -25,12 +25,8 @@ SURGE_PERCENT = 20
 
 def version_of(*parts: Any) -> str:
     """A digest of `parts`, JSON-like, and of this release's own code."""
-    text = json.dumps([*parts, _code()], sort_keys=True, default=_named)
+    text = json.dumps([*parts, _code()], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _named(value: Any) -> str:
-    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else str(value)
 
 
 @cache

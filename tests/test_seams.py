@@ -10,6 +10,7 @@ from pathlib import Path
 from import_graph import ROOT, imports_in, modules_of
 
 SEAMS = (
+    "cluster/test_rollout_seam.py",
     "scheduler/test_vllm_seam.py", "simulator/engine/test_vllm_harness_seam.py", "replicas/test_ray_seam.py",
     "replicas/test_engine_seam.py", "replicas/test_cluster_store.py", "replicas/test_delivery.py",
     "router/test_fluid_slack_router.py",
