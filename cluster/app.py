@@ -8,7 +8,7 @@ that Ray leaves open for them.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -24,8 +24,11 @@ from ray.serve.llm.ingress import make_fastapi_ingress
 from cluster.config import AppConfig
 from cluster.controller import ControllerKeeper, TunedModel
 from cluster.keys import with_keys
+from cluster.live import SettingsJudge, ingress_user_config, live_settings
 from cluster.llm_entry import LLMEntry
+from cluster.rollout import surge_percent, version_of
 from cluster.settings import ModelSettings
+from replicas.live_settings import engine_settings
 from replicas.ranks import ServedModel
 from replicas.ray_patches import NoDownload
 from replicas.server import HeadraceServer
@@ -34,21 +37,38 @@ from router.ingress import ADMIN_ENDPOINTS, HEALTH_ENDPOINTS, HeadraceIngress, d
 from router.request_router import FluidSlackRouter
 from scheduler.settings import SETTINGS_KEY
 from scheduler.support import EngineSetup, ranks_in
-from scheduler.thresholds import thresholds_as_dict
 
 _ROUTING_STATS_PERIOD_S = 1.0
 _INGRESS_OUTLASTS_S = 15.0
 _HEALTH_CHECK_PERIOD_S = 1.0  # Serve learns from its checks that a replica's process has ended
 _HEALTH_CHECK_TIMEOUT_S = 60.0  # a busy replica must not count as dead
 _MAX_ONGOING_REQUESTS = 1024
+_SCALE = ("num_replicas", "autoscaling_config", "max_ongoing_requests")
+"""Options of a deployment that Serve changes without a restart."""
 _FEWEST_INGRESSES = 2  # with more than one node: the loss of either leaves one
 
 
 def build(args: AppConfig) -> Application:
     """The application for `args` (Serve validates the YAML's `args` against `AppConfig`)."""
+    return application(args)
+
+
+def application(args: AppConfig, runtime_env: Mapping[str, Any] | None = None) -> Application:
+    """The application, each of whose deployments restarts only when something changes that its processes start with.
+
+    runtime_env: of the application; a change of it restarts everything.
+    """
     args = AppConfig.model_validate(args)
+    environment = dict(runtime_env or {})
     configs = {entry.model_id: llm_config(entry, args.settings_of(entry.model_id)) for entry in args.llm_configs}
-    deployments = {model_id: build_llm_deployment(config) for model_id, config in configs.items()}
+    deployments = {
+        entry.model_id: _followed(
+            build_llm_deployment(configs[entry.model_id]),
+            version_of(_started_with(entry, args.settings_of(entry.model_id)), environment),
+            live_settings(args.settings_of(entry.model_id)),
+        )
+        for entry in args.llm_configs
+    }
     models = {
         _deployment_name(deployments[model_id]): ServedModel(model_id, ranks_in(config.engine_kwargs))
         for model_id, config in configs.items()
@@ -60,22 +80,64 @@ def build(args: AppConfig) -> Application:
         HeadraceIngress, endpoint_map={**HEALTH_ENDPOINTS, **ADMIN_ENDPOINTS, **DEFAULT_ENDPOINTS},
         app=http_app(desk_of_this_ingress),
     )
+    lora_paths = {
+        model_id: config.lora_config.dynamic_lora_loading_path
+        for model_id, config in configs.items() if config.lora_config is not None
+    }
+    is_tuned = any(one.settings.controller.enabled for one in tuned.values())
+    given = {key: value for key, value in args.ingress_deployment_config.items() if key not in _SCALE}
     options = with_keys(
         ingress_options(list(configs.values()), args.ingress_deployment_config), args.headrace.tenants
     )
-    return serve.deployment(ingress, **options).bind(
+    bound = serve.deployment(ingress, **options).bind(
         llm_deployments=deployments,
         model_cards={model_id: to_model_metadata(model_id, config) for model_id, config in configs.items()},
-        lora_paths={
-            model_id: config.lora_config.dynamic_lora_loading_path
-            for model_id, config in configs.items() if config.lora_config is not None
-        },
-        keeper=ControllerKeeper(tuned) if any(one.settings.controller.enabled for one in tuned.values()) else None,
+        lora_paths=lora_paths,
+        keeper=ControllerKeeper(tuned) if is_tuned else None,
         models=models,
-        tenants=args.headrace.tenants,
-        limits=args.headrace.limits,
-        model_limits={model_id: args.settings_of(model_id).limits for model_id in configs},
+        judge=SettingsJudge({entry.model_id: entry.engine_kwargs for entry in args.llm_configs}),
     )
+    return _followed(
+        bound, version_of(models, lora_paths, is_tuned, given, environment), ingress_user_config(args)
+    )
+
+
+def versions_of(built: Application) -> dict[str, str]:
+    """The versions of an application's deployments: of each model's engine, by the model's name, and of the ingress,
+    by ""."""
+    ingress = built._bound_deployment
+    engines = ingress._replica_config.init_kwargs["llm_deployments"]
+    return {"": ingress._version} | {name: engine._bound_deployment._version for name, engine in engines.items()}
+
+
+def _followed(built: Application, version: str, user_config: dict[str, Any]) -> Application:
+    """The same, under a version that changes with what needs a restart, and with live settings."""
+    deployment = built._bound_deployment
+    replica = deployment._replica_config
+    options = {"num_cpus": 1, **(replica.ray_actor_options or {})}
+    bundles = replica.placement_group_bundles or [_resources(options)]
+    surge = deployment._deployment_config.max_surge_percent or surge_percent(bundles)
+    followed = deployment.options(
+        version=version, user_config=user_config, max_surge_percent=surge, _internal=True,
+    )
+    return Application(followed)
+
+
+def _resources(actor_options: Mapping[str, Any]) -> dict[str, float]:
+    """Ray's resources by name, from the options of an actor."""
+    named = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+    amounts = {name: actor_options[option] for option, name in named.items() if actor_options.get(option)}
+    return amounts | (actor_options.get("resources") or {})
+
+
+def _started_with(entry: LLMEntry, settings: ModelSettings) -> dict[str, Any]:
+    """What a replica of a model starts with; Serve itself looks at its resources, and scale needs no restart."""
+    return {
+        "entry": {key: value for key, value in entry.own.items() if key != "deployment_config"},
+        "engine": {
+            key: value for key, value in _engine_arguments(entry, settings).items() if key != "additional_config"
+        },
+    }
 
 
 def llm_config(entry: LLMEntry, settings: ModelSettings) -> LLMConfig:
@@ -96,11 +158,8 @@ def llm_config(entry: LLMEntry, settings: ModelSettings) -> LLMConfig:
 
 def _engine_arguments(entry: LLMEntry, settings: ModelSettings) -> dict[str, Any]:
     """What we set of vLLM's engine arguments."""
-    ours = {
-        "thresholds": thresholds_as_dict(settings.thresholds), "profile": settings.controller.profile,
-        "targets": asdict(settings.targets), "overflow_probability": settings.controller.overflow_probability,
-        "trust_tenants": True,  # requests reach a replica through our ingress only, which signs each of them
-    }
+    # Requests reach a replica through our ingress only, which signs each of them.
+    ours = engine_settings(live_settings(settings)).as_dict() | {"trust_tenants": True}
     arguments: dict[str, Any] = {"scheduler_cls": settings.scheduler, "additional_config": {SETTINGS_KEY: ours}}
     # vLLM decides for each drafter whether it can be scheduled ahead, and raises an error if this is set.
     if not EngineSetup.from_engine_args(entry.engine_kwargs, settings.targets).speculative_decoding:

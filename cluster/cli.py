@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from cluster import render
-from cluster.client import DEFAULT_URL, AdminClient, AdminRejected
+from cluster.client import DEFAULT_URL, AdminClient, AdminRejected, nested
 from scheduler.config_errors import UsageError, parse_settings
 from scheduler.model.probability import ACCEPTED_MISSES
 
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from cluster.shutdown import Signals
 
 app = typer.Typer()
+settings_app = typer.Typer(help="Show and change settings while everything runs.", no_args_is_help=True)
 thresholds_app = typer.Typer(help="Show and set the thresholds of running replicas.", no_args_is_help=True)
 model_app = typer.Typer(help="The bundled model.", no_args_is_help=True)
+app.add_typer(settings_app, name="settings")
 app.add_typer(thresholds_app, name="thresholds")
 app.add_typer(model_app, name="model")
 
@@ -34,6 +36,8 @@ DEFAULT_CONFIG = Path("configs/local.yaml")
 ConfigFile = Annotated[Path, typer.Argument(help="Configuration file, see configs/.")]
 Url = Annotated[str, typer.Option(help="Base URL of a running application.", envvar="HEADRACE_URL")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+By = Annotated[str, typer.Option(help="Your name, kept with the change.")]
+Reason = Annotated[str, typer.Option(help="Why, kept with the change.")]
 Replica = Annotated[str | None, typer.Option(help="One replica's id (see status); all when left out.")]
 
 
@@ -50,22 +54,28 @@ def up(
         bool, typer.Option("--insecure", help="Serve beyond this machine although there is no API key.")
     ] = False,
 ) -> None:
-    """Deploy a configuration; with a Ray of its own it runs in the foreground until Ctrl-C."""
+    """Deploy a configuration, or update what runs to it; a Ray of its own runs in the foreground until Ctrl-C."""
     from cluster import launch
     from cluster.config import load_config
     from cluster.model import ModelUnavailable
-    from cluster.run_folder import claim
+    from cluster.run_folder import claim, running_ray
 
     with err.status("reading the configuration"):
         config = load_config(config_file)
     signals, failed = _handled_signals(), True
-    folder = claim(config, _say) if config.ray.address == "local" else None
-    launcher = launch.Launcher(config, progress=partial(_say_and_note, folder), folder=folder, insecure=insecure)
+    running_at = running_ray(config)
+    owns_ray = config.ray.address == "local" and running_at is None
+    folder = claim(config, _say) if owns_ray else None
+    launcher = launch.Launcher(
+        config, progress=partial(_say_and_note, folder), folder=folder, insecure=insecure, running_at=running_at
+    )
     try:
         launch.prepare_model(config, _say)
-        with err.status("starting (about a minute and a half on two cores)"):
+        with err.status("updating" if running_at else "starting (about a minute and a half on two cores)"):
             launcher.start()
         signals.install()  # Ray has put its own handler of SIGTERM there
+        for line in launcher.whats_new:
+            out.print(line, highlight=False, markup=False, soft_wrap=True)
         _say_ready(config, launcher.owns_ray)
         failed = False
         if launcher.owns_ray:
@@ -119,6 +129,17 @@ def _say_ready(config: ClusterConfig, foreground: bool) -> None:
         _say("Ctrl-C stops it, once its requests are done")
 
 
+@app.command("render")
+def render_file(config_file: ConfigFile = DEFAULT_CONFIG) -> None:
+    """Print the configuration as a file for `serve deploy` and KubeRay, in which live settings restart nothing."""
+    import yaml
+
+    from cluster.config import load_config
+    from cluster.serve_file import serve_file
+
+    print(yaml.safe_dump(serve_file(load_config(config_file, with_engine=False)), sort_keys=False), end="")  # noqa: T201
+
+
 @app.command()
 def down(
     config_file: ConfigFile = DEFAULT_CONFIG,
@@ -156,6 +177,28 @@ def events(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     _show(AdminClient(url).events(), as_json, render.events_table)
 
 
+@settings_app.command("get")
+def settings_get(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+    """The settings in force, by model."""
+    _show(AdminClient(url).settings(), as_json, render.settings_table)
+
+
+@settings_app.command("set")
+def settings_set(
+    settings: Annotated[
+        list[str], typer.Argument(help="FIELD=VALUE …, values as YAML: targets.tpot_s=0.06 controller.period_s=2")
+    ],
+    model: Annotated[str | None, typer.Option(help="One model; all when left out.")] = None,
+    by: By = "",
+    reason: Reason = "",
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> None:
+    """Change settings until the next deployment; nothing restarts."""
+    body = {"model": model, "settings": nested(_parse_settings(settings)), "by": by, "reason": reason}
+    _show(AdminClient(url).put_settings(body), as_json, render.settings_answer_table)
+
+
 @thresholds_app.command("get")
 def thresholds_get(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     """Active thresholds by replica."""
@@ -169,11 +212,13 @@ def thresholds_set(
     ],
     replica: Replica = None,
     pin: Annotated[bool, typer.Option(help="Keep automatic tuning from changing them.")] = True,
+    by: By = "",
+    reason: Reason = "",
     url: Url = DEFAULT_URL,
     as_json: Json = False,
 ) -> None:
     """Change some fields and keep the other active values; pins them unless --no-pin."""
-    changes = _parse_settings(settings)
+    changes, why = _parse_settings(settings), {"by": by, "reason": reason}
     client = AdminClient(url)
     active = client.thresholds()["replicas"]
     if replica is not None and replica not in active:
@@ -185,27 +230,33 @@ def thresholds_set(
         if "error" in active[name]:
             raise AdminRejected(f"replica {name} does not answer; nothing was changed: {active[name]['error']}")
     if "policy" not in changes:  # the server keeps the other fields of each replica, and changes all replicas or none
-        answer = client.put_thresholds({"replica": replica, "thresholds": changes, "pin": pin})
+        answer = client.put_thresholds({"replica": replica, "thresholds": changes, "pin": pin} | why)
         _show(answer, as_json, render.acks_table)
         return
     results: dict[str, Any] = {}
     for name in targets:  # with a policy the server takes the fields as all there are
         kept = {k: v for k, v in active[name].items() if k not in ("version", "pinned", "reason", "valid_for_s")}
-        answer = client.put_thresholds({"replica": name, "thresholds": kept | changes, "pin": pin})
+        answer = client.put_thresholds({"replica": name, "thresholds": kept | changes, "pin": pin} | why)
         results |= answer["replicas"]
     _show({"replicas": results}, as_json, render.acks_table)
 
 
 @thresholds_app.command("pin")
-def thresholds_pin(replica: Replica = None, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
-    """Keep the active thresholds; automatic tuning stops."""
-    _show(AdminClient(url).put_thresholds({"replica": replica, "pin": True}), as_json, render.acks_table)
+def thresholds_pin(
+    replica: Replica = None, by: By = "", reason: Reason = "", url: Url = DEFAULT_URL, as_json: Json = False
+) -> None:
+    """Keep the active thresholds, on new replicas too; automatic tuning stops."""
+    body = {"replica": replica, "pin": True, "by": by, "reason": reason}
+    _show(AdminClient(url).put_thresholds(body), as_json, render.acks_table)
 
 
 @thresholds_app.command("auto")
-def thresholds_auto(replica: Replica = None, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+def thresholds_auto(
+    replica: Replica = None, by: By = "", reason: Reason = "", url: Url = DEFAULT_URL, as_json: Json = False
+) -> None:
     """Resume automatic tuning."""
-    _show(AdminClient(url).put_thresholds({"replica": replica, "auto": True}), as_json, render.acks_table)
+    body = {"replica": replica, "auto": True, "by": by, "reason": reason}
+    _show(AdminClient(url).put_thresholds(body), as_json, render.acks_table)
 
 
 def _parse_settings(settings: list[str]) -> dict[str, Any]:

@@ -90,7 +90,8 @@ class AppConfig(Strict):
                 continue
             self._settings[entry.model_id] = settings
             if settings.controller.profile:
-                yield from _unfit(entry, settings, place)
+                if why := unfit(entry.engine_kwargs, settings):
+                    yield Complaint(place, f"model {entry.model_id}: {why}")
             elif not profiles_missing:
                 profiles_missing = True
                 yield Complaint(("headrace", "controller", "profile"), PROFILE_MISSING)
@@ -105,20 +106,21 @@ class AppConfig(Strict):
         return self._settings[model_id]
 
 
-def _unfit(entry: LLMEntry, settings: ModelSettings, place: tuple[int | str, ...]) -> Iterator[Complaint]:
-    """Settings that the engine does not support, and targets that the profile says no request can meet.
+def unfit(engine_kwargs: dict[str, Any], settings: ModelSettings) -> str | None:
+    """Settings that the engine does not support, or targets that the profile says no request can meet, in a sentence.
 
     With speculative decoding TPOT is not checked: the tokens gained per step are not known before a run.
     """
     controlled = settings.controller.enabled
-    setup = EngineSetup.from_engine_args(entry.engine_kwargs, settings.targets, controller=controlled)
+    setup = EngineSetup.from_engine_args(engine_kwargs, settings.targets, controller=controlled)
     drafts = setup.speculative_decoding
     targets = dataclasses.replace(settings.targets, tpot_s=None) if drafts else settings.targets
     try:
         require_supported(setup, settings.thresholds)
         require_reachable(targets, load_profile(settings.controller.profile).time_model)
     except (UnsupportedSetting, UnreachableTarget) as error:
-        yield Complaint(place, f"model {entry.model_id}: {error}")
+        return str(error)
+    return None
 
 
 class RayConfig(Strict):

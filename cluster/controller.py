@@ -3,37 +3,46 @@
 Each control cycle collects telemetry, updates the model of each replica, solves the fluid model and pushes thresholds
 that changed. Serving does not depend on the controller: without it replicas keep their thresholds, which lapse to the
 configured ones after `validity_s`, and any ingress replica starts a new controller (`ControllerKeeper`). A new
-controller rebuilds all its state from telemetry.
+controller rebuilds its estimates from telemetry; pins and events are in the cluster's store.
+
+An engine reports its targets, its miss probability and its configured thresholds, and is tuned for these; the other
+settings come with `configure`. So no push is ever solved for targets that the engine no longer has.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import threading
 import time
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
+from cluster.event_log import Event, EventLog
+from cluster.pins import Pin, Pins
 from cluster.settings import ModelSettings
+from cluster.shown import shown_of
 from replicas.actor_calls import ReplicaUnavailable
+from replicas.cluster_store import ClusterStore
 from replicas.questions import ask_telemetry, offer_thresholds
 from replicas.ranks import EngineAddress, ServedModel
 from replicas.served import engines_of
+from replicas.store import Store
 from scheduler.messages import Telemetry
-from scheduler.model.fluid import finite_or_none
 from scheduler.model.profiles import load_profile
-from scheduler.thresholds import Thresholds, thresholds_as_dict
+from scheduler.settings import LiveSettings
+from scheduler.thresholds import InvalidThresholds, Thresholds, thresholds_as_dict
 from scheduler.tuning.next_push import next_push
 from scheduler.tuning.replica_model import Proposal, ReplicaModel
 from scheduler.wire import UnreadableMessage
 
 NAMESPACE = "headrace"
-_KEPT_EVENTS = 200
+_IDLE_PERIOD_S = 5.0
 logger = logging.getLogger(__name__)
 
 
@@ -49,12 +58,22 @@ class TunedModel:
         time_model = load_profile(self.settings.controller.profile).time_model
         return ReplicaModel(self.settings.tuning(), time_model, self.settings.thresholds)
 
+    def as_reported(self, telemetry: Telemetry) -> TunedModel:
+        """The same, with the settings that an engine says are in force there."""
+        if telemetry.settings is None:
+            return self
+        engine = LiveSettings.model_validate(telemetry.settings, extra="ignore")  # a later release may say more
+        controller = self.settings.controller.model_copy(update={"overflow_probability": engine.overflow_probability})
+        of_engine = {"targets": engine.targets, "thresholds": engine.thresholds, "controller": controller}
+        return replace(self, settings=self.settings.model_copy(update=of_engine))
+
 
 @dataclass(slots=True)
 class _Replica:
-    """One engine: what it serves, its model of the replica, `cursor` (records read so far), `shown`, its entry in
-    `state`, and when it is due (monotonic seconds)."""
+    """One engine: its address, what it serves, its model of the replica, `cursor` (records read so far), `shown`, its
+    entry in `state`, and when it is due (monotonic seconds)."""
 
+    engine: EngineAddress
     tuned: TunedModel
     model: ReplicaModel
     cursor: int = 0
@@ -66,6 +85,8 @@ class _Replica:
     def learn(self, telemetry: Telemetry) -> Proposal:
         """Update the model from a report and solve; blocking, so not on an event loop. A model that raises on a report
         is replaced by a new one, which continues after that report, so bad records are not read twice."""
+        tuned = self.tuned.as_reported(telemetry)
+        self.model.follow(tuned.settings.tuning(), tuned.settings.thresholds)
         try:
             self.model.observe(telemetry)
         except Exception:
@@ -74,23 +95,8 @@ class _Replica:
         finally:
             self.cursor = telemetry.cursor
         proposal = self.model.propose()
-        self.shown = _shown(self.tuned, self.model, proposal)
+        self.shown = shown_of(tuned.settings.targets, self.model, proposal)
         return proposal
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One change of thresholds: time (Unix seconds), engine, model, versions, reason, and whether it was accepted."""
-
-    at_unix_s: float
-    replica: str
-    model: str
-    old_version: int
-    new_version: int
-    accepted: bool
-    reason: str
-    old: dict[str, Any] = field(default_factory=dict)
-    new: dict[str, Any] = field(default_factory=dict)
 
 
 class ControlLoop:
@@ -99,18 +105,31 @@ class ControlLoop:
     models: by deployment. Each engine is tuned by itself, with its own model's settings, at that model's period.
     """
 
-    def __init__(self, app_name: str, models: Mapping[str, TunedModel]) -> None:
+    def __init__(self, app_name: str, models: Mapping[str, TunedModel], store: Store) -> None:
         self._app_name = app_name
+        self._replicas: dict[str, _Replica] = {}
+        self.events, self._pins = EventLog(store), Pins(store)
+        self._storing = threading.Lock()
+        self.passes = 0
+        self.configure(models)
+
+    def configure(self, models: Mapping[str, TunedModel]) -> None:
+        """Tune with these settings from the next cycle on; what is known of the replicas stays."""
         self._models = {name: model for name, model in models.items() if model.settings.controller.enabled}
         self._served = {name: model.served for name, model in self._models.items()}
-        self._replicas: dict[str, _Replica] = {}
-        self.events: deque[Event] = deque(maxlen=_KEPT_EVENTS)
-        self.passes = 0
+        for entry in self._replicas.values():
+            entry.tuned = self._models.get(entry.engine.deployment, entry.tuned)
+        self.hurry()
+
+    def hurry(self) -> None:
+        """Every replica is due with the next cycle."""
+        for entry in self._replicas.values():
+            entry.due_s = float("-inf")
 
     @property
     def period_s(self) -> float:
         """Seconds between two cycles: the shortest period of a model."""
-        return min(model.settings.controller.period_s for model in self._models.values())
+        return min((one.settings.controller.period_s for one in self._models.values()), default=_IDLE_PERIOD_S)
 
     async def one_cycle(self) -> None:
         """Collect, solve, push. A replica without an answer, or with a failing model, does not delay the others.
@@ -119,11 +138,26 @@ class ControlLoop:
         """
         found = await asyncio.to_thread(engines_of, self._app_name, self._served)
         self._replicas = {name: self._replicas.get(name) or self._new_replica(found[name]) for name in found}
+        await self._in_store(self._look, list(found))
         solving = asyncio.Lock()
         await asyncio.gather(
             *(self._tune_alone(name, found[name], self._replicas[name], solving) for name in self._due())
         )
         self.passes += 1
+
+    async def _in_store(self, change: Callable[..., None], *args: Any) -> None:
+        """Carry out a change of what is stored: in a thread, since it blocks, and after what was stored is read."""
+
+        def alone() -> None:
+            with self._storing:
+                self.events.read()
+                self._pins.read()
+                change(*args)
+
+        await asyncio.to_thread(alone)
+
+    def _look(self, engines: Sequence[str]) -> None:
+        self._pins.keep_only(engines, time.time())
 
     def _due(self) -> list[str]:
         """The replicas whose period has passed, but for a tenth, as cycles come a little early or late."""
@@ -138,7 +172,7 @@ class ControlLoop:
     def _new_replica(self, engine: EngineAddress) -> _Replica:
         tuned = self._models[engine.deployment]
         model = tuned.new_replica_model()
-        return _Replica(tuned, model, shown=_shown(tuned, model, None))
+        return _Replica(engine, tuned, model, shown=shown_of(tuned.settings.targets, model, None))
 
     async def _tune_alone(self, name: str, engine: EngineAddress, entry: _Replica, solving: asyncio.Lock) -> None:
         try:
@@ -160,6 +194,9 @@ class ControlLoop:
         telemetry = await ask_telemetry(engine, entry.cursor)
         async with solving:
             proposal = await asyncio.to_thread(entry.learn, telemetry)
+        if (pin := self._pins.missing(name, engine.model_id, telemetry.thresholds)) is not None:
+            await self._give(name, engine, entry, telemetry, pin)
+            return
         push = next_push(
             telemetry, proposal, pushed_s_ago=time.monotonic() - entry.pushed_at_s,
             validity_s=entry.tuned.settings.controller.validity_s,
@@ -177,56 +214,82 @@ class ControlLoop:
         if ack.accepted:
             entry.pushed_at_s = time.monotonic()
         if changed or not ack.accepted:
-            event = Event(
-                at_unix_s=time.time(), replica=name, model=engine.model_id, old_version=old.version,
-                new_version=new.version, accepted=ack.accepted, reason=entry.note, old=thresholds_as_dict(old),
-                new=thresholds_as_dict(new),
-            )
-            self.events.append(event)
-            logger.info("thresholds of %s: version %d -> %d: %s", name, old.version, new.version, entry.note)
+            await self._note(self._pushed(name, engine, old, new, accepted=ack.accepted, reason=entry.note))
+
+    async def _give(self, name: str, engine: EngineAddress, entry: _Replica, telemetry: Telemetry, pin: Pin) -> None:
+        """Offer an engine the pin of its model, which it lacks."""
+        old = telemetry.thresholds
+        try:
+            new = pin.values(time.time()).with_version(old.version + 1)
+        except InvalidThresholds as error:
+            entry.note = f"the pin of {engine.model_id} cannot be given: {error}"
+            return
+        ack = await offer_thresholds(engine, new, automatic=False)
+        if ack.accepted:
+            entry.note = f"pinned by an operator at version {new.version}"
+            await self._in_store(self._pins.given, name, engine.model_id)
+        else:
+            entry.note = f"the pin of {engine.model_id} was rejected: {ack.reason}"
+        event = self._pushed(name, engine, old, new, accepted=ack.accepted, reason=entry.note)
+        await self._note(replace(event, kind="pin", by=pin.by, key=pin.key))
+
+    async def pin(self, pin: Pin, models: Sequence[str], engines: Sequence[str]) -> None:
+        """Keep an operator's pin: of whole models, else of single engines."""
+        await self._in_store(self._pins.pin, pin, models, engines, self._engines_of(models))
+        await self._note_operator("pin", pin, models, engines)
+
+    async def release(self, by: Pin, models: Sequence[str], engines: Sequence[str]) -> None:
+        """Resume automatic tuning: of whole models, else of single engines. by: who released, when and why."""
+        await self._in_store(self._pins.release, models, engines, self._engines_of(models))
+        await self._note_operator("release", by, models, engines)
+
+    async def settings_changed(self, event: Event) -> None:
+        """Record a change of settings."""
+        await self._note(event)
+
+    def _engines_of(self, models: Sequence[str]) -> list[str]:
+        return [name for name, entry in self._replicas.items() if entry.engine.model_id in models]
+
+    async def _note_operator(self, kind: str, pin: Pin, models: Sequence[str], engines: Sequence[str]) -> None:
+        for model, engine in [(model, "") for model in models] or [("", engine) for engine in engines]:
+            await self._note(Event(
+                at_unix_s=pin.at_unix_s, kind=kind, model=model, replica=engine, reason=pin.reason, by=pin.by,
+                key=pin.key, new=pin.thresholds,
+            ))
+
+    async def _note(self, event: Event) -> None:
+        await self._in_store(self.events.add, event)
+
+    def _pushed(
+        self, name: str, engine: EngineAddress, old: Thresholds, new: Thresholds, *, accepted: bool, reason: str
+    ) -> Event:
+        return Event(
+            at_unix_s=time.time(), replica=name, model=engine.model_id, old_version=old.version,
+            new_version=new.version, accepted=accepted, reason=reason, old=thresholds_as_dict(old),
+            new=thresholds_as_dict(new),
+        )
 
     def state(self) -> dict[str, Any]:
         """The estimates and the latest decision of every replica, JSON-ready."""
         return {
             "passes": self.passes,
             "period_s": self.period_s,
-            "replicas": {name: entry.shown | {"decision": entry.note} for name, entry in self._replicas.items()},
+            "pins": self._pins.state(),
+            "replicas": {name: self._entry(name, entry) for name, entry in self._replicas.items()},
         }
 
-
-def _shown(tuned: TunedModel, model: ReplicaModel, proposal: Proposal | None) -> dict[str, Any]:
-    time_model = model.time_model
-    equilibrium = proposal.equilibrium if proposal else None
-    forecast = proposal.forecast if proposal else None
-    fluid = None
-    if equilibrium is not None:
-        fluid = {
-            "load": equilibrium.load,
-            "iteration_time_s": finite_or_none(equilibrium.iteration_time_s),
-            "memory_tokens": finite_or_none(equilibrium.memory_tokens),
-            "kv_capacity_tokens": equilibrium.kv_capacity_tokens,
-            "stable": equilibrium.stable,
-            "fits_memory": equilibrium.fits_memory,
-            "critical_rate_scale": finite_or_none(equilibrium.critical_rate_scale),
-            "limit": equilibrium.limit,
-        }
-    return {
-        "targets": asdict(tuned.settings.targets),
-        "rate_rps": model.rate_rps,
-        "finished_seen": model.finished_seen,
-        "time_model": asdict(time_model.time_model)
-        | {"r2": time_model.r2, "mape": time_model.mape, "records": time_model.records},
-        "fluid": fluid,
-        "forecast": forecast.as_dict() if forecast else None,
-    }
+    def _entry(self, name: str, entry: _Replica) -> dict[str, Any]:
+        pin = self._pins.of(name, entry.engine.model_id)
+        return entry.shown | {"decision": entry.note, "pin": pin.shown if pin else None}
 
 
 class ControllerActor:
     """The Ray actor around a `ControlLoop`."""
 
     def __init__(self, app_name: str, models: Mapping[str, TunedModel]) -> None:
-        self._loop = ControlLoop(app_name, models)
+        self._loop = ControlLoop(app_name, models, ClusterStore(app_name))
         self._task: asyncio.Task[None] | None = None
+        self._soon = asyncio.Event()
         self._started_unix_s = time.time()
 
     async def keep_running(self) -> bool:
@@ -240,8 +303,31 @@ class ControllerActor:
         return {"started_unix_s": self._started_unix_s} | self._loop.state()
 
     async def events(self) -> dict[str, Any]:
-        """The latest changes of thresholds, at most 200, oldest first, with the old and the new values."""
-        return {"events": [asdict(event) for event in self._loop.events]}
+        """The latest changes of thresholds, settings and pins, at most 200, oldest first, with old and new values."""
+        return {"events": self._loop.events.latest}
+
+    async def configure(self, models: Mapping[str, TunedModel]) -> bool:
+        """See `ControlLoop.configure`; the next cycle begins at once."""
+        self._loop.configure(models)
+        self._soon.set()
+        return True
+
+    async def pin(self, pin: Mapping[str, Any], models: Sequence[str], engines: Sequence[str]) -> dict[str, Any]:
+        """See `ControlLoop.pin`; `pin` has the fields of `Pin`."""
+        await self._loop.pin(Pin(**pin), models, engines)
+        return {"kept": True}
+
+    async def release(self, by: Mapping[str, Any], models: Sequence[str], engines: Sequence[str]) -> dict[str, Any]:
+        """See `ControlLoop.release`."""
+        await self._loop.release(Pin(**by), models, engines)
+        return {"kept": True}
+
+    async def settings_changed(self, event: Mapping[str, Any]) -> bool:
+        """Record a change of settings; `event` has the fields of `Event`. Engines with new ones are tuned at once."""
+        await self._loop.settings_changed(Event(**event))
+        self._loop.hurry()
+        self._soon.set()
+        return True
 
     async def _run(self) -> None:
         while True:
@@ -250,7 +336,10 @@ class ControllerActor:
                 await self._loop.one_cycle()
             except Exception:  # the next cycle starts from new telemetry
                 logger.exception("a control cycle failed; the next one starts in %g s", self._loop.period_s)
-            await asyncio.sleep(max(0.0, self._loop.period_s - (time.monotonic() - begun)))
+            left_s = max(0.0, self._loop.period_s - (time.monotonic() - begun))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._soon.wait(), left_s)
+            self._soon.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +357,15 @@ class ControllerKeeper:
         periods_s = [
             model.settings.controller.period_s for model in self.models.values() if model.settings.controller.enabled
         ]
-        return max(0.5, min(periods_s) / 2)
+        return max(0.5, min(periods_s, default=_IDLE_PERIOD_S) / 2)
+
+    def with_settings(self, settings: Mapping[str, Mapping[str, Any]]) -> ControllerKeeper:
+        """The same, with the settings of the models by name, as `cluster.live.live_settings` writes them."""
+        return ControllerKeeper({
+            name: replace(one, settings=ModelSettings.model_validate(settings[one.served.model_id]))
+            if one.served.model_id in settings else one
+            for name, one in self.models.items()
+        })
 
     def ensure(self, app_name: str) -> ActorHandle:
         """The controller of an application, started if there is none.

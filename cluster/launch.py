@@ -32,6 +32,7 @@ _STOP_S = 90.0
 _REMEMBER_EVERY_S = 10.0
 _HEARD_S = 1.0
 _ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = ("headrace", "cluster", "router", "replicas", "scheduler", "simulator", "loadgen")
 
 
 class LaunchError(RuntimeError):
@@ -77,20 +78,24 @@ class Launcher:
     """One application on one Ray: `start`, then `wait` in the foreground or leave, then `stop`.
 
     progress: called with one line at each change of state; folder: of a Ray of its own. insecure: other machines may
-    reach it without an API key.
+    reach it without an API key. running_at: the address of a local Ray that another process started for this
+    application; `start` then updates it.
+    whats_new: after `start`, what it changed of what ran before; empty if nothing ran.
     """
 
     def __init__(
         self, config: ClusterConfig, progress: Callable[[str], None], folder: RunFolder | None = None, *,
-        insecure: bool = False,
+        insecure: bool = False, running_at: str | None = None,
     ) -> None:
         self._config, self._say, self._folder, self._insecure = config, progress, folder, insecure
+        self._running_at = running_at
+        self.whats_new: list[str] = []
         self._serves = False
 
     @property
     def owns_ray(self) -> bool:
         """True when Ray is started, and stopped, with the application."""
-        return self._config.ray.address == "local"
+        return self._config.ray.address == "local" and self._running_at is None
 
     def start(self) -> None:
         """Start (or join) Ray, deploy, and return once a replica answers.
@@ -106,7 +111,7 @@ class Launcher:
                 f"port {options.port} on {options.host} is taken by a program that is none of ours; stop it, "
                 "or set http_options.port in the configuration"
             )
-        if self.owns_ray:
+        if self._config.ray.address == "local":
             _bind_ray_to_localhost()
         if self._folder is not None:
             self._folder.hold_temporary_files()
@@ -114,19 +119,27 @@ class Launcher:
         import ray
         from ray import serve
 
-        from cluster.app import build
+        from cluster import deployed
+        from cluster.app import application, versions_of
+        from replicas.cluster_store import ClusterStore
 
         self._connect(ray)
         serve.start(proxy_location=self._config.proxy_location, http_options=options.model_dump())
         self._require_key(_address_of_serve())  # Serve keeps the address with which it was first started
-        application = self._config.application
+        entry = self._config.application
+        built = application(entry.args, entry.runtime_env)
+        store, new = ClusterStore(entry.name), deployed.deployed(entry.args, versions_of(built))
+        self.whats_new = deployed.whats_new(store, new)
         with self._watching_progress():
             try:
-                serve.run(build(application.args), name=application.name, route_prefix=application.route_prefix)
+                serve.run(built, name=entry.name, route_prefix=entry.route_prefix)
             except RuntimeError as error:
                 raise LaunchError(f"the deployment failed: {error}{self._where_logs_are()}") from error
+        deployed.note(store, new)
         self._wait_until_ready()
         self._serves = True
+        if self._folder is not None:  # where another `up` finds it
+            self._folder.note_ray(str(ray.get_runtime_context().gcs_address))
 
     def _require_key(self, host: str) -> None:
         wrong = require_key_beyond_loopback(host, self._config.application.args.headrace.tenants)
@@ -161,7 +174,10 @@ class Launcher:
         if self.owns_ray:
             stop_local_ray(serve, ray)
         elif ray.is_initialized():
+            from replicas.cluster_store import ClusterStore
+
             serve.delete(self._config.application.name)
+            ClusterStore(self._config.application.name).forget()
             ray.shutdown()
 
     def _connect(self, ray: Any) -> None:
@@ -181,16 +197,16 @@ class Launcher:
         Raises:
             LaunchError: it cannot be reached.
         """
-        self._say(f"joining the Ray cluster at {self._config.ray.address}")
-        runtime_env = _our_code(_ROOT) | self._config.application.runtime_env
+        address = self._running_at or self._config.ray.address
+        self._say(f"joining the Ray cluster at {address}")
+        # On a local Ray every process has this one's code already.
+        runtime_env = {} if self._running_at else _our_code(_ROOT) | self._config.application.runtime_env
         try:
-            ray.init(
-                address=self._config.ray.address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR"
-            )
+            ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR")
         except Exception as error:
             if not is_refusal(error):
                 raise
-            raise LaunchError(why_not_joined(self._config.ray.address, error)) from error
+            raise LaunchError(why_not_joined(address, error)) from error
 
     @contextlib.contextmanager
     def _watching_progress(self) -> Iterator[None]:
@@ -239,14 +255,17 @@ def _address_of_serve() -> str:
     return str(_get_global_client().http_config.host)
 
 
-def _our_code(root: Path) -> dict[str, str]:
+def _our_code(root: Path) -> dict[str, Any]:
     """Ray's runtime environment that makes this checkout importable on all nodes. Empty for an installed package: it
     lies in site-packages, which must not be uploaded, and the nodes have it installed too."""
     try:
         project = tomllib.loads((root / "pyproject.toml").read_text()).get("project", {})
     except (OSError, ValueError):
         return {}
-    return {"working_dir": str(root)} if project.get("name") == "headrace" else {}
+    if project.get("name") != "headrace":
+        return {}
+    # The packages alone: Serve restarts everything when the folder's content changes, such as a configuration in it.
+    return {"working_dir": str(root), "excludes": ["/*", *(f"!/{name}" for name in _PACKAGES), "__pycache__"]}
 
 
 def _bind_ray_to_localhost() -> None:

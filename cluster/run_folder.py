@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,13 @@ class AlreadyRunning(CommandFailed):
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """The process that serves an application, and where."""
+    """The process that serves an application, and where. ray_address: of its Ray, once everything is ready."""
 
     pid: int
     started_s: float
     application: str
     url: str
+    ray_address: str = ""
 
     def process(self) -> psutil.Process | None:
         """The process; None when it has ended, also if its id was given to another since."""
@@ -90,6 +91,12 @@ class RunFolder:
         fresh.write_text(json.dumps({"processes": found, "segments": shared}))
         fresh.replace(self.path / "processes.json")
 
+    def note_ray(self, address: str) -> None:
+        """Write down where this process's Ray is."""
+        note = _read_note(self)
+        if note is not None:
+            _write_note(self, replace(note, ray_address=address))
+
     def say(self, line: str) -> None:
         """Leave a line for `headrace down`."""
         with contextlib.suppress(OSError):
@@ -118,6 +125,23 @@ def running_note(config: ClusterConfig) -> Note | None:
     return note if note is not None and note.process() is not None else None
 
 
+def running_ray(config: ClusterConfig) -> str | None:
+    """Where the local Ray is on which another process serves this application at the port; None when none does.
+
+    Raises:
+        AlreadyRunning: that process is still starting.
+    """
+    note = running_note(config) if config.ray.address == "local" else None
+    if note is None:
+        return None
+    if not note.ray_address:
+        raise AlreadyRunning(
+            f"process {note.pid} is starting {note.application} at {note.url}; try again when it is ready, "
+            "or stop it with 'headrace down'"
+        )
+    return note.ray_address
+
+
 def claim(config: ClusterConfig, say: Say) -> RunFolder:
     """The folder for this process's own application, after clearing away what a killed one has left.
 
@@ -135,7 +159,7 @@ def claim(config: ClusterConfig, say: Say) -> RunFolder:
     )
     try:
         folder.path.mkdir(mode=0o700)
-        (folder.path / "note.json").write_text(json.dumps(asdict(note)))
+        _write_note(folder, note)
     except FileExistsError:
         raise AlreadyRunning(_already(config)) from None
     return folder
@@ -175,6 +199,12 @@ def _read_note(folder: RunFolder) -> Note | None:
         return Note(**json.loads((folder.path / "note.json").read_text()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _write_note(folder: RunFolder, note: Note) -> None:
+    fresh = folder.path / "note.json.new"
+    fresh.write_text(json.dumps(asdict(note)))
+    fresh.replace(folder.path / "note.json")
 
 
 def _noted(folder: RunFolder) -> dict[str, Any]:

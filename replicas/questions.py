@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from replicas.actor_calls import ReplicaUnavailable, call_replica
 from replicas.ranks import EngineAddress
@@ -43,6 +43,16 @@ async def offer_thresholds(engine: EngineAddress, thresholds: Thresholds, *, aut
     """Offer thresholds to an engine; raises as `ask_telemetry`, but a silent engine gives an Ack, not accepted."""
     offer = offer_of(thresholds, automatic=automatic)
     return read_answer(await call_replica(engine.actor_name, "apply_thresholds", rank=engine.rank, offer=offer), Ack)
+
+
+async def ask_to_look_at_settings(engine: EngineAddress) -> dict[str, Any]:
+    """Ask a replica to take a change of settings now: {"accepted", "reason"} of the engine at the address.
+
+    Raises:
+        ReplicaUnavailable: the replica does not answer; it looks by itself within a second of being able to.
+    """
+    acks: dict[str, dict[str, Any]] = await call_replica(engine.actor_name, "look_at_settings")
+    return acks[str(engine.rank)]
 
 
 async def ask_all(

@@ -16,13 +16,16 @@ from functools import partial
 from typing import Any
 
 import psutil
+from ray import serve
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
+from replicas.cluster_store import ClusterStore
 from replicas.delivery import Deliveries
 from replicas.draining import Draining
 from replicas.engine_client import end_process
-from replicas.engine_health import EngineHealth
+from replicas.engine_health import ENGINE_TIMEOUT_S, EngineHealth
+from replicas.live_settings import Settings, SettingsFollower
 from replicas.ray_patches import (
     adapter_loader,
     listen_where_the_node_does,
@@ -76,6 +79,8 @@ class HeadraceServer(LLMServer):
         loop = asyncio.get_running_loop()
         on_graceful_shutdown(lambda within_s: loop.call_soon_threadsafe(self._draining.begin, within_s))
         self.health = EngineHealth(self._current_stats, ranks, partial(end_process, self._endpoint))
+        store = ClusterStore(serve.get_replica_context().app_name)
+        self._settings = SettingsFollower(llm_config.model_id, ranks, self._ask, store, self._follow)
         from replicas.engine import HeadraceEngine  # imports vLLM, which a process that only deploys does not need
 
         ours = {"engine_cls": HeadraceEngine, "model_downloader": adapter_loader(folder_of(self._endpoint))}
@@ -84,6 +89,19 @@ class HeadraceServer(LLMServer):
             self.engine.be_watched(self.health)
         children = [process.pid for process in psutil.Process().children(recursive=True)]
         segments.note(folder_of(self._endpoint), children)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take new settings; Serve calls it after the start and whenever others are deployed."""
+        await self._settings.deployed(user_config)
+
+    def _follow(self, settings: Settings) -> None:
+        """The settings are now these; the engines are told by `SettingsFollower`."""
+        self.health.engine_timeout_s = settings.get("engine_timeout_s", ENGINE_TIMEOUT_S)
+
+    async def look_at_settings(self) -> dict[str, dict[str, Any]]:
+        """Take an operator's change of settings now; by rank, whether its engine took it, and why not."""
+        acks = await self._settings.look()
+        return {str(rank): {"accepted": ack.accepted, "reason": ack.reason} for rank, ack in acks.items()}
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
         """Ray's own, with delivery times recorded."""
@@ -163,6 +181,7 @@ class HeadraceServer(LLMServer):
     async def __del__(self) -> None:
         self._draining.stop()
         self.health.stop()
+        self._settings.close()
         for channel in self._channels:
             channel.close()
         try:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from replicas.ranks import named_by
+from router.authors import Name, Reason
 from router.refusal import LONGEST_MESSAGE
 from scheduler.messages import Telemetry
 from scheduler.thresholds import InvalidThresholds, Thresholds, parse_thresholds, thresholds_as_dict
@@ -17,6 +18,9 @@ from scheduler.wire import UnreadableMessage
 _LARGEST_VERSION = 2**31 - 1
 _OF_ONE_UPDATE = ("version", "valid_for_s", "pinned", "reason")
 """Fields about how thresholds became active, not about scheduling."""
+
+
+_WHY = {True: "pinned by an operator", False: "automatic tuning resumed by an operator"}
 
 
 class AdminError(ValueError):
@@ -30,8 +34,9 @@ class AdminError(ValueError):
 class ThresholdsUpdate(BaseModel):
     """thresholds: the new ones, whole when they name a policy, else a change of the fields they name (a missing
     `version` means the active one plus 1); pin: stop automatic tuning (the default when thresholds are given); auto:
-    resume it; replica: one replica's id, one of its engines as `state` names it, or all when missing. What is kept and
-    shown is bounded: `version` below 2³¹, `reason` and `replica` to 200 characters."""
+    resume it; replica: one replica's id, one of its engines as `state` names it, or all when missing, new ones too;
+    by: the operator's name for itself; reason: why. What is kept and shown is bounded: `version` below 2³¹, `reason`
+    and `replica` to 200 characters."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -39,6 +44,8 @@ class ThresholdsUpdate(BaseModel):
     thresholds: dict[str, Any] | None = None
     pin: bool | None = None
     auto: bool = False
+    by: Name = ""
+    reason: Reason = ""
 
     @field_validator("thresholds")
     @classmethod
@@ -89,7 +96,7 @@ def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception)
         pinned = bool(update.pin) and not update.auto
         # A pin holds until it is lifted; resuming keeps the values until the controller pushes its own.
         return replace(active, pinned=pinned, valid_for_s=None, version=active.version + 1,
-                       reason="pinned by an operator" if pinned else "automatic tuning resumed by an operator")
+                       reason=update.reason or _WHY[pinned])
     given = update.thresholds
     if "policy" not in given:
         active_values = thresholds_as_dict(active)
@@ -109,7 +116,7 @@ def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception)
             f"{active.version}, which is active; allowed: more than {active.version}, or leave it out",
         )
     pinned = True if update.pin is None else update.pin
-    return replace(wanted, pinned=pinned, reason=wanted.reason or "set by an operator")
+    return replace(wanted, pinned=pinned, reason=update.reason or wanted.reason or "set by an operator")
 
 
 def telemetry_as_dict(report: Telemetry) -> dict[str, Any]:
@@ -119,6 +126,7 @@ def telemetry_as_dict(report: Telemetry) -> dict[str, Any]:
         "engine_id": report.engine_id,
         "thresholds": thresholds_as_dict(report.thresholds),
         "from_config": report.from_config,
+        "settings": report.settings,
         **gauges,
         "kv_used_fraction": report.kv_used_fraction,
         "limits": limits,

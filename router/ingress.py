@@ -4,14 +4,17 @@
     GET  /admin/events       the latest changes of thresholds, with the old and the new values
     GET  /admin/thresholds   active thresholds by replica
     PUT  /admin/thresholds   set, `pin` or return to `auto`, on all replicas or one
+    GET  /admin/settings     the settings in force by model: targets, policy, limits, controller
+    PUT  /admin/settings     change some of them until the next deployment; nothing restarts
     GET  /healthz, /readyz   the ingress runs; at least one replica's engine answers
 """
 # No `from __future__ import annotations` here: FastAPI reads these signatures.
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Protocol
@@ -25,17 +28,30 @@ from ray.serve.context import _get_serve_request_context
 from ray.serve.llm.ingress import OpenAiIngress
 
 from replicas.actor_calls import ReplicaUnavailable, replicas_of
-from replicas.questions import ANSWER_S, ask_all, ask_stats, ask_telemetry, offer_thresholds
+from replicas.cluster_store import ClusterStore
+from replicas.live_settings import Settings, engine_settings
+from replicas.questions import (
+    ANSWER_S,
+    ask_all,
+    ask_stats,
+    ask_telemetry,
+    ask_to_look_at_settings,
+    offer_thresholds,
+)
 from replicas.ranks import EngineAddress, ServedModel
 from replicas.ray_patches import listen_where_the_node_does, take_adapters_from_folders
 from replicas.served import engines_of
 from router.adapters import exists
 from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
-from router.attempts import Attempts, ending_at_an_error
+from router.attempts import MAX_WAIT_S, Attempts, ending_at_an_error
+from router.auth import ANONYMOUS, OPERATOR
+from router.authors import author
 from router.declared_length import move_declared_length
 from router.gate import Desk, open_desk
 from router.in_flight import InFlight
 from router.limits import DEFAULT_LIMITS, NO_OTHERS, Limits
+from router.live_settings import Judge, SettingsOffice, SettingsUpdate, changes, settings_event
+from router.pins import NOT_KEPT, KeptPin, kept_pins
 from router.refusal import error_body, shortened
 from router.replica_watch import ReplicaWatch, readiness
 from router.tenants import TenantConfig, sign
@@ -48,6 +64,8 @@ _LONGEST_ERROR = 600
 """Of an operator's request, whose parts are bounded one by one."""
 _STATE_ANSWER_S = 1.0
 """What the state waits for a silent replica."""
+_RETRY_S = 0.5
+_WITHOUT_END_S = 1e9
 _ECHOED = 200  # characters of a client's input in an answer
 _NO_CONTROLLER = "the controller does not answer; replicas keep their thresholds"
 logger = logging.getLogger(__name__)
@@ -55,6 +73,10 @@ logger = logging.getLogger(__name__)
 
 class Keeper(Protocol):
     """Starts the controller unless it runs (`cluster.controller.ControllerKeeper`)."""
+
+    models: Mapping[str, Any]
+
+    def with_settings(self, settings: Mapping[str, Settings]) -> "Keeper": ...
 
     @property
     def check_every_s(self) -> float: ...
@@ -66,9 +88,7 @@ class HeadraceIngress(OpenAiIngress):
     """OpenAI endpoints and the control endpoints of one application. models: what it serves, by deployment."""
 
     def __init__(
-        self, *args: Any, models: Mapping[str, ServedModel], keeper: Keeper | None = None,
-        tenants: Sequence[TenantConfig] = (), limits: Limits = DEFAULT_LIMITS,
-        model_limits: Mapping[str, Limits] = NO_OTHERS, **kwargs: Any,
+        self, *args: Any, models: Mapping[str, ServedModel], judge: Judge, keeper: Keeper | None = None, **kwargs: Any
     ) -> None:
         listen_where_the_node_does()
         take_adapters_from_folders()
@@ -79,9 +99,12 @@ class HeadraceIngress(OpenAiIngress):
         context = serve.get_replica_context()
         self._app_name, self._deployment = context.app_name, context.deployment
         self._keeper = keeper
+        self._office = SettingsOffice(ClusterStore(self._app_name), judge, self._follow)
+        self._untold = asyncio.Event()  # settings that the controller has not heard of
         self._controller: ActorHandle | None = None
         self.replica_watch = ReplicaWatch(self._look_around, ask_stats)
-        self.desk = open_desk(tenants, limits, model_limits, self.replica_watch, self._model_cards)
+        self._tenants: tuple[TenantConfig, ...] = ()
+        self.desk = open_desk(self._tenants, DEFAULT_LIMITS, NO_OTHERS, self.replica_watch, self._model_cards)
         loop = asyncio.get_running_loop()
         self._watching = [loop.create_task(self.replica_watch.run())]
         if keeper:
@@ -96,7 +119,35 @@ class HeadraceIngress(OpenAiIngress):
                     self._controller = await asyncio.to_thread(self._keeper.ensure, self._app_name)
             except Exception:  # requests are served without a controller too
                 logger.exception("could not start the controller; trying again")
-            await asyncio.sleep(self._keeper.check_every_s)
+            if self._untold.is_set():
+                await self._tell_controller(self._keeper)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._untold.wait(), self._keeper.check_every_s)
+
+    async def _tell_controller(self, keeper: Keeper) -> None:
+        self._untold.clear()
+        try:
+            await self._call_controller("configure", keeper.models)
+        except Exception as error:
+            logger.warning("the controller has not taken the settings, trying again: %r", error)
+            await asyncio.sleep(_RETRY_S)
+            self._untold.set()
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take new settings; Serve calls it after the start and whenever others are deployed."""
+        self._tenants = tuple(TenantConfig.model_validate(tenant) for tenant in user_config.get("tenants", ()))
+        self._follow(user_config["models"])
+        await self._office.deployed(user_config["models"])
+
+    def _follow(self, settings: Mapping[str, Settings]) -> None:
+        """The settings of the models are now these. What belongs to no model has the limits of the first."""
+        limits = {name: Limits.model_validate(one.get("limits", {})) for name, one in settings.items()}
+        self.desk.change(self._tenants, next(iter(limits.values()), DEFAULT_LIMITS), limits)
+        waits = [one.get("max_wait_s", MAX_WAIT_S) for one in settings.values()]
+        self._attempts.max_wait_s = max((wait or _WITHOUT_END_S for wait in waits), default=MAX_WAIT_S)
+        if self._keeper is not None:
+            self._keeper = self._keeper.with_settings(settings)
+            self._untold.set()
 
     async def _keeps_running(self, controller: ActorHandle) -> bool:
         """Start the controller's loop if needed; False when the actor has died for good, True while Ray restarts it."""
@@ -197,6 +248,10 @@ class HeadraceIngress(OpenAiIngress):
         answers = await asyncio.gather(*(_apply(engines[name], planned[name]) for name in planned))
         acks: dict[str, Ack] = dict(zip(planned, answers, strict=True))
         rejected = {name: ack.reason for name, ack in acks.items() if not ack.accepted}
+        taken = {name: planned[name] for name in planned if name not in rejected}
+        model_of = {name: engine.model_id for name, engine in engines.items()}
+        by = author(body.by, self._key(), body.reason)
+        kept = await self._keep_pins(kept_pins(body, taken, model_of, by))
         results = {
             name: {"accepted": ack.accepted, "version": ack.active_version, "reason": ack.reason}
             for name, ack in acks.items()
@@ -205,7 +260,52 @@ class HeadraceIngress(OpenAiIngress):
             codes = {ack.code for ack in acks.values() if not ack.accepted}
             status = 503 if "unavailable" in codes else 409 if "stale" in codes else 400
             return _error(status, f"rejected by {', '.join(rejected)}: {next(iter(rejected.values()))}", results)
-        return JSONResponse({"replicas": results})
+        return JSONResponse({"replicas": results, "pin": kept})
+
+    def _key(self) -> str:
+        """With which key a request to /admin has come; the gate has let it through."""
+        return ANONYMOUS if self.desk.keys.is_open else f"{OPERATOR} key"
+
+    async def _keep_pins(self, calls: Iterable[KeptPin]) -> dict[str, Any]:
+        """Have the controller keep what an operator did; {"kept"}, with the reason when it does not."""
+        if self._keeper is None:
+            return {"kept": False, "reason": "automatic tuning is off in the configuration"}
+        try:
+            for call in calls:
+                await self._call_controller(call.method, call.pin, list(call.models), list(call.engines))
+        except Exception as error:  # the engines have it; new replicas will not
+            return {"kept": False, "reason": f"{NOT_KEPT} ({type(error).__name__})"}
+        return {"kept": True}
+
+    async def get_settings(self) -> Response:
+        """The settings in force by model."""
+        return JSONResponse({"models": self._office.shown()})
+
+    async def put_settings(self, body: SettingsUpdate) -> Response:
+        """Change settings of one model or all; they are checked as a configuration file is before any is changed."""
+        engines = await self._engines()
+        try:
+            planned = self._office.planned(body)
+            _check_fits(planned, engines, await ask_all(engines, _without_records) if planned else {})
+        except AdminError as error:
+            return _error(error.status_code, str(error))
+        before = {model_id: self._office.complete(model_id) for model_id in planned}
+        by = author(body.by, self._key(), body.reason)
+        await self._office.keep(planned, by)
+        changed = {name: changes(before[name], self._office.complete(name)) for name in planned}
+        asked = {name: engine for name, engine in engines.items() if engine.model_id in planned}
+        told = await ask_all(asked, ask_to_look_at_settings)
+        with contextlib.suppress(Exception):  # then it is in no event; the log of this process has it
+            for name, values in changed.items():
+                logger.info("settings of %s changed by %s (%s): %s", name, by["by"], by["key"], values)
+                await self._call_controller("settings_changed", settings_event(name, values, by))
+        return JSONResponse({
+            "models": {name: {key: list(pair) for key, pair in values.items()} for name, values in changed.items()},
+            "replicas": {
+                name: answer if isinstance(answer, dict) else {"accepted": None, "reason": str(answer)}
+                for name, answer in told.items()
+            },
+        })
 
     async def healthz(self) -> Response:
         """The ingress runs."""
@@ -235,13 +335,30 @@ class HeadraceIngress(OpenAiIngress):
             reason = _NO_CONTROLLER if self._keeper else "automatic tuning is off in the configuration"
             return {"alive": False, "reason": reason}
         try:
-            reference = getattr(self._controller, method).remote()
-            answer: dict[str, Any] = await asyncio.wait_for(
-                asyncio.wrap_future(reference.future()), _CONTROLLER_ANSWER_S
-            )
+            answer: dict[str, Any] = await self._call_controller(method)
             return {"alive": True} | answer
         except Exception as error:  # gone, restarting or busy: replicas are still shown
             return {"alive": False, "reason": f"{_NO_CONTROLLER} ({type(error).__name__})"}
+
+
+    async def _call_controller(self, method: str, *args: Any) -> Any:
+        if self._controller is None:
+            raise RuntimeError(_NO_CONTROLLER)
+        reference = getattr(self._controller, method).remote(*args)
+        return await asyncio.wait_for(asyncio.wrap_future(reference.future()), _CONTROLLER_ANSWER_S)
+
+
+def _check_fits(
+    planned: Mapping[str, Settings], engines: Mapping[str, EngineAddress],
+    telemetry: Mapping[str, Telemetry | Exception],
+) -> None:
+    """Check new configured thresholds against the limits of each engine that answers."""
+    for name, report in telemetry.items():
+        if engines[name].model_id in planned and isinstance(report, Telemetry):
+            try:
+                engine_settings(planned[engines[name].model_id]).thresholds.check_fits(report.limits)
+            except ValueError as error:
+                raise AdminError(400, f"replica {name}: {error}") from error
 
 
 async def _without_records(engine: EngineAddress, *, timeout_s: float = ANSWER_S) -> Telemetry:
@@ -266,6 +383,8 @@ ADMIN_ENDPOINTS = {
     "admin_events": lambda app: app.get("/admin/events"),
     "get_thresholds": lambda app: app.get("/admin/thresholds"),
     "put_thresholds": lambda app: app.put("/admin/thresholds"),
+    "get_settings": lambda app: app.get("/admin/settings"),
+    "put_settings": lambda app: app.put("/admin/settings"),
 }
 HEALTH_ENDPOINTS = {
     "healthz": lambda app: app.api_route("/healthz", methods=["GET", "HEAD"]),

@@ -173,6 +173,7 @@ class Telemetry:
     delivered: the latest outputs as they left the replica, whatever the cursor, numbered separately; added by the
         replica.
     draining: the engine has been asked to `Drain`.
+    settings: the settings in force, as `scheduler.settings.LiveSettings` writes them (None: not known).
     """
 
     schema: int = SCHEMA
@@ -191,6 +192,7 @@ class Telemetry:
     records_lost: int = 0
     delivered: Annotated[tuple[Delivered, ...], ByColumn(Delivered)] = ()
     draining: bool = False
+    settings: dict[str, Any] | None = None
 
     @property
     def kv_used_fraction(self) -> float:
@@ -261,7 +263,7 @@ class Stats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ack:
-    """The answer to offered thresholds: accepted or not, and the version that is active now.
+    """The answer to offered thresholds or settings: accepted or not, and the version that is active now.
 
     A rejection has a `reason` in words and a `code`: stale (an older version), pinned (by an operator), invalid (the
     values, or an unreadable question), schema (a message of another schema version), unavailable (the engine does not
@@ -289,6 +291,15 @@ class Apply:
 
     thresholds: Thresholds
     automatic: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configure:
+    """Replace the engine's settings. settings: an object that `scheduler.settings.LiveSettings` reads; revision: grows
+    with each change, so that a late message undoes nothing."""
+
+    settings: dict[str, Any]
+    revision: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

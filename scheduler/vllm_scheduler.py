@@ -26,7 +26,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
-from scheduler.engine.active_thresholds import Active, ActiveThresholds
+from scheduler.engine.active_thresholds import Active
 from scheduler.engine.admission_queue import AdmissionQueue
 from scheduler.engine.channel import ChannelServer, engine_id, rank_endpoint
 from scheduler.engine.client_input import declared_lengths, tenant_of, turned_away
@@ -41,14 +41,14 @@ from scheduler.engine.queue_room import QueueRoom
 from scheduler.engine.recorder import Recorder
 from scheduler.engine.rejector import Rejector
 from scheduler.engine.running_requests import BatchWork, EngineBatch, batch_work, decode_steps, tokens_to_decode
+from scheduler.engine.settings_in_force import SettingsInForce
 from scheduler.messages import Gauges, Report, RunningLengths, Stats, Telemetry
-from scheduler.model.profiles import load_profile
 from scheduler.policies import NO_REQUESTS, UNKNOWN_TYPE, Policy, RunningBatch, Snapshot, Waiting, make_policy
 from scheduler.rejection import Rejection
 from scheduler.settings import SchedulerSettings
 from scheduler.support import EngineSetup, require_supported
 from scheduler.thresholds import EngineLimits, Thresholds
-from scheduler.tuning.solve import cold_thresholds
+from scheduler.tuning.slo import NO_SLO
 
 logger = init_logger(f"vllm.headrace.{__name__}")  # below vLLM's logger, so that its handlers and level apply
 
@@ -84,10 +84,8 @@ class HeadraceScheduler(AsyncScheduler):
         self.arrival_clock: Callable[[], float] = time.time  # the one that vLLM stamps `Request.arrival_time` with
         self.recorder = Recorder()
         limits = self._limits()
-        self.active = ActiveThresholds(
-            _first_thresholds(settings, limits), limits, lambda: self.clock(), allow_strict=settings.allow_strict,
-            setup=setup, policy_of=self.make_policy,
-        )
+        self.in_force = SettingsInForce(settings, limits, lambda: self.clock(), setup, self.make_policy)
+        self.active = self.in_force.active
         self._engine_id, self._trusts_ingress = engine_id(), settings.trust_tenants
         self._obeyed: Active = self.active.current()
         self._prefixes = PrefixHits(self.kv_cache_manager, self.block_size, self.cache_config.enable_prefix_caching)
@@ -113,7 +111,9 @@ class HeadraceScheduler(AsyncScheduler):
         self._channel: ChannelServer | None = None
         if settings.channel:
             endpoint = rank_endpoint(settings.channel, vllm_config.parallel_config.data_parallel_index)
-            self._channel = ChannelServer(endpoint, self.active.offer, self.telemetry, self.stats, self.drain.ask)
+            self._channel = ChannelServer(
+                endpoint, self.active.offer, self.telemetry, self.stats, self.in_force.configure, self.drain.ask
+            )
             logger.info("Headrace: control channel open, policy %s", settings.thresholds.policy)
 
     def make_policy(self, thresholds: Thresholds) -> Policy:
@@ -326,9 +326,9 @@ class HeadraceScheduler(AsyncScheduler):
             shared_tokens=life.shared_tokens, ttft_s=first_s - life.arrived_s if outputs else None,
             tpot_s=(now_s - first_s) / (outputs - 1) if outputs > 1 else None,
         )
-        params = self._obeyed.thresholds.fluid
-        if request.status not in _CUT_SHORT and outputs and params is not None:
-            self.recorder.judged(life.missed(params, first_s, now_s, outputs), audited=life.audited)
+        targets = self.in_force.targets
+        if request.status not in _CUT_SHORT and outputs and targets != NO_SLO:
+            self.recorder.judged(life.missed(targets, first_s, now_s, outputs), audited=life.audited)
         self.rejector.freed(request.request_id)
         self._prefixes.forget(request.request_id)
         self.admission_queue.forget(request)
@@ -366,6 +366,7 @@ class HeadraceScheduler(AsyncScheduler):
             thresholds=current.thresholds, from_config=current.from_config, gauges=self.recorder.gauges,
             counters=self.recorder.counters(), iterations=iterations, arrivals=arrivals, finished=finished,
             running=running, records_lost=int(lost), draining=self.drain.asked,
+            settings=self.in_force.settings.as_dict(),
         )
 
     def stats(self) -> Stats:
@@ -394,12 +395,3 @@ class HeadraceScheduler(AsyncScheduler):
             speculative_tokens=self.num_spec_tokens,
             pipeline_depth=self._depth,
         )
-
-
-def _first_thresholds(settings: SchedulerSettings, limits: EngineLimits) -> Thresholds:
-    if settings.profile is None:
-        return settings.thresholds
-    return cold_thresholds(
-        settings.thresholds, load_profile(settings.profile).time_model, limits, targets=settings.targets,
-        overflow_probability=settings.overflow_probability,
-    )

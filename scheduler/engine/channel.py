@@ -1,4 +1,4 @@
-"""The control channel of an engine-core process: thresholds in, telemetry out, while it serves.
+"""The control channel of an engine-core process: thresholds and settings in, telemetry out, while it serves.
 
 The engine-core process answers no calls of ours, so the scheduler opens a ZeroMQ socket of its own, served by one
 daemon thread. The engine's loop only reads a reference each iteration and does not wait for that thread. Every answer
@@ -24,7 +24,7 @@ import zmq
 import zmq.asyncio
 
 from scheduler.engine import segments
-from scheduler.messages import Ack, Apply, Drain, Report, Stats, Telemetry
+from scheduler.messages import Ack, Apply, Configure, Drain, Report, Stats, Telemetry
 from scheduler.thresholds import InvalidThresholds, Thresholds
 from scheduler.wire import (
     OtherSchema,
@@ -101,8 +101,8 @@ def remove_endpoint(endpoint: str) -> None:
 class ChannelServer:
     """Answers questions at `endpoint` from a daemon thread until closed.
 
-    apply: accepts or rejects thresholds with an Ack; report: the telemetry after a cursor; stats: the `Stats`; drain:
-    begins to drain. An unreadable question is answered with an error and changes nothing.
+    apply, configure: accept or reject thresholds or settings with an Ack; report: the telemetry after a cursor; stats:
+    the `Stats`; drain: begins to drain. An unreadable question is answered with an error and changes nothing.
 
     Raises:
         RuntimeError: the endpoint cannot be bound.
@@ -110,9 +110,10 @@ class ChannelServer:
 
     def __init__(
         self, endpoint: str, apply: Callable[[Apply], Ack], report: Callable[[Report], Telemetry],
-        stats: Callable[[], Stats], drain: Callable[[Drain], Ack],
+        stats: Callable[[], Stats], configure: Callable[[Configure], Ack], drain: Callable[[Drain], Ack],
     ) -> None:
-        self._apply, self._report, self._stats, self._drain = apply, report, stats, drain
+        self._apply, self._report, self._stats = apply, report, stats
+        self._configure, self._drain = configure, drain
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -153,6 +154,8 @@ class ChannelServer:
                 return answer_of(self._apply(asked))
             if isinstance(asked, Drain):
                 return answer_of(self._drain(asked))
+            if isinstance(asked, Configure):
+                return answer_of(self._configure(asked))
             return answer_of(self._report(asked) if isinstance(asked, Report) else self._stats())
         except OtherSchema as error:
             code, rejection = "schema", str(error)

