@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -229,6 +230,7 @@ class Stack:
             self._remove_files()
             return Leftovers(None)
         self.note_shared_memory()
+        self._keep_logs()
         members = self.family.refresh()
         for member in members:  # a stopped process would not take a signal
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -249,9 +251,15 @@ class Stack:
         self._remove_files()
         return left
 
-    def _remove_files(self) -> None:
-        import shutil
+    def _keep_logs(self) -> None:
+        """Copy the logs of Serve and its replicas, which go with the temporary folder."""
+        kept = self._work / f"{self.kind}-serve"
+        shutil.rmtree(kept, ignore_errors=True)
+        for folder in self.temporary.glob("**/session_latest/logs/serve"):
+            with contextlib.suppress(shutil.Error, OSError):  # files that are being written or turned over
+                shutil.copytree(folder, kept, dirs_exist_ok=True)
 
+    def _remove_files(self) -> None:
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 
