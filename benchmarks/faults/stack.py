@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import getpass
 import os
 import shutil
@@ -110,10 +111,7 @@ class Stack:
             stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=self._environment(),
         )
         self._family = Family(self._nodes.pid)
-        self.settings = Settings(
-            replicas=self.settings.replicas, max_num_seqs=self.settings.max_num_seqs, cpus=2.0,
-            address=self._said("address"),
-        )
+        self.settings = dataclasses.replace(self.settings, address=self._said("address"))
 
     def _said(self, word: str) -> str:
         assert self._nodes and self._nodes.stdout
