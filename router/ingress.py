@@ -62,7 +62,7 @@ from scheduler.wire import UnreadableMessage
 _CONTROLLER_ANSWER_S = 3.0
 _LONGEST_ERROR = 600
 """Of an operator's request, whose parts are bounded one by one."""
-_STATE_ANSWER_S = 1.0
+_STATE_ANSWER_S = 2.0
 """What the state waits for a silent replica."""
 _RETRY_S = 0.5
 _WITHOUT_END_S = 1e9

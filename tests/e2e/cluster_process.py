@@ -21,6 +21,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 MODEL = CHECKOUT / ".models" / "SmolLM2-135M-Instruct"
 HEADRACE = Path(sys.executable).with_name("headrace")
 READY_TIMEOUT_S = 420.0
+BUSY_S = 30.0
 
 
 def merge(data: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -76,8 +77,14 @@ class ClusterProcess:
 
         until(ready, READY_TIMEOUT_S, lambda: self.log.read_text())
 
-    def state(self) -> dict[str, Any]:
-        return self._get("/admin/state")
+    def state(self, *, at_once: bool = False) -> dict[str, Any]:
+        """`/admin/state`; asked again while a replica is too busy to answer, unless `at_once`."""
+        deadline_s = time.monotonic() + BUSY_S
+        while True:
+            state = self._get("/admin/state")
+            is_whole = all(one["reachable"] for one in state["replicas"].values())
+            if at_once or is_whole or time.monotonic() > deadline_s:
+                return state
 
     def events(self) -> list[dict[str, Any]]:
         return list(self._get("/admin/events")["events"])

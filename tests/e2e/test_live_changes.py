@@ -110,7 +110,7 @@ def headrace(*arguments: str) -> str:
 
 
 def reachable(cluster: ClusterProcess) -> dict[str, Any]:
-    return {name: one for name, one in cluster.state()["replicas"].items() if one["reachable"]}
+    return {name: one for name, one in cluster.state(at_once=True)["replicas"].items() if one["reachable"]}
 
 
 def tpots(cluster: ClusterProcess) -> set[Any]:
