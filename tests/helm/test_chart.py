@@ -15,76 +15,14 @@ from typing import Any
 import helm_python
 import pytest
 import yaml
+from chart_examples import API_KEY, CHART, EVERYTHING, HF_TOKEN, Values, model
 from helm_python import Chart, HelmError, HelmRenderError, HelmValuesError
 from jsonschema import Draft7Validator  # type: ignore[import-untyped]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CHART = REPOSITORY / "helm" / "headrace"
 CRD = REPOSITORY.parent / "shared" / "data" / "crds" / "ray.io_rayservices.yaml"
 
-HF_TOKEN = "hf_the-token-of-this-test"
-API_KEY = "sk-the-key-of-this-test"
-
-Values = dict[str, Any]
 Manifest = dict[str, Any]
-
-# Every value set to something other than its default.
-EVERYTHING: Values = {
-    "fullnameOverride": "llama",
-    "image": {"repository": "registry.example/headrace", "tag": "1.2.3", "pullPolicy": "Always"},
-    "imagePullSecrets": [{"name": "registry-key"}],
-    "serviceAccountName": "serving",
-    "ray": {"version": "2.60.1"},
-    "upgradeStrategy": "None",
-    "models": [
-        {
-            "model_loading_config": {"model_id": "llama", "model_source": "/models/llama"},
-            "accelerator_type": "H100",
-            "deployment_config": {"num_replicas": 3},
-            "engine_kwargs": {
-                "max_model_len": 1048576, "max_num_seqs": 64, "gpu_memory_utilization": 0.5, "dtype": "bfloat16",
-                "enforce_eager": False, "kv_cache_dtype": "fp8", "limit_mm_per_prompt": {"image": 0},
-            },
-            "headrace": {"thresholds": {"policy": "fcfs"}},
-        },
-        {
-            "model_loading_config": {"model_id": "large"},
-            "deployment_config": {"autoscaling_config": {"min_replicas": 1, "max_replicas": 2}},
-            "engine_kwargs": {"tensor_parallel_size": 2, "enable_lora": True},
-            "lora_config": {"dynamic_lora_loading_path": "s3://bucket/adapters"},
-        },
-    ],
-    "gpu": {"perWorker": 2, "product": "NVIDIA-H100-80GB-HBM3"},
-    "targets": {"ttftSeconds": 3, "tpotSeconds": 0.08, "latencySeconds": None},
-    "tenants": [
-        {"name": "red", "weight": 3, "secretName": "keys", "secretKey": "red"},
-        {"name": "blue", "secretName": "keys", "secretKey": "blue"},
-    ],
-    "policy": {"name": "wait", "maxHoldSeconds": 1},
-    "controller": {"enabled": False, "periodSeconds": 0.5, "profile": "a100-llama2-7b-paper"},
-    "service": {"type": "LoadBalancer", "port": 8080, "annotations": {"example.com/internal": "true"}},
-    "auth": {"hfToken": HF_TOKEN, "apiKey": API_KEY},
-    "env": [
-        {"name": "VLLM_LOGGING_LEVEL", "value": "DEBUG"},
-        {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
-    ],
-    "shm": {"sizeLimit": 17179869184},
-    "modelCache": {"mountPath": "/models", "existingClaim": "models", "sizeLimit": "1Gi"},
-    "podSecurityContext": {"fsGroup": 1000, "runAsNonRoot": True},
-    "head": {
-        "resources": {"requests": {"cpu": 4, "memory": "4Gi"}, "limits": {"cpu": "4500m", "memory": "4Gi"}},
-        "nodeSelector": {"pool": "cpu"},
-        "tolerations": [{"key": "cpu-only", "operator": "Exists"}],
-        "affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}},
-    },
-    "worker": {
-        "resources": {"requests": {"cpu": "12"}, "limits": {"memory": "96Gi"}},
-        "nodeSelector": {"pool": "gpu"},
-        "tolerations": [{"key": "dedicated", "value": "llm", "effect": "NoExecute", "tolerationSeconds": 60}],
-        "affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": []}},
-    },
-}
-
 
 @pytest.fixture(scope="module")
 def chart() -> Iterator[Chart]:
@@ -172,58 +110,11 @@ def test_defaults_render_one_ray_service_and_nothing_else(chart: Chart) -> None:
     }
 
 
-def test_default_serve_config_is_the_whole_agreed_config(chart: Chart) -> None:
-    assert serve_config(ray_service(chart)) == {
-        "applications": [
-            {
-                "name": "headrace",
-                "import_path": "headrace:build",
-                "route_prefix": "/",
-                "args": {
-                    "llm_configs": [
-                        {
-                            "model_loading_config": {
-                                "model_id": "llama-2-7b", "model_source": "meta-llama/Llama-2-7b-hf",
-                            },
-                            "accelerator_type": "A100",
-                            "deployment_config": {"num_replicas": 1},
-                            "engine_kwargs": {
-                                "max_model_len": 4096, "max_num_seqs": 512, "gpu_memory_utilization": 0.9,
-                                "dtype": "auto",
-                            },
-                        }
-                    ],
-                    "headrace": {
-                        "targets": {},
-                        "tenants": [],
-                        "thresholds": {"policy": "fluid", "max_hold_s": 0.25},
-                        "controller": {"enabled": True, "period_s": 5.0, "profile": "a100-llama2-7b"},
-                    },
-                },
-            }
-        ],
-        "http_options": {"host": "0.0.0.0", "port": 8000},
-    }
-
-
-def test_values_reach_the_serve_config(chart: Chart) -> None:
-    service = ray_service(chart, EVERYTHING)
-    args = app_args(service)
-    assert args == {
-        "llm_configs": EVERYTHING["models"],
-        "headrace": {
-            "targets": {"ttft_s": 3, "tpot_s": 0.08},
-            "tenants": [
-                {"name": "red", "weight": 3, "api_key_env": "HEADRACE_TENANT_KEY_0"},
-                {"name": "blue", "weight": 1, "api_key_env": "HEADRACE_TENANT_KEY_1"},
-            ],
-            "thresholds": {"policy": "wait", "max_hold_s": 1},
-            "controller": {"enabled": False, "period_s": 0.5, "profile": "a100-llama2-7b-paper"},
-        },
-    }
+def test_large_numbers_stay_whole(chart: Chart) -> None:
     # Go templates print large numbers as 1.048576e+06, which is not an integer to the app.
-    assert type(args["llm_configs"][0]["engine_kwargs"]["max_model_len"]) is int
-    assert serve_config(service)["http_options"] == {"host": "0.0.0.0", "port": 8080}
+    entry = app_args(ray_service(chart, EVERYTHING))["llm_configs"][0]
+    assert type(entry["engine_kwargs"]["max_model_len"]) is int
+    assert serve_config(ray_service(chart, EVERYTHING))["http_options"] == {"host": "0.0.0.0", "port": 8080}
 
 
 def test_a_tenants_key_comes_from_its_secret_wherever_the_ingress_runs(chart: Chart) -> None:
@@ -231,12 +122,6 @@ def test_a_tenants_key_comes_from_its_secret_wherever_the_ingress_runs(chart: Ch
         variables = environment(container)
         for index, key in enumerate(("red", "blue")):
             assert variables[f"HEADRACE_TENANT_KEY_{index}"] == reference("keys", key)
-
-
-@pytest.mark.parametrize("policy", ["fluid", "fcfs", "wait", "nested_wait", "wait_cp"])
-def test_each_policy_is_accepted(chart: Chart, policy: str) -> None:
-    service = ray_service(chart, {"policy": {"name": policy}})
-    assert app_args(service)["headrace"]["thresholds"] == {"policy": policy, "max_hold_s": 0.25}
 
 
 @pytest.mark.parametrize("values", [None, EVERYTHING], ids=["defaults", "everything"])
@@ -247,12 +132,10 @@ def test_serve_config_is_accepted_by_ray(chart: Chart, values: Values | None) ->
     (application,) = parsed.applications
     assert application.import_path == "headrace:build"
     assert application.args == config["applications"][0]["args"]
+    assert [one.name for one in application.deployments] == [
+        one["name"] for one in config["applications"][0]["deployments"]
+    ]
     assert (parsed.http_options.host, parsed.http_options.port) == ("0.0.0.0", config["http_options"]["port"])
-
-
-def model(replicas: Any = None, **entry: Any) -> Values:
-    deployment = {} if replicas is None else {"num_replicas": replicas}
-    return {"model_loading_config": {"model_id": "m"}, "deployment_config": deployment} | entry
 
 
 @pytest.mark.parametrize(
@@ -324,6 +207,32 @@ def test_pod_options_reach_their_own_group(chart: Chart) -> None:
         assert variables["POD_IP"] == {"fieldRef": {"fieldPath": "status.podIP"}}
     assert service["spec"]["rayClusterConfig"]["rayVersion"] == "2.60.1"
     assert service["spec"]["upgradeStrategy"] == {"type": "None"}
+
+
+@pytest.mark.parametrize(
+    ("values", "drain_s"),
+    [
+        (None, 600),
+        ({"headrace": {"drain_s": 29.5}}, 30),
+        ({"headrace": {"drain_s": 0}}, 0),
+        ({"headrace": {"drain_s": 30}, "models": [model(), model(headrace={"drain_s": 900})]}, 900),
+        ({"models": [model(headrace={"drain_s": 30})]}, 30),
+    ],
+    ids=["default", "fraction", "zero", "longest-of-two", "shorter-for-the-one"],
+)
+def test_a_worker_pod_outlasts_the_drain_of_its_replicas(chart: Chart, values: Values | None, drain_s: int) -> None:
+    service = ray_service(chart, values)
+    head, worker = pod_specs(service)
+    assert worker["terminationGracePeriodSeconds"] == drain_s + 60
+    assert "terminationGracePeriodSeconds" not in head and "lifecycle" not in head["containers"][0]
+    shell, option, command = worker["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert (shell, option) == ("/bin/bash", "-c")
+    assert " ".join(readme_s_pre_stop().split()).replace("600", str(drain_s)) == command
+
+
+def readme_s_pre_stop() -> str:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    return next(block for block in text.split("```sh") if "ray drain-node" in block).split("```")[0]
 
 
 def test_image_tag_defaults_to_the_app_version(chart: Chart) -> None:
@@ -400,7 +309,7 @@ def test_pod_templates_do_not_change_with_the_chart_version(chart: Chart) -> Non
 
 def typos() -> list[tuple[Values, str]]:
     """One misspelt key in every mapping of values.yaml with fixed keys."""
-    free_form = {"annotations", "nodeSelector", "extraArgs"}
+    free_form = {"annotations", "nodeSelector", "keys"}
 
     def mappings(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         if isinstance(value, dict) and not (path and path[-1] in free_form):
@@ -423,6 +332,10 @@ def test_misspelt_key_is_rejected_by_name(chart: Chart, values: Values, path: st
 @pytest.mark.parametrize(
     ("values", "named"),
     [
+        (nested("headrace.limits.keys", {"team-a": {"requests": 1}}), "'requests'"),
+        ({"models": [model(headrace={"target": {}})]}, "'target'"),
+        ({"models": [model(headrace={"targets": {"ttft": 1}})]}, "'ttft'"),
+        ({"models": [model(headrace={"controller": {"period": 1}})]}, "'period'"),
         (nested("env", [{"name": "A", "valu": "x"}]), "'valu'"),
         (nested("worker.tolerations", [{"keys": "x"}]), "'keys'"),
         (nested("imagePullSecrets", [{"nam": "x"}]), "'nam'"),
@@ -458,6 +371,15 @@ def test_misspelt_key_in_an_optional_structure_is_rejected(chart: Chart, values:
         ("controller.periodSeconds", 0),
         ("controller.periodSeconds", 3601),
         ("controller.enabled", "yes"),
+        ("headrace.drain_s", -1),
+        ("headrace.drain_s", 86401),
+        ("headrace.engine_timeout_s", 0),
+        ("headrace.max_wait_s", 0),
+        ("headrace.limits.choices", 0),
+        ("headrace.limits.json_depth", 191),
+        ("headrace.limits.body_s", "long"),
+        ("headrace.limits.cors_origins", "*"),
+        ("headrace.limits.keys.team-a.requests_per_minute", 0.5),
         ("image.repository", ""),
         ("image.pullPolicy", "Sometimes"),
         ("ray.version", 2.6),

@@ -1,31 +1,40 @@
-"""What the Helm chart renders is a configuration that the application accepts."""
+"""What the Helm chart renders for Serve means what `headrace render` prints for the same configuration."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import yaml
+from chart_examples import CHART, EVERYTHING, EXAMPLES, configuration, model
 from helm_python import Chart
 
 from cluster.config import AppConfig, ClusterConfig
+from cluster.live import live_settings
+from cluster.serve_file import INGRESS, deployment_name, serve_file
+from cluster.settings import ControllerConfig, ModelSettings
+from replicas.live_settings import engine_settings
+from router.limits import KeyLimits, Limits
+from router.tenants import TenantConfig
 from scheduler.tuning.slo import Slo
 
-CHART = Path(__file__).resolve().parents[2] / "helm" / "headrace"
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
+CHANGED = {
+    "targets": {"ttftSeconds": 9, "tpotSeconds": 0.9, "latencySeconds": 99},
+    "policy": {"name": "fluid", "maxHoldSeconds": 2},
+    "headrace": {"drain_s": 7, "engine_timeout_s": 7, "max_wait_s": 7, "limits": {"choices": 7, "json_depth": 7}},
+    "tenants": [{"name": "t", "secretName": "s", "secretKey": "k"}],
+}
+"""Values that need no restart."""
 
 
 @pytest.fixture(scope="module")
 def chart() -> Iterator[Chart]:
     with Chart.load(CHART) as loaded:
         yield loaded
-
-
-def model(**entry: Any) -> dict[str, Any]:
-    return {"model_loading_config": {"model_id": "m"}, **entry}
 
 
 def serve_config(chart: Chart, values: dict[str, Any] | None) -> dict[str, Any]:
@@ -37,59 +46,115 @@ def serve_config(chart: Chart, values: dict[str, Any] | None) -> dict[str, Any]:
     return yaml.safe_load(service["spec"]["serveConfigV2"])  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        None,
-        {"models": [model()]},
-        {"models": [model(deployment_config={"num_replicas": 1024})]},
-        {"models": [model(headrace={"targets": {"ttft_s": 1}, "drain_s": 5}), {"model_loading_config": {
-            "model_id": "n", "model_source": "org/n"}}]},
-        {"models": [model(engine_kwargs={"max_model_len": 1048576, "max_num_seqs": 1, "enforce_eager": True})]},
-        {"models": [model(engine_kwargs={"tensor_parallel_size": 2}, placement_group_config={
-            "bundle_per_worker": {"CPU": 1, "GPU": 1}, "strategy": "PACK"})]},
-        {"models": [model(lora_config={"dynamic_lora_loading_path": "s3://bucket/adapters"})]},
-        {"policy": {"name": "fcfs", "maxHoldSeconds": 0}},
-        {"policy": {"name": "wait", "maxHoldSeconds": 60}},
-        {"targets": {"ttftSeconds": 3, "tpotSeconds": 0.08}},
-        {"targets": {"latencySeconds": 20.5}},
-        {"tenants": [{"name": "a", "weight": 3, "secretName": "s", "secretKey": "k"},
-                     {"name": "b", "secretName": "s", "secretKey": "l"}]},
-        {"controller": {"enabled": False, "periodSeconds": 3600, "profile": "a100-llama2-7b-paper"}},
-        {"controller": {"periodSeconds": 0.001}},
-        {"service": {"port": 65535}},
-    ],
-    ids=str,
-)
-def test_whatever_the_chart_accepts_the_application_accepts(chart: Chart, values: dict[str, Any] | None) -> None:
+def application(chart: Chart, values: dict[str, Any] | None) -> dict[str, Any]:
+    (one,) = serve_config(chart, values)["applications"]
+    return one  # type: ignore[no-any-return]
+
+
+def meaning(config: dict[str, Any]) -> dict[str, Any]:
+    """Serve's file with every setting checked and every default removed."""
+    (app,) = config["applications"]
+    args = AppConfig.model_validate(app["args"])
+    ingress, *models = app["deployments"]
+    told = ingress["user_config"]
+    assert ingress["name"] == INGRESS and told.keys() == {"tenants", "models"}
+    return {
+        "http": config["http_options"],
+        "application": {key: app[key] for key in ("name", "import_path", "route_prefix")},
+        "args": app["args"].keys(),
+        "entries": [entry.own for entry in args.llm_configs],
+        "engines": {entry.model_id: args.settings_of(entry.model_id) for entry in args.llm_configs},
+        "ingress": {key: value for key, value in ingress.items() if key != "user_config"},
+        "tenants": [TenantConfig.model_validate(tenant) for tenant in told["tenants"]],
+        "models": {name: live_settings(ModelSettings.model_validate(own)) for name, own in told["models"].items()},
+        "deployments": [
+            one | {"user_config": live_settings(ModelSettings.model_validate(one["user_config"]))} for one in models
+        ],
+        "taken by the engines": [engine_settings(one["user_config"]) for one in models],
+    }
+
+
+@pytest.mark.parametrize("values", EXAMPLES.values(), ids=EXAMPLES)
+def test_the_chart_renders_what_headrace_render_prints(chart: Chart, values: dict[str, Any] | None) -> None:
     rendered = serve_config(chart, values)
-    config = ClusterConfig.model_validate(rendered)
-    args = AppConfig.model_validate(rendered["applications"][0]["args"])
-    assert config.application.args == args
-    assert config.http_options.host == "0.0.0.0"
-    assert args.llm_configs
-    for entry in args.llm_configs:
-        thresholds = args.settings_of(entry.model_id).thresholds
-        if values and "policy" in values:
-            assert thresholds.policy == values["policy"]["name"]
-            assert thresholds.max_hold_s == values["policy"]["maxHoldSeconds"]
+    printed = serve_file(ClusterConfig.model_validate(configuration(values)))
+    assert meaning(rendered) == meaning(printed)
+
+
+@pytest.mark.parametrize("values", EXAMPLES.values(), ids=EXAMPLES)
+def test_the_ingress_and_the_replicas_are_told_the_same_to_the_letter(
+    chart: Chart, values: dict[str, Any] | None
+) -> None:
+    # An operator's change is kept under a digest of the settings that it replaces, as both were told them.
+    app = application(chart, values)
+    ingress, *models = app["deployments"]
+    told = {one["name"]: one["user_config"] for one in models}
+    assert told == {deployment_name(name): own for name, own in ingress["user_config"]["models"].items()}
+
+
+@pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["defaults", "everything"])
+def test_settings_and_replicas_are_not_in_the_args(chart: Chart, values: dict[str, Any]) -> None:
+    # Serve rebuilds and restarts everything whose args change.
+    models = configuration(values)["applications"][0]["args"]["llm_configs"]
+    scaled = [
+        entry | {
+            "deployment_config": {"num_replicas": 9},
+            "headrace": entry.get("headrace", {}) | {"targets": {"ttft_s": 8}, "thresholds": {"policy": "wait"}},
+        }
+        for entry in models
+    ]
+    controller = values.get("controller", {}) | {"periodSeconds": 7}
+    changed = values | CHANGED | {"controller": controller, "models": scaled}
+    before, after = application(chart, values), application(chart, changed)
+    assert before["args"] == after["args"]
+    for old, new in zip(before["deployments"], after["deployments"], strict=True):
+        assert old["name"] == new["name"] and old["user_config"] != new["user_config"]
+    assert [one["num_replicas"] for one in after["deployments"][1:]] == [9] * len(models)
+
+
+def test_another_engine_changes_the_args(chart: Chart) -> None:
+    first, second = ({"models": [model(engine_kwargs={"max_num_seqs": most})]} for most in (8, 16))
+    assert application(chart, first)["args"] != application(chart, second)["args"]
 
 
 def test_the_chart_s_default_is_the_shipped_gpu_configuration(chart: Chart) -> None:
     shipped = yaml.safe_load((CHART.parents[1] / "configs" / "a100.yaml").read_text())["applications"][0]["args"]
-    args = AppConfig.model_validate(serve_config(chart, None)["applications"][0]["args"])
+    app = application(chart, None)
+    args = AppConfig.model_validate(app["args"])
     (entry,), (given,) = args.llm_configs, shipped["llm_configs"]
     assert entry.own.keys() == given.keys()
-    for key in ("model_loading_config", "accelerator_type", "deployment_config"):
+    for key in ("model_loading_config", "accelerator_type"):
         assert entry.own[key] == given[key]
-    assert args.headrace.controller.profile == shipped["headrace"]["controller"]["profile"]
-    assert args.headrace.thresholds.policy == "fluid"
+    _, deployment = app["deployments"]
+    assert deployment["num_replicas"] == given["deployment_config"]["num_replicas"]
+    told = ModelSettings.model_validate(deployment["user_config"])
+    assert told.controller.profile == shipped["headrace"]["controller"]["profile"]
+    assert told.thresholds.policy == "fluid"
+
+
+def test_without_values_every_setting_has_the_application_s_default(chart: Chart) -> None:
+    _, deployment = application(chart, None)["deployments"]
+    told = ModelSettings.model_validate(deployment["user_config"])
+    assert live_settings(told) == {"controller": {"profile": "a100-llama2-7b"}}
 
 
 def test_every_key_of_the_chart_is_a_key_of_the_application(chart: Chart) -> None:
     targets = {"ttftSeconds": 3, "tpotSeconds": 0.08, "latencySeconds": 9}
-    args = AppConfig.model_validate(serve_config(chart, {"targets": targets})["applications"][0]["args"])
-    assert args.headrace.targets == Slo(3, 0.08, 9)
+    _, deployment = application(chart, {"targets": targets})["deployments"]
+    assert ModelSettings.model_validate(deployment["user_config"]).targets == Slo(3, 0.08, 9)
+
+
+def test_the_settings_of_the_schema_are_the_application_s() -> None:
+    settings = SCHEMA["definitions"]["modelSettings"]["properties"]
+    assert settings.keys() == ModelSettings.model_fields.keys()
+    assert settings["targets"]["properties"].keys() == {field.name for field in fields(Slo)}
+    assert settings["controller"]["properties"].keys() == ControllerConfig.model_fields.keys()
+    limits = SCHEMA["definitions"]["limits"]["properties"]
+    assert limits.keys() == Limits.model_fields.keys()
+    assert limits["keys"]["additionalProperties"]["properties"].keys() == KeyLimits.model_fields.keys()
+    default = yaml.safe_load((CHART / "values.yaml").read_text())["headrace"]
+    assert default.keys() == SCHEMA["properties"]["headrace"]["properties"].keys()
+    assert default["limits"].keys() == Limits.model_fields.keys()
 
 
 def test_a_model_s_keys_are_ray_s_less_what_the_application_sets() -> None:

@@ -100,31 +100,111 @@ app.kubernetes.io/component: {{ .component }}
 {{- printf "%s:%s" .Values.image.repository (default .Chart.AppVersion .Values.image.tag) -}}
 {{- end -}}
 
-{{/* Ray Serve's config. Built as data and written by toYaml, so no value can break the YAML or be printed as 1e+06. */}}
-{{- define "headrace.serveConfig" -}}
+{{/* Settings of all models, in the configuration's own form. */}}
+{{- define "headrace.settings" -}}
 {{- $values := .Values -}}
-{{- /* All interfaces: requests arrive from other pods. */ -}}
-{{- $http := dict "host" "0.0.0.0" "port" $values.service.port -}}
 {{- $targets := dict -}}
 {{- range $name, $seconds := dict "ttft_s" $values.targets.ttftSeconds "tpot_s" $values.targets.tpotSeconds "latency_s" $values.targets.latencySeconds -}}
 {{- if not (kindIs "invalid" $seconds) -}}
 {{- $_ := set $targets $name $seconds -}}
 {{- end -}}
 {{- end -}}
-{{- $tenants := list -}}
-{{- range $index, $tenant := $values.tenants -}}
-{{- $tenants = append $tenants (dict "name" $tenant.name "weight" (default 1 $tenant.weight) "api_key_env" (printf "HEADRACE_TENANT_KEY_%d" $index)) -}}
+{{- $further := $values.headrace -}}
+{{- /* Helm drops a key whose value is null; where that does not mean the application's default, it is written out. */ -}}
+{{- $limits := dict "concurrent_requests" $further.limits.concurrent_requests -}}
+{{- range $name, $limit := $further.limits -}}
+{{- if not (kindIs "invalid" $limit) -}}
+{{- $_ := set $limits $name $limit -}}
 {{- end -}}
-{{- $headrace := dict
+{{- end -}}
+{{- toYaml (dict
   "targets" $targets
-  "tenants" $tenants
   "thresholds" (dict "policy" $values.policy.name "max_hold_s" $values.policy.maxHoldSeconds)
   "controller" (dict
     "enabled" $values.controller.enabled
     "period_s" $values.controller.periodSeconds
-    "profile" $values.controller.profile) -}}
-{{- $args := dict "llm_configs" $values.models "headrace" $headrace -}}
-{{- $application := dict "name" "headrace" "import_path" "headrace:build" "route_prefix" "/" "args" $args -}}
+    "profile" $values.controller.profile)
+  "limits" $limits
+  "drain_s" $further.drain_s
+  "engine_timeout_s" $further.engine_timeout_s
+  "max_wait_s" $further.max_wait_s) -}}
+{{- end -}}
+
+{{/* Settings of one model: those of all models, overridden by its own, as `overridden` in cluster/settings.py does:
+     fields of objects one by one, thresholds that name a policy as a whole. */}}
+{{- define "headrace.modelSettings" -}}
+{{- $merged := fromYaml (include "headrace.settings" .root) -}}
+{{- range $key, $own := default dict .model.headrace -}}
+{{- $general := get $merged $key -}}
+{{- $whole := and (eq $key "thresholds") (hasKey $own "policy") -}}
+{{- if and (kindIs "map" $own) (kindIs "map" $general) (not $whole) -}}
+{{- range $field, $value := $own -}}
+{{- $_ := set $general $field $value -}}
+{{- end -}}
+{{- else -}}
+{{- $_ := set $merged $key $own -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml $merged -}}
+{{- end -}}
+
+{{/* The longest drain of a model, in whole seconds. */}}
+{{- define "headrace.drainSeconds" -}}
+{{- $longest := 0.0 -}}
+{{- range $model := .Values.models -}}
+{{- $settings := fromYaml (include "headrace.modelSettings" (dict "root" $ "model" $model)) -}}
+{{- $longest = maxf $longest $settings.drain_s -}}
+{{- end -}}
+{{- int (ceil $longest) -}}
+{{- end -}}
+
+{{/* Ray Serve's config. Built as data and written by toYaml, so no value can break the YAML or be printed as 1e+06.
+     As `headrace render` splits it: Serve restarts everything when args change, and nothing when what stands under
+     deployments does, so live settings and numbers of replicas stand there. */}}
+{{- define "headrace.serveConfig" -}}
+{{- /* All interfaces: requests arrive from other pods. */ -}}
+{{- $http := dict "host" "0.0.0.0" "port" .Values.service.port -}}
+{{- $tenants := list -}}
+{{- range $index, $tenant := .Values.tenants -}}
+{{- $tenants = append $tenants (dict "name" $tenant.name "weight" (default 1 $tenant.weight) "api_key_env" (printf "HEADRACE_TENANT_KEY_%d" $index)) -}}
+{{- end -}}
+{{- $scale := list "num_replicas" "autoscaling_config" -}}
+{{- $models := list -}}
+{{- $deployments := list -}}
+{{- $told := dict -}}
+{{- range $model := .Values.models -}}
+{{- $id := $model.model_loading_config.model_id -}}
+{{- $settings := fromYaml (include "headrace.modelSettings" (dict "root" $ "model" $model)) -}}
+{{- $live := omit $settings "scheduler" -}}
+{{- $engine := dict "controller" (dict "profile" $settings.controller.profile) -}}
+{{- with $settings.scheduler -}}
+{{- $_ := set $engine "scheduler" . -}}
+{{- end -}}
+{{- $entry := deepCopy (omit $model "headrace" "deployment_config") -}}
+{{- $options := deepCopy (default dict $model.deployment_config) -}}
+{{- $deployment := dict
+  "name" (printf "HeadraceServer:%s" ($id | replace "/" "--" | replace "." "_"))
+  "graceful_shutdown_timeout_s" $settings.drain_s
+  "user_config" $live -}}
+{{- range $option := $scale -}}
+{{- if hasKey $options $option -}}
+{{- $_ := set $deployment $option (get $options $option) -}}
+{{- $_ := unset $options $option -}}
+{{- end -}}
+{{- end -}}
+{{- $_ := set $entry "deployment_config" $options -}}
+{{- $_ := set $entry "headrace" $engine -}}
+{{- $_ := set $told $id $live -}}
+{{- $models = append $models $entry -}}
+{{- $deployments = append $deployments $deployment -}}
+{{- end -}}
+{{- $ingress := dict "name" "HeadraceIngress" "user_config" (dict "tenants" $tenants "models" $told) -}}
+{{- $application := dict
+  "name" "headrace"
+  "import_path" "headrace:build"
+  "route_prefix" "/"
+  "args" (dict "llm_configs" $models)
+  "deployments" (prepend $deployments $ingress) -}}
 {{- toYaml (dict "applications" (list $application) "http_options" $http) -}}
 {{- end -}}
 
