@@ -25,9 +25,9 @@ from pydantic import (
 from router.tenants import TenantConfig
 from scheduler.config_errors import UsageError, describe, did_you_mean
 from scheduler.model.profiles import load_profile, profile_names
+from scheduler.settings import ControllerSettings
 from scheduler.support import EngineSetup, require_supported
 from scheduler.thresholds import Thresholds, parse_thresholds
-from scheduler.tuning.settings import TuningSettings
 from scheduler.tuning.slo import NO_SLO, Slo, require_reachable
 
 APP_NAME = "headrace"
@@ -35,7 +35,6 @@ IMPORT_PATH = "headrace:build"
 SCHEDULER = "headrace.HeadraceScheduler"
 _OURS_TO_SET = ("scheduler_cls", "additional_config", "model", "async_scheduling")
 _WITHOUT_VLLM = {"engine": "unchecked"}
-_DEFAULTS = TuningSettings()
 
 
 class ConfigError(UsageError):
@@ -66,20 +65,10 @@ class AcceleratorConfig(_Strict):
     cpus: float = Field(default=1.0, ge=0)
 
 
-class ControllerConfig(_Strict):
-    """The central controller. period_s: seconds between two control cycles; profile: the iteration-time model to start
-    from, by a preset's name or a JSON file's path; required, since it must fit the model and the device.
-    min_finished: finished requests before a replica's thresholds are changed; window_s: seconds of arrivals that count;
-    validity_s: seconds that pushed thresholds stay active without the controller; overflow_probability: accepted
-    probability that memory overflows or that a request misses its TPOT target."""
+class ControllerConfig(ControllerSettings):
+    """The central controller: see `ControllerSettings`; its profile is required."""
 
-    enabled: bool = True
-    period_s: float = Field(default=5.0, gt=0, le=3600, allow_inf_nan=False)
     profile: str = Field(default="", validate_default=True)
-    min_finished: int = Field(default=_DEFAULTS.min_finished, ge=1)
-    window_s: float = Field(default=_DEFAULTS.window_s, gt=0, allow_inf_nan=False)
-    validity_s: float = Field(default=_DEFAULTS.validity_s, gt=0, allow_inf_nan=False)
-    overflow_probability: float = Field(default=_DEFAULTS.overflow_probability, gt=0, lt=1)
 
     @field_validator("profile")
     @classmethod
@@ -92,13 +81,6 @@ class ControllerConfig(_Strict):
             )
         load_profile(name)
         return name
-
-    def settings(self, targets: Slo) -> TuningSettings:
-        """How a replica is tuned for these targets."""
-        return TuningSettings(
-            window_s=self.window_s, min_finished=self.min_finished, overflow_probability=self.overflow_probability,
-            validity_s=self.validity_s, targets=targets,
-        )
 
 
 def _thresholds(value: Any) -> Any:

@@ -12,7 +12,6 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,43 +22,15 @@ from cluster.config import ControllerConfig
 from replicas.actor_calls import ReplicaUnavailable, replica_ids
 from replicas.questions import ask_telemetry, offer_thresholds
 from replicas.ranks import EngineAddress, engine_addresses
-from scheduler.messages import Telemetry
-from scheduler.model.fluid import finite_or_none
 from scheduler.model.profiles import load_profile
 from scheduler.thresholds import Thresholds, thresholds_as_dict
-from scheduler.tuning.next_push import next_push
-from scheduler.tuning.replica_model import Proposal, ReplicaModel
+from scheduler.tuning.engine_tuner import Change, EngineTuner
 from scheduler.tuning.slo import Slo
 from scheduler.wire import UnreadableMessage
 
 NAMESPACE = "headrace"
 _KEPT_EVENTS = 200
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Replica:
-    """One engine: its model, `cursor` (records read so far), and `shown`, its entry in `state`."""
-
-    model: ReplicaModel
-    cursor: int = 0
-    shown: dict[str, Any] = field(default_factory=dict)
-    pushed_at_s: float = 0.0
-    note: str = ""
-
-    def learn(self, telemetry: Telemetry, fresh: Callable[[], ReplicaModel]) -> Proposal:
-        """Update the model from a report and solve; blocking, so not on an event loop. A model that raises on a report
-        is replaced by a new one, which continues after that report, so bad records are not read twice."""
-        try:
-            self.model.observe(telemetry)
-        except Exception:
-            self.model = fresh()
-            raise
-        finally:
-            self.cursor = telemetry.cursor
-        proposal = self.model.propose()
-        self.shown = _shown(self.model, proposal)
-        return proposal
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +59,7 @@ class ControlLoop:
         self._app_name, self._config, self._configured, self._ranks = app_name, config, configured, ranks
         self._settings = config.settings(targets)
         self._profile = load_profile(config.profile)
-        self._replicas: dict[str, _Replica] = {}
+        self._replicas: dict[str, EngineTuner] = {}
         self.events: deque[Event] = deque(maxlen=_KEPT_EVENTS)
         self.passes = 0
 
@@ -98,21 +69,17 @@ class ControlLoop:
         Replicas are solved one after the other in a thread, so that the actor still answers calls.
         """
         found = engine_addresses(await asyncio.to_thread(replica_ids, self._app_name), self._ranks)
-        self._replicas = {name: self._replicas.get(name) or self._new_replica() for name in found}
+        self._replicas = {name: self._replicas.get(name) or self._new_tuner() for name in found}
         solving = asyncio.Lock()
         await asyncio.gather(
             *(self._tune_alone(name, found[name], entry, solving) for name, entry in self._replicas.items())
         )
         self.passes += 1
 
-    def _new_model(self) -> ReplicaModel:
-        return ReplicaModel(self._settings, self._profile.time_model, self._configured)
+    def _new_tuner(self) -> EngineTuner:
+        return EngineTuner(self._settings, self._profile.time_model, self._configured)
 
-    def _new_replica(self) -> _Replica:
-        model = self._new_model()
-        return _Replica(model, shown=_shown(model, None))
-
-    async def _tune_alone(self, name: str, engine: EngineAddress, entry: _Replica, solving: asyncio.Lock) -> None:
+    async def _tune_alone(self, name: str, engine: EngineAddress, entry: EngineTuner, solving: asyncio.Lock) -> None:
         try:
             await self._tune(name, engine, entry, solving)
         except ReplicaUnavailable as error:
@@ -128,32 +95,26 @@ class ControlLoop:
                 logger.exception("replica %s is not tuned", name)
             entry.note = note
 
-    async def _tune(self, name: str, engine: EngineAddress, entry: _Replica, solving: asyncio.Lock) -> None:
+    async def _tune(self, name: str, engine: EngineAddress, entry: EngineTuner, solving: asyncio.Lock) -> None:
         telemetry = await ask_telemetry(engine, entry.cursor)
         async with solving:
-            proposal = await asyncio.to_thread(entry.learn, telemetry, self._new_model)
-        push = next_push(
-            telemetry, proposal, pushed_s_ago=time.monotonic() - entry.pushed_at_s, validity_s=self._config.validity_s
-        )
+            proposal = await asyncio.to_thread(entry.learn, telemetry)
+        push = entry.next_push(telemetry, proposal, time.monotonic())
         if push.thresholds is None:
-            entry.note = push.reason
-        else:
-            await self._push(name, engine, entry, telemetry.thresholds, push.thresholds, push.changed)
+            return
+        ack = await offer_thresholds(engine, push.thresholds, automatic=True)
+        change = entry.answered(telemetry.thresholds, push, ack, time.monotonic())
+        if change is not None:
+            self._note(name, change)
 
-    async def _push(
-        self, name: str, engine: EngineAddress, entry: _Replica, old: Thresholds, new: Thresholds, changed: bool
-    ) -> None:
-        ack = await offer_thresholds(engine, new, automatic=True)
-        entry.note = new.reason if ack.accepted else f"rejected: {ack.reason}"
-        if ack.accepted:
-            entry.pushed_at_s = time.monotonic()
-        if changed or not ack.accepted:
-            event = Event(
-                at_unix_s=time.time(), replica=name, old_version=old.version, new_version=new.version,
-                accepted=ack.accepted, reason=entry.note, old=thresholds_as_dict(old), new=thresholds_as_dict(new),
-            )
-            self.events.append(event)
-            logger.info("thresholds of %s: version %d -> %d: %s", name, old.version, new.version, entry.note)
+    def _note(self, name: str, change: Change) -> None:
+        old, new = change.old, change.new
+        event = Event(
+            at_unix_s=time.time(), replica=name, old_version=old.version, new_version=new.version,
+            accepted=change.accepted, reason=change.reason, old=thresholds_as_dict(old), new=thresholds_as_dict(new),
+        )
+        self.events.append(event)
+        logger.info("thresholds of %s: version %d -> %d: %s", name, old.version, new.version, change.reason)
 
     def state(self) -> dict[str, Any]:
         """The estimates and the latest decision of every replica, JSON-ready."""
@@ -162,32 +123,6 @@ class ControlLoop:
             "period_s": self._config.period_s,
             "replicas": {name: entry.shown | {"decision": entry.note} for name, entry in self._replicas.items()},
         }
-
-
-def _shown(model: ReplicaModel, proposal: Proposal | None) -> dict[str, Any]:
-    time_model = model.time_model
-    equilibrium = proposal.equilibrium if proposal else None
-    forecast = proposal.forecast if proposal else None
-    fluid = None
-    if equilibrium is not None:
-        fluid = {
-            "load": equilibrium.load,
-            "iteration_time_s": finite_or_none(equilibrium.iteration_time_s),
-            "memory_tokens": finite_or_none(equilibrium.memory_tokens),
-            "kv_capacity_tokens": equilibrium.kv_capacity_tokens,
-            "stable": equilibrium.stable,
-            "fits_memory": equilibrium.fits_memory,
-            "critical_rate_scale": finite_or_none(equilibrium.critical_rate_scale),
-            "limit": equilibrium.limit,
-        }
-    return {
-        "rate_rps": model.rate_rps,
-        "finished_seen": model.finished_seen,
-        "time_model": asdict(time_model.time_model)
-        | {"r2": time_model.r2, "mape": time_model.mape, "records": time_model.records},
-        "fluid": fluid,
-        "forecast": forecast.as_dict() if forecast else None,
-    }
 
 
 class ControllerActor:

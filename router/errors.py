@@ -12,20 +12,13 @@ from fastapi.responses import JSONResponse
 from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 from starlette.exceptions import HTTPException
 
+from scheduler.openai_error import error_body
 from scheduler.rejection import Rejection
 
 
 def bad_request(message: str) -> OpenAIHTTPException:
     """HTTP 400 with an OpenAI-style body, to be raised from an ingress method."""
     return OpenAIHTTPException(status_code=400, message=message, type="invalid_request_error")
-
-
-def error_body(status_code: int, message: str) -> dict[str, dict[str, object]]:
-    """The body of an error as OpenAI clients read it."""
-    kind = "invalid_request_error" if status_code < 500 else "server_error"
-    if status_code == HTTPStatus.TOO_MANY_REQUESTS:
-        kind = "rate_limit_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": status_code}}
 
 
 def speak_openai(app: FastAPI) -> FastAPI:

@@ -27,9 +27,9 @@ from replicas.ranks import EngineAddress, engine_addresses
 from replicas.ray_patches import listen_where_the_node_does
 from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
 from router.declared_length import move_declared_length
-from router.errors import error_body
 from router.tenants import sign
 from scheduler.messages import Ack, Telemetry
+from scheduler.openai_error import error_body
 from scheduler.thresholds import Thresholds, thresholds_as_dict
 from scheduler.wire import UnreadableMessage
 

@@ -24,8 +24,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from replicas.engine import HeadraceEngine, RequestRejected, errors_first, raising_rejections
+from replicas.engine import HeadraceEngine, errors_first
 from scheduler.rejection import Rejection
+from scheduler.request_rejected import RequestRejected, raising_rejections
 
 REJECTION = Rejection("busy", 3)
 
