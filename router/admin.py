@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -106,18 +106,3 @@ def readiness(answers: Mapping[str, Stats | Exception]) -> dict[str, Any]:
     ready = {replica_of(name) for name, answer in answers.items() if isinstance(answer, Stats | OtherSchema)}
     replicas = len({replica_of(name) for name in answers})
     return {"status": "ready" if ready else "not ready", "ready": len(ready), "replicas": replicas}
-
-
-def telemetry_as_dict(report: Telemetry) -> dict[str, Any]:
-    """One replica's own part of `/admin/state`: JSON-ready, without the records."""
-    gauges, limits = asdict(report.gauges), asdict(report.limits)
-    return {
-        "engine_id": report.engine_id,
-        "thresholds": thresholds_as_dict(report.thresholds),
-        "from_config": report.from_config,
-        **gauges,
-        "kv_used_fraction": report.kv_used_fraction,
-        "limits": limits,
-        "counters": asdict(report.counters) | {"in_flight": report.counters.in_flight},
-        "preemptions": report.counters.preemptions,
-    }

@@ -25,7 +25,7 @@ from replicas.actor_calls import ReplicaUnavailable, replica_ids
 from replicas.questions import Unanswered, ask_all, ask_stats, ask_telemetry, offer_thresholds
 from replicas.ranks import EngineAddress, engine_addresses
 from replicas.ray_patches import listen_where_the_node_does
-from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness, telemetry_as_dict
+from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness
 from router.declared_length import move_declared_length
 from router.tenants import sign
 from scheduler.messages import Ack, Telemetry
@@ -99,7 +99,7 @@ class HeadraceIngress(OpenAiIngress):
             if isinstance(report, Telemetry):
                 unknown: dict[str, Any] = dict.fromkeys(("time_model", "fluid", "forecast"))
                 empty = unknown | {"decision": controller.get("reason", "not seen yet")}
-                replicas[name] = {"reachable": True} | telemetry_as_dict(report) | known.get(name, empty)
+                replicas[name] = {"reachable": True} | report.shown() | known.get(name, empty)
             else:
                 replicas[name] = {"reachable": False, "reason": str(report)}
         state = {

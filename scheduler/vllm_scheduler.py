@@ -1,7 +1,7 @@
 """`HeadraceScheduler`: vLLM's V1 scheduler with an admission policy. Usable alone, without Ray.
 
-    vllm serve MODEL --scheduler-cls headrace.HeadraceScheduler \\
-        --additional-config '{"headrace": {"thresholds": {"policy": "wait", "types": [{"name": "all", "n": 8}]}}}'
+    vllm serve MODEL --scheduler-cls headrace.HeadraceScheduler --middleware headrace.RejectionMiddleware \\
+        --additional-config '{"headrace": {"targets": {"ttft_s": 3, "tpot_s": 0.08}}}'
 
 Preemption, prefix cache, chunked prefill, LoRA, structured output, priorities and aborts stay vLLM's. This class only
 decides which waiting requests vLLM sees, which running requests pause for an iteration (`sit_out`), and the iteration's
@@ -26,6 +26,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
+from scheduler.alone.keeper import OwnController
 from scheduler.engine.active_thresholds import Active, ActiveThresholds
 from scheduler.engine.admission_queue import AdmissionQueue
 from scheduler.engine.channel import ChannelServer, engine_id, rank_endpoint
@@ -73,7 +74,7 @@ class HeadraceScheduler(AsyncScheduler):
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         settings = SchedulerSettings.from_additional_config(vllm_config.additional_config)
-        setup = EngineSetup.from_vllm_config(vllm_config, settings.targets)
+        setup = EngineSetup.from_vllm_config(vllm_config, settings.targets, controller=settings.is_tuned_somewhere)
         require_supported(setup, settings.thresholds)  # before anything starts
         super().__init__(vllm_config, *args, **kwargs)
         self._depth = pipeline_depth(vllm_config)
@@ -107,10 +108,14 @@ class HeadraceScheduler(AsyncScheduler):
         self.rejector = Rejector(self.admission_queue, self._lives, settings.audit_share)
         self._pause_none = False
         self._channel: ChannelServer | None = None
-        if settings.channel:
-            endpoint = rank_endpoint(settings.channel, vllm_config.parallel_config.data_parallel_index)
+        rank = vllm_config.parallel_config.data_parallel_index
+        own = self._own_controller = OwnController(settings, rank) if settings.has_own_controller else None
+        endpoint = own.endpoint if own else settings.channel and rank_endpoint(settings.channel, rank)
+        if endpoint:
             self._channel = ChannelServer(endpoint, self.active.offer, self.telemetry, self.stats)
             logger.info("Headrace: control channel open, policy %s", settings.thresholds.policy)
+        if own:
+            own.start()
 
     def make_policy(self, thresholds: Thresholds) -> Policy:
         """The policy that these thresholds name; override it to use your own (examples/own_policy.py).
@@ -359,9 +364,11 @@ class HeadraceScheduler(AsyncScheduler):
         return Stats.of_engine(self._engine_id, self.active.limits, thresholds, self.recorder.gauges)
 
     def shutdown(self) -> None:
-        """Close the channel, then vLLM's own shutdown."""
+        """Close the channel and end this engine's own controller, then vLLM's own shutdown."""
         if self._channel is not None:
             self._channel.close()
+        if self._own_controller:
+            self._own_controller.close()
         super().shutdown()
 
     def _limits(self) -> EngineLimits:
@@ -378,9 +385,9 @@ class HeadraceScheduler(AsyncScheduler):
 
 
 def _first_thresholds(settings: SchedulerSettings, limits: EngineLimits) -> Thresholds:
-    if settings.profile is None:
+    if settings.first_profile is None:
         return settings.thresholds
     return cold_thresholds(
-        settings.thresholds, load_profile(settings.profile).time_model, limits, targets=settings.targets,
+        settings.thresholds, load_profile(settings.first_profile).time_model, limits, targets=settings.targets,
         overflow_probability=settings.overflow_probability,
     )
