@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from scheduler.alone.controller import settings_for_child
 from scheduler.alone.place import new_place
@@ -114,5 +115,5 @@ class OwnController:
 
 def _environment() -> dict[str, str]:
     """This process's, with its import path, as its modules may not be found without, and one thread for numerics."""
-    path = os.pathsep.join(part or os.getcwd() for part in sys.path)
+    path = os.pathsep.join(part or str(Path.cwd()) for part in sys.path)
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
