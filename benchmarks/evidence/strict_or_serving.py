@@ -124,12 +124,12 @@ Made by `{command}`, tables and figures. Mean end-to-end latency and mean time t
 first token, both in seconds, of the requests that arrived in the central window; mean of three seeds; profile
 `a100-llama2-7b`; synchronous scheduling in all three columns, as in the paper, so that no token is in flight while the
 next iteration is scheduled.
+
 Under the literal (`strict`) rule no request of a type moves while the type's group is incomplete, and requests that are
 left when arrivals end are never scheduled. In `serving` mode only admission and the step over a boundary wait, at most
 0.25 s each, and an idle engine admits at once. Both run with the same thresholds. WAIT's are those of the shipped
-solver for that rate. For Nested WAIT the solver finds none at most of these loads (whole requests per stage do not
-fit), so its counts follow from a cap on running requests, as in the paper's experiments: 64 on the mix, 400 on lmsys
-lengths.
+solver for that rate; where the rate cannot be served they are open, and all three columns agree. Nested WAIT's follow
+from a cap on running requests, as in the paper's experiments: 64 on the mix, 400 on lmsys lengths.
 
 A request moves one stage only when another group is complete, so under the literal rule the decode stands still and the
 first token does not. Requests that are never scheduled are in no average of the strict column, which flatters it. Where
