@@ -10,8 +10,9 @@ from pathlib import Path
 from import_graph import ROOT, imports_in, modules_of
 
 SEAMS = (
-    "scheduler/test_vllm_seam.py", "simulator/engine/test_vllm_harness_seam.py", "replicas/test_ray_seam.py",
-    "replicas/test_engine_seam.py", "replicas/test_delivery.py", "router/test_fluid_slack_router.py",
+    "scheduler/test_vllm_seam.py", "scheduler/alone/test_frontend_seam.py",
+    "simulator/engine/test_vllm_harness_seam.py", "replicas/test_ray_seam.py", "replicas/test_engine_seam.py",
+    "replicas/test_delivery.py", "router/test_fluid_slack_router.py",
 )
 USERS = ("scheduler", "simulator", "replicas", "router", "cluster")
 FILES = [path for package in USERS for path in modules_of(package).values()]
