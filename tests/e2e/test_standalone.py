@@ -187,7 +187,7 @@ def test_a_killed_controller_is_started_again_while_requests_are_served(server: 
         controller = server.engine()["controller"]
         return bool(controller["alive"] and controller["pid"] != pid)
 
-    until(another, 20.0, server.said)
+    until(another, 60.0, server.said)
     assert "the controller process ended with exit code -9" in server.log.read_text()
 
 
