@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
+from scheduler.alone.place import remove_what_engines_left
 from scheduler.alone.state import Engines
 from scheduler.openai_error import error_body
 from scheduler.rejection import Rejection
@@ -78,7 +79,11 @@ class RejectionMiddleware:
             finally:
                 _outcome.reset(token)
         else:
-            await self._app(scope, receive, send)
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                if scope["type"] == "lifespan":  # the server has ended, and its engines before it
+                    await remove_what_engines_left()
 
     async def _metrics(self) -> bytes:
         from scheduler.alone.metrics import exposition  # prometheus_client must see vLLM's multi-process folder first

@@ -6,6 +6,7 @@ name holds the process that started the engine core, and the engine's data-paral
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
@@ -14,10 +15,11 @@ from pathlib import Path
 
 import psutil
 
-from scheduler.engine.channel import FOLDER, new_endpoint
+from scheduler.engine.channel import FOLDER, new_endpoint, remove_abandoned_endpoints
 
 _NAME = re.compile(rf"{FOLDER}-of(?P<owner>\d+\.\d+)\.(?P<rank>\d+)-")
 _STATE = "controller.json"
+_LOOKS, _LOOK_EVERY_S = 60, 0.05
 
 
 def new_place(rank: int) -> str:
@@ -27,7 +29,23 @@ def new_place(rank: int) -> str:
 
 def engines_here() -> dict[int, str]:
     """The endpoints of the engines behind this API server, by rank; those on other machines are not seen."""
-    identities = {_identity(os.getpid()), _identity(os.getppid())}
+    return _engines_of(os.getpid(), os.getppid())
+
+
+async def remove_what_engines_left() -> None:
+    """Remove the places of the engines that this process started, once they have ended; gives up after seconds.
+
+    vLLM's server ends by killing its engine cores with all their children, so none of them can.
+    """
+    for _ in range(_LOOKS):
+        remove_abandoned_endpoints()
+        if not _engines_of(os.getpid()):
+            return
+        await asyncio.sleep(_LOOK_EVERY_S)
+
+
+def _engines_of(*pids: int) -> dict[int, str]:
+    identities = {_identity(pid) for pid in pids}
     found: dict[int, str] = {}
     for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}-of*"):
         name = _NAME.match(folder.name)

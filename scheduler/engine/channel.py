@@ -53,8 +53,7 @@ def new_endpoint(label: str = "") -> str:
     The folder is locked while this process lives. Folders without a live lock are removed here; unlike process ids, the
     lock is also valid where containers share the folder for temporary files.
     """
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}-*"):
-        _remove_unless_held(folder)
+    remove_abandoned_endpoints()
     # A folder gets its final name only once locked, or a replica that starts at the same time would remove it.
     nascent = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-{label}-" if label else f".{FOLDER}-"))
     lock = os.open(nascent, os.O_RDONLY | os.O_DIRECTORY)
@@ -63,6 +62,12 @@ def new_endpoint(label: str = "") -> str:
     endpoint = f"ipc://{folder}/engine"
     _locks[endpoint] = lock
     return endpoint
+
+
+def remove_abandoned_endpoints() -> None:
+    """Remove the folders on this machine whose makers have ended."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}-*"):
+        _remove_unless_held(folder)
 
 
 def _remove_unless_held(folder: Path) -> None:

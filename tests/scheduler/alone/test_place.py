@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from scheduler.alone import place
-from scheduler.alone.place import engines_here, new_place, state_file, write_state
+from scheduler.alone.place import engines_here, new_place, remove_what_engines_left, state_file, write_state
 from scheduler.engine.channel import remove_endpoint
 
 IN_ENGINE = "import sys; from scheduler.alone.place import new_place; print(new_place({rank}), flush=True); input()"
@@ -65,3 +66,25 @@ def test_an_engine_s_state_is_replaced_whole_and_goes_with_its_folder() -> None:
     remove_endpoint(endpoint)
     write_state(endpoint, b"333")
     assert not state_file(endpoint).parent.exists() and engines_here() == {}
+
+
+def test_a_server_removes_what_its_killed_engines_left_and_nothing_else(temporary: Path) -> None:
+    engine = engine_core(0)
+    assert engine.stdout is not None
+    left = Path(engine.stdout.readline().strip().removeprefix("ipc://")).parent
+    mine = new_place(5)  # this process's parent's engine, which lives
+    engine.kill()
+    asyncio.run(remove_what_engines_left())
+    assert not left.exists() and state_file(mine).parent.exists()
+    remove_endpoint(mine)
+    engine.communicate()
+
+
+def test_a_server_does_not_wait_long_for_an_engine_that_lives_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place, "_LOOKS", 2)
+    engine = engine_core(0)
+    assert engine.stdout is not None
+    alive = Path(engine.stdout.readline().strip().removeprefix("ipc://")).parent
+    asyncio.run(remove_what_engines_left())
+    assert alive.exists()
+    engine.communicate("\n")
