@@ -78,12 +78,10 @@ class RejectionMiddleware:
                 await self._app(scope, receive, _Answer(outcome, send))
             finally:
                 _outcome.reset(token)
+        elif scope["type"] == "lifespan":
+            await self._app(scope, receive, functools.partial(_cleaning_up, send))
         else:
-            try:
-                await self._app(scope, receive, send)
-            finally:
-                if scope["type"] == "lifespan":  # the server has ended, and its engines before it
-                    await remove_what_engines_left()
+            await self._app(scope, receive, send)
 
     async def _metrics(self) -> bytes:
         from scheduler.alone.metrics import exposition  # prometheus_client must see vLLM's multi-process folder first
@@ -176,6 +174,14 @@ class _Appending:
         elif self.appends and message["type"] == _BODY and not message.get("more_body", False):
             message = {**message, "body": message.get("body", b"") + await self.more()}
         await self.send(message)
+
+
+async def _cleaning_up(send: Send, message: Message) -> None:
+    """Passes on what the application says of its start and end. vLLM's server ends its engines before itself, and waits
+    for this last message only."""
+    if message["type"] == "lifespan.shutdown.complete":
+        await remove_what_engines_left()
+    await send(message)
 
 
 def _uncompressed(scope: Scope) -> Scope:

@@ -15,6 +15,7 @@ from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.launchers.api_server import app_state
 from vllm.entrypoints.openai import sse_keep_alive
 from vllm.entrypoints.openai.chat_completion import serving as chat_serving
@@ -120,6 +121,13 @@ def test_vllm_serves_its_metrics_as_plain_text_where_ours_are_appended(monkeypat
 def test_an_engine_core_is_a_child_of_the_server_or_of_the_server_s_parent() -> None:
     source = inspect.getsource(engine_utils.CoreEngineProcManager)
     assert "context.Process(" in source, "started as a process of its own, by the process that makes the manager"
+
+
+def test_the_server_ends_its_engines_before_itself() -> None:
+    """And says the end of its lifespan last: what killed engines left is removed in between."""
+    source = inspect.getsource(launcher.serve_http)
+    assert 0 < source.index("engine_client.shutdown") < source.index("server_task.cancel()")
+    assert "return server.shutdown()" in source
 
 
 def test_the_module_loads_neither_ray_nor_torch() -> None:

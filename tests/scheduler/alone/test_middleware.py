@@ -304,12 +304,31 @@ def test_the_state_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sent.status == 200 and json.loads(sent.text) == {"at_unix_s": 1.0, "engines": {}}
 
 
-def test_lifespan_and_websockets_pass() -> None:
+def test_websockets_pass() -> None:
     seen = []
 
     async def application(scope: Any, receive: Any, send: Any) -> None:
         seen.append((scope["type"], receive, send))
 
-    for kind in ("lifespan", "websocket"):
-        asyncio.run(RejectionMiddleware(application)({"type": kind, "path": "/x"}, kind, "send"))
-    assert seen == [("lifespan", "lifespan", "send"), ("websocket", "websocket", "send")]
+    asyncio.run(RejectionMiddleware(application)({"type": "websocket", "path": "/x"}, "receive", "send"))
+    assert seen == [("websocket", "receive", "send")]
+
+
+def test_before_the_server_says_that_it_has_ended_what_its_engines_left_is_removed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[str] = []
+
+    async def cleaned() -> None:
+        order.append("cleaned")
+
+    async def application(scope: Any, receive: Any, send: Send) -> None:
+        for kind in ("lifespan.startup.complete", "lifespan.shutdown.complete"):
+            await send({"type": kind})
+
+    async def send(message: dict[str, Any]) -> None:
+        order.append(message["type"])
+
+    monkeypatch.setattr(middleware_module, "remove_what_engines_left", cleaned)
+    asyncio.run(RejectionMiddleware(application)({"type": "lifespan"}, None, send))
+    assert order == ["lifespan.startup.complete", "cleaned", "lifespan.shutdown.complete"]
