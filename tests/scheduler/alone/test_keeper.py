@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import psutil
 import pytest
 from synthetic_engine import PAPER, SyntheticEngine
 
+from scheduler.alone import keeper as keeper_module
 from scheduler.alone.keeper import ControllerKeeper, OwnController
 from scheduler.alone.state import controller_state
 from scheduler.engine.channel import ChannelServer
@@ -46,8 +49,17 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.setattr(tempfile, "tempdir", str(short))
     monkeypatch.setenv("TMPDIR", str(short))
     yield short
-    with contextlib.suppress(OSError):
-        short.rmdir()
+    shutil.rmtree(short)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.LogCaptureFixture]:
+    """What the keeper logs, also when vLLM has been imported, whose logger passes nothing on."""
+    caplog.set_level(logging.WARNING, logger=keeper_module.logger.name)
+    monkeypatch.setattr(keeper_module.logger, "propagate", False)
+    keeper_module.logger.addHandler(caplog.handler)
+    yield caplog
+    keeper_module.logger.removeHandler(caplog.handler)
 
 
 def until(condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:
@@ -107,7 +119,7 @@ def test_a_pinned_engine_is_left_alone() -> None:
         assert engine.active.current().thresholds == pinned
 
 
-def test_a_killed_process_is_started_again_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_killed_process_is_started_again_and_goes_on(log: pytest.LogCaptureFixture) -> None:
     engine = Engine(Thresholds(policy="fluid"))
     with tuned(engine) as own:
         until(lambda: engine.active.current().thresholds.version)
@@ -120,22 +132,22 @@ def test_a_killed_process_is_started_again_and_goes_on(caplog: pytest.LogCapture
         version = engine.active.current().thresholds.version
         until(lambda: controller_state(own.endpoint)["forecast"])
         assert engine.active.current().thresholds.version >= version, "it goes on from the engine's own version"
-    assert "ended with exit code -9; it is started again in 1 s" in caplog.text
+    assert "ended with exit code -9; it is started again in 1 s" in log.text
 
 
-def test_the_pause_before_a_restart_grows(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_pause_before_a_restart_grows(log: pytest.LogCaptureFixture) -> None:
     keeper = ControllerKeeper([sys.executable, "-c", "raise SystemExit(3)"], b"", first_delay_s=0.01)
     try:
-        until(lambda: caplog.text.count("ended with exit code 3") >= 4)
+        until(lambda: log.text.count("ended with exit code 3") >= 4)
     finally:
         keeper.close()
-    pauses = [record.args[1] for record in caplog.records]  # type: ignore[index]
+    pauses = [record.args[1] for record in log.records]  # type: ignore[index]
     assert pauses[:4] == pytest.approx([0.01, 0.02, 0.04, 0.08])
 
 
-def test_a_program_that_cannot_be_started_does_not_matter(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_program_that_cannot_be_started_does_not_matter(log: pytest.LogCaptureFixture) -> None:
     keeper = ControllerKeeper(["/does/not/exist"], b"", first_delay_s=0.01)
-    until(lambda: "cannot be started" in caplog.text)
+    until(lambda: "cannot be started" in log.text)
     keeper.close()
 
 

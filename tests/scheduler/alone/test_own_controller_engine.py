@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +22,13 @@ TARGETS = {"ttft_s": 3.0, "tpot_s": 0.2}
 
 @pytest.fixture(autouse=True)
 def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    Engine()  # makes the folder of the model, which later tests of the session use too
     short = Path(tempfile.mkdtemp(prefix="hr-"))
     monkeypatch.setattr(tempfile, "tempdir", str(short))
     yield short
-    assert [path for path in short.iterdir() if "channel" in path.name] == []
+    left = [path.name for path in short.iterdir() if "channel" in path.name]
+    shutil.rmtree(short)
+    assert left == []
 
 
 def until(condition: Callable[[], Any]) -> Any:
