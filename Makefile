@@ -9,7 +9,7 @@ export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config g
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[cpu,model,dev]' \
 	--constraints constraints-cpu.txt
 
-.PHONY: serve check test install lint types fast tests clean
+.PHONY: serve check test install lint types fast tests faults soak clean
 
 serve: install
 	@$(BIN)/headrace up $(CONFIG)
@@ -43,6 +43,16 @@ fast: install
 
 tests: install
 	$(BIN)/pytest
+
+# The whole table of docs/evidence/faults.md, hours; what is in runs/faults already is not run again.
+faults: install
+	$(BIN)/python -m benchmarks.faults --runs runs/faults
+	$(BIN)/python benchmarks/evidence/faults_page.py --runs runs/faults
+
+SOAK_MINUTES ?= 30
+
+soak: install
+	$(BIN)/python -m benchmarks.faults.soak --minutes $(SOAK_MINUTES)
 
 clean:
 	rm -rf $(VENV) .models

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -11,16 +11,21 @@ import typer
 from rich.console import Console
 
 from cluster import render
-from cluster.client import DEFAULT_URL, AdminClient, AdminRejected
+from cluster.client import DEFAULT_URL, AdminClient, AdminRejected, nested
 from scheduler.config_errors import UsageError, parse_settings
 from scheduler.model.probability import ACCEPTED_MISSES
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
+    from cluster.launch import Launcher
+    from cluster.run_folder import RunFolder
+    from cluster.shutdown import Signals
 
 app = typer.Typer()
+settings_app = typer.Typer(help="Show and change settings while everything runs.", no_args_is_help=True)
 thresholds_app = typer.Typer(help="Show and set the thresholds of running replicas.", no_args_is_help=True)
 model_app = typer.Typer(help="The bundled model.", no_args_is_help=True)
+app.add_typer(settings_app, name="settings")
 app.add_typer(thresholds_app, name="thresholds")
 app.add_typer(model_app, name="model")
 
@@ -31,6 +36,8 @@ DEFAULT_CONFIG = Path("configs/local.yaml")
 ConfigFile = Annotated[Path, typer.Argument(help="Configuration file, see configs/.")]
 Url = Annotated[str, typer.Option(help="Base URL of a running application.", envvar="HEADRACE_URL")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+By = Annotated[str, typer.Option(help="Your name, kept with the change.")]
+Reason = Annotated[str, typer.Option(help="Why, kept with the change.")]
 Replica = Annotated[str | None, typer.Option(help="One replica's id (see status); all when left out.")]
 
 
@@ -41,41 +48,76 @@ def fail(error: Exception, code: int) -> NoReturn:
 
 
 @app.command()
-def up(config_file: ConfigFile = DEFAULT_CONFIG) -> None:
-    """Deploy a configuration; with a Ray of its own it runs in the foreground until Ctrl-C."""
+def up(
+    config_file: ConfigFile = DEFAULT_CONFIG,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Serve beyond this machine although there is no API key.")
+    ] = False,
+) -> None:
+    """Deploy a configuration, or update what runs to it; a Ray of its own runs in the foreground until Ctrl-C."""
     from cluster import launch
     from cluster.config import load_config
     from cluster.model import ModelUnavailable
+    from cluster.run_folder import claim, running_ray
 
     with err.status("reading the configuration"):
         config = load_config(config_file)
-    launcher = launch.Launcher(config, progress=lambda line: err.print(f"[dim]{render.plain(line)}[/dim]"))
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, _interrupt)
-    note = launch.note_running(config) if launcher.owns_ray else None
+    signals, failed = _handled_signals(), True
+    running_at = running_ray(config)
+    owns_ray = config.ray.address == "local" and running_at is None
+    folder = claim(config, _say) if owns_ray else None
+    launcher = launch.Launcher(
+        config, progress=partial(_say_and_note, folder), folder=folder, insecure=insecure, running_at=running_at
+    )
     try:
-        launch.prepare_model(config, lambda line: err.print(f"[dim]{render.plain(line)}[/dim]"))
-        with err.status("starting (about a minute and a half on two cores)"):
+        launch.prepare_model(config, _say)
+        with err.status("updating" if running_at else "starting (about a minute and a half on two cores)"):
             launcher.start()
+        signals.install()  # Ray has put its own handler of SIGTERM there
+        for line in launcher.whats_new:
+            out.print(line, highlight=False, markup=False, soft_wrap=True)
         _say_ready(config, launcher.owns_ray)
+        failed = False
         if launcher.owns_ray:
             launcher.wait()
     except KeyboardInterrupt:
-        pass
+        failed = False
     except (launch.LaunchError, ModelUnavailable) as error:
         fail(error, 1)
     finally:
-        for name in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not leave processes behind
-            signal.signal(name, signal.SIG_IGN)
-        if launcher.owns_ray:
-            err.print("[dim]stopping[/dim]")
-            launcher.stop()
-        if note:
-            note.unlink(missing_ok=True)
+        signals.stopping()  # a further Ctrl-C hurries, and must not leave processes behind
+        if folder is not None:
+            _stop(launcher, folder, signals, keep_logs=failed)
 
 
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+def _stop(launcher: Launcher, folder: RunFolder, signals: Signals, *, keep_logs: bool) -> None:
+    try:
+        if launcher.serves:
+            launcher.drain(lambda: signals.again)
+    except Exception as error:  # the stop goes on, whatever the cluster answers
+        _say(f"could not wait for the requests: {error}")
+    _say_and_note(folder, "stopping")
+    launcher.stop()
+    if not keep_logs:
+        folder.remove()
+
+
+def _handled_signals() -> Signals:
+    from cluster.shutdown import Signals
+
+    signals = Signals()
+    signals.install()
+    return signals
+
+
+def _say(line: str) -> None:
+    err.print(f"[dim]{render.plain(line)}[/dim]")
+
+
+def _say_and_note(folder: RunFolder | None, line: str) -> None:
+    _say(line)
+    if folder is not None:
+        folder.say(line)
 
 
 def _say_ready(config: ClusterConfig, foreground: bool) -> None:
@@ -84,21 +126,37 @@ def _say_ready(config: ClusterConfig, foreground: bool) -> None:
     out.print(f"ready at {config.base_url}", highlight=False)
     out.print(curl_line(config), highlight=False, soft_wrap=True, markup=False)
     if foreground:
-        err.print("[dim]Ctrl-C stops it[/dim]")
+        _say("Ctrl-C stops it, once its requests are done")
+
+
+@app.command("render")
+def render_file(config_file: ConfigFile = DEFAULT_CONFIG) -> None:
+    """Print the configuration as a file for `serve deploy` and KubeRay, in which live settings restart nothing."""
+    import yaml
+
+    from cluster.config import load_config
+    from cluster.serve_file import serve_file
+
+    print(yaml.safe_dump(serve_file(load_config(config_file, with_engine=False)), sort_keys=False), end="")  # noqa: T201
 
 
 @app.command()
-def down(config_file: ConfigFile = DEFAULT_CONFIG) -> None:
-    """Stop what `up` started: the foreground process, or the application on its cluster."""
+def down(
+    config_file: ConfigFile = DEFAULT_CONFIG,
+    now: Annotated[bool, typer.Option("--now", help="End requests at once instead of letting them finish.")] = False,
+) -> None:
+    """Stop what `up` started, the foreground process or the application on its cluster, once its requests are done."""
     from cluster import launch
     from cluster.config import load_config
 
     config = load_config(config_file, with_engine=False)
     try:
         if config.ray.address != "local":
-            launch.delete_application(config)
+            signals = _handled_signals()
+            signals.stopping()
+            launch.delete_application(config, _say, lambda: now or signals.again)
             out.print(f"{config.application.name} is deleted from the cluster at {config.ray.address}")
-        elif launch.stop_running(config):
+        elif launch.stop_running(config, _say, now=now):
             out.print(f"{config.application.name} is stopped")
         else:
             out.print(f"{config.application.name} is not running on this machine")
@@ -119,6 +177,28 @@ def events(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     _show(AdminClient(url).events(), as_json, render.events_table)
 
 
+@settings_app.command("get")
+def settings_get(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+    """The settings in force, by model."""
+    _show(AdminClient(url).settings(), as_json, render.settings_table)
+
+
+@settings_app.command("set")
+def settings_set(
+    settings: Annotated[
+        list[str], typer.Argument(help="FIELD=VALUE …, values as YAML: targets.tpot_s=0.06 controller.period_s=2")
+    ],
+    model: Annotated[str | None, typer.Option(help="One model; all when left out.")] = None,
+    by: By = "",
+    reason: Reason = "",
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> None:
+    """Change settings until the next deployment; nothing restarts."""
+    body = {"model": model, "settings": nested(_parse_settings(settings)), "by": by, "reason": reason}
+    _show(AdminClient(url).put_settings(body), as_json, render.settings_answer_table)
+
+
 @thresholds_app.command("get")
 def thresholds_get(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     """Active thresholds by replica."""
@@ -132,11 +212,13 @@ def thresholds_set(
     ],
     replica: Replica = None,
     pin: Annotated[bool, typer.Option(help="Keep automatic tuning from changing them.")] = True,
+    by: By = "",
+    reason: Reason = "",
     url: Url = DEFAULT_URL,
     as_json: Json = False,
 ) -> None:
     """Change some fields and keep the other active values; pins them unless --no-pin."""
-    changes = _parse_settings(settings)
+    changes, why = _parse_settings(settings), {"by": by, "reason": reason}
     client = AdminClient(url)
     active = client.thresholds()["replicas"]
     if replica is not None and replica not in active:
@@ -148,27 +230,33 @@ def thresholds_set(
         if "error" in active[name]:
             raise AdminRejected(f"replica {name} does not answer; nothing was changed: {active[name]['error']}")
     if "policy" not in changes:  # the server keeps the other fields of each replica, and changes all replicas or none
-        answer = client.put_thresholds({"replica": replica, "thresholds": changes, "pin": pin})
+        answer = client.put_thresholds({"replica": replica, "thresholds": changes, "pin": pin} | why)
         _show(answer, as_json, render.acks_table)
         return
     results: dict[str, Any] = {}
     for name in targets:  # with a policy the server takes the fields as all there are
         kept = {k: v for k, v in active[name].items() if k not in ("version", "pinned", "reason", "valid_for_s")}
-        answer = client.put_thresholds({"replica": name, "thresholds": kept | changes, "pin": pin})
+        answer = client.put_thresholds({"replica": name, "thresholds": kept | changes, "pin": pin} | why)
         results |= answer["replicas"]
     _show({"replicas": results}, as_json, render.acks_table)
 
 
 @thresholds_app.command("pin")
-def thresholds_pin(replica: Replica = None, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
-    """Keep the active thresholds; automatic tuning stops."""
-    _show(AdminClient(url).put_thresholds({"replica": replica, "pin": True}), as_json, render.acks_table)
+def thresholds_pin(
+    replica: Replica = None, by: By = "", reason: Reason = "", url: Url = DEFAULT_URL, as_json: Json = False
+) -> None:
+    """Keep the active thresholds, on new replicas too; automatic tuning stops."""
+    body = {"replica": replica, "pin": True, "by": by, "reason": reason}
+    _show(AdminClient(url).put_thresholds(body), as_json, render.acks_table)
 
 
 @thresholds_app.command("auto")
-def thresholds_auto(replica: Replica = None, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+def thresholds_auto(
+    replica: Replica = None, by: By = "", reason: Reason = "", url: Url = DEFAULT_URL, as_json: Json = False
+) -> None:
     """Resume automatic tuning."""
-    _show(AdminClient(url).put_thresholds({"replica": replica, "auto": True}), as_json, render.acks_table)
+    body = {"replica": replica, "auto": True, "by": by, "reason": reason}
+    _show(AdminClient(url).put_thresholds(body), as_json, render.acks_table)
 
 
 def _parse_settings(settings: list[str]) -> dict[str, Any]:

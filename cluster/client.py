@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from scheduler.config_errors import CommandFailed
+from scheduler.config_errors import CommandFailed, UsageError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -44,6 +44,14 @@ class AdminClient:
         """`GET /admin/thresholds`."""
         return self._ask("GET", "/admin/thresholds")
 
+    def settings(self) -> dict[str, Any]:
+        """`GET /admin/settings`."""
+        return self._ask("GET", "/admin/settings")
+
+    def put_settings(self, body: dict[str, Any]) -> dict[str, Any]:
+        """`PUT /admin/settings`."""
+        return self._ask("PUT", "/admin/settings", body)
+
     def put_thresholds(self, body: dict[str, Any]) -> dict[str, Any]:
         """`PUT /admin/thresholds`."""
         return self._ask("PUT", "/admin/thresholds", body)
@@ -66,3 +74,21 @@ class AdminClient:
         if not isinstance(answer, dict):
             raise AdminRejected(f"{self._url} is not a Headrace application: {path} answers {response.text[:80]}")
         return answer
+
+
+def nested(fields: dict[str, Any]) -> dict[str, Any]:
+    """{"targets.tpot_s": 0.06} as {"targets": {"tpot_s": 0.06}}.
+
+    Raises:
+        UsageError: a field is given twice, as a whole and in parts.
+    """
+    found: dict[str, Any] = {}
+    for path, value in fields.items():
+        *holders, name = path.split(".")
+        place = found
+        for holder in holders:
+            place = place.setdefault(holder, {})
+            if not isinstance(place, dict):
+                raise UsageError(f"{path} and {holder} are both given; give one of them")
+        place[name] = value
+    return found

@@ -1,161 +1,129 @@
 """The configuration: one YAML file that `headrace up`, `serve deploy` and KubeRay all read.
 
-The file is Ray Serve's own deployment file with one application; its `args` are an `AppConfig`; `ray` beside it says
-which Ray cluster `headrace up` joins or starts. Every object forbids unknown keys, so a typo is an error with a name.
+The file is Ray Serve's own deployment file with one application. Its `args` are an `AppConfig`: Ray Serve LLM's own
+arguments, and `headrace` beside them; `ray` beside the application says which Ray cluster `headrace up` joins or
+starts. Unknown keys are errors with a name.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from router.tenants import TenantConfig
-from scheduler.config_errors import UsageError, describe, did_you_mean
-from scheduler.model.profiles import load_profile, profile_names
-from scheduler.settings import ControllerSettings
-from scheduler.support import EngineSetup, require_supported
-from scheduler.thresholds import Thresholds, parse_thresholds
-from scheduler.tuning.slo import NO_SLO, Slo, require_reachable
+from cluster.llm_entry import WITHOUT_ENGINE, LLMEntry
+from cluster.settings import PROFILE_MISSING, HeadraceSettings, ModelSettings, Strict, overridden
+from scheduler.config_errors import Complaint, UsageError, complaints, describe, described
+from scheduler.model.profiles import load_profile
+from scheduler.support import EngineSetup, UnsupportedSetting, require_supported
+from scheduler.tuning.slo import UnreachableTarget, require_reachable
 
 APP_NAME = "headrace"
 IMPORT_PATH = "headrace:build"
-SCHEDULER = "headrace.HeadraceScheduler"
-_OURS_TO_SET = ("scheduler_cls", "additional_config", "model", "async_scheduling")
-_WITHOUT_VLLM = {"engine": "unchecked"}
+_MOVED = {
+    "model": "llm_configs[].model_loading_config: {model_id: …, model_source: …}",
+    "replicas": "llm_configs[].deployment_config: {num_replicas: …}, or autoscaling_config there",
+    "accelerator": "llm_configs[].accelerator_config: {kind: …} and accelerator_type; CPU cores into "
+    "deployment_config: {ray_actor_options: {num_cpus: …}}",
+    "engine": "llm_configs[].engine_kwargs",
+    "env": "llm_configs[].runtime_env: {env_vars: {…}}",
+    "max_ongoing_requests": "llm_configs[].deployment_config: {max_ongoing_requests: …}",
+    **{key: f"headrace: {{{key}: …}}" for key in ("targets", "thresholds", "scheduler", "controller", "tenants")},
+}
+"""By key of the short form that was: where its value goes now."""
 
 
 class ConfigError(UsageError):
     """The configuration cannot be used; the message names the key, the value and what is allowed."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class AppConfig(Strict):
+    """Arguments of the Serve application: those of `ray.serve.llm.build_openai_app`, and `headrace`.
 
-
-class ModelConfig(_Strict):
-    """id: the name clients use; source: a local folder (relative to the working directory) or a hub id."""
-
-    id: str = Field(min_length=1)
-    source: str = Field(min_length=1)
-
-    @property
-    def local_folder(self) -> Path | None:
-        """The folder that `source` names when it looks like a path (./, ../, /, ~, .models/…); None for a hub id."""
-        return Path(self.source).expanduser() if self.source.startswith((".", "/", "~")) else None
-
-
-class AcceleratorConfig(_Strict):
-    """kind: cpu or gpu; type: Ray's accelerator type such as A100 (optional); cpus: CPU cores a replica reserves."""
-
-    kind: Literal["cpu", "gpu"]
-    type: str | None = None
-    cpus: float = Field(default=1.0, ge=0)
-
-
-class ControllerConfig(ControllerSettings):
-    """The central controller: see `ControllerSettings`; its profile is required."""
-
-    profile: str = Field(default="", validate_default=True)
-
-    @field_validator("profile")
-    @classmethod
-    def _profile_exists(cls, name: str) -> str:
-        if not name:
-            raise ValueError(
-                "name the profile of this model on this device; its iteration times are used until the engine's "
-                f"own are measured: {', '.join(profile_names())}, or the path of a profile's JSON file; measure one "
-                "with python benchmarks/measure_law.py --model MODEL --name NAME"
-            )
-        load_profile(name)
-        return name
-
-
-def _thresholds(value: Any) -> Any:
-    return parse_thresholds(value) if isinstance(value, dict) else value
-
-
-class AppConfig(_Strict):
-    """Arguments of the Serve application.
-
-    targets: the SLO in seconds (ttft_s, tpot_s, latency_s), each optional; replicas: number of
-    replicas; engine: vLLM engine arguments by their own names; thresholds: active until the controller pushes its own;
-    scheduler: each engine's scheduler class, as for vLLM's --scheduler-cls; it may be a subclass of `HeadraceScheduler`
-    with another policy (examples/own_policy.py); tenants: weighted shares of the replicas, one API key each; env:
-    environment variables of the replicas.
+    llm_configs: the models, each described as for Ray Serve LLM; headrace: settings for all of them, which an entry's
+    own `headrace` overrides field by field; ingress_deployment_config: options of the ingress deployment.
     """
 
-    model: ModelConfig
-    replicas: int = Field(default=1, ge=1, le=1024)
-    accelerator: AcceleratorConfig
-    engine: dict[str, Any] = Field(default_factory=dict)
-    targets: Slo = NO_SLO
-    thresholds: Annotated[Thresholds, BeforeValidator(_thresholds)] = Thresholds()
-    scheduler: str = Field(default=SCHEDULER, pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
-    controller: ControllerConfig = Field(default_factory=dict, validate_default=True)
-    tenants: tuple[TenantConfig, ...] = ()
-    env: dict[str, str] = Field(default_factory=dict)
-    max_ongoing_requests: int = Field(default=1024, ge=1)
+    llm_configs: list[LLMEntry] = Field(min_length=1)
+    headrace: HeadraceSettings = HeadraceSettings()
+    ingress_deployment_config: dict[str, Any] = Field(default_factory=dict)
+    _settings: dict[str, ModelSettings] = PrivateAttr(default_factory=dict)
 
-    @field_validator("engine")
+    @model_validator(mode="before")
     @classmethod
-    def _engine_keys(cls, engine: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        for key in engine:
-            if key in _OURS_TO_SET:
-                raise ValueError(f"{key} is set by Headrace itself; remove it")
-        known = [] if info.context == _WITHOUT_VLLM else _engine_argument_names()
-        for key in engine:
-            if known and key not in known:
-                raise ValueError(f"{key} is not an engine argument of vLLM{did_you_mean(key, known)}")
-        return engine
-
-    @field_validator("thresholds")
-    @classmethod
-    def _for_serving(cls, thresholds: Thresholds) -> Thresholds:
-        thresholds.check_serves()
-        return thresholds
-
-    @field_validator("tenants")
-    @classmethod
-    def _tenants_differ(cls, tenants: tuple[TenantConfig, ...]) -> tuple[TenantConfig, ...]:
-        for field in ("name", "api_key_env"):
-            values = [getattr(tenant, field) for tenant in tenants]
-            twice = next((value for value in values if values.count(value) > 1), None)
-            if twice is not None:
-                raise ValueError(f"two tenants have {field} = {twice!r}; each needs its own")
-        return tenants
+    def _no_keys_of_the_short_form(cls, value: Any) -> Any:
+        given = value if isinstance(value, dict) else {}
+        found = [Complaint((key,), f"no such key; its value goes into {_MOVED[key]}") for key in given if key in _MOVED]
+        if "ingress_cls_config" in given:
+            found.append(Complaint(("ingress_cls_config",), "set by Headrace itself; remove it"))
+        if found:
+            raise complaints(cls.__name__, found)
+        return value
 
     @model_validator(mode="after")
-    def _supported(self) -> Self:
-        setup = EngineSetup.from_engine_args(self.engine, self.targets, controller=self.controller.enabled)
-        require_supported(setup, self.thresholds)
+    def _each_model_s_settings(self) -> Self:
+        """Resolve them, and check what they need together."""
+        found = list(self._resolve())
+        if found:
+            raise complaints(type(self).__name__, found)
         return self
 
-    @model_validator(mode="after")
-    def _targets_can_be_met(self) -> Self:
-        """Checked against the profile's iteration-time model.
+    def _resolve(self) -> Iterator[Complaint]:
+        self._settings.clear()  # pydantic checks an object again that is validated again
+        profiles_missing = False
+        for number, entry in enumerate(self.llm_configs):
+            place = ("llm_configs", number)
+            if entry.model_id in self._settings:
+                yield Complaint(
+                    (*place, "model_loading_config", "model_id"), "another entry has this name; each needs its own",
+                    entry.model_id,
+                )
+                continue
+            try:
+                settings = ModelSettings.model_validate(overridden(self.headrace.given, entry.headrace.given))
+            except ValidationError as error:  # each alone is right, but not both together
+                yield from (described(item, ModelSettings, (*place, "headrace")) for item in error.errors())
+                continue
+            self._settings[entry.model_id] = settings
+            if settings.controller.profile:
+                if why := unfit(entry.engine_kwargs, settings):
+                    yield Complaint(place, f"model {entry.model_id}: {why}")
+            elif not profiles_missing:
+                profiles_missing = True
+                yield Complaint(("headrace", "controller", "profile"), PROFILE_MISSING)
 
-        With speculative decoding TPOT is not checked: the tokens gained per step are not known before a run.
-        """
-        drafts = EngineSetup.from_engine_args(self.engine, self.targets).speculative_decoding
-        targets = dataclasses.replace(self.targets, tpot_s=None) if drafts else self.targets
-        require_reachable(targets, load_profile(self.controller.profile).time_model)
-        return self
+    @property
+    def drain_s(self) -> float:
+        """Seconds in which requests may finish when all models stop: those of the model that allows most."""
+        return max(settings.drain_s for settings in self._settings.values())
+
+    def settings_of(self, model_id: str) -> ModelSettings:
+        """The settings of one model: the top-level ones, overridden by the model's own."""
+        return self._settings[model_id]
 
 
-class RayConfig(_Strict):
+def unfit(engine_kwargs: dict[str, Any], settings: ModelSettings) -> str | None:
+    """Settings that the engine does not support, or targets that the profile says no request can meet, in a sentence.
+
+    With speculative decoding TPOT is not checked: the tokens gained per step are not known before a run.
+    """
+    controlled = settings.controller.enabled
+    setup = EngineSetup.from_engine_args(engine_kwargs, settings.targets, controller=controlled)
+    drafts = setup.speculative_decoding
+    targets = dataclasses.replace(settings.targets, tpot_s=None) if drafts else settings.targets
+    try:
+        require_supported(setup, settings.thresholds)
+        require_reachable(targets, load_profile(settings.controller.profile).time_model)
+    except (UnsupportedSetting, UnreachableTarget) as error:
+        return str(error)
+    return None
+
+
+class RayConfig(Strict):
     """address: "local" starts Ray on this machine and stops it at the end; "auto", host:port or ray://… joins one.
     num_cpus: logical CPU cores of a local Ray (Serve's own actors need a few more than the machine may have)."""
 
@@ -163,14 +131,14 @@ class RayConfig(_Strict):
     num_cpus: int = Field(default=8, ge=1)
 
 
-class HttpOptions(_Strict):
+class HttpOptions(Strict):
     """Address of the HTTP server, 127.0.0.1 by default."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
 
 
-class ApplicationEntry(_Strict):
+class ApplicationEntry(Strict):
     """One entry of Serve's `applications`."""
 
     name: str = APP_NAME
@@ -180,7 +148,7 @@ class ApplicationEntry(_Strict):
     args: AppConfig
 
 
-class ClusterConfig(_Strict):
+class ClusterConfig(Strict):
     """The whole file."""
 
     ray: RayConfig = Field(default_factory=RayConfig)
@@ -201,7 +169,7 @@ class ClusterConfig(_Strict):
 
 
 def load_config(path: Path, *, with_engine: bool = True) -> ClusterConfig:
-    """Read and check a configuration file; `with_engine` also checks vLLM's own arguments, which imports vLLM.
+    """Read and check a configuration file; `with_engine` also has Ray and vLLM check their keys, which imports both.
 
     Raises:
         ConfigError: naming the file, the key and what is allowed.
@@ -215,15 +183,7 @@ def load_config(path: Path, *, with_engine: bool = True) -> ClusterConfig:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is empty or not a mapping; see configs/local.yaml for an example")
     try:
-        return ClusterConfig.model_validate(data, context=None if with_engine else _WITHOUT_VLLM)
+        return ClusterConfig.model_validate(data, context=None if with_engine else WITHOUT_ENGINE)
     except ValidationError as error:
         raise ConfigError(f"{path}: {describe(error, ClusterConfig)}") from error
 
-
-def _engine_argument_names() -> list[str]:
-    """vLLM's engine arguments; empty where vLLM is not installed (a laptop that only plans or renders charts)."""
-    try:
-        from vllm.engine.arg_utils import AsyncEngineArgs
-    except ImportError:
-        return []
-    return [field.name for field in dataclasses.fields(AsyncEngineArgs)]

@@ -3,137 +3,268 @@
 Each control cycle collects telemetry, updates the model of each replica, solves the fluid model and pushes thresholds
 that changed. Serving does not depend on the controller: without it replicas keep their thresholds, which lapse to the
 configured ones after `validity_s`, and any ingress replica starts a new controller (`ControllerKeeper`). A new
-controller rebuilds all its state from telemetry.
+controller rebuilds its estimates from telemetry; pins and events are in the cluster's store.
+
+An engine reports its targets, its miss probability and its configured thresholds, and is tuned for these; the other
+settings come with `configure`. So no push is ever solved for targets that the engine no longer has.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import threading
 import time
-from collections import deque
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
-from cluster.config import ControllerConfig
-from replicas.actor_calls import ReplicaUnavailable, replica_ids
+from cluster.event_log import Event, EventLog
+from cluster.pins import Pin, Pins
+from cluster.settings import ModelSettings
+from replicas.actor_calls import ReplicaUnavailable
+from replicas.cluster_store import ClusterStore
 from replicas.questions import ask_telemetry, offer_thresholds
-from replicas.ranks import EngineAddress, engine_addresses
+from replicas.ranks import EngineAddress, ServedModel
+from replicas.served import engines_of
+from replicas.store import Store
+from scheduler.messages import Telemetry
+from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.profiles import load_profile
-from scheduler.thresholds import Thresholds, thresholds_as_dict
+from scheduler.settings import LiveSettings
+from scheduler.thresholds import InvalidThresholds, thresholds_as_dict
 from scheduler.tuning.engine_tuner import Change, EngineTuner
-from scheduler.tuning.slo import Slo
+from scheduler.tuning.replica_model import Proposal
 from scheduler.wire import UnreadableMessage
 
 NAMESPACE = "headrace"
-_KEPT_EVENTS = 200
+_IDLE_PERIOD_S = 5.0
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
-    """One change of thresholds: time (Unix seconds), engine, versions, reason, and whether it was accepted."""
+class TunedModel:
+    """A model of the application, and the settings with which its replicas are tuned."""
 
-    at_unix_s: float
-    replica: str
-    old_version: int
-    new_version: int
-    accepted: bool
-    reason: str
-    old: dict[str, Any] = field(default_factory=dict)
-    new: dict[str, Any] = field(default_factory=dict)
+    served: ServedModel
+    settings: ModelSettings
+
+    @property
+    def time_model(self) -> IterationTimeModel:
+        """The profile's."""
+        return load_profile(self.settings.controller.profile).time_model
+
+    def new_tuner(self) -> EngineTuner:
+        """What is known of a replica before it has reported anything."""
+        return EngineTuner(self.settings.tuning(), self.time_model, self.settings.thresholds)
+
+
+@dataclass(slots=True)
+class _Replica:
+    """One engine: its address, what it serves, its tuner, and when it is due (monotonic seconds)."""
+
+    engine: EngineAddress
+    tuned: TunedModel
+    tuner: EngineTuner
+    due_s: float = float("-inf")
+
+    def follow(self, tuned: TunedModel) -> None:
+        """Tune by these settings from the next report on."""
+        self.tuned, self.tuner.profiled = tuned, tuned.time_model
+
+    def learn(self, telemetry: Telemetry) -> Proposal:
+        """Update the model from a report, by the settings that the engine says are in force there, and solve; blocking,
+        so not on an event loop."""
+        tuning, configured = self.tuned.settings.tuning(), self.tuned.settings.thresholds
+        if telemetry.settings is not None:
+            engine = LiveSettings.reported(telemetry.settings)
+            tuning, configured = engine.tuning(tuning), engine.thresholds
+        self.tuner.follow(tuning, configured)
+        return self.tuner.learn(telemetry)
 
 
 class ControlLoop:
     """Control cycles over all replicas of one application; `ControllerActor` runs it.
 
-    ranks: engines per replica (data parallel). Each engine is tuned separately.
+    models: by deployment. Each engine is tuned by itself, with its own model's settings, at that model's period.
     """
 
-    def __init__(
-        self, app_name: str, config: ControllerConfig, targets: Slo, configured: Thresholds, ranks: int = 1
-    ) -> None:
-        self._app_name, self._config, self._configured, self._ranks = app_name, config, configured, ranks
-        self._settings = config.settings(targets)
-        self._profile = load_profile(config.profile)
-        self._replicas: dict[str, EngineTuner] = {}
-        self.events: deque[Event] = deque(maxlen=_KEPT_EVENTS)
+    def __init__(self, app_name: str, models: Mapping[str, TunedModel], store: Store) -> None:
+        self._app_name = app_name
+        self._replicas: dict[str, _Replica] = {}
+        self.events, self._pins = EventLog(store), Pins(store)
+        self._storing = threading.Lock()
         self.passes = 0
+        self.configure(models)
+
+    def configure(self, models: Mapping[str, TunedModel]) -> None:
+        """Tune with these settings from the next cycle on; what is known of the replicas stays."""
+        self._models = {name: model for name, model in models.items() if model.settings.controller.enabled}
+        self._served = {name: model.served for name, model in self._models.items()}
+        for entry in self._replicas.values():
+            entry.follow(self._models.get(entry.engine.deployment, entry.tuned))
+        self.hurry()
+
+    def hurry(self) -> None:
+        """Every replica is due with the next cycle."""
+        for entry in self._replicas.values():
+            entry.due_s = float("-inf")
+
+    @property
+    def period_s(self) -> float:
+        """Seconds between two cycles: the shortest period of a model."""
+        return min((one.settings.controller.period_s for one in self._models.values()), default=_IDLE_PERIOD_S)
 
     async def one_cycle(self) -> None:
         """Collect, solve, push. A replica without an answer, or with a failing model, does not delay the others.
 
         Replicas are solved one after the other in a thread, so that the actor still answers calls.
         """
-        found = engine_addresses(await asyncio.to_thread(replica_ids, self._app_name), self._ranks)
-        self._replicas = {name: self._replicas.get(name) or self._new_tuner() for name in found}
+        found = await asyncio.to_thread(engines_of, self._app_name, self._served)
+        self._replicas = {name: self._replicas.get(name) or self._new_replica(found[name]) for name in found}
+        await self._in_store(self._look, list(found))
         solving = asyncio.Lock()
         await asyncio.gather(
-            *(self._tune_alone(name, found[name], entry, solving) for name, entry in self._replicas.items())
+            *(self._tune_alone(name, found[name], self._replicas[name], solving) for name in self._due())
         )
         self.passes += 1
 
-    def _new_tuner(self) -> EngineTuner:
-        return EngineTuner(self._settings, self._profile.time_model, self._configured)
+    async def _in_store(self, change: Callable[..., None], *args: Any) -> None:
+        """Carry out a change of what is stored: in a thread, since it blocks, and after what was stored is read."""
 
-    async def _tune_alone(self, name: str, engine: EngineAddress, entry: EngineTuner, solving: asyncio.Lock) -> None:
+        def alone() -> None:
+            with self._storing:
+                self.events.read()
+                self._pins.read()
+                change(*args)
+
+        await asyncio.to_thread(alone)
+
+    def _look(self, engines: Sequence[str]) -> None:
+        self._pins.keep_only(engines, time.time())
+
+    def _due(self) -> list[str]:
+        """The replicas whose period has passed, but for a tenth, as cycles come a little early or late."""
+        now_s, due = time.monotonic(), []
+        for name, entry in self._replicas.items():
+            period_s = entry.tuned.settings.controller.period_s
+            if period_s <= self.period_s or now_s >= entry.due_s - 0.1 * period_s:
+                entry.due_s = now_s + period_s
+                due.append(name)
+        return due
+
+    def _new_replica(self, engine: EngineAddress) -> _Replica:
+        tuned = self._models[engine.deployment]
+        return _Replica(engine, tuned, tuned.new_tuner())
+
+    async def _tune_alone(self, name: str, engine: EngineAddress, entry: _Replica, solving: asyncio.Lock) -> None:
         try:
             await self._tune(name, engine, entry, solving)
         except ReplicaUnavailable as error:
-            entry.note = str(error)
+            entry.tuner.note = str(error)
         except UnreadableMessage as error:  # another release, during an upgrade: the replica keeps its thresholds
             note = f"not tuned: {error}"
-            if note != entry.note:
+            if note != entry.tuner.note:
                 logger.warning("replica %s is %s", name, note)
-            entry.note = note
+            entry.tuner.note = note
         except Exception as error:
             note = f"not tuned: {error!r}"
-            if note != entry.note:  # log a repeated failure once
+            if note != entry.tuner.note:  # log a repeated failure once
                 logger.exception("replica %s is not tuned", name)
-            entry.note = note
+            entry.tuner.note = note
 
-    async def _tune(self, name: str, engine: EngineAddress, entry: EngineTuner, solving: asyncio.Lock) -> None:
-        telemetry = await ask_telemetry(engine, entry.cursor)
+    async def _tune(self, name: str, engine: EngineAddress, entry: _Replica, solving: asyncio.Lock) -> None:
+        telemetry = await ask_telemetry(engine, entry.tuner.cursor)
         async with solving:
             proposal = await asyncio.to_thread(entry.learn, telemetry)
-        push = entry.next_push(telemetry, proposal, time.monotonic())
+        if (pin := self._pins.missing(name, engine.model_id, telemetry.thresholds)) is not None:
+            await self._give(name, engine, entry, telemetry, pin)
+            return
+        push = entry.tuner.next_push(telemetry, proposal, time.monotonic())
         if push.thresholds is None:
             return
         ack = await offer_thresholds(engine, push.thresholds, automatic=True)
-        change = entry.answered(telemetry.thresholds, push, ack, time.monotonic())
+        change = entry.tuner.answered(telemetry.thresholds, push, ack, time.monotonic())
         if change is not None:
-            self._note(name, change)
+            await self._note(self._pushed(name, engine, change))
 
-    def _note(self, name: str, change: Change) -> None:
+    async def _give(self, name: str, engine: EngineAddress, entry: _Replica, telemetry: Telemetry, pin: Pin) -> None:
+        """Offer an engine the pin of its model, which it lacks."""
+        old = telemetry.thresholds
+        try:
+            new = pin.values(time.time()).with_version(old.version + 1)
+        except InvalidThresholds as error:
+            entry.tuner.note = f"the pin of {engine.model_id} cannot be given: {error}"
+            return
+        ack = await offer_thresholds(engine, new, automatic=False)
+        if ack.accepted:
+            entry.tuner.note = f"pinned by an operator at version {new.version}"
+            await self._in_store(self._pins.given, name, engine.model_id)
+        else:
+            entry.tuner.note = f"the pin of {engine.model_id} was rejected: {ack.reason}"
+        event = self._pushed(name, engine, Change(old, new, ack.accepted, entry.tuner.note))
+        await self._note(replace(event, kind="pin", by=pin.by, key=pin.key))
+
+    async def pin(self, pin: Pin, models: Sequence[str], engines: Sequence[str]) -> None:
+        """Keep an operator's pin: of whole models, else of single engines."""
+        await self._in_store(self._pins.pin, pin, models, engines, self._engines_of(models))
+        await self._note_operator("pin", pin, models, engines)
+
+    async def release(self, by: Pin, models: Sequence[str], engines: Sequence[str]) -> None:
+        """Resume automatic tuning: of whole models, else of single engines. by: who released, when and why."""
+        await self._in_store(self._pins.release, models, engines, self._engines_of(models))
+        await self._note_operator("release", by, models, engines)
+
+    async def settings_changed(self, event: Event) -> None:
+        """Record a change of settings."""
+        await self._note(event)
+
+    def _engines_of(self, models: Sequence[str]) -> list[str]:
+        return [name for name, entry in self._replicas.items() if entry.engine.model_id in models]
+
+    async def _note_operator(self, kind: str, pin: Pin, models: Sequence[str], engines: Sequence[str]) -> None:
+        for model, engine in [(model, "") for model in models] or [("", engine) for engine in engines]:
+            await self._note(Event(
+                at_unix_s=pin.at_unix_s, kind=kind, model=model, replica=engine, reason=pin.reason, by=pin.by,
+                key=pin.key, new=pin.thresholds,
+            ))
+
+    async def _note(self, event: Event) -> None:
+        await self._in_store(self.events.add, event)
+
+    def _pushed(self, name: str, engine: EngineAddress, change: Change) -> Event:
         old, new = change.old, change.new
-        event = Event(
-            at_unix_s=time.time(), replica=name, old_version=old.version, new_version=new.version,
-            accepted=change.accepted, reason=change.reason, old=thresholds_as_dict(old), new=thresholds_as_dict(new),
+        return Event(
+            at_unix_s=time.time(), replica=name, model=engine.model_id, old_version=old.version,
+            new_version=new.version, accepted=change.accepted, reason=change.reason, old=thresholds_as_dict(old),
+            new=thresholds_as_dict(new),
         )
-        self.events.append(event)
-        logger.info("thresholds of %s: version %d -> %d: %s", name, old.version, new.version, change.reason)
 
     def state(self) -> dict[str, Any]:
         """The estimates and the latest decision of every replica, JSON-ready."""
         return {
             "passes": self.passes,
-            "period_s": self._config.period_s,
-            "replicas": {name: entry.shown | {"decision": entry.note} for name, entry in self._replicas.items()},
+            "period_s": self.period_s,
+            "pins": self._pins.state(),
+            "replicas": {name: self._entry(name, entry) for name, entry in self._replicas.items()},
         }
+
+    def _entry(self, name: str, entry: _Replica) -> dict[str, Any]:
+        pin = self._pins.of(name, entry.engine.model_id)
+        return entry.tuner.shown | {"decision": entry.tuner.note, "pin": pin.shown if pin else None}
 
 
 class ControllerActor:
     """The Ray actor around a `ControlLoop`."""
 
-    def __init__(
-        self, app_name: str, config: ControllerConfig, targets: Slo, configured: Thresholds, ranks: int = 1
-    ) -> None:
-        self._loop = ControlLoop(app_name, config, targets, configured, ranks)
-        self._config = config
+    def __init__(self, app_name: str, models: Mapping[str, TunedModel]) -> None:
+        self._loop = ControlLoop(app_name, models, ClusterStore(app_name))
         self._task: asyncio.Task[None] | None = None
+        self._soon = asyncio.Event()
         self._started_unix_s = time.time()
 
     async def keep_running(self) -> bool:
@@ -147,8 +278,31 @@ class ControllerActor:
         return {"started_unix_s": self._started_unix_s} | self._loop.state()
 
     async def events(self) -> dict[str, Any]:
-        """The latest changes of thresholds, at most 200, oldest first, with the old and the new values."""
-        return {"events": [asdict(event) for event in self._loop.events]}
+        """The latest changes of thresholds, settings and pins, at most 200, oldest first, with old and new values."""
+        return {"events": self._loop.events.latest}
+
+    async def configure(self, models: Mapping[str, TunedModel]) -> bool:
+        """See `ControlLoop.configure`; the next cycle begins at once."""
+        self._loop.configure(models)
+        self._soon.set()
+        return True
+
+    async def pin(self, pin: Mapping[str, Any], models: Sequence[str], engines: Sequence[str]) -> dict[str, Any]:
+        """See `ControlLoop.pin`; `pin` has the fields of `Pin`."""
+        await self._loop.pin(Pin(**pin), models, engines)
+        return {"kept": True}
+
+    async def release(self, by: Mapping[str, Any], models: Sequence[str], engines: Sequence[str]) -> dict[str, Any]:
+        """See `ControlLoop.release`."""
+        await self._loop.release(Pin(**by), models, engines)
+        return {"kept": True}
+
+    async def settings_changed(self, event: Mapping[str, Any]) -> bool:
+        """Record a change of settings; `event` has the fields of `Event`. Engines with new ones are tuned at once."""
+        await self._loop.settings_changed(Event(**event))
+        self._loop.hurry()
+        self._soon.set()
+        return True
 
     async def _run(self) -> None:
         while True:
@@ -156,23 +310,37 @@ class ControllerActor:
             try:
                 await self._loop.one_cycle()
             except Exception:  # the next cycle starts from new telemetry
-                logger.exception("a control cycle failed; the next one starts in %g s", self._config.period_s)
-            await asyncio.sleep(max(0.0, self._config.period_s - (time.monotonic() - begun)))
+                logger.exception("a control cycle failed; the next one starts in %g s", self._loop.period_s)
+            left_s = max(0.0, self._loop.period_s - (time.monotonic() - begun))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._soon.wait(), left_s)
+            self._soon.clear()
 
 
 @dataclass(frozen=True, slots=True)
 class ControllerKeeper:
-    """Starts the controller from an ingress replica unless it exists; safe to run in several replicas at once."""
+    """Starts the controller from an ingress replica unless it exists; safe to run in several replicas at once.
 
-    config: ControllerConfig
-    targets: Slo
-    configured: Thresholds
-    ranks: int = 1
+    models: by deployment; at least one has its controller enabled.
+    """
+
+    models: Mapping[str, TunedModel]
 
     @property
     def check_every_s(self) -> float:
         """Seconds between two checks: a lost controller is replaced within two of its periods."""
-        return max(0.5, self.config.period_s / 2)
+        periods_s = [
+            model.settings.controller.period_s for model in self.models.values() if model.settings.controller.enabled
+        ]
+        return max(0.5, min(periods_s, default=_IDLE_PERIOD_S) / 2)
+
+    def with_settings(self, settings: Mapping[str, Mapping[str, Any]]) -> ControllerKeeper:
+        """The same, with the settings of the models by name, as `cluster.live.live_settings` writes them."""
+        return ControllerKeeper({
+            name: replace(one, settings=ModelSettings.model_validate(settings[one.served.model_id]))
+            if one.served.model_id in settings else one
+            for name, one in self.models.items()
+        })
 
     def ensure(self, app_name: str) -> ActorHandle:
         """The controller of an application, started if there is none.
@@ -182,7 +350,7 @@ class ControllerKeeper:
         remote = ray.remote(ControllerActor)
         actor = remote.options(
             name=controller_name(app_name), namespace=NAMESPACE, get_if_exists=True, num_cpus=0, max_restarts=-1
-        ).remote(app_name, self.config, self.targets, self.configured, self.ranks)
+        ).remote(app_name, self.models)
         actor.keep_running.remote()
         return actor
 

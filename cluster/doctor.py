@@ -14,7 +14,9 @@ from typing import Any
 
 from cluster.config import ClusterConfig, ConfigError, load_config
 from cluster.launch import port_is_free
+from cluster.llm_entry import LLMEntry
 from cluster.model import BUNDLED_MODEL_NAME, is_prepared
+from cluster.ray_llm import hardware_kind
 
 Finding = dict[str, Any]
 _IMPORTS = ("torch", "transformers", "vllm", "ray", "ray.serve.llm", "zmq")
@@ -29,7 +31,11 @@ def examine(config_file: Path) -> list[Finding]:
     except ConfigError as error:
         return [*findings, _finding("configuration", False, str(error), "correct the file; configs/ has examples")]
     findings.append(_finding("configuration", True, str(config_file)))
-    return [*findings, _accelerator(config), _model(config), _ports(config), _memory(config)]
+    entries = config.application.args.llm_configs
+    for entry in entries:
+        of = f" of {entry.model_id}" if len(entries) > 1 else ""
+        findings += [found | {"name": f"{found['name']}{of}"} for found in (_accelerator(entry), _model(entry))]
+    return [*findings, _ports(config), _memory(config)]
 
 
 def _finding(name: str, ok: bool, found: str, mend: str = "") -> Finding:
@@ -73,10 +79,9 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _accelerator(config: ClusterConfig) -> Finding:
-    wanted = config.application.args.accelerator
+def _accelerator(entry: LLMEntry) -> Finding:
     gpus = _found_by(lambda: int(importlib.import_module("torch").cuda.device_count())) or 0
-    if wanted.kind == "cpu":
+    if hardware_kind(entry.own) == "cpu":
         return _finding("accelerator", True, f"cpu wanted, {platform.machine()} here")
     mend = "no GPU is visible here; run on a node that has one, or use configs/local.yaml"
     return _finding("accelerator", gpus > 0, f"gpu wanted, {gpus} visible", mend)
@@ -89,13 +94,13 @@ def _found_by(probe: Callable[[], int]) -> int | None:
         return None
 
 
-def _model(config: ClusterConfig) -> Finding:
-    source, path = config.application.args.model.source, config.application.args.model.local_folder
+def _model(entry: LLMEntry) -> Finding:
+    source, path = entry.model_loading_config.model_source or entry.model_id, entry.local_folder
     if path is None:
         return _finding("model", True, f"{source}, from the model hub")
     if path.exists():
         complete = is_prepared(path) or (path / "config.json").is_file()
-        return _finding("model", complete, source, f"{source} holds no config.json: not a checkpoint")
+        return _finding("model", complete, str(source), f"{source} holds no config.json: not a checkpoint")
     if path.name == BUNDLED_MODEL_NAME:
         return _finding("model", False, f"{source} is not prepared", f"headrace model prepare {source}")
     return _finding("model", False, f"{source} does not exist", "give an existing folder or a hub id")

@@ -9,7 +9,6 @@ import os
 import shlex
 import signal
 import socket
-import tempfile
 import threading
 import time
 import tomllib
@@ -21,11 +20,19 @@ import httpx
 import psutil
 
 from cluster.config import ClusterConfig, ConfigError
+from cluster.joining import is_refusal, use_the_user_s_token, why_not_joined
+from cluster.keys import require_key_beyond_loopback
 from cluster.model import BUNDLED_MODEL_NAME, is_prepared, prepare_bundled_model
+from cluster.run_folder import RunFolder, clear_stale, folder_for, running_note
+from cluster.shutdown import finish_requests, stop_local_ray
 
 READY_TIMEOUT_S = 600.0
-_SHUTDOWN_GRACE_S = 10.0
+_STOP_S = 90.0
+"""Bound on a stop once its requests have ended."""
+_REMEMBER_EVERY_S = 10.0
+_HEARD_S = 1.0
 _ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = ("headrace", "cluster", "router", "replicas", "scheduler", "simulator", "loadgen")
 
 
 class LaunchError(RuntimeError):
@@ -36,7 +43,7 @@ def curl_line(config: ClusterConfig) -> str:
     """A curl command for a chat request."""
     body = json.dumps(
         {
-            "model": config.application.args.model.id,
+            "model": config.application.args.llm_configs[0].model_id,
             "messages": [{"role": "user", "content": "What is the capital of France?"}],
             "max_tokens": 24,
             "temperature": 0,
@@ -49,85 +56,129 @@ def prepare_model(config: ClusterConfig, say: Callable[[str], None]) -> None:
     """Write the bundled model where the configuration expects it, when that is what it names.
 
     Raises:
-        ConfigError: the model is a local path that does not exist.
+        ConfigError: a model is a local path that does not exist.
         ModelUnavailable: the bundled model's package is missing.
     """
-    source = config.application.args.model.local_folder
-    if source is None:
-        return
-    if source.name == BUNDLED_MODEL_NAME:
-        if not is_prepared(source):
-            say(f"preparing {BUNDLED_MODEL_NAME} in {source} (once, about half a minute)")
-            prepare_bundled_model(source)
-    elif not source.exists():
-        raise ConfigError(f"model.source = {str(source)!r} does not exist; allowed: a folder, or a hub id ORG/NAME")
+    for entry in config.application.args.llm_configs:
+        source = entry.local_folder
+        if source is None:
+            continue
+        if source.name == BUNDLED_MODEL_NAME:
+            if not is_prepared(source):
+                say(f"preparing {BUNDLED_MODEL_NAME} in {source} (once, about half a minute)")
+                prepare_bundled_model(source)
+        elif not source.exists():
+            raise ConfigError(
+                f"model_loading_config.model_source = {str(source)!r} of {entry.model_id} does not exist; "
+                "allowed: a folder, or a hub id ORG/NAME"
+            )
 
 
 class Launcher:
     """One application on one Ray: `start`, then `wait` in the foreground or leave, then `stop`.
 
-    progress: called with one line at each change of state.
+    progress: called with one line at each change of state; folder: of a Ray of its own. insecure: other machines may
+    reach it without an API key. running_at: the address of a local Ray that another process started for this
+    application; `start` then updates it.
+    whats_new: after `start`, what it changed of what ran before; empty if nothing ran.
     """
 
-    def __init__(self, config: ClusterConfig, progress: Callable[[str], None]) -> None:
-        self._config, self._say = config, progress
+    def __init__(
+        self, config: ClusterConfig, progress: Callable[[str], None], folder: RunFolder | None = None, *,
+        insecure: bool = False, running_at: str | None = None,
+    ) -> None:
+        self._config, self._say, self._folder, self._insecure = config, progress, folder, insecure
+        self._running_at = running_at
+        self.whats_new: list[str] = []
+        self._serves = False
 
     @property
     def owns_ray(self) -> bool:
         """True when Ray is started, and stopped, with the application."""
-        return self._config.ray.address == "local"
+        return self._config.ray.address == "local" and self._running_at is None
 
     def start(self) -> None:
         """Start (or join) Ray, deploy, and return once a replica answers.
 
         Raises:
-            LaunchError: the port is taken, the cluster cannot be reached, or the deployment failed.
+            LaunchError: the port is taken, the cluster cannot be reached, the deployment failed, or other machines
+                could use it without an API key.
         """
         options = self._config.http_options
+        self._require_key(options.host)
         if self.owns_ray and not port_is_free(options.host, options.port):
             raise LaunchError(
-                f"port {options.port} on {options.host} is taken; stop what uses it (headrace down?) "
+                f"port {options.port} on {options.host} is taken by a program that is none of ours; stop it, "
                 "or set http_options.port in the configuration"
             )
-        if self.owns_ray:
+        if self._config.ray.address == "local":
             _bind_ray_to_localhost()
+        if self._folder is not None:
+            self._folder.hold_temporary_files()
         _quieten()
         import ray
         from ray import serve
 
-        from cluster.app import build
+        from cluster import deployed
+        from cluster.app import application, versions_of
+        from replicas.cluster_store import ClusterStore
 
         self._connect(ray)
         serve.start(proxy_location=self._config.proxy_location, http_options=options.model_dump())
-        application = self._config.application
+        self._require_key(_address_of_serve())  # Serve keeps the address with which it was first started
+        entry = self._config.application
+        built = application(entry.args, entry.runtime_env)
+        store, new = ClusterStore(entry.name), deployed.deployed(entry.args, versions_of(built))
+        self.whats_new = deployed.whats_new(store, new)
         with self._watching_progress():
             try:
-                serve.run(build(application.args), name=application.name, route_prefix=application.route_prefix)
+                serve.run(built, name=entry.name, route_prefix=entry.route_prefix)
             except RuntimeError as error:
-                raise LaunchError(f"the deployment failed: {error}; the logs are in {_log_folder()}") from error
+                raise LaunchError(f"the deployment failed: {error}{self._where_logs_are()}") from error
+        deployed.note(store, new)
         self._wait_until_ready()
+        self._serves = True
+        if self._folder is not None:  # where another `up` finds it
+            self._folder.note_ray(str(ray.get_runtime_context().gcs_address))
+
+    def _require_key(self, host: str) -> None:
+        wrong = require_key_beyond_loopback(host, self._config.application.args.headrace.tenants)
+        if wrong and not self._insecure:
+            raise LaunchError(wrong)
 
     def wait(self) -> None:
         """Stay in the foreground; a signal's exception ends it."""
         while True:
-            time.sleep(0.5)
+            self._remember()
+            time.sleep(_REMEMBER_EVERY_S)
+
+    def _remember(self) -> None:
+        if self._folder is not None:
+            self._folder.remember(psutil.Process().children(recursive=True))
+
+    def drain(self, at_once: Callable[[], bool]) -> int:
+        """Let the requests finish that have begun (`finish_requests`); returns how many were cut."""
+        application = self._config.application
+        return finish_requests(application.name, application.args.drain_s, self._say, at_once)
+
+    @property
+    def serves(self) -> bool:
+        """True once `start` has succeeded."""
+        return self._serves
 
     def stop(self) -> None:
         """Take the application down; with a Ray of its own, every process of it too."""
         import ray
         from ray import serve
 
-        if not ray.is_initialized():
-            return
-        if not self.owns_ray:
+        if self.owns_ray:
+            stop_local_ray(serve, ray)
+        elif ray.is_initialized():
+            from replicas.cluster_store import ClusterStore
+
             serve.delete(self._config.application.name)
+            ClusterStore(self._config.application.name).forget()
             ray.shutdown()
-            return
-        ours = psutil.Process().children(recursive=True)
-        with contextlib.suppress(Exception):  # if this fails, the processes below are still ended
-            serve.shutdown()
-            ray.shutdown()
-        _end_processes(ours)
 
     def _connect(self, ray: Any) -> None:
         if self.owns_ray:
@@ -137,6 +188,7 @@ class Launcher:
                 logging_level="ERROR",
             )
             return
+        use_the_user_s_token()
         self.join(ray)
 
     def join(self, ray: Any) -> None:
@@ -145,17 +197,16 @@ class Launcher:
         Raises:
             LaunchError: it cannot be reached.
         """
-        self._say(f"joining the Ray cluster at {self._config.ray.address}")
-        runtime_env = _our_code(_ROOT) | self._config.application.runtime_env
+        address = self._running_at or self._config.ray.address
+        self._say(f"joining the Ray cluster at {address}")
+        # On a local Ray every process has this one's code already.
+        runtime_env = {} if self._running_at else _our_code(_ROOT) | self._config.application.runtime_env
         try:
-            ray.init(
-                address=self._config.ray.address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR"
-            )
-        except ConnectionError as error:
-            raise LaunchError(
-                f"no Ray cluster answers at {self._config.ray.address}: {error}; start one with 'ray start --head', "
-                "or set ray.address in the configuration"
-            ) from error
+            ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR")
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            raise LaunchError(why_not_joined(address, error)) from error
 
     @contextlib.contextmanager
     def _watching_progress(self) -> Iterator[None]:
@@ -166,6 +217,7 @@ class Launcher:
 
             last = ""
             while not done.wait(1.0):
+                self._remember()
                 with contextlib.suppress(Exception):  # a failed status query must not end the start
                     line = _progress_line(serve.status().applications[self._config.application.name])
                     if line != last:
@@ -180,6 +232,9 @@ class Launcher:
             done.set()
             thread.join(timeout=5.0)
 
+    def _where_logs_are(self) -> str:
+        return f"; the logs are in {self._folder.logs}" if self._folder is not None else ""
+
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + READY_TIMEOUT_S
         with httpx.Client(base_url=self._config.base_url, timeout=10.0, trust_env=False) as client:
@@ -188,17 +243,29 @@ class Launcher:
                     if client.get("/readyz").status_code == 200:
                         return
                 time.sleep(0.5)
-        raise LaunchError(f"{self._config.base_url}/readyz did not answer within {READY_TIMEOUT_S:g} s")
+        raise LaunchError(
+            f"{self._config.base_url}/readyz did not answer within {READY_TIMEOUT_S:g} s{self._where_logs_are()}"
+        )
 
 
-def _our_code(root: Path) -> dict[str, str]:
+def _address_of_serve() -> str:
+    """Where the running Serve listens."""
+    from ray.serve.context import _get_global_client
+
+    return str(_get_global_client().http_config.host)
+
+
+def _our_code(root: Path) -> dict[str, Any]:
     """Ray's runtime environment that makes this checkout importable on all nodes. Empty for an installed package: it
     lies in site-packages, which must not be uploaded, and the nodes have it installed too."""
     try:
         project = tomllib.loads((root / "pyproject.toml").read_text()).get("project", {})
     except (OSError, ValueError):
         return {}
-    return {"working_dir": str(root)} if project.get("name") == "headrace" else {}
+    if project.get("name") != "headrace":
+        return {}
+    # The packages alone: Serve restarts everything when the folder's content changes, such as a configuration in it.
+    return {"working_dir": str(root), "excludes": ["/*", *(f"!/{name}" for name in _PACKAGES), "__pycache__"]}
 
 
 def _bind_ray_to_localhost() -> None:
@@ -225,17 +292,6 @@ def _progress_line(application: Any) -> str:
     return "; ".join(parts) or f"application {application.status.lower()}"
 
 
-def _end_processes(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=_SHUTDOWN_GRACE_S)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=_SHUTDOWN_GRACE_S)
-
-
 def port_is_free(host: str, port: int) -> bool:
     """True when a server may bind there."""
     with socket.socket() as probe:
@@ -247,57 +303,47 @@ def port_is_free(host: str, port: int) -> bool:
         return True
 
 
-def _log_folder() -> str:
-    return os.path.join(tempfile.gettempdir(), "ray", "session_latest", "logs", "serve")
-
-
-def delete_application(config: ClusterConfig) -> None:
-    """Delete the application from the cluster that the configuration joins.
+def delete_application(config: ClusterConfig, say: Callable[[str], None], at_once: Callable[[], bool]) -> None:
+    """Delete the application from the cluster that the configuration joins, once its requests have finished.
 
     Raises:
         LaunchError: the cluster cannot be reached.
     """
     import ray
 
-    launcher = Launcher(config, progress=lambda _: None)
+    launcher = Launcher(config, progress=say)
+    use_the_user_s_token()
     launcher.join(ray)
+    launcher.drain(at_once)
     launcher.stop()
 
 
-# One file for each foreground `headrace up`; `headrace down` reads it.
-
-
-def note_running(config: ClusterConfig) -> Path:
-    """Record that this process serves `config`; returns the file."""
-    path = _note_path(config)
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    path.write_text(json.dumps({"pid": os.getpid(), "started_s": psutil.Process().create_time()}))
-    return path
-
-
-def stop_running(config: ClusterConfig, timeout_s: float = 60.0) -> bool:
+def stop_running(config: ClusterConfig, say: Callable[[str], None], *, now: bool) -> bool:
     """Ask the process that serves `config` to stop and wait for it; False when there is none.
+
+    now: end requests at once. What a killed process has left is removed.
 
     Raises:
         LaunchError: it does not stop in time.
     """
-    try:
-        note = json.loads(_note_path(config).read_text())
-        process = psutil.Process(note["pid"])
-        if process.create_time() != note["started_s"]:  # the process id was reused
-            return False
-    except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
-        return False
+    note = running_note(config)
+    process = note.process() if note else None
+    if process is None:
+        return clear_stale(config, say)
+    folder, said = folder_for(config), ""
     process.send_signal(signal.SIGINT)
-    try:
-        process.wait(timeout_s)
-    except psutil.TimeoutExpired as error:
-        raise LaunchError(f"process {process.pid} did not stop within {timeout_s:g} s; stop it by hand") from error
-    return True
-
-
-def _note_path(config: ClusterConfig) -> Path:
-    folder = Path(tempfile.gettempdir()) / f"headrace-run-{os.getuid()}"
-    return folder / f"{config.application.name}-{config.http_options.port}.json"
-
-
+    if now:
+        with contextlib.suppress(psutil.TimeoutExpired):  # two signals at once would be one
+            process.wait(_HEARD_S)
+            return True
+        process.send_signal(signal.SIGINT)
+    allowed_s = config.application.args.drain_s + _STOP_S
+    deadline_s = time.monotonic() + allowed_s
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(psutil.TimeoutExpired):
+            process.wait(0.5)
+            return True
+        if (line := folder.said()) and line != said:
+            said = line
+            say(line)
+    raise LaunchError(f"process {process.pid} did not stop within {allowed_s:g} s; stop it by hand")

@@ -38,12 +38,17 @@ def status_tables(state: dict[str, Any]) -> Iterator[Any]:
     forecasts = {name: replica.get("forecast") for name, replica in state["replicas"].items()}
     if any(forecasts.values()):
         yield _forecast_table({name: forecast for name, forecast in forecasts.items() if forecast})
+    models = {replica["model"] for replica in state["replicas"].values()}
     for name, replica in state["replicas"].items():
         said = replica["decision"] if replica["reachable"] else f"not reachable: {replica['reason']}"
-        yield Text(f"{name}: {said}")
+        yield Text(f"{name} ({replica['model']}): {said}" if len(models) > 1 else f"{name}: {said}")
         if replica["reachable"] and replica["counters"]["completed"]:
             yield Text(f"{name}: {_kept(replica['counters'])}")
     controller = state["controller"]
+    for model, pin in controller.get("pins", {}).items():
+        at = datetime.fromtimestamp(pin["at_unix_s"], UTC).astimezone().isoformat(" ", "seconds")
+        why = f": {pin['reason']}" if pin["reason"] else ""
+        yield Text(f"{model}: pinned {at} by {pin['by'] or 'an operator'} ({pin['key']}){why}")
     period = f"every {controller['period_s']:g} s" if controller["alive"] else controller["reason"]
     yield Text(f"controller: {'running, ' if controller['alive'] else ''}{period}")
 
@@ -95,8 +100,10 @@ def events_table(answer: dict[str, Any]) -> Iterator[Any]:
     table.add_column("reason")
     for event in answer["events"]:
         at = datetime.fromtimestamp(event["at_unix_s"], UTC).astimezone().isoformat(" ", "seconds")
-        versions = f"{event['old_version']} → {event['new_version']}"
-        table.add_row(at, event["replica"], versions, "yes" if event["accepted"] else "no", plain(event["reason"]))
+        versions = event["kind"] if event["new_version"] is None else f"{event['old_version']} → {event['new_version']}"
+        taken = "yes" if event["accepted"] else "no"
+        about = event["replica"] or event["model"]
+        table.add_row(at, about, versions, taken, plain(event["reason"]))
     if answer["events"]:
         yield table
     else:
@@ -127,6 +134,44 @@ def acks_table(result: dict[str, Any]) -> Iterator[Any]:
     for name, ack in result["replicas"].items():
         table.add_row(name, str(ack["version"]), plain(ack["reason"]))
     yield table
+    if "pin" in result and not result["pin"]["kept"]:
+        yield Text(result["pin"]["reason"], style="yellow")
+
+
+def settings_table(answer: dict[str, Any]) -> Iterator[Any]:
+    """`headrace settings get`: one column a model."""
+    models = answer["models"]
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for column in ("setting", *models):
+        table.add_column(column)
+    flat = {name: dict(_flat(model["settings"])) for name, model in models.items()}
+    for key in dict.fromkeys(key for values in flat.values() for key in values):
+        table.add_row(key, *("–" if values.get(key) is None else plain(str(values[key])) for values in flat.values()))
+    yield table
+    for name, model in models.items():
+        if changed := model["changed"]:
+            at = datetime.fromtimestamp(changed["at_unix_s"], UTC).astimezone().isoformat(" ", "seconds")
+            why = f": {changed['reason']}" if changed["reason"] else ""
+            yield Text(f"{name}: changed since it was deployed, {at} by {changed['by'] or changed['key']}{why}")
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
+
+
+def settings_answer_table(answer: dict[str, Any]) -> Iterator[Any]:
+    """The answer to a change of settings."""
+    for name, changed in answer["models"].items():
+        yield Text(f"{name}: " + ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items()))
+    if not answer["models"]:
+        yield Text("nothing changed")
+    for name, ack in answer["replicas"].items():
+        if not ack["accepted"]:
+            yield Text(f"{name}: not taken: {ack['reason']}", style="red")
 
 
 def plan_tables(plan: dict[str, Any]) -> Iterator[Any]:

@@ -1,6 +1,6 @@
 """A scheduling policy of your own: admit while the KV cache is below a given share, and always into an idle engine.
 
-Serve by it with `scheduler: own_policy.OwnScheduler` in a configuration's `args`, or with
+Serve by it with `scheduler: own_policy.OwnScheduler` in a configuration's `headrace`, or with
 `vllm serve MODEL --scheduler-cls own_policy.OwnScheduler` (this folder on PYTHONPATH). As a script it simulates
 the policy beside `fcfs`: `python examples/own_policy.py`.
 """

@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, NamedTuple, Self
 
 import httpx
@@ -21,6 +22,16 @@ _TOO_MANY_REQUESTS = 429
 _LONGEST_MESSAGE = 300
 _SETUP_TIMEOUT_S = 15.0
 _KEEP_IDLE_S = 2.0  # shorter than servers keep theirs (uvicorn: 5 s), so that none closes under a new request
+
+
+class Ending(StrEnum):
+    """How a response ended, by its bytes alone. MARKED: a finish reason or `[DONE]`; UNMARKED: neither, though HTTP
+    ended well; ERROR: an HTTP error or one in the stream; BROKEN: the connection failed."""
+
+    MARKED = "marked"
+    UNMARKED = "unmarked"
+    ERROR = "error"
+    BROKEN = "broken"
 
 
 class ServerError(CommandFailed):
@@ -40,7 +51,7 @@ class Exchange:
 
     sent_s: when the last byte of the request was handed to the network. token_s: when each token came. ended_s:
     when the outcome was known; None while it is under way. outcome: see docs/bench.md; cancelled until then.
-    status: of HTTP. prompt_tokens: as the server counted them.
+    status: of HTTP. prompt_tokens: as the server counted them. ending: None when the client ended it.
     """
 
     index: int
@@ -53,6 +64,7 @@ class Exchange:
     retry_after_s: float | None = None
     message: str | None = None
     prompt_tokens: int | None = None
+    ending: Ending | None = None
 
 
 class Server:
@@ -136,12 +148,13 @@ class Server:
                         stream.feed(data, clock_s())
                 else:
                     exchange.retry_after_s = _seconds(response.headers.get("Retry-After"))
-                    _end(exchange, response.status_code, _said(response.status_code, await response.aread()))
+                    said = _said(response.status_code, await response.aread())
+                    _end(exchange, Ending.ERROR, said, response.status_code)
                     return
         except StreamError as error:
-            _end(exchange, error.code, f"in the stream: {error}")
+            _end(exchange, Ending.ERROR, f"in the stream: {error}", error.code)
         except (httpx.HTTPError, OSError) as error:
-            _end(exchange, None, _described(error))
+            _end(exchange, Ending.BROKEN, _described(error))
         else:
             _judge(exchange, stream)
         finally:
@@ -163,18 +176,18 @@ def request_body(model: str, prompt: list[int], output_tokens: int, *, declare_l
 def _judge(exchange: Exchange, stream: TokenStream) -> None:
     """The outcome of a stream that came to its end."""
     if not (stream.ended or stream.finish_reason):
-        _end(exchange, None, f"the stream broke off after {len(stream.token_s)} tokens")
+        _end(exchange, Ending.UNMARKED, f"the stream broke off after {len(stream.token_s)} tokens")
     elif stream.finish_reason not in ("length", "stop", None):
-        _end(exchange, None, f"finish_reason is {stream.finish_reason!r}")
+        _end(exchange, Ending.ERROR, f"finish_reason is {stream.finish_reason!r}")
     elif not stream.token_s:
-        _end(exchange, None, "the stream ended without a token")
+        _end(exchange, Ending.MARKED, "the stream ended without a token")
     else:
-        exchange.outcome = COMPLETED
+        exchange.outcome, exchange.ending = COMPLETED, Ending.MARKED
 
 
-def _end(exchange: Exchange, status: int | None, message: str) -> None:
+def _end(exchange: Exchange, ending: Ending, message: str, status: int | None = None) -> None:
     exchange.outcome = REJECTED if status == _TOO_MANY_REQUESTS else FAILED
-    exchange.message = message[:_LONGEST_MESSAGE]
+    exchange.ending, exchange.message = ending, message[:_LONGEST_MESSAGE]
 
 
 def _context_of(card: dict[str, Any]) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class OpenLoop:
         """Seconds since the measurement began."""
         return asyncio.get_running_loop().time() - self._begun
 
-    async def run(self, requests: Sequence[SimRequest]) -> bool:
+    async def run(self, requests: Iterable[SimRequest]) -> bool:
         """Send all requests and wait for them; False if cancelled, which ends the requests under way."""
         self._begun = asyncio.get_running_loop().time()
         tasks: list[asyncio.Task[None]] = []

@@ -19,7 +19,7 @@ from ray.serve.request_router import ReplicaID
 
 SERVER_CLASS = "HeadraceServer"
 """Ray Serve LLM names a deployment by its server class and its model: HeadraceServer:MODEL."""
-
+INGRESS_CLASS = "HeadraceIngress"
 
 _owed_answers: dict[str, Any] = {}
 """By replica actor: a call that timed out and is still unanswered."""
@@ -34,6 +34,15 @@ def replica_ids(app_name: str) -> dict[str, str]:
 
     Forgets the pending calls of replicas that are gone. Blocks on the cluster, so not on an event loop.
     """
+    return _replicas(app_name, f"{SERVER_CLASS}:")
+
+
+def ingress_ids(app_name: str) -> dict[str, str]:
+    """The live replicas of an application's ingress, as `replica_ids`."""
+    return _replicas(app_name, INGRESS_CLASS)
+
+
+def _replicas(app_name: str, deployments: str) -> dict[str, str]:
     found: dict[str, str] = {}
     actors = ray.util.list_named_actors(all_namespaces=True)
     for gone in set(_owed_answers) - {actor["name"] for actor in actors}:
@@ -44,9 +53,24 @@ def replica_ids(app_name: str) -> dict[str, str]:
             continue
         replica = ReplicaID.from_full_id_str(name)
         deployment = replica.deployment_id
-        if deployment.app_name == app_name and deployment.name.startswith(f"{SERVER_CLASS}:"):
+        if deployment.app_name == app_name and deployment.name.startswith(deployments):
             found[replica.unique_id] = name
     return dict(sorted(found.items()))
+
+
+def replicas_of(app_name: str, deployment: str) -> int:
+    """The number of live replicas of any deployment, such as the ingress. Blocks on the cluster."""
+    names = [
+        actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["namespace"] == SERVE_NAMESPACE and ReplicaID.is_full_id_str(actor["name"])
+    ]
+    found = [ReplicaID.from_full_id_str(name).deployment_id for name in names]
+    return sum((one.app_name, one.name) == (app_name, deployment) for one in found)
+
+
+def deployment_of(actor_name: str) -> str:
+    """The deployment to which a replica belongs, by its actor's name: HeadraceServer:MODEL."""
+    return str(ReplicaID.from_full_id_str(actor_name).deployment_id.name)
 
 
 async def call_replica(actor_name: str, method: str, *, timeout_s: float = 5.0, **kwargs: Any) -> Any:

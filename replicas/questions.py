@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from replicas.actor_calls import ReplicaUnavailable, call_replica
 from replicas.ranks import EngineAddress
@@ -18,18 +18,19 @@ from scheduler.wire import QuestionFailed, UnreadableMessage, offer_of, read_ans
 
 _Answer = TypeVar("_Answer", Stats, Telemetry)
 _Result = TypeVar("_Result")
+ANSWER_S = 5.0
 Unanswered = ReplicaUnavailable | UnreadableMessage
 """Takes the place of an answer that is missing or unreadable."""
 
 
-async def ask_telemetry(engine: EngineAddress, cursor: int | None) -> Telemetry:
+async def ask_telemetry(engine: EngineAddress, cursor: int | None, *, timeout_s: float = ANSWER_S) -> Telemetry:
     """An engine's telemetry with the records after `cursor` (None: without records).
 
     Raises:
         ReplicaUnavailable: the replica or its engine does not answer.
         UnreadableMessage: the answer has another schema version or cannot be parsed.
     """
-    answer = await call_replica(engine.actor_name, "telemetry", rank=engine.rank, cursor=cursor)
+    answer = await call_replica(engine.actor_name, "telemetry", timeout_s=timeout_s, rank=engine.rank, cursor=cursor)
     return _read(engine, answer, Telemetry)
 
 
@@ -42,6 +43,16 @@ async def offer_thresholds(engine: EngineAddress, thresholds: Thresholds, *, aut
     """Offer thresholds to an engine; raises as `ask_telemetry`, but a silent engine gives an Ack, not accepted."""
     offer = offer_of(thresholds, automatic=automatic)
     return read_answer(await call_replica(engine.actor_name, "apply_thresholds", rank=engine.rank, offer=offer), Ack)
+
+
+async def ask_to_look_at_settings(engine: EngineAddress) -> dict[str, Any]:
+    """Ask a replica to take a change of settings now: {"accepted", "reason"} of the engine at the address.
+
+    Raises:
+        ReplicaUnavailable: the replica does not answer; it looks by itself within a second of being able to.
+    """
+    acks: dict[str, dict[str, Any]] = await call_replica(engine.actor_name, "look_at_settings")
+    return acks[str(engine.rank)]
 
 
 async def ask_all(

@@ -12,15 +12,36 @@ import copy
 import logging
 import time
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
+import psutil
+from ray import serve
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
+from replicas.cluster_store import ClusterStore
 from replicas.delivery import Deliveries
-from replicas.ray_patches import listen_where_the_node_does
+from replicas.draining import Draining
+from replicas.engine_client import end_process
+from replicas.engine_health import ENGINE_TIMEOUT_S, EngineHealth
+from replicas.live_settings import Settings, SettingsFollower
+from replicas.ray_patches import (
+    adapter_loader,
+    listen_where_the_node_does,
+    on_graceful_shutdown,
+    take_adapters_from_folders,
+)
 from replicas.routing_stats import RoutingStats
-from scheduler.engine.channel import ChannelClient, ChannelClosed, new_endpoint, rank_endpoint, remove_endpoint
+from scheduler.engine import segments
+from scheduler.engine.channel import (
+    ChannelClient,
+    ChannelClosed,
+    folder_of,
+    new_endpoint,
+    rank_endpoint,
+    remove_endpoint,
+)
 from scheduler.messages import Ack, Stats
 from scheduler.settings import SETTINGS_KEY
 from scheduler.support import ranks_in
@@ -35,6 +56,7 @@ from scheduler.wire import (
 )
 
 _STALE_STATS_S = 30.0
+_STATS_ANSWER_S = 1.0
 _ANSWER_S = 4.0
 """Shorter than the caller's timeout, so that a silent engine does not look like a silent replica."""
 logger = logging.getLogger(__name__)
@@ -45,6 +67,7 @@ class HeadraceServer(LLMServer):
 
     async def __init__(self, llm_config: LLMConfig, **kwargs: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         listen_where_the_node_does()
+        take_adapters_from_folders()
         self._endpoint = new_endpoint()
         _open_channel_at(self._endpoint, llm_config)
         ranks = ranks_in(llm_config.engine_kwargs)
@@ -52,21 +75,63 @@ class HeadraceServer(LLMServer):
         self._last_stats: dict[int, tuple[float, Stats]] = {}
         self._silent: set[int] = set()
         self._deliveries = Deliveries()
+        self._draining = Draining(self._channels)
+        loop = asyncio.get_running_loop()
+        on_graceful_shutdown(lambda within_s: loop.call_soon_threadsafe(self._draining.begin, within_s))
+        self.health = EngineHealth(self._current_stats, ranks, partial(end_process, self._endpoint))
+        store = ClusterStore(serve.get_replica_context().app_name)
+        self._settings = SettingsFollower(llm_config.model_id, ranks, self._ask, store, self._follow)
         from replicas.engine import HeadraceEngine  # imports vLLM, which a process that only deploys does not need
 
-        await super().__init__(llm_config, **({"engine_cls": HeadraceEngine} | kwargs))
+        ours = {"engine_cls": HeadraceEngine, "model_downloader": adapter_loader(folder_of(self._endpoint))}
+        await super().__init__(llm_config, **(ours | kwargs))
+        if isinstance(self.engine, HeadraceEngine):
+            self.engine.be_watched(self.health)
+        children = [process.pid for process in psutil.Process().children(recursive=True)]
+        segments.note(folder_of(self._endpoint), children)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take new settings; Serve calls it after the start and whenever others are deployed."""
+        await self._settings.deployed(user_config)
+
+    def _follow(self, settings: Settings) -> None:
+        """The settings are now these; the engines are told by `SettingsFollower`."""
+        self.health.engine_timeout_s = settings.get("engine_timeout_s", ENGINE_TIMEOUT_S)
+
+    async def look_at_settings(self) -> dict[str, dict[str, Any]]:
+        """Take an operator's change of settings now; by rank, whether its engine took it, and why not."""
+        acks = await self._settings.look()
+        return {str(rank): {"accepted": ack.accepted, "reason": ack.reason} for rank, ack in acks.items()}
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
         """Ray's own, with delivery times recorded."""
+        if self._draining.begun:
+            return self._recalled(request)
         delivery = self._deliveries.begin()
         chunks = await super().chat(request, raw_request_info)
         return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
 
     async def completions(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
         """Ray's own, with delivery times recorded."""
+        if self._draining.begun:
+            return self._recalled(request)
         delivery = self._deliveries.begin()
         chunks = await super().completions(request, raw_request_info)
         return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
+
+    async def _recalled(self, request: Any) -> AsyncGenerator[Any, None]:
+        from replicas.engine import recalled
+
+        yield recalled(self._draining.recall(str(request.request_id)))
+
+    async def drain(self, within_s: float) -> None:
+        """Admit nothing more and finish what has begun, within a bound; an operator stops the application."""
+        self._draining.begin(within_s)
+
+    async def check_health(self) -> None:
+        """Asked by Serve: raises when the engine has failed, also when it is frozen."""
+        self.health.check()
+        await super().check_health()
 
     async def apply_thresholds(self, offer: bytes, rank: int = 0) -> bytes:
         """Pass an offer of thresholds to the engine of a rank; the answer is an `Ack`."""
@@ -101,7 +166,7 @@ class HeadraceServer(LLMServer):
 
     async def _refresh_stats(self, rank: int) -> None:
         try:
-            stats = read_answer(await self._channels[rank].ask(stats_question(), timeout_s=1.0), Stats)
+            stats = await self._current_stats(rank)
         except (ChannelClosed, QuestionFailed, UnreadableMessage) as error:
             if rank not in self._silent:
                 logger.warning("no routing stats from the engine of rank %d: %s", rank, error)
@@ -110,11 +175,19 @@ class HeadraceServer(LLMServer):
         self._last_stats[rank] = (time.monotonic(), stats)
         self._silent.discard(rank)
 
+    async def _current_stats(self, rank: int) -> Stats:
+        return read_answer(await self._channels[rank].ask(stats_question(), timeout_s=_STATS_ANSWER_S), Stats)
+
     async def __del__(self) -> None:
+        self._draining.stop()
+        self.health.stop()
+        self._settings.close()
         for channel in self._channels:
             channel.close()
-        remove_endpoint(self._endpoint)
-        await super().__del__()
+        try:
+            await super().__del__()
+        finally:
+            remove_endpoint(self._endpoint)
 
 
 def _open_channel_at(endpoint: str, llm_config: LLMConfig) -> None:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from replicas.ranks import named_by, replica_of
-from scheduler.messages import Stats, Telemetry
+from replicas.ranks import named_by
+from router.authors import Name, Reason
+from router.refusal import LONGEST_MESSAGE
+from scheduler.messages import Telemetry
 from scheduler.thresholds import InvalidThresholds, Thresholds, parse_thresholds, thresholds_as_dict
-from scheduler.wire import OtherSchema, UnreadableMessage
+from scheduler.wire import UnreadableMessage
 
+_LARGEST_VERSION = 2**31 - 1
 _OF_ONE_UPDATE = ("version", "valid_for_s", "pinned", "reason")
 """Fields about how thresholds became active, not about scheduling."""
+
+
+_WHY = {True: "pinned by an operator", False: "automatic tuning resumed by an operator"}
 
 
 class AdminError(ValueError):
@@ -28,14 +34,29 @@ class AdminError(ValueError):
 class ThresholdsUpdate(BaseModel):
     """thresholds: the new ones, whole when they name a policy, else a change of the fields they name (a missing
     `version` means the active one plus 1); pin: stop automatic tuning (the default when thresholds are given); auto:
-    resume it; replica: one replica's id, one of its engines as `state` names it, or all when missing."""
+    resume it; replica: one replica's id, one of its engines as `state` names it, or all when missing, new ones too;
+    by: the operator's name for itself; reason: why. What is kept and shown is bounded: `version` below 2³¹, `reason`
+    and `replica` to 200 characters."""
 
     model_config = ConfigDict(extra="forbid")
 
-    replica: str | None = None
+    replica: Annotated[str, Field(max_length=LONGEST_MESSAGE)] | None = None
     thresholds: dict[str, Any] | None = None
     pin: bool | None = None
     auto: bool = False
+    by: Name = ""
+    reason: Reason = ""
+
+    @field_validator("thresholds")
+    @classmethod
+    def _bounded(cls, thresholds: dict[str, Any] | None) -> dict[str, Any] | None:
+        given = thresholds or {}
+        version, reason = given.get("version"), given.get("reason")
+        if isinstance(version, int) and not 0 <= version <= _LARGEST_VERSION:
+            raise ValueError(f"version is not allowed; allowed: an integer from 0 to {_LARGEST_VERSION}")
+        if isinstance(reason, str) and len(reason) > LONGEST_MESSAGE:
+            raise ValueError(f"reason has {len(reason)} characters; allowed: at most {LONGEST_MESSAGE}")
+        return thresholds
 
 
 def plan_update(update: ThresholdsUpdate, telemetry: Mapping[str, Telemetry | Exception]) -> dict[str, Thresholds]:
@@ -75,7 +96,7 @@ def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception)
         pinned = bool(update.pin) and not update.auto
         # A pin holds until it is lifted; resuming keeps the values until the controller pushes its own.
         return replace(active, pinned=pinned, valid_for_s=None, version=active.version + 1,
-                       reason="pinned by an operator" if pinned else "automatic tuning resumed by an operator")
+                       reason=update.reason or _WHY[pinned])
     given = update.thresholds
     if "policy" not in given:
         active_values = thresholds_as_dict(active)
@@ -95,14 +116,4 @@ def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception)
             f"{active.version}, which is active; allowed: more than {active.version}, or leave it out",
         )
     pinned = True if update.pin is None else update.pin
-    return replace(wanted, pinned=pinned, reason=wanted.reason or "set by an operator")
-
-
-def readiness(answers: Mapping[str, Stats | Exception]) -> dict[str, Any]:
-    """The body of `/readyz`: the number of replicas, and of those with an engine that answers.
-
-    An answer in another schema version counts: a replica of another release serves requests.
-    """
-    ready = {replica_of(name) for name, answer in answers.items() if isinstance(answer, Stats | OtherSchema)}
-    replicas = len({replica_of(name) for name in answers})
-    return {"status": "ready" if ready else "not ready", "ready": len(ready), "replicas": replicas}
+    return replace(wanted, pinned=pinned, reason=update.reason or wanted.reason or "set by an operator")

@@ -1,79 +1,133 @@
-"""API keys as OpenAI clients send them: the operator's, and one for each tenant.
+"""API keys as OpenAI clients send them: the operator's, and one for each tenant. No HTTP framework and no Ray.
 
-When `HEADRACE_API_KEY` is set, `/v1/*` and `/admin/*` ask for it. Tenants are configured by name, weight and the
-environment variable that holds their key; a tenant's key is accepted on `/v1/*` only and gives a request its tenant.
-With tenants, `/admin/*` answers 401 unless an operator's key is set.
+With an operator's key, `/v1/*` and `/admin/*` ask for it. Tenants are configured by name, weight and where their key
+is; a tenant's key is accepted on `/v1/*` only and gives a request its tenant. With tenants, `/admin/*` answers 401
+unless an operator's key is set.
+
+A key is in an environment variable, or in a file that another variable or the configuration names. A process that was
+deployed from elsewhere knows it by its SHA-256 alone (`NAME_SHA256`), so that no key is in Ray's records or logs.
 """
 
+from __future__ import annotations
+
+import hashlib
 import hmac
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-from fastapi import Depends, FastAPI, HTTPException, Request
-
+from router.refusal import Refusal
 from router.tenants import TenantConfig
 
 API_KEY_VARIABLE = "HEADRACE_API_KEY"
+API_KEY_FILE_VARIABLE = "HEADRACE_API_KEY_FILE"
+DIGEST_SUFFIX = "_SHA256"
+OPERATOR, ANONYMOUS = "operator", "anonymous"
+_FILE_KEPT_S = 1.0
+_NO_KEY = "none"
+"""The digest of a key that is named and missing: no key has it."""
 
-Endpoints = dict[str, Callable[[FastAPI], Callable[..., Any]]]
+
+class Holder(NamedTuple):
+    """Whose key a request has: a tenant's name, `operator` or `anonymous`."""
+
+    name: str
+    tenant: TenantConfig | None = None
+
+
+class _Source:
+    """Where one key is: a variable, a variable that names a file, or a file."""
+
+    def __init__(self, variable: str | None, file_variable: str | None = None, file: str | None = None) -> None:
+        self._variable, self._file_variable, self._file = variable, file_variable, file
+        self._read: tuple[str, float, str] = ("", -1.0, _NO_KEY)
+
+    @property
+    def name(self) -> str:
+        """The variable that carries this key's digest between machines, without its suffix."""
+        return self._variable or "HEADRACE_FILE_" + hashlib.sha256(str(self._file).encode()).hexdigest()[:12].upper()
+
+    def digest(self) -> str:
+        """The SHA-256 of the key in hex; "" if there is none; a file that cannot be read has a key that none matches.
+        """
+        file = self._file or os.environ.get(self._file_variable or "")
+        if file and Path(file).exists():
+            return self._digest_of(file)
+        if sent := os.environ.get(self._sent):  # newer than a variable that the node was started with
+            return sent
+        if key := os.environ.get(self._variable or ""):
+            return hashlib.sha256(key.encode()).hexdigest()
+        return _NO_KEY if file else ""
+
+    @property
+    def _sent(self) -> str:
+        return self.name + DIGEST_SUFFIX
+
+    def _digest_of(self, file: str) -> str:
+        name, at_s, digest = self._read
+        if name != file or time.monotonic() - at_s > _FILE_KEPT_S:
+            try:
+                key = Path(file).read_text().strip()
+            except (OSError, UnicodeDecodeError):
+                key = ""
+            digest = hashlib.sha256(key.encode()).hexdigest() if key else _NO_KEY
+            self._read = (file, time.monotonic(), digest)
+        return digest
+
+
+def operators_key() -> _Source:
+    """The operator's key."""
+    return _Source(API_KEY_VARIABLE, API_KEY_FILE_VARIABLE)
 
 
 class Keyring:
-    """API keys and what each allows. Read from the environment at each request: keys change without a restart."""
+    """API keys and what each allows. Read anew while requests come: keys change without a restart."""
 
     def __init__(self, tenants: Sequence[TenantConfig] = ()) -> None:
-        self._tenants = tenants
+        self._operator = operators_key()
+        self._tenants = [(tenant, _Source(tenant.api_key_env, file=tenant.api_key_file)) for tenant in tenants]
 
-    def require_operator(self, request: Request) -> None:
+    @property
+    def is_open(self) -> bool:
+        """Whether every request passes, since there is no key and no tenant."""
+        return not self._tenants and not self._operator.digest()
+
+    def digests(self) -> dict[str, str]:
+        """The digests of all keys, as environment variables for a process elsewhere that must know the keys."""
+        sources = [self._operator, *(source for _, source in self._tenants)]
+        return {source.name + DIGEST_SUFFIX: digest for source in sources if (digest := source.digest())}
+
+    def require_operator(self, headers: Mapping[bytes, bytes]) -> None:
         """401 without the operator's key; every request passes when no key is configured."""
-        expected = os.environ.get(API_KEY_VARIABLE)
-        if expected or self._tenants:
-            _require(bool(expected) and _same(_given(request), expected or ""))
+        expected = self._operator.digest()
+        if (expected or self._tenants) and not _same(_given(headers), expected):
+            raise _unauthorized()
 
-    def require_user(self, request: Request) -> None:
-        """401 for an unknown key; otherwise store the key's tenant on the request."""
-        given, operator = _given(request), os.environ.get(API_KEY_VARIABLE)
+    def require_user(self, headers: Mapping[bytes, bytes]) -> Holder:
+        """Whose key it is; 401 for an unknown one."""
+        given, expected = _given(headers), self._operator.digest()
         # All keys are compared, so that response times do not reveal a partial match.
-        found = [tenant for tenant in self._tenants if _same(given, os.environ.get(tenant.api_key_env, ""))]
-        is_operator = _same(given, operator or "")
-        request.state.tenant = found[0] if found else None
-        _require(bool(found) or is_operator or not (operator or self._tenants))
+        found = [tenant for tenant, source in self._tenants if _same(given, source.digest())]
+        if _same(given, expected):
+            return Holder(OPERATOR)
+        if found:
+            return Holder(found[0].name, found[0])
+        if expected or self._tenants:
+            raise _unauthorized()
+        return Holder(ANONYMOUS)
 
 
-def guard(endpoints: Endpoints, check: Callable[[Request], None]) -> Endpoints:
-    """The same endpoints, each behind `check`."""
-
-    def behind_key(register: Callable[[FastAPI], Callable[..., Any]]) -> Callable[[FastAPI], Callable[..., Any]]:
-        return lambda app: register(_Guarded(app, check))  # type: ignore[arg-type]  # has the app's route methods
-
-    return {name: behind_key(register) for name, register in endpoints.items()}
-
-
-class _Guarded:
-    """A FastAPI app with a check on every route; Ray's endpoint maps call `app.get`, `app.post`, `app.put`."""
-
-    def __init__(self, app: FastAPI, check: Callable[[Request], None]) -> None:
-        self._app, self._check = app, check
-
-    def __getattr__(self, method: str) -> Callable[..., Any]:
-        add_route = getattr(self._app, method)
-
-        def guarded(path: str, **options: Any) -> Any:
-            return add_route(path, dependencies=[Depends(self._check)], **options)
-
-        return guarded
-
-
-def _given(request: Request) -> str:
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    return given if scheme.lower() == "bearer" else ""
+def _given(headers: Mapping[bytes, bytes]) -> str:
+    """The SHA-256 of the key in a request."""
+    scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+    return hashlib.sha256(given).hexdigest() if scheme.lower() == b"bearer" and given else ""
 
 
 def _same(given: str, expected: str) -> bool:
-    return bool(expected) and hmac.compare_digest(given.encode(), expected.encode())
+    return bool(expected) and hmac.compare_digest(given, expected)
 
 
-def _require(allowed: bool) -> None:
-    if not allowed:
-        raise HTTPException(401, "invalid or missing API key; send it as 'Authorization: Bearer KEY'")
+def _unauthorized() -> Refusal:
+    return Refusal(401, "invalid or missing API key; send it as 'Authorization: Bearer KEY'")

@@ -4,42 +4,80 @@
     GET  /admin/events       the latest changes of thresholds, with the old and the new values
     GET  /admin/thresholds   active thresholds by replica
     PUT  /admin/thresholds   set, `pin` or return to `auto`, on all replicas or one
+    GET  /admin/settings     the settings in force by model: targets, policy, limits, controller
+    PUT  /admin/settings     change some of them until the next deployment; nothing restarts
     GET  /healthz, /readyz   the ingress runs; at least one replica's engine answers
 """
 # No `from __future__ import annotations` here: FastAPI reads these signatures.
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from contextlib import aclosing
+from functools import partial
 from typing import Any, Protocol
 
 import ray
-from fastapi import Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import HTTPException, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
 from ray import serve
 from ray.actor import ActorHandle
+from ray.serve.context import _get_serve_request_context
 from ray.serve.llm.ingress import OpenAiIngress
 
-from replicas.actor_calls import ReplicaUnavailable, replica_ids
-from replicas.questions import Unanswered, ask_all, ask_stats, ask_telemetry, offer_thresholds
-from replicas.ranks import EngineAddress, engine_addresses
-from replicas.ray_patches import listen_where_the_node_does
-from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness
+from replicas.actor_calls import ReplicaUnavailable, replicas_of
+from replicas.cluster_store import ClusterStore
+from replicas.live_settings import Settings, engine_settings
+from replicas.questions import (
+    ANSWER_S,
+    ask_all,
+    ask_stats,
+    ask_telemetry,
+    ask_to_look_at_settings,
+    offer_thresholds,
+)
+from replicas.ranks import EngineAddress, ServedModel
+from replicas.ray_patches import listen_where_the_node_does, take_adapters_from_folders
+from replicas.served import engines_of
+from router.adapters import exists
+from router.admin import AdminError, ThresholdsUpdate, plan_update
+from router.attempts import MAX_WAIT_S, Attempts, ending_at_an_error
+from router.auth import ANONYMOUS, OPERATOR
+from router.authors import author
 from router.declared_length import move_declared_length
-from router.tenants import sign
+from router.gate import Desk, open_desk
+from router.in_flight import InFlight
+from router.limits import DEFAULT_LIMITS, NO_OTHERS, Limits
+from router.live_settings import Judge, SettingsOffice, SettingsUpdate, changes, settings_event
+from router.pins import NOT_KEPT, KeptPin, kept_pins
+from router.refusal import shortened
+from router.replica_watch import ReplicaWatch, readiness
+from router.tenants import TenantConfig, sign
 from scheduler.messages import Ack, Telemetry
 from scheduler.openai_error import error_body
 from scheduler.thresholds import Thresholds, thresholds_as_dict
 from scheduler.wire import UnreadableMessage
 
 _CONTROLLER_ANSWER_S = 3.0
+_LONGEST_ERROR = 600
+"""Of an operator's request, whose parts are bounded one by one."""
+_STATE_ANSWER_S = 1.0
+"""What the state waits for a silent replica."""
+_RETRY_S = 0.5
+_WITHOUT_END_S = 1e9
+_ECHOED = 200  # characters of a client's input in an answer
 _NO_CONTROLLER = "the controller does not answer; replicas keep their thresholds"
 logger = logging.getLogger(__name__)
 
 
 class Keeper(Protocol):
     """Starts the controller unless it runs (`cluster.controller.ControllerKeeper`)."""
+
+    models: Mapping[str, Any]
+
+    def with_settings(self, settings: Mapping[str, Settings]) -> "Keeper": ...
 
     @property
     def check_every_s(self) -> float: ...
@@ -48,16 +86,30 @@ class Keeper(Protocol):
 
 
 class HeadraceIngress(OpenAiIngress):
-    """OpenAI endpoints and the control endpoints of one application."""
+    """OpenAI endpoints and the control endpoints of one application. models: what it serves, by deployment."""
 
-    def __init__(self, *args: Any, keeper: Keeper | None = None, ranks: int = 1, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, models: Mapping[str, ServedModel], judge: Judge, keeper: Keeper | None = None, **kwargs: Any
+    ) -> None:
         listen_where_the_node_does()
+        take_adapters_from_folders()
         super().__init__(*args, **kwargs)
-        self._ranks = ranks
-        self._app_name = serve.get_replica_context().app_name
+        self._in_flight = InFlight()
+        self._models = models
+        self._attempts = Attempts(is_stopping=lambda: self._in_flight.is_closed)
+        context = serve.get_replica_context()
+        self._app_name, self._deployment = context.app_name, context.deployment
         self._keeper = keeper
+        self._office = SettingsOffice(ClusterStore(self._app_name), judge, self._follow)
+        self._untold = asyncio.Event()  # settings that the controller has not heard of
         self._controller: ActorHandle | None = None
-        self._watch = asyncio.get_running_loop().create_task(self._watch_controller()) if keeper else None
+        self.replica_watch = ReplicaWatch(self._look_around, ask_stats)
+        self._tenants: tuple[TenantConfig, ...] = ()
+        self.desk = open_desk(self._tenants, DEFAULT_LIMITS, NO_OTHERS, self.replica_watch, self._model_cards)
+        loop = asyncio.get_running_loop()
+        self._watching = [loop.create_task(self.replica_watch.run())]
+        if keeper:
+            self._watching.append(loop.create_task(self._watch_controller()))
 
     async def _watch_controller(self) -> None:
         assert self._keeper is not None
@@ -68,7 +120,35 @@ class HeadraceIngress(OpenAiIngress):
                     self._controller = await asyncio.to_thread(self._keeper.ensure, self._app_name)
             except Exception:  # requests are served without a controller too
                 logger.exception("could not start the controller; trying again")
-            await asyncio.sleep(self._keeper.check_every_s)
+            if self._untold.is_set():
+                await self._tell_controller(self._keeper)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._untold.wait(), self._keeper.check_every_s)
+
+    async def _tell_controller(self, keeper: Keeper) -> None:
+        self._untold.clear()
+        try:
+            await self._call_controller("configure", keeper.models)
+        except Exception as error:
+            logger.warning("the controller has not taken the settings, trying again: %r", error)
+            await asyncio.sleep(_RETRY_S)
+            self._untold.set()
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take new settings; Serve calls it after the start and whenever others are deployed."""
+        self._tenants = tuple(TenantConfig.model_validate(tenant) for tenant in user_config.get("tenants", ()))
+        self._follow(user_config["models"])
+        await self._office.deployed(user_config["models"])
+
+    def _follow(self, settings: Mapping[str, Settings]) -> None:
+        """The settings of the models are now these. What belongs to no model has the limits of the first."""
+        limits = {name: Limits.model_validate(one.get("limits", {})) for name, one in settings.items()}
+        self.desk.change(self._tenants, next(iter(limits.values()), DEFAULT_LIMITS), limits)
+        waits = [one.get("max_wait_s", MAX_WAIT_S) for one in settings.values()]
+        self._attempts.max_wait_s = max((wait or _WITHOUT_END_S for wait in waits), default=MAX_WAIT_S)
+        if self._keeper is not None:
+            self._keeper = self._keeper.with_settings(settings)
+            self._untold.set()
 
     async def _keeps_running(self, controller: ActorHandle) -> bool:
         """Start the controller's loop if needed; False when the actor has died for good, True while Ray restarts it."""
@@ -82,31 +162,65 @@ class HeadraceIngress(OpenAiIngress):
             return True
         return True
 
+    async def _get_model_id(self, model: str | None) -> str:
+        model_id: str = await super()._get_model_id(model)
+        if not await exists(model_id, self._lora_paths, self._get_lora_model_metadata_func):
+            raise HTTPException(404, f"Could not find model with id {model_id[:_ECHOED]!r}.")
+        return model_id
+
+    async def model(self, model_id: str) -> Any:
+        """Ray's card of a model or adapter; None when there is none."""
+        there = await exists(model_id, self._lora_paths, self._get_lora_model_metadata_func)
+        return await super().model(model_id) if there else None
+
     async def _get_response(
         self, *, body: Any, call_method: str, raw_request: Request | None = None
     ) -> AsyncGenerator[Any, None]:
-        move_declared_length(body)
-        sign(body, getattr(raw_request.state, "tenant", None) if raw_request is not None else None)
-        async for response in super()._get_response(body=body, call_method=call_method, raw_request=raw_request):
-            yield response
+        with self._in_flight.request(str(getattr(body, "request_id", ""))):
+            move_declared_length(body)
+            tenant = getattr(raw_request.state, "tenant", None) if raw_request is not None else None
+            sign(body, tenant, self.desk.turned_away(body.model))
+            if raw_request is not None:
+                raw_request.state.is_valid = True
+            send = partial(super()._get_response, body=body, call_method=call_method, raw_request=raw_request)
+            request_id = _get_serve_request_context()._internal_request_id
+            async with aclosing(self._attempts.answer(send, request_id)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    async def stop_admitting(self) -> int:
+        """Answer new requests with 503 from now on; returns how many are still in flight. For an operator's stop."""
+        self._in_flight.close()
+        return self._in_flight.count
+
+    async def _process_llm_request(self, *args: Any, **kwargs: Any) -> Response:
+        response: Response = await super()._process_llm_request(*args, **kwargs)
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = ending_at_an_error(response.body_iterator)
+        return response
 
     async def admin_state(self) -> Response:
         """The state of every replica and of the controller; unreachable replicas are listed with the reason."""
-        telemetry, controller = await asyncio.gather(self._telemetry(), self._ask_controller("state"))
-        known = controller.get("replicas", {})
+        engines = await self._engines()
+        ask = partial(_without_records, timeout_s=_STATE_ANSWER_S)
+        telemetry, controller = await asyncio.gather(ask_all(engines, ask), self._ask_controller("state"))
+        known, latest = controller.get("replicas", {}), self.replica_watch.latest()
         replicas = {}
         for name, report in telemetry.items():
+            replicas[name] = {"model": engines[name].model_id, "reachable": isinstance(report, Telemetry)}
             if isinstance(report, Telemetry):
                 unknown: dict[str, Any] = dict.fromkeys(("time_model", "fluid", "forecast"))
                 empty = unknown | {"decision": controller.get("reason", "not seen yet")}
-                replicas[name] = {"reachable": True} | report.shown() | known.get(name, empty)
+                replicas[name] |= report.shown() | known.get(name, empty)
             else:
-                replicas[name] = {"reachable": False, "reason": str(report)}
+                age_s = latest[name].age_s if name in latest else None
+                replicas[name] |= {"reason": str(report), "last_answer_age_s": age_s}
         state = {
             "application": self._app_name,
             "at_unix_s": time.time(),
             "replicas": replicas,
             "controller": {key: value for key, value in controller.items() if key != "replicas"},
+            "front_door": {"rejected": self.desk.front_door.rejected, "ingresses": self.desk.front_door.ingresses},
         }
         return JSONResponse(state)
 
@@ -118,7 +232,7 @@ class HeadraceIngress(OpenAiIngress):
 
     async def get_thresholds(self) -> Response:
         """Active thresholds by replica."""
-        telemetry = await self._telemetry()
+        telemetry = await ask_all(await self._engines(), _without_records)
         replicas = {
             name: thresholds_as_dict(report.thresholds) if isinstance(report, Telemetry) else {"error": str(report)}
             for name, report in telemetry.items()
@@ -135,6 +249,10 @@ class HeadraceIngress(OpenAiIngress):
         answers = await asyncio.gather(*(_apply(engines[name], planned[name]) for name in planned))
         acks: dict[str, Ack] = dict(zip(planned, answers, strict=True))
         rejected = {name: ack.reason for name, ack in acks.items() if not ack.accepted}
+        taken = {name: planned[name] for name in planned if name not in rejected}
+        model_of = {name: engine.model_id for name, engine in engines.items()}
+        by = author(body.by, self._key(), body.reason)
+        kept = await self._keep_pins(kept_pins(body, taken, model_of, by))
         results = {
             name: {"accepted": ack.accepted, "version": ack.active_version, "reason": ack.reason}
             for name, ack in acks.items()
@@ -143,39 +261,109 @@ class HeadraceIngress(OpenAiIngress):
             codes = {ack.code for ack in acks.values() if not ack.accepted}
             status = 503 if "unavailable" in codes else 409 if "stale" in codes else 400
             return _error(status, f"rejected by {', '.join(rejected)}: {next(iter(rejected.values()))}", results)
-        return JSONResponse({"replicas": results})
+        return JSONResponse({"replicas": results, "pin": kept})
+
+    def _key(self) -> str:
+        """With which key a request to /admin has come; the gate has let it through."""
+        return ANONYMOUS if self.desk.keys.is_open else f"{OPERATOR} key"
+
+    async def _keep_pins(self, calls: Iterable[KeptPin]) -> dict[str, Any]:
+        """Have the controller keep what an operator did; {"kept"}, with the reason when it does not."""
+        if self._keeper is None:
+            return {"kept": False, "reason": "automatic tuning is off in the configuration"}
+        try:
+            for call in calls:
+                await self._call_controller(call.method, call.pin, list(call.models), list(call.engines))
+        except Exception as error:  # the engines have it; new replicas will not
+            return {"kept": False, "reason": f"{NOT_KEPT} ({type(error).__name__})"}
+        return {"kept": True}
+
+    async def get_settings(self) -> Response:
+        """The settings in force by model."""
+        return JSONResponse({"models": self._office.shown()})
+
+    async def put_settings(self, body: SettingsUpdate) -> Response:
+        """Change settings of one model or all; they are checked as a configuration file is before any is changed."""
+        engines = await self._engines()
+        try:
+            planned = self._office.planned(body)
+            _check_fits(planned, engines, await ask_all(engines, _without_records) if planned else {})
+        except AdminError as error:
+            return _error(error.status_code, str(error))
+        before = {model_id: self._office.complete(model_id) for model_id in planned}
+        by = author(body.by, self._key(), body.reason)
+        await self._office.keep(planned, by)
+        changed = {name: changes(before[name], self._office.complete(name)) for name in planned}
+        asked = {name: engine for name, engine in engines.items() if engine.model_id in planned}
+        told = await ask_all(asked, ask_to_look_at_settings)
+        with contextlib.suppress(Exception):  # then it is in no event; the log of this process has it
+            for name, values in changed.items():
+                logger.info("settings of %s changed by %s (%s): %s", name, by["by"], by["key"], values)
+                await self._call_controller("settings_changed", settings_event(name, values, by))
+        return JSONResponse({
+            "models": {name: {key: list(pair) for key, pair in values.items()} for name, values in changed.items()},
+            "replicas": {
+                name: answer if isinstance(answer, dict) else {"accepted": None, "reason": str(answer)}
+                for name, answer in told.items()
+            },
+        })
 
     async def healthz(self) -> Response:
         """The ingress runs."""
         return JSONResponse({"status": "ok"})
 
     async def readyz(self) -> Response:
-        """At least one replica's engine answers."""
-        body = readiness(await ask_all(await self._engines(), ask_stats))
+        """At least one replica's engine has answered in the last few seconds; models without one are named."""
+        if self._in_flight.is_closed:
+            return _error(503, "the server is stopping")
+        models = [model.model_id for model in self._models.values()]
+        body = readiness(self.replica_watch.latest().values(), models)
         return JSONResponse(body, status_code=200 if body["ready"] else 503)
 
-    async def _telemetry(self) -> dict[str, Telemetry | Unanswered]:
-        return await ask_all(await self._engines(), _without_records)
-
     async def _engines(self) -> dict[str, EngineAddress]:
-        return engine_addresses(await asyncio.to_thread(replica_ids, self._app_name), self._ranks)
+        return await asyncio.to_thread(self._list_engines)
+
+    def _look_around(self) -> dict[str, EngineAddress]:
+        """The engines; and with how many other ingresses room and limits are shared."""
+        self.desk.share_with(replicas_of(self._app_name, self._deployment))
+        return self._list_engines()
+
+    def _list_engines(self) -> dict[str, EngineAddress]:
+        return engines_of(self._app_name, self._models)
 
     async def _ask_controller(self, method: str) -> dict[str, Any]:
         if self._controller is None:
             reason = _NO_CONTROLLER if self._keeper else "automatic tuning is off in the configuration"
             return {"alive": False, "reason": reason}
         try:
-            reference = getattr(self._controller, method).remote()
-            answer: dict[str, Any] = await asyncio.wait_for(
-                asyncio.wrap_future(reference.future()), _CONTROLLER_ANSWER_S
-            )
+            answer: dict[str, Any] = await self._call_controller(method)
             return {"alive": True} | answer
         except Exception as error:  # gone, restarting or busy: replicas are still shown
             return {"alive": False, "reason": f"{_NO_CONTROLLER} ({type(error).__name__})"}
 
 
-async def _without_records(engine: EngineAddress) -> Telemetry:
-    return await ask_telemetry(engine, cursor=None)
+    async def _call_controller(self, method: str, *args: Any) -> Any:
+        if self._controller is None:
+            raise RuntimeError(_NO_CONTROLLER)
+        reference = getattr(self._controller, method).remote(*args)
+        return await asyncio.wait_for(asyncio.wrap_future(reference.future()), _CONTROLLER_ANSWER_S)
+
+
+def _check_fits(
+    planned: Mapping[str, Settings], engines: Mapping[str, EngineAddress],
+    telemetry: Mapping[str, Telemetry | Exception],
+) -> None:
+    """Check new configured thresholds against the limits of each engine that answers."""
+    for name, report in telemetry.items():
+        if engines[name].model_id in planned and isinstance(report, Telemetry):
+            try:
+                engine_settings(planned[engines[name].model_id]).thresholds.check_fits(report.limits)
+            except ValueError as error:
+                raise AdminError(400, f"replica {name}: {error}") from error
+
+
+async def _without_records(engine: EngineAddress, *, timeout_s: float = ANSWER_S) -> Telemetry:
+    return await ask_telemetry(engine, cursor=None, timeout_s=timeout_s)
 
 
 async def _apply(engine: EngineAddress, thresholds: Thresholds) -> Ack:
@@ -185,20 +373,28 @@ async def _apply(engine: EngineAddress, thresholds: Thresholds) -> Ack:
         return Ack.without_version(str(error))
 
 
+def desk_of_this_ingress() -> Desk:
+    """What the gate in this process knows; for `http_app`."""
+    desk: Desk = serve.get_replica_context().servable_object.desk
+    return desk
+
+
 ADMIN_ENDPOINTS = {
     "admin_state": lambda app: app.get("/admin/state"),
     "admin_events": lambda app: app.get("/admin/events"),
     "get_thresholds": lambda app: app.get("/admin/thresholds"),
     "put_thresholds": lambda app: app.put("/admin/thresholds"),
+    "get_settings": lambda app: app.get("/admin/settings"),
+    "put_settings": lambda app: app.put("/admin/settings"),
 }
 HEALTH_ENDPOINTS = {
-    "healthz": lambda app: app.get("/healthz"),
-    "readyz": lambda app: app.get("/readyz"),
+    "healthz": lambda app: app.api_route("/healthz", methods=["GET", "HEAD"]),
+    "readyz": lambda app: app.api_route("/readyz", methods=["GET", "HEAD"]),
 }
 
 
 def _error(status_code: int, message: str, results: dict[str, Any] | None = None) -> JSONResponse:
-    body: dict[str, Any] = error_body(status_code, message)
+    body: dict[str, Any] = error_body(status_code, shortened(message, _LONGEST_ERROR))
     if results is not None:
         body["replicas"] = results
     return JSONResponse(body, status_code=status_code)

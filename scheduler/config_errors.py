@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 
 class UsageError(ValueError):
@@ -29,23 +30,62 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+Place = tuple[int | str, ...]
+"""The keys and indices that lead to a value of a configuration."""
+
+
+_UNSHOWN: Any = object()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Complaint:
+    """A mistake at a place of a configuration. value: shown with the message, unless the message says it all."""
+
+    place: Place
+    message: str
+    value: Any = _UNSHOWN
+
+
+def complaints(title: str, found: Iterable[Complaint]) -> ValidationError:
+    """The error to raise in a pydantic validator for several mistakes, each at its own place below the validator's."""
+    return ValidationError.from_exception_data(
+        title,
+        [
+            InitErrorDetails(
+                type=PydanticCustomError("value_error", "{message}", {"message": one.message}), loc=one.place,
+                input={} if one.value is _UNSHOWN else one.value,
+            )
+            for one in found
+        ],
+    )
+
+
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
     """All errors of a configuration, one a line: key = value: what is allowed."""
     lines = []
     for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
-            known = _known_keys(model, item["loc"][:-1])
-            message = f"no such key; allowed here: {', '.join(known)}{did_you_mean(str(item['loc'][-1]), known)}"
-            lines.append(f"{key}: {message}")
-        elif item["type"] == "missing":
-            lines.append(f"{key}: this key is required")
-        elif item["type"] == "value_error" and isinstance(item["input"], dict):
-            lines.append(f"{key}: {message}")  # several keys that do not go together; the message names them
-        else:
-            lines.append(f"{key} = {item['input']!r}: {message}")
+        complaint = described(item, model)
+        key = ".".join(str(part) for part in complaint.place)
+        shown = "" if complaint.value is _UNSHOWN else f" = {complaint.value!r}"
+        lines.append(f"{key}{shown}: {complaint.message}")
     return "\n  ".join(lines)
+
+
+def described(item: ErrorDetails, model: type[BaseModel], place: Place = ()) -> Complaint:
+    """One of pydantic's errors about a `model` that stands at `place`, in our words."""
+    where, message = (*place, *item["loc"]), item["msg"]
+    for prefix in ("Value error, ", "Assertion failed, "):
+        message = message.removeprefix(prefix)
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
+        known = _known_keys(model, item["loc"][:-1])
+        return Complaint(
+            where, f"no such key; allowed here: {', '.join(known)}{did_you_mean(str(item['loc'][-1]), known)}"
+        )
+    if item["type"] == "missing":
+        return Complaint(where, "this key is required")
+    if item["type"] == "value_error" and isinstance(item["input"], dict | BaseModel):
+        return Complaint(where, message)  # several keys that do not go together; the message names them
+    return Complaint(where, message, item["input"])
 
 
 def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

@@ -127,8 +127,8 @@ class Counters:
     """Totals since the engine started; a request is one choice, so `n` > 1 counts n times.
 
     hold_s: seconds that released requests were held in the admission queue, summed.
-    completed, aborted (by the client, the server or an error), rejected (before any work): disjoint; the rest of the
-        arrivals is in flight.
+    completed, aborted (by the client, the server or an error), rejected (before any work), recalled (before any work,
+        from an engine that stops): disjoint; the rest of the arrivals is in flight.
     ttft_misses, tpot_misses, latency_misses: completed requests that missed the target active when they ended.
     audited: completed requests served although they would have been rejected; audited_met: of these, the ones that
         met every target, though some may have displaced others.
@@ -141,6 +141,7 @@ class Counters:
     completed: int = 0
     aborted: int = 0
     rejected: int = 0
+    recalled: int = 0
     preemptions: int = 0
     iterations: int = 0
     held: int = 0
@@ -158,7 +159,7 @@ class Counters:
     @property
     def in_flight(self) -> int:
         """Waiting and running requests."""
-        return self.arrivals - self.completed - self.aborted - self.rejected
+        return self.arrivals - self.completed - self.aborted - self.rejected - self.recalled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +172,8 @@ class Telemetry:
     running: lengths of the requests that run now.
     delivered: the latest outputs as they left the replica, whatever the cursor, numbered separately; added by the
         replica.
+    draining: the engine has been asked to `Drain`.
+    settings: the settings in force, as `scheduler.settings.LiveSettings` writes them (None: not known).
     """
 
     schema: int = SCHEMA
@@ -188,6 +191,8 @@ class Telemetry:
     running: Annotated[tuple[RunningLengths, ...], ByColumn(RunningLengths)] = ()
     records_lost: int = 0
     delivered: Annotated[tuple[Delivered, ...], ByColumn(Delivered)] = ()
+    draining: bool = False
+    settings: dict[str, Any] | None = None
 
     @property
     def kv_used_fraction(self) -> float:
@@ -200,6 +205,8 @@ class Telemetry:
             "engine_id": self.engine_id,
             "thresholds": thresholds_as_dict(self.thresholds),
             "from_config": self.from_config,
+            "draining": self.draining,
+            "settings": self.settings,
             **asdict(self.gauges),
             "kv_used_fraction": self.kv_used_fraction,
             "limits": asdict(self.limits),
@@ -208,12 +215,25 @@ class Telemetry:
         }
 
 
+class Room(NamedTuple):
+    """What an admission queue takes; the fields are those of `Stats`."""
+
+    room: int | None = None
+    drain_rps: float = 0.0
+    retry_after_s: float = 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
     """The figures of one engine that routing and readiness need; of constant size.
 
     slots: requests that may run before the engine counts as full; running, waiting: requests; KV in tokens;
-    thresholds_version: version of the active thresholds.
+    thresholds_version: version of the active thresholds. steps: scheduling decisions since the engine started; while it
+        has requests, a working engine takes one each iteration (`replicas.engine_health`). draining: nothing more is
+        admitted.
+    room: how many more requests the admission queue takes now before it rejects one (None: it rejects none); drain_rps:
+        requests per second that leave the queue while it is full (0: not known); retry_after_s: seconds in which the
+        queue drains, for a `Retry-After` without its jitter.
     """
 
     schema: int = SCHEMA
@@ -224,9 +244,17 @@ class Stats:
     kv_used_tokens: int
     kv_capacity_tokens: int
     thresholds_version: int
+    steps: int = 0
+    draining: bool = False
+    room: int | None = None
+    drain_rps: float = 0.0
+    retry_after_s: float = 0.0
 
     @classmethod
-    def of_engine(cls, engine_id: str, limits: EngineLimits, thresholds: Thresholds, gauges: Gauges) -> Stats:
+    def of_engine(
+        cls, engine_id: str, limits: EngineLimits, thresholds: Thresholds, gauges: Gauges, steps: int = 0,
+        room: Room | None = None, *, draining: bool = False,
+    ) -> Stats:
         """The stats of an engine under `thresholds`.
 
         Its slots are `max_running`; without it, the running requests at capacity by the fluid parameters, so that a
@@ -238,7 +266,8 @@ class Stats:
         return cls(
             engine_id=engine_id, slots=thresholds.max_running or slots, running=gauges.running, waiting=gauges.waiting,
             kv_used_tokens=gauges.kv_used_tokens, kv_capacity_tokens=limits.kv_capacity_tokens,
-            thresholds_version=thresholds.version,
+            thresholds_version=thresholds.version, steps=steps, draining=draining,
+            **(room._asdict() if room else {}),
         )
 
     @property
@@ -249,7 +278,7 @@ class Stats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ack:
-    """The answer to offered thresholds: accepted or not, and the version that is active now.
+    """The answer to offered thresholds or settings: accepted or not, and the version that is active now.
 
     A rejection has a `reason` in words and a `code`: stale (an older version), pinned (by an operator), invalid (the
     values, or an unreadable question), schema (a message of another schema version), unavailable (the engine does not
@@ -280,6 +309,15 @@ class Apply:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Configure:
+    """Replace the engine's settings. settings: an object that `scheduler.settings.LiveSettings` reads; revision: grows
+    with each change, so that a late message undoes nothing."""
+
+    settings: dict[str, Any]
+    revision: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """Send telemetry with the records after `cursor`; None: without records and running requests."""
 
@@ -289,3 +327,13 @@ class Report:
 @dataclass(frozen=True, slots=True)
 class AskStats:
     """Send `Stats`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Admit nothing more, and send back at once what has not begun; what has begun runs to its end.
+
+    end: end that too, with an error.
+    """
+
+    end: bool = False

@@ -1,7 +1,7 @@
-"""A rejection of a request before any work, with its reason and a time to retry.
+"""A request that an engine turns away, with the reason and a time to retry.
 
-It leaves the engine as the stop reason of an output without tokens: a JSON object under a marker key. The ingress turns
-it into HTTP 429 with a sentence and a `Retry-After` header.
+It leaves the engine as the stop reason of an aborted output: a JSON object under a marker key. The ingress turns it
+into an HTTP error with a sentence and a `Retry-After` header.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from http import HTTPStatus
 
 REJECTION_KEY = "headrace_rejection"
-"""Marks the JSON object: `{"headrace_rejection": {"reason": "…", "retry_after_s": 7}}`."""
+"""Marks the JSON object: `{"headrace_rejection": {"reason": "…", "retry_after_s": 7, "kind": "rejected"}}`."""
 
 _ABORT = "abort"
 _LONGEST_S = 60.0
@@ -20,15 +22,36 @@ _LONGEST_S = 60.0
 _JITTER = 0.25
 
 
+class Kind(StrEnum):
+    """What happens to the request.
+
+    rejected: it could not meet its target; it is over. recalled: its replica stops and it has cost no token; another
+    replica serves it. ended: its replica stopped before the answer was complete.
+    """
+
+    REJECTED = "rejected"
+    RECALLED = "recalled"
+    ENDED = "ended"
+
+    @property
+    def http_status(self) -> HTTPStatus:
+        """The status of the error that a client, or the ingress, gets."""
+        return HTTPStatus.TOO_MANY_REQUESTS if self is Kind.REJECTED else HTTPStatus.SERVICE_UNAVAILABLE
+
+
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """reason: in words; retry_after_s: whole seconds after which the queue is expected to have drained."""
+    """reason: in words; retry_after_s: whole seconds after which to come again: for `rejected` those in which the queue
+    is expected to have drained."""
 
     reason: str
     retry_after_s: int
+    kind: Kind = Kind.REJECTED
 
     @classmethod
-    def for_drain_time(cls, reason: str, drain_s: float, request_id: str) -> Rejection:
+    def for_drain_time(
+        cls, reason: str, drain_s: float, request_id: str, kind: Kind = Kind.REJECTED
+    ) -> Rejection:
         """Retry after the queue's drain time ± 25 %, from 1 to 60 s; 1 s if it is not known.
 
         The jitter follows from the request's id: requests rejected together come back apart, and reruns agree.
@@ -38,16 +61,16 @@ class Rejection:
         middle_s = min(max(known_s, 1.0), _LONGEST_S / (1 + _JITTER))
         digest = hashlib.blake2b(request_id.encode(errors="replace"), digest_size=8).digest()
         drawn = int.from_bytes(digest) / 2**64
-        return cls(reason, max(1, math.ceil(middle_s * (1 - _JITTER + 2 * _JITTER * drawn))))
+        return cls(reason, max(1, math.ceil(middle_s * (1 - _JITTER + 2 * _JITTER * drawn))), kind)
 
     @property
     def text(self) -> str:
         """The sentence that a client reads."""
-        return f"rejected: {self.reason}; retry in {self.retry_after_s} s"
+        return f"{self.kind}: {self.reason}; retry in {self.retry_after_s} s"
 
     def as_json(self) -> str:
         """The marked object that `from_json` reads."""
-        return json.dumps({REJECTION_KEY: {"reason": self.reason, "retry_after_s": self.retry_after_s}})
+        return json.dumps({REJECTION_KEY: asdict(self)})
 
     @classmethod
     def from_json(cls, text: object) -> Rejection | None:
@@ -57,7 +80,7 @@ class Rejection:
         try:
             data = json.loads(text)
             found = data[REJECTION_KEY]
-            return cls(str(found["reason"]), int(found["retry_after_s"]))
+            return cls(str(found["reason"]), int(found["retry_after_s"]), Kind(found["kind"]))
         except (ValueError, TypeError, KeyError):
             return None
 

@@ -1,7 +1,7 @@
 """A rejection on its way from the engine core through vLLM's OpenAI layer, raised by `generate`.
 
-The engine core answers a rejected request with an empty output. vLLM's OpenAI layer would pass that on as a success
-with no text; a stream would not even carry the stop reason.
+The engine core answers a request that it turns away with an empty output. vLLM's OpenAI layer would pass that on as a
+success with no text; a stream would not even carry the stop reason.
 
 Part of the fence around vLLM's OpenAI layer: `tests/scheduler/alone/test_frontend_seam.py` and
 `tests/replicas/test_engine_seam.py` fail when an upgrade moves it.
@@ -12,12 +12,11 @@ from __future__ import annotations
 import functools
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from http import HTTPStatus
 from typing import Any
 
 from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMClientError
 
-from scheduler.rejection import Rejection
+from scheduler.rejection import Kind, Rejection
 
 Outputs = AsyncGenerator[Any, None]
 
@@ -34,14 +33,14 @@ class RequestRejected(GenerationError, GracefulHTTPError, VLLMClientError):
         message = message or rejection.as_json()
         Exception.__init__(self, message)  # the base classes take different arguments
         self.rejection, self.message = rejection, message
-        self.status_code = self.http_status = HTTPStatus.TOO_MANY_REQUESTS
+        self.status_code = self.http_status = rejection.kind.http_status
 
 
 def raising_rejections(generate: Callable[..., Outputs]) -> Callable[..., Outputs]:
-    """`AsyncLLM.generate`, raising `RequestRejected` where the engine core rejected the request: all of its choices.
+    """`AsyncLLM.generate`, raising `RequestRejected` where the engine core turned the request away: all its choices.
 
     The engine core rejects or serves all choices of a request together. If one is rejected although another was served,
-    it ends as aborted, and the finished choice is kept.
+    it ends as aborted, and the finished choice is kept. An engine that stops may end a request at any time.
     """
 
     @functools.wraps(generate)
@@ -49,7 +48,7 @@ def raising_rejections(generate: Callable[..., Outputs]) -> Callable[..., Output
         begun = False
         async with aclosing(generate(*args, **kwargs)) as outputs:  # closed at once, else other choices run on
             async for output in outputs:
-                if not begun and (rejection := _rejection_of(output)):
+                if (rejection := _rejection_of(output)) and (not begun or rejection.kind is Kind.ENDED):
                     raise RequestRejected(rejection)
                 begun = True
                 yield output
@@ -59,4 +58,5 @@ def raising_rejections(generate: Callable[..., Outputs]) -> Callable[..., Output
 
 def _rejection_of(output: Any) -> Rejection | None:
     rejections = [Rejection.of_answer(choice.finish_reason, choice.stop_reason) for choice in output.outputs]
-    return rejections[0] if rejections and all(rejections) else None
+    ended = next((one for one in rejections if one and one.kind is Kind.ENDED), None)
+    return ended or (rejections[0] if rejections and all(rejections) else None)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from scheduler.model.probability import ACCEPTED_MISSES
 from scheduler.model.profiles import load_profile
-from scheduler.thresholds import Thresholds, parse_thresholds
+from scheduler.thresholds import Thresholds, parse_thresholds, shortened
 from scheduler.tuning.settings import TuningSettings
 from scheduler.tuning.slo import NO_SLO, Slo
 
@@ -18,6 +20,8 @@ EXPECTED_OUTPUT_TOKENS = "expected_output_tokens"
 
 TENANT, TENANT_WEIGHT = "headrace_tenant", "headrace_weight"
 """The keys of the same place in which the ingress writes the tenant of a request and the tenant's weight."""
+TURNED_AWAY = "headrace_turned_away"
+"""The key of the same place for the requests that the ingress has rejected itself before this one."""
 LONGEST_TENANT_NAME, LARGEST_TENANT_WEIGHT = 64, 1000.0
 _DEFAULTS = TuningSettings()
 
@@ -55,18 +59,12 @@ class ControllerSettings(BaseModel):
         )
 
 
-class SchedulerSettings(BaseModel):
-    """One engine's settings.
+class LiveSettings(BaseModel):
+    """The settings that may change while an engine runs; `scheduler.wire` carries them to it.
 
-    thresholds: active until others are pushed.
+    thresholds: active until others are pushed, and when those lapse.
     profile, targets, overflow_probability: the source of the first fluid parameters, when `thresholds` has none (see
         `cold_thresholds`).
-    channel: the control endpoint of the replica that owns this engine; ranks above 0 derive theirs from it
-        (`rank_endpoint`). None: the engine has a controller process of its own (`scheduler.alone`).
-    controller: that process's settings; None: there is none, and the caller sets the thresholds; for simulation.
-    allow_strict: allow the paper's strict mode, which may starve requests; for simulation only.
-    audit_share: share of the requests to be rejected that are served anyway, to measure wrong rejections.
-    trust_tenants: every request comes through an ingress that writes its tenant.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -75,6 +73,53 @@ class SchedulerSettings(BaseModel):
     profile: str | None = None
     targets: Slo = NO_SLO
     overflow_probability: float = Field(default=ACCEPTED_MISSES, gt=0, lt=1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready, the inverse of `parse`."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def reported(cls, raw: Mapping[str, Any]) -> Self:
+        """The settings in an engine's report; a later release may say more."""
+        return cls.model_validate(raw, extra="ignore")
+
+    def tuning(self, controller: TuningSettings) -> TuningSettings:
+        """How a controller with these settings tunes an engine in which ours are in force."""
+        return replace(controller, targets=self.targets, overflow_probability=self.overflow_probability)
+
+    @classmethod
+    def parse(cls, raw: Any, where: str) -> Self:
+        """The settings in a decoded JSON object; `where` names it in errors.
+
+        Raises:
+            ValueError: naming the key, the value and what is allowed.
+        """
+        if not isinstance(raw, dict):
+            raise ValueError(f"{where} = {shortened(raw)} is not allowed; allowed: an object")
+        if "thresholds" in raw and not isinstance(raw["thresholds"], Thresholds):
+            raw = raw | {"thresholds": parse_thresholds(raw["thresholds"])}
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(str(part) for part in first["loc"])
+            allowed = ", ".join(cls.model_fields)
+            raise ValueError(
+                f"{where}.{key} = {shortened(first['input'])}: {first['msg']}; the keys are {allowed}"
+            ) from error
+
+
+class SchedulerSettings(LiveSettings):
+    """One engine's settings.
+
+    channel: the control endpoint of the replica that owns this engine; ranks above 0 derive theirs from it
+        (`rank_endpoint`). None: the engine has a controller process of its own (`scheduler.alone`).
+    controller: that process's settings; None: there is none, and the caller sets the thresholds; for simulation.
+    allow_strict: allow the paper's strict mode, which may starve requests; for simulation only.
+    audit_share: share of the requests to be rejected that are served anyway, to measure wrong rejections.
+    trust_tenants: every request comes through an ingress that writes its tenant.
+    """
+
     channel: str | None = None
     controller: ControllerSettings | None = ControllerSettings()
     allow_strict: bool = False
@@ -99,22 +144,15 @@ class SchedulerSettings(BaseModel):
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> SchedulerSettings:
-        """The settings in vLLM's `additional_config`; the defaults when there are none.
-
-        Raises:
-            ValueError: naming the key and what is allowed.
-        """
+        """The settings in vLLM's `additional_config`; the defaults when there are none; errors as `parse`."""
         raw = additional_config.get(SETTINGS_KEY, {}) if isinstance(additional_config, dict) else {}
-        if not isinstance(raw, dict):
-            raise ValueError(f"additional_config.{SETTINGS_KEY} = {raw!r} is not allowed; allowed: an object")
-        if "thresholds" in raw and not isinstance(raw["thresholds"], Thresholds):
-            raw = raw | {"thresholds": parse_thresholds(raw["thresholds"])}
-        try:
-            return cls.model_validate(raw)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            key = ".".join(str(part) for part in first["loc"])
-            allowed = ", ".join(cls.model_fields)
-            raise ValueError(
-                f"additional_config.{SETTINGS_KEY}.{key} = {first['input']!r}: {first['msg']}; the keys are {allowed}"
-            ) from error
+        return cls.parse(raw, f"additional_config.{SETTINGS_KEY}")
+
+    @property
+    def live(self) -> LiveSettings:
+        """The part that may change, with what the engine's own controller says where the rest says nothing."""
+        given = {name: getattr(self, name) for name in LiveSettings.model_fields} | {"profile": self.first_profile}
+        if "overflow_probability" not in self.model_fields_set and self.has_own_controller:
+            assert self.controller is not None
+            given["overflow_probability"] = self.controller.overflow_probability
+        return LiveSettings(**given)

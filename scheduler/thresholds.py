@@ -45,7 +45,7 @@ class InvalidThresholds(ValueError):
     """A threshold value that cannot be used: names the field, the value given and what is allowed."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        super().__init__(f"thresholds.{field} = {_shown(value)} is not allowed; allowed: {allowed}")
+        super().__init__(f"thresholds.{field} = {shortened(value)} is not allowed; allowed: {allowed}")
         self.field = field
         self.value = value
         self.allowed = allowed
@@ -56,7 +56,7 @@ class MissingField(InvalidThresholds):
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         super().__init__(field, value, allowed)
-        self.args = (f"thresholds.{field} is missing in {_shown(value)}; allowed: {allowed}",)
+        self.args = (f"thresholds.{field} is missing in {shortened(value)}; allowed: {allowed}",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,7 +282,8 @@ def _require(condition: bool, field: str, value: object, allowed: str) -> None:
         raise InvalidThresholds(field, value, allowed)
 
 
-def _shown(value: object) -> str:
+def shortened(value: object) -> str:
+    """The value as errors show it: at most 200 characters."""
     shown = repr(value)
     return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}…"
 

@@ -26,28 +26,30 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
-from scheduler.alone.keeper import OwnController
-from scheduler.engine.active_thresholds import Active, ActiveThresholds
+from scheduler.alone.keeper import EngineControl
+from scheduler.engine.active_thresholds import Active
 from scheduler.engine.admission_queue import AdmissionQueue
-from scheduler.engine.channel import ChannelServer, engine_id, rank_endpoint
-from scheduler.engine.client_input import declared_lengths, tenant_of
+from scheduler.engine.channel import ChannelServer, engine_id
+from scheduler.engine.client_input import declared_lengths, tenant_of, turned_away
+from scheduler.engine.drain import DrainRule
 from scheduler.engine.fair_queue import DEFAULT_TENANT
 from scheduler.engine.held import HeldRequests
 from scheduler.engine.iteration_timer import IterationTimer
 from scheduler.engine.lives import Lives
 from scheduler.engine.pipeline import coming, has_more_than_its_share, pipeline_depth
 from scheduler.engine.prefix_hits import PrefixHits
+from scheduler.engine.queue_room import QueueRoom
 from scheduler.engine.recorder import Recorder
 from scheduler.engine.rejector import Rejector
 from scheduler.engine.running_requests import BatchWork, EngineBatch, batch_work, decode_steps, tokens_to_decode
+from scheduler.engine.settings_in_force import SettingsInForce
 from scheduler.messages import Gauges, Report, RunningLengths, Stats, Telemetry
-from scheduler.model.profiles import load_profile
 from scheduler.policies import NO_REQUESTS, UNKNOWN_TYPE, Policy, RunningBatch, Snapshot, Waiting, make_policy
 from scheduler.rejection import Rejection
 from scheduler.settings import SchedulerSettings
 from scheduler.support import EngineSetup, require_supported
 from scheduler.thresholds import EngineLimits, Thresholds
-from scheduler.tuning.solve import cold_thresholds
+from scheduler.tuning.slo import NO_SLO
 
 logger = init_logger(f"vllm.headrace.{__name__}")  # below vLLM's logger, so that its handlers and level apply
 
@@ -83,11 +85,9 @@ class HeadraceScheduler(AsyncScheduler):
         self.arrival_clock: Callable[[], float] = time.time  # the one that vLLM stamps `Request.arrival_time` with
         self.recorder = Recorder()
         limits = self._limits()
-        self.active = ActiveThresholds(
-            _first_thresholds(settings, limits), limits, lambda: self.clock(), allow_strict=settings.allow_strict,
-            setup=setup, policy_of=self.make_policy,
-        )
-        self._engine_id = engine_id()
+        self.in_force = SettingsInForce(settings, limits, lambda: self.clock(), setup, self.make_policy)
+        self.active = self.in_force.active
+        self._engine_id, self._trusts_ingress = engine_id(), settings.trust_tenants
         self._obeyed: Active = self.active.current()
         self._prefixes = PrefixHits(self.kv_cache_manager, self.block_size, self.cache_config.enable_prefix_caching)
         self._lives = Lives(lambda: self.clock(), lambda: self.arrival_clock(), self.max_model_len)
@@ -98,24 +98,24 @@ class HeadraceScheduler(AsyncScheduler):
         )
         self.waiting = self.admission_queue
         self._held = HeldRequests(self)
-        self._most_running = self.max_num_running_reqs
-        self._most_tokens = self.max_num_scheduled_tokens
+        self._most_running, self._most_tokens = self.max_num_running_reqs, self.max_num_scheduled_tokens
         self._engines_chunk: int = self.scheduler_config.long_prefill_token_threshold  # 0: none
         # A prompt longer than the budget would never run where prompts are not computed in chunks.
         self._budget_can_split = self.scheduler_config.enable_chunked_prefill
         self.latest_work = BatchWork(0, 0, 0, 0)
         self._timer = IterationTimer(self._depth)
         self.rejector = Rejector(self.admission_queue, self._lives, settings.audit_share)
+        self.drain = DrainRule(self.admission_queue)
+        self._room = QueueRoom()
         self._pause_none = False
         self._channel: ChannelServer | None = None
-        rank = vllm_config.parallel_config.data_parallel_index
-        own = self._own_controller = OwnController(settings, rank) if settings.has_own_controller else None
-        endpoint = own.endpoint if own else settings.channel and rank_endpoint(settings.channel, rank)
-        if endpoint:
-            self._channel = ChannelServer(endpoint, self.active.offer, self.telemetry, self.stats)
+        self._control = EngineControl(settings, vllm_config.parallel_config.data_parallel_index)
+        if endpoint := self._control.endpoint:
+            self._channel = ChannelServer(
+                endpoint, self.active.offer, self.telemetry, self.stats, self.in_force.configure, self.drain.ask
+            )
             logger.info("Headrace: control channel open, policy %s", settings.thresholds.policy)
-        if own:
-            own.start()
+            self._control.start()
 
     def make_policy(self, thresholds: Thresholds) -> Policy:
         """The policy that these thresholds name; override it to use your own (examples/own_policy.py).
@@ -127,12 +127,20 @@ class HeadraceScheduler(AsyncScheduler):
     # One iteration.
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """One iteration under the active thresholds: reject, admit, pause requests, let vLLM schedule the rest."""
+        """One iteration under the active thresholds: reject, admit, pause requests, let vLLM schedule the rest.
+
+        An engine that drains follows no policy: it sends back what has not begun and runs the rest to the end.
+        """
         obeyed = self.active.current()
         if obeyed is not self._obeyed:
             self._obey(obeyed)
         now_s = self.clock()
-        decision = obeyed.policy.decide(self._snapshot(now_s))
+        if self.drain.asked:
+            self._finish_rejected(self.drain.choose(self.requests))
+            decision = self.drain.decision()
+        else:
+            decision = obeyed.policy.decide(self._snapshot(now_s))
+        self._room.decided(decision, self.recorder.received)
         siblings = 0
         if decision.reject:
             rejected = self._reject([self.requests[name] for name in decision.reject], TOO_LATE, decision.drain_s)
@@ -290,7 +298,10 @@ class HeadraceScheduler(AsyncScheduler):
         if self.policy is not SchedulingPolicy.PRIORITY:
             request.priority = 0  # the client's; only vLLM's own policy "priority" lets it order requests
         if request.request_id not in self.requests:
-            self.recorder.arrival(self.clock(), request.num_prompt_tokens, self.known_output_tokens(request))
+            like_it = (request.num_prompt_tokens, self.known_output_tokens(request))
+            if self._trusts_ingress and (count := turned_away(request)):
+                self.recorder.turned_away(self.clock(), count, *like_it)
+            self.recorder.arrival(self.clock(), *like_it)
             self._lives.begin(request)
         super().add_request(request)
         if request.pooling_params is not None:
@@ -312,13 +323,13 @@ class HeadraceScheduler(AsyncScheduler):
         first_s = now_s if math.isnan(life.first_token_s) else life.first_token_s
         self.recorder.finished(
             now_s, request.num_prompt_tokens, outputs, aborted=request.status in _CUT_SHORT,
-            rejected=self.rejector.is_rejected(request.request_id), cached_tokens=life.cached_tokens,
+            turned_away=self.rejector.kind_of(request.request_id), cached_tokens=life.cached_tokens,
             shared_tokens=life.shared_tokens, ttft_s=first_s - life.arrived_s if outputs else None,
             tpot_s=(now_s - first_s) / (outputs - 1) if outputs > 1 else None,
         )
-        params = self._obeyed.thresholds.fluid
-        if request.status not in _CUT_SHORT and outputs and params is not None:
-            self.recorder.judged(life.missed(params, first_s, now_s, outputs), audited=life.audited)
+        targets = self.in_force.targets
+        if request.status not in _CUT_SHORT and outputs and targets != NO_SLO:
+            self.recorder.judged(life.missed(targets, first_s, now_s, outputs), audited=life.audited)
         self.rejector.freed(request.request_id)
         self._prefixes.forget(request.request_id)
         self.admission_queue.forget(request)
@@ -355,20 +366,24 @@ class HeadraceScheduler(AsyncScheduler):
             engine_id=self._engine_id, clock_s=self.clock(), cursor=cursor, limits=self.active.limits,
             thresholds=current.thresholds, from_config=current.from_config, gauges=self.recorder.gauges,
             counters=self.recorder.counters(), iterations=iterations, arrivals=arrivals, finished=finished,
-            running=running, records_lost=int(lost),
+            running=running, records_lost=int(lost), draining=self.drain.asked,
+            settings=self.in_force.settings.as_dict(),
         )
 
     def stats(self) -> Stats:
         """The figures for routing and readiness; safe from another thread; cost does not grow with the requests."""
         thresholds = self.active.current().thresholds
-        return Stats.of_engine(self._engine_id, self.active.limits, thresholds, self.recorder.gauges)
+        room = self._room.now(thresholds, self.active.limits, self.recorder.received, is_idle=not self.requests)
+        return Stats.of_engine(
+            self._engine_id, self.active.limits, thresholds, self.recorder.gauges, self.current_step, room,
+            draining=self.drain.asked,
+        )
 
     def shutdown(self) -> None:
         """Close the channel and end this engine's own controller, then vLLM's own shutdown."""
         if self._channel is not None:
             self._channel.close()
-        if self._own_controller:
-            self._own_controller.close()
+        self._control.close()
         super().shutdown()
 
     def _limits(self) -> EngineLimits:
@@ -382,12 +397,3 @@ class HeadraceScheduler(AsyncScheduler):
             speculative_tokens=self.num_spec_tokens,
             pipeline_depth=self._depth,
         )
-
-
-def _first_thresholds(settings: SchedulerSettings, limits: EngineLimits) -> Thresholds:
-    if settings.first_profile is None:
-        return settings.thresholds
-    return cold_thresholds(
-        settings.thresholds, load_profile(settings.first_profile).time_model, limits, targets=settings.targets,
-        overflow_probability=settings.overflow_probability,
-    )

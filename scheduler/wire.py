@@ -1,27 +1,44 @@
 """The JSON in which messages travel between engine, replica, ingress and controller; parsed at the two ends only.
 
     question  {"schema": 1, "apply": {thresholds}, "automatic": true}
+              {"schema": 1, "settings": {the fields of `scheduler.settings.LiveSettings`}, "revision": 3}
               {"schema": 1, "report": cursor}        {"schema": 1, "stats": true}
+              {"schema": 1, "drain": "waiting"}      or "all": also what has begun
     answer    {"schema": 1, …}: the fields of `Ack`, `Telemetry` or `Stats`; a question that failed is answered by `Ack`
 
 Processes of two versions meet while a deployment is upgraded. Within one schema version answers may gain keys: a reader
-ignores those that it does not know. Thresholds are a command: a key that is not known is rejected. `SCHEMA` goes up
-when a key is renamed, is removed or changes its meaning; thresholds and answers of another schema
+ignores those that it does not know. Thresholds, settings and `drain` are commands: a key that is not known is rejected.
+`SCHEMA` goes up when a key is renamed, is removed or changes its meaning; commands and answers of another schema
 version are not read, questions that change nothing are answered in any.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
-from scheduler.messages import SCHEMA, Ack, Apply, AskStats, ByColumn, Delivered, Report, Stats, Telemetry
-from scheduler.thresholds import Thresholds, parse_thresholds, thresholds_as_dict
+from scheduler.messages import (
+    SCHEMA,
+    Ack,
+    Apply,
+    AskStats,
+    ByColumn,
+    Configure,
+    Delivered,
+    Drain,
+    Report,
+    Stats,
+    Telemetry,
+)
+from scheduler.thresholds import Thresholds, parse_thresholds, shortened, thresholds_as_dict
 
-_QUESTIONS = ("apply", "report", "stats")
+_COMMANDS = {"apply": "automatic", "settings": "revision"}
+"""Questions with values that change something: the key that may stand beside each."""
+_QUESTIONS = (*_COMMANDS, "report", "stats", "drain")
+_DRAINS = {"waiting": Drain(end=False), "all": Drain(end=True)}
 _LONGEST_SHOWN = 200
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Ack, Telemetry, Stats)}
 _DELIVERED: TypeAdapter[tuple[Delivered, ...]] = TypeAdapter(Annotated[tuple[Delivered, ...], ByColumn(Delivered)])
@@ -52,6 +69,11 @@ def offer_of(thresholds: Thresholds, *, automatic: bool) -> bytes:
     return _text({"apply": thresholds_as_dict(thresholds), "automatic": automatic})
 
 
+def settings_question(settings: Mapping[str, Any], revision: int) -> bytes:
+    """The question that replaces an engine's settings; answered by an `Ack`."""
+    return _text({"settings": settings, "revision": revision})
+
+
 def telemetry_question(cursor: int | None) -> bytes:
     """The question for `Telemetry` with the records after `cursor` (None: without records)."""
     return _text({"report": cursor})
@@ -62,11 +84,16 @@ def stats_question() -> bytes:
     return _text({"stats": True})
 
 
-def read_question(text: bytes) -> Apply | Report | AskStats:
+def drain_question(*, end: bool) -> bytes:
+    """The command to drain; answered by an `Ack`."""
+    return _text({"drain": next(word for word, drain in _DRAINS.items() if drain.end == end)})
+
+
+def read_question(text: bytes) -> Apply | Configure | Report | AskStats | Drain:
     """The question in `text`.
 
     Raises:
-        OtherSchema: thresholds of another schema version; read-only questions are answered whatever their version.
+        OtherSchema: a command of another schema version; read-only questions are answered whatever their version.
         UnreadableMessage: an unknown or malformed question.
         InvalidThresholds: an unknown field or an invalid value.
     """
@@ -74,23 +101,53 @@ def read_question(text: bytes) -> Apply | Report | AskStats:
     schema = asked.pop("schema", None)
     kind = next((kind for kind in _QUESTIONS if kind in asked), None)
     if kind is None:
-        raise UnreadableMessage(f"unknown question {sorted(asked)}; ask one of {', '.join(_QUESTIONS)}")
-    if kind == "apply":
-        if schema != SCHEMA:
-            raise OtherSchema("the sender of these thresholds", schema)
-        if surplus := sorted(asked.keys() - {"apply", "automatic"}):
-            raise UnreadableMessage(f"unknown key {', '.join(surplus)} beside the thresholds; allowed: automatic")
-        automatic = asked.get("automatic", True)
-        if not isinstance(automatic, bool):
-            raise UnreadableMessage(f"automatic = {automatic!r} is not allowed; allowed: true or false")
-        return Apply(thresholds=parse_thresholds(asked["apply"]), automatic=automatic)
+        raise UnreadableMessage(f"unknown question {shortened(sorted(asked))}; ask one of {', '.join(_QUESTIONS)}")
+    if kind in _COMMANDS:
+        _check_command(kind, asked, schema)
+        return _apply(asked) if kind == "apply" else _configure(asked)
+    if kind == "drain" and schema != SCHEMA:
+        raise OtherSchema("the sender of this command", schema)
     if kind == "report":
         cursor = asked["report"]
         if cursor is not None and type(cursor) is not int:
             shown = str(cursor)[:_LONGEST_SHOWN]
             raise UnreadableMessage(f"report = {shown} is not allowed; allowed: a cursor, or null")
         return Report(cursor=cursor)
-    return AskStats()
+    return _drain(asked) if kind == "drain" else AskStats()
+
+
+def _drain(asked: dict[str, Any]) -> Drain:
+    word = asked["drain"]
+    if len(asked) > 1 or not isinstance(word, str) or word not in _DRAINS:
+        shown = str(asked)[:_LONGEST_SHOWN]
+        raise UnreadableMessage(f"{shown} is not allowed; allowed: drain alone, {' or '.join(_DRAINS)}")
+    return _DRAINS[word]
+
+
+def _check_command(kind: str, asked: dict[str, Any], schema: object) -> None:
+    named = "thresholds" if kind == "apply" else kind
+    if schema != SCHEMA:
+        raise OtherSchema(f"the sender of these {named}", schema)
+    if surplus := sorted(asked.keys() - {kind, _COMMANDS[kind]}):
+        raise UnreadableMessage(
+            f"unknown key {', '.join(surplus)[:_LONGEST_SHOWN]} beside the {named}; allowed: {_COMMANDS[kind]}"
+        )
+
+
+def _apply(asked: dict[str, Any]) -> Apply:
+    automatic = asked.get("automatic", True)
+    if not isinstance(automatic, bool):
+        raise UnreadableMessage(f"automatic = {shortened(automatic)} is not allowed; allowed: true or false")
+    return Apply(thresholds=parse_thresholds(asked["apply"]), automatic=automatic)
+
+
+def _configure(asked: dict[str, Any]) -> Configure:
+    revision, settings = asked.get("revision"), asked["settings"]
+    if type(revision) is not int or revision < 1:
+        raise UnreadableMessage(f"revision = {shortened(revision)} is not allowed; allowed: an integer >= 1")
+    if not isinstance(settings, dict):
+        raise UnreadableMessage(f"settings = {shortened(settings)} is not allowed; allowed: an object")
+    return Configure(settings=settings, revision=revision)
 
 
 # Answers of an engine.

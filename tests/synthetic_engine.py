@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from scheduler.engine.active_thresholds import ActiveThresholds
 from scheduler.messages import Arrival, Counters, Finished, Gauges, Iteration, Stats, Telemetry
 from scheduler.model.iteration_time import IterationTimeModel
+from scheduler.settings import LiveSettings
 from scheduler.thresholds import EngineLimits, Thresholds
 
 LIMITS = EngineLimits(
@@ -24,6 +25,8 @@ class SyntheticEngine:
     ) -> None:
         self.now_s = 0.0
         self.limits, self.engine_id = limits, engine_id
+        self.settings: LiveSettings | None = None
+        """What it says is in force; None: as an earlier release, nothing."""
         self.active = ActiveThresholds(configured or Thresholds(), limits, lambda: self.now_s)
         self._seq = 0
         self._iterations: list[Iteration] = []
@@ -59,6 +62,7 @@ class SyntheticEngine:
             iterations=tuple(record for record in self._iterations if record.seq > after),
             arrivals=tuple(record for record in self._arrivals if record.seq > after),
             finished=tuple(record for record in self._finished if record.seq > after),
+            settings=self.settings and self.settings.as_dict(),
         )
 
     def stats(self) -> Stats:

@@ -22,14 +22,15 @@ LAYERS = {
 }
 PACKAGE_LAYERS = ["headrace", "cluster", "loadgen", "simulator", "router", "replicas", "scheduler"]
 WITH_VLLM = {
-    "scheduler.vllm_scheduler", "scheduler.engine.admission_queue", "scheduler.engine.held",
+    "scheduler.vllm_scheduler", "scheduler.engine.admission_queue", "scheduler.engine.drain", "scheduler.engine.held",
     "scheduler.engine.pipeline", "scheduler.engine.prefix_hits", "scheduler.engine.rejector",
     "scheduler.engine.running_requests", "scheduler.request_rejected", "simulator.engine.vllm_harness",
     "simulator.engine.replica", "simulator.engine.vllm_v0",
 }
 WITH_RAY = {
-    "cluster.app", "cluster.controller", "replicas.actor_calls", "replicas.engine", "replicas.ray_patches",
-    "replicas.server", "router.errors", "router.ingress", "router.request_router",
+    "cluster.app", "cluster.controller", "cluster.rollout", "replicas.actor_calls", "replicas.cluster_store",
+    "replicas.engine", "replicas.failed_answers", "replicas.ray_patches", "replicas.server", "router.attempts",
+    "router.errors", "router.http_app", "router.in_flight", "router.ingress", "router.request_router",
 }
 MODULES = {name: path for package in PACKAGES for name, path in modules_of(package).items()}
 EVIDENCE = {path.stem: path for path in (ROOT / "benchmarks" / "evidence").glob("*.py")}

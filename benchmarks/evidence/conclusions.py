@@ -238,8 +238,60 @@ def theory(several: list[Table]) -> str:
     return " ".join(said)
 
 
+def faults(several: list[Table]) -> str:
+    """Faults in a running cluster, and the soak."""
+    rows = [
+        (dict(zip(table.head, row, strict=True)), table.title.removeprefix("At ").removesuffix(" of capacity"))
+        for table in several if "new: lost" in table.head for row in table.rows
+    ]
+    ours = [(row, load) for row, load in rows if row["stack"] == "Headrace" and row["in flight"] != "n/a"]
+    if not ours:
+        return NOT_RUN
+    bad = ("errors", "silently cut", "hung", "lost")
+    kinds = len({row["fault"] for row, _ in ours} - {"no fault"})
+    text = f"{kinds} fault{'s' * (kinds != 1)} in Headrace at {listed(sorted({at for _, at in ours}))} of capacity. "
+    for name, seen in (("Headrace", ours), ("Ray Serve LLM", [
+        (row, load) for row, load in rows if row["stack"] != "Headrace" and row["in flight"] != "n/a"
+    ])):
+        if seen:
+            flying, new, cut = (
+                sum(number(row[key]) or 0 for row, _ in seen for key in keys) for keys in (
+                    bad, [f"new: {key}" for key in bad], ("silently cut", "new: silently cut"))
+            )
+            text += (
+                f"{name}: of {sum(number(row['in flight']) or 0 for row, _ in seen):g} requests in flight "
+                f"{flying:g} did not finish, of {sum(number(row['new']) or 0 for row, _ in seen):g} new ones "
+                f"{new:g} failed, {cut:g} were silently cut. "
+            )
+    failing = [
+        f"{row['fault']} at {load} ({count:g})" for row, load in ours
+        if (count := sum(number(row[f"new: {key}"]) or 0 for key in bad))
+    ]
+    slowest = max(((number(row["to 90 % s"]) or 0, f"{row['fault']} at {at}") for row, at in ours), default=(0, ""))
+    never = [f"{row['fault']} at {load}" for row, load in ours if number(row["to 90 % s"]) is None]
+    text += f"New requests to Headrace failed after {listed(failing)}. Its goodput was back at 90 % after at most "
+    text += f"{slowest[0]:g} s ({slowest[1]})"
+    return text + (f", and not while the run lasted after {listed(never)}. " if never else ". ") + _soak(several)
+
+
+def _soak(several: list[Table]) -> str:
+    account = next((table for table in several if table.head == ("outcome", "requests")), None)
+    if account is None:
+        return ""
+    counts = dict(zip(account.column("outcome"), account.numbers("requests"), strict=True))
+    missing = sum(counts[name] or 0 for name in ("silently cut", "lost", "hung", "unaccounted"))
+    slopes = next(table for table in several if "MiB per hour" in table.head)
+    growing = sum((low or 0) > 0 for low in slopes.numbers("low"))
+    left = next(table for table in several if "left behind" in table.head)
+    return (
+        f"In the soak {missing:g} of {sum(x or 0 for x in counts.values()):g} requests ended in neither all their "
+        f"tokens, a stated error nor a rejection; memory grew in {growing} of {len(slopes.rows)} processes; "
+        f"{sum(x or 0 for x in left.numbers('number')):g} things were left after the stop."
+    )
+
+
 CONCLUSIONS: dict[str, Callable[[list[Table]], str]] = {
-    "a100-law.md": a100_law, "change.md": change, "fidelity.md": fidelity, "overload.md": overload,
+    "a100-law.md": a100_law, "change.md": change, "faults.md": faults, "fidelity.md": fidelity, "overload.md": overload,
     "paper-tables.md": paper_tables, "real-traffic.md": real_traffic,
     "past-capacity.md": past_capacity, "strict-or-serving.md": strict_or_serving, "theory.md": theory,
 }

@@ -38,6 +38,9 @@ class PlainLauncher(Launcher):
     metrics_port: int
 
     def _connect(self, ray: Any) -> None:
+        if not self.owns_ray:
+            self.join(ray)
+            return
         ray.init(
             address="local", num_cpus=self._config.ray.num_cpus, include_dashboard=False, log_to_driver=False,
             logging_level="ERROR", _metrics_export_port=self.metrics_port,
@@ -55,23 +58,25 @@ class PlainLauncher(Launcher):
 
 
 def build(args: AppConfig) -> Any:
-    """`ray.serve.llm`'s own application."""
-    from ray.serve.llm import LLMConfig, build_openai_app
+    """`ray.serve.llm`'s own application with the same models and engines."""
+    from ray.serve.llm import build_openai_app
 
-    config = LLMConfig(
-        model_loading_config={"model_id": args.model.id, "model_source": args.model.source},
-        accelerator_config={"kind": args.accelerator.kind},
-        engine_kwargs={**args.engine, "async_scheduling": True},
-        deployment_config={
-            "num_replicas": args.replicas, "max_ongoing_requests": args.max_ongoing_requests,
-            "health_check_timeout_s": 60.0, "ray_actor_options": {"num_cpus": args.accelerator.cpus},
-        },
-        runtime_env={"env_vars": args.env},
-        callback_config={"callback_class": NoDownload},  # the model is a folder
-        log_engine_metrics=True,
-    )
-    one_process = {"autoscaling_config": None, "num_replicas": 1, "max_ongoing_requests": 4 * args.max_ongoing_requests}
-    return build_openai_app({"llm_configs": [config], "ingress_deployment_config": one_process})
+    from cluster.app import llm_config
+
+    configs = []
+    for entry in args.llm_configs:
+        # The same options of the deployment, but Ray's own server, request router and schedulers.
+        options = llm_config(entry, args.settings_of(entry.model_id)).deployment_config
+        configs.append(
+            entry.own | {
+                "engine_kwargs": {**entry.engine_kwargs, "async_scheduling": True},
+                "deployment_config": {key: value for key, value in options.items() if key != "request_router_config"},
+                "callback_config": {"callback_class": NoDownload},  # the model is a folder
+                "log_engine_metrics": True,
+            }
+        )
+    one_process = {"autoscaling_config": None, "num_replicas": 1, "max_ongoing_requests": 4096}
+    return build_openai_app({"llm_configs": configs, "ingress_deployment_config": one_process})
 
 
 def main() -> None:

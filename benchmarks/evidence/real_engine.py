@@ -104,25 +104,29 @@ def machine_noise() -> list[float]:
 
 
 def configuration(args: argparse.Namespace, port: int) -> dict[str, Any]:
-    """What `headrace up` reads; the plain stack takes its model, engine and env from it too."""
+    """What `headrace up` reads; the plain stack takes its `llm_configs` from it too."""
     targets = {"ttft_s": TARGETS.ttft_s, "tpot_s": TARGETS.tpot_s} if args.policy == "fluid" else {}
-    app = {
-        "model": {"id": "smollm2-135m", "source": str(Path(args.model).resolve())},
-        "replicas": 1,
-        "accelerator": {"kind": "cpu"},
-        "engine": ENGINE,
-        "thresholds": {"policy": args.policy},
-        "targets": targets,
-        "controller": {"period_s": 5.0, "profile": PROFILE},
-        "env": {
-            "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-        },
+    env = {
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
     }
+    model = {
+        "model_loading_config": {"model_id": "smollm2-135m", "model_source": str(Path(args.model).resolve())},
+        "accelerator_config": {"kind": "cpu"},
+        "deployment_config": {"num_replicas": 1},
+        "engine_kwargs": ENGINE,
+        "log_engine_metrics": False,
+        "runtime_env": {"env_vars": env},
+    }
+    headrace = {
+        "thresholds": {"policy": args.policy}, "targets": targets,
+        "controller": {"period_s": 5.0, "profile": PROFILE},
+    }
+    app = {"llm_configs": [model], "headrace": headrace}
     return {
         "ray": {"address": "local"}, "http_options": {"host": "127.0.0.1", "port": port},
         "applications": [
-            {"name": "headrace", "import_path": "cluster.app:build", "route_prefix": "/", "args": app}
+            {"name": "headrace", "import_path": "headrace:build", "route_prefix": "/", "args": app}
         ],
     }
 

@@ -24,7 +24,7 @@ from scheduler.alone.place import write_state
 from scheduler.engine.channel import ChannelClient, ChannelClosed, remove_endpoint
 from scheduler.messages import Telemetry
 from scheduler.model.profiles import load_profile
-from scheduler.settings import SETTINGS_KEY, SchedulerSettings
+from scheduler.settings import SETTINGS_KEY, LiveSettings, SchedulerSettings
 from scheduler.thresholds import thresholds_as_dict
 from scheduler.tuning.engine_tuner import Change, EngineTuner
 from scheduler.wire import UnreadableMessage
@@ -53,7 +53,8 @@ class OneEngineController:
         assert settings.channel is not None and settings.controller is not None
         self._endpoint, self._config = settings.channel, settings.controller
         profile = load_profile(settings.first_profile).time_model if settings.first_profile else None
-        self._tuner = EngineTuner(self._config.settings(settings.targets), profile, settings.thresholds)
+        self._tuning = self._config.settings(settings.targets)
+        self._tuner = EngineTuner(self._tuning, profile, settings.thresholds)
         self._channel = ChannelClient(self._endpoint)
         self._cycles = 0
         self.events: deque[dict[str, Any]] = deque(maxlen=_KEPT_EVENTS)
@@ -84,12 +85,15 @@ class OneEngineController:
             self._tuner.note = note
 
     async def one_cycle(self) -> None:
-        """Ask for telemetry, solve, push.
+        """Ask for telemetry, solve for the settings that the engine says are in force, push.
 
         Raises:
             ChannelClosed: the engine does not answer.
         """
         telemetry: Telemetry = await self._channel.report(self._tuner.cursor)
+        if telemetry.settings is not None:
+            engine = LiveSettings.reported(telemetry.settings)
+            self._tuner.follow(engine.tuning(self._tuning), engine.thresholds)
         proposal = self._tuner.learn(telemetry)
         push = self._tuner.next_push(telemetry, proposal, time.monotonic())
         if push.thresholds is not None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from scheduler.alone.controller import settings_for_child
 from scheduler.alone.place import new_place
-from scheduler.engine.channel import remove_endpoint
+from scheduler.engine.channel import rank_endpoint, remove_endpoint
 from scheduler.settings import SchedulerSettings
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0
@@ -90,8 +90,10 @@ class ControllerKeeper:
         self._thread.join(_END_S)
 
 
-class OwnController:
-    """The channel's endpoint of one engine and the process that tunes it.
+class EngineControl:
+    """The channel's endpoint of one engine, and the process that tunes it where no replica owns the channel.
+
+    endpoint: the replica's, or one of its own; empty: neither, and there is no channel.
 
     Raises:
         OSError: there is no place for the endpoint.
@@ -99,18 +101,23 @@ class OwnController:
 
     def __init__(self, settings: SchedulerSettings, rank: int) -> None:
         self._settings = settings
-        self.endpoint = new_place(rank)
         self._keeper: ControllerKeeper | None = None
+        if settings.has_own_controller:
+            self.endpoint = new_place(rank)
+        else:
+            self.endpoint = rank_endpoint(settings.channel, rank) if settings.channel else ""
 
     def start(self) -> None:
-        """Start the process, once the channel is open."""
-        self._keeper = ControllerKeeper(_COMMAND, settings_for_child(self._settings, self.endpoint))
+        """Start the process, once the channel is open; a replica has none."""
+        if self._settings.has_own_controller:
+            self._keeper = ControllerKeeper(_COMMAND, settings_for_child(self._settings, self.endpoint))
 
     def close(self) -> None:
-        """End the process and remove the endpoint."""
+        """End the process and remove the endpoint; a replica removes its own."""
         if self._keeper is not None:
             self._keeper.close()
-        remove_endpoint(self.endpoint)
+        if self._settings.has_own_controller:
+            remove_endpoint(self.endpoint)
 
 
 def _environment() -> dict[str, str]:

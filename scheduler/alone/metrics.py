@@ -41,6 +41,7 @@ COUNTERS: tuple[tuple[str, str, str, Mapping[str, str]], ...] = (
     ("headrace_completed", "Requests that ended by themselves.", "completed", {}),
     ("headrace_aborted", "Requests ended by their client, the server or an error.", "aborted", {}),
     ("headrace_rejected", "Requests rejected before any work.", "rejected", {}),
+    ("headrace_recalled", "Requests sent back before any work by an engine that stops.", "recalled", {}),
     ("headrace_target_misses", "Completed requests that missed a target.", "ttft_misses", {"target": "ttft"}),
     ("headrace_target_misses", "", "tpot_misses", {"target": "tpot"}),
     ("headrace_target_misses", "", "latency_misses", {"target": "latency"}),

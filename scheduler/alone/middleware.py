@@ -120,7 +120,7 @@ def telling(generate: Callable[..., AsyncGenerator[Any, None]]) -> Callable[...,
 
 @dataclass(slots=True)
 class _Answer:
-    """Passes an answer on, or sends 429 in its place.
+    """Passes an answer on, or sends the rejection in its place.
 
     A stream is held until the engine has answered, which is before its first event: vLLM's own events come later, but
     for the Responses API, whose first ones precede the engine's answer, and comments, which end the wait.
@@ -134,7 +134,7 @@ class _Answer:
 
     async def __call__(self, message: Message) -> None:
         if self.over:
-            return  # what vLLM says of the rejection after the 429
+            return  # what vLLM says of the rejection after it
         if self.passing:
             await self.send(message)
         elif self.outcome.rejection is not None:
@@ -190,10 +190,11 @@ def _uncompressed(scope: Scope) -> Scope:
 
 
 async def _reject(send: Send, rejection: Rejection, headers: Iterable[tuple[bytes, bytes]]) -> None:
-    """HTTP 429 with the answer's own further headers (CORS, request id)."""
+    """The rejection's HTTP status (429; 503 from an engine that stops) with the answer's own further headers (CORS,
+    request id)."""
     kept = [(name, value) for name, value in headers if name.lower() not in _OF_A_BODY]
     retry = (b"retry-after", str(rejection.retry_after_s).encode())
-    status = HTTPStatus.TOO_MANY_REQUESTS
+    status = rejection.kind.http_status
     await _answer_json(send, status, error_body(status, rejection.text), [*kept, retry])
 
 

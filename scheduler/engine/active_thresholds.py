@@ -47,7 +47,7 @@ class ActiveThresholds:
         self._setup = setup or EngineSetup()
         self._clock = clock
         self._lock = threading.Lock()
-        self._check(configured)
+        self._check(configured, self._setup)
         self._configured = configured
         # Made once, so that a lapse costs the engine's loop nothing.
         self._configured_policy = self._policy_of(configured)
@@ -77,6 +77,26 @@ class ActiveThresholds:
             self._current = Active(offered, policy, lapses, from_config=False)
             return Ack(accepted=True, active_version=offered.version, reason=offered.reason)
 
+    def configure(self, configured: Thresholds, setup: EngineSetup) -> None:
+        """Replace the configured thresholds. They are active at once, under the next version, unless a pin holds.
+
+        The next version makes a push that is under way stale: it was solved for the settings before.
+
+        Raises:
+            InvalidThresholds, UnsupportedSetting: as the constructor; nothing has changed then.
+        """
+        with self._lock:
+            self._check(configured, setup)
+            self._setup = setup
+            if configured == self._configured:
+                return
+            now = self._current_locked()
+            self._configured, self._configured_policy = configured, self._policy_of(configured)
+            if now.from_config or not now.thresholds.pinned:
+                policy = now.policy if configured.same_rule(now.thresholds) else self._configured_policy
+                version = now.thresholds.version + 1
+                self._current = Active(configured.with_version(version), policy, None, from_config=True)
+
     def _current_locked(self) -> Active:
         current = self._current
         if current.lapses_at_s is not None and self._clock() >= current.lapses_at_s:
@@ -105,13 +125,13 @@ class ActiveThresholds:
             reason = f"version {active.version} is pinned by an operator; lift the pin to resume automatic tuning"
             return reject("pinned", reason)
         try:
-            self._check(offered)
+            self._check(offered, self._setup)
         except (InvalidThresholds, UnsupportedSetting) as error:
             return reject("invalid", str(error))
         return None
 
-    def _check(self, thresholds: Thresholds) -> None:
+    def _check(self, thresholds: Thresholds, setup: EngineSetup) -> None:
         thresholds.check_fits(self.limits)
         if not self._allow_strict:
             thresholds.check_serves()
-        require_supported(self._setup, thresholds)
+        require_supported(setup, thresholds)

@@ -1,4 +1,4 @@
-"""The control channel of an engine-core process: thresholds in, telemetry out, while it serves.
+"""The control channel of an engine-core process: thresholds and settings in, telemetry out, while it serves.
 
 The engine-core process answers no calls of ours, so the scheduler opens a ZeroMQ socket of its own, served by one
 daemon thread. The engine's loop only reads a reference each iteration and does not wait for that thread. Every answer
@@ -23,7 +23,8 @@ from pathlib import Path
 import zmq
 import zmq.asyncio
 
-from scheduler.messages import Ack, Apply, Report, Stats, Telemetry
+from scheduler.engine import segments
+from scheduler.messages import Ack, Apply, Configure, Drain, Report, Stats, Telemetry
 from scheduler.thresholds import InvalidThresholds, Thresholds
 from scheduler.wire import (
     OtherSchema,
@@ -50,8 +51,9 @@ class ChannelClosed(RuntimeError):
 def new_endpoint(label: str = "") -> str:
     """A fresh private endpoint on this machine, in a folder only this user may enter; `label` is part of its name.
 
-    The folder is locked while this process lives. Folders without a live lock are removed here; unlike process ids, the
-    lock is also valid where containers share the folder for temporary files.
+    The folder is locked while this process lives. Folders without a live lock are removed here, with the shared memory
+    that a killed engine left; unlike process ids, the lock is also valid where containers share the folder for
+    temporary files.
     """
     remove_abandoned_endpoints()
     # A folder gets its final name only once locked, or a replica that starts at the same time would remove it.
@@ -75,6 +77,7 @@ def _remove_unless_held(folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            segments.remove_noted(folder)
             shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(descriptor)
@@ -85,9 +88,16 @@ def rank_endpoint(endpoint: str, rank: int) -> str:
     return endpoint if rank == 0 else f"{endpoint}-rank{rank}"
 
 
+def folder_of(endpoint: str) -> Path:
+    """The folder that `new_endpoint` made for an endpoint; what else lies in it is removed with it."""
+    return Path(endpoint.removeprefix("ipc://")).parent
+
+
 def remove_endpoint(endpoint: str) -> None:
-    """Remove what `new_endpoint` made; absent files are fine."""
-    shutil.rmtree(Path(endpoint.removeprefix("ipc://")).parent, ignore_errors=True)
+    """Remove what `new_endpoint` made, and noted segments; absent files are fine."""
+    folder = folder_of(endpoint)
+    segments.remove_noted(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     lock = _locks.pop(endpoint, None)
     if lock is not None:
         os.close(lock)
@@ -96,8 +106,8 @@ def remove_endpoint(endpoint: str) -> None:
 class ChannelServer:
     """Answers questions at `endpoint` from a daemon thread until closed.
 
-    apply: accepts or rejects thresholds with an Ack; report: the telemetry after a cursor; stats: the `Stats`. An
-    unreadable question is answered with an error and changes nothing.
+    apply, configure: accept or reject thresholds or settings with an Ack; report: the telemetry after a cursor; stats:
+    the `Stats`; drain: begins to drain. An unreadable question is answered with an error and changes nothing.
 
     Raises:
         RuntimeError: the endpoint cannot be bound.
@@ -105,9 +115,10 @@ class ChannelServer:
 
     def __init__(
         self, endpoint: str, apply: Callable[[Apply], Ack], report: Callable[[Report], Telemetry],
-        stats: Callable[[], Stats],
+        stats: Callable[[], Stats], configure: Callable[[Configure], Ack], drain: Callable[[Drain], Ack],
     ) -> None:
         self._apply, self._report, self._stats = apply, report, stats
+        self._configure, self._drain = configure, drain
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -146,6 +157,10 @@ class ChannelServer:
             asked = read_question(question)
             if isinstance(asked, Apply):
                 return answer_of(self._apply(asked))
+            if isinstance(asked, Drain):
+                return answer_of(self._drain(asked))
+            if isinstance(asked, Configure):
+                return answer_of(self._configure(asked))
             return answer_of(self._report(asked) if isinstance(asked, Report) else self._stats())
         except OtherSchema as error:
             code, rejection = "schema", str(error)

@@ -121,6 +121,11 @@ class Choices:
         siblings.rejection = rejection
         return list(siblings.held)
 
+    def arrived(self, family: str) -> int:
+        """Siblings of a family that have arrived, finished ones too; 0 once it is forgotten."""
+        siblings = self._waiting.get(family) or self._settled.get(family)
+        return len(siblings.places) if siblings else 0
+
     def rejection_of(self, request_id: str) -> Rejection | None:
         """The rejection of a waiting request's sibling; None if no sibling was rejected."""
         siblings = self._siblings_of.get(request_id)

@@ -17,7 +17,10 @@ from scheduler.settings import (
     LONGEST_TENANT_NAME,
     TENANT,
     TENANT_WEIGHT,
+    TURNED_AWAY,
 )
+
+_MOST_TURNED_AWAY = 1_000_000
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -39,6 +42,12 @@ def declared_lengths(request: Request, longest: int) -> tuple[int | None, int | 
     most: int = params.max_tokens
     bound = most if most < longest - request.num_prompt_tokens else None
     return (None if declared is None else min(declared, most)), bound
+
+
+def turned_away(request: Request) -> int:
+    """Requests that the ingress has rejected before this one; meaningful only behind an ingress."""
+    count = _extra_args(request).get(TURNED_AWAY)
+    return count if type(count) is int and 0 < count < _MOST_TURNED_AWAY else 0
 
 
 def tenant_of(request: Request) -> Tenant:

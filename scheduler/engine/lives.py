@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from scheduler.engine.client_input import declared_lengths
-from scheduler.fluid_params import FluidParams
+from scheduler.tuning.slo import Slo
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -32,11 +32,11 @@ class Life:
     shared_tokens: int = 0
     audited: bool = False
 
-    def missed(self, params: FluidParams, first_s: float, now_s: float, outputs: int) -> dict[str, bool]:
+    def missed(self, targets: Slo, first_s: float, now_s: float, outputs: int) -> dict[str, bool]:
         """The targets missed by a request that completes at `now_s` with `outputs` tokens, the first at `first_s`."""
         took_s = {
-            "ttft": (first_s - self.arrived_s, params.ttft_s), "latency": (now_s - self.arrived_s, params.latency_s),
-            "tpot": ((now_s - first_s) / max(outputs - 1, 1), params.tpot_s),
+            "ttft": (first_s - self.arrived_s, targets.ttft_s), "latency": (now_s - self.arrived_s, targets.latency_s),
+            "tpot": ((now_s - first_s) / max(outputs - 1, 1), targets.tpot_s),
         }
         return {name: target is not None and seconds > target for name, (seconds, target) in took_s.items()}
 

@@ -14,9 +14,11 @@ from types import SimpleNamespace
 from typing import TypeVar
 
 from scheduler.messages import Arrival, Counters, Finished, Gauges, Iteration
+from scheduler.rejection import Kind
 
 KEPT_RECORDS = 4096
 """Records of each kind kept; at 10 ms an iteration this is 40 s, several control periods."""
+_MOST_TURNED_AWAY = 8
 
 
 _Record = TypeVar("_Record", Iteration, Arrival, Finished)
@@ -31,7 +33,7 @@ class Recorder:
         self._iterations: deque[Iteration] = deque(maxlen=kept)
         self._arrivals: deque[Arrival] = deque(maxlen=kept)
         self._finished: deque[Finished] = deque(maxlen=kept)
-        self._dropped_seq = 0
+        self._dropped_seq = self._turned_away = 0
         self.totals = SimpleNamespace(**asdict(Counters()))  # the same fields, while they still change
         self.gauges = Gauges()
 
@@ -48,18 +50,41 @@ class Recorder:
         self._append(self._arrivals, Arrival(self._next(), at_s, prompt_tokens, known_output_tokens))
         self.totals.arrivals += 1
 
+    def turned_away(self, at_s: float, count: int, prompt_tokens: int, known_output_tokens: int | None) -> None:
+        """`count` requests that the ingress rejected before the one that arrives now; taken to be like it.
+
+        They count as arrivals and as rejected. Their records are spread over the time since the latest arrival, as they
+        came; more than a few are not recorded one by one, since a rate so far above capacity changes nothing more.
+        """
+        since_s = self._arrivals[-1].at_s if self._arrivals else at_s
+        recorded = min(count, _MOST_TURNED_AWAY)
+        for place in range(1, recorded + 1):
+            when_s = since_s + (at_s - since_s) * place / (recorded + 1)
+            self._append(self._arrivals, Arrival(self._next(), when_s, prompt_tokens, known_output_tokens))
+        self.totals.arrivals += count
+        self.totals.rejected += count
+        self._turned_away += count
+
+    @property
+    def received(self) -> int:
+        """Requests that reached this engine, without those that the ingress rejected."""
+        received: int = self.totals.arrivals - self._turned_away
+        return received
+
     def finished(
-        self, at_s: float, prompt_tokens: int, output_tokens: int, *, aborted: bool, rejected: bool = False,
+        self, at_s: float, prompt_tokens: int, output_tokens: int, *, aborted: bool, turned_away: Kind | None = None,
         cached_tokens: int = 0, shared_tokens: int = 0, ttft_s: float | None = None, tpot_s: float | None = None,
     ) -> None:
-        """One request that left the engine: rejected, else aborted, else completed."""
+        """One request that left the engine: turned away (rejected or recalled), else aborted, else completed."""
         record = Finished(
-            self._next(), at_s, prompt_tokens, output_tokens, aborted or rejected, cached_tokens, shared_tokens, ttft_s,
-            tpot_s,
+            self._next(), at_s, prompt_tokens, output_tokens, aborted or turned_away is not None, cached_tokens,
+            shared_tokens, ttft_s, tpot_s,
         )
         self._append(self._finished, record)
-        if rejected:
+        if turned_away is Kind.REJECTED:
             self.totals.rejected += 1
+        elif turned_away is Kind.RECALLED:
+            self.totals.recalled += 1
         elif aborted:
             self.totals.aborted += 1
         else:

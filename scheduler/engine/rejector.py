@@ -15,7 +15,7 @@ from vllm.v1.request import Request
 from scheduler.engine.admission_queue import AdmissionQueue
 from scheduler.engine.choices import family_of, parent_of
 from scheduler.engine.lives import Life
-from scheduler.rejection import Rejection
+from scheduler.rejection import Kind, Rejection
 
 
 class Rejector:
@@ -27,7 +27,7 @@ class Rejector:
 
     def __init__(self, admission_queue: AdmissionQueue, lives: Mapping[str, Life], audit_share: float) -> None:
         self._queue, self._lives, self._audit_share = admission_queue, lives, audit_share
-        self._under_way: set[str] = set()
+        self._under_way: dict[str, Rejection] = {}
         self.undelivered: list[tuple[Request, Rejection]] = []
         self.never: set[str] = set()
 
@@ -58,16 +58,17 @@ class Rejector:
 
     def begin(self, rejected: Mapping[str, Rejection], requests: Mapping[str, Request]) -> None:
         """Note the requests that end now; the iteration's outputs carry their rejections."""
-        self._under_way |= rejected.keys()
+        self._under_way |= rejected
         self.undelivered += [(requests[name], rejection) for name, rejection in rejected.items()]
 
-    def is_rejected(self, name: str) -> bool:
-        """Whether a request being freed was rejected."""
-        return name in self._under_way
+    def kind_of(self, name: str) -> Kind | None:
+        """How a request being freed was turned away; None for any other."""
+        rejection = self._under_way.get(name)
+        return rejection.kind if rejection else None
 
     def freed(self, name: str) -> None:
         """A request has left the engine, for whatever reason."""
-        self._under_way.discard(name)
+        self._under_way.pop(name, None)
 
     def answers(self) -> list[tuple[int, EngineCoreOutput]]:
         """The outputs of the requests rejected since the last call, each with its client's index."""

@@ -21,6 +21,10 @@ class StepsSeen:
         self._window_s = window_s
         self._marks: deque[tuple[float, Counters]] = deque([(-math.inf, Counters())])
 
+    def follow(self, window_s: float) -> None:
+        """Average over another window from now on."""
+        self._window_s = window_s
+
     def restart(self) -> None:
         """Another engine counts from 0."""
         self._marks.clear()

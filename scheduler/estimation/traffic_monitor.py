@@ -63,6 +63,10 @@ class TrafficMonitor:
         self._before_s = 0.0
         self._moved: deque[tuple[float, float]] = deque(maxlen=_MOST_MARKS)
 
+    def follow(self, window_s: float, least_answers: int) -> None:
+        """Another window and least number of outputs from now on; what was seen stays."""
+        self._window_s, self._least_answers = window_s, least_answers
+
     def restart(self, telemetry: Telemetry) -> None:
         """The engine was replaced: rates and progress start anew, on another clock; lengths stay."""
         oldest_s = telemetry.arrivals[0].at_s if telemetry.arrivals else telemetry.clock_s

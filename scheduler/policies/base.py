@@ -182,6 +182,8 @@ class Decision:
     token_budget: tokens of this iteration (None: the thresholds' own).
     reject: requests to reject before any is admitted. reject_last: number of requests of the unknown type to reject
         afterwards, from the tail of the queue. drain_s: seconds until the queue is served, for their Retry-After.
+    room: called later, and from another thread: how many more requests the queue takes before it rejects one (None:
+        this policy rejects none).
     """
 
     admit: Mapping[str, int] = field(default_factory=dict)
@@ -191,6 +193,7 @@ class Decision:
     reject_last: int = 0
     drain_s: float = 0.0
     evict_first: Collection[str] = _NO_IDS
+    room: Callable[[], int] | None = field(default=None, compare=False)
 
 
 class Policy(ABC):

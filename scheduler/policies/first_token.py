@@ -8,6 +8,7 @@ decoding requests end as randomly as a Poisson process.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import islice
 
@@ -18,6 +19,8 @@ _COLD_SHARE = 0.5
 """Share of the TTFT target for which a request waits at a cold engine before it is rejected."""
 _SURE = 1.5
 """Standard deviations of the wait, added to its mean, for a new request at the tail."""
+_MOST_ROOM = 4096
+"""A queue with more room than this has all that any ingress could use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,33 @@ class FirstToken:
         flow_per_s = params.prompt_flow_tokens / params.iteration_s if params.iteration_s else 0.0
         wait_s += slow / ahead * tokens / flow_per_s if flow_per_s else slow / params.capacity_rps
         return wait_s + _SURE * math.sqrt(params.variability * slow) / params.capacity_rps
+
+    def room(self, waiting: int, tokens: int, running: int, free_slots: int) -> int:
+        """Requests like those that wait which could still join the queue before one would be rejected.
+
+        waiting, tokens: requests in the queue, and their prompt tokens to compute; running: admitted requests;
+        free_slots: slots that are free now. An empty queue takes at least one: only the engine knows that one's length.
+        """
+        params, limit_s = self.params, self.params.first_token_limit_s
+        at_capacity = params.running_at_capacity
+        free = max(0.0, min(free_slots, (math.inf if at_capacity is None else at_capacity) - running))
+        most = _MOST_ROOM if params.queue_limit is None else int(params.queue_limit - waiting + free)
+        each = tokens / waiting if waiting else self._usual_prompt_tokens
+        usual = Waiting(round(each), 0.0)
+
+        def seconds(more: int) -> float:
+            ahead = waiting + more - 1
+            return self._wait_s(ahead, round(tokens + (more - 1) * each), free) + self.own_s(usual)
+
+        if limit_s is not None:  # the wait grows with the place in the queue
+            most = bisect_right(range(1, max(0, most) + 1), limit_s, key=seconds)
+        return max(most, 0 if waiting else 1)
+
+    @property
+    def _usual_prompt_tokens(self) -> float:
+        params = self.params
+        per_iteration = params.capacity_rps * (params.iteration_s or 0.0)
+        return params.prompt_flow_tokens / per_iteration if per_iteration else 0.0
 
     def drain_s(self, waiting: int) -> float:
         """Seconds in which the fluid model serves `waiting` requests."""

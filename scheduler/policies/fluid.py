@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Collection
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -31,6 +32,7 @@ _HEADS = 4
 """Waiting requests whose prompts the next iteration could start."""
 _LOOK_AGAIN = 8
 """Iterations after which a full replica is checked again although no request has ended."""
+_ANY_NUMBER = 1 << 20
 _SPEED_MEMORY, _RECENT_MEMORY = 0.8, 0.97
 _SLACK_SHARE = 1.0
 """Share of the miss probability that a prefill which uses slack may cost in expectation; most of it is regained."""
@@ -53,21 +55,34 @@ class Fluid(Policy):
         admission = self._admission
         admission.observe(snapshot)
         room = admission.prompt_room(snapshot, view)
+        taken = len(snapshot.running) + snapshot.released
         if not view:
-            return Decision(token_budget=admission.budget(snapshot, room))
+            spare = FirstToken.of(admission.fluid, snapshot, room) if admission.rejects else None
+            more = partial(spare.room, 0, 0, taken, self._spare_slots(snapshot, taken)) if spare else None
+            return Decision(token_budget=admission.budget(snapshot, room), room=more)
         first = FirstToken.of(admission.fluid, snapshot, room)
         late = first.too_late(view, snapshot.now_s)
         admitted, tokens, cached = admission.admitted(view, late, slots, snapshot, room)
         budget = admission.budget(snapshot, room, cached)
+        waiting = view.length - len(late) - admitted
         beyond = first.beyond_limit(
-            view, snapshot.now_s, waiting=view.length - len(late) - admitted, tokens=view.tokens_to_compute - tokens,
-            running=len(snapshot.running) + snapshot.released + admitted,
+            view, snapshot.now_s, waiting=waiting, tokens=view.tokens_to_compute - tokens, running=taken + admitted,
             free_slots=0 if admission.is_full else slots - admitted,
         )
+        left = waiting - beyond
+        each = (view.tokens_to_compute - tokens) / waiting if waiting else 0.0
+        spare_slots = 0 if admission.is_full else self._spare_slots(snapshot, taken + admitted)
         return Decision(
             admit={UNKNOWN_TYPE: admitted} if admitted else {}, token_budget=budget, reject=late, reject_last=beyond,
             drain_s=first.drain_s(view.length),
+            room=partial(first.room, left, round(left * each), taken + admitted, spare_slots)
+            if admission.rejects else None,
         )
+
+    def _spare_slots(self, snapshot: Snapshot, taken: int) -> int:
+        """Slots that nothing waits for."""
+        most = min(filter(None, (self.thresholds.max_running, snapshot.slots)), default=_ANY_NUMBER)
+        return max(0, most - taken)
 
     def _free_slots(self, snapshot: Snapshot) -> int:
         """Free slots: beyond the engine's own, admitted requests would queue where they can no longer be rejected."""
@@ -98,6 +113,12 @@ class _Admission:
     def is_full(self) -> bool:
         """Whether the latest check found no memory or time for one more request."""
         return self._full_with > 0
+
+    @property
+    def rejects(self) -> bool:
+        """Whether the tail of the queue is rejected under these parameters."""
+        params = self.fluid
+        return not params.cold and (params.queue_limit is not None or params.first_token_limit_s is not None)
 
     def observe(self, snapshot: Snapshot) -> None:
         """Update the moving means of measured seconds and of measured over predicted seconds."""

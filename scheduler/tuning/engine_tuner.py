@@ -18,6 +18,7 @@ from scheduler.thresholds import Thresholds
 from scheduler.tuning.next_push import NextPush, next_push
 from scheduler.tuning.replica_model import Proposal, ReplicaModel
 from scheduler.tuning.settings import TuningSettings
+from scheduler.tuning.slo import Slo
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,23 +35,30 @@ class EngineTuner:
     """The model of one engine between two reports.
 
     time_model: its profile's; None: the engine's first iterations are measured before anything is proposed.
-    cursor: the records read so far. shown: the estimates and the plan, JSON-ready. note: the latest decision in words.
+    profiled: the same, for a model made anew; it may be replaced. cursor: the records read so far. shown: the
+    targets, the estimates and the plan, JSON-ready. note: the latest decision in words.
     """
 
     def __init__(
         self, settings: TuningSettings, time_model: IterationTimeModel | None, configured: Thresholds
     ) -> None:
-        self._settings, self._profiled, self._configured = settings, time_model, configured
+        self._settings, self.profiled, self._configured = settings, time_model, configured
         self._model = self._fresh()
         self._pushed_at_s = float("-inf")
         self.cursor = 0
         self.note = ""
-        self.shown = _shown(self._model, None)
+        self.shown = _shown(settings.targets, self._model, None)
 
     @property
     def is_measuring(self) -> bool:
         """Whether too few iterations have been seen for a first iteration-time model."""
         return self._model is None
+
+    def follow(self, settings: TuningSettings, configured: Thresholds) -> None:
+        """Other settings and configured thresholds from the next report on; the estimates stay."""
+        self._settings, self._configured = settings, configured
+        if self._model is not None:
+            self._model.follow(settings, configured)
 
     def learn(self, telemetry: Telemetry) -> Proposal:
         """Update the model from a report and solve; tens of milliseconds. A model that raises on a report is replaced
@@ -68,7 +76,7 @@ class EngineTuner:
         finally:
             self.cursor = telemetry.cursor
         proposal = self._model.propose()
-        self.shown = _shown(self._model, proposal)
+        self.shown = _shown(self._settings.targets, self._model, proposal)
         return proposal
 
     def next_push(self, telemetry: Telemetry, proposal: Proposal, now_s: float) -> NextPush:
@@ -91,15 +99,16 @@ class EngineTuner:
         return None
 
     def _fresh(self) -> ReplicaModel | None:
-        return None if self._profiled is None else self._model_from(self._profiled)
+        return None if self.profiled is None else self._model_from(self.profiled)
 
     def _model_from(self, time_model: IterationTimeModel) -> ReplicaModel:
         return ReplicaModel(self._settings, time_model, self._configured)
 
 
-def _shown(model: ReplicaModel | None, proposal: Proposal | None) -> dict[str, Any]:
+def _shown(targets: Slo, model: ReplicaModel | None, proposal: Proposal | None) -> dict[str, Any]:
+    told = {"targets": asdict(targets)}
     if model is None:
-        return {"rate_rps": 0.0, "finished_seen": 0, "time_model": None, "fluid": None, "forecast": None}
+        return told | {"rate_rps": 0.0, "finished_seen": 0, "time_model": None, "fluid": None, "forecast": None}
     time_model = model.time_model
     equilibrium = proposal.equilibrium if proposal else None
     forecast = proposal.forecast if proposal else None
@@ -115,7 +124,7 @@ def _shown(model: ReplicaModel | None, proposal: Proposal | None) -> dict[str, A
             "critical_rate_scale": finite_or_none(equilibrium.critical_rate_scale),
             "limit": equilibrium.limit,
         }
-    return {
+    return told | {
         "rate_rps": model.rate_rps,
         "finished_seen": model.finished_seen,
         "time_model": asdict(time_model.time_model)

@@ -63,6 +63,13 @@ class ReplicaModel:
         self.telemetry: Telemetry | None = None
         self._engine_id = ""
 
+    def follow(self, settings: TuningSettings, configured: Thresholds) -> None:
+        """Other settings and configured thresholds from now on; the estimates stay."""
+        if settings != self._settings:
+            self._traffic.follow(settings.window_s, settings.min_finished)
+            self._steps.follow(settings.window_s)
+        self._settings, self._configured = settings, configured
+
     def observe(self, telemetry: Telemetry) -> None:
         """Take in one report. A report seen before changes nothing; a restarted engine starts the window anew."""
         if telemetry.limits.pipeline_depth != self._depth:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster import config as config_module
-from cluster.config import ConfigError, load_config
+from cluster.config import AppConfig, ConfigError, load_config
+from cluster.llm_entry import WITHOUT_ENGINE
 from scheduler.model.profiles import profile_names
 from scheduler.thresholds import Thresholds
 from scheduler.tuning.settings import TuningSettings
@@ -19,29 +19,27 @@ from scheduler.tuning.slo import Slo
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
 ARGS = ("applications", 0, "args")
+ENTRY = (*ARGS, "llm_configs", 0)
+OURS = (*ARGS, "headrace")
 PROFILE = "a100-llama2-7b"
 MINIMAL: dict[str, Any] = {
     "applications": [
         {
             "args": {
-                "model": {"id": "m", "source": "org/m"}, "accelerator": {"kind": "cpu"},
-                "controller": {"profile": PROFILE},
+                "llm_configs": [
+                    {
+                        "model_loading_config": {"model_id": "m", "model_source": "org/m"},
+                        "accelerator_config": {"kind": "cpu"},
+                    }
+                ],
+                "headrace": {"controller": {"profile": PROFILE}},
             }
         }
     ]
 }
-ENGINE_ARGUMENTS = [  # some of vLLM's (slow to import); test_ray_seam.py compares the real list
-    "max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "dtype", "enforce_eager",
-    "model", "scheduler_cls", "additional_config", "async_scheduling", "data_parallel_size", "data_parallel_size_local",
-    "pipeline_parallel_size", "speculative_config", "kv_transfer_config",
-]
 
 Key = tuple[str | int, ...]
 
-
-@pytest.fixture(autouse=True)
-def _known_engine_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_module, "_engine_argument_names", lambda: ENGINE_ARGUMENTS)
 
 
 def with_value(key: Key, value: Any) -> dict[str, Any]:
@@ -54,11 +52,19 @@ def with_value(key: Key, value: Any) -> dict[str, Any]:
     return data  # type: ignore[no-any-return]
 
 
+def of_args(llm: dict[str, Any] | None = None, **args: Any) -> AppConfig:
+    """The minimal arguments with keys of the one entry, and of the arguments themselves, added."""
+    minimal = copy.deepcopy(MINIMAL["applications"][0]["args"])
+    minimal["llm_configs"][0] |= llm or {}
+    minimal["headrace"] |= args.pop("headrace", {})
+    return AppConfig.model_validate(minimal | args, context=WITHOUT_ENGINE)
+
+
 def complaint(tmp_path: Path, key: Key, value: Any) -> str:
     path = tmp_path / "headrace.yaml"
     path.write_text(yaml.safe_dump(with_value(key, value)))
     with pytest.raises(ConfigError) as error:
-        load_config(path)
+        load_config(path, with_engine=False)
     assert str(path) in str(error.value)
     return str(error.value)
 
@@ -68,10 +74,13 @@ def test_three_configurations_are_shipped() -> None:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.ray
+@pytest.mark.engine
 def test_shipped_configurations_load_and_listen_on_this_machine_only(path: Path) -> None:
     config = load_config(path)
     assert config.base_url == "http://127.0.0.1:8000"
-    assert config.application.args.thresholds.policy == "fluid"
+    for entry in config.application.args.llm_configs:
+        assert config.application.args.settings_of(entry.model_id).thresholds.policy == "fluid"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -86,42 +95,45 @@ def test_ray_accepts_shipped_configurations(path: Path) -> None:
 def test_defaults(tmp_path: Path) -> None:
     path = tmp_path / "minimal.yaml"
     path.write_text(yaml.safe_dump(MINIMAL))
-    config = load_config(path)
+    config = load_config(path, with_engine=False)
     assert (config.http_options.host, config.http_options.port) == ("127.0.0.1", 8000)
     assert config.ray.address == "local"
-    assert config.application.args.controller.enabled
-    assert config.application.args.thresholds.policy == "fluid"
-    assert config.application.args.targets == Slo()
+    settings = config.application.args.settings_of("m")
+    assert settings.controller.enabled
+    assert settings.thresholds.policy == "fluid"
+    assert settings.targets == Slo()
+    assert (settings.drain_s, settings.engine_timeout_s, settings.max_wait_s) == (600, 10, 600)
 
 
 def test_thresholds_that_name_no_policy_are_those_of_fluid(tmp_path: Path) -> None:
     path = tmp_path / "held.yaml"
-    path.write_text(yaml.safe_dump(with_value((*ARGS, "thresholds"), {"max_hold_s": 0.5})))
-    assert load_config(path).application.args.thresholds == Thresholds(policy="fluid", max_hold_s=0.5)
+    path.write_text(yaml.safe_dump(with_value((*OURS, "thresholds"), {"max_hold_s": 0.5})))
+    settings = load_config(path, with_engine=False).application.args.settings_of("m")
+    assert settings.thresholds == Thresholds(policy="fluid", max_hold_s=0.5)
 
 
 def test_targets_reach_the_engine_and_the_controller(tmp_path: Path) -> None:
     path = tmp_path / "targets.yaml"
-    path.write_text(yaml.safe_dump(with_value((*ARGS, "targets"), {"ttft_s": 2, "tpot_s": 0.1})))
-    args = load_config(path).application.args
-    assert args.targets == Slo(2, 0.1)
-    assert args.controller.settings(args.targets) == TuningSettings(targets=Slo(2, 0.1)), "by default its defaults"
+    path.write_text(yaml.safe_dump(with_value((*OURS, "targets"), {"ttft_s": 2, "tpot_s": 0.1})))
+    settings = load_config(path, with_engine=False).application.args.settings_of("m")
+    assert settings.targets == Slo(2, 0.1)
+    assert settings.tuning() == TuningSettings(targets=Slo(2, 0.1)), "by default its defaults"
     for wrong, said in (({"ttft_s": 0}, "ttft_s"), ({"tpot": 1}, "tpot")):
-        assert said in complaint(tmp_path, (*ARGS, "targets"), wrong)
+        assert said in complaint(tmp_path, (*OURS, "targets"), wrong)
 
 
 def test_tenants_need_names_and_keys_of_their_own(tmp_path: Path) -> None:
     red = {"name": "red", "api_key_env": "KEY_OF_RED"}
-    said = complaint(tmp_path, (*ARGS, "tenants"), [red, red | {"name": "blue"}])
+    said = complaint(tmp_path, (*OURS, "tenants"), [red, red | {"name": "blue"}])
     assert "two tenants have api_key_env = 'KEY_OF_RED'" in said
-    assert "two tenants have name = 'red'" in complaint(tmp_path, (*ARGS, "tenants"), [red, red])
-    assert "weight" in complaint(tmp_path, (*ARGS, "tenants"), [red | {"weight": -1}])
+    assert "two tenants have name = 'red'" in complaint(tmp_path, (*OURS, "tenants"), [red, red])
+    assert "weight" in complaint(tmp_path, (*OURS, "tenants"), [red | {"weight": -1}])
 
 
 def test_a_wildcard_host_is_reached_over_loopback(tmp_path: Path) -> None:
     path = tmp_path / "open.yaml"
     path.write_text(yaml.safe_dump(with_value(("http_options", "host"), "0.0.0.0") | {}))
-    assert load_config(path).base_url == "http://127.0.0.1:8000"
+    assert load_config(path, with_engine=False).base_url == "http://127.0.0.1:8000"
 
 
 @pytest.mark.parametrize(
@@ -131,12 +143,11 @@ def test_a_wildcard_host_is_reached_over_loopback(tmp_path: Path) -> None:
         (("ray", "adress"), "ray.adress", "address"),
         (("http_options", "prt"), "http_options.prt", "port"),
         (("applications", 0, "route_prefx"), "applications.0.route_prefx", "route_prefix"),
-        ((*ARGS, "replica"), "applications.0.args.replica", "replicas"),
-        ((*ARGS, "model", "sorce"), "applications.0.args.model.sorce", "source"),
-        ((*ARGS, "accelerator", "knd"), "applications.0.args.accelerator.knd", "kind"),
-        ((*ARGS, "controller", "period"), "applications.0.args.controller.period", "period_s"),
-        ((*ARGS, "thresholds", "polcy"), "thresholds.polcy", "policy"),
-        ((*ARGS, "engine", "max_num_seq"), "applications.0.args.engine", "max_num_seqs"),
+        ((*ARGS, "llm_config"), "applications.0.args.llm_config", "llm_configs"),
+        ((*ENTRY, "headrace", "target"), "llm_configs.0.headrace.target", "targets"),
+        ((*OURS, "drains"), "headrace.drains", "drain_s"),
+        ((*OURS, "controller", "period"), "headrace.controller.period", "period_s"),
+        ((*OURS, "thresholds", "polcy"), "thresholds.polcy", "policy"),
     ],
 )
 def test_a_typo_is_named_with_what_is_meant(tmp_path: Path, key: Key, dotted: str, meant: str) -> None:
@@ -151,9 +162,9 @@ def test_a_typo_is_named_with_what_is_meant(tmp_path: Path, key: Key, dotted: st
     [
         (("http_option",), "ray, proxy_location, http_options, applications"),
         (("http_options", "prt"), "host, port"),
-        ((*ARGS, "model", "sorce"), "id, source"),
-        ((*ARGS, "thresholds", "polcy"), "the fields are version, policy, mode, types"),
-        ((*ARGS, "thresholds", "types"), "the fields are name, n, max_prompt_tokens, max_output_tokens"),
+        ((*ENTRY, "headrace", "tenants"), "targets, thresholds, scheduler, controller, limits, drain_s"),
+        ((*OURS, "thresholds", "polcy"), "the fields are version, policy, mode, types"),
+        ((*OURS, "thresholds", "types"), "the fields are name, n, max_prompt_tokens, max_output_tokens"),
     ],
 )
 def test_a_typo_comes_with_every_allowed_key(tmp_path: Path, key: Key, some_allowed: str) -> None:
@@ -164,21 +175,20 @@ def test_a_typo_comes_with_every_allowed_key(tmp_path: Path, key: Key, some_allo
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ((*ARGS, "replicas"), 0, "greater than or equal to 1"),
-        ((*ARGS, "replicas"), -2, "greater than or equal to 1"),
-        ((*ARGS, "controller", "period_s"), float("nan"), "finite"),
-        ((*ARGS, "controller", "period_s"), 0, "greater than 0"),
-        ((*ARGS, "controller", "period_s"), 3601, "3600"),
-        ((*ARGS, "controller", "window_s"), float("inf"), "finite"),
-        ((*ARGS, "controller", "validity_s"), -1, "greater than 0"),
-        ((*ARGS, "controller", "min_finished"), 0, "greater than or equal to 1"),
-        ((*ARGS, "controller", "overflow_probability"), 1, "less than 1"),
-        ((*ARGS, "accelerator", "cpus"), float("nan"), "greater than or equal to 0"),
-        ((*ARGS, "accelerator", "kind"), "tpu", "'cpu' or 'gpu'"),
-        ((*ARGS, "thresholds", "max_hold_s"), -1, "seconds from 0 to 60"),
-        ((*ARGS, "thresholds", "max_hold_s"), float("nan"), "seconds from 0 to 60"),
-        ((*ARGS, "thresholds", "max_running"), 0, "an integer >= 1"),
-        ((*ARGS, "thresholds", "policy"), "lifo", "one of fcfs, wait, nested_wait"),
+        ((*OURS, "drain_s"), 86401, "less than or equal to 86400"),
+        ((*OURS, "engine_timeout_s"), 0, "greater than 0"),
+        ((*OURS, "max_wait_s"), 0, "greater than 0"),
+        ((*OURS, "controller", "period_s"), float("nan"), "finite"),
+        ((*OURS, "controller", "period_s"), 0, "greater than 0"),
+        ((*OURS, "controller", "period_s"), 3601, "3600"),
+        ((*OURS, "controller", "window_s"), float("inf"), "finite"),
+        ((*OURS, "controller", "validity_s"), -1, "greater than 0"),
+        ((*OURS, "controller", "min_finished"), 0, "greater than or equal to 1"),
+        ((*OURS, "controller", "overflow_probability"), 1, "less than 1"),
+        ((*OURS, "thresholds", "max_hold_s"), -1, "seconds from 0 to 60"),
+        ((*OURS, "thresholds", "max_hold_s"), float("nan"), "seconds from 0 to 60"),
+        ((*OURS, "thresholds", "max_running"), 0, "an integer >= 1"),
+        ((*OURS, "thresholds", "policy"), "lifo", "one of fcfs, wait, nested_wait"),
         (("http_options", "port"), 0, "greater than or equal to 1"),
         (("http_options", "port"), 65536, "65535"),
         (("applications", 0, "route_prefix"), "/llm", "'/'"),
@@ -196,32 +206,108 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(
 
 def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
     data = with_value(("http_options", "port"), 0)
-    data["applications"][0]["args"]["replicas"] = 0
+    data["applications"][0]["args"]["headrace"]["drain_s"] = -1
     path = tmp_path / "two.yaml"
     path.write_text(yaml.safe_dump(data))
     with pytest.raises(ConfigError) as error:
-        load_config(path)
+        load_config(path, with_engine=False)
     assert "http_options.port = 0" in str(error.value)
-    assert "applications.0.args.replicas = 0" in str(error.value)
+    assert "applications.0.args.headrace.drain_s = -1" in str(error.value)
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
     path = tmp_path / "modelless.yaml"
-    path.write_text(yaml.safe_dump({"applications": [{"args": {"accelerator": {"kind": "cpu"}}}]}))
-    with pytest.raises(ConfigError, match=r"applications\.0\.args\.model: this key is required"):
-        load_config(path)
+    path.write_text(yaml.safe_dump({"applications": [{"args": {"llm_configs": [{}]}}]}))
+    with pytest.raises(ConfigError, match=r"args\.llm_configs\.0\.model_loading_config: this key is required"):
+        load_config(path, with_engine=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "goes_into"),
+    [
+        ("model", "llm_configs[].model_loading_config"), ("replicas", "llm_configs[].deployment_config: {num_replicas"),
+        ("engine", "llm_configs[].engine_kwargs"), ("accelerator", "llm_configs[].accelerator_config"),
+        ("env", "llm_configs[].runtime_env: {env_vars"), ("targets", "headrace: {targets"),
+        ("controller", "headrace: {controller"),
+    ],
+)
+def test_a_key_of_the_old_short_form_is_told_where_it_went(tmp_path: Path, key: str, goes_into: str) -> None:
+    said = complaint(tmp_path, (*ARGS, key), {})
+    assert f"applications.0.args.{key}: no such key; its value goes into {goes_into}" in said
+
+
+def test_two_entries_of_one_name_are_rejected(tmp_path: Path) -> None:
+    entries = MINIMAL["applications"][0]["args"]["llm_configs"] * 2
+    said = complaint(tmp_path, (*ARGS, "llm_configs"), entries)
+    assert "llm_configs.1.model_loading_config.model_id = 'm': another entry has this name" in said
+
+
+def test_an_entry_may_be_a_file_as_for_ray(tmp_path: Path) -> None:
+    file = tmp_path / "model.yaml"
+    file.write_text(yaml.safe_dump(MINIMAL["applications"][0]["args"]["llm_configs"][0]))
+    args = of_args(llm_configs=[str(file)])
+    assert args.llm_configs == of_args().llm_configs
+    assert "no entry can be read there" in complaint(tmp_path, (*ARGS, "llm_configs"), [str(tmp_path / "nowhere")])
+
+
+# Settings of all models and of one.
+
+
+def test_a_model_s_own_settings_override_the_general_ones_field_by_field() -> None:
+    general = {
+        "targets": {"ttft_s": 5.0, "tpot_s": 0.5}, "drain_s": 30.0, "thresholds": {"max_hold_s": 0.5},
+        "controller": {"profile": PROFILE, "period_s": 2.0},
+    }
+    own = {
+        "targets": {"ttft_s": 9.0}, "thresholds": {"max_running": 8}, "max_wait_s": None,
+        "controller": {"profile": "cpu-smollm2"},
+    }
+    entry = MINIMAL["applications"][0]["args"]["llm_configs"][0]
+    other = {"model_loading_config": {"model_id": "other"}, "headrace": own}
+    args = of_args(llm_configs=[entry, other], headrace=general)
+    first, second = args.settings_of("m"), args.settings_of("other")
+    assert (first.targets, first.drain_s, first.max_wait_s) == (Slo(5.0, 0.5), 30.0, 600.0)
+    assert (second.targets, second.drain_s, second.max_wait_s) == (Slo(9.0, 0.5), 30.0, None)
+    assert first.thresholds == Thresholds(policy="fluid", max_hold_s=0.5)
+    assert second.thresholds == Thresholds(policy="fluid", max_hold_s=0.5, max_running=8)
+    assert (first.controller.profile, second.controller.profile) == (PROFILE, "cpu-smollm2")
+    assert second.controller.period_s == 2.0
+
+
+def test_own_thresholds_with_a_policy_are_taken_whole() -> None:
+    general = {"thresholds": {"policy": "wait", "types": [{"name": "all", "n": 4}]}}
+    args = of_args({"headrace": {"thresholds": {"policy": "fcfs"}}}, headrace=general)
+    assert args.settings_of("m").thresholds == Thresholds(policy="fcfs")
+
+
+def test_settings_that_only_together_are_wrong_are_named_with_their_model(tmp_path: Path) -> None:
+    data = with_value((*ENTRY, "headrace"), {"targets": {"tpot_s": 0.008}})
+    data["applications"][0]["args"]["headrace"]["targets"] = {"tpot_s": 0.1}
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError, match=r"llm_configs\.0: model m: targets\.tpot_s = 0\.008 is below"):
+        load_config(path, with_engine=False)
+
+
+def test_without_ray_and_vllm_the_rest_is_still_checked(tmp_path: Path) -> None:
+    path = tmp_path / "unknown.yaml"
+    path.write_text(yaml.safe_dump(with_value((*ENTRY, "engine_kwargs"), {"max_num_seq": 1})))
+    assert load_config(path, with_engine=False).application.args.llm_configs[0].model_id == "m"
+    path.write_text(yaml.safe_dump(with_value((*ENTRY, "engine_kwargs"), {"scheduler_cls": "mine"})))
+    with pytest.raises(ConfigError, match="headrace.scheduler"):
+        load_config(path, with_engine=False)
 
 
 def test_exactly_one_application(tmp_path: Path) -> None:
     path = tmp_path / "two.yaml"
     path.write_text(yaml.safe_dump({"applications": MINIMAL["applications"] * 2}))
     with pytest.raises(ConfigError, match="applications"):
-        load_config(path)
+        load_config(path, with_engine=False)
 
 
 def test_an_unknown_profile_lists_the_known_ones(tmp_path: Path) -> None:
-    message = complaint(tmp_path, (*ARGS, "controller", "profile"), "a100")
-    for name in ("applications.0.args.controller.profile", "'a100'", "a100-llama2-7b", "cpu-smollm2"):
+    message = complaint(tmp_path, (*OURS, "controller", "profile"), "a100")
+    for name in ("applications.0.args.headrace.controller.profile", "'a100'", "a100-llama2-7b", "cpu-smollm2"):
         assert name in message
 
 
@@ -229,30 +315,44 @@ def test_an_unknown_profile_lists_the_known_ones(tmp_path: Path) -> None:
 def test_a_profile_must_be_named(tmp_path: Path, controller: dict[str, float] | None) -> None:
     data = copy.deepcopy(MINIMAL)
     args = data["applications"][0]["args"]
-    args.pop("controller")
-    args |= {} if controller is None else {"controller": controller}
+    args["headrace"] = {} if controller is None else {"controller": controller}
+    args["llm_configs"].append({"model_loading_config": {"model_id": "another"}})
     path = tmp_path / "unnamed.yaml"
     path.write_text(yaml.safe_dump(data))
     with pytest.raises(ConfigError) as error:
-        load_config(path)
-    for part in ("applications.0.args.controller.profile", *profile_names(), "benchmarks/measure_law.py"):
+        load_config(path, with_engine=False)
+    for part in ("applications.0.args.headrace.controller.profile: name", *profile_names(), "benchmarks/measure_law"):
+        assert str(error.value).count(part) == 1 or part in profile_names(), "said once for all models"
         assert part in str(error.value)
 
 
 def test_strict_mode_is_rejected(tmp_path: Path) -> None:
-    message = complaint(tmp_path, (*ARGS, "thresholds", "mode"), "strict")
+    message = complaint(tmp_path, (*OURS, "thresholds", "mode"), "strict")
     assert "mode = 'strict'" in message
     assert "allowed: serving" in message
 
 
-@pytest.mark.parametrize("key", ["scheduler_cls", "additional_config", "model", "async_scheduling"])
-def test_engine_arguments_that_headrace_sets_are_rejected(tmp_path: Path, key: str) -> None:
-    assert f"{key} is set by Headrace itself" in complaint(tmp_path, (*ARGS, "engine", key), "x")
+@pytest.mark.parametrize(
+    "key",
+    [
+        ("engine_kwargs", "scheduler_cls"), ("engine_kwargs", "additional_config"), ("engine_kwargs", "model"),
+        ("engine_kwargs", "async_scheduling"), ("deployment_config", "user_config"),
+        ("deployment_config", "graceful_shutdown_timeout_s"), ("server_cls",), ("llm_engine",),
+    ],
+    ids=".".join,
+)
+def test_what_headrace_sets_is_rejected(tmp_path: Path, key: Key) -> None:
+    assert f"{'.'.join(map(str, key))}: set by Headrace itself" in complaint(tmp_path, (*ENTRY, *key), "x")
+
+
+def test_the_class_of_the_ingress_is_ours_and_its_deployment_the_operator_s(tmp_path: Path) -> None:
+    assert "set by Headrace itself" in complaint(tmp_path, (*ARGS, "ingress_cls_config"), {})
+    assert of_args(ingress_deployment_config={"num_replicas": 3}).ingress_deployment_config == {"num_replicas": 3}
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
-        load_config(tmp_path / "nowhere.yaml")
+        load_config(tmp_path / "nowhere.yaml", with_engine=False)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +369,7 @@ def test_what_is_no_configuration_is_said_so(tmp_path: Path, content: bytes, sai
     path = tmp_path / "broken.yaml"
     path.write_bytes(content)
     with pytest.raises(ConfigError) as error:
-        load_config(path)
+        load_config(path, with_engine=False)
     assert str(path) in str(error.value)
     assert said in str(error.value)
 
@@ -278,49 +378,63 @@ NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("engine", "headrace", "said"),
     [
-        ({"engine": {"data_parallel_size": 2, "data_parallel_size_local": 1}}, "give data_parallel_size alone"),
-        ({"engine": {"kv_transfer_config": {"kv_role": "kv_both"}}}, "leave kv_transfer_config"),
+        ({"data_parallel_size": 2, "data_parallel_size_local": 1}, {}, "give data_parallel_size alone"),
+        ({"kv_transfer_config": {"kv_role": "kv_both"}}, {}, "leave kv_transfer_config"),
         (
-            {"controller": {"enabled": False, "profile": PROFILE}, "targets": {"ttft_s": 3.0}},
+            {}, {"controller": {"enabled": False, "profile": PROFILE}, "targets": {"ttft_s": 3.0}},
             "leave controller.enabled at true",
         ),
         (
-            {"targets": {"tpot_s": 0.008}},
+            {}, {"targets": {"tpot_s": 0.008}},
             "targets.tpot_s = 0.008 is below the 0.0112 s that a token takes one request alone",
         ),
     ],
     ids=str,
 )
 def test_an_engine_setting_that_the_policy_does_not_support_is_rejected(
-    tmp_path: Path, args: dict[str, Any], said: str
+    tmp_path: Path, engine: dict[str, Any], headrace: dict[str, Any], said: str
 ) -> None:
     data = copy.deepcopy(MINIMAL)
-    data["applications"][0]["args"] |= args
+    data["applications"][0]["args"]["llm_configs"][0]["engine_kwargs"] = engine
+    data["applications"][0]["args"]["headrace"] |= headrace
     path = tmp_path / "unsupported.yaml"
     path.write_text(yaml.safe_dump(data))
     with pytest.raises(ConfigError) as error:
-        load_config(path)
+        load_config(path, with_engine=False)
     assert said in str(error.value)
-    assert "'source': 'org/m'" not in str(error.value), "the sentence stands alone"
+    assert "'model_source': 'org/m'" not in str(error.value), "the sentence stands alone"
 
 
 @pytest.mark.parametrize(
-    "args",
+    ("engine", "headrace"),
     [
-        {"engine": {"pipeline_parallel_size": 2}, "targets": {"ttft_s": 3.0, "tpot_s": 0.1}},
-        {"engine": NGRAM, "targets": {"tpot_s": 0.1}},
-        {"engine": NGRAM, "thresholds": {"policy": "nested_wait"}},
-        {"engine": {"kv_transfer_config": {"kv_role": "kv_both"}}, "thresholds": {"policy": "wait"}},
-        {"controller": {"enabled": False, "profile": PROFILE}}, {"engine": {"data_parallel_size": 2}},
-        {"targets": {"tpot_s": 0.012}}, {"targets": {"tpot_s": 0.008}, "engine": NGRAM},
+        ({"pipeline_parallel_size": 2}, {"targets": {"ttft_s": 3.0, "tpot_s": 0.1}}),
+        (NGRAM, {"targets": {"tpot_s": 0.1}}),
+        (NGRAM, {"thresholds": {"policy": "nested_wait"}}),
+        ({"kv_transfer_config": {"kv_role": "kv_both"}}, {"thresholds": {"policy": "wait"}}),
+        ({}, {"controller": {"enabled": False, "profile": PROFILE}}), ({"data_parallel_size": 2}, {}),
+        ({}, {"targets": {"tpot_s": 0.012}}), (NGRAM, {"targets": {"tpot_s": 0.008}}),
     ],
     ids=str,
 )
-def test_an_engine_setting_that_the_policy_goes_with_is_taken(tmp_path: Path, args: dict[str, Any]) -> None:
+def test_an_engine_setting_that_the_policy_goes_with_is_taken(
+    tmp_path: Path, engine: dict[str, Any], headrace: dict[str, Any]
+) -> None:
     data = copy.deepcopy(MINIMAL)
-    data["applications"][0]["args"] |= args
+    data["applications"][0]["args"]["llm_configs"][0]["engine_kwargs"] = engine
+    data["applications"][0]["args"]["headrace"] |= headrace
     path = tmp_path / "supported.yaml"
     path.write_text(yaml.safe_dump(data))
-    assert load_config(path).application.args.model.id == "m"
+    assert load_config(path, with_engine=False).application.args.llm_configs[0].model_id == "m"
+
+
+def test_the_readme_s_configuration_is_taken_and_its_text_is_right() -> None:
+    section = (REPOSITORY / "README.md").read_text().partition("## The configuration")[2].partition("\n## ")[0]
+    example = yaml.safe_load(section.partition("```yaml\n")[2].partition("```")[0])
+    args = AppConfig.model_validate(example["args"], context=WITHOUT_ENGINE)
+    assert args.settings_of("llama-2-7b").targets == Slo(3.0, 0.08)
+    assert args.settings_of("chat").targets == Slo(1.0, 0.08)
+    for key in type(args.headrace).model_fields:
+        assert f"`{key}`" in section, "every key is told of"

@@ -40,6 +40,7 @@ class Server:
     def __init__(self) -> None:
         self.engines = {name: SyntheticEngine(CONFIGURED, engine_id=name) for name in ("left", "right")}
         self.unreachable: set[str] = set()
+        self.model_of_gone = "m"
         self.puts: list[dict[str, Any]] = []
         self.headers: list[httpx.Headers] = []
         self.answer: httpx.Response | None = None
@@ -101,9 +102,9 @@ class Server:
         return {
             "application": "headrace", "at_unix_s": 1.7e9,
             "replicas": {
-                "left": {"reachable": True} | report | known,
-                "right": {"reachable": True} | report | unknown,
-                "gone": {"reachable": False, "reason": "did not answer [telemetry]"},
+                "left": {"model": "m", "reachable": True} | report | known,
+                "right": {"model": "m", "reachable": True} | report | unknown,
+                "gone": {"model": self.model_of_gone, "reachable": False, "reason": "did not answer [telemetry]"},
             },
             "controller": {"alive": False, "reason": "the controller does not answer"},
         }
@@ -177,6 +178,13 @@ def test_status_fits_80_columns(
     assert "…" not in out
     for heading in ("preempted", "rejected", "time model R²", "bottleneck", "queue limit", "known from", "198 outputs"):
         assert heading in out
+
+
+def test_status_names_the_models_when_there_are_several(server: Server, headrace: Any) -> None:
+    assert "left (m)" not in headrace("status")[1]
+    server.model_of_gone = "another"
+    _, out, _ = headrace("status")
+    assert "left (m): settled" in out and "gone (another): not reachable" in out
 
 
 def test_set_merges_into_the_active_thresholds_and_pins_them(server: Server, headrace: Any) -> None:
@@ -436,12 +444,12 @@ def test_up_without_its_model_names_the_path(
     monkeypatch.setattr("signal.signal", lambda *_: None)
     path = tmp_path / "x.yaml"
     path.write_text(
-        "applications: [{args: {model: {id: m, source: ./nowhere}, accelerator: {kind: cpu}, "
-        "controller: {profile: cpu-smollm2}}}]\nray: {address: auto}\n"
+        "applications: [{args: {llm_configs: [{model_loading_config: {model_id: m, model_source: ./nowhere}}], "
+        "headrace: {controller: {profile: cpu-smollm2}}}}]\nray: {address: auto}\n"
     )
     code, _, err = headrace("up", str(path))
     assert code == 2
-    assert "model.source = 'nowhere' does not exist" in err or "model.source = './nowhere' does not exist" in err
+    assert "model_source = 'nowhere' of m does not exist" in err
 
 
 def test_the_readme_s_plan_command_runs(headrace: Any) -> None:

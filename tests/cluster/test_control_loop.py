@@ -11,14 +11,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_store import FakeStore
 from synthetic_engine import LIMITS, PAPER, SyntheticEngine
 
 from cluster import controller as controller_module
-from cluster.config import ControllerConfig
-from cluster.controller import ControllerActor, ControllerKeeper, ControlLoop
-from replicas import questions
+from cluster.controller import ControllerActor, ControllerKeeper, ControlLoop, TunedModel
+from cluster.settings import ControllerConfig, ModelSettings
+from replicas import questions, served
 from replicas.actor_calls import ReplicaUnavailable
-from replicas.ranks import engine_name, replica_of
+from replicas.ranks import ServedModel, engine_name, replica_of
 from scheduler.messages import Ack, Apply, Telemetry
 from scheduler.thresholds import SegmentThreshold, Thresholds, parse_thresholds
 from scheduler.tuning.replica_model import Proposal, ReplicaModel
@@ -29,6 +30,7 @@ CONFIG = ControllerConfig(
     profile="a100-llama2-7b-paper", min_finished=20, window_s=60.0, validity_s=120.0, period_s=5.0
 )
 CONFIGURED = Thresholds(policy="nested_wait", max_hold_s=0.25)
+DEPLOYMENT = "HeadraceServer:m"
 STEADY = [(58, 147), (40, 60), (30, 300)]
 Offered = tuple[str, Thresholds, Ack]
 
@@ -40,6 +42,8 @@ class Cluster:
         self.clock_s = 10_000.0
         self.engines: dict[str, SyntheticEngine] = {}
         self.ranks = 1
+        self.deployments: dict[str, str] = {}
+        """By engine, where it is not `DEPLOYMENT`."""
         self.unreachable: set[str] = set()
         self.offered: list[Offered] = []
         self.before_apply: Callable[[str], None] = lambda _: None
@@ -54,11 +58,14 @@ class Cluster:
 
     def replica_ids(self, app_name: str) -> dict[str, str]:
         assert app_name == "headrace"
-        return {replica_of(name): f"actor-of-{replica_of(name)}" for name in sorted(self.engines)}
+        return {
+            replica_of(name): f"SERVE_REPLICA::headrace#{self.deployments.get(name, DEPLOYMENT)}#{replica_of(name)}"
+            for name in sorted(self.engines)
+        }
 
     async def call_replica(self, actor_name: str, method: str, *, rank: int, **arguments: Any) -> bytes:
         """Nothing but JSON and plain values goes in and out, as through Ray."""
-        name = engine_name(actor_name.removeprefix("actor-of-"), rank, self.ranks)
+        name = engine_name(actor_name.rpartition("#")[2], rank, self.ranks)
         written = self.releases.get(name, lambda _, text: text)
         if name in self.unreachable:
             raise ReplicaUnavailable(f"replica {actor_name} did not answer {method}")
@@ -95,15 +102,23 @@ class Cluster:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     cluster = Cluster()
-    monkeypatch.setattr(controller_module, "replica_ids", cluster.replica_ids)
+    monkeypatch.setattr(served, "replica_ids", cluster.replica_ids)
     monkeypatch.setattr(questions, "call_replica", cluster.call_replica)
     clock = SimpleNamespace(monotonic=lambda: cluster.clock_s, time=lambda: 1.7e9 + cluster.clock_s)
     monkeypatch.setattr(controller_module, "time", clock)
     return cluster
 
 
-def new_loop() -> ControlLoop:
-    return ControlLoop("headrace", CONFIG, NO_SLO, CONFIGURED)
+def tuned(
+    config: ControllerConfig = CONFIG, targets: Slo = NO_SLO, thresholds: Thresholds = CONFIGURED, ranks: int = 1,
+    model_id: str = "m",
+) -> TunedModel:
+    settings = ModelSettings(controller=config, targets=targets, thresholds=thresholds)
+    return TunedModel(ServedModel(model_id, ranks), settings)
+
+
+def new_loop(store: FakeStore | None = None, **settings: Any) -> ControlLoop:
+    return ControlLoop("headrace", {DEPLOYMENT: tuned(**settings)}, store or FakeStore())
 
 
 def one_cycle(loop: ControlLoop) -> None:
@@ -163,7 +178,7 @@ def test_every_rank_of_a_replica_is_tuned_by_itself_and_a_silent_one_stops_no_ot
     cluster.add("b#0")
     cluster.add("b#1")
     cluster.unreachable = {"b#0"}
-    loop = ControlLoop("headrace", CONFIG, NO_SLO, CONFIGURED, ranks=2)
+    loop = new_loop(ranks=2)
     one_cycle(loop)
     first, second = cluster.active("a#0"), cluster.active("a#1")
     assert first.version == second.version == 1
@@ -244,7 +259,7 @@ def test_an_unreachable_replica_does_not_stop_the_others(cluster: Cluster) -> No
     loop = new_loop()
     one_cycle(loop)
     assert [name for name, _, _ in cluster.offered] == ["b"]
-    assert "actor-of-a did not answer telemetry" in decision(loop, "a")
+    assert "#a did not answer telemetry" in decision(loop, "a")
 
     cluster.unreachable = set()
     one_cycle(loop)
@@ -379,17 +394,18 @@ def test_an_older_replica_rejects_a_field_that_it_does_not_know_and_says_which(c
     assert decision(loop, "a").startswith("rejected: thresholds.of_a_later_release = 1 is not allowed")
 
 
-def test_the_actor_tells_events_apart_from_its_state(cluster: Cluster) -> None:
+def test_the_actor_tells_events_apart_from_its_state(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_module, "ClusterStore", lambda app_name: FakeStore())
     cluster.add("a")
     cluster.traffic()
-    actor = ControllerActor("headrace", CONFIG, NO_SLO, CONFIGURED)
+    actor = ControllerActor("headrace", {DEPLOYMENT: tuned()})
     one_cycle(actor._loop)
     answer, state = asyncio.run(actor.events()), asyncio.run(actor.state())
     assert json.loads(json.dumps(answer, allow_nan=False)) == answer
     (event,) = answer["events"]
     assert (event["replica"], event["old_version"], event["new_version"]) == ("a", 0, 1)
     assert parse_thresholds(event["new"]) == cluster.active("a")
-    assert state.keys() == {"started_unix_s", "passes", "period_s", "replicas"}
+    assert state.keys() == {"started_unix_s", "passes", "period_s", "pins", "replicas"}
 
 
 def test_while_a_pass_solves_the_state_can_be_read(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,7 +425,7 @@ def test_while_a_pass_solves_the_state_can_be_read(cluster: Cluster, monkeypatch
         return cluster.replica_ids(app_name)
 
     monkeypatch.setattr(ReplicaModel, "propose", slow)
-    monkeypatch.setattr(controller_module, "replica_ids", listed)
+    monkeypatch.setattr(served, "replica_ids", listed)
 
     async def main() -> dict[str, Any]:
         running = asyncio.create_task(loop.one_cycle())
@@ -554,7 +570,8 @@ def test_state_is_plain_json(cluster: Cluster, every_s: float) -> None:
 
 def test_state_says_what_binds_and_what_is_expected_to_be_good(cluster: Cluster) -> None:
     cluster.add("a")
-    loop = ControlLoop("headrace", CONFIG, Slo(ttft_s=3.0, tpot_s=0.1), Thresholds(policy="fluid"))
+    targets = Slo(ttft_s=3.0, tpot_s=0.1)
+    loop = new_loop(targets=targets, thresholds=Thresholds(policy="fluid"))
     one_cycle(loop)
     cluster.traffic(every_s=0.25)
     one_cycle(loop)
@@ -585,6 +602,34 @@ def test_the_list_of_events_is_bounded(cluster: Cluster) -> None:
 
 
 def test_a_lost_controller_is_looked_for_within_its_period() -> None:
-    keeper = ControllerKeeper(CONFIG, NO_SLO, CONFIGURED)
-    assert keeper.check_every_s < CONFIG.period_s
-    assert ControllerKeeper(CONFIG.model_copy(update={"period_s": 0.01}), NO_SLO, CONFIGURED).check_every_s >= 0.5
+    fast, off = CONFIG.model_copy(update={"period_s": 0.01}), ControllerConfig(enabled=False, period_s=0.01)
+    assert ControllerKeeper({"a": tuned(), "b": tuned(off)}).check_every_s == CONFIG.period_s / 2
+    assert ControllerKeeper({"a": tuned(), "b": tuned(fast)}).check_every_s == 0.5
+
+
+def test_each_model_s_replicas_are_tuned_with_its_own_settings_at_its_own_period(cluster: Cluster) -> None:
+    cluster.add("a")
+    cluster.add("b")
+    cluster.add("c")
+    cluster.deployments = {"b": "HeadraceServer:n", "c": "HeadraceServer:off"}
+    slower = CONFIG.model_copy(update={"validity_s": 60.0, "period_s": 2 * CONFIG.period_s})
+    loop = ControlLoop("headrace", {
+        DEPLOYMENT: tuned(targets=Slo(ttft_s=3.0)),
+        "HeadraceServer:n": tuned(slower, Slo(ttft_s=9.0), model_id="n"),
+        "HeadraceServer:off": tuned(ControllerConfig(enabled=False)),
+    }, FakeStore())
+    assert loop.period_s == CONFIG.period_s
+    cluster.traffic()
+    one_cycle(loop)
+    shown = loop.state()["replicas"]
+    assert {name: entry["targets"]["ttft_s"] for name, entry in shown.items()} == {"a": 3.0, "b": 9.0}, "c is not tuned"
+    assert {event.replica: event.model for event in loop.events} == {"a": "m", "b": "n"}
+    assert [cluster.active(name).valid_for_s for name in "abc"] == [CONFIG.validity_s, 60.0, None]
+
+    asked = {name: loop._replicas[name].due_s for name in "ab"}
+    cluster.clock_s += CONFIG.period_s
+    one_cycle(loop)
+    assert [loop._replicas[name].due_s > asked[name] for name in "ab"] == [True, False], "n is not due yet"
+    cluster.clock_s += CONFIG.period_s
+    one_cycle(loop)
+    assert loop._replicas["b"].due_s > asked["b"]

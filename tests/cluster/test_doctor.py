@@ -45,8 +45,12 @@ def free_port() -> int:
 
 def configuration(folder: Path, *, source: str = "org/model", kind: str = "cpu", port: int | None = None) -> Path:
     path = folder / "headrace.yaml"
-    args = {"model": {"id": "m", "source": source}, "accelerator": {"kind": kind},
-            "controller": {"profile": "cpu-smollm2"}}
+    args = {
+        "llm_configs": [
+            {"model_loading_config": {"model_id": "m", "model_source": source}, "accelerator_config": {"kind": kind}}
+        ],
+        "headrace": {"controller": {"profile": "cpu-smollm2"}},
+    }
     http = {"port": port or free_port()}
     path.write_text(yaml.safe_dump({"http_options": http, "applications": [{"args": args}]}))
     return path
@@ -64,6 +68,17 @@ def test_a_healthy_machine_has_only_good_findings(tmp_path: Path) -> None:
         "python", "import json", "ray version", "vllm version", "configuration", "accelerator", "model", "port",
     }
     assert all(item["mend"] == "" for item in findings)
+
+
+def test_every_model_is_looked_at(tmp_path: Path) -> None:
+    path = configuration(tmp_path)
+    data = yaml.safe_load(path.read_text())
+    data["applications"][0]["args"]["llm_configs"] += [
+        {"model_loading_config": {"model_id": "n", "model_source": "./nowhere"}, "accelerator_config": {"kind": "cpu"}}
+    ]
+    path.write_text(yaml.safe_dump(data))
+    assert finding(path, "model of m")["ok"] and not finding(path, "model of n")["ok"]
+    assert finding(path, "accelerator of n")["ok"]
 
 
 def test_a_missing_bundled_model_is_prepared_with_a_command(tmp_path: Path) -> None:
@@ -104,10 +119,10 @@ def test_a_taken_port_is_found(tmp_path: Path) -> None:
 
 def test_a_broken_configuration_is_found_with_its_key(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
-    path.write_text("applications: [{args: {modl: {}, accelerator: {kind: cpu}}}]")
+    path.write_text("applications: [{args: {llm_config: [], headrace: {}}}]")
     found = finding(path, "configuration")
     assert not found["ok"]
-    assert "modl: no such key" in found["found"]
+    assert "llm_config: no such key" in found["found"]
     assert "configs/" in found["mend"]
 
 

@@ -7,17 +7,16 @@ import json
 import os
 import shlex
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 
 from cluster import launch, model
 from cluster.config import ClusterConfig, ConfigError
+from cluster.llm_entry import WITHOUT_ENGINE
 from cluster.model import ModelUnavailable, is_prepared, prepare_bundled_model
 
 CHECKPOINT = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
@@ -32,12 +31,13 @@ def config_for(
             "applications": [
                 {
                     "args": {
-                        "model": {"id": model_id, "source": source}, "accelerator": {"kind": "cpu"},
-                        "controller": {"profile": "cpu-smollm2"},
+                        "llm_configs": [{"model_loading_config": {"model_id": model_id, "model_source": source}}],
+                        "headrace": {"controller": {"profile": "cpu-smollm2"}},
                     }
                 }
             ],
-        }
+        },
+        context=WITHOUT_ENGINE,
     )
 
 
@@ -70,7 +70,7 @@ def test_a_taken_port_stops_the_launch_before_ray_starts() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(launch.LaunchError, match=rf"port {port} on 127\.0\.0\.1 is taken; .*http_options\.port"):
+        with pytest.raises(launch.LaunchError, match=rf"port {port} on 127\.0\.0\.1 is taken by .*http_options\.port"):
             launch.Launcher(config_for(port=port), progress=lambda _: None).start()
 
 
@@ -104,7 +104,9 @@ def test_a_checkout_is_shipped_and_site_packages_are_not(
     spec.loader.exec_module(elsewhere)
     ray = JoinedRay()
     elsewhere.Launcher(config_for(), progress=lambda _: None).join(ray)
-    assert ray.runtime_env == ({"working_dir": str(tmp_path)} if ships else {})
+    assert ray.runtime_env.get("working_dir") == (str(tmp_path) if ships else None)
+    excludes = ray.runtime_env.get("excludes", [])
+    assert not ships or (excludes[0] == "/*" and "!/scheduler" in excludes), "a changed configuration changes no code"
 
 
 def test_the_tests_run_from_a_checkout() -> None:
@@ -118,7 +120,7 @@ def test_the_tests_run_from_a_checkout() -> None:
 
 @pytest.mark.parametrize("source", ["./nowhere", "/nowhere/model", "~/nowhere-at-all"])
 def test_a_missing_local_model_is_rejected(source: str) -> None:
-    with pytest.raises(ConfigError, match=r"model\.source = .*nowhere.* does not exist; allowed: a folder, or a hub"):
+    with pytest.raises(ConfigError, match=r"model_source = .*nowhere.* of m does not exist; allowed: a folder, or"):
         launch.prepare_model(config_for(source), lambda _: None)
 
 
@@ -232,93 +234,18 @@ def test_a_missing_model_package_says_what_to_install(tmp_path: Path, monkeypatc
         prepare_bundled_model(tmp_path / "model")
 
 
-# The record of the serving process.
-
-
-@pytest.fixture
-def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    return tmp_path
-
-
-def write_note(config: ClusterConfig, pid: int, started_s: float) -> None:
-    path = launch.note_running(config)
-    path.write_text(json.dumps({"pid": pid, "started_s": started_s}))
-
-
-def test_nothing_to_stop_without_a_note(notes: Path) -> None:
-    assert launch.stop_running(config_for()) is False
-
-
-def test_a_note_names_this_process_and_is_private(notes: Path) -> None:
-    path = launch.note_running(config_for())
-    note = json.loads(path.read_text())
-    assert note == {"pid": os.getpid(), "started_s": psutil.Process().create_time()}
-    assert path.parent.stat().st_mode & 0o077 == 0
-    assert notes in path.parents
-
-
-def test_a_note_of_a_process_that_ended_is_stale(notes: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    started_s = psutil.Process(ended.pid).create_time()
-    ended.wait()
-    write_note(config_for(), ended.pid, started_s)
-    assert launch.stop_running(config_for()) is False
-
-
-def test_a_process_that_got_the_id_since_is_left_alone(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def sent(*_: Any) -> None:
-        raise AssertionError("a signal was sent to another's process")
-
-    monkeypatch.setattr(psutil.Process, "send_signal", sent)
-    write_note(config_for(), os.getpid(), psutil.Process().create_time() - 1000)
-    assert launch.stop_running(config_for()) is False
-
-
-def test_a_torn_note_counts_as_none(notes: Path) -> None:
-    launch.note_running(config_for()).write_text('{"pid": ')
-    assert launch.stop_running(config_for()) is False
-
-
-def test_two_ports_are_two_notes(notes: Path) -> None:
-    assert launch.note_running(config_for()) != launch.note_running(config_for(port=8124))
-
-
-_SERVES = """
-import signal
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-print("serving", flush=True)
-{then}
-"""
-
-
-def serving(then: str) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen([sys.executable, "-c", _SERVES.format(then=then)], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"serving\n"
-    return process
-
-
-def test_the_process_of_the_note_is_asked_to_stop_and_waited_for(notes: Path) -> None:
-    process = serving("signal.sigwait([signal.SIGINT])")
-    try:
-        write_note(config_for(), process.pid, psutil.Process(process.pid).create_time())
-        assert launch.stop_running(config_for()) is True
-        assert not psutil.pid_exists(process.pid)
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def test_a_process_that_does_not_stop_is_named(notes: Path) -> None:
-    process = serving("signal.sigwait([signal.SIGTERM])")
-    try:
-        write_note(config_for(), process.pid, psutil.Process(process.pid).create_time())
-        with pytest.raises(launch.LaunchError, match=rf"process {process.pid} did not stop"):
-            launch.stop_running(config_for(), timeout_s=0.01)
-    finally:
-        process.kill()
-        process.communicate()
-
-
+def test_beyond_this_machine_a_launch_needs_a_key_or_insecure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HEADRACE_API_KEY", raising=False)
+    monkeypatch.delenv("HEADRACE_API_KEY_FILE", raising=False)
+    monkeypatch.setattr(launch, "port_is_free", lambda *_: False)  # the next reason to stop
+    wide = config_for()
+    wide = wide.model_copy(update={"http_options": wide.http_options.model_copy(update={"host": "0.0.0.0"})})
+    with pytest.raises(launch.LaunchError, match=r"'0\.0\.0\.0' is reached from other machines, .*--insecure"):
+        launch.Launcher(wide, progress=lambda _: None).start()
+    for launcher in (launch.Launcher(wide, progress=lambda _: None, insecure=True),
+                     launch.Launcher(config_for(), progress=lambda _: None)):
+        with pytest.raises(launch.LaunchError, match="is taken"):
+            launcher.start()
+    monkeypatch.setenv("HEADRACE_API_KEY", "sk")
+    with pytest.raises(launch.LaunchError, match="is taken"):
+        launch.Launcher(wide, progress=lambda _: None).start()

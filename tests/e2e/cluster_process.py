@@ -23,6 +23,15 @@ HEADRACE = Path(sys.executable).with_name("headrace")
 READY_TIMEOUT_S = 420.0
 
 
+def merge(data: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Change a nested dictionary in place, key by key."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(data.get(key), dict):
+            merge(data[key], value)
+        else:
+            data[key] = value
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -30,17 +39,23 @@ def free_port() -> int:
 
 
 class ClusterProcess:
-    """The local configuration on a free port, in the foreground of a child process."""
+    """The local configuration on a free port, in the foreground of a child process.
 
-    def __init__(self, folder: Path, *, env: dict[str, str] | None = None, **changes: Any) -> None:
+    llm: changes of its one entry of `llm_configs`; changes: of the application's other arguments; both key by key.
+    """
+
+    def __init__(
+        self, folder: Path, *, env: dict[str, str] | None = None, llm: dict[str, Any] | None = None, **changes: Any
+    ) -> None:
         config = yaml.safe_load((CHECKOUT / "configs" / "local.yaml").read_text())
         self.port = free_port()
         config["http_options"]["port"] = self.port
         args = config["applications"][0]["args"]
-        args["model"]["source"] = str(MODEL)
-        for key, value in changes.items():
-            args[key] = args.get(key, {}) | value if isinstance(value, dict) else value
-        self.period_s: float = args["controller"]["period_s"]
+        (entry,) = args["llm_configs"]
+        entry["model_loading_config"]["model_source"] = str(MODEL)
+        merge(entry, llm or {})
+        merge(args, changes)
+        self.period_s: float = args["headrace"]["controller"]["period_s"]
         self.config = folder / "cluster.yaml"
         self.config.write_text(yaml.safe_dump(config))
         self.log = folder / "up.log"
@@ -79,10 +94,14 @@ class ClusterProcess:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def stop(self) -> tuple[int, list[str]]:
-        """Ctrl-C; returns the exit code and what is still running of all that was ever started."""
+        """Ctrl-C, and again for requests in flight; returns the exit code and what still runs of all that was started.
+        """
         if self.process.poll() is not None:
             return self.process.returncode, []
         started = self.children()
+        self.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(2)
         self.process.send_signal(signal.SIGINT)
         self.process.wait(90)
         _, alive = psutil.wait_procs(started, timeout=10)

@@ -55,7 +55,8 @@ def _engine_environment() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, plain_answers: list[str]) -> Iterator[ClusterProcess]:
     """Two replicas. Plain vLLM has finished before, so that the two never share the cores."""
-    process = ClusterProcess(tmp_path_factory.mktemp("cluster"), controller={"period_s": 2.0, "min_finished": 10})
+    controller = {"period_s": 2.0, "min_finished": 10}
+    process = ClusterProcess(tmp_path_factory.mktemp("cluster"), headrace={"controller": controller})
     try:
         process.wait_until_ready()
         yield process

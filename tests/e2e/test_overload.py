@@ -27,8 +27,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcess
     """One replica with a KV cache of 160 blocks, two tenants, and targets."""
     prepare_bundled_model(MODEL)
     process = ClusterProcess(
-        tmp_path_factory.mktemp("overload"), env=KEYS, replicas=1, engine={"num_gpu_blocks_override": 160},
-        targets={"ttft_s": 4.0, "tpot_s": 0.5}, tenants=TENANTS, controller={"period_s": 2.0},
+        tmp_path_factory.mktemp("overload"), env=KEYS,
+        llm={"deployment_config": {"num_replicas": 1}, "engine_kwargs": {"num_gpu_blocks_override": 160}},
+        headrace={
+            "targets": {"ttft_s": 4.0, "tpot_s": 0.5}, "tenants": TENANTS, "controller": {"period_s": 2.0},
+        },
     )
     try:
         process.wait_until_ready()

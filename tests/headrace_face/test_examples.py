@@ -165,17 +165,19 @@ def test_a_configuration_names_a_scheduler_of_ones_own() -> None:
 
     from cluster.config import AppConfig
 
-    args = {
-        "model": {"id": "m", "source": "org/m"}, "accelerator": {"kind": "cpu"},
-        "controller": {"profile": "cpu-smollm2"},
-    }
-    assert AppConfig.model_validate(args).scheduler == "headrace.HeadraceScheduler"
-    own = AppConfig.model_validate(args | {"scheduler": "own_policy.OwnScheduler"})
+    def with_headrace(**settings: str) -> AppConfig:
+        entry = {"model_loading_config": {"model_id": "m"}, "accelerator_config": {"kind": "cpu"}}
+        headrace = settings | {"controller": {"profile": "cpu-smollm2"}}
+        return AppConfig.model_validate({"llm_configs": [entry], "headrace": headrace})
+
+    assert with_headrace().settings_of("m").scheduler == "headrace.HeadraceScheduler"
+    own = with_headrace(scheduler="own_policy.OwnScheduler")
     from cluster.app import llm_config
 
-    assert llm_config(own).engine_kwargs["scheduler_cls"] == "own_policy.OwnScheduler"
+    config = llm_config(own.llm_configs[0], own.settings_of("m"))
+    assert config.engine_kwargs["scheduler_cls"] == "own_policy.OwnScheduler"
     with pytest.raises(ValidationError, match="scheduler"):
-        AppConfig.model_validate(args | {"scheduler": "own_policy:OwnScheduler"})
+        with_headrace(scheduler="own_policy:OwnScheduler")
 
 
 STANDALONE = EXAMPLES / "standalone_vllm.sh"

@@ -36,9 +36,25 @@ EVERYTHING: Values = {
     "serviceAccountName": "serving",
     "ray": {"version": "2.60.1"},
     "upgradeStrategy": "None",
-    "model": {"id": "llama", "source": "/models/llama"},
-    "replicas": 3,
-    "gpu": {"type": "H100", "product": "NVIDIA-H100-80GB-HBM3"},
+    "models": [
+        {
+            "model_loading_config": {"model_id": "llama", "model_source": "/models/llama"},
+            "accelerator_type": "H100",
+            "deployment_config": {"num_replicas": 3},
+            "engine_kwargs": {
+                "max_model_len": 1048576, "max_num_seqs": 64, "gpu_memory_utilization": 0.5, "dtype": "bfloat16",
+                "enforce_eager": False, "kv_cache_dtype": "fp8", "limit_mm_per_prompt": {"image": 0},
+            },
+            "headrace": {"thresholds": {"policy": "fcfs"}},
+        },
+        {
+            "model_loading_config": {"model_id": "large"},
+            "deployment_config": {"autoscaling_config": {"min_replicas": 1, "max_replicas": 2}},
+            "engine_kwargs": {"tensor_parallel_size": 2, "enable_lora": True},
+            "lora_config": {"dynamic_lora_loading_path": "s3://bucket/adapters"},
+        },
+    ],
+    "gpu": {"perWorker": 2, "product": "NVIDIA-H100-80GB-HBM3"},
     "targets": {"ttftSeconds": 3, "tpotSeconds": 0.08, "latencySeconds": None},
     "tenants": [
         {"name": "red", "weight": 3, "secretName": "keys", "secretKey": "red"},
@@ -46,13 +62,6 @@ EVERYTHING: Values = {
     ],
     "policy": {"name": "wait", "maxHoldSeconds": 1},
     "controller": {"enabled": False, "periodSeconds": 0.5, "profile": "a100-llama2-7b-paper"},
-    "engine": {
-        "maxModelLen": 1048576,
-        "maxNumSeqs": 64,
-        "gpuMemoryUtilization": 0.5,
-        "dtype": "bfloat16",
-        "extraArgs": {"enforce_eager": False, "kv_cache_dtype": "fp8", "limit_mm_per_prompt": {"image": 0}},
-    },
     "service": {"type": "LoadBalancer", "port": 8080, "annotations": {"example.com/internal": "true"}},
     "auth": {"hfToken": HF_TOKEN, "apiKey": API_KEY},
     "env": [
@@ -171,19 +180,25 @@ def test_default_serve_config_is_the_whole_agreed_config(chart: Chart) -> None:
                 "import_path": "headrace:build",
                 "route_prefix": "/",
                 "args": {
-                    "model": {"id": "llama-2-7b", "source": "meta-llama/Llama-2-7b-hf"},
-                    "replicas": 1,
-                    "accelerator": {"kind": "gpu", "type": "A100"},
-                    "engine": {
-                        "max_model_len": 4096,
-                        "max_num_seqs": 512,
-                        "gpu_memory_utilization": 0.9,
-                        "dtype": "auto",
+                    "llm_configs": [
+                        {
+                            "model_loading_config": {
+                                "model_id": "llama-2-7b", "model_source": "meta-llama/Llama-2-7b-hf",
+                            },
+                            "accelerator_type": "A100",
+                            "deployment_config": {"num_replicas": 1},
+                            "engine_kwargs": {
+                                "max_model_len": 4096, "max_num_seqs": 512, "gpu_memory_utilization": 0.9,
+                                "dtype": "auto",
+                            },
+                        }
+                    ],
+                    "headrace": {
+                        "targets": {},
+                        "tenants": [],
+                        "thresholds": {"policy": "fluid", "max_hold_s": 0.25},
+                        "controller": {"enabled": True, "period_s": 5.0, "profile": "a100-llama2-7b"},
                     },
-                    "targets": {},
-                    "tenants": [],
-                    "thresholds": {"policy": "fluid", "max_hold_s": 0.25},
-                    "controller": {"enabled": True, "period_s": 5.0, "profile": "a100-llama2-7b"},
                 },
             }
         ],
@@ -195,28 +210,19 @@ def test_values_reach_the_serve_config(chart: Chart) -> None:
     service = ray_service(chart, EVERYTHING)
     args = app_args(service)
     assert args == {
-        "model": {"id": "llama", "source": "/models/llama"},
-        "replicas": 3,
-        "accelerator": {"kind": "gpu", "type": "H100"},
-        "engine": {
-            "max_model_len": 1048576,
-            "max_num_seqs": 64,
-            "gpu_memory_utilization": 0.5,
-            "dtype": "bfloat16",
-            "enforce_eager": False,
-            "kv_cache_dtype": "fp8",
-            "limit_mm_per_prompt": {"image": 0},
+        "llm_configs": EVERYTHING["models"],
+        "headrace": {
+            "targets": {"ttft_s": 3, "tpot_s": 0.08},
+            "tenants": [
+                {"name": "red", "weight": 3, "api_key_env": "HEADRACE_TENANT_KEY_0"},
+                {"name": "blue", "weight": 1, "api_key_env": "HEADRACE_TENANT_KEY_1"},
+            ],
+            "thresholds": {"policy": "wait", "max_hold_s": 1},
+            "controller": {"enabled": False, "period_s": 0.5, "profile": "a100-llama2-7b-paper"},
         },
-        "targets": {"ttft_s": 3, "tpot_s": 0.08},
-        "tenants": [
-            {"name": "red", "weight": 3, "api_key_env": "HEADRACE_TENANT_KEY_0"},
-            {"name": "blue", "weight": 1, "api_key_env": "HEADRACE_TENANT_KEY_1"},
-        ],
-        "thresholds": {"policy": "wait", "max_hold_s": 1},
-        "controller": {"enabled": False, "period_s": 0.5, "profile": "a100-llama2-7b-paper"},
     }
     # Go templates print large numbers as 1.048576e+06, which is not an integer to the app.
-    assert type(args["engine"]["max_model_len"]) is int
+    assert type(args["llm_configs"][0]["engine_kwargs"]["max_model_len"]) is int
     assert serve_config(service)["http_options"] == {"host": "0.0.0.0", "port": 8080}
 
 
@@ -230,7 +236,7 @@ def test_a_tenants_key_comes_from_its_secret_wherever_the_ingress_runs(chart: Ch
 @pytest.mark.parametrize("policy", ["fluid", "fcfs", "wait", "nested_wait", "wait_cp"])
 def test_each_policy_is_accepted(chart: Chart, policy: str) -> None:
     service = ray_service(chart, {"policy": {"name": policy}})
-    assert app_args(service)["thresholds"] == {"policy": policy, "max_hold_s": 0.25}
+    assert app_args(service)["headrace"]["thresholds"] == {"policy": policy, "max_hold_s": 0.25}
 
 
 @pytest.mark.parametrize("values", [None, EVERYTHING], ids=["defaults", "everything"])
@@ -244,11 +250,32 @@ def test_serve_config_is_accepted_by_ray(chart: Chart, values: Values | None) ->
     assert (parsed.http_options.host, parsed.http_options.port) == ("0.0.0.0", config["http_options"]["port"])
 
 
-def test_one_worker_pod_with_one_gpu_per_replica(chart: Chart) -> None:
-    service = ray_service(chart, {"replicas": 4})
-    group = worker_group(service)
-    assert [group[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [4, 4, 4]
-    assert app_args(service)["replicas"] == 4
+def model(replicas: Any = None, **entry: Any) -> Values:
+    deployment = {} if replicas is None else {"num_replicas": replicas}
+    return {"model_loading_config": {"model_id": "m"}, "deployment_config": deployment} | entry
+
+
+@pytest.mark.parametrize(
+    ("values", "workers"),
+    [
+        (None, 1),
+        ({"models": [model(4)]}, 4),
+        ({"models": [model(), model(2)]}, 3),
+        ({"models": [model(2, engine_kwargs={"tensor_parallel_size": 2})]}, 4),
+        ({"models": [model(3, engine_kwargs={"tensor_parallel_size": 2})], "gpu": {"perWorker": 4}}, 2),
+        ({"models": [model(deployment_config={"autoscaling_config": {"max_replicas": 5}})]}, 5),
+        ({"models": [model(4)], "gpu": {"workers": 7}}, 7),
+        (EVERYTHING, 4),
+    ],
+    ids=["default", "replicas", "two-models", "tensor-parallel", "large-pods", "autoscaled", "given", "everything"],
+)
+def test_the_workers_hold_the_gpus_of_all_replicas(chart: Chart, values: Values | None, workers: int) -> None:
+    group = worker_group(ray_service(chart, values))
+    assert [group[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [workers] * 3
+
+
+def test_only_workers_have_gpus(chart: Chart) -> None:
+    service = ray_service(chart)
     head, worker = containers(service)
     for kind in ("requests", "limits"):
         assert worker["resources"][kind]["nvidia.com/gpu"] == 1
@@ -258,8 +285,8 @@ def test_one_worker_pod_with_one_gpu_per_replica(chart: Chart) -> None:
 def test_worker_keeps_its_gpu_when_resources_are_overridden(chart: Chart) -> None:
     _, worker = containers(ray_service(chart, EVERYTHING))
     assert worker["resources"] == {
-        "requests": {"cpu": "12", "memory": "64Gi", "nvidia.com/gpu": 1},
-        "limits": {"cpu": "8", "memory": "96Gi", "nvidia.com/gpu": 1},
+        "requests": {"cpu": "12", "memory": "64Gi", "nvidia.com/gpu": 2},
+        "limits": {"cpu": "8", "memory": "96Gi", "nvidia.com/gpu": 2},
     }
 
 
@@ -268,16 +295,13 @@ def test_head_takes_no_replica(chart: Chart) -> None:
     assert service["spec"]["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
-def test_gpu_type_and_product(chart: Chart) -> None:
+def test_gpu_product(chart: Chart) -> None:
     assert all("nodeSelector" not in spec for spec in pod_specs(ray_service(chart)))
 
-    service = ray_service(chart, {"gpu": {"type": "A100", "product": "NVIDIA-A100-SXM4-80GB"}})
+    service = ray_service(chart, {"gpu": {"product": "NVIDIA-A100-SXM4-80GB"}})
     head, worker = pod_specs(service)
     assert worker["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"}
     assert "nodeSelector" not in head
-    assert app_args(service)["accelerator"] == {"kind": "gpu", "type": "A100"}
-
-    assert app_args(ray_service(chart, {"gpu": {"type": ""}}))["accelerator"] == {"kind": "gpu"}
 
 
 def test_pod_options_reach_their_own_group(chart: Chart) -> None:
@@ -420,12 +444,11 @@ def test_misspelt_key_in_an_optional_structure_is_rejected(chart: Chart, values:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("replicas", -1),
-        ("replicas", 0),
-        ("replicas", 1025),
-        ("replicas", 1.5),
-        ("replicas", "2"),
-        ("replicas", None),
+        ("models", []),
+        ("models", {}),
+        ("models", None),
+        ("gpu.perWorker", 0),
+        ("gpu.workers", 0),
         ("targets.ttftSeconds", 0),
         ("targets.tpotSeconds", "fast"),
         ("tenants", "red"),
@@ -435,13 +458,6 @@ def test_misspelt_key_in_an_optional_structure_is_rejected(chart: Chart, values:
         ("controller.periodSeconds", 0),
         ("controller.periodSeconds", 3601),
         ("controller.enabled", "yes"),
-        ("engine.maxModelLen", 0),
-        ("engine.maxNumSeqs", 0),
-        ("engine.gpuMemoryUtilization", 0),
-        ("engine.gpuMemoryUtilization", 1.1),
-        ("engine.dtype", "int3"),
-        ("model.id", ""),
-        ("model.source", ""),
         ("image.repository", ""),
         ("image.pullPolicy", "Sometimes"),
         ("ray.version", 2.6),
@@ -470,13 +486,16 @@ def test_bad_value_is_rejected_by_path(chart: Chart, path: str, value: Any) -> N
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        # A replica has exactly one GPU.
+        # gpu.perWorker says how many.
         (nested("worker.resources", {"limits": {"nvidia.com/gpu": 2}}), "nvidia.com/gpu"),
-        (nested("engine.extraArgs", {"tensor_parallel_size": 2}), "tensor_parallel_size"),
-        (nested("engine.extraArgs", {"scheduler_cls": "x"}), "scheduler_cls"),
-        # These have a value of their own; two sources for one argument would hide one of them.
-        (nested("engine.extraArgs", {"max_num_seqs": 1}), "max_num_seqs"),
-        (nested("engine.extraArgs", {"max-num-seqs": 1}), "max-num-seqs"),
+        ({"models": [model(engine_kwargs={"scheduler_cls": "x"})]}, "scheduler_cls"),
+        ({"models": [model(engine_kwargs={"max-num-seqs": 1})]}, "max-num-seqs"),
+        ({"models": [model(deployment_config={"user_config": {}})]}, "user_config"),
+        ({"models": [model(server_cls="x")]}, "'server_cls' not allowed"),
+        ({"models": [model(acelerator_type="A100")]}, "'acelerator_type' not allowed"),
+        ({"models": [{"model_loading_config": {}}]}, "missing property 'model_id'"),
+        ({"models": [model(0)]}, "/models/0/deployment_config/num_replicas"),
+        ({"models": [model("auto")]}, "/models/0/deployment_config/num_replicas"),
     ],
 )
 def test_value_that_contradicts_another_is_rejected(chart: Chart, values: Values, named: str) -> None:
@@ -699,7 +718,7 @@ def test_package_renders_like_the_folder_and_holds_no_site_values(chart: Chart, 
     with Chart.load(archive) as packaged:
         assert packaged.render(EVERYTHING, name="demo") == chart.render(EVERYTHING, name="demo")
         with pytest.raises(HelmValuesError):
-            packaged.validate_schema({"replicas": -1})
+            packaged.validate_schema({"models": []})
 
 
 def test_chart_version_matches_the_python_package(chart: Chart) -> None:

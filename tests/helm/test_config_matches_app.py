@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,11 @@ import pytest
 import yaml
 from helm_python import Chart
 
-from cluster import config as config_module
 from cluster.config import AppConfig, ClusterConfig
 from scheduler.tuning.slo import Slo
 
 CHART = Path(__file__).resolve().parents[2] / "helm" / "headrace"
-ENGINE_ARGUMENTS = ["max_model_len", "max_num_seqs", "gpu_memory_utilization", "dtype", "enforce_eager"]
+SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,8 @@ def chart() -> Iterator[Chart]:
         yield loaded
 
 
-@pytest.fixture(autouse=True)
-def _known_engine_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_module, "_engine_argument_names", lambda: ENGINE_ARGUMENTS)
+def model(**entry: Any) -> dict[str, Any]:
+    return {"model_loading_config": {"model_id": "m"}, **entry}
 
 
 def serve_config(chart: Chart, values: dict[str, Any] | None) -> dict[str, Any]:
@@ -42,18 +41,23 @@ def serve_config(chart: Chart, values: dict[str, Any] | None) -> dict[str, Any]:
     "values",
     [
         None,
-        {"gpu": {"type": ""}},
+        {"models": [model()]},
+        {"models": [model(deployment_config={"num_replicas": 1024})]},
+        {"models": [model(headrace={"targets": {"ttft_s": 1}, "drain_s": 5}), {"model_loading_config": {
+            "model_id": "n", "model_source": "org/n"}}]},
+        {"models": [model(engine_kwargs={"max_model_len": 1048576, "max_num_seqs": 1, "enforce_eager": True})]},
+        {"models": [model(engine_kwargs={"tensor_parallel_size": 2}, placement_group_config={
+            "bundle_per_worker": {"CPU": 1, "GPU": 1}, "strategy": "PACK"})]},
+        {"models": [model(lora_config={"dynamic_lora_loading_path": "s3://bucket/adapters"})]},
         {"policy": {"name": "fcfs", "maxHoldSeconds": 0}},
         {"policy": {"name": "wait", "maxHoldSeconds": 60}},
         {"targets": {"ttftSeconds": 3, "tpotSeconds": 0.08}},
         {"targets": {"latencySeconds": 20.5}},
         {"tenants": [{"name": "a", "weight": 3, "secretName": "s", "secretKey": "k"},
                      {"name": "b", "secretName": "s", "secretKey": "l"}]},
-        {"replicas": 1024},
         {"controller": {"enabled": False, "periodSeconds": 3600, "profile": "a100-llama2-7b-paper"}},
         {"controller": {"periodSeconds": 0.001}},
         {"service": {"port": 65535}},
-        {"engine": {"maxModelLen": 1048576, "maxNumSeqs": 1, "extraArgs": {"enforce_eager": True}}},
     ],
     ids=str,
 )
@@ -63,26 +67,35 @@ def test_whatever_the_chart_accepts_the_application_accepts(chart: Chart, values
     args = AppConfig.model_validate(rendered["applications"][0]["args"])
     assert config.application.args == args
     assert config.http_options.host == "0.0.0.0"
-    assert args.accelerator.kind == "gpu"
-    if values and "policy" in values:
-        assert args.thresholds.policy == values["policy"]["name"]
-        assert args.thresholds.max_hold_s == values["policy"]["maxHoldSeconds"]
+    assert args.llm_configs
+    for entry in args.llm_configs:
+        thresholds = args.settings_of(entry.model_id).thresholds
+        if values and "policy" in values:
+            assert thresholds.policy == values["policy"]["name"]
+            assert thresholds.max_hold_s == values["policy"]["maxHoldSeconds"]
 
 
 def test_the_chart_s_default_is_the_shipped_gpu_configuration(chart: Chart) -> None:
     shipped = yaml.safe_load((CHART.parents[1] / "configs" / "a100.yaml").read_text())["applications"][0]["args"]
     args = AppConfig.model_validate(serve_config(chart, None)["applications"][0]["args"])
-    assert args.model.model_dump() == shipped["model"]
-    assert args.accelerator.type == shipped["accelerator"]["type"]
-    assert args.controller.profile == shipped["controller"]["profile"]
-    assert args.thresholds.policy == "fluid"
+    (entry,), (given,) = args.llm_configs, shipped["llm_configs"]
+    assert entry.own.keys() == given.keys()
+    for key in ("model_loading_config", "accelerator_type", "deployment_config"):
+        assert entry.own[key] == given[key]
+    assert args.headrace.controller.profile == shipped["headrace"]["controller"]["profile"]
+    assert args.headrace.thresholds.policy == "fluid"
 
 
 def test_every_key_of_the_chart_is_a_key_of_the_application(chart: Chart) -> None:
-    args = serve_config(chart, None)["applications"][0]["args"]
-    assert args.keys() <= AppConfig.model_fields.keys()
     targets = {"ttftSeconds": 3, "tpotSeconds": 0.08, "latencySeconds": 9}
-    args = serve_config(chart, {"targets": targets})["applications"][0]["args"]
-    assert AppConfig.model_validate(args).targets == Slo(3, 0.08, 9)
-    for key in ("model", "accelerator", "controller"):
-        assert args[key].keys() <= AppConfig.model_fields[key].annotation.model_fields.keys()  # type: ignore[union-attr]
+    args = AppConfig.model_validate(serve_config(chart, {"targets": targets})["applications"][0]["args"])
+    assert args.headrace.targets == Slo(3, 0.08, 9)
+
+
+def test_a_model_s_keys_are_ray_s_less_what_the_application_sets() -> None:
+    from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
+
+    keys = SCHEMA["properties"]["models"]["items"]["properties"].keys()
+    assert keys == (LLMConfig.model_fields.keys() - {"server_cls"}) | {"headrace"}
+    loading = SCHEMA["properties"]["models"]["items"]["properties"]["model_loading_config"]["properties"].keys()
+    assert loading == {"model_id", "model_source", "tokenizer_source"}

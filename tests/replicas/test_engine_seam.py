@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import signal
+import subprocess
+import sys
 from copy import copy
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -21,14 +24,21 @@ from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMClientError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, MPClient
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from replicas.engine import HeadraceEngine, errors_first
-from scheduler.rejection import Rejection
+from replicas.engine import HeadraceEngine, errors_first, recalled
+from replicas.engine_client import EngineClient, kill_children
+from replicas.engine_health import REPLICA_FAILED, EngineHealth
+from replicas.failed_answers import ERROR_EVENT, failing_clearly
+from scheduler.rejection import Kind, Rejection
 from scheduler.request_rejected import RequestRejected, raising_rejections
 
 REJECTION = Rejection("busy", 3)
+RECALL = Rejection("stopping", 4, Kind.RECALLED)
+CUT = Rejection("stopped", 5, Kind.ENDED)
 
 
 def choice(stop_reason: object = None, finish_reason: str | None = None) -> Any:
@@ -215,3 +225,187 @@ def test_vllms_streams_report_a_generation_error_first_and_without_a_traceback(s
     _, _, after = source.partition("except GenerationError as e:")
     assert after.lstrip().startswith('yield f"data: {self._convert_generation_error_to_streaming_response(e)}')
     assert "except Exception as e:" in after
+
+
+# A replica that stops.
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_recalled_request_is_an_error_of_its_own_type_that_the_ingress_knows(streamed: bool) -> None:
+    error = create_error_response(RequestRejected(RECALL)).error.model_dump()
+    whole = ErrorResponse(error=ErrorInfo(**error))
+    serving = GenerateBaseServing.__new__(GenerateBaseServing)
+    event = f"data: {serving._convert_generation_error_to_streaming_response(RequestRejected(RECALL))}\n\n"
+    (found,) = asyncio.run(collected(errors_first(given(*([event, "data: [DONE]\n\n"] if streamed else [whole])))))
+    assert isinstance(found, ErrorResponse) and (found.error.type, found.error.code) == ("recalled", 503)
+    assert Rejection.from_json(found.error.message) == RECALL
+    assert recalled(RECALL) == found, "the replica itself answers late ones in the same way"
+
+
+def test_a_rejection_keeps_the_status_and_type_it_had() -> None:
+    error = create_error_response(RequestRejected(REJECTION)).error
+    (found,) = asyncio.run(collected(errors_first(given(ErrorResponse(error=ErrorInfo(**error.model_dump()))))))
+    assert (found.error.type, found.error.code) == (error.type, 429)
+
+
+@pytest.mark.parametrize("others", [(), (SERVED,), (choice(),)], ids=["alone", "beside a finished one", "beside one"])
+def test_an_answer_that_is_cut_raises_also_after_it_has_begun(others: tuple[Any, ...]) -> None:
+    inner = Given(output(choice(), *others), output(choice(CUT.as_json(), "abort"), *others))
+
+    async def main() -> None:
+        passed = raising_rejections(lambda: inner.items)()
+        await anext(passed)
+        with pytest.raises(RequestRejected) as error:
+            await anext(passed)
+        assert Rejection.from_json(str(error.value)) == CUT and inner.closed
+
+    asyncio.run(main())
+
+
+def test_a_stream_that_is_cut_ends_with_an_error_in_words_and_nothing_after_it() -> None:
+    serving = GenerateBaseServing.__new__(GenerateBaseServing)
+    event = f"data: {serving._convert_generation_error_to_streaming_response(RequestRejected(CUT))}\n\n"
+    first, last = asyncio.run(collected(errors_first(given('data: {"id": 1}\n\n', event, "data: [DONE]\n\n"))))
+    assert first == 'data: {"id": 1}\n\n'
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert (error["message"], error["type"], error["code"]) == ("ended: stopped; retry in 5 s", "ended", 503)
+
+
+def test_the_engine_core_ends_with_its_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own shutdown leaves it to be killed, and its shared memory in place."""
+    assert "_engine_client" not in inspect.getsource(vllm_engine.VLLMEngine.shutdown)
+    assert list(inspect.signature(AsyncLLM.shutdown).parameters) == ["self", "timeout"]
+    engine = HeadraceEngine.__new__(HeadraceEngine)
+    engine._token_receiver = None
+    ended: list[float] = []
+    engine._engine_client = SimpleNamespace(shutdown=lambda timeout: ended.append(timeout))
+    asyncio.run(engine.shutdown())
+    assert len(ended) == 1 and ended[0] > 5
+    engine._engine_client = None
+    asyncio.run(engine.shutdown())
+
+
+# replicas/engine_client.py, replicas/failed_answers.py
+
+
+def test_vllms_client_says_that_an_engine_died_and_what_it_has() -> None:
+    assert isinstance(inspect.getattr_static(AsyncLLM, "errored"), property)
+    assert "self.output_processor = OutputProcessor(" in inspect.getsource(AsyncLLM.__init__)
+    assert "output_processor.process_outputs(" in inspect.getsource(AsyncLLM._run_output_handler)
+    processor = OutputProcessor(None, log_stats=False)
+    client = EngineClient(SimpleNamespace(output_processor=processor, errored=False))
+    assert (client.is_dead(), client.requests(), client.outputs()) == (False, 0, 0)
+    request = EngineCoreRequest(
+        request_id="p", prompt_token_ids=[1], mm_features=None, pooling_params=None, arrival_time=0.0,
+        sampling_params=SamplingParams(detokenize=False), lora_request=None, cache_salt=None,
+        data_parallel_rank=None, external_req_id="p",
+    )
+    processor.add_request(request, None, None, 0, RequestOutputCollector(RequestOutputKind.DELTA, "p"))
+    assert client.requests() == 1
+    processor.process_outputs([EngineCoreOutput("p", [5], finish_reason=FinishReason.LENGTH)])
+    assert (client.requests(), client.outputs()) == (0, 1)
+
+
+def test_vllm_fails_the_requests_under_way_when_an_engine_core_ends() -> None:
+    monitor = inspect.getsource(MPClient.start_engine_core_monitor)
+    assert "engine_dead = True" in monitor and "_self.shutdown()" in monitor
+    assert "task.cancel()" in inspect.getsource(BackgroundResources.__call__)
+    assert "outputs_queue.put_nowait(EngineDeadError())" in inspect.getsource(AsyncMPClient._ensure_output_queue_task)
+    assert "output_processor.propagate_error(e)" in inspect.getsource(AsyncLLM._run_output_handler)
+    assert "EngineClient(self._engine_client)" in inspect.getsource(HeadraceEngine.be_watched)
+    assert "self._engine_client = " in inspect.getsource(vllm_engine.VLLMEngine)
+
+
+def test_stopped_processes_are_ended_too_and_the_tracker_of_shared_memory_is_left() -> None:
+    sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
+    stopped, tracker = subprocess.Popen(sleeping), subprocess.Popen([*sleeping, "resource_tracker"])
+    try:
+        stopped.send_signal(signal.SIGSTOP)
+        kill_children()
+        assert stopped.wait(10) == -signal.SIGKILL
+        assert tracker.poll() is None
+    finally:
+        tracker.kill()
+        tracker.wait()
+
+
+class Engine:
+    """Stands for the engines under a replica."""
+
+    def __init__(self) -> None:
+        self.dead = False
+
+    def is_dead(self) -> bool:
+        return self.dead
+
+    def requests(self) -> int:
+        return 0
+
+    def outputs(self) -> int:
+        return 0
+
+    def kill(self) -> None: ...
+
+
+def answered(*items: Any, dies_before: int | None = None, failed_already: bool = False) -> list[Any]:
+    """What the client of a replica gets of `items`, when its engine dies before one of them is there."""
+
+    async def main() -> list[Any]:
+        engine = Engine()
+
+        async def never(rank: int) -> Any:
+            await asyncio.Event().wait()
+
+        async def chunks() -> Any:
+            for number, item in enumerate(items):
+                engine.dead |= number == dies_before
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+
+        health = EngineHealth(never, 1, lambda: None)
+        health.watch(engine)
+        engine.dead = failed_already
+        return await collected(failing_clearly(chunks(), health))
+
+    return asyncio.run(main())
+
+
+DEAD = EngineDeadError()
+EVENT = f'{ERROR_EVENT} {{"message": "EngineCore", "type": "InternalServerError", "code": 500}}}}\n\n'
+TEXT = 'data: {"id": 1}\n\n'
+END = "data: [DONE]\n\n"
+
+
+def test_vllms_error_event_begins_as_ours_does() -> None:
+    data = GenerateBaseServing.__new__(GenerateBaseServing)._convert_generation_error_to_streaming_response(
+        RequestRejected(REJECTION)
+    )
+    assert f"data: {data}".startswith(ERROR_EVENT)
+
+
+@pytest.mark.parametrize("item", [DEAD, create_error_response(DEAD)], ids=["raised", "answered"])
+def test_a_request_that_a_dead_engine_has_not_begun_is_marked(item: Any) -> None:
+    item = item if isinstance(item, Exception) else ErrorResponse(error=ErrorInfo(**item.error.model_dump()))
+    (error,) = answered(item, dies_before=0)
+    assert (error.error.type, error.error.code) == (REPLICA_FAILED, 503)
+
+
+def test_a_new_request_at_a_failed_replica_is_refused() -> None:
+    (error,) = answered(TEXT, END, failed_already=True)
+    assert (error.error.type, error.error.code) == (REPLICA_FAILED, 503)
+
+
+@pytest.mark.parametrize("item", [DEAD, EVENT], ids=["raised", "event"])
+def test_a_stream_that_loses_its_engine_ends_with_a_marked_event(item: Any) -> None:
+    first, last = answered(TEXT, item, END, dies_before=1)
+    assert first == TEXT and last.startswith(ERROR_EVENT) and last.endswith("\n\n")
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert (error["type"], error["code"]) == (REPLICA_FAILED, 503)
+
+
+def test_errors_of_a_healthy_engine_pass_and_end_a_stream() -> None:
+    assert answered(TEXT, EVENT, END) == [TEXT, EVENT]
+    assert answered(TEXT, END) == [TEXT, END]
+    with pytest.raises(KeyError):
+        answered(KeyError("x"))

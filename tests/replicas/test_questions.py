@@ -28,7 +28,9 @@ class Replicas:
         self.calls: list[tuple[str, int, str]] = []
         self.answers: dict[tuple[str, int], bytes | Exception] = {}
 
-    async def call(self, actor_name: str, method: str, *, rank: int, **arguments: Any) -> bytes:
+    async def call(
+        self, actor_name: str, method: str, *, rank: int, timeout_s: float = 5.0, **arguments: Any
+    ) -> bytes:
         assert all(value is None or type(value) in (bytes, int) for value in arguments.values()), arguments
         self.calls.append((actor_name, rank, method))
         given = self.answers.get((actor_name, rank))

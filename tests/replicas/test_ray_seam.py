@@ -148,6 +148,9 @@ def test_the_openai_endpoints_have_the_names_the_ingress_answers_to() -> None:
     ingress = name_in("ray.serve.llm.ingress", "OpenAiIngress")
     assert endpoints.keys() >= {"models", "model_data", "completions", "chat"}
     assert all(callable(getattr(ingress, name)) for name in endpoints)
+    for name in ("_get_model_id", "model"):
+        assert inspect.iscoroutinefunction(getattr(ingress, name))
+    assert {"_lora_paths", "_get_lora_model_metadata_func"} <= set(ingress.__init__.__code__.co_names)
     assert list(parameters(ingress._get_response)) == ["self", "body", "call_method", "raw_request"]
     assert inspect.isasyncgenfunction(ingress._get_response)
     assert callable(ingress.get_deployment_options)
@@ -181,34 +184,39 @@ def test_engine_arguments_can_be_changed_before_the_engine_starts() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_engine_arguments_are_vllm_s(path: Path) -> None:
     from cluster.app import llm_config
-    from cluster.config import SCHEDULER, _engine_argument_names, load_config
+    from cluster.config import load_config
+    from cluster.ray_llm import engine_argument_names
+    from cluster.settings import SCHEDULER
 
     arguments = {field.name for field in dataclasses.fields(name_in("vllm.engine.arg_utils", "AsyncEngineArgs"))}
-    assert set(_engine_argument_names()) == arguments
+    assert set(engine_argument_names()) > arguments, "and those of vLLM's OpenAI layer, which Ray takes there too"
+    assert "chat_template" in engine_argument_names()
     assert {"scheduler_cls", "additional_config", "async_scheduling", "model"} <= arguments
     args = load_config(path).application.args
-    config = llm_config(args)
+    (entry,) = args.llm_configs
+    settings = args.settings_of(entry.model_id)
+    config = llm_config(entry, settings)
     assert config.engine_kwargs["scheduler_cls"] == SCHEDULER
-    assert config.engine_kwargs["additional_config"]["headrace"]["thresholds"]["policy"] == args.thresholds.policy
+    assert config.engine_kwargs["additional_config"]["headrace"]["thresholds"]["policy"] == settings.thresholds.policy
     assert config.engine_kwargs["additional_config"]["headrace"]["trust_tenants"], "our ingress signs every request"
-    assert config.deployment_config["num_replicas"] == args.replicas
+    assert config.deployment_config["num_replicas"] == entry.deployment_config["num_replicas"]
 
 
 def test_vllm_decides_which_speculators_are_scheduled_ahead() -> None:
     from cluster.app import llm_config
-    from cluster.config import AppConfig
+    from cluster.llm_entry import LLMEntry
+    from cluster.settings import ModelSettings
 
-    args: dict[str, Any] = {
-        "model": {"id": "m", "source": "org/m"}, "accelerator": {"kind": "cpu"},
-        "controller": {"profile": "cpu-smollm2"},
-    }
-    speculating = {"engine": {"speculative_config": {"method": "ngram"}}, "thresholds": {"policy": "fcfs"}}
-    assert llm_config(AppConfig.model_validate(args)).engine_kwargs["async_scheduling"] is True
-    assert "async_scheduling" not in llm_config(AppConfig.model_validate(args | speculating)).engine_kwargs
+    def arguments(engine: dict[str, Any]) -> dict[str, Any]:
+        entry = LLMEntry.model_validate({"model_loading_config": {"model_id": "m"}, "engine_kwargs": engine})
+        return dict(llm_config(entry, ModelSettings()).engine_kwargs)
+
+    assert arguments({})["async_scheduling"] is True
+    assert "async_scheduling" not in arguments({"speculative_config": {"method": "ngram"}})
 
 
 def test_the_scheduler_is_where_the_engine_looks_for_it() -> None:
-    from cluster.config import SCHEDULER
+    from cluster.settings import SCHEDULER
 
     module, _, name = SCHEDULER.rpartition(".")
     assert inspect.isclass(name_in(module, name))
@@ -230,6 +238,7 @@ def test_every_endpoint_but_health_asks_for_the_key(monkeypatch: pytest.MonkeyPa
         raise Built
 
     monkeypatch.setattr(application, "make_fastapi_ingress", capture)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(runtime_env={}))  # else it starts a Ray
     with pytest.raises(Built):
         application.build(load_config(next(path for path in CONFIGS if path.stem == "local")).application.args)
 
@@ -273,6 +282,7 @@ TELEMETRY = Telemetry(
     from_config=True, gauges=Gauges(running=2, waiting=1, kv_used_tokens=250), counters=Counters(),
 )
 STATS = Stats.of_engine("e", LIMITS, TELEMETRY.thresholds, TELEMETRY.gauges)
+ACK = Ack(accepted=True, active_version=-1)
 
 
 class Channel:
@@ -375,7 +385,7 @@ def test_a_replica_reaches_each_rank_s_engine_by_its_own_channel(server_over: Ca
     endpoint = new_endpoint()
     engines = [ActiveThresholds(Thresholds(), LIMITS, lambda: 0.0) for _ in range(2)]
     channels = [
-        ChannelServer(rank_endpoint(endpoint, rank), engine.offer, lambda _: TELEMETRY, lambda: STATS)
+        ChannelServer(rank_endpoint(endpoint, rank), engine.offer, lambda _: TELEMETRY, lambda: STATS, lambda _: ACK)
         for rank, engine in enumerate(engines)
     ]
 
@@ -420,6 +430,60 @@ def test_the_request_router_has_what_ours_is_made_of() -> None:
     assert cache(get_curr_time_s=lambda: 0.0).get("unknown") is None
 
 
+def test_serve_tells_the_router_which_replica_accepted_a_request() -> None:
+    from router.request_router import FluidSlackRouter
+
+    base = name_in("ray.serve.request_router", "RequestRouter")
+    assert list(parameters(base.on_request_routed)) == list(parameters(FluidSlackRouter.on_request_routed))
+    assert callable(name_in("ray.serve._private.replica_result", "ReplicaResult").cancel)
+    routing = inspect.getsource(name_in("ray.serve._private.router", "AsyncioRouter")._route_and_send_request_once)
+    accepted = routing.index("if queue_info.accepted:")
+    assert accepted < routing.index("on_request_routed(") < routing.index("except ActorDiedError")
+    for router in (base, name_in("ray.serve.request_router", "FIFOMixin"), FluidSlackRouter):
+        assert list(parameters(router._fulfill_next_pending_request)) == ["self", "replica", "request_metadata"]
+
+
+def test_a_request_has_one_internal_id_at_the_ingress_and_in_the_router() -> None:
+    source = inspect.getsource(name_in("ray.serve._private.default_impl", "get_request_metadata"))
+    assert "internal_request_id=_request_context._internal_request_id" in source
+    assert "_internal_request_id" in vars(name_in("ray.serve.context", "_get_serve_request_context")())
+    context = {field.name for field in dataclasses.fields(name_in("ray.serve._private.common", "RequestMetadata"))}
+    assert "internal_request_id" in context
+
+
+def test_the_router_that_serve_pickles_knows_the_record_of_the_process_it_runs_in() -> None:
+    from ray.serve.config import RequestRouterConfig
+
+    from router import rotation
+    from router.request_router import FluidSlackRouter
+
+    config = RequestRouterConfig(request_router_class=FluidSlackRouter)
+    carried = config.get_request_router_class()
+    assert carried.choose_replicas.__globals__["rotation"].ROTATION is rotation.ROTATION
+
+
+# router/attempts.py, router/ingress.py
+
+
+def test_ray_s_ingress_streams_through_a_response_whose_iterator_can_be_replaced() -> None:
+    source = inspect.getsource(name_in("ray.serve.llm.ingress", "OpenAiIngress")._process_llm_request)
+    assert "return StreamingResponse(" in source and "_openai_json_wrapper" in source
+    assert "body_iterator" in vars(name_in("starlette.responses", "StreamingResponse")(iter(())))
+    wrapper = inspect.getsource(name_in("ray.llm._internal.serve.core.ingress.ingress", "_openai_json_wrapper"))
+    assert 'yield "data: [DONE]' in wrapper, "which is why ours cuts it off after an error"
+
+
+def test_the_errors_of_a_dead_replica_are_one_kind_and_a_failed_deployment_another() -> None:
+    kind = name_in("ray.exceptions", "RayActorError")
+    for name in ("ActorDiedError", "ActorUnavailableError"):
+        assert issubclass(name_in("ray.exceptions", name), kind)
+    assert not issubclass(name_in("ray.serve.exceptions", "DeploymentUnavailableError"), kind)
+    response = name_in(OPENAI_MODELS, "ErrorResponse")(
+        error=name_in(OPENAI_MODELS, "ErrorInfo")(message="m", type="recalled", code=503)
+    )
+    assert (response.error.type, response.error.code) == ("recalled", 503)
+
+
 # replicas/ray_patches.py
 
 
@@ -435,6 +499,32 @@ def test_serve_replicas_open_their_port_through_the_function_we_narrow(monkeypat
     assert bound == ["127.0.0.1:0"]
 
 
+def test_a_replica_hears_of_its_stop_before_serve_waits_for_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = name_in("ray.serve._private.replica", "Replica")
+    actor = inspect.getsource(name_in("ray.serve._private.replica", "ReplicaActor").perform_graceful_shutdown)
+    assert "self._replica_impl.perform_graceful_shutdown()" in actor
+    own = inspect.getsource(replica._perform_graceful_shutdown)
+    assert "self._deployment_config.graceful_shutdown_timeout_s" in own
+    assert own.index("_drain_ongoing_requests") < own.index("self._quiescing = True") < own.index("shutdown()")
+    done: list[Any] = []
+
+    async def perform(self: Any) -> None:
+        done.append("Serve waits")
+
+    monkeypatch.setattr(replica, "perform_graceful_shutdown", perform)
+    name_in("replicas.ray_patches", "on_graceful_shutdown")(done.append)
+    stopping = SimpleNamespace(_deployment_config=SimpleNamespace(graceful_shutdown_timeout_s=600.0))
+    asyncio.run(replica.perform_graceful_shutdown(stopping))
+    assert done == [600.0, "Serve waits"]
+
+    def fails(within_s: float) -> None:
+        raise RuntimeError
+
+    name_in("replicas.ray_patches", "on_graceful_shutdown")(fails)
+    asyncio.run(replica.perform_graceful_shutdown(stopping))
+    assert done[2:] == [600.0, "Serve waits"], "a hook that fails does not keep the replica"
+
+
 def test_on_a_real_cluster_the_port_stays_where_ray_puts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     replica = importlib.import_module("ray.serve._private.replica")
     before = replica.add_port_to_grpc_server
@@ -444,6 +534,38 @@ def test_on_a_real_cluster_the_port_stays_where_ray_puts_it(monkeypatch: pytest.
 
 
 # replicas/ray_patches.py
+
+
+def test_adapters_are_read_from_a_folder_through_the_function_we_widen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluster.llm_entry import LLMEntry
+
+    file_system = name_in("ray.llm._internal.common.utils.cloud_filesystem.pyarrow_filesystem", "PyArrowFileSystem")
+    monkeypatch.setattr(file_system, "get_fs_and_path", staticmethod(file_system.get_fs_and_path))  # restored after
+    lora = importlib.import_module("ray.llm._internal.serve.utils.lora_serve_utils")
+    listed = name_in("ray.llm._internal.common.utils.lora_utils", "get_lora_model_ids")
+    adapters = tmp_path / "adapters"
+    (adapters / "north").mkdir(parents=True)
+    (adapters / "north" / "adapter_config.json").write_text('{"r": 8, "max_length": 512}')
+    entry = LLMEntry.model_validate({
+        "model_loading_config": {"model_id": "m"}, "lora_config": {"dynamic_lora_loading_path": f"file://{adapters}"},
+    })
+    config = name_in("ray.serve.llm", "LLMConfig").model_validate(entry.own)
+    address = config.lora_config.dynamic_lora_loading_path
+    assert listed(address, "m") == [], "Ray by itself does not read folders"
+    name_in("replicas.ray_patches", "take_adapters_from_folders")()
+    assert listed(address, "m") == ["m:north"]
+    assert asyncio.run(lora.get_lora_model_metadata("m:north", address))["max_request_context_length"] == 512
+    server = inspect.getsource(name_in("ray.serve.llm.deployment", "LLMServer")._init_multiplex_loader)
+    assert "model_downloader_cls(\n                download_timeout_s=" in server, "the folder is the first argument"
+    loader = name_in("replicas.ray_patches", "adapter_loader")(tmp_path / "of-a-replica")(max_tries=1)
+    assert isinstance(loader, lora.LoraModelLoader)
+    loaded = asyncio.run(loader.load_model_from_config("m:north", config))
+    assert (Path(loaded.local_path) / "adapter_config.json").is_file()
+    assert tmp_path / "of-a-replica" in Path(loaded.local_path).parents
+    with pytest.raises(ValueError, match="Unsupported URI scheme"):
+        file_system.get_fs_and_path("ftp://host/adapters")
 
 
 def test_a_callback_may_skip_the_download_before_a_node_starts() -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from router.admin import AdminError, ThresholdsUpdate, plan_update, readiness
+from router.admin import AdminError, ThresholdsUpdate, plan_update
 from scheduler.fluid_params import FluidParams
-from scheduler.messages import Counters, Gauges, Stats, Telemetry
+from scheduler.messages import Counters, Gauges, Telemetry
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.survival import Survival
 from scheduler.thresholds import EngineLimits, Thresholds, TypeThreshold
-from scheduler.wire import OtherSchema, UnreadableMessage
+from scheduler.wire import OtherSchema
 
 LIMITS = EngineLimits(
     kv_capacity_tokens=16_000, block_tokens=16, max_num_seqs=64, max_num_batched_tokens=1024, max_model_len=2048
@@ -57,20 +57,6 @@ def test_a_pin_holds_one_rank_or_all_of_a_replica(replica: str, pinned: list[str
     assert rejection({"replica": "a#2", "pin": True}, telemetry) == (
         404, "replica = 'a#2' does not exist; the replicas are a#0, a#1, b#0"
     )
-
-
-def test_a_replica_is_ready_with_one_of_its_ranks() -> None:
-    silent = RuntimeError("no answer")
-    stats = Stats.of_engine("engine", LIMITS, IN_FORCE, Gauges())
-    assert readiness({"a#0": silent, "a#1": stats, "b#0": silent, "b#1": silent}) == {
-        "status": "ready", "ready": 1, "replicas": 2,
-    }
-    assert readiness({"a": silent}) == {"status": "not ready", "ready": 0, "replicas": 1}
-
-
-def test_a_replica_of_another_release_is_ready_though_it_cannot_be_read() -> None:
-    answers = {"a": OtherSchema("the replica", 2), "b": UnreadableMessage("no JSON")}
-    assert readiness(answers) == {"status": "ready", "ready": 1, "replicas": 2}
 
 
 def test_a_replica_of_another_release_cannot_be_set() -> None:

@@ -1,133 +1,150 @@
-"""The API key before endpoints that are guarded, and before those alone."""
+"""Where API keys come from, and what each of them allows."""
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from fastapi import FastAPI, Request
-from fastapi.testclient import TestClient
 
-from router.auth import API_KEY_VARIABLE, Keyring, guard
+from cluster.keys import is_loopback, require_key_beyond_loopback, with_keys
+from router import auth
+from router.auth import ANONYMOUS, API_KEY_FILE_VARIABLE, API_KEY_VARIABLE, OPERATOR, Keyring
+from router.refusal import Refusal
 from router.tenants import TenantConfig, sign
 
 KEY = "sk-of-this-test"
-GUARDED = [("GET", "/admin/state"), ("PUT", "/admin/thresholds"), ("POST", "/v1/chat/completions")]
+RED, BLUE = TenantConfig(name="red", weight=3, api_key_env="KEY_OF_RED"), TenantConfig(
+    name="blue", api_key_env="KEY_OF_BLUE")
 
 
-def client_with(*tenants: TenantConfig) -> TestClient:
-    app, keys = FastAPI(), Keyring(tenants)
-
-    async def echo(request: Request) -> dict[str, Any]:
-        return {"path": request.url.path}
-
-    async def tenant_of(request: Request) -> dict[str, Any]:
-        body = SimpleNamespace(vllm_xargs={"headrace_tenant": "forged", "mine": 1})
-        sign(body, request.state.tenant)
-        return {"path": request.url.path} | ({"xargs": body.vllm_xargs} if tenants else {})
-
-    admin = {
-        "state": lambda app: app.get("/admin/state"),
-        "put": lambda app: app.put("/admin/thresholds", status_code=202),
-    }
-    for register in guard(admin, keys.require_operator).values():
-        register(app)(echo)
-    for register in guard({"chat": lambda app: app.post("/v1/chat/completions")}, keys.require_user).values():
-        register(app)(tenant_of)
-    app.get("/healthz")(echo)
-    return TestClient(app)
-
-
-@pytest.fixture
-def client() -> TestClient:
-    return client_with()
-
-
-@pytest.fixture
-def shared(monkeypatch: pytest.MonkeyPatch) -> TestClient:
-    """Two tenants with keys of their own."""
+@pytest.fixture(autouse=True)
+def keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (API_KEY_VARIABLE, API_KEY_FILE_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("KEY_OF_RED", "sk-red")
     monkeypatch.setenv("KEY_OF_BLUE", "sk-blue")
-    red, blue = TenantConfig(name="red", weight=3, api_key_env="KEY_OF_RED"), TenantConfig(
-        name="blue", api_key_env="KEY_OF_BLUE")
-    return client_with(red, blue)
 
 
-def chat(client: TestClient, key: str | None) -> Any:
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    return client.post("/v1/chat/completions", headers=headers)
+def user(ring: Keyring, key: str | None) -> str | None:
+    """Whose key it is; None: refused."""
+    headers = {} if key is None else {b"authorization": f"Bearer {key}".encode()}
+    try:
+        return ring.require_user(headers).name
+    except Refusal as refusal:
+        assert refusal.status == 401 and (not key or key not in refusal.message)
+        return None
 
 
-def test_a_tenants_key_says_whose_a_request_is_and_clients_cannot(
-    shared: TestClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def operates(ring: Keyring, key: str | None) -> bool:
+    try:
+        ring.require_operator({} if key is None else {b"authorization": f"Bearer {key}".encode()})
+    except Refusal:
+        return False
+    return True
+
+
+def test_without_a_configured_key_all_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in (None, ""):
+        if value is not None:
+            monkeypatch.setenv(API_KEY_VARIABLE, value)
+        assert Keyring().is_open and user(Keyring(), None) == ANONYMOUS and operates(Keyring(), "anything")
+
+
+@pytest.mark.parametrize("header", [
+    b"", KEY.encode(), b"Bearer", b"Bearer ", b"Bearer wrong", b"Bearer %sx" % KEY.encode(),
+    b"Bearer %s" % KEY[:-1].encode(), b"Basic %s" % KEY.encode(), b"Bearer %s" % KEY.upper().encode(), b"Bearer \xe9",
+])
+def test_only_the_key_itself_opens(monkeypatch: pytest.MonkeyPatch, header: bytes) -> None:
     monkeypatch.setenv(API_KEY_VARIABLE, KEY)
-    assert chat(shared, "sk-red").json()["xargs"] == {"mine": 1, "headrace_tenant": "red", "headrace_weight": 3.0}
-    assert chat(shared, "sk-blue").json()["xargs"]["headrace_tenant"] == "blue"
-    assert chat(shared, KEY).json()["xargs"] == {"mine": 1}
+    ring = Keyring()
+    for require in (ring.require_user, ring.require_operator):
+        with pytest.raises(Refusal, match="Authorization: Bearer KEY"):
+            require({b"authorization": header})
+        require({b"authorization": b"bearer %s" % KEY.encode()})
 
 
-def test_a_tenants_key_opens_nothing_else(shared: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
-    assert shared.get("/admin/state", headers={"Authorization": "Bearer sk-red"}).status_code == 401
-    assert shared.get("/admin/state").status_code == 401, "with tenants and no operator's key it is shut"
+def test_tenants_may_use_and_only_the_operator_may_operate(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = Keyring([RED, BLUE])
+    assert not ring.is_open
+    assert [user(ring, key) for key in ("sk-red", "sk-blue", "sk-green", "", None)] == ["red", "blue", None, None, None]
+    assert not operates(ring, "sk-red") and not operates(ring, None), "with tenants and no operator's key it is shut"
     monkeypatch.setenv(API_KEY_VARIABLE, KEY)
-    assert shared.get("/admin/state", headers={"Authorization": "Bearer sk-red"}).status_code == 401
-    assert shared.get("/admin/state", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
-
-
-def test_with_tenants_every_request_needs_a_key(shared: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
-    assert [chat(shared, key).status_code for key in (None, "", "sk-green", "sk-red")] == [401, 401, 401, 200]
+    assert user(ring, KEY) == OPERATOR and operates(ring, KEY) and not operates(ring, "sk-red")
     monkeypatch.delenv("KEY_OF_RED")
-    assert chat(shared, "").status_code == chat(shared, "sk-red").status_code == 401, "a key that is not set opens none"
+    assert user(ring, "") is user(ring, "sk-red") is None, "a key that is not set opens nothing"
 
 
-def test_without_a_configured_key_everything_is_open(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
-    assert all(client.request(method, path).is_success for method, path in GUARDED)
-    monkeypatch.setenv(API_KEY_VARIABLE, "")
-    assert all(client.request(method, path).is_success for method, path in GUARDED)
+def test_a_request_is_signed_whatever_the_client_wrote() -> None:
+    body = SimpleNamespace(vllm_xargs={"headrace_tenant": "forged", "headrace_turned_away": 10**6, "mine": 1})
+    sign(body, RED, 4)
+    ours = {"headrace_tenant": "red", "headrace_weight": 3.0, "headrace_turned_away": 4}
+    assert body.vllm_xargs == {"mine": 1} | ours
+    sign(body, None)
+    assert body.vllm_xargs == {"mine": 1}
 
 
-@pytest.mark.parametrize(("method", "path"), GUARDED)
-@pytest.mark.parametrize(
-    "header",
-    [None, "", KEY, "Bearer", "Bearer ", "Bearer wrong", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}",
-     f"Bearer {KEY.upper()}"],
-)
-def test_without_the_key_it_is_401(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch, method: str, path: str, header: str | None
+def test_a_key_in_a_file_is_read_again_and_a_missing_file_opens_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv(API_KEY_VARIABLE, KEY)
-    response = client.request(method, path, headers={} if header is None else {"Authorization": header})
-    assert response.status_code == 401
-    assert "Authorization: Bearer KEY" in response.text
-    assert KEY not in response.text
+    clock = [0.0]
+    monkeypatch.setattr(auth.time, "monotonic", lambda: clock[0])
+    operators, greens = tmp_path / "operator", tmp_path / "green"
+    monkeypatch.setenv(API_KEY_FILE_VARIABLE, str(operators))
+    ring = Keyring([TenantConfig(name="green", api_key_file=str(greens))])
+    assert not ring.is_open and user(ring, None) is None and not operates(ring, None)
+    operators.write_text(f"{KEY}\n")
+    greens.write_text("sk-green\n")
+    assert (user(ring, KEY), user(ring, "sk-green")) == (OPERATOR, "green")
+    operators.write_text("sk-newer")
+    clock[0] += 2.0
+    assert (user(ring, KEY), user(ring, "sk-newer")) == (None, OPERATOR)
+    operators.write_text("")
+    clock[0] += 2.0
+    assert user(ring, "") is user(ring, "sk-newer") is None
 
 
-@pytest.mark.parametrize(("method", "path"), GUARDED)
-@pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
-def test_with_the_key_it_answers(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch, method: str, path: str, scheme: str
+def test_keys_travel_as_digests_and_are_known_by_them_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    (tmp_path / "green").write_text("sk-green")
     monkeypatch.setenv(API_KEY_VARIABLE, KEY)
-    response = client.request(method, path, headers={"Authorization": f"{scheme} {KEY}"})
-    assert response.is_success
-    assert response.json() == {"path": path}
+    tenants = [RED, TenantConfig(name="green", api_key_file=str(tmp_path / "green"))]
+    options = with_keys({"num_replicas": 2, "ray_actor_options": {"num_cpus": 1}}, tenants)
+    assert not [key for key in (KEY, "sk-red", "sk-green") if key in repr(options)]
+    sent = options["ray_actor_options"]["runtime_env"]["env_vars"]
+    assert sent[f"{API_KEY_VARIABLE}_SHA256"] == hashlib.sha256(KEY.encode()).hexdigest() and len(sent) == 3
+    assert options["num_replicas"] == 2 and options["ray_actor_options"]["num_cpus"] == 1
+    (tmp_path / "green").unlink()
+    monkeypatch.delenv("KEY_OF_RED")
+    monkeypatch.setenv(API_KEY_VARIABLE, "sk-of-the-node")
+    for name, digest in sent.items():
+        monkeypatch.setenv(name, digest)
+    ring = Keyring(tenants)
+    assert [user(ring, key) for key in (KEY, "sk-red", "sk-green")] == [OPERATOR, "red", "green"]
+    assert user(ring, "sk-of-the-node") is None, "what was deployed is newer"
+    assert user(ring, sent[f"{API_KEY_VARIABLE}_SHA256"]) is None, "a digest is no key"
 
 
-def test_a_header_that_is_not_ascii_is_401(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_keys_nothing_is_passed_on() -> None:
+    assert with_keys({"num_replicas": 1}, ()) == {"num_replicas": 1}
+
+
+@pytest.mark.parametrize(("host", "loopback"), [
+    ("127.0.0.1", True), ("127.3.2.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
+    ("10.0.0.7", False), ("gpu-1", False), ("", False),
+])
+def test_beyond_loopback_a_key_is_needed(monkeypatch: pytest.MonkeyPatch, host: str, loopback: bool) -> None:
+    assert is_loopback(host) == loopback
+    wrong = require_key_beyond_loopback(host, ())
+    assert wrong is None if loopback else wrong is not None and "--insecure" in wrong and repr(host) in wrong
+    assert require_key_beyond_loopback(host, [RED]) is None
     monkeypatch.setenv(API_KEY_VARIABLE, KEY)
-    assert client.get("/admin/state", headers={"Authorization": b"Bearer \xe9\xff"}).status_code == 401
+    assert require_key_beyond_loopback(host, ()) is None
 
 
-def test_health_is_open_with_a_key_configured(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(API_KEY_VARIABLE, KEY)
-    assert client.get("/healthz").status_code == 200
-
-
-def test_options_of_a_guarded_route_are_kept(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
-    assert client.put("/admin/thresholds").status_code == 202
+def test_a_tenant_has_one_key() -> None:
+    for both in ({}, {"api_key_env": "A", "api_key_file": "/a"}):
+        with pytest.raises(ValueError, match="api_key_env or api_key_file"):
+            TenantConfig(name="x", **both)

@@ -7,8 +7,8 @@ from fastapi import FastAPI, HTTPException
 from fastapi.testclient import TestClient
 from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 
-from router.errors import speak_openai
-from scheduler.rejection import Rejection
+from router.errors import Unavailable, speak_openai
+from scheduler.rejection import Kind, Rejection
 
 
 @pytest.fixture
@@ -35,6 +35,16 @@ def test_a_rejection_is_429_with_retry_after(app: FastAPI) -> None:
     }
 
 
+@pytest.mark.parametrize("kind", [Kind.RECALLED, Kind.ENDED])
+def test_what_a_stopping_server_turns_away_is_503_with_retry_after(app: FastAPI, kind: Kind) -> None:
+    rejection = Rejection("the replica is stopping", 5, kind)
+    response = answer_to(app, OpenAIHTTPException(status_code=503, message=rejection.as_json(), type=kind))
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+    assert response.json()["error"] == {
+        "message": rejection.text, "type": "server_error", "param": None, "code": 503,
+    }
+
+
 def test_only_a_429_that_the_engine_marked_is_a_rejection() -> None:
     for status, message in ((400, Rejection("x", 9).as_json()), (429, "rejected: by the user; retry in 60 s")):
         error = OpenAIHTTPException(status_code=status, message=message, type="t")
@@ -49,6 +59,17 @@ def test_other_errors_of_the_engine_keep_their_status_words_and_type(app: FastAP
     assert response.status_code == 400 and "retry-after" not in response.headers
     assert response.json()["error"]["message"] == "max_tokens is too large"
     assert response.json()["error"]["type"] == "BadRequestError"
+
+
+@pytest.mark.parametrize(("error", "after_s"), [
+    (Unavailable("no replica", 7), "7"), (OpenAIHTTPException(status_code=408, message="too long", type="t"), "1"),
+])
+def test_a_wait_that_was_too_long_says_when_to_come_again(
+    app: FastAPI, error: OpenAIHTTPException, after_s: str
+) -> None:
+    response = answer_to(app, error)
+    assert (response.status_code, response.headers["retry-after"]) == (error.status_code, after_s)
+    assert response.json()["error"]["message"] == error.message
 
 
 def test_plain_http_errors_speak_openai_too(app: FastAPI) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import defaultdict, deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from ray.serve._private.common import DeploymentID, ReplicaID, RequestMetadata
 from ray.serve.request_router import PendingRequest
 
 from replicas.routing_stats import RoutingStats
+from router import rotation
 from router.request_router import FluidSlackRouter
 
 DEPLOYMENT = DeploymentID(name="HeadraceServer:m", app_name="headrace")
@@ -105,3 +107,57 @@ def test_a_replica_that_left_meanwhile_is_not_chosen() -> None:
     del router._replicas[ReplicaID("a", DEPLOYMENT)]
     assert ranks(router) == [["b"]]
     assert ranks(Router()) == []
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch) -> rotation.Rotation:
+    """The record of failures of this process, empty."""
+    fresh = rotation.Rotation(lambda: 0.0)
+    monkeypatch.setattr(rotation, "ROTATION", fresh)
+    return fresh
+
+
+def test_a_failed_replica_is_not_chosen_though_it_looks_freest(record: rotation.Rotation) -> None:
+    router = Router(replica("black hole", slots=10), replica("busy", slots=10, occupied=9))
+    assert ranks(router)[0] == ["black hole"]
+    record.take_out("black hole")
+    assert ranks(router) == [["busy"]]
+    record.take_out("busy")
+    assert ranks(router) == []
+
+
+def pending(name: str) -> PendingRequest:
+    return PendingRequest(args=[], kwargs={}, metadata=RequestMetadata(request_id="", internal_request_id=name))
+
+
+def test_the_record_learns_which_replica_accepted_a_request(record: rotation.Rotation) -> None:
+    cancelled: list[str] = []
+    with record.following("r") as trail:
+        request = SimpleNamespace(metadata=RequestMetadata(request_id="", internal_request_id="r"))
+        result = SimpleNamespace(cancel=lambda: cancelled.append("r"))
+        Router().on_request_routed(request, ReplicaID("a", DEPLOYMENT), result)
+        assert trail.replica == "a" and trail.cancel is not None
+        trail.cancel()
+    assert cancelled == ["r"]
+
+
+@pytest.mark.parametrize(("tries_again", "served"), [(False, "first"), (True, "second")])
+def test_first_in_first_out_but_for_requests_that_are_tried_elsewhere(
+    record: rotation.Rotation, tries_again: bool, served: str
+) -> None:
+    """The replica was chosen for the second request."""
+
+    async def main() -> list[str]:
+        router, waiting = Router(), {name: pending(name) for name in ("first", "second")}
+        router._pending_requests_to_fulfill = deque(waiting.values())
+        router._pending_requests_by_id = dict(waiting)
+        router._pending_requests_by_model_id = defaultdict(deque)
+        router._routing_task_by_pending_request_future = {}
+        router.queue_wait_time_ms_histogram = SimpleNamespace(observe=lambda waited_ms: None)
+        with record.following("second"):
+            if tries_again:
+                record.try_again("second")
+            router._fulfill_next_pending_request(replica("a"), waiting["second"].metadata)
+        return [name for name, one in waiting.items() if one.future.done()]
+
+    assert asyncio.run(main()) == [served]

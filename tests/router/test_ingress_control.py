@@ -12,10 +12,16 @@ from typing import Any
 import pytest
 from synthetic_engine import SyntheticEngine
 
-from replicas import questions
+from replicas import questions, served
 from replicas.actor_calls import ReplicaUnavailable
+from replicas.ranks import ServedModel
 from router.admin import ThresholdsUpdate
+from router.front_door import NO_REPORTS
+from router.gate import open_desk
+from router.limits import DEFAULT_LIMITS
+from router.replica_watch import ReplicaWatch, Report
 from scheduler.messages import Apply
+from scheduler.rejection import Rejection
 from scheduler.thresholds import Thresholds
 from scheduler.wire import answer_of, read_question
 
@@ -52,6 +58,7 @@ class Application:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from router import ingress as ingress_module
+        from router.in_flight import InFlight
 
         self.engines = {name: SyntheticEngine(CONFIGURED, engine_id=name) for name in "ab"}
         self.calls: list[tuple[str, str, Any]] = []
@@ -60,17 +67,25 @@ class Application:
         self.later: set[str] = set()
         self.controller = Controller()
         monkeypatch.setattr(questions, "call_replica", self.call_replica)
-        monkeypatch.setattr(ingress_module, "replica_ids", self.replica_ids)
+        monkeypatch.setattr(served, "replica_ids", self.replica_ids)
         self.ingress = object.__new__(ingress_module.HeadraceIngress)
-        self.ingress._app_name, self.ingress._ranks = "headrace", 1
+        self.ingress._app_name = "headrace"
+        self.ingress._models = {f"HeadraceServer:{model}": ServedModel(model) for model in "mn"}
+        self.ingress._in_flight = InFlight()
         self.ingress._controller, self.ingress._keeper = self.controller, None
+        self.ingress.replica_watch = ReplicaWatch(self.ingress._list_engines, questions.ask_stats)
+        self.ingress.desk = open_desk((), DEFAULT_LIMITS, {}, NO_REPORTS, {})
 
     def replica_ids(self, app_name: str) -> dict[str, str]:
         assert app_name == "headrace"
         self.listed += 1
-        return {name: name for name in self.engines}
+        deployments = {"a": "HeadraceServer:m", "b": "HeadraceServer:n"}
+        return {name: f"SERVE_REPLICA::headrace#{deployments[name]}#{name}" for name in self.engines}
 
-    async def call_replica(self, name: str, method: str, *, rank: int, **arguments: Any) -> bytes:
+    async def call_replica(
+        self, actor_name: str, method: str, *, rank: int, timeout_s: float = 5.0, **arguments: Any
+    ) -> bytes:
+        name = actor_name.rpartition("#")[2]
         self.calls.append((name, method, arguments.get("cursor")))
         if name in self.silent:
             raise ReplicaUnavailable(f"replica {name} did not answer {method}")
@@ -82,6 +97,9 @@ class Application:
         offer = read_question(arguments["offer"])
         assert isinstance(offer, Apply)
         return answer_of(engine.active.offer(offer))
+
+    def watched(self) -> list[Report]:
+        return list(self.ingress.replica_watch.latest().values()) or [Report("", "", None, "not listed yet", None)]
 
     def ask(self, endpoint: str, *arguments: Any) -> tuple[int, dict[str, Any]]:
         response = asyncio.run(getattr(self.ingress, endpoint)(*arguments))
@@ -100,13 +118,59 @@ def application(monkeypatch: pytest.MonkeyPatch) -> Application:
     return Application(monkeypatch)
 
 
-def test_readiness_asks_for_stats_alone(application: Application) -> None:
-    assert application.ask("readyz") == (200, {"status": "ready", "ready": 2, "replicas": 2})
+def test_readiness_is_known_from_the_watch_alone(application: Application) -> None:
+    application.later = {"b"}
+
+    async def main() -> list[Any]:
+        watching = asyncio.create_task(application.ingress.replica_watch.run())
+        answers = [await application.ingress.readyz()]
+        while not all(report.is_ready for report in application.watched()):
+            await asyncio.sleep(0.01)
+        watching.cancel()
+        asked = len(application.calls)
+        answers.append(await application.ingress.readyz())
+        assert len(application.calls) == asked
+        return answers
+
+    before, after = asyncio.run(main())
+    assert (before.status_code, json.loads(before.body)["ready"]) == (503, 0)
+    assert (after.status_code, json.loads(after.body)) == (200, {
+        "status": "ready", "ready": 2, "replicas": 2, "models_without_replica": [],
+    })
     assert application.asked() == [("stats", None)]
-    application.silent, application.later = {"a"}, {"b"}
-    assert application.ask("readyz") == (200, {"status": "ready", "ready": 1, "replicas": 2})
-    application.silent = {"a", "b"}
-    assert application.ask("readyz") == (503, {"status": "not ready", "ready": 0, "replicas": 2})
+
+
+def test_a_stopping_ingress_turns_requests_away_and_finishes_those_in_flight(
+    application: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
+
+    from router import ingress as ingress_module
+    from router.attempts import Attempts
+
+    async def chunks(self: Any, **_: Any) -> Any:
+        for number in "012":
+            yield number
+
+    monkeypatch.setattr(ingress_module.OpenAiIngress, "_get_response", chunks)
+    ingress, body = application.ingress, SimpleNamespace(request_id="r", model="m")
+    ingress._attempts = Attempts()
+    ingress.desk = SimpleNamespace(turned_away=lambda model: 0)
+
+    async def stop_while_one_runs() -> None:
+        running = ingress._get_response(body=body, call_method="chat")
+        assert await anext(running) == "0"
+        assert await ingress.stop_admitting() == 1
+        with pytest.raises(OpenAIHTTPException) as error:
+            await anext(ingress._get_response(body=body, call_method="chat"))
+        rejection = Rejection.from_json(error.value.message)
+        assert error.value.status_code == 503 and rejection and "the server is stopping" in rejection.text
+        assert [chunk async for chunk in running] == ["1", "2"]
+        assert await ingress.stop_admitting() == 0
+
+    asyncio.run(stop_while_one_runs())
+    assert application.ask("readyz")[0] == 503, "a load balancer sends no more"
+    assert application.calls == []
 
 
 def test_thresholds_are_asked_for_without_records(application: Application) -> None:
@@ -141,9 +205,11 @@ def test_the_state_has_no_events_and_names_what_cannot_be_read(application: Appl
     application.later = {"b"}
     status, state = application.ask("admin_state")
     assert status == 200
-    assert state.keys() == {"application", "at_unix_s", "replicas", "controller"}
+    assert state.keys() == {"application", "at_unix_s", "replicas", "controller", "front_door"}
+    assert state["front_door"] == {"rejected": 0, "ingresses": 1}
     assert state["controller"] == {"alive": True, "passes": 3, "period_s": 5.0}
     assert state["replicas"]["a"]["decision"] == "settled"
+    assert {name: replica["model"] for name, replica in state["replicas"].items()} == {"a": "m", "b": "n"}
     assert not state["replicas"]["b"]["reachable"]
     assert "speaks schema version 2" in state["replicas"]["b"]["reason"]
     assert application.controller.asked == ["state"]

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from scheduler.rejection import REJECTION_KEY, Rejection
+from scheduler.rejection import REJECTION_KEY, Kind, Rejection
 
 IDS = [f"chatcmpl-{place}" for place in range(2000)]
 
@@ -16,9 +16,18 @@ def retry_after_s_of(drain_s):
 
 
 def test_the_marked_object_gives_the_rejection_back():
-    rejection = Rejection('as many wait; "retry in 9 s" – in vain', 7)
-    assert Rejection.from_json(rejection.as_json()) == rejection
-    assert json.loads(rejection.as_json()) == {REJECTION_KEY: {"reason": rejection.reason, "retry_after_s": 7}}
+    for kind in Kind:
+        rejection = Rejection('as many wait; "retry in 9 s" – in vain', 7, kind)
+        assert Rejection.from_json(rejection.as_json()) == rejection
+        fields = {"reason": rejection.reason, "retry_after_s": 7, "kind": kind.value}
+        assert json.loads(rejection.as_json()) == {REJECTION_KEY: fields}
+
+
+def test_only_what_is_over_for_good_is_the_client_s_to_slow_down():
+    assert {kind.value: kind.http_status.value for kind in Kind} == {"rejected": 429, "recalled": 503, "ended": 503}
+    assert Rejection("the replica is stopping", 5, Kind.RECALLED).text == (
+        "recalled: the replica is stopping; retry in 5 s"
+    )
 
 
 @pytest.mark.parametrize(
@@ -26,7 +35,8 @@ def test_the_marked_object_gives_the_rejection_back():
     [
         None, 3, "", "stop", "rejected: x; retry in 60 s", "{}", "[]", "null", f'"{REJECTION_KEY}"',
         f'["{REJECTION_KEY}"]', f'{{"{REJECTION_KEY}": 1}}', f'{{"{REJECTION_KEY}": {{"reason": "x"}}}}',
-        f'{{"{REJECTION_KEY}": {{"reason": "x", "retry_after_s": null}}}}', Rejection("x", 1).as_json() + " END",
+        f'{{"{REJECTION_KEY}": {{"reason": "x", "retry_after_s": null}}}}',
+        Rejection("x", 1).as_json().replace('"rejected"', '"lost"'), Rejection("x", 1).as_json() + " END",
     ],
 )
 def test_other_texts_are_none(text):

@@ -58,3 +58,21 @@ def test_the_first_profile_is_the_engine_s_or_its_controller_s():
         ({"controller": None}, None),
     ):
         assert SchedulerSettings.from_additional_config({"headrace": given}).first_profile == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"controller": {"overflow_probability": 0.03}}, 0.03),
+        ({"controller": {"overflow_probability": 0.03}, "overflow_probability": 0.02}, 0.02),
+        ({"controller": {"overflow_probability": 0.03}, "channel": "ipc:///tmp/x"}, 0.01),
+        ({"controller": None}, 0.01),
+    ],
+    ids=str,
+)
+def test_an_engine_s_own_controller_says_what_is_in_force_where_the_engine_does_not(settings, expected):
+    live = SchedulerSettings.from_additional_config({"headrace": settings}).live
+    assert (live.overflow_probability, live.profile) == (expected, None)
+    controller = (settings["controller"] or {}) | {"profile": "cpu-smollm2"}
+    with_profile = SchedulerSettings.from_additional_config({"headrace": settings | {"controller": controller}})
+    assert with_profile.live.profile == "cpu-smollm2"

@@ -152,7 +152,7 @@ def test_request_attributes_we_read():
     for attribute in (
         "request_id", "status", "num_prompt_tokens", "num_output_tokens", "num_output_placeholders",
         "is_prefill_chunk", "num_computed_tokens", "num_preemptions", "max_tokens", "sampling_params", "priority",
-        "arrival_time", "num_tokens", "client_index",
+        "arrival_time", "num_tokens", "client_index", "pooling_params", "is_finished",
     ):
         assert hasattr(request, attribute), attribute
     assert hasattr(request.sampling_params, "extra_args")

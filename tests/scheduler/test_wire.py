@@ -18,6 +18,7 @@ from scheduler.messages import (
     AskStats,
     Counters,
     Delivered,
+    Drain,
     Finished,
     Gauges,
     Iteration,
@@ -35,6 +36,7 @@ from scheduler.wire import (
     QuestionFailed,
     UnreadableMessage,
     answer_of,
+    drain_question,
     offer_of,
     read_answer,
     read_question,
@@ -109,6 +111,22 @@ def test_questions_survive_the_round_trip() -> None:
     for cursor in (0, 7, None):
         assert read_question(telemetry_question(cursor)) == Report(cursor=cursor)
     assert read_question(stats_question()) == AskStats()
+    for end in (True, False):
+        assert read_question(drain_question(end=end)) == Drain(end=end)
+
+
+@pytest.mark.parametrize(
+    "change", [{"drain": word} for word in (True, None, 3, "", "soon", ["all"], {"all": 1})] + [{"until_s": 9}], ids=str
+)
+def test_a_drain_that_is_not_understood_is_no_drain(change: dict[str, Any]) -> None:
+    with pytest.raises(UnreadableMessage, match="allowed: drain alone, waiting or all"):
+        read_question(changed(drain_question(end=True), "", add=change))
+
+
+@pytest.mark.parametrize("schema", [SCHEMA - 1, SCHEMA + 1, "1", None])
+def test_a_drain_of_another_schema_version_is_not_read(schema: object) -> None:
+    with pytest.raises(OtherSchema, match=f"this process version {SCHEMA}"):
+        read_question(changed(drain_question(end=False), "", add={"schema": schema}))
 
 
 def test_a_replica_adds_what_it_delivered() -> None:

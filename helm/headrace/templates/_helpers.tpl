@@ -103,18 +103,6 @@ app.kubernetes.io/component: {{ .component }}
 {{/* Ray Serve's config. Built as data and written by toYaml, so no value can break the YAML or be printed as 1e+06. */}}
 {{- define "headrace.serveConfig" -}}
 {{- $values := .Values -}}
-{{- $accelerator := dict "kind" "gpu" -}}
-{{- with $values.gpu.type -}}
-{{- $_ := set $accelerator "type" . -}}
-{{- end -}}
-{{- $engine := dict
-  "max_model_len" $values.engine.maxModelLen
-  "max_num_seqs" $values.engine.maxNumSeqs
-  "gpu_memory_utilization" $values.engine.gpuMemoryUtilization
-  "dtype" $values.engine.dtype -}}
-{{- range $key, $value := $values.engine.extraArgs -}}
-{{- $_ := set $engine $key $value -}}
-{{- end -}}
 {{- /* All interfaces: requests arrive from other pods. */ -}}
 {{- $http := dict "host" "0.0.0.0" "port" $values.service.port -}}
 {{- $targets := dict -}}
@@ -127,11 +115,7 @@ app.kubernetes.io/component: {{ .component }}
 {{- range $index, $tenant := $values.tenants -}}
 {{- $tenants = append $tenants (dict "name" $tenant.name "weight" (default 1 $tenant.weight) "api_key_env" (printf "HEADRACE_TENANT_KEY_%d" $index)) -}}
 {{- end -}}
-{{- $args := dict
-  "model" (dict "id" $values.model.id "source" $values.model.source)
-  "replicas" $values.replicas
-  "accelerator" $accelerator
-  "engine" $engine
+{{- $headrace := dict
   "targets" $targets
   "tenants" $tenants
   "thresholds" (dict "policy" $values.policy.name "max_hold_s" $values.policy.maxHoldSeconds)
@@ -139,6 +123,21 @@ app.kubernetes.io/component: {{ .component }}
     "enabled" $values.controller.enabled
     "period_s" $values.controller.periodSeconds
     "profile" $values.controller.profile) -}}
+{{- $args := dict "llm_configs" $values.models "headrace" $headrace -}}
 {{- $application := dict "name" "headrace" "import_path" "headrace:build" "route_prefix" "/" "args" $args -}}
 {{- toYaml (dict "applications" (list $application) "http_options" $http) -}}
+{{- end -}}
+
+{{/* Worker pods: enough for the GPUs of all replicas. */}}
+{{- define "headrace.workers" -}}
+{{- $gpus := 0 -}}
+{{- range $model := .Values.models -}}
+{{- $deployment := default dict $model.deployment_config -}}
+{{- $engine := default dict $model.engine_kwargs -}}
+{{- $replicas := default (dig "autoscaling_config" "max_replicas" 1 $deployment) $deployment.num_replicas -}}
+{{- $each := mul (default 1 $engine.tensor_parallel_size) (default 1 $engine.pipeline_parallel_size) (default 1 $engine.data_parallel_size) -}}
+{{- $gpus = add $gpus (mul (int $replicas) $each) -}}
+{{- end -}}
+{{- $perWorker := int .Values.gpu.perWorker -}}
+{{- default (div (add $gpus (sub $perWorker 1)) $perWorker) .Values.gpu.workers -}}
 {{- end -}}

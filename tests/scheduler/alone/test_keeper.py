@@ -20,10 +20,10 @@ import pytest
 from synthetic_engine import PAPER, SyntheticEngine
 
 from scheduler.alone import keeper as keeper_module
-from scheduler.alone.keeper import ControllerKeeper, OwnController
+from scheduler.alone.keeper import ControllerKeeper, EngineControl
 from scheduler.alone.state import controller_state
 from scheduler.engine.channel import ChannelServer
-from scheduler.messages import Telemetry
+from scheduler.messages import Ack, Telemetry
 from scheduler.settings import SETTINGS_KEY, SchedulerSettings
 from scheduler.thresholds import Thresholds
 
@@ -33,9 +33,9 @@ SETTINGS = SchedulerSettings.from_additional_config({SETTINGS_KEY: {
 ENDLESS = [sys.executable, "-c", "import sys; sys.stdin.read()"]
 ENGINE_CORE = """
 import sys, time
-from scheduler.alone.keeper import OwnController
+from scheduler.alone.keeper import EngineControl
 from scheduler.settings import SchedulerSettings
-own = OwnController(SchedulerSettings.from_additional_config({"headrace": {"targets": {"ttft_s": 3}}}), 0)
+own = EngineControl(SchedulerSettings.from_additional_config({"headrace": {"targets": {"ttft_s": 3}}}), 0)
 own.start()
 while not (own._keeper and own._keeper.process): time.sleep(0.01)
 print(own.endpoint, own._keeper.process.pid, flush=True)
@@ -85,10 +85,14 @@ class Engine(SyntheticEngine):
         return self.report(asked.cursor)
 
 
+def unasked(question: Any) -> Ack:
+    raise AssertionError(f"a controller does not ask this: {question}")
+
+
 @contextlib.contextmanager
-def tuned(engine: Engine, settings: SchedulerSettings = SETTINGS) -> Iterator[OwnController]:
-    own = OwnController(settings, 0)
-    server = ChannelServer(own.endpoint, engine.active.offer, engine.reported, engine.stats)
+def tuned(engine: Engine, settings: SchedulerSettings = SETTINGS) -> Iterator[EngineControl]:
+    own = EngineControl(settings, 0)
+    server = ChannelServer(own.endpoint, engine.active.offer, engine.reported, engine.stats, unasked, unasked)
     try:
         own.start()
         yield own

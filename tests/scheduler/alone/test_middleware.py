@@ -12,7 +12,7 @@ import pytest
 
 from scheduler.alone import middleware as middleware_module
 from scheduler.alone.middleware import RejectionMiddleware
-from scheduler.rejection import Rejection
+from scheduler.rejection import Kind, Rejection
 from scheduler.request_rejected import RequestRejected
 
 REJECTION = Rejection("queue full", 7)
@@ -117,6 +117,20 @@ def test_a_rejected_request_becomes_one_429(application: Any) -> None:
     assert error == {
         "message": "rejected: queue full; retry in 7 s", "type": "rate_limit_error", "param": None, "code": 429,
     }
+
+
+@pytest.mark.parametrize("kind", [Kind.RECALLED, Kind.ENDED])
+@pytest.mark.parametrize("application", [whole, streamed])
+def test_a_request_that_a_stopping_engine_turns_away_becomes_one_503(application: Any, kind: Kind) -> None:
+    sent = run(application, output(Rejection("the engine stops", 4, kind)))
+    assert (sent.status, sent.headers[b"retry-after"]) == (503, b"4")
+    error = json.loads(sent.text)["error"]
+    assert (error["type"], error["code"]) == ("server_error", 503) and "the engine stops" in error["message"]
+
+
+def test_an_answer_that_a_stopping_engine_cuts_ends_with_an_error_event() -> None:
+    sent = run(streamed, output(), output(Rejection("the engine stops", 4, Kind.ENDED)))
+    assert sent.status == 200 and sent.text.startswith(b"data: event\n\n") and b"the engine stops" in sent.text
 
 
 @pytest.mark.parametrize(("application", "kept"), [

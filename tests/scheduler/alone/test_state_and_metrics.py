@@ -21,9 +21,10 @@ from scheduler.alone.metrics import COUNTERS, GAUGES, WORDS, exposition
 from scheduler.alone.place import new_place, write_state
 from scheduler.alone.state import Engines
 from scheduler.engine.channel import ChannelServer, remove_endpoint
-from scheduler.messages import Counters
-from scheduler.settings import SchedulerSettings
+from scheduler.messages import Ack, Counters
+from scheduler.settings import LiveSettings, SchedulerSettings
 from scheduler.thresholds import Thresholds
+from scheduler.tuning.slo import Slo
 
 SETTINGS = SchedulerSettings.from_additional_config({"headrace": {"targets": {"ttft_s": 3.0, "tpot_s": 0.08}}})
 NOT_SHOWN = {"held", "decode_steps", "decode_computed_tokens", "decode_gained_tokens", "decode_gained_squares"}
@@ -63,7 +64,12 @@ def state_of(engine: SyntheticEngine, endpoint: str) -> dict[str, Any]:
         write_state(endpoint, to_json(controller.state()))
         return await Engines().state()
 
-    server = ChannelServer(endpoint, engine.active.offer, lambda asked: engine.report(asked.cursor), engine.stats)
+    def unasked(question: Any) -> Ack:
+        raise AssertionError(f"a controller does not ask this: {question}")
+
+    server = ChannelServer(
+        endpoint, engine.active.offer, lambda asked: engine.report(asked.cursor), engine.stats, unasked, unasked
+    )
     try:
         return asyncio.run(scenario())
     finally:
@@ -80,6 +86,17 @@ def test_one_cycle_shows_the_engine_its_plan_and_its_controller(endpoint: str) -
     controller = engine["controller"]
     assert (controller["alive"], controller["pid"], controller["passes"]) == (True, os.getpid(), 1)
     assert [event["new_version"] for event in controller["events"]] == [1]
+
+
+def test_an_engine_is_tuned_for_the_settings_that_it_says_are_in_force(endpoint: str) -> None:
+    busy = busy_engine()
+    busy.settings = LiveSettings(
+        targets=Slo(ttft_s=1.5, tpot_s=0.05), thresholds=Thresholds(policy="fluid"), overflow_probability=0.03
+    )
+    engine = state_of(busy, endpoint)["engines"]["2"]
+    assert engine["targets"] == {"ttft_s": 1.5, "tpot_s": 0.05, "latency_s": None}, "not those it started with"
+    assert (engine["thresholds"]["fluid"]["ttft_s"], engine["thresholds"]["fluid"]["tpot_s"]) == (1.5, 0.05)
+    assert engine["settings"]["overflow_probability"] == 0.03 and engine["draining"] is False
 
 
 def test_an_engine_and_a_controller_that_do_not_answer_are_shown_as_such(endpoint: str) -> None:

@@ -15,7 +15,6 @@ import zmq
 import zmq.asyncio
 
 from scheduler.engine import channel
-from scheduler.engine.active_thresholds import ActiveThresholds
 from scheduler.engine.channel import (
     ChannelClient,
     ChannelClosed,
@@ -25,9 +24,23 @@ from scheduler.engine.channel import (
     remove_endpoint,
 )
 from scheduler.engine.recorder import Recorder
-from scheduler.messages import Arrival, Counters, Gauges, Iteration, RunningLengths, Stats, Telemetry
+from scheduler.engine.settings_in_force import SettingsInForce
+from scheduler.messages import Ack, Arrival, Counters, Drain, Gauges, Iteration, RunningLengths, Stats, Telemetry
+from scheduler.policies import make_policy
+from scheduler.settings import LiveSettings, SchedulerSettings
+from scheduler.support import EngineSetup
 from scheduler.thresholds import EngineLimits, SegmentThreshold, Thresholds, TypeThreshold
-from scheduler.wire import SCHEMA, OtherSchema, QuestionFailed, offer_of, read_answer, stats_question
+from scheduler.tuning.slo import Slo
+from scheduler.wire import (
+    SCHEMA,
+    OtherSchema,
+    QuestionFailed,
+    drain_question,
+    offer_of,
+    read_answer,
+    settings_question,
+    stats_question,
+)
 
 LIMITS = EngineLimits(
     kv_capacity_tokens=1600, block_tokens=16, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=1024
@@ -49,10 +62,18 @@ class FakeEngine:
     """What the server asks: thresholds judged by the real rules, telemetry from a real recorder."""
 
     def __init__(self):
-        self.active = ActiveThresholds(Thresholds(), LIMITS, lambda: 0.0)
+        self.in_force = SettingsInForce(SchedulerSettings(), LIMITS, lambda: 0.0, EngineSetup(), make_policy)
+        self.active = self.in_force.active
         self.recorder = Recorder()
         self.reports = []
         self.fails = False
+        self.drained = []
+
+    def drain(self, order):
+        if self.fails:
+            raise RuntimeError("broken drain")
+        self.drained.append(order)
+        return Ack(accepted=True, active_version=-1)
 
     def report(self, asked):
         if self.fails:
@@ -76,7 +97,9 @@ class FakeEngine:
 @contextlib.contextmanager
 def serving(endpoint, engine=None):
     engine = engine or FakeEngine()
-    server = ChannelServer(endpoint, engine.active.offer, engine.report, engine.stats)
+    server = ChannelServer(
+        endpoint, engine.active.offer, engine.report, engine.stats, engine.in_force.configure, engine.drain
+    )
     try:
         yield engine
     finally:
@@ -204,7 +227,7 @@ def test_several_clients_at_once(endpoint):
         (b"null", "not understood"),
         (b'{"apply"', "not understood"),
         (b"{}", "unknown question"),
-        (b'{"shutdown": true}', "unknown question ['shutdown']; ask one of apply, report, stats"),
+        (b'{"shutdown": true}', "unknown question ['shutdown']; ask one of apply, settings, report, stats"),
         (b'{"report": "x"}', "report = x is not allowed; allowed: a cursor, or null"),
         (b'{"report": [1]}', "report = [1]"),
         (b'{"report": true}', "report = True"),
@@ -216,13 +239,24 @@ def test_several_clients_at_once(endpoint):
         (b'{"schema": 1, "apply": {"version": 1}, "automatic": "no"}', "automatic = 'no'"),
         (b'{"schema": 1, "apply": {"version": 1}, "dry_run": true}', "unknown key dry_run"),
         (b"[" * 100_000, "not understood"),
+        (b'{"schema": 1, "settings": {"targets": {"ttft_s": 1.0}}}', "revision = None is not allowed"),
+        (b'{"schema": 1, "settings": {}, "revision": 0}', "revision = 0 is not allowed; allowed: an integer >= 1"),
+        (b'{"schema": 1, "settings": {}, "revision": true}', "revision = True"),
+        (b'{"schema": 1, "settings": null, "revision": 1}', "settings = None is not allowed; allowed: an object"),
+        (b'{"schema": 1, "settings": {"targets": {"ttft_s": -1}}, "revision": 1}', "settings.targets.ttft_s = -1"),
+        (b'{"schema": 1, "settings": {"target": {}}, "revision": 1}', "settings.target = {}"),
+        (b'{"schema": 1, "settings": {"channel": "x"}, "revision": 1}', "settings.channel = 'x'"),
+        (b'{"schema": 1, "settings": {"thresholds": {"policy": "lifo"}}, "revision": 1}', "thresholds.policy = 'lifo'"),
+        (b'{"schema": 1, "settings": {"thresholds": {"max_running": 65}}, "revision": 1}', "max_running = 65"),
+        (b'{"schema": 1, "settings": {"profile": "no such"}, "revision": 1}', "profile 'no such' is not known"),
+        (b'{"schema": 1, "settings": {}, "revision": 1, "dry_run": 1}', "unknown key dry_run beside the settings"),
     ],
     ids=lambda part: str(part[:25]),
 )
 def test_garbage_is_answered_and_changes_nothing(endpoint, question, says):
     async def main():
         answer = await answer_to(endpoint, question)
-        assert answer["accepted"] is False and answer["code"] == "invalid" and answer["active_version"] == -1
+        assert answer["accepted"] is False and answer["code"] == "invalid"
         assert says in answer["reason"]
         async with asking(endpoint) as client:
             assert (await client.apply(Thresholds(version=1))).accepted, "and the channel works on"
@@ -230,6 +264,21 @@ def test_garbage_is_answered_and_changes_nothing(endpoint, question, says):
     with serving(endpoint) as engine:
         asyncio.run(main())
         assert engine.active.current().thresholds == Thresholds(version=1)
+        assert engine.in_force.settings == LiveSettings()
+
+
+def test_settings_survive_the_round_trip(endpoint):
+    wanted = LiveSettings(thresholds=Thresholds(max_running=8), targets=Slo(ttft_s=0.7), overflow_probability=0.03)
+
+    async def main():
+        async with asking(endpoint) as client:
+            ack = read_answer(await client.ask(settings_question(wanted.as_dict(), revision=1)), Ack)
+            assert ack.accepted and ack.active_version == 1
+
+    with serving(endpoint) as engine:
+        asyncio.run(main())
+        assert engine.in_force.settings == wanted
+        assert engine.active.current().thresholds == Thresholds(version=1, max_running=8)
 
 
 def test_messages_of_the_wrong_shape_are_ignored(endpoint):
@@ -305,7 +354,7 @@ def test_late_answer_to_an_earlier_question_is_dropped(endpoint):
         socket.bind(endpoint)
         engine = FakeEngine()
         server = ChannelServer.__new__(ChannelServer)  # only its answers, not its socket
-        server._apply, server._report, server._stats = engine.active.offer, engine.report, engine.stats
+        server._apply, server._report = engine.active.offer, engine.report
 
         async def answer_twice():
             for _ in range(2):
@@ -336,7 +385,7 @@ def test_stats_are_a_few_numbers(endpoint):
     assert read_answer(answer, Stats) == Stats(
         engine_id="e", slots=12, running=2, waiting=0, kv_used_tokens=64, kv_capacity_tokens=1600, thresholds_version=7
     )
-    assert len(answer) < 200 and engine.reports == []
+    assert len(answer) < 250 and engine.reports == []
 
 
 def test_failing_stats_say_why_and_the_channel_works_on(endpoint):
@@ -482,7 +531,20 @@ def test_endpoint_is_private_and_leaves_nothing_behind():
 
 def test_endpoint_that_cannot_be_bound_is_named():
     with pytest.raises(RuntimeError, match="cannot open the control channel at ipc:///nowhere/engine"):
-        ChannelServer("ipc:///nowhere/engine", lambda _: None, lambda _: None, lambda: None)
+        ChannelServer("ipc:///nowhere/engine", *[lambda *_: None] * 5)
+
+
+def test_a_drain_reaches_the_engine_and_is_acknowledged(endpoint):
+    async def main():
+        async with asking(endpoint) as client:
+            acks = [read_answer(await client.ask(drain_question(end=end)), Ack) for end in (False, False, True)]
+            engine.fails = True
+            failed = read_answer(await client.ask(drain_question(end=True)), Ack)
+        assert all(ack.accepted for ack in acks) and not failed.accepted
+
+    with serving(endpoint) as engine:
+        asyncio.run(main())
+    assert engine.drained == [Drain(end=False), Drain(end=False), Drain(end=True)]
 
 
 def test_closing_frees_the_endpoint_for_the_next(endpoint):
@@ -524,7 +586,7 @@ import sys, tempfile
 tempfile.tempdir = sys.argv[1]
 from scheduler.engine.channel import ChannelServer, new_endpoint
 endpoint = new_endpoint()
-server = ChannelServer(endpoint, None, None, None)
+server = ChannelServer(endpoint, None, None, None, None, None)
 print(endpoint, flush=True)
 sys.stdin.read()
 """

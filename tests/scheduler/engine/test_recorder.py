@@ -4,6 +4,7 @@ import pytest
 
 from scheduler.engine.recorder import Recorder
 from scheduler.messages import Arrival, Finished, Iteration
+from scheduler.rejection import Kind
 
 
 def _iterate(recorder, times):
@@ -94,11 +95,12 @@ def test_every_request_is_counted_under_one_name():
         recorder.arrival(0.0, 1, None)
     recorder.finished(0.0, 1, 1, aborted=False)
     recorder.finished(0.0, 1, 1, aborted=True)
-    recorder.finished(0.0, 1, 0, aborted=True, rejected=True)
-    recorder.finished(0.0, 1, 0, aborted=True, rejected=True)
+    for kind in (Kind.REJECTED, Kind.REJECTED, Kind.RECALLED, Kind.ENDED):
+        recorder.finished(0.0, 1, 0, aborted=True, turned_away=kind)
     counters = recorder.counters()
-    assert (counters.completed, counters.aborted, counters.rejected, counters.in_flight) == (1, 1, 2, 6)
-    assert [record.aborted for record in recorder.since(0)[2]] == [False, True, True, True], "no whole answers"
+    assert (counters.completed, counters.aborted, counters.rejected, counters.recalled) == (1, 2, 2, 1)
+    assert counters.in_flight == 4
+    assert [record.aborted for record in recorder.since(0)[2]] == [False] + [True] * 5, "no whole answers"
 
 
 def test_totals_of_holds():

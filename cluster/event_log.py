@@ -1,0 +1,111 @@
+"""The latest changes of thresholds, settings and pins: kept in the cluster, one log line each."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from replicas.store import Store
+
+KEPT_EVENTS = 200
+_FOLDER = "events/"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One change. kind: thresholds (a push of the controller), settings, pin or release.
+
+    at_unix_s: when; model, replica: what it is about (empty: all of them); old_version, new_version: of thresholds
+    (None: does not apply); accepted: whether it took effect; reason: why; by: an operator's name for itself; key: with
+    which key ("operator key", "anonymous"; empty: not an operator's change); old, new: the values.
+    """
+
+    at_unix_s: float
+    kind: str = "thresholds"
+    replica: str = ""
+    model: str = ""
+    old_version: int | None = None
+    new_version: int | None = None
+    accepted: bool = True
+    reason: str = ""
+    by: str = ""
+    key: str = ""
+    old: dict[str, Any] = field(default_factory=dict)
+    new: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def line(self) -> str:
+        """The event in one line, for the log."""
+        about = self.replica or self.model or "all models"
+        versions = f": version {self.old_version} -> {self.new_version}" if self.new_version is not None else ""
+        author = f" by {self.by or 'an operator'} ({self.key})" if self.key else ""
+        taken = "" if self.accepted else "not accepted: "
+        return f"{self.kind} of {about}{versions}{author}: {taken}{self.reason}"
+
+
+_EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+class EventLog(Sequence[Event]):
+    """The latest `KEPT_EVENTS` events, oldest first: read from `store` once; each new one is written there.
+
+    Every method but `latest` blocks on the store. A store that fails costs the memory of a restart, nothing else.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._events: deque[tuple[str, Event]] = deque()
+        self._next = 1
+        self._read = False
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def __getitem__(self, index: Any) -> Any:
+        return [event for _, event in self._events][index]
+
+    @property
+    def latest(self) -> list[dict[str, Any]]:
+        """All that are kept, JSON-ready."""
+        return [asdict(event) for _, event in tuple(self._events)]
+
+    def read(self) -> None:
+        """Take over the events of an earlier controller; later calls do nothing."""
+        if self._read:
+            return
+        keys = self._store.keys(_FOLDER)
+        self._read = True
+        earlier = [(key, event) for key in keys if (event := _parsed(self._store.get(key))) is not None]
+        self._next += max((int(key.removeprefix(_FOLDER)) for key in keys), default=0)
+        self._events.extendleft(reversed(earlier))
+        self._trim()
+
+    def add(self, event: Event) -> None:
+        """Log and keep an event."""
+        logger.info("%s", event.line)
+        key = f"{_FOLDER}{self._next:012d}"
+        self._next += 1
+        self._events.append((key, event))
+        try:
+            self._store.put(key, asdict(event))
+            self._trim()
+        except Exception:  # the change has happened, whether or not it can be kept
+            logger.exception("an event could not be kept")
+
+    def _trim(self) -> None:
+        while len(self._events) > KEPT_EVENTS:
+            key, _ = self._events.popleft()
+            self._store.delete(key)
+
+
+def _parsed(value: Any) -> Event | None:
+    try:
+        return _EVENT.validate_python(value, extra="ignore")
+    except ValidationError:  # of another release
+        return None

@@ -1,0 +1,136 @@
+"""The `headrace` object of a configuration: what Headrace adds to Ray Serve LLM's own keys.
+
+It stands at the top level, for all models, and in an entry of `llm_configs`, for that model alone. `overridden` puts
+the two together, field by field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    field_validator,
+    model_validator,
+)
+
+from router.limits import Limits
+from router.tenants import TenantConfig
+from scheduler.model.profiles import profile_names
+from scheduler.settings import ControllerSettings
+from scheduler.thresholds import Thresholds, parse_thresholds
+from scheduler.tuning.settings import TuningSettings
+from scheduler.tuning.slo import NO_SLO, Slo
+
+SCHEDULER = "headrace.HeadraceScheduler"
+PROFILE_MISSING = (
+    "name the profile of this model on this device; its iteration times are used until the engine's own are measured: "
+    f"{', '.join(profile_names())}, or the path of a profile's JSON file; measure one with "
+    "python benchmarks/measure_law.py --model MODEL --name NAME"
+)
+LONGEST_DRAIN_S = 86_400.0
+
+
+class Strict(BaseModel):
+    """A part of the configuration: unknown keys are errors, and nothing changes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ControllerConfig(ControllerSettings):
+    """The central controller: see `ControllerSettings`; its profile is required."""
+
+    @field_validator("profile")
+    @classmethod
+    def _profile_named(cls, name: str) -> str:
+        if not name:
+            raise ValueError(PROFILE_MISSING)
+        return name
+
+
+def _thresholds(value: Any) -> Any:
+    return parse_thresholds(value) if isinstance(value, dict) else value
+
+
+class ModelSettings(Strict):
+    """Settings of one model.
+
+    targets: the SLO in seconds (ttft_s, tpot_s, latency_s), each optional.
+    thresholds: active until the controller pushes its own, `policy` among them.
+    scheduler: each engine's scheduler class, as for vLLM's --scheduler-cls; it may be a subclass of `HeadraceScheduler`
+        with another policy (examples/own_policy.py).
+    limits: what one request may ask for.
+    drain_s: seconds in which a replica that leaves may finish its requests.
+    engine_timeout_s: seconds without progress after which an engine that has requests is replaced.
+    max_wait_s: seconds a request may wait for its first token when no target bounds it; null: without end.
+    """
+
+    targets: Slo = NO_SLO
+    thresholds: Annotated[Thresholds, BeforeValidator(_thresholds)] = Thresholds()
+    scheduler: str = Field(default=SCHEDULER, pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
+    controller: ControllerConfig = ControllerConfig()
+    limits: Limits = Limits()
+    drain_s: float = Field(default=600.0, ge=0, le=LONGEST_DRAIN_S, allow_inf_nan=False)
+    engine_timeout_s: float = Field(default=10.0, gt=0, le=3600, allow_inf_nan=False)
+    max_wait_s: float | None = Field(default=600.0, gt=0, allow_inf_nan=False)
+    _given: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep_given(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        settings = handler(value)
+        settings._given = dict(value) if isinstance(value, Mapping) else settings.model_dump(exclude_unset=True)
+        return settings
+
+    @field_validator("thresholds")
+    @classmethod
+    def _for_serving(cls, thresholds: Thresholds) -> Thresholds:
+        thresholds.check_serves()
+        return thresholds
+
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """The keys that were written, without defaults."""
+        return self._given
+
+    def tuning(self) -> TuningSettings:
+        """How the controller tunes a replica of this model."""
+        return self.controller.settings(self.targets)
+
+
+class HeadraceSettings(ModelSettings):
+    """The top-level object: `ModelSettings` for all models, and `tenants`, weighted shares of the replicas with one API
+    key each."""
+
+    tenants: tuple[TenantConfig, ...] = ()
+
+    @field_validator("tenants")
+    @classmethod
+    def _tenants_differ(cls, tenants: tuple[TenantConfig, ...]) -> tuple[TenantConfig, ...]:
+        for field in ("name", "api_key_env", "api_key_file"):
+            values = [value for tenant in tenants if (value := getattr(tenant, field)) is not None]
+            twice = next((value for value in values if values.count(value) > 1), None)
+            if twice is not None:
+                raise ValueError(f"two tenants have {field} = {twice!r}; each needs its own")
+        return tenants
+
+
+def overridden(general: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The written settings of one model: the general ones, with each field that `own` names in its place.
+
+    Fields of objects (`targets`, `controller` …) count one by one; `thresholds` that name a policy are taken whole, as
+    thresholds of one policy mean nothing to another.
+    """
+    merged = dict(general)
+    for key, value in own.items():
+        whole = key == "thresholds" and "policy" in value
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = dict(merged[key]) | dict(value) if both and not whole else value
+    merged.pop("tenants", None)
+    return merged

@@ -1,0 +1,200 @@
+"""Rejection in the ingress: a request for which no replica has room is answered before it costs anything. No Ray.
+
+Every replica publishes the room of its admission queue (`Stats.room`): how many more requests it takes before it
+rejects one. Between two reports the ingress keeps count: a request that it sends takes a place, one that ends gives its
+place back. A model is full when all of its replicas reported lately and their room is used up; a replica that is
+silent, new or rejects nothing counts as having room. A request that is let through can still be rejected by the engine.
+
+Several ingresses: each uses an equal share of the reported room, rounded up or down by lot at each report. So n of them
+send as much as there is room on average, at most n - 1 requests more, and none is shut out for long.
+
+Tenants: while several ask, one that has had less than its share of what was let through is never rejected here. The
+engine takes its request before others, and may reject theirs.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from scheduler.messages import Stats
+from scheduler.rejection import Rejection
+
+FULL = "the queues of all replicas are full"
+_RECENT_S = 3.0
+"""A replica whose report is older counts as silent."""
+_ON_THE_WAY_S = 0.03
+"""A request sent this long before a report may not have been in the engine yet; one that ended this long after may
+already have left it."""
+_SAME_REPORT_S = 1e-3
+_SHARES_FORGET_S = 10.0
+_ACTIVE_S = 5.0
+_LARGEST_GAP_S = 60.0
+
+
+class Report(Protocol):
+    """The latest answer of one engine, and its age in seconds; None: none yet. model: the model's id."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def stats(self) -> Stats | None: ...
+    @property
+    def age_s(self) -> float | None: ...
+
+
+class Reports(Protocol):
+    """The latest answer of every engine, by its name."""
+
+    def latest(self) -> Mapping[str, Report]: ...
+
+
+class _NoReports:
+    def latest(self) -> Mapping[str, Report]:
+        return {}
+
+
+NO_REPORTS = _NoReports()
+"""Nothing is known, so nothing is rejected here."""
+
+
+class Tenant(NamedTuple):
+    """name; weight: its share among the tenants that ask."""
+
+    name: str = ""
+    weight: float = 1.0
+
+
+class _Places:
+    """Places taken and given back lately, of one model."""
+
+    def __init__(self) -> None:
+        self._changes: deque[tuple[float, int]] = deque()
+        self.turned_away = 0
+        self.drawn, self.drawn_at_s = 0.0, -math.inf
+
+    def change(self, now_s: float, count: int) -> None:
+        """`count` places are taken, or given back when negative."""
+        while self._changes and self._changes[0][0] < now_s - _RECENT_S - 1.0:
+            self._changes.popleft()
+        self._changes.append((now_s, count))
+
+    def taken_since(self, at_s: float) -> int:
+        """Places taken since a report, less those given back."""
+        taken = 0
+        for when_s, count in reversed(self._changes):
+            if when_s < at_s - _ON_THE_WAY_S:
+                break
+            if count > 0 or when_s > at_s + _ON_THE_WAY_S:
+                taken += count
+        return taken
+
+
+@dataclass(slots=True)
+class _Share:
+    weight: float = 1.0
+    served: float = 0.0
+    served_at_s: float = 0.0
+    asked_at_s: float = -math.inf
+
+    def now(self, now_s: float) -> float:
+        """Requests let through lately; older ones fade."""
+        self.served *= math.exp(-min(now_s - self.served_at_s, _LARGEST_GAP_S) / _SHARES_FORGET_S)
+        self.served_at_s = now_s
+        return self.served
+
+
+class FrontDoor:
+    """The places that one ingress still has at the replicas of each model.
+
+    reports: of all engines. clock: seconds. draw: a random number from 0 to 1. `ingresses` is the number of ingress
+    replicas that share the room.
+    """
+
+    def __init__(
+        self, reports: Reports, clock: Callable[[], float], draw: Callable[[], float] = random.random
+    ) -> None:
+        self._reports, self._clock, self._draw = reports, clock, draw
+        self._places: dict[str, _Places] = {}
+        self._shares: dict[str, _Share] = {}
+        self.ingresses = 1
+        self.rejected = 0
+
+    def full(self, model: str, request_id: str, requests: int = 1, tenant: Tenant | None = None) -> Rejection | None:
+        """The rejection of so many requests that come together; None: let them through, and call `sent`.
+
+        More requests than there is room for are still let through to an engine without a queue: it alone knows.
+        """
+        now_s = self._clock()
+        if tenant is not None:
+            share = self._shares.setdefault(tenant.name, _Share())
+            share.weight, share.asked_at_s = tenant.weight, now_s
+        answers = self._answers(model)
+        if answers is None:
+            return None
+        room = self._room(model, answers, now_s)
+        queueless = room >= 1 and any(stats.waiting == 0 for stats, _ in answers)
+        if room >= requests or queueless or (tenant is not None and self._below_share(tenant, now_s)):
+            return None
+        self.rejected += requests
+        self._places_of(model).turned_away += requests
+        return Rejection.for_drain_time(FULL, min(stats.retry_after_s for stats, _ in answers), request_id)
+
+    def sent(self, model: str, requests: int = 1, tenant: Tenant | None = None) -> None:
+        """These requests go to a replica."""
+        now_s = self._clock()
+        self._places_of(model).change(now_s, requests)
+        if tenant is not None:
+            share = self._shares.setdefault(tenant.name, _Share(tenant.weight))
+            share.now(now_s)
+            share.served += requests
+
+    def ended(self, model: str, requests: int = 1) -> None:
+        """These requests have ended, other than by an engine's rejection: as many others can take their place."""
+        self._places_of(model).change(self._clock(), -requests)
+
+    def take_turned_away(self, model: str) -> int:
+        """Requests rejected here since the last call; the engines count them as arrivals that they rejected."""
+        places = self._places_of(model)
+        count, places.turned_away = places.turned_away, 0
+        return count
+
+    def room(self, model: str) -> float | None:
+        """Requests that this ingress may still send; None: not known, or not limited."""
+        answers = self._answers(model)
+        return None if answers is None else self._room(model, answers, self._clock())
+
+    def _answers(self, model: str) -> list[tuple[Stats, float]] | None:
+        """The stats of each engine of a model and their age; None unless all of them say what room they have."""
+        answers = []
+        for report in self._reports.latest().values():
+            if report.model == model:
+                stats, age_s = report.stats, report.age_s
+                if stats is None or stats.room is None or age_s is None or age_s > _RECENT_S:
+                    return None
+                answers.append((stats, age_s))
+        return answers or None
+
+    def _room(self, model: str, answers: list[tuple[Stats, float]], now_s: float) -> float:
+        places = self._places_of(model)
+        published = sum(stats.room or 0 for stats, _ in answers)
+        taken = sum(places.taken_since(now_s - age_s) for _, age_s in answers) / len(answers)
+        if self.ingresses == 1:
+            return published - taken
+        newest_s = now_s - min(age_s for _, age_s in answers)
+        if abs(newest_s - places.drawn_at_s) > _SAME_REPORT_S:
+            places.drawn, places.drawn_at_s = self._draw(), newest_s
+        return math.floor(published / self.ingresses + places.drawn) - taken
+
+    def _below_share(self, tenant: Tenant, now_s: float) -> bool:
+        asking = {name: share for name, share in self._shares.items() if now_s - share.asked_at_s <= _ACTIVE_S}
+        served = {name: share.now(now_s) for name, share in asking.items()}
+        weights = sum(share.weight for share in asking.values())
+        return len(asking) > 1 and served[tenant.name] < sum(served.values()) * tenant.weight / weights
+
+    def _places_of(self, model: str) -> _Places:
+        return self._places.setdefault(model, _Places())

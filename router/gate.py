@@ -1,0 +1,224 @@
+"""The outermost layer of the ingress: what a request must pass before an endpoint sees it. Plain ASGI, no Ray.
+
+In this order, the cheapest first: size of the headers, API key, requests under way, room at the replicas, the body
+with its size, pace and form, what it asks for, and rates. A refusal is answered at once, and nothing of it is logged.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from starlette._utils import get_route_path
+from starlette.middleware.cors import CORSMiddleware
+
+from router.auth import ANONYMOUS, Holder, Keyring
+from router.front_door import FrontDoor, Reports, Tenant
+from router.key_usage import KeyUsage
+from router.limits import NO_OTHERS, Limits
+from router.refusal import Refusal
+from router.request_body import Asked, Disconnected, asked_for, parse, read_body, require_json
+from router.tenants import TenantConfig
+
+ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
+GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
+_FORMS = frozenset({"/v1/audio/transcriptions"})
+_OPEN = frozenset({"/healthz", "/readyz"})
+"""Paths without a key; /admin asks for the operator's, all others for a user's, known or not."""
+_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+
+
+class Desk:
+    """What the gate of one ingress knows: the keys, the limits and what is used of them, the room at the replicas.
+
+    models: ids of the models served. `change` loses no count.
+    """
+
+    def __init__(
+        self, keys: Keyring, front_door: FrontDoor, usage: KeyUsage, models: Collection[str], limits: Limits,
+        model_limits: Mapping[str, Limits] = NO_OTHERS,
+    ) -> None:
+        self.keys, self.front_door, self.usage, self._models = keys, front_door, usage, frozenset(models)
+        self.limits, self._model_limits = limits, dict(model_limits)
+
+    def change(self, tenants: Sequence[TenantConfig], limits: Limits, model_limits: Mapping[str, Limits]) -> None:
+        """New tenants and limits, in force from the next request on."""
+        self.keys, self.limits, self._model_limits = Keyring(tenants), limits, dict(model_limits)
+
+    def limits_of(self, model: str | None) -> Limits:
+        """The limits of a model's requests; those of the application where it has none of its own."""
+        return self._model_limits.get(model or "", self.limits)
+
+    def share_with(self, ingresses: int) -> None:
+        """So many ingress replicas share the room and the limits of keys."""
+        self.front_door.ingresses = self.usage.ingresses = max(1, ingresses)
+
+    def turned_away(self, name: str | None) -> int:
+        """Requests for this model rejected here since the last call."""
+        model = self.model_of(name)
+        return self.front_door.take_turned_away(model) if model else 0
+
+    def model_of(self, name: str | None) -> str | None:
+        """The model that a request means, without an adapter's name; None if it is not served, or not said."""
+        if name is None:
+            return next(iter(self._models)) if len(self._models) == 1 else None
+        base = name.partition(":")[0]
+        return name if name in self._models else base if base in self._models else None
+
+
+def open_desk(
+    tenants: Sequence[TenantConfig], limits: Limits, model_limits: Mapping[str, Limits], reports: Reports,
+    models: Collection[str], clock: Callable[[], float] = time.monotonic,
+) -> Desk:
+    """A desk whose keys are in this process's environment."""
+    return Desk(Keyring(tenants), FrontDoor(reports, clock), KeyUsage(clock), models, limits, model_limits)
+
+
+class Gate:
+    """ASGI middleware. desk: what it knows, asked for at each request."""
+
+    def __init__(self, app: ASGIApp, desk: Callable[[], Desk]) -> None:
+        self._app, self._desk = app, desk
+        self._cors: tuple[tuple[str, ...], ASGIApp] = ((), self._pass)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Refuse the request, or hand it to the app with its body read."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        origins = self._desk().limits.cors_origins
+        if origins and get_route_path(scope).startswith("/v1/"):
+            if self._cors[0] != origins:
+                self._cors = origins, CORSMiddleware(
+                    self._pass, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+                )
+            await self._cors[1](scope, receive, send)
+        else:
+            await self._pass(scope, receive, send)
+
+    async def _pass(self, scope: Any, receive: Any, send: Any) -> None:
+        desk, path = self._desk(), get_route_path(scope)
+        try:
+            headers = dict(scope["headers"])
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > desk.limits.header_bytes:
+                raise Refusal(431, f"the headers are larger than {desk.limits.header_bytes} bytes", closes=True)
+            if path in _OPEN:
+                await self._app(scope, receive, send)
+            elif path == "/admin" or path.startswith("/admin/"):
+                await self._operator(desk, scope, headers, receive, send)
+            else:
+                await self._user(desk, _Visit(desk, path, scope, headers), receive, send)
+        except Refusal as refusal:
+            await refusal.send(send)
+        except Disconnected:
+            return
+
+    async def _operator(self, desk: Desk, scope: Any, headers: Mapping[bytes, bytes], receive: Any, send: Any) -> None:
+        desk.keys.require_operator(headers)
+        if scope["method"] in _WITH_BODY:
+            body = await read_body(headers, receive, desk.limits)
+            require_json(headers)
+            parse(body, desk.limits)
+            receive = replayed(body, receive)
+        await self._app(scope, receive, send)
+
+    async def _user(self, desk: Desk, visit: _Visit, receive: Any, send: Any) -> None:
+        holder = visit.identify()
+        if not visit.has_body:
+            await self._app(visit.scope, receive, send)
+            return
+        desk.usage.enter(holder.name, desk.limits.of_key(holder.name))
+        try:
+            await visit.serve(self._app, receive, send)
+        finally:
+            desk.usage.leave(holder.name)
+
+
+class _Visit:
+    """One request of a user."""
+
+    def __init__(self, desk: Desk, path: str, scope: Any, headers: Mapping[bytes, bytes]) -> None:
+        self._desk, self._path, self.scope, self._headers = desk, path, scope, headers
+        self._generates = path in GENERATING
+        self.has_body = scope["method"] in _WITH_BODY
+        self._request_id = headers.get(b"x-request-id", b"").decode("latin-1") or uuid.uuid4().hex
+        self._holder, self._tenant = Holder(ANONYMOUS), Tenant()
+        self._status = 0
+
+    def identify(self) -> Holder:
+        """Whose request it is; the endpoints find its tenant in `request.state`. 401 for an unknown key."""
+        self._holder = self._desk.keys.require_user(self._headers)
+        tenant = self._holder.tenant
+        self.scope.setdefault("state", {})["tenant"] = tenant
+        if tenant:
+            self._tenant = Tenant(tenant.name, tenant.weight)
+        return self._holder
+
+    async def serve(self, app: ASGIApp, receive: Any, send: Any) -> None:
+        """Check the body and what it asks for, and call the app; a place is taken from before to after."""
+        desk, holder = self._desk, self._holder.name
+        model = desk.model_of(None) if self._generates else None
+        if model is not None:
+            self._require_room(model, 1)  # before the body: with one model nothing of it needs to be known
+        body = await read_body(self._headers, receive, desk.limits)
+        asked, model = self._checked(body)
+        desk.usage.take(holder, desk.limits.of_key(holder), asked.tokens, self._request_id)
+        if model is None:
+            await app(self.scope, replayed(body, receive), send)
+            return
+        try:
+            self._require_room(model, asked.requests)
+        except Refusal:
+            desk.usage.give_back(holder, asked.tokens)
+            raise
+        desk.front_door.sent(model, asked.requests, self._tenant)
+        try:
+            await app(self.scope, replayed(body, receive), self._noting_status(send))
+        finally:
+            if self._status != HTTPStatus.TOO_MANY_REQUESTS:
+                desk.front_door.ended(model, asked.requests)
+
+    def _require_room(self, model: str, requests: int) -> None:
+        desk = self._desk
+        if not desk.limits_of(model).front_door:
+            return
+        rejection = desk.front_door.full(model, self._request_id, requests, self._tenant)
+        if rejection:
+            raise Refusal(429, rejection.text, retry_after_s=rejection.retry_after_s)
+
+    def _checked(self, body: bytes) -> tuple[Asked, str | None]:
+        """What the body asks for, and of which model if it generates."""
+        if self._path in _FORMS:
+            return Asked(), None
+        require_json(self._headers)
+        found = parse(body, self._desk.limits)
+        if not self._generates:
+            return Asked(), None
+        name = found.get("model")
+        model = self._desk.model_of(name if isinstance(name, str) else None)
+        return asked_for(found, self._desk.limits_of(model)), model
+
+    def _noting_status(self, send: Any) -> Any:
+        async def noting(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                self._status = message["status"]
+            await send(message)
+
+        return noting
+
+
+def replayed(body: bytes, receive: Any) -> Any:
+    """An ASGI `receive` that gives the body once more, and then what comes after it."""
+    given = False
+
+    async def replay() -> Any:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay

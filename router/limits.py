@@ -1,0 +1,65 @@
+"""What one request, and one API key, may ask for. No HTTP and no Ray.
+
+The defaults stop what can only be a mistake or an attack; rates are unlimited unless set. Each ingress replica counts
+for itself and allows an equal share of a key's limits, so that together they allow what is configured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MIB = 1024 * 1024
+_Count = Annotated[int, Field(ge=1)]
+_Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+
+
+class KeyLimits(BaseModel):
+    """Of one key; None: no limit.
+
+    concurrent_requests: requests under way at once. requests_per_minute; tokens_per_minute: prompt and output tokens,
+    counted when a request comes: token ids as they are, text by its length (four bytes a token), and `max_tokens` for
+    each choice.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    concurrent_requests: _Count | None = 1024
+    requests_per_minute: _Count | None = None
+    tokens_per_minute: _Count | None = None
+
+
+class Limits(KeyLimits):
+    """Of each request, and of each key: every tenant, the operator, and all requests without a key together.
+
+    choices: `n` times the number of prompts. max_tokens: of each choice. prompt_tokens: of prompts given as token ids
+    (text is bounded by body_bytes, and by the engine's max_model_len). body_bytes, header_bytes: as received.
+    json_depth: nested objects and arrays. body_s: seconds for the whole body; chunk_s: between two pieces of it.
+    keys: other limits for a tenant by its name, for "operator" or for "anonymous".
+    cors_origins: web origins whose pages may call /v1 from a browser; never /admin.
+    front_door: reject in the ingress while the queues of all replicas are full.
+
+    choices, max_tokens, prompt_tokens and front_door may differ by model; the others are those of the application.
+    """
+
+    choices: _Count = 16
+    max_tokens: _Count | None = None
+    prompt_tokens: _Count | None = None
+    body_bytes: _Count = 8 * MIB
+    header_bytes: _Count = 32 * 1024
+    json_depth: Annotated[int, Field(ge=1, le=190)] = 64
+    body_s: _Seconds = 60.0
+    chunk_s: _Seconds = 10.0
+    keys: Mapping[str, KeyLimits] = Field(default_factory=dict)
+    cors_origins: tuple[str, ...] = ()
+    front_door: bool = True
+
+    def of_key(self, holder: str) -> KeyLimits:
+        """The limits of one key, by its holder's name."""
+        return self.keys.get(holder, self)
+
+
+DEFAULT_LIMITS = Limits()
+NO_OTHERS: Mapping[str, Limits] = {}
