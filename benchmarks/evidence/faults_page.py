@@ -24,9 +24,10 @@ HEAD = (
 SLOPES = ("process", "minutes", "mean MiB", "MiB per hour", "low", "high")
 INTRODUCTION = """\
 Made by `make faults`: SmolLM2-135M-Instruct on vLLM's CPU engine, two replicas, {cores} cores shared by client, HTTP
-and engines; `ray.serve.llm` with the same engines and replicas beside Headrace. 1 is {capacity_rps:g} requests/s,
-what two replicas of Headrace completed while far more was offered. Requests of `0.5:p16d16+0.5:p32d32`, evenly spaced,
-open loop; each asks for an exact number of tokens, so that every output that is cut is seen. One fault after 20 s.
+and engines; `ray.serve.llm` with the same engines and replicas beside Headrace. 1 stands for {capacity_rps:g}
+requests/s; if not given, it is what two replicas of Headrace complete while far more is offered. Requests of
+`0.5:p16d16+0.5:p32d32`, evenly spaced, open loop; each asks for an exact number of tokens, so that every output that is
+cut is seen. One fault after 20 s.
 
 In flight: sent before the fault and not ended; of them, finished with all tokens, and the rest by what the client
 got. Errors: an HTTP error or an error event in the stream. Silently cut: looks complete and is not. Hung: nothing

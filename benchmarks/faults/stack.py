@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import getpass
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -109,10 +111,7 @@ class Stack:
             stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=self._environment(),
         )
         self._family = Family(self._nodes.pid)
-        self.settings = Settings(
-            replicas=self.settings.replicas, max_num_seqs=self.settings.max_num_seqs, cpus=2.0,
-            address=self._said("address"),
-        )
+        self.settings = dataclasses.replace(self.settings, address=self._said("address"))
 
     def _said(self, word: str) -> str:
         assert self._nodes and self._nodes.stdout
@@ -229,6 +228,7 @@ class Stack:
             self._remove_files()
             return Leftovers(None)
         self.note_shared_memory()
+        self._keep_logs()
         members = self.family.refresh()
         for member in members:  # a stopped process would not take a signal
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -249,9 +249,15 @@ class Stack:
         self._remove_files()
         return left
 
-    def _remove_files(self) -> None:
-        import shutil
+    def _keep_logs(self) -> None:
+        """Copy the logs of Serve and its replicas, which go with the temporary folder."""
+        kept = self._work / f"{self.kind}-serve"
+        shutil.rmtree(kept, ignore_errors=True)
+        for folder in self.temporary.glob("**/session_latest/logs/serve"):
+            with contextlib.suppress(shutil.Error, OSError):  # files that are being written or turned over
+                shutil.copytree(folder, kept, dirs_exist_ok=True)
 
+    def _remove_files(self) -> None:
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 

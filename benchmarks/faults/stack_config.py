@@ -20,15 +20,13 @@ FAULTY_SCHEDULER = "benchmarks.faults.faulty_engine.FaultyChannelScheduler"
 class Settings:
     """What differs from one start, or one redeploy, to another.
 
-    address: of the Ray cluster to join; "local" starts one. cpus: logical cores that a replica reserves; with 2 of a
-    node's 3, a node holds one replica. max_num_seqs: the engine setting that a rolling redeploy changes.
-    faulty_channel: engines whose channel misbehaves when told to.
+    address: of the Ray cluster to join; "local" starts one. max_num_seqs: the engine setting that a rolling redeploy
+    changes. faulty_channel: engines whose channel misbehaves when told to.
     """
 
     replicas: int = 2
     max_num_seqs: int = 64
     address: str = "local"
-    cpus: float = 1.0
     faulty_channel: bool = False
 
 
@@ -42,7 +40,7 @@ def configuration(settings: Settings, port: int) -> dict[str, Any]:
     (model,) = args["llm_configs"]
     source = model["model_loading_config"]["model_source"]
     model["model_loading_config"]["model_source"] = str((ROOT / source).resolve())
-    model["deployment_config"] = {"num_replicas": settings.replicas, "ray_actor_options": {"num_cpus": settings.cpus}}
+    model["deployment_config"] = {"num_replicas": settings.replicas}
     model["engine_kwargs"]["max_num_seqs"] = settings.max_num_seqs
     ours = args["headrace"]
     ours["targets"] = {"ttft_s": TARGETS.ttft_s, "tpot_s": TARGETS.tpot_s}

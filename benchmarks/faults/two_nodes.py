@@ -3,7 +3,8 @@
     python -m benchmarks.faults.two_nodes
 
 Prints `address HOST:PORT` when the head runs. Each line `add` on its input starts a worker node and prints `added`.
-The head has room for the ingress and one replica, a worker node for one replica (`stack_config.Settings.cpus` = 2).
+A replica takes two logical cores, one for its actor and one for its engine, an ingress one: each node has room for one
+of both.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-HEAD_CPUS, NODE_CPUS = 3, 2
+HEAD_CPUS = NODE_CPUS = 3
 _STORE_BYTES = 100 << 20
 
 

@@ -596,3 +596,17 @@ def test_plain_http_errors_speak_openai_too() -> None:
         answer = client.get(path)
         assert answer.status_code == 404
         assert answer.json()["error"]["message"] == message
+
+
+# router/http_app.py, router/errors.py, router/ingress.py
+
+
+def test_what_the_http_app_takes_from_rays_ingress() -> None:
+    middleware = name_in("ray.llm._internal.serve.core.ingress.middleware", "SetRequestIdMiddleware")
+    assert list(parameters(middleware)) == ["app"]
+    metrics = "ray.llm._internal.serve.observability.metrics.fast_api_metrics"
+    assert callable(name_in(metrics, "metrics_lifespan")) and callable(name_in(metrics, "add_http_metrics_middleware"))
+    errors = name_in("ray.llm._internal.common.errors", "VLLM_CLIENT_ERRORS")
+    assert errors and all(issubclass(error, Exception) for error in errors)
+    ingress = name_in("ray.serve.llm.ingress", "OpenAiIngress")({}, {})
+    assert ingress._model_cards == {}
