@@ -9,7 +9,7 @@ export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config g
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[cpu,model,dev]' \
 	--constraints constraints-cpu.txt
 
-.PHONY: serve check test install lint types fast tests faults soak clean
+.PHONY: serve check test e2e install lint types fast tests faults soak clean
 
 serve: install
 	@$(BIN)/headrace up $(CONFIG)
@@ -42,7 +42,11 @@ fast: install
 	$(BIN)/pytest --fast --numprocesses 2
 
 tests: install
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not long"
+
+# What `make test` has no time for: faults, drains, live changes, several models, overload at the front door.
+e2e: install
+	$(BIN)/pytest -m long tests/e2e
 
 # The whole table of docs/evidence/faults.md, hours; what is in runs/faults already is not run again.
 faults: install

@@ -202,7 +202,8 @@ def channel_ms(engine: Engine, questions: int = 100) -> dict[str, float]:
     """From an offer of thresholds to the acknowledgement that they are active, while the engine steps."""
     endpoint, done = new_endpoint(), threading.Event()
     server = ChannelServer(
-        endpoint, engine.scheduler.active.offer, engine.scheduler.telemetry, engine.scheduler.stats
+        endpoint, engine.scheduler.active.offer, engine.scheduler.telemetry, engine.scheduler.stats,
+        engine.scheduler.in_force.configure, engine.scheduler.drain.ask,
     )
     times: list[float] = []
 

@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from cluster.llm_entry import WITHOUT_ENGINE, LLMEntry
+from cluster.ray_environment import prepare
 from cluster.settings import PROFILE_MISSING, HeadraceSettings, ModelSettings, Strict, overridden
 from scheduler.config_errors import Complaint, UsageError, complaints, describe, described
 from scheduler.model.profiles import load_profile
@@ -182,6 +183,9 @@ def load_config(path: Path, *, with_engine: bool = True) -> ClusterConfig:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is empty or not a mapping; see configs/local.yaml for an example")
+    if with_engine:  # the check imports Ray
+        ray = data.get("ray")
+        prepare(local=not isinstance(ray, dict) or ray.get("address", "local") == "local")
     try:
         return ClusterConfig.model_validate(data, context=None if with_engine else WITHOUT_ENGINE)
     except ValidationError as error:

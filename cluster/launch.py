@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import shlex
 import signal
 import socket
@@ -23,6 +22,7 @@ from cluster.config import ClusterConfig, ConfigError
 from cluster.joining import is_refusal, use_the_user_s_token, why_not_joined
 from cluster.keys import require_key_beyond_loopback
 from cluster.model import BUNDLED_MODEL_NAME, is_prepared, prepare_bundled_model
+from cluster.ray_environment import prepare
 from cluster.run_folder import RunFolder, clear_stale, folder_for, running_note
 from cluster.shutdown import finish_requests, stop_local_ray
 
@@ -111,11 +111,10 @@ class Launcher:
                 f"port {options.port} on {options.host} is taken by a program that is none of ours; stop it, "
                 "or set http_options.port in the configuration"
             )
-        if self._config.ray.address == "local":
-            _bind_ray_to_localhost()
+        prepare(local=self._config.ray.address == "local")
         if self._folder is not None:
             self._folder.hold_temporary_files()
-        _quieten()
+        logging.disable(logging.WARNING)  # in this process; replicas and engines write their own files
         import ray
         from ray import serve
 
@@ -266,22 +265,6 @@ def _our_code(root: Path) -> dict[str, Any]:
         return {}
     # The packages alone: Serve restarts everything when the folder's content changes, such as a configuration in it.
     return {"working_dir": str(root), "excludes": ["/*", *(f"!/{name}" for name in _PACKAGES), "__pycache__"]}
-
-
-def _bind_ray_to_localhost() -> None:
-    # Ray's own switch for machines that are no cluster (its default on macOS and Windows): all of its services then
-    # listen on 127.0.0.1. Read when ray is imported.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-
-
-def _quieten() -> None:
-    """Silence the libraries' logs on the terminal; they are in Ray's session folder."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.disable(logging.WARNING)  # in this process; replicas and engines write their own files
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-    # A hook that only sets up logging, and makes every idle Ray worker import vLLM for it.
-    os.environ.setdefault("RAYLLM_ENABLE_WORKER_PROCESS_SETUP_HOOK", "0")
 
 
 def _progress_line(application: Any) -> str:

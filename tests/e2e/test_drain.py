@@ -17,7 +17,7 @@ from cluster_process import MODEL, ClusterProcess, until
 
 from cluster.model import prepare_bundled_model
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.long]
 SHARED_MEMORY = Path("/dev/shm")
 
 

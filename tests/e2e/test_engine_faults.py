@@ -158,18 +158,22 @@ def check(asked: list[Asked], at_s: float) -> None:
     assert all("failed" in one.error for one in cut), cut
 
 
-@pytest.mark.parametrize("of", [engine_core, engine_worker], ids=["core", "worker"])
+@pytest.mark.parametrize(
+    "of", [engine_core, pytest.param(engine_worker, marks=pytest.mark.long)], ids=["core", "worker"]
+)
 def test_a_killed_engine(cluster: ClusterProcess, of: Callable[[psutil.Process], psutil.Process]) -> None:
     asked, at_s, gone_s = fault(cluster, of, signal.SIGKILL)
     check(asked, at_s)
     assert gone_s - at_s < 5
 
 
+@pytest.mark.long
 def test_a_killed_replica(cluster: ClusterProcess) -> None:
     asked, at_s, _ = fault(cluster, lambda replica: replica, signal.SIGKILL)
     check(asked, at_s)
 
 
+@pytest.mark.long
 def test_a_frozen_engine(cluster: ClusterProcess) -> None:
     asked, at_s, gone_s = fault(cluster, engine_core, signal.SIGSTOP)
     check(asked, at_s)

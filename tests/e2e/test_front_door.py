@@ -17,7 +17,7 @@ from cluster_process import MODEL, ClusterProcess, until
 
 from cluster.model import prepare_bundled_model
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.long]
 MODEL_ID, KEY = "smollm2-135m", "sk-operator-of-the-front-door"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HEADERS = {"authorization": f"Bearer {KEY}"}

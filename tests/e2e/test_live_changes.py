@@ -16,6 +16,7 @@ import pytest
 import yaml
 from cluster_process import CHECKOUT, HEADRACE, ClusterProcess, merge, until
 
+pytestmark = [pytest.mark.timeout(900), pytest.mark.long]
 FIRST = {"ttft_s": 60.0, "tpot_s": 20.0}
 IN_FORCE_S = 2.0
 

@@ -13,7 +13,7 @@ from lora_adapters import RANK, write_adapter
 
 from cluster.model import prepare_bundled_model
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.long]
 TUNED, PLAIN = "smollm2-135m", "second"
 ADAPTERS = [f"{TUNED}:north", f"{TUNED}:south"]
 PROMPT = "The capital of France is"
