@@ -394,7 +394,5 @@ HEALTH_ENDPOINTS = {
 
 
 def _error(status_code: int, message: str, results: dict[str, Any] | None = None) -> JSONResponse:
-    body: dict[str, Any] = error_body(status_code, shortened(message, _LONGEST_ERROR))
-    if results is not None:
-        body["replicas"] = results
-    return JSONResponse(body, status_code=status_code)
+    body = error_body(status_code, shortened(message, _LONGEST_ERROR))
+    return JSONResponse(body if results is None else body | {"replicas": results}, status_code=status_code)
