@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -26,7 +26,6 @@ from ray.actor import ActorHandle
 from cluster.event_log import Event, EventLog
 from cluster.pins import Pin, Pins
 from cluster.settings import ModelSettings
-from cluster.shown import shown_of
 from replicas.actor_calls import ReplicaUnavailable
 from replicas.cluster_store import ClusterStore
 from replicas.questions import ask_telemetry, offer_thresholds
@@ -34,11 +33,12 @@ from replicas.ranks import EngineAddress, ServedModel
 from replicas.served import engines_of
 from replicas.store import Store
 from scheduler.messages import Telemetry
+from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.profiles import load_profile
 from scheduler.settings import LiveSettings
-from scheduler.thresholds import InvalidThresholds, Thresholds, thresholds_as_dict
-from scheduler.tuning.next_push import next_push
-from scheduler.tuning.replica_model import Proposal, ReplicaModel
+from scheduler.thresholds import InvalidThresholds, thresholds_as_dict
+from scheduler.tuning.engine_tuner import Change, EngineTuner
+from scheduler.tuning.replica_model import Proposal
 from scheduler.wire import UnreadableMessage
 
 NAMESPACE = "headrace"
@@ -53,50 +53,38 @@ class TunedModel:
     served: ServedModel
     settings: ModelSettings
 
-    def new_replica_model(self) -> ReplicaModel:
-        """What is known of a replica before it has reported anything."""
-        time_model = load_profile(self.settings.controller.profile).time_model
-        return ReplicaModel(self.settings.tuning(), time_model, self.settings.thresholds)
+    @property
+    def time_model(self) -> IterationTimeModel:
+        """The profile's."""
+        return load_profile(self.settings.controller.profile).time_model
 
-    def as_reported(self, telemetry: Telemetry) -> TunedModel:
-        """The same, with the settings that an engine says are in force there."""
-        if telemetry.settings is None:
-            return self
-        engine = LiveSettings.model_validate(telemetry.settings, extra="ignore")  # a later release may say more
-        controller = self.settings.controller.model_copy(update={"overflow_probability": engine.overflow_probability})
-        of_engine = {"targets": engine.targets, "thresholds": engine.thresholds, "controller": controller}
-        return replace(self, settings=self.settings.model_copy(update=of_engine))
+    def new_tuner(self) -> EngineTuner:
+        """What is known of a replica before it has reported anything."""
+        return EngineTuner(self.settings.tuning(), self.time_model, self.settings.thresholds)
 
 
 @dataclass(slots=True)
 class _Replica:
-    """One engine: its address, what it serves, its model of the replica, `cursor` (records read so far), `shown`, its
-    entry in `state`, and when it is due (monotonic seconds)."""
+    """One engine: its address, what it serves, its tuner, and when it is due (monotonic seconds)."""
 
     engine: EngineAddress
     tuned: TunedModel
-    model: ReplicaModel
-    cursor: int = 0
-    shown: dict[str, Any] = field(default_factory=dict)
-    pushed_at_s: float = 0.0
+    tuner: EngineTuner
     due_s: float = float("-inf")
-    note: str = ""
+
+    def follow(self, tuned: TunedModel) -> None:
+        """Tune by these settings from the next report on."""
+        self.tuned, self.tuner.profiled = tuned, tuned.time_model
 
     def learn(self, telemetry: Telemetry) -> Proposal:
-        """Update the model from a report and solve; blocking, so not on an event loop. A model that raises on a report
-        is replaced by a new one, which continues after that report, so bad records are not read twice."""
-        tuned = self.tuned.as_reported(telemetry)
-        self.model.follow(tuned.settings.tuning(), tuned.settings.thresholds)
-        try:
-            self.model.observe(telemetry)
-        except Exception:
-            self.model = self.tuned.new_replica_model()
-            raise
-        finally:
-            self.cursor = telemetry.cursor
-        proposal = self.model.propose()
-        self.shown = shown_of(tuned.settings.targets, self.model, proposal)
-        return proposal
+        """Update the model from a report, by the settings that the engine says are in force there, and solve; blocking,
+        so not on an event loop."""
+        tuning, configured = self.tuned.settings.tuning(), self.tuned.settings.thresholds
+        if telemetry.settings is not None:
+            engine = LiveSettings.reported(telemetry.settings)
+            tuning, configured = engine.tuning(tuning), engine.thresholds
+        self.tuner.follow(tuning, configured)
+        return self.tuner.learn(telemetry)
 
 
 class ControlLoop:
@@ -118,7 +106,7 @@ class ControlLoop:
         self._models = {name: model for name, model in models.items() if model.settings.controller.enabled}
         self._served = {name: model.served for name, model in self._models.items()}
         for entry in self._replicas.values():
-            entry.tuned = self._models.get(entry.engine.deployment, entry.tuned)
+            entry.follow(self._models.get(entry.engine.deployment, entry.tuned))
         self.hurry()
 
     def hurry(self) -> None:
@@ -171,50 +159,38 @@ class ControlLoop:
 
     def _new_replica(self, engine: EngineAddress) -> _Replica:
         tuned = self._models[engine.deployment]
-        model = tuned.new_replica_model()
-        return _Replica(engine, tuned, model, shown=shown_of(tuned.settings.targets, model, None))
+        return _Replica(engine, tuned, tuned.new_tuner())
 
     async def _tune_alone(self, name: str, engine: EngineAddress, entry: _Replica, solving: asyncio.Lock) -> None:
         try:
             await self._tune(name, engine, entry, solving)
         except ReplicaUnavailable as error:
-            entry.note = str(error)
+            entry.tuner.note = str(error)
         except UnreadableMessage as error:  # another release, during an upgrade: the replica keeps its thresholds
             note = f"not tuned: {error}"
-            if note != entry.note:
+            if note != entry.tuner.note:
                 logger.warning("replica %s is %s", name, note)
-            entry.note = note
+            entry.tuner.note = note
         except Exception as error:
             note = f"not tuned: {error!r}"
-            if note != entry.note:  # log a repeated failure once
+            if note != entry.tuner.note:  # log a repeated failure once
                 logger.exception("replica %s is not tuned", name)
-            entry.note = note
+            entry.tuner.note = note
 
     async def _tune(self, name: str, engine: EngineAddress, entry: _Replica, solving: asyncio.Lock) -> None:
-        telemetry = await ask_telemetry(engine, entry.cursor)
+        telemetry = await ask_telemetry(engine, entry.tuner.cursor)
         async with solving:
             proposal = await asyncio.to_thread(entry.learn, telemetry)
         if (pin := self._pins.missing(name, engine.model_id, telemetry.thresholds)) is not None:
             await self._give(name, engine, entry, telemetry, pin)
             return
-        push = next_push(
-            telemetry, proposal, pushed_s_ago=time.monotonic() - entry.pushed_at_s,
-            validity_s=entry.tuned.settings.controller.validity_s,
-        )
+        push = entry.tuner.next_push(telemetry, proposal, time.monotonic())
         if push.thresholds is None:
-            entry.note = push.reason
-        else:
-            await self._push(name, engine, entry, telemetry.thresholds, push.thresholds, push.changed)
-
-    async def _push(
-        self, name: str, engine: EngineAddress, entry: _Replica, old: Thresholds, new: Thresholds, changed: bool
-    ) -> None:
-        ack = await offer_thresholds(engine, new, automatic=True)
-        entry.note = new.reason if ack.accepted else f"rejected: {ack.reason}"
-        if ack.accepted:
-            entry.pushed_at_s = time.monotonic()
-        if changed or not ack.accepted:
-            await self._note(self._pushed(name, engine, old, new, accepted=ack.accepted, reason=entry.note))
+            return
+        ack = await offer_thresholds(engine, push.thresholds, automatic=True)
+        change = entry.tuner.answered(telemetry.thresholds, push, ack, time.monotonic())
+        if change is not None:
+            await self._note(self._pushed(name, engine, change))
 
     async def _give(self, name: str, engine: EngineAddress, entry: _Replica, telemetry: Telemetry, pin: Pin) -> None:
         """Offer an engine the pin of its model, which it lacks."""
@@ -222,15 +198,15 @@ class ControlLoop:
         try:
             new = pin.values(time.time()).with_version(old.version + 1)
         except InvalidThresholds as error:
-            entry.note = f"the pin of {engine.model_id} cannot be given: {error}"
+            entry.tuner.note = f"the pin of {engine.model_id} cannot be given: {error}"
             return
         ack = await offer_thresholds(engine, new, automatic=False)
         if ack.accepted:
-            entry.note = f"pinned by an operator at version {new.version}"
+            entry.tuner.note = f"pinned by an operator at version {new.version}"
             await self._in_store(self._pins.given, name, engine.model_id)
         else:
-            entry.note = f"the pin of {engine.model_id} was rejected: {ack.reason}"
-        event = self._pushed(name, engine, old, new, accepted=ack.accepted, reason=entry.note)
+            entry.tuner.note = f"the pin of {engine.model_id} was rejected: {ack.reason}"
+        event = self._pushed(name, engine, Change(old, new, ack.accepted, entry.tuner.note))
         await self._note(replace(event, kind="pin", by=pin.by, key=pin.key))
 
     async def pin(self, pin: Pin, models: Sequence[str], engines: Sequence[str]) -> None:
@@ -260,12 +236,11 @@ class ControlLoop:
     async def _note(self, event: Event) -> None:
         await self._in_store(self.events.add, event)
 
-    def _pushed(
-        self, name: str, engine: EngineAddress, old: Thresholds, new: Thresholds, *, accepted: bool, reason: str
-    ) -> Event:
+    def _pushed(self, name: str, engine: EngineAddress, change: Change) -> Event:
+        old, new = change.old, change.new
         return Event(
             at_unix_s=time.time(), replica=name, model=engine.model_id, old_version=old.version,
-            new_version=new.version, accepted=accepted, reason=reason, old=thresholds_as_dict(old),
+            new_version=new.version, accepted=change.accepted, reason=change.reason, old=thresholds_as_dict(old),
             new=thresholds_as_dict(new),
         )
 
@@ -280,7 +255,7 @@ class ControlLoop:
 
     def _entry(self, name: str, entry: _Replica) -> dict[str, Any]:
         pin = self._pins.of(name, entry.engine.model_id)
-        return entry.shown | {"decision": entry.note, "pin": pin.shown if pin else None}
+        return entry.tuner.shown | {"decision": entry.tuner.note, "pin": pin.shown if pin else None}
 
 
 class ControllerActor:

@@ -22,7 +22,8 @@ from pydantic import (
 
 from router.limits import Limits
 from router.tenants import TenantConfig
-from scheduler.model.profiles import load_profile, profile_names
+from scheduler.model.profiles import profile_names
+from scheduler.settings import ControllerSettings
 from scheduler.thresholds import Thresholds, parse_thresholds
 from scheduler.tuning.settings import TuningSettings
 from scheduler.tuning.slo import NO_SLO, Slo
@@ -34,7 +35,6 @@ PROFILE_MISSING = (
     "python benchmarks/measure_law.py --model MODEL --name NAME"
 )
 LONGEST_DRAIN_S = 86_400.0
-_TUNING = TuningSettings()
 
 
 class Strict(BaseModel):
@@ -43,27 +43,14 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ControllerConfig(Strict):
-    """The central controller. period_s: seconds between two control cycles; profile: the iteration-time model to start
-    from, by a preset's name or a JSON file's path; required, since it must fit the model and the device.
-    min_finished: finished requests before a replica's thresholds are changed; window_s: seconds of arrivals that count;
-    validity_s: seconds that pushed thresholds stay active without the controller; overflow_probability: accepted
-    probability that memory overflows or that a request misses its TPOT target."""
-
-    enabled: bool = True
-    period_s: float = Field(default=5.0, gt=0, le=3600, allow_inf_nan=False)
-    profile: str = ""
-    min_finished: int = Field(default=_TUNING.min_finished, ge=1)
-    window_s: float = Field(default=_TUNING.window_s, gt=0, allow_inf_nan=False)
-    validity_s: float = Field(default=_TUNING.validity_s, gt=0, allow_inf_nan=False)
-    overflow_probability: float = Field(default=_TUNING.overflow_probability, gt=0, lt=1)
+class ControllerConfig(ControllerSettings):
+    """The central controller: see `ControllerSettings`; its profile is required."""
 
     @field_validator("profile")
     @classmethod
-    def _profile_exists(cls, name: str) -> str:
+    def _profile_named(cls, name: str) -> str:
         if not name:
             raise ValueError(PROFILE_MISSING)
-        load_profile(name)
         return name
 
 
@@ -114,12 +101,7 @@ class ModelSettings(Strict):
 
     def tuning(self) -> TuningSettings:
         """How the controller tunes a replica of this model."""
-        controller = self.controller
-        return TuningSettings(
-            window_s=controller.window_s, min_finished=controller.min_finished,
-            overflow_probability=controller.overflow_probability, validity_s=controller.validity_s,
-            targets=self.targets,
-        )
+        return self.controller.settings(self.targets)
 
 
 class HeadraceSettings(ModelSettings):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cluster.app import build
+    from scheduler.alone.middleware import RejectionMiddleware
     from scheduler.engine.channel import ChannelClient
     from scheduler.fluid_params import FluidParams
     from scheduler.model.iteration_time import IterationTimeModel
@@ -29,6 +30,7 @@ __all__ = [
     "HeadraceScheduler",
     "IterationTimeModel",
     "Policy",
+    "RejectionMiddleware",
     "Slo",
     "Snapshot",
     "Thresholds",
@@ -45,6 +47,7 @@ _MODULE_OF = {
     "HeadraceScheduler": "scheduler.vllm_scheduler",
     "IterationTimeModel": "scheduler.model.iteration_time",
     "Policy": "scheduler.policies",
+    "RejectionMiddleware": "scheduler.alone.middleware",
     "Slo": "scheduler.tuning.slo",
     "Snapshot": "scheduler.policies",
     "Thresholds": "scheduler.thresholds",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -117,19 +117,3 @@ def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception)
         )
     pinned = True if update.pin is None else update.pin
     return replace(wanted, pinned=pinned, reason=update.reason or wanted.reason or "set by an operator")
-
-
-def telemetry_as_dict(report: Telemetry) -> dict[str, Any]:
-    """One replica's own part of `/admin/state`: JSON-ready, without the records."""
-    gauges, limits = asdict(report.gauges), asdict(report.limits)
-    return {
-        "engine_id": report.engine_id,
-        "thresholds": thresholds_as_dict(report.thresholds),
-        "from_config": report.from_config,
-        "settings": report.settings,
-        **gauges,
-        "kv_used_fraction": report.kv_used_fraction,
-        "limits": limits,
-        "counters": asdict(report.counters) | {"in_flight": report.counters.in_flight},
-        "preemptions": report.counters.preemptions,
-    }

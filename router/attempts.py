@@ -26,8 +26,8 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from replicas.engine_health import RECALLED, REPLICA_FAILED
 from router.errors import Unavailable, failed_request
-from router.refusal import error_body
 from router.rotation import ROTATION, Rotation, Trail
+from scheduler.openai_error import error_body
 
 MAX_WAIT_S = 600.0
 _MOST_FAILURES = 2

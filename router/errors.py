@@ -17,7 +17,8 @@ from ray.llm._internal.common.errors import VLLM_CLIENT_ERRORS
 from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 from starlette.exceptions import HTTPException
 
-from router.refusal import error_body, shortened
+from router.refusal import shortened
+from scheduler.openai_error import error_body
 from scheduler.rejection import Rejection
 
 _FAILED = "the server failed on this request"

@@ -42,7 +42,7 @@ from replicas.ranks import EngineAddress, ServedModel
 from replicas.ray_patches import listen_where_the_node_does, take_adapters_from_folders
 from replicas.served import engines_of
 from router.adapters import exists
-from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
+from router.admin import AdminError, ThresholdsUpdate, plan_update
 from router.attempts import MAX_WAIT_S, Attempts, ending_at_an_error
 from router.auth import ANONYMOUS, OPERATOR
 from router.authors import author
@@ -52,10 +52,11 @@ from router.in_flight import InFlight
 from router.limits import DEFAULT_LIMITS, NO_OTHERS, Limits
 from router.live_settings import Judge, SettingsOffice, SettingsUpdate, changes, settings_event
 from router.pins import NOT_KEPT, KeptPin, kept_pins
-from router.refusal import error_body, shortened
+from router.refusal import shortened
 from router.replica_watch import ReplicaWatch, readiness
 from router.tenants import TenantConfig, sign
 from scheduler.messages import Ack, Telemetry
+from scheduler.openai_error import error_body
 from scheduler.thresholds import Thresholds, thresholds_as_dict
 from scheduler.wire import UnreadableMessage
 
@@ -210,7 +211,7 @@ class HeadraceIngress(OpenAiIngress):
             if isinstance(report, Telemetry):
                 unknown: dict[str, Any] = dict.fromkeys(("time_model", "fluid", "forecast"))
                 empty = unknown | {"decision": controller.get("reason", "not seen yet")}
-                replicas[name] |= telemetry_as_dict(report) | known.get(name, empty)
+                replicas[name] |= report.shown() | known.get(name, empty)
             else:
                 age_s = latest[name].age_s if name in latest else None
                 replicas[name] |= {"reason": str(report), "last_answer_age_s": age_s}
@@ -393,7 +394,5 @@ HEALTH_ENDPOINTS = {
 
 
 def _error(status_code: int, message: str, results: dict[str, Any] | None = None) -> JSONResponse:
-    body: dict[str, Any] = error_body(status_code, shortened(message, _LONGEST_ERROR))
-    if results is not None:
-        body["replicas"] = results
-    return JSONResponse(body, status_code=status_code)
+    body = error_body(status_code, shortened(message, _LONGEST_ERROR))
+    return JSONResponse(body if results is None else body | {"replicas": results}, status_code=status_code)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+from scheduler.openai_error import error_body
+
 LONGEST_MESSAGE = 200
 """Characters of a message that may repeat a client's input."""
 
@@ -33,14 +35,6 @@ class Refusal(Exception):
             headers.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
-
-
-def error_body(status_code: int, message: str) -> dict[str, dict[str, object]]:
-    """The body of an error as OpenAI clients read it."""
-    kind = "invalid_request_error" if status_code < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
-    if status_code == HTTPStatus.TOO_MANY_REQUESTS:
-        kind = "rate_limit_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": status_code}}
 
 
 def shortened(text: str, longest: int = LONGEST_MESSAGE) -> str:

@@ -7,14 +7,14 @@ ever compared.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import repeat
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-from scheduler.thresholds import EngineLimits, Thresholds
+from scheduler.thresholds import EngineLimits, Thresholds, thresholds_as_dict
 
 SCHEMA = 1
 """The version of the messages' keys; what raises it is in `scheduler.wire`."""
@@ -198,6 +198,21 @@ class Telemetry:
     def kv_used_fraction(self) -> float:
         """Share of the KV cache in use, from 0 to 1."""
         return self.gauges.kv_used_tokens / self.limits.kv_capacity_tokens
+
+    def shown(self) -> dict[str, Any]:
+        """The engine's own part of a state that people and programs read: JSON-ready, without the records."""
+        return {
+            "engine_id": self.engine_id,
+            "thresholds": thresholds_as_dict(self.thresholds),
+            "from_config": self.from_config,
+            "draining": self.draining,
+            "settings": self.settings,
+            **asdict(self.gauges),
+            "kv_used_fraction": self.kv_used_fraction,
+            "limits": asdict(self.limits),
+            "counters": asdict(self.counters) | {"in_flight": self.counters.in_flight},
+            "preemptions": self.counters.preemptions,
+        }
 
 
 class Room(NamedTuple):

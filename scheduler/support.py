@@ -33,7 +33,7 @@ class EngineSetup:
     controller: bool = True
 
     @classmethod
-    def from_vllm_config(cls, config: Any, targets: Slo) -> EngineSetup:
+    def from_vllm_config(cls, config: Any, targets: Slo, *, controller: bool = True) -> EngineSetup:
         """The setup of an engine that is about to start. Source: vLLM's VllmConfig.
 
         The placement of other data-parallel ranks is not checked here: only a replica has to reach all of them.
@@ -41,7 +41,7 @@ class EngineSetup:
         return cls(
             speculative_decoding=config.num_speculative_tokens > 0,
             kv_transfer=config.kv_transfer_config is not None,
-            targets=targets,
+            targets=targets, controller=controller,
         )
 
     @classmethod

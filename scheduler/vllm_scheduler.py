@@ -1,7 +1,7 @@
 """`HeadraceScheduler`: vLLM's V1 scheduler with an admission policy. Usable alone, without Ray.
 
-    vllm serve MODEL --scheduler-cls headrace.HeadraceScheduler \\
-        --additional-config '{"headrace": {"thresholds": {"policy": "wait", "types": [{"name": "all", "n": 8}]}}}'
+    vllm serve MODEL --scheduler-cls headrace.HeadraceScheduler --middleware headrace.RejectionMiddleware \\
+        --additional-config '{"headrace": {"targets": {"ttft_s": 3, "tpot_s": 0.08}}}'
 
 Preemption, prefix cache, chunked prefill, LoRA, structured output, priorities and aborts stay vLLM's. This class only
 decides which waiting requests vLLM sees, which running requests pause for an iteration (`sit_out`), and the iteration's
@@ -26,9 +26,10 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
+from scheduler.alone.keeper import EngineControl
 from scheduler.engine.active_thresholds import Active
 from scheduler.engine.admission_queue import AdmissionQueue
-from scheduler.engine.channel import ChannelServer, engine_id, rank_endpoint
+from scheduler.engine.channel import ChannelServer, engine_id
 from scheduler.engine.client_input import declared_lengths, tenant_of, turned_away
 from scheduler.engine.drain import DrainRule
 from scheduler.engine.fair_queue import DEFAULT_TENANT
@@ -75,7 +76,7 @@ class HeadraceScheduler(AsyncScheduler):
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         settings = SchedulerSettings.from_additional_config(vllm_config.additional_config)
-        setup = EngineSetup.from_vllm_config(vllm_config, settings.targets)
+        setup = EngineSetup.from_vllm_config(vllm_config, settings.targets, controller=settings.is_tuned_somewhere)
         require_supported(setup, settings.thresholds)  # before anything starts
         super().__init__(vllm_config, *args, **kwargs)
         self._depth = pipeline_depth(vllm_config)
@@ -97,8 +98,7 @@ class HeadraceScheduler(AsyncScheduler):
         )
         self.waiting = self.admission_queue
         self._held = HeldRequests(self)
-        self._most_running = self.max_num_running_reqs
-        self._most_tokens = self.max_num_scheduled_tokens
+        self._most_running, self._most_tokens = self.max_num_running_reqs, self.max_num_scheduled_tokens
         self._engines_chunk: int = self.scheduler_config.long_prefill_token_threshold  # 0: none
         # A prompt longer than the budget would never run where prompts are not computed in chunks.
         self._budget_can_split = self.scheduler_config.enable_chunked_prefill
@@ -109,12 +109,13 @@ class HeadraceScheduler(AsyncScheduler):
         self._room = QueueRoom()
         self._pause_none = False
         self._channel: ChannelServer | None = None
-        if settings.channel:
-            endpoint = rank_endpoint(settings.channel, vllm_config.parallel_config.data_parallel_index)
+        self._control = EngineControl(settings, vllm_config.parallel_config.data_parallel_index)
+        if endpoint := self._control.endpoint:
             self._channel = ChannelServer(
                 endpoint, self.active.offer, self.telemetry, self.stats, self.in_force.configure, self.drain.ask
             )
             logger.info("Headrace: control channel open, policy %s", settings.thresholds.policy)
+            self._control.start()
 
     def make_policy(self, thresholds: Thresholds) -> Policy:
         """The policy that these thresholds name; override it to use your own (examples/own_policy.py).
@@ -379,9 +380,10 @@ class HeadraceScheduler(AsyncScheduler):
         )
 
     def shutdown(self) -> None:
-        """Close the channel, then vLLM's own shutdown."""
+        """Close the channel and end this engine's own controller, then vLLM's own shutdown."""
         if self._channel is not None:
             self._channel.close()
+        self._control.close()
         super().shutdown()
 
     def _limits(self) -> EngineLimits:

@@ -14,8 +14,9 @@ from import_graph import PACKAGES, ROOT, imports_in, modules_of
 
 LAYERS = {
     "scheduler": [
-        "vllm_scheduler", "engine", "support settings", "tuning", "estimation", "policies",
-        "wire", "messages rejection", "thresholds", "fluid_params", "survival", "model config_errors",
+        "vllm_scheduler", "alone", "engine", "support settings", "tuning", "estimation", "policies",
+        "wire request_rejected", "messages rejection openai_error", "thresholds", "fluid_params", "survival",
+        "model config_errors",
     ],
     "simulator": ["cli", "sweep run", "audit", "engine", "config", "scenario", "output", "workload paper_model"],
 }
@@ -23,8 +24,8 @@ PACKAGE_LAYERS = ["headrace", "cluster", "loadgen", "simulator", "router", "repl
 WITH_VLLM = {
     "scheduler.vllm_scheduler", "scheduler.engine.admission_queue", "scheduler.engine.drain", "scheduler.engine.held",
     "scheduler.engine.pipeline", "scheduler.engine.prefix_hits", "scheduler.engine.rejector",
-    "scheduler.engine.running_requests", "simulator.engine.vllm_harness", "simulator.engine.replica",
-    "simulator.engine.vllm_v0", "replicas.engine",
+    "scheduler.engine.running_requests", "scheduler.request_rejected", "simulator.engine.vllm_harness",
+    "simulator.engine.replica", "simulator.engine.vllm_v0",
 }
 WITH_RAY = {
     "cluster.app", "cluster.controller", "cluster.rollout", "replicas.actor_calls", "replicas.cluster_store",

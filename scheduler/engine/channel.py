@@ -37,7 +37,7 @@ from scheduler.wire import (
     telemetry_question,
 )
 
-_FOLDER = "headrace-channel"
+FOLDER = "headrace-channel"
 _locks: dict[str, int] = {}
 """By endpoint that this process made: the descriptor of its folder, which holds the lock."""
 _LARGEST_QUESTION_BYTES = 1 << 20
@@ -48,23 +48,28 @@ class ChannelClosed(RuntimeError):
     """The engine did not answer in time, or the channel is closed; serving goes on either way."""
 
 
-def new_endpoint() -> str:
-    """A fresh private endpoint on this machine, in a folder only this user may enter.
+def new_endpoint(label: str = "") -> str:
+    """A fresh private endpoint on this machine, in a folder only this user may enter; `label` is part of its name.
 
     The folder is locked while this process lives. Folders without a live lock are removed here, with the shared memory
     that a killed engine left; unlike process ids, the lock is also valid where containers share the folder for
     temporary files.
     """
-    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}-*"):
-        _remove_unless_held(folder)
+    remove_abandoned_endpoints()
     # A folder gets its final name only once locked, or a replica that starts at the same time would remove it.
-    nascent = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}-"))
+    nascent = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-{label}-" if label else f".{FOLDER}-"))
     lock = os.open(nascent, os.O_RDONLY | os.O_DIRECTORY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     folder = nascent.rename(nascent.with_name(nascent.name.removeprefix(".")))
     endpoint = f"ipc://{folder}/engine"
     _locks[endpoint] = lock
     return endpoint
+
+
+def remove_abandoned_endpoints() -> None:
+    """Remove the folders on this machine whose makers have ended."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}-*"):
+        _remove_unless_held(folder)
 
 
 def _remove_unless_held(folder: Path) -> None:

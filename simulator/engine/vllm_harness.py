@@ -34,6 +34,8 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from scheduler.settings import SETTINGS_KEY
+
 # Scheduling does not depend on the model's shape, so the smallest one that vLLM accepts is used.
 _HEADS, _HEAD_SIZE = 4, 16
 _MODEL = {
@@ -68,7 +70,7 @@ def make_scheduler(
     config: VllmConfig = EngineArgs(
         model=_model_folder(max_model_len), skip_tokenizer_init=True, max_model_len=max_model_len,
         block_size=block_tokens, enforce_eager=True, dtype="bfloat16", num_gpu_blocks_override=blocks,
-        additional_config=additional_config or {}, **engine_args,
+        additional_config=_tuned_from_here(additional_config or {}), **engine_args,
     ).create_engine_config()
     # vLLM's CPU platform switches it off, whatever the arguments say.
     config.scheduler_config.async_scheduling = engine_args["async_scheduling"]
@@ -83,6 +85,11 @@ def make_scheduler(
             log_stats=log_stats, structured_output_manager=StructuredOutputManager(config),
         )
     return scheduler
+
+
+def _tuned_from_here(additional_config: dict[str, Any]) -> dict[str, Any]:
+    """The same, for an engine that starts no controller process of its own: it lives in virtual time."""
+    return additional_config | {SETTINGS_KEY: {"controller": None} | additional_config.get(SETTINGS_KEY, {})}
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from cluster import cli as cluster_cli
 from cluster import render
 from headrace import cli
-from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
+from router.admin import AdminError, ThresholdsUpdate, plan_update
 from scheduler.messages import Apply
 from scheduler.thresholds import SegmentThreshold, Thresholds
 
@@ -66,7 +66,7 @@ class Server:
     def entry(self, name: str) -> dict[str, Any]:
         if name in self.unreachable:
             return {"error": "no answer within 5 s"}
-        return telemetry_as_dict(self.engines[name].report(None))["thresholds"]  # type: ignore[no-any-return]
+        return self.engines[name].report(None).shown()["thresholds"]  # type: ignore[no-any-return]
 
     def put(self, body: dict[str, Any]) -> httpx.Response:
         self.puts.append(body)
@@ -86,7 +86,7 @@ class Server:
         return httpx.Response(200, json={"replicas": results})
 
     def state(self) -> dict[str, Any]:
-        report = telemetry_as_dict(self.engines["left"].report(None))
+        report = self.engines["left"].report(None).shown()
         report["gauges"] = None
         known = {
             "rate_rps": 4.25, "finished_seen": 200, "time_model": {"d0_s": 0.01, "r2": 0.987},

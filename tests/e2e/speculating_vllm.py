@@ -28,6 +28,7 @@ PROFILE, TTFT_S, TPOT_S = "cpu-smollm2", 120.0, 10.0
 """Targets that no machine misses: what is looked at is which tokens come, not when."""
 SETTINGS = {
     "profile": PROFILE, "targets": {"ttft_s": TTFT_S, "tpot_s": TPOT_S}, "thresholds": {"policy": "fluid"},
+    "controller": None,
 }
 PROMPTS = (
     "Repeat this line exactly, many times: the quick brown fox jumps over the lazy dog, and again it jumps.",

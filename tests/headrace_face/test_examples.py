@@ -210,4 +210,5 @@ def test_vllm_s_own_parser_takes_the_standalone_script_s_flags(tmp_path: Path) -
     assert (args.model_tag, args.port, args.scheduler_cls) == ("org/model", 8123, "headrace.HeadraceScheduler")
     settings = SchedulerSettings.from_additional_config(args.additional_config)
     assert settings.thresholds.policy == "fluid"
-    assert (settings.profile, settings.targets.ttft_s, settings.targets.tpot_s) == ("cpu-smollm2", 3.0, 0.5)
+    assert args.middleware == ["headrace.RejectionMiddleware"] and settings.has_own_controller
+    assert (settings.first_profile, settings.targets.ttft_s, settings.targets.tpot_s) == ("cpu-smollm2", 3.0, 0.5)

@@ -29,11 +29,12 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from replicas.engine import HeadraceEngine, RequestRejected, errors_first, raising_rejections, recalled
+from replicas.engine import HeadraceEngine, errors_first, recalled
 from replicas.engine_client import EngineClient, kill_children
 from replicas.engine_health import REPLICA_FAILED, EngineHealth
 from replicas.failed_answers import ERROR_EVENT, failing_clearly
 from scheduler.rejection import Kind, Rejection
+from scheduler.request_rejected import RequestRejected, raising_rejections
 
 REJECTION = Rejection("busy", 3)
 RECALL = Rejection("stopping", 4, Kind.RECALLED)

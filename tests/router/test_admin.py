@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from router.admin import AdminError, ThresholdsUpdate, plan_update, telemetry_as_dict
+from router.admin import AdminError, ThresholdsUpdate, plan_update
 from scheduler.fluid_params import FluidParams
 from scheduler.messages import Counters, Gauges, Telemetry
 from scheduler.model.iteration_time import IterationTimeModel
@@ -187,7 +187,7 @@ def test_what_does_not_fit_one_target_is_planned_for_none() -> None:
 
 def test_a_replica_s_state_is_plain_json_with_its_use_of_memory() -> None:
     thresholds = replace(IN_FORCE, types=(TypeThreshold(name="short", n=3, max_output_tokens=50),))
-    state = telemetry_as_dict(report(thresholds))
+    state = report(thresholds).shown()
     assert json.loads(json.dumps(state, allow_nan=False)) == state
     assert state["kv_used_fraction"] == 0.25
     assert (state["running"], state["waiting"], state["held"], state["preemptions"]) == (5, 2, 1, 3)

@@ -211,7 +211,7 @@ def test_scheduler_attributes_we_read_or_set():
     assert isinstance(scheduler.kv_cache_manager.usage, float)
     assert isinstance(scheduler.scheduler_config.enable_chunked_prefill, bool)
     assert scheduler.cache_config.num_gpu_blocks == 256
-    assert scheduler.vllm_config.additional_config == {"headrace": {}}
+    assert scheduler.vllm_config.additional_config == {"headrace": {"controller": None}}
 
 
 def test_the_engine_setup_is_read_from_vllm_s_config():

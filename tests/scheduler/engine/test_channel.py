@@ -568,7 +568,7 @@ def temporary_files(tmp_path, monkeypatch):
 
 
 def test_replicas_that_start_together_all_get_an_endpoint_and_sweep_once(temporary_files):
-    stale = [temporary_files / f"{channel._FOLDER}-{4_000_000 + number}-x{number}" for number in range(300)]
+    stale = [temporary_files / f"{channel.FOLDER}-{4_000_000 + number}-x{number}" for number in range(300)]
     for folder in stale:
         folder.mkdir()
         (folder / "engine").touch()

@@ -77,7 +77,7 @@ def test_the_next_replica_removes_the_segments_of_one_that_was_killed(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     process, name = engine
-    killed = tmp_path / f"{channel._FOLDER}-killed"
+    killed = tmp_path / f"{channel.FOLDER}-killed"
     killed.mkdir()
     segments.note(killed, [process.pid])
     process.kill()
