@@ -90,6 +90,8 @@ class Failures:
 def _answer_to(error: Exception, request_id: str, is_valid: bool) -> JSONResponse:
     if not is_valid and isinstance(error, _OF_A_WRONG_SHAPE):
         return _response(400, "the body has a field of the wrong type or with a value that is not allowed")
+    if type(error) is ValueError and isinstance(error.__cause__, ValidationError):  # Ray's, of a message's content
+        return _response(400, "messages have content of the wrong type")
     if isinstance(error, (*VLLM_CLIENT_ERRORS, ValidationError)):
         first = str(error).strip().splitlines()[-1:] or [""]  # of a Ray error: what follows the traceback
         return _response(400, f"the engine does not accept this request: {first[0]}")

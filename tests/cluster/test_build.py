@@ -11,7 +11,10 @@ import pytest
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-OURS = {"request_router_config", "graceful_shutdown_timeout_s", "health_check_timeout_s", "max_ongoing_requests"}
+OURS = {
+    "request_router_config", "graceful_shutdown_timeout_s", "health_check_period_s", "health_check_timeout_s",
+    "max_ongoing_requests", "max_surge_percent", "user_config", "version",
+}
 """Options of a deployment for which we have defaults of our own."""
 ENTRIES: dict[str, dict[str, Any]] = {
     "plain": {"deployment_config": {"num_replicas": 3}},
