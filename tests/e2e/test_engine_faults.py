@@ -45,6 +45,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcess
     prepare_bundled_model(MODEL)
     process = ClusterProcess(
         tmp_path_factory.mktemp("faults"), llm={"engine_kwargs": {"distributed_executor_backend": "mp"}},
+        headrace={"engine_timeout_s": 10},
     )
     try:
         process.wait_until_ready()
