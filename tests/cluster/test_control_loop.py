@@ -63,7 +63,9 @@ class Cluster:
             for name in sorted(self.engines)
         }
 
-    async def call_replica(self, actor_name: str, method: str, *, rank: int, **arguments: Any) -> bytes:
+    async def call_replica(
+        self, actor_name: str, method: str, *, rank: int, timeout_s: float = 5.0, **arguments: Any
+    ) -> bytes:
         """Nothing but JSON and plain values goes in and out, as through Ray."""
         name = engine_name(actor_name.rpartition("#")[2], rank, self.ranks)
         written = self.releases.get(name, lambda _, text: text)
