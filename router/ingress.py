@@ -63,8 +63,8 @@ from scheduler.wire import UnreadableMessage
 _CONTROLLER_ANSWER_S = 3.0
 _LONGEST_ERROR = 600
 """Of an operator's request, whose parts are bounded one by one."""
-_STATE_ANSWER_S = 2.0
-"""What the state waits for a silent replica."""
+_SILENT_S = 1.0
+"""What the state waits for a replica that the watch has not heard of lately."""
 _RETRY_S = 0.5
 _WITHOUT_END_S = 1e9
 _ECHOED = 200  # characters of a client's input in an answer
@@ -202,9 +202,14 @@ class HeadraceIngress(OpenAiIngress):
     async def admin_state(self) -> Response:
         """The state of every replica and of the controller; unreachable replicas are listed with the reason."""
         engines = await self._engines()
-        ask = partial(_without_records, timeout_s=_STATE_ANSWER_S)
+        latest = self.replica_watch.latest()
+        heard = {engines[name] for name, report in latest.items() if name in engines and report.is_ready}
+
+        async def ask(engine: EngineAddress) -> Telemetry:
+            return await _without_records(engine, timeout_s=ANSWER_S if engine in heard else _SILENT_S)
+
         telemetry, controller = await asyncio.gather(ask_all(engines, ask), self._ask_controller("state"))
-        known, latest = controller.get("replicas", {}), self.replica_watch.latest()
+        known = controller.get("replicas", {})
         replicas = {}
         for name, report in telemetry.items():
             replicas[name] = {"model": engines[name].model_id, "reachable": isinstance(report, Telemetry)}

@@ -100,7 +100,7 @@ def test_forty_streams_survive_ten_changes_of_thresholds(cluster: ClusterProcess
             for change in CHANGES:
                 answer = await admin.put("/admin/thresholds", json={"thresholds": change})
                 assert answer.status_code == 200, answer.text
-                state = (await admin.get("/admin/state")).json()
+                state = await asyncio.to_thread(cluster.state)
                 for name, result in answer.json()["replicas"].items():
                     assert result["accepted"]
                     assert result["version"] > versions.get(name, 0)
