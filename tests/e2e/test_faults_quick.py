@@ -18,7 +18,7 @@ from benchmarks.faults.stack import HEADRACE, Stack
 from benchmarks.faults.stack_config import Settings
 from cluster.model import prepare_bundled_model
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.long]
 RATE_RPS = 1.5
 WATCH_S = 15
 HEAL_S = 90.0
