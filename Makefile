@@ -46,7 +46,7 @@ tests: install
 
 # What `make test` has no time for: faults, drains, live changes, several models, overload at the front door.
 e2e: install
-	$(BIN)/pytest -m long tests/e2e
+	$(BIN)/pytest -m long
 
 # The whole table of docs/evidence/faults.md, hours; what is in runs/faults already is not run again.
 faults: install

@@ -66,6 +66,7 @@ _LONGEST_ERROR = 600
 _SILENT_S = 1.0
 """What the state waits for a replica that the watch has not heard of lately."""
 _RETRY_S = 0.5
+_TRIES = 3
 _WITHOUT_END_S = 1e9
 _ECHOED = 200  # characters of a client's input in an answer
 _NO_CONTROLLER = "the controller does not answer; replicas keep their thresholds"
@@ -247,13 +248,17 @@ class HeadraceIngress(OpenAiIngress):
     async def put_thresholds(self, body: ThresholdsUpdate) -> Response:
         """Set, pin or unpin thresholds. Values are checked against every engine before any is changed."""
         engines = await self._engines()
-        try:
-            planned = plan_update(body, await ask_all(engines, _without_records))
-        except AdminError as error:
-            return _error(error.status_code, str(error))
-        answers = await asyncio.gather(*(_apply(engines[name], planned[name]) for name in planned))
-        acks: dict[str, Ack] = dict(zip(planned, answers, strict=True))
-        rejected = {name: ack.reason for name, ack in acks.items() if not ack.accepted}
+        has_version = "version" in (body.thresholds or {})
+        for _ in range(_TRIES):
+            try:
+                planned = plan_update(body, await ask_all(engines, _without_records))
+            except AdminError as error:
+                return _error(error.status_code, str(error))
+            answers = await asyncio.gather(*(_apply(engines[name], planned[name]) for name in planned))
+            acks: dict[str, Ack] = dict(zip(planned, answers, strict=True))
+            rejected = {name: ack.reason for name, ack in acks.items() if not ack.accepted}
+            if has_version or "stale" not in {acks[name].code for name in rejected}:
+                break  # else the controller has pushed a version meanwhile
         taken = {name: planned[name] for name in planned if name not in rejected}
         model_of = {name: engine.model_id for name, engine in engines.items()}
         by = author(body.by, self._key(), body.reason)

@@ -24,7 +24,7 @@ from ray import serve
 
 from replicas.actor_calls import ReplicaUnavailable, call_replica, replica_ids
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.long]
 HERE = Path(__file__).resolve().parent
 PATHS = ("/v1/chat/completions", "/v1/completions")
 WAIT_S = 60.0

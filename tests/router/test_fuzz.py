@@ -42,6 +42,7 @@ def judge(response: Any, caplog: pytest.LogCaptureFixture) -> None:
         assert error["param"] is None
 
 
+@pytest.mark.long
 def test_requests_by_the_document(application: FakeApplication, caplog: pytest.LogCaptureFixture) -> None:
     document = schemathesis.openapi.from_asgi("/openapi.json", application.app)
     document = document.exclude(path="/readyz")  # it says 503 where no replica runs
