@@ -576,3 +576,14 @@ def test_what_the_http_app_takes_from_rays_ingress() -> None:
     assert errors and all(issubclass(error, Exception) for error in errors)
     ingress = name_in("ray.serve.llm.ingress", "OpenAiIngress")({}, {})
     assert ingress._model_cards == {}
+
+
+def test_ray_tells_content_of_a_wrong_type_from_its_own_failures() -> None:
+    from pydantic import ValidationError
+
+    request = name_in(OPENAI_MODELS, "ChatCompletionRequest")(
+        model="m", messages=[{"role": "user", "content": ["plain text in a list"]}]
+    )
+    with pytest.raises(ValueError, match="content") as raised:
+        name_in("ray.llm._internal.serve.core.ingress.utils", "_sanitize_chat_completion_request")(request)
+    assert type(raised.value) is ValueError and isinstance(raised.value.__cause__, ValidationError)
