@@ -21,6 +21,7 @@ from typing import Any
 
 import aiohttp
 import psutil
+from fake_serve import fake_server, local_serve, model_card
 
 from scheduler.messages import Stats
 
@@ -54,27 +55,18 @@ class Reports:
 def application(models: list[str]) -> Any:
     """An ingress over a deployment that answers at once, for each model."""
     from ray import serve
-    from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionResponse, ModelCard
     from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS
     from ray.serve.llm.ingress import make_fastapi_ingress
 
+    from cluster.live import SettingsJudge
     from router.gate import open_desk
     from router.http_app import http_app
     from router.ingress import HEALTH_ENDPOINTS, HeadraceIngress, desk_of_this_ingress
     from router.limits import Limits
 
-    class Fake:
-        async def chat(self, body: Any, raw: Any = None) -> Any:
-            message = {"role": "assistant", "content": "ok"}
-            yield ChatCompletionResponse(
-                id="x", object="chat.completion", created=1, model=body.model,
-                choices=[{"index": 0, "finish_reason": "stop", "message": message}],
-                usage={"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
-            )
-
     class Ingress(HeadraceIngress):
         def __init__(self, **kwargs: Any) -> None:
-            super().__init__(models={}, **kwargs)
+            super().__init__(models={}, judge=SettingsJudge({}), **kwargs)
             limits = Limits(concurrent_requests=None)
             self.desk = open_desk((), limits, {}, Reports(), models)
 
@@ -83,15 +75,12 @@ def application(models: list[str]) -> Any:
 
     endpoints = {**HEALTH_ENDPOINTS, **DEFAULT_ENDPOINTS, "pid": lambda app: app.get("/pid")}
     ingress = make_fastapi_ingress(Ingress, endpoint_map=endpoints, app=http_app(desk_of_this_ingress))
-    fake = serve.deployment(Fake, name="Fake", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
-    server = fake.bind()
+    server = fake_server(ray_actor_options={"num_cpus": 0})
     return serve.deployment(
         ingress, name="Ingress", max_ongoing_requests=4000, ray_actor_options={"num_cpus": 0}
     ).bind(
         llm_deployments=dict.fromkeys(models, server),
-        model_cards={
-            name: ModelCard(id=name, object="model", owned_by="t", permission=[], metadata={}) for name in models
-        },
+        model_cards={name: model_card(name) for name in models},
     )
 
 
@@ -175,18 +164,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--clients", type=int, default=16)
     options = parser.parse_args()
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-    import ray
-    from ray import serve
+    with local_serve(PORT):
+        from ray import serve
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": PORT})
         serve.run(application(["full", "free"]), name="front-door", route_prefix="/")
         asyncio.run(measure(options))
-    finally:
-        serve.shutdown()
-        ray.shutdown()
 
 
 if __name__ == "__main__":

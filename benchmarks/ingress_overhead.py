@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import statistics
 import time
 from typing import Any
 
 import aiohttp
+from fake_serve import fake_server, local_serve, model_card
 
 MODEL, PORT, BLOCKS = "fake", 8742, 10
 BODY = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "word " * 200}], "max_tokens": 16}).encode()
@@ -27,36 +27,26 @@ PATHS = {"plain ray.serve.llm": "/plain", "headrace": ""}
 def applications() -> dict[str, Any]:
     """By name: an application of Ray's ingress and one of ours, over fake servers of their own."""
     from ray import serve
-    from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionResponse, ModelCard
     from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS
     from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 
+    from cluster.live import SettingsJudge
     from router.http_app import http_app
     from router.ingress import ADMIN_ENDPOINTS, HEALTH_ENDPOINTS, HeadraceIngress, desk_of_this_ingress
 
-    class Fake:
-        async def chat(self, body: Any, raw: Any = None) -> Any:
-            message = {"role": "assistant", "content": "ok"}
-            yield ChatCompletionResponse(
-                id="x", object="chat.completion", created=1, model=body.model,
-                choices=[{"index": 0, "finish_reason": "stop", "message": message}],
-                usage={"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
-            )
-
     class Ours(HeadraceIngress):
         def __init__(self, **kwargs: Any) -> None:
-            super().__init__(models={}, **kwargs)
+            super().__init__(models={}, judge=SettingsJudge({}), **kwargs)
 
     endpoints = {**HEALTH_ENDPOINTS, **ADMIN_ENDPOINTS, **DEFAULT_ENDPOINTS}
     ingresses = {
         "plain ray.serve.llm": make_fastapi_ingress(OpenAiIngress),
         "headrace": make_fastapi_ingress(Ours, endpoint_map=endpoints, app=http_app(desk_of_this_ingress)),
     }
-    card = ModelCard(id=MODEL, object="model", owned_by="t", permission=[], metadata={})
-    options: dict[str, Any] = {"max_ongoing_requests": 1000, "ray_actor_options": {"num_cpus": 0}}
+    free: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}}
     return {
-        name: serve.deployment(ingress, name="Ingress", **options).bind(
-            llm_deployments={MODEL: serve.deployment(Fake, name="Fake", **options).bind()}, model_cards={MODEL: card},
+        name: serve.deployment(ingress, name="Ingress", max_ongoing_requests=1000, **free).bind(
+            llm_deployments={MODEL: fake_server(**free)}, model_cards={MODEL: model_card(MODEL)},
         ) for name, ingress in ingresses.items()
     }
 
@@ -109,19 +99,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--clients", type=int, default=8)
     options = parser.parse_args()
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-    import ray
-    from ray import serve
+    with local_serve(PORT):
+        from ray import serve
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": PORT})
         for name, application in applications().items():
             serve.run(application, name=name.split()[0], route_prefix=PATHS[name] or "/")
         asyncio.run(measure(options))
-    finally:
-        serve.shutdown()
-        ray.shutdown()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cluster.config import AppConfig
-from cluster.live import OF_THE_ENGINE, live_settings
+from cluster.live import complete_settings, live_settings
+from cluster.settings import ModelSettings
 from replicas.live_settings import in_force, store_key
 from replicas.store import Store
 from router.live_settings import changes
@@ -25,7 +26,7 @@ def deployed(args: AppConfig, versions: Mapping[str, str]) -> Deployed:
         scale = entry.deployment_config.get("autoscaling_config") or entry.deployment_config.get("num_replicas", 1)
         models[entry.model_id] = {
             "version": versions[entry.model_id], "replicas": scale, "live": live_settings(settings),
-            "settings": settings.model_dump(mode="json", exclude=OF_THE_ENGINE),
+            "settings": complete_settings(settings),
         }
     tenants = {tenant.name: tenant.model_dump(mode="json") for tenant in args.headrace.tenants}
     return {"models": models, "tenants": tenants, _INGRESS: versions[""]}
@@ -56,16 +57,12 @@ def _differences(store: Store, old: Deployed, new: Deployed) -> Iterator[str]:
             yield f"{model_id}: {key} {was} -> {now}"
         kept = store.get(store_key(model_id))
         held = in_force(before["live"], kept)
-        present = before["settings"] if held is before["live"] else _completed(before["settings"], held)
+        present = before["settings"]
+        if held is not before["live"]:
+            present = complete_settings(ModelSettings.model_validate(held))
         for key, (was, now) in changes(present, after["settings"]).items():
             yield f"{model_id}: {key} {was} -> {now}"
     for name, (was, now) in changes(old["tenants"], new["tenants"], "tenants").items():
         yield f"{name} {was} -> {now}"
     if old[_INGRESS] != new[_INGRESS]:
         yield "the ingress is replaced"
-
-
-def _completed(settings: Mapping[str, Any], held: Mapping[str, Any]) -> dict[str, Any]:
-    from cluster.settings import ModelSettings
-
-    return ModelSettings.model_validate(held).model_dump(mode="json", exclude=OF_THE_ENGINE)

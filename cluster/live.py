@@ -27,6 +27,11 @@ def live_settings(settings: ModelSettings) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude=OF_THE_ENGINE, exclude_defaults=True)
 
 
+def complete_settings(settings: ModelSettings) -> dict[str, Any]:
+    """The live part of one model's settings with every default written out, as JSON."""
+    return settings.model_dump(mode="json", exclude=OF_THE_ENGINE)
+
+
 def ingress_user_config(args: AppConfig) -> dict[str, Any]:
     """What the ingress is told."""
     models = {entry.model_id: live_settings(args.settings_of(entry.model_id)) for entry in args.llm_configs}
@@ -58,4 +63,4 @@ class SettingsJudge:
 
     def complete(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The settings with every default written out."""
-        return ModelSettings.model_validate(settings).model_dump(mode="json", exclude=OF_THE_ENGINE)
+        return complete_settings(ModelSettings.model_validate(settings))

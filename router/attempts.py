@@ -25,6 +25,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from replicas.engine_health import RECALLED, REPLICA_FAILED
+from replicas.failed_answers import ERROR_EVENT
 from router.errors import Unavailable, failed_request
 from router.rotation import ROTATION, Rotation, Trail
 from scheduler.openai_error import error_body
@@ -33,7 +34,6 @@ MAX_WAIT_S = 600.0
 _MOST_FAILURES = 2
 _MOST_RECALLS = 3
 _RETRY_AFTER_S = 1
-_ERROR_EVENT = 'data: {"error":'
 _NO_REPLICA = "no replica could take the request"
 _CUT = "the replica that wrote this answer has failed; the answer is incomplete"
 Chunks = AsyncGenerator[Any, None]
@@ -172,7 +172,7 @@ def error_event_in(chunk: Any) -> dict[str, Any] | None:
     """The error that a chunk of a stream, one event or several, ends with."""
     events = chunk if isinstance(chunk, list) else [chunk]
     for event in events:
-        if isinstance(event, str) and event.startswith(_ERROR_EVENT):
+        if isinstance(event, str) and event.startswith(ERROR_EVENT):
             try:
                 error = json.loads(event.removeprefix("data: "))["error"]
             except ValueError:
@@ -186,7 +186,7 @@ async def ending_at_an_error(packets: Any) -> AsyncGenerator[Any, None]:
     async with aclosing(packets):
         async for packet in packets:
             yield packet
-            if isinstance(packet, str) and _ERROR_EVENT in packet:  # quotes within an event's text are escaped
+            if isinstance(packet, str) and ERROR_EVENT in packet:  # quotes within an event's text are escaped
                 return
 
 

@@ -21,12 +21,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from router.replica_watch import FRESH_S
 from scheduler.messages import Stats
 from scheduler.rejection import Rejection
 
 FULL = "the queues of all replicas are full"
-_RECENT_S = 3.0
-"""A replica whose report is older counts as silent."""
 _ON_THE_WAY_S = 0.03
 """A request sent this long before a report may not have been in the engine yet; one that ended this long after may
 already have left it."""
@@ -79,7 +78,7 @@ class _Places:
 
     def change(self, now_s: float, count: int) -> None:
         """`count` places are taken, or given back when negative."""
-        while self._changes and self._changes[0][0] < now_s - _RECENT_S - 1.0:
+        while self._changes and self._changes[0][0] < now_s - FRESH_S - 1.0:
             self._changes.popleft()
         self._changes.append((now_s, count))
 
@@ -174,7 +173,7 @@ class FrontDoor:
         for report in self._reports.latest().values():
             if report.model == model:
                 stats, age_s = report.stats, report.age_s
-                if stats is None or stats.room is None or age_s is None or age_s > _RECENT_S:
+                if stats is None or stats.room is None or age_s is None or age_s > FRESH_S:
                     return None
                 answers.append((stats, age_s))
         return answers or None

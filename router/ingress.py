@@ -138,18 +138,22 @@ class HeadraceIngress(OpenAiIngress):
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take new settings; Serve calls it after the start and whenever others are deployed."""
         self._tenants = tuple(TenantConfig.model_validate(tenant) for tenant in user_config.get("tenants", ()))
-        self._follow(user_config["models"])
         await self._office.deployed(user_config["models"])
+        self._apply_here(self._office.settings)  # the tenants may be others although the settings are the same
 
     def _follow(self, settings: Mapping[str, Settings]) -> None:
-        """The settings of the models are now these. What belongs to no model has the limits of the first."""
+        """The settings of the models are now these."""
+        self._apply_here(settings)
+        if self._keeper is not None:
+            self._keeper = self._keeper.with_settings(settings)
+            self._untold.set()
+
+    def _apply_here(self, settings: Mapping[str, Settings]) -> None:
+        """Tenants, limits and waits of this ingress. What belongs to no model has the limits of the first."""
         limits = {name: Limits.model_validate(one.get("limits", {})) for name, one in settings.items()}
         self.desk.change(self._tenants, next(iter(limits.values()), DEFAULT_LIMITS), limits)
         waits = [one.get("max_wait_s", MAX_WAIT_S) for one in settings.values()]
         self._attempts.max_wait_s = max((wait or _WITHOUT_END_S for wait in waits), default=MAX_WAIT_S)
-        if self._keeper is not None:
-            self._keeper = self._keeper.with_settings(settings)
-            self._untold.set()
 
     async def _keeps_running(self, controller: ActorHandle) -> bool:
         """Start the controller's loop if needed; False when the actor has died for good, True while Ray restarts it."""

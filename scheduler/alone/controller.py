@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import asdict
 from typing import Any
 
 from pydantic_core import to_json
@@ -25,7 +24,6 @@ from scheduler.engine.channel import ChannelClient, ChannelClosed, remove_endpoi
 from scheduler.messages import Telemetry
 from scheduler.model.profiles import load_profile
 from scheduler.settings import SETTINGS_KEY, LiveSettings, SchedulerSettings
-from scheduler.thresholds import thresholds_as_dict
 from scheduler.tuning.engine_tuner import Change, EngineTuner
 from scheduler.wire import UnreadableMessage
 
@@ -34,16 +32,6 @@ _MEASURING_PERIOD_S = 0.5
 _NICENESS = 5
 """The engine goes first where cores are scarce."""
 logger = logging.getLogger("headrace.controller")
-
-
-def settings_for_child(settings: SchedulerSettings, endpoint: str) -> bytes:
-    """What the process reads first: one line of JSON."""
-    assert settings.controller is not None
-    told = {
-        "channel": endpoint, "thresholds": thresholds_as_dict(settings.thresholds), "profile": settings.profile,
-        "targets": asdict(settings.targets), "controller": settings.controller.model_dump(),
-    }
-    return to_json(told) + b"\n"
 
 
 class OneEngineController:

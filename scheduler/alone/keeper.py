@@ -14,17 +14,30 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from scheduler.alone.controller import settings_for_child
+from pydantic_core import to_json
+
 from scheduler.alone.place import new_place
 from scheduler.engine.channel import rank_endpoint, remove_endpoint
 from scheduler.settings import SchedulerSettings
+from scheduler.thresholds import thresholds_as_dict
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0
 _COMMAND = (sys.executable, "-P", "-m", "scheduler.alone.controller")
 _END_S = 2.0
 logger = logging.getLogger(f"vllm.headrace.{__name__}")  # below vLLM's logger, so that its handlers and level apply
+
+
+def settings_for_child(settings: SchedulerSettings, endpoint: str) -> bytes:
+    """What the process reads first: one line of JSON."""
+    assert settings.controller is not None
+    told = {
+        "channel": endpoint, "thresholds": thresholds_as_dict(settings.thresholds), "profile": settings.profile,
+        "targets": asdict(settings.targets), "controller": settings.controller.model_dump(),
+    }
+    return to_json(told) + b"\n"
 
 
 class ControllerKeeper:

@@ -10,11 +10,14 @@ from typing import Any
 import httpx
 import pytest
 from fake_engine_app import CHAT, COMPLETIONS, MODEL, FakeApplication, chat
+from fake_store import FakeStore
 from fastapi.testclient import TestClient
 from test_front_door_rule import Watch
 
+from cluster.live import SettingsJudge
 from router.auth import API_KEY_FILE_VARIABLE, API_KEY_VARIABLE
 from router.limits import KeyLimits, Limits
+from router.live_settings import SettingsOffice
 from router.tenants import TenantConfig
 
 ADMIN = "/admin/thresholds"
@@ -310,3 +313,26 @@ def test_with_several_models_the_body_says_which_one_is_full(serving: Any) -> No
     assert http.post(CHAT, json=chat(model="one:adapter")).status_code == 429
     assert http.post(CHAT, json=chat(model="two")).status_code == 200
     assert http.post(CHAT, json=chat(model="three")).status_code == 404
+
+
+def test_other_tenants_alone_leave_what_an_operator_changed_of_the_settings() -> None:
+    application = FakeApplication()
+    ingress = application.ingress
+    ingress._office = SettingsOffice(FakeStore(), SettingsJudge({MODEL: {}}), ingress._follow)
+
+    async def deploy_twice() -> None:
+        models: dict[str, Any] = {MODEL: {}}
+        await ingress.reconfigure({"tenants": [], "models": models})
+        await ingress._office.keep({MODEL: {"limits": {"choices": 3}}}, {})
+        assert application.desk.limits_of(MODEL).choices == 3 and application.desk.keys.is_open
+        tenant = {"name": "red", "api_key_env": "KEY_OF_RED"}
+        await ingress.reconfigure({"tenants": [tenant], "models": models})
+
+    asyncio.run(deploy_twice())
+    assert application.desk.limits_of(MODEL).choices == 3 and not application.desk.keys.is_open
+
+
+def test_content_of_a_wrong_type_is_a_400(serving: Any) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": ["plain text in a list"]}]}
+    response = client(serving()).post(CHAT, json=body)
+    assert response.status_code == 400 and "content" in error_of(response)
