@@ -20,7 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from router.limits import Limits
+from replicas.engine_health import ENGINE_TIMEOUT_S
+from router.limits import MAX_WAIT_S, Limits
 from router.tenants import TenantConfig
 from scheduler.model.profiles import profile_names
 from scheduler.settings import ControllerSettings
@@ -77,8 +78,8 @@ class ModelSettings(Strict):
     controller: ControllerConfig = ControllerConfig()
     limits: Limits = Limits()
     drain_s: float = Field(default=600.0, ge=0, le=LONGEST_DRAIN_S, allow_inf_nan=False)
-    engine_timeout_s: float = Field(default=10.0, gt=0, le=3600, allow_inf_nan=False)
-    max_wait_s: float | None = Field(default=600.0, gt=0, allow_inf_nan=False)
+    engine_timeout_s: float = Field(default=ENGINE_TIMEOUT_S, gt=0, le=3600, allow_inf_nan=False)
+    max_wait_s: float | None = Field(default=MAX_WAIT_S, gt=0, allow_inf_nan=False)
     _given: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="wrap")

@@ -27,10 +27,10 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from replicas.engine_health import RECALLED, REPLICA_FAILED
 from replicas.failed_answers import ERROR_EVENT
 from router.errors import Unavailable, failed_request
+from router.limits import MAX_WAIT_S
 from router.rotation import ROTATION, Rotation, Trail
 from scheduler.openai_error import error_body
 
-MAX_WAIT_S = 600.0
 _MOST_FAILURES = 2
 _MOST_RECALLS = 3
 _RETRY_AFTER_S = 1

@@ -43,13 +43,13 @@ from replicas.ray_patches import listen_where_the_node_does, take_adapters_from_
 from replicas.served import engines_of
 from router.adapters import exists
 from router.admin import AdminError, ThresholdsUpdate, plan_update
-from router.attempts import MAX_WAIT_S, Attempts, ending_at_an_error
+from router.attempts import Attempts, ending_at_an_error
 from router.auth import ANONYMOUS, OPERATOR
 from router.authors import author
 from router.declared_length import move_declared_length
 from router.gate import Desk, open_desk
 from router.in_flight import InFlight
-from router.limits import DEFAULT_LIMITS, NO_OTHERS, Limits
+from router.limits import DEFAULT_LIMITS, MAX_WAIT_S, NO_OTHERS, Limits
 from router.live_settings import Judge, SettingsOffice, SettingsUpdate, changes, settings_event
 from router.pins import NOT_KEPT, KeptPin, kept_pins
 from router.refusal import shortened

@@ -12,6 +12,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 MIB = 1024 * 1024
+MAX_WAIT_S = 600.0
+"""How long a request may wait for its first token unless its model's settings say otherwise."""
 _Count = Annotated[int, Field(ge=1)]
 _Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
