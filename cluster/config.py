@@ -24,6 +24,7 @@ from scheduler.support import EngineSetup, UnsupportedSetting, require_supported
 from scheduler.tuning.slo import UnreachableTarget, require_reachable
 
 APP_NAME = "headrace"
+METRICS_PORT = 8090
 IMPORT_PATH = "headrace:build"
 _MOVED = {
     "model": "llm_configs[].model_loading_config: {model_id: …, model_source: …}",
@@ -126,10 +127,13 @@ def unfit(engine_kwargs: dict[str, Any], settings: ModelSettings) -> str | None:
 
 class RayConfig(Strict):
     """address: "local" starts Ray on this machine and stops it at the end; "auto", host:port or ray://… joins one.
-    num_cpus: logical CPU cores of a local Ray (Serve's own actors need a few more than the machine may have)."""
+    num_cpus: logical CPU cores of a local Ray (Serve's own actors need a few more than the machine may have).
+    metrics_port: where a local Ray's metrics agent serves /metrics, on 127.0.0.1; a cluster that is joined has its own.
+    """
 
     address: str = "local"
     num_cpus: int = Field(default=8, ge=1)
+    metrics_port: int = Field(default=METRICS_PORT, ge=1, le=65535)
 
 
 class HttpOptions(Strict):

@@ -24,10 +24,12 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.event_log import Event, EventLog
+from cluster.measured import ControllerMeter
 from cluster.pins import Pin, Pins
 from cluster.settings import ModelSettings
 from replicas.actor_calls import ReplicaUnavailable
 from replicas.cluster_store import ClusterStore
+from replicas.measured import keep_telling
 from replicas.questions import ask_telemetry, offer_thresholds
 from replicas.ranks import EngineAddress, ServedModel
 from replicas.served import engines_of
@@ -43,6 +45,7 @@ from scheduler.wire import UnreadableMessage
 
 NAMESPACE = "headrace"
 _IDLE_PERIOD_S = 5.0
+_SILENT_PERIODS = 3.0
 logger = logging.getLogger(__name__)
 
 
@@ -65,12 +68,13 @@ class TunedModel:
 
 @dataclass(slots=True)
 class _Replica:
-    """One engine: its address, what it serves, its tuner, and when it is due (monotonic seconds)."""
+    """One engine: its address, what it serves, its tuner, when it is due and was last heard (monotonic seconds)."""
 
     engine: EngineAddress
     tuned: TunedModel
     tuner: EngineTuner
     due_s: float = float("-inf")
+    heard_s: float = float("-inf")
 
     def follow(self, tuned: TunedModel) -> None:
         """Tune by these settings from the next report on."""
@@ -98,6 +102,7 @@ class ControlLoop:
         self._replicas: dict[str, _Replica] = {}
         self.events, self._pins = EventLog(store), Pins(store)
         self._storing = threading.Lock()
+        self.meter = ControllerMeter()
         self.passes = 0
         self.configure(models)
 
@@ -178,9 +183,12 @@ class ControlLoop:
             entry.tuner.note = note
 
     async def _tune(self, name: str, engine: EngineAddress, entry: _Replica, solving: asyncio.Lock) -> None:
-        telemetry = await ask_telemetry(engine, entry.tuner.cursor)
+        with self.meter.channel(engine.model_id):
+            telemetry = await ask_telemetry(engine, entry.tuner.cursor)
+        entry.heard_s = time.monotonic()
         async with solving:
-            proposal = await asyncio.to_thread(entry.learn, telemetry)
+            with self.meter.solving(engine.model_id):
+                proposal = await asyncio.to_thread(entry.learn, telemetry)
         if (pin := self._pins.missing(name, engine.model_id, telemetry.thresholds)) is not None:
             await self._give(name, engine, entry, telemetry, pin)
             return
@@ -244,6 +252,14 @@ class ControlLoop:
             new=thresholds_as_dict(new),
         )
 
+    async def tell(self) -> None:
+        """Record the estimates of the engines that were heard in the last few periods."""
+        now_s = time.monotonic()
+        self.meter.tell({
+            name: (entry.engine.model_id, entry.tuner.shown) for name, entry in self._replicas.items()
+            if now_s - entry.heard_s <= _SILENT_PERIODS * entry.tuned.settings.controller.period_s
+        })
+
     def state(self) -> dict[str, Any]:
         """The estimates and the latest decision of every replica, JSON-ready."""
         return {
@@ -264,6 +280,7 @@ class ControllerActor:
     def __init__(self, app_name: str, models: Mapping[str, TunedModel]) -> None:
         self._loop = ControlLoop(app_name, models, ClusterStore(app_name))
         self._task: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
         self._soon = asyncio.Event()
         self._started_unix_s = time.time()
 
@@ -271,6 +288,7 @@ class ControllerActor:
         """Start the loop unless it is running; every ingress replica calls this periodically."""
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
+            self._telling = self._telling or asyncio.create_task(keep_telling(self._loop.tell))
         return True
 
     async def state(self) -> dict[str, Any]:
@@ -308,7 +326,8 @@ class ControllerActor:
         while True:
             begun = time.monotonic()
             try:
-                await self._loop.one_cycle()
+                with self._loop.meter.cycle():
+                    await self._loop.one_cycle()
             except Exception:  # the next cycle starts from new telemetry
                 logger.exception("a control cycle failed; the next one starts in %g s", self._loop.period_s)
             left_s = max(0.0, self._loop.period_s - (time.monotonic() - begun))

@@ -27,9 +27,10 @@ Outputs = AsyncGenerator[Any, None]
 class _Delivery:
     """One request under way. Times are those of the monotonic clock, which all processes of a machine share."""
 
-    __slots__ = ("first_s", "last_s", "output", "several")
+    __slots__ = ("first_s", "last_s", "output", "several", "tenant")
 
-    def __init__(self) -> None:
+    def __init__(self, tenant: str = "") -> None:
+        self.tenant = tenant
         self.first_s: float | None = None
         self.last_s = 0.0
         self.output: Any = None
@@ -40,10 +41,17 @@ _under_way: contextvars.ContextVar[_Delivery | None] = contextvars.ContextVar("d
 
 
 class Deliveries:
-    """The latest completed outputs with the times their tokens left, beside the engine's own times."""
+    """The latest completed outputs with the times their tokens left, beside the engine's own times.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    observe: called with the tenant of each, the seconds it waited in the engine's queue, and its TPOT (None: a single
+    token).
+    """
+
+    def __init__(
+        self, observe: Callable[[str, float, float | None], None] = lambda *_: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock, self._observe = clock, observe
         self._numbers = itertools.count(1)
         self._latest: deque[Delivered] = deque(maxlen=KEPT_DELIVERIES)
 
@@ -51,9 +59,9 @@ class Deliveries:
         """The latest, at most 512, oldest first."""
         return tuple(self._latest)
 
-    def begin(self) -> _Delivery:
+    def begin(self, tenant: str = "") -> _Delivery:
         """Start timing a request; the engine's outputs of this context belong to it."""
-        delivery = _Delivery()
+        delivery = _Delivery(tenant)
         _under_way.set(delivery)
         return delivery
 
@@ -77,7 +85,9 @@ class Deliveries:
             delay_s = first_s - stats.first_token_ts
             delay_s = delay_s if 0 <= delay_s <= _LONGEST_DELAY_S else None
         later = stats.num_generation_tokens - 1
-        self._latest.append(Delivered(next(self._numbers), delay_s, (last_s - first_s) / later if later > 0 else None))
+        tpot_s = (last_s - first_s) / later if later > 0 else None
+        self._latest.append(Delivered(next(self._numbers), delay_s, tpot_s))
+        self._observe(delivery.tenant, max(0.0, stats.scheduled_ts - stats.queued_ts), tpot_s)
 
 
 def noting(generate: Callable[..., Outputs]) -> Callable[..., Outputs]:

@@ -30,6 +30,7 @@ from ray.serve.llm.ingress import OpenAiIngress
 from replicas.actor_calls import ReplicaUnavailable, replicas_of
 from replicas.cluster_store import ClusterStore
 from replicas.live_settings import Settings, engine_settings
+from replicas.measured import METER, keep_telling
 from replicas.questions import (
     ANSWER_S,
     ask_all,
@@ -51,6 +52,7 @@ from router.gate import Desk, open_desk
 from router.in_flight import InFlight
 from router.limits import DEFAULT_LIMITS, MAX_WAIT_S, NO_OTHERS, Limits
 from router.live_settings import Judge, SettingsOffice, SettingsUpdate, changes, settings_event
+from router.outcomes import Outcomes
 from router.pins import NOT_KEPT, KeptPin, kept_pins
 from router.refusal import shortened
 from router.replica_watch import ReplicaWatch, readiness
@@ -106,9 +108,14 @@ class HeadraceIngress(OpenAiIngress):
         self._controller: ActorHandle | None = None
         self.replica_watch = ReplicaWatch(self._look_around, ask_stats)
         self._tenants: tuple[TenantConfig, ...] = ()
-        self.desk = open_desk(self._tenants, DEFAULT_LIMITS, NO_OTHERS, self.replica_watch, self._model_cards)
+        self._outcomes = Outcomes(METER)
+        self.desk = open_desk(
+            self._tenants, DEFAULT_LIMITS, NO_OTHERS, self.replica_watch, self._model_cards, outcomes=self._outcomes
+        )
         loop = asyncio.get_running_loop()
-        self._watching = [loop.create_task(self.replica_watch.run())]
+        self._watching = [
+            loop.create_task(self.replica_watch.run()), loop.create_task(keep_telling(self._outcomes.tell))
+        ]
         if keeper:
             self._watching.append(loop.create_task(self._watch_controller()))
 
@@ -157,14 +164,18 @@ class HeadraceIngress(OpenAiIngress):
 
     async def _keeps_running(self, controller: ActorHandle) -> bool:
         """Start the controller's loop if needed; False when the actor has died for good, True while Ray restarts it."""
+        answered = False
         try:
             await asyncio.wait_for(asyncio.wrap_future(controller.keep_running.remote().future()), _CONTROLLER_ANSWER_S)
+            answered = True
         except ray.exceptions.ActorUnavailableError:
             return True
         except ray.exceptions.ActorDiedError:
             return False
         except TimeoutError:
             return True
+        finally:
+            self._outcomes.controller_up = answered
         return True
 
     async def _get_model_id(self, model: str | None) -> str:

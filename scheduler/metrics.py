@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 State = Mapping[str, Any]
 """One engine as a state shows it: `Telemetry.shown()`, and the estimates of `EngineTuner.shown` beside it."""
@@ -19,6 +19,8 @@ Samples = Iterator[tuple[dict[str, str], float]]
 Read = Callable[[State], Samples]
 OF_ENGINE = ("model", "replica")
 OF_REQUEST = ("model", "tenant")
+UNKNOWN = "none"
+"""The model or tenant of a request that has none, or that is refused before it is known."""
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 _TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8, 1.5, 3.0)
 _SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -72,6 +74,21 @@ class Metric:
     def exposed(self) -> str:
         """The name in a scrape, without the `ray_` that Ray puts before every name."""
         return f"{self.name}_total" if self.kind is Kind.COUNTER else self.name
+
+
+class Meter(Protocol):
+    """Where one process records its metrics."""
+
+    def record(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
+        """Set a gauge, add to a counter, or observe in a histogram."""
+
+
+class _NoMeter:
+    def record(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
+        """Nothing is recorded."""
+
+
+NO_METER: Meter = _NoMeter()
 
 
 def _number(value: Any) -> float | None:
