@@ -27,7 +27,7 @@ Shown = Mapping[str, Any]
 
 
 def replicas_wanted(shown: list[Shown]) -> tuple[int, str] | None:
-    """How many engines would have the offered load within their capacity, and what limits the fullest one there is.
+    """How many engines would have the offered load within their capacity, and what limits the fullest one.
 
     The sum of the engines' loads, rounded up, at least 1: an engine's load is its share of what it can serve within the
     targets, else within its memory. None: no engine's load is known.
@@ -37,7 +37,7 @@ def replicas_wanted(shown: list[Shown]) -> tuple[int, str] | None:
         return None
     _, fullest = max(loads, key=lambda pair: pair[0])
     wanted = math.ceil(sum(load for load, _ in loads) - 1e-9)
-    return max(1, wanted), str((fullest.get("forecast") or {}).get("bottleneck") or fullest["fluid"]["limit"])
+    return max(1, wanted), str((fullest.get("forecast") or fullest["fluid"])["limit"])
 
 
 def _load(shown: Shown) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
@@ -30,6 +31,8 @@ from scheduler.settings import TENANT
 
 TELL_EVERY_S = 4.0
 """Less than half of the ten seconds in which Ray exports what a process recorded."""
+_NOTHING = sys.float_info.min
+"""A counter is there from its first record on, at 0, and Ray's counters take nothing but growth."""
 logger = logging.getLogger(__name__)
 
 
@@ -48,8 +51,8 @@ class RayMeter:
             instrument.set(value, tags=dict(labels))
         elif metric.kind is Kind.HISTOGRAM:
             instrument.observe(value, tags=dict(labels))
-        elif value > 0:
-            instrument.inc(value, tags=dict(labels))
+        else:
+            instrument.inc(value or _NOTHING, tags=dict(labels))
 
 
 def _made(metric: Metric) -> Any:

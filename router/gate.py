@@ -220,7 +220,7 @@ class _Visit:
         return asked_for(found, self.desk.limits_of(model)), self._of_model(model)
 
     def _of_model(self, model: str | None) -> str | None:
-        self.watched.model = model or self.watched.model
+        self.watched.model = model or UNKNOWN
         return model
 
     def _noting_status(self, send: Any) -> Any:
