@@ -143,6 +143,15 @@ class HttpOptions(Strict):
     port: int = Field(default=8000, ge=1, le=65535)
 
 
+class LoggingConfig(Strict):
+    """Ray Serve's own key, for all logs of the application. encoding: TEXT for people, JSON for programs.
+    enable_access_log: one line for each request, off by default."""
+
+    encoding: Literal["TEXT", "JSON"] = "TEXT"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    enable_access_log: bool = False
+
+
 class ApplicationEntry(Strict):
     """One entry of Serve's `applications`."""
 
@@ -159,6 +168,7 @@ class ClusterConfig(Strict):
     ray: RayConfig = Field(default_factory=RayConfig)
     proxy_location: Literal["EveryNode", "HeadOnly", "Disabled"] = "EveryNode"
     http_options: HttpOptions = Field(default_factory=HttpOptions)
+    logging_config: LoggingConfig = Field(default_factory=LoggingConfig)
     applications: list[ApplicationEntry] = Field(min_length=1, max_length=1)
 
     @property

@@ -30,6 +30,7 @@ from cluster.pins import Pin, Pins
 from cluster.prospects import NothingKnown, Values
 from cluster.settings import ModelSettings
 from cluster.tuned import TunedModel, TunedReplica
+from replicas import logs
 from replicas.actor_calls import ReplicaUnavailable
 from replicas.cluster_store import ClusterStore
 from replicas.measured import keep_telling
@@ -254,7 +255,9 @@ class ControlLoop:
 class ControllerActor:
     """The Ray actor around a `ControlLoop`."""
 
-    def __init__(self, app_name: str, models: Mapping[str, TunedModel]) -> None:
+    def __init__(self, app_name: str, models: Mapping[str, TunedModel], log_form: dict[str, str] | None = None) -> None:
+        if log_form is not None:
+            logs.beside_serve("headrace_controller", log_form)
         self._loop = ControlLoop(app_name, models, ClusterStore(app_name))
         self._task: asyncio.Task[None] | None = None
         self._telling: asyncio.Task[None] | None = None
@@ -362,7 +365,7 @@ class ControllerKeeper:
         remote = ray.remote(ControllerActor)
         actor = remote.options(
             name=controller_name(app_name), namespace=NAMESPACE, get_if_exists=True, num_cpus=0, max_restarts=-1
-        ).remote(app_name, self.models)
+        ).remote(app_name, self.models, logs.form())
         actor.keep_running.remote()
         return actor
 

@@ -122,7 +122,10 @@ class Launcher:
         from replicas.cluster_store import ClusterStore
 
         self._connect(ray)
-        serve.start(proxy_location=self._config.proxy_location, http_options=options.model_dump())
+        logs = self._config.logging_config.model_dump()
+        serve.start(
+            proxy_location=self._config.proxy_location, http_options=options.model_dump(), logging_config=logs
+        )
         self._require_key(_address_of_serve())  # Serve keeps the address with which it was first started
         entry = self._config.application
         built = application(entry.args, entry.runtime_env)
@@ -130,7 +133,7 @@ class Launcher:
         self.whats_new = deployed.whats_new(store, new)
         with self._watching_progress():
             try:
-                serve.run(built, name=entry.name, route_prefix=entry.route_prefix)
+                serve.run(built, name=entry.name, route_prefix=entry.route_prefix, logging_config=logs)
             except RuntimeError as error:
                 raise LaunchError(f"the deployment failed: {error}{self._where_logs_are()}") from error
         deployed.note(store, new)

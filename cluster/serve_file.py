@@ -42,6 +42,7 @@ def serve_file(config: ClusterConfig) -> dict[str, Any]:
     return {
         "proxy_location": config.proxy_location,
         "http_options": config.http_options.model_dump(),
+        **({"logging_config": logs} if (logs := config.logging_config.model_dump(exclude_unset=True)) else {}),
         "applications": [{
             "name": application.name, "import_path": application.import_path,
             "route_prefix": application.route_prefix, "runtime_env": application.runtime_env,

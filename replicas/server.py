@@ -26,6 +26,7 @@ from replicas.draining import Draining
 from replicas.engine_client import end_process
 from replicas.engine_health import ENGINE_TIMEOUT_S, EngineHealth
 from replicas.live_settings import Settings, SettingsFollower
+from replicas.logs import follow_serve
 from replicas.measured import EnginesMeter, RequestMeter, keep_telling, tenant_in
 from replicas.ranks import engine_name
 from replicas.ray_patches import (
@@ -68,6 +69,7 @@ class HeadraceServer(LLMServer):
     """A vLLM replica that takes new thresholds while it serves."""
 
     async def __init__(self, llm_config: LLMConfig, **kwargs: Any) -> None:  # type: ignore[misc]  # Serve awaits it
+        follow_serve()
         listen_where_the_node_does()
         take_adapters_from_folders()
         self._endpoint = new_endpoint()

@@ -30,6 +30,7 @@ from ray.serve.llm.ingress import OpenAiIngress
 from replicas.actor_calls import ReplicaUnavailable, replicas_of
 from replicas.cluster_store import ClusterStore
 from replicas.live_settings import Settings, engine_settings
+from replicas.logs import follow_serve
 from replicas.measured import METER, keep_telling
 from replicas.questions import (
     ANSWER_S,
@@ -92,6 +93,7 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
     def __init__(
         self, *args: Any, models: Mapping[str, ServedModel], judge: Judge, keeper: Keeper | None = None, **kwargs: Any
     ) -> None:
+        follow_serve()
         listen_where_the_node_does()
         take_adapters_from_folders()
         super().__init__(*args, **kwargs)

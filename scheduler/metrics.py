@@ -46,7 +46,7 @@ class Source(StrEnum):
 class Metric:
     """One metric.
 
-    name: a counter's without `_total`. unit: of a value, in words. labels: their names. read: its samples in an
+    name: a counter's without `_total`. help: ASCII, all that Ray takes. unit: of a value, in words. labels: their names. read: its samples in an
     engine's state, each with the labels beyond model and replica; None: recorded event by event. buckets: upper bounds
     of a histogram, in seconds. alone: also there under plain `vllm serve`.
     """
@@ -261,7 +261,7 @@ ENGINE: tuple[Metric, ...] = (
 ESTIMATES: tuple[Metric, ...] = (
     _estimate("headrace_offered_rate", "Arrivals that the controller sees.", _RATE, _at("rate_rps")),
     _estimate(
-        "headrace_load_ratio", "Load ρ of the fluid model; 1: capacity.", "ratio", _at("fluid", "load")
+        "headrace_load_ratio", "Load (rho) of the fluid model; 1: capacity.", "ratio", _at("fluid", "load")
     ),
     _estimate(
         "headrace_capacity_rate", "Requests per second possible within the targets.", _RATE,
@@ -280,7 +280,7 @@ ESTIMATES: tuple[Metric, ...] = (
         _at("fluid", "memory_tokens"),
     ),
     _estimate(
-        "headrace_iteration_predicted_seconds", "Iteration time ΔT* at the fluid equilibrium.", "seconds",
+        "headrace_iteration_predicted_seconds", "Iteration time at the fluid equilibrium.", "seconds",
         _at("fluid", "iteration_time_s"),
     ),
     _estimate(

@@ -117,7 +117,7 @@ def test_ray_gets_each_kind_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def kind(name: str) -> object:
         def make(metric: str, **options: object) -> SimpleNamespace:
             made.append((name, metric))
-            assert options["description"]
+            assert str(options["description"]).isascii(), "Ray encodes it so, and raises an error"
             return SimpleNamespace(**{
                 method: lambda value, tags: calls.append((name, value, tags)) for method in ("inc", "set", "observe")
             })
