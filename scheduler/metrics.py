@@ -46,9 +46,9 @@ class Source(StrEnum):
 class Metric:
     """One metric.
 
-    name: a counter's without `_total`. help: ASCII, all that Ray takes. unit: of a value, in words. labels: their names. read: its samples in an
-    engine's state, each with the labels beyond model and replica; None: recorded event by event. buckets: upper bounds
-    of a histogram, in seconds. alone: also there under plain `vllm serve`.
+    name: a counter's without `_total`. help: ASCII, all that Ray takes. unit: of a value, in words. labels: their
+    names. read: its samples in an engine's state, each with the labels beyond model and replica; None: recorded event
+    by event. buckets: upper bounds of a histogram, in seconds.
     """
 
     name: str

@@ -29,7 +29,8 @@ WITH_VLLM = {
 }
 WITH_RAY = {
     "cluster.app", "cluster.controller", "cluster.rollout", "replicas.actor_calls", "replicas.cluster_store",
-    "replicas.engine", "replicas.failed_answers", "replicas.logs", "replicas.measured", "replicas.ray_patches", "replicas.server",
+    "replicas.engine", "replicas.failed_answers", "replicas.logs", "replicas.measured", "replicas.ray_patches",
+    "replicas.server",
     "router.attempts", "router.errors", "router.http_app", "router.in_flight", "router.ingress",
     "router.request_router",
 }
