@@ -22,12 +22,13 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.ingress import make_fastapi_ingress
 
 from cluster.config import AppConfig
-from cluster.controller import ControllerKeeper, TunedModel
+from cluster.controller import ControllerKeeper
 from cluster.keys import with_keys
 from cluster.live import SettingsJudge, ingress_user_config, live_settings
 from cluster.llm_entry import LLMEntry
 from cluster.rollout import surge_percent, version_of
 from cluster.settings import ModelSettings
+from cluster.tuned import TunedModel
 from replicas.live_settings import engine_settings
 from replicas.ranks import ServedModel
 from replicas.ray_patches import NoDownload

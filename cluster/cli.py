@@ -165,10 +165,23 @@ def down(
 
 
 @app.command()
-def status(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+def status(
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+    watched: Annotated[
+        bool, typer.Option("--watch", help="Healthy? How loaded? What limits it? Shown until Ctrl-C, as on /dashboard.")
+    ] = False,
+) -> None:
     """Every replica: requests, KV cache, active thresholds, fluid model."""
-    state = AdminClient(url).state()
-    _show(state, as_json, render.status_tables)
+    client = AdminClient(url)
+    if not watched:
+        _show(client.state(), as_json, render.status_tables)
+        return
+    if as_json:
+        raise UsageError("--watch is for people; leave out --json, or ask for status --json again and again")
+    from cluster.watch import watch
+
+    watch(client.overview, out)
 
 
 @app.command()

@@ -36,6 +36,10 @@ class AdminClient:
         """`GET /admin/state`."""
         return self._ask("GET", "/admin/state")
 
+    def overview(self) -> dict[str, Any]:
+        """`GET /admin/overview`."""
+        return self._ask("GET", "/admin/overview")
+
     def events(self) -> dict[str, Any]:
         """`GET /admin/events`."""
         return self._ask("GET", "/admin/events")

@@ -24,67 +24,27 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.event_log import Event, EventLog
+from cluster.outlook import Outlook
 from cluster.pins import Pin, Pins
+from cluster.prospects import NothingKnown, Values
 from cluster.settings import ModelSettings
+from cluster.tuned import TunedModel, TunedReplica
 from replicas.actor_calls import ReplicaUnavailable
 from replicas.cluster_store import ClusterStore
 from replicas.questions import ask_telemetry, offer_thresholds
-from replicas.ranks import EngineAddress, ServedModel
+from replicas.ranks import EngineAddress
 from replicas.served import engines_of
 from replicas.store import Store
 from scheduler.messages import Telemetry
-from scheduler.model.iteration_time import IterationTimeModel
-from scheduler.model.profiles import load_profile
-from scheduler.settings import LiveSettings
 from scheduler.thresholds import InvalidThresholds, thresholds_as_dict
-from scheduler.tuning.engine_tuner import Change, EngineTuner
-from scheduler.tuning.replica_model import Proposal
+from scheduler.tuning.engine_tuner import Change
+from scheduler.tuning.slo import Slo
 from scheduler.wire import UnreadableMessage
 
 NAMESPACE = "headrace"
 _IDLE_PERIOD_S = 5.0
+_SHOWN_CHANGES = 20
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class TunedModel:
-    """A model of the application, and the settings with which its replicas are tuned."""
-
-    served: ServedModel
-    settings: ModelSettings
-
-    @property
-    def time_model(self) -> IterationTimeModel:
-        """The profile's."""
-        return load_profile(self.settings.controller.profile).time_model
-
-    def new_tuner(self) -> EngineTuner:
-        """What is known of a replica before it has reported anything."""
-        return EngineTuner(self.settings.tuning(), self.time_model, self.settings.thresholds)
-
-
-@dataclass(slots=True)
-class _Replica:
-    """One engine: its address, what it serves, its tuner, and when it is due (monotonic seconds)."""
-
-    engine: EngineAddress
-    tuned: TunedModel
-    tuner: EngineTuner
-    due_s: float = float("-inf")
-
-    def follow(self, tuned: TunedModel) -> None:
-        """Tune by these settings from the next report on."""
-        self.tuned, self.tuner.profiled = tuned, tuned.time_model
-
-    def learn(self, telemetry: Telemetry) -> Proposal:
-        """Update the model from a report, by the settings that the engine says are in force there, and solve; blocking,
-        so not on an event loop."""
-        tuning, configured = self.tuned.settings.tuning(), self.tuned.settings.thresholds
-        if telemetry.settings is not None:
-            engine = LiveSettings.reported(telemetry.settings)
-            tuning, configured = engine.tuning(tuning), engine.thresholds
-        self.tuner.follow(tuning, configured)
-        return self.tuner.learn(telemetry)
 
 
 class ControlLoop:
@@ -95,10 +55,11 @@ class ControlLoop:
 
     def __init__(self, app_name: str, models: Mapping[str, TunedModel], store: Store) -> None:
         self._app_name = app_name
-        self._replicas: dict[str, _Replica] = {}
+        self._replicas: dict[str, TunedReplica] = {}
         self.events, self._pins = EventLog(store), Pins(store)
+        self.outlook = Outlook()
         self._storing = threading.Lock()
-        self.passes = 0
+        self.passes, self._begun_unix_s = 0, 0.0
         self.configure(models)
 
     def configure(self, models: Mapping[str, TunedModel]) -> None:
@@ -124,6 +85,8 @@ class ControlLoop:
 
         Replicas are solved one after the other in a thread, so that the actor still answers calls.
         """
+        self._begun_unix_s = time.time()  # of all points of this cycle, so that they add up
+        self.outlook.history.keep_only(self._begun_unix_s)
         found = await asyncio.to_thread(engines_of, self._app_name, self._served)
         self._replicas = {name: self._replicas.get(name) or self._new_replica(found[name]) for name in found}
         await self._in_store(self._look, list(found))
@@ -157,11 +120,11 @@ class ControlLoop:
                 due.append(name)
         return due
 
-    def _new_replica(self, engine: EngineAddress) -> _Replica:
+    def _new_replica(self, engine: EngineAddress) -> TunedReplica:
         tuned = self._models[engine.deployment]
-        return _Replica(engine, tuned, tuned.new_tuner())
+        return TunedReplica(engine, tuned, tuned.new_tuner())
 
-    async def _tune_alone(self, name: str, engine: EngineAddress, entry: _Replica, solving: asyncio.Lock) -> None:
+    async def _tune_alone(self, name: str, engine: EngineAddress, entry: TunedReplica, solving: asyncio.Lock) -> None:
         try:
             await self._tune(name, engine, entry, solving)
         except ReplicaUnavailable as error:
@@ -177,10 +140,10 @@ class ControlLoop:
                 logger.exception("replica %s is not tuned", name)
             entry.tuner.note = note
 
-    async def _tune(self, name: str, engine: EngineAddress, entry: _Replica, solving: asyncio.Lock) -> None:
+    async def _tune(self, name: str, engine: EngineAddress, entry: TunedReplica, solving: asyncio.Lock) -> None:
         telemetry = await ask_telemetry(engine, entry.tuner.cursor)
         async with solving:
-            proposal = await asyncio.to_thread(entry.learn, telemetry)
+            proposal = await asyncio.to_thread(self.outlook.learn, name, entry, telemetry, self._begun_unix_s)
         if (pin := self._pins.missing(name, engine.model_id, telemetry.thresholds)) is not None:
             await self._give(name, engine, entry, telemetry, pin)
             return
@@ -192,7 +155,9 @@ class ControlLoop:
         if change is not None:
             await self._note(self._pushed(name, engine, change))
 
-    async def _give(self, name: str, engine: EngineAddress, entry: _Replica, telemetry: Telemetry, pin: Pin) -> None:
+    async def _give(
+        self, name: str, engine: EngineAddress, entry: TunedReplica, telemetry: Telemetry, pin: Pin
+    ) -> None:
         """Offer an engine the pin of its model, which it lacks."""
         old = telemetry.thresholds
         try:
@@ -253,7 +218,20 @@ class ControlLoop:
             "replicas": {name: self._entry(name, entry) for name, entry in self._replicas.items()},
         }
 
-    def _entry(self, name: str, entry: _Replica) -> dict[str, Any]:
+    async def overview(self) -> dict[str, Any]:
+        """The state, with what a summary of it needs beside it; see `Outlook.added`, and the latest `changes`."""
+        added = await asyncio.to_thread(self.outlook.added, dict(self._replicas), self.passes)
+        state = self.state()
+        for name, one in state["replicas"].items():
+            one |= added["replicas"].get(name, {})
+        changes = [event.brief for event in self.events[-_SHOWN_CHANGES:]]
+        return state | {"prospects": added["prospects"], "changes": changes}
+
+    def predict(self, model_id: str, values: Values) -> dict[str, Any]:
+        """See `Outlook.predict`; blocking."""
+        return self.outlook.predict(dict(self._replicas), model_id, values)
+
+    def _entry(self, name: str, entry: TunedReplica) -> dict[str, Any]:
         pin = self._pins.of(name, entry.engine.model_id)
         return entry.tuner.shown | {"decision": entry.tuner.note, "pin": pin.shown if pin else None}
 
@@ -280,6 +258,22 @@ class ControllerActor:
     async def events(self) -> dict[str, Any]:
         """The latest changes of thresholds, settings and pins, at most 200, oldest first, with old and new values."""
         return {"events": self._loop.events.latest}
+
+    async def overview(self) -> dict[str, Any]:
+        """See `ControlLoop.overview`."""
+        return {"started_unix_s": self._started_unix_s} | await self._loop.overview()
+
+    async def history(self, after_unix_s: float) -> dict[str, Any]:
+        """The points newer than `after_unix_s` by engine; see `cluster.history`."""
+        return {"started_unix_s": self._started_unix_s, "replicas": self._loop.outlook.history.columns(after_unix_s)}
+
+    async def predict(self, model_id: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """See `ControlLoop.predict`; `values` has the fields of `Values`. {"reason"} when nothing is known."""
+        given = {**values, "targets": Slo(**values["targets"])} if values.get("targets") is not None else values
+        try:
+            return await asyncio.to_thread(self._loop.predict, model_id, Values(**given))
+        except NothingKnown as error:
+            return {"reason": str(error)}
 
     async def configure(self, models: Mapping[str, TunedModel]) -> bool:
         """See `ControlLoop.configure`; the next cycle begins at once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -40,6 +40,11 @@ class Event:
     new: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def brief(self) -> dict[str, Any]:
+        """JSON-ready, without the survival curves, which are long and say nothing to people."""
+        return asdict(replace(self, old=_without_survival(self.old), new=_without_survival(self.new)))
+
+    @property
     def line(self) -> str:
         """The event in one line, for the log."""
         about = self.replica or self.model or "all models"
@@ -47,6 +52,13 @@ class Event:
         author = f" by {self.by or 'an operator'} ({self.key})" if self.key else ""
         taken = "" if self.accepted else "not accepted: "
         return f"{self.kind} of {about}{versions}{author}: {taken}{self.reason}"
+
+
+def _without_survival(values: dict[str, Any]) -> dict[str, Any]:
+    fluid = values.get("fluid")
+    if not isinstance(fluid, dict):
+        return values
+    return values | {"fluid": {key: value for key, value in fluid.items() if key != "survival"}}
 
 
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)

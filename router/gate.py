@@ -16,6 +16,7 @@ from starlette._utils import get_route_path
 from starlette.middleware.cors import CORSMiddleware
 
 from router.auth import ANONYMOUS, Holder, Keyring
+from router.dashboard.files import PATH as DASHBOARD
 from router.front_door import FrontDoor, Reports, Tenant
 from router.key_usage import KeyUsage
 from router.limits import NO_OTHERS, Limits
@@ -26,8 +27,9 @@ from router.tenants import TenantConfig
 ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
 _FORMS = frozenset({"/v1/audio/transcriptions"})
-_OPEN = frozenset({"/healthz", "/readyz"})
-"""Paths without a key; /admin asks for the operator's, all others for a user's, known or not."""
+_OPEN = frozenset({"/healthz", "/readyz", DASHBOARD})
+"""Paths without a key, beside the files of the dashboard, which hold no data; /admin asks for the operator's, all
+others for a user's, known or not."""
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -105,7 +107,7 @@ class Gate:
             headers = dict(scope["headers"])
             if sum(len(name) + len(value) for name, value in scope["headers"]) > desk.limits.header_bytes:
                 raise Refusal(431, f"the headers are larger than {desk.limits.header_bytes} bytes", closes=True)
-            if path in _OPEN:
+            if path in _OPEN or path.startswith(DASHBOARD + "/"):
                 await self._app(scope, receive, send)
             elif path == "/admin" or path.startswith("/admin/"):
                 await self._operator(desk, scope, headers, receive, send)

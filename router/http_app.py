@@ -15,6 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from ray.llm._internal.serve.core.ingress.middleware import SetRequestIdMiddleware
 from ray.llm._internal.serve.observability.metrics.fast_api_metrics import add_http_metrics_middleware, metrics_lifespan
 
+from router.dashboard.files import serve_dashboard
 from router.errors import speak_openai
 from router.gate import Desk, Gate
 
@@ -32,6 +33,8 @@ def http_app(desk: Callable[[], Desk]) -> FastAPI:
     add_http_metrics_middleware(app)
     app.add_middleware(SetRequestIdMiddleware)
     app.add_middleware(Gate, desk=desk)  # the last one added is the first one passed
+
+    serve_dashboard(app)
 
     @app.get(_OPENAPI, include_in_schema=False)
     async def openapi() -> JSONResponse:

@@ -6,6 +6,7 @@
     PUT  /admin/thresholds   set, `pin` or return to `auto`, on all replicas or one
     GET  /admin/settings     the settings in force by model: targets, policy, limits, controller
     PUT  /admin/settings     change some of them until the next deployment; nothing restarts
+    and those of `router.dashboard.endpoints`
     GET  /healthz, /readyz   the ingress runs; at least one replica's engine answers
 """
 # No `from __future__ import annotations` here: FastAPI reads these signatures.
@@ -13,7 +14,6 @@
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from functools import partial
@@ -43,26 +43,24 @@ from replicas.ray_patches import listen_where_the_node_does, take_adapters_from_
 from replicas.served import engines_of
 from router.adapters import exists
 from router.admin import AdminError, ThresholdsUpdate, plan_update
+from router.admin_answers import refused, state_of
 from router.attempts import Attempts, ending_at_an_error
 from router.auth import ANONYMOUS, OPERATOR
 from router.authors import author
+from router.dashboard.endpoints import DASHBOARD_ENDPOINTS, DashboardEndpoints
 from router.declared_length import move_declared_length
 from router.gate import Desk, open_desk
 from router.in_flight import InFlight
 from router.limits import DEFAULT_LIMITS, MAX_WAIT_S, NO_OTHERS, Limits
 from router.live_settings import Judge, SettingsOffice, SettingsUpdate, changes, settings_event
 from router.pins import NOT_KEPT, KeptPin, kept_pins
-from router.refusal import shortened
 from router.replica_watch import ReplicaWatch, readiness
 from router.tenants import TenantConfig, sign
 from scheduler.messages import Ack, Telemetry
-from scheduler.openai_error import error_body
 from scheduler.thresholds import Thresholds, thresholds_as_dict
 from scheduler.wire import UnreadableMessage
 
 _CONTROLLER_ANSWER_S = 3.0
-_LONGEST_ERROR = 600
-"""Of an operator's request, whose parts are bounded one by one."""
 _SILENT_S = 1.0
 """What the state waits for a replica that the watch has not heard of lately."""
 _RETRY_S = 0.5
@@ -86,7 +84,7 @@ class Keeper(Protocol):
     def ensure(self, app_name: str) -> ActorHandle: ...
 
 
-class HeadraceIngress(OpenAiIngress):
+class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
     """OpenAI endpoints and the control endpoints of one application. models: what it serves, by deployment."""
 
     def __init__(
@@ -206,6 +204,9 @@ class HeadraceIngress(OpenAiIngress):
 
     async def admin_state(self) -> Response:
         """The state of every replica and of the controller; unreachable replicas are listed with the reason."""
+        return JSONResponse(await self._state("state"))
+
+    async def _state(self, method: str) -> dict[str, Any]:
         engines = await self._engines()
         latest = self.replica_watch.latest()
         heard = {engines[name] for name, report in latest.items() if name in engines and report.is_ready}
@@ -213,26 +214,10 @@ class HeadraceIngress(OpenAiIngress):
         async def ask(engine: EngineAddress) -> Telemetry:
             return await _without_records(engine, timeout_s=ANSWER_S if engine in heard else _SILENT_S)
 
-        telemetry, controller = await asyncio.gather(ask_all(engines, ask), self._ask_controller("state"))
-        known = controller.get("replicas", {})
-        replicas = {}
-        for name, report in telemetry.items():
-            replicas[name] = {"model": engines[name].model_id, "reachable": isinstance(report, Telemetry)}
-            if isinstance(report, Telemetry):
-                unknown: dict[str, Any] = dict.fromkeys(("time_model", "fluid", "forecast"))
-                empty = unknown | {"decision": controller.get("reason", "not seen yet")}
-                replicas[name] |= report.shown() | known.get(name, empty)
-            else:
-                age_s = latest[name].age_s if name in latest else None
-                replicas[name] |= {"reason": str(report), "last_answer_age_s": age_s}
-        state = {
-            "application": self._app_name,
-            "at_unix_s": time.time(),
-            "replicas": replicas,
-            "controller": {key: value for key, value in controller.items() if key != "replicas"},
-            "front_door": {"rejected": self.desk.front_door.rejected, "ingresses": self.desk.front_door.ingresses},
-        }
-        return JSONResponse(state)
+        telemetry, controller = await asyncio.gather(ask_all(engines, ask), self._ask_controller(method))
+        return {"application": self._app_name} | state_of(
+            engines, telemetry, latest, controller, self.desk.front_door
+        )
 
     async def admin_events(self) -> Response:
         """The controller's latest changes of thresholds; empty while it does not answer, with the reason in
@@ -257,7 +242,7 @@ class HeadraceIngress(OpenAiIngress):
             try:
                 planned = plan_update(body, await ask_all(engines, _without_records))
             except AdminError as error:
-                return _error(error.status_code, str(error))
+                return refused(error.status_code, str(error))
             answers = await asyncio.gather(*(_apply(engines[name], planned[name]) for name in planned))
             acks: dict[str, Ack] = dict(zip(planned, answers, strict=True))
             rejected = {name: ack.reason for name, ack in acks.items() if not ack.accepted}
@@ -274,7 +259,7 @@ class HeadraceIngress(OpenAiIngress):
         if rejected:
             codes = {ack.code for ack in acks.values() if not ack.accepted}
             status = 503 if "unavailable" in codes else 409 if "stale" in codes else 400
-            return _error(status, f"rejected by {', '.join(rejected)}: {next(iter(rejected.values()))}", results)
+            return refused(status, f"rejected by {', '.join(rejected)}: {next(iter(rejected.values()))}", results)
         return JSONResponse({"replicas": results, "pin": kept})
 
     def _key(self) -> str:
@@ -303,7 +288,7 @@ class HeadraceIngress(OpenAiIngress):
             planned = self._office.planned(body)
             _check_fits(planned, engines, await ask_all(engines, _without_records) if planned else {})
         except AdminError as error:
-            return _error(error.status_code, str(error))
+            return refused(error.status_code, str(error))
         before = {model_id: self._office.complete(model_id) for model_id in planned}
         by = author(body.by, self._key(), body.reason)
         await self._office.keep(planned, by)
@@ -329,7 +314,7 @@ class HeadraceIngress(OpenAiIngress):
     async def readyz(self) -> Response:
         """At least one replica's engine has answered in the last few seconds; models without one are named."""
         if self._in_flight.is_closed:
-            return _error(503, "the server is stopping")
+            return refused(503, "the server is stopping")
         models = [model.model_id for model in self._models.values()]
         body = readiness(self.replica_watch.latest().values(), models)
         return JSONResponse(body, status_code=200 if body["ready"] else 503)
@@ -345,16 +330,15 @@ class HeadraceIngress(OpenAiIngress):
     def _list_engines(self) -> dict[str, EngineAddress]:
         return engines_of(self._app_name, self._models)
 
-    async def _ask_controller(self, method: str) -> dict[str, Any]:
+    async def _ask_controller(self, method: str, *args: Any) -> dict[str, Any]:
         if self._controller is None:
             reason = _NO_CONTROLLER if self._keeper else "automatic tuning is off in the configuration"
             return {"alive": False, "reason": reason}
         try:
-            answer: dict[str, Any] = await self._call_controller(method)
+            answer: dict[str, Any] = await self._call_controller(method, *args)
             return {"alive": True} | answer
         except Exception as error:  # gone, restarting or busy: replicas are still shown
             return {"alive": False, "reason": f"{_NO_CONTROLLER} ({type(error).__name__})"}
-
 
     async def _call_controller(self, method: str, *args: Any) -> Any:
         if self._controller is None:
@@ -400,13 +384,9 @@ ADMIN_ENDPOINTS = {
     "put_thresholds": lambda app: app.put("/admin/thresholds"),
     "get_settings": lambda app: app.get("/admin/settings"),
     "put_settings": lambda app: app.put("/admin/settings"),
+    **DASHBOARD_ENDPOINTS,
 }
 HEALTH_ENDPOINTS = {
     "healthz": lambda app: app.api_route("/healthz", methods=["GET", "HEAD"]),
     "readyz": lambda app: app.api_route("/readyz", methods=["GET", "HEAD"]),
 }
-
-
-def _error(status_code: int, message: str, results: dict[str, Any] | None = None) -> JSONResponse:
-    body = error_body(status_code, shortened(message, _LONGEST_ERROR))
-    return JSONResponse(body if results is None else body | {"replicas": results}, status_code=status_code)

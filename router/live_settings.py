@@ -95,6 +95,15 @@ class SettingsOffice:
                 planned[model_id] = new
         return planned
 
+    def targets_after(self, update: SettingsUpdate, model_id: str) -> dict[str, Any]:
+        """The targets of a model after an update of it.
+
+        Raises:
+            AdminError: as `planned` does.
+        """
+        new = self.planned(update).get(model_id, self.settings[model_id])
+        return dict(self._judge.complete(new)["targets"])
+
     async def keep(self, planned: Mapping[str, Settings], author: Mapping[str, Any]) -> None:
         """Keep new settings for every process of the application, and follow them here.
 

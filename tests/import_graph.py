@@ -10,7 +10,10 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("headrace", "cluster", "router", "replicas", "loadgen", "simulator", "scheduler")
-_SEARCHED = (ROOT, ROOT / "tests", ROOT / "tests" / "e2e", ROOT / "benchmarks" / "evidence")
+_TESTS = ROOT / "tests"
+_SEARCHED = (
+    ROOT, _TESTS, *sorted(path for path in _TESTS.rglob("*") if path.is_dir()), ROOT / "benchmarks" / "evidence"
+)
 
 
 class Import(NamedTuple):

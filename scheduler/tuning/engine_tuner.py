@@ -54,6 +54,21 @@ class EngineTuner:
         """Whether too few iterations have been seen for a first iteration-time model."""
         return self._model is None
 
+    @property
+    def targets(self) -> Slo:
+        """The latency targets that it is tuned for."""
+        return self._settings.targets
+
+    @property
+    def time_model(self) -> IterationTimeModel | None:
+        """The present iteration-time model; None while it is measured."""
+        return None if self._model is None else self._model.time_model.time_model
+
+    @property
+    def model(self) -> ReplicaModel | None:
+        """The estimates, for questions that change nothing; None while the first iterations are measured."""
+        return self._model
+
     def follow(self, settings: TuningSettings, configured: Thresholds) -> None:
         """Other settings and configured thresholds from the next report on; the estimates stay."""
         self._settings, self._configured = settings, configured

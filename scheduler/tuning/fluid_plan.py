@@ -46,6 +46,7 @@ class FluidPlan:
     """The parameters for `fluid`, the capacity they give, and the bottleneck.
 
     bottleneck: memory, slots, token budget, TPOT target, TTFT target, latency target or nothing.
+    limit: what sets the capacity, reached or not: memory, slots, token budget or TPOT target.
     in_time: share of requests of lengths that can meet every target.
     tpot_s, tpot_margin: the TPOT target, and the relative margin of the iterations below it.
     alone_s: seconds per token of one mean request alone, if that is above the TPOT target.
@@ -61,6 +62,7 @@ class FluidPlan:
     tpot_s: float | None
     equilibrium: FluidEquilibrium
     alone_s: float | None = None
+    limit: str = ""
 
 
 def solve_fluid_params(
@@ -117,7 +119,7 @@ def solve_fluid_params(
         fluid=params, capacity_rps=served_rps, load=load, bottleneck=bottleneck,
         goodput_rps=min(mix.rate_rps * soon, served_rps) * within.share, in_time=soon * within.share,
         tpot_margin=margin, tpot_s=targets.tpot_s, equilibrium=capacity.fluid,
-        alone_s=None if reachable else capacity.alone_s,
+        alone_s=None if reachable else capacity.alone_s, limit=limit,
     )
 
 

@@ -9,7 +9,7 @@ from scheduler.estimation.intervals import CONFIDENCE, Estimate
 from scheduler.model.fluid import finite_or_none
 from scheduler.tuning.fluid_plan import FluidPlan
 
-_OF_PLAN = ("bottleneck", "goodput_rps", "capacity_rps", "load", "in_time", "tpot_margin", "tpot_s")
+_OF_PLAN = ("bottleneck", "limit", "goodput_rps", "capacity_rps", "load", "in_time", "tpot_margin", "tpot_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

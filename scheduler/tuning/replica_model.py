@@ -24,10 +24,11 @@ from scheduler.model.fluid import FluidEquilibrium
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.varying_rates import Stretch
 from scheduler.model.workload import Lengths, RequestType, WorkloadMix
-from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
+from scheduler.thresholds import UNKNOWN_TYPE, EngineLimits, Thresholds
 from scheduler.tuning.fluid_plan import FluidPlan
 from scheduler.tuning.forecast import Forecast
 from scheduler.tuning.settings import TuningSettings
+from scheduler.tuning.slo import Slo
 from scheduler.tuning.solve import LEAST_RATE_RPS, mix_by_length, tune_counts, tune_fluid
 
 
@@ -131,6 +132,16 @@ class ReplicaModel:
         """Finished requests since the last change of lengths."""
         return self._traffic.finished_count
 
+    @property
+    def configured(self) -> Thresholds:
+        """The thresholds of the configuration."""
+        return self._configured
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether too few requests have finished, so that lengths are (partly) a prior."""
+        return self.finished_seen < self._settings.min_finished
+
     def propose(self) -> Proposal:
         """The thresholds for the present estimates; the configured ones while too little is known."""
         if self.telemetry is None:
@@ -157,23 +168,44 @@ class ReplicaModel:
 
     def _propose_fluid(self) -> Proposal:
         """`fluid` ignores declared lengths here; before any output is seen it uses a prior."""
-        assert self.telemetry is not None
-        rates, cold = self._traffic.rates, self.finished_seen < self._settings.min_finished
+        lengths, samples, cold = self._lengths()
+        thresholds, plan = self._plan(lengths, cold=cold)
+        thresholds = replace(thresholds, valid_for_s=self._settings.validity_s)
+        forecast = self._forecast(plan, lengths, samples, cold=cold)
+        return Proposal(thresholds, plan.equilibrium, thresholds.reason, forecast)
+
+    def plan_for(
+        self, rate_rps: float | None = None, targets: Slo | None = None, limits: EngineLimits | None = None
+    ) -> FluidPlan | None:
+        """The plan of `fluid` with the present estimates and another rate, other targets or other limits of the engine
+        (None: the present ones). None without telemetry. Nothing here changes."""
+        if self.telemetry is None:
+            return None
+        lengths, _, cold = self._lengths()
+        return self._plan(lengths, cold=cold, rate_rps=rate_rps, targets=targets, limits=limits)[1]
+
+    def _lengths(self) -> tuple[Lengths, float, bool]:
+        """The lengths of requests, the ended outputs behind them, and whether they are (partly) a prior."""
+        rates, cold = self._traffic.rates, self.is_cold
         answers = self._traffic.answers(guessed=_guesses(self._longest) if cold else ())
         lengths = product_limit(answers, self._longest)
         samples = float(answers.ended.sum())
-        lengths = stratified(lengths, [one.prompt_tokens for one in self._traffic.arrivals], rates)
-        mix = WorkloadMix((RequestType(UNKNOWN_TYPE, max(self.rate_rps, LEAST_RATE_RPS), lengths),))
+        return stratified(lengths, [one.prompt_tokens for one in self._traffic.arrivals], rates), samples, cold
+
+    def _plan(
+        self, lengths: Lengths, *, cold: bool, rate_rps: float | None = None, targets: Slo | None = None,
+        limits: EngineLimits | None = None,
+    ) -> tuple[Thresholds, FluidPlan]:
+        assert self.telemetry is not None
+        rate_rps = self.rate_rps if rate_rps is None else rate_rps
+        mix = WorkloadMix((RequestType(UNKNOWN_TYPE, max(rate_rps, LEAST_RATE_RPS), lengths),))
         settings = self._settings
-        thresholds, plan = tune_fluid(
-            self._configured, mix, self.time_model.time_model, self.telemetry.limits, settings.targets,
-            miss_probability=settings.overflow_probability, error=self.time_model.error,
-            dispersion=rates.dispersion, reuse=self._traffic.prefix_reuse, steps=self._steps.steps,
+        return tune_fluid(
+            self._configured, mix, self.time_model.time_model, limits or self.telemetry.limits,
+            targets or settings.targets, miss_probability=settings.overflow_probability, error=self.time_model.error,
+            dispersion=self._traffic.rates.dispersion, reuse=self._traffic.prefix_reuse, steps=self._steps.steps,
             realised_margin=self._realised.margin(settings.overflow_probability), delivery_s=self.delivery_s, cold=cold,
         )
-        thresholds = replace(thresholds, valid_for_s=settings.validity_s)
-        forecast = self._forecast(plan, lengths, samples, cold=cold)
-        return Proposal(thresholds, plan.equilibrium, thresholds.reason, forecast)
 
     def _forecast(self, plan: FluidPlan, lengths: Lengths, samples: float, *, cold: bool) -> Forecast:
         assert self.telemetry is not None

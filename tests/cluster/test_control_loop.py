@@ -15,8 +15,9 @@ from fake_store import FakeStore
 from synthetic_engine import LIMITS, PAPER, SyntheticEngine
 
 from cluster import controller as controller_module
-from cluster.controller import ControllerActor, ControllerKeeper, ControlLoop, TunedModel
+from cluster.controller import ControllerActor, ControllerKeeper, ControlLoop
 from cluster.settings import ControllerConfig, ModelSettings
+from cluster.tuned import TunedModel
 from replicas import questions, served
 from replicas.actor_calls import ReplicaUnavailable
 from replicas.ranks import ServedModel, engine_name, replica_of

@@ -22,6 +22,7 @@ from synthetic_engine import SyntheticEngine
 
 from cluster.live import SettingsJudge
 from replicas import questions
+from replicas.ranks import EngineAddress
 from router import ingress as ingress_module
 from router.attempts import Attempts
 from router.front_door import NO_REPORTS, Reports
@@ -127,7 +128,7 @@ class FakeApplication:
 
     def stand_in(self, monkeypatch: Any) -> FakeApplication:
         """Replace the calls that need a cluster."""
-        address = SimpleNamespace(actor_name="a", rank=0, model_id=MODEL)
+        address = EngineAddress("a", model_id=MODEL)
         monkeypatch.setattr(questions, "call_replica", self.call_replica)
         monkeypatch.setattr(ingress_module, "engines_of", lambda *_: {"a": address})
         return self

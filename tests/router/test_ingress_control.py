@@ -10,15 +10,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_dashboard import PLAN
+from fake_store import FakeStore
 from synthetic_engine import SyntheticEngine
 
+from cluster.live import SettingsJudge
 from replicas import questions, served
 from replicas.actor_calls import ReplicaUnavailable
 from replicas.ranks import ServedModel
 from router.admin import ThresholdsUpdate
+from router.dashboard.prediction import PredictionRequest
 from router.front_door import NO_REPORTS
 from router.gate import open_desk
 from router.limits import DEFAULT_LIMITS
+from router.live_settings import SettingsOffice
 from router.replica_watch import ReplicaWatch, Report
 from scheduler.messages import Apply
 from scheduler.rejection import Rejection
@@ -37,20 +42,29 @@ class Controller:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.arguments: tuple[Any, ...] = ()
         self.answers: dict[str, Any] = {
             "state": {"passes": 3, "period_s": 5.0, "replicas": {"a": {"decision": "settled"}}},
             "events": {"events": [EVENT]},
         }
 
     def __getattr__(self, method: str) -> Any:
-        return SimpleNamespace(remote=lambda: self._answer(method))
+        return SimpleNamespace(remote=lambda *arguments: self._answer(method, *arguments))
 
-    def _answer(self, method: str) -> Any:
+    def _answer(self, method: str, *arguments: Any) -> Any:
         self.asked.append(method)
+        self.arguments = arguments
         answer: Future[Any] = Future()
         given = self.answers[method]
         (answer.set_exception if isinstance(given, Exception) else answer.set_result)(given)
         return SimpleNamespace(future=lambda: answer)
+
+
+def office() -> SettingsOffice:
+    """The settings of both models, as deployed."""
+    found = SettingsOffice(FakeStore(), SettingsJudge({"m": {}, "n": {}}), lambda _: None)
+    found.settings = {model: {"targets": {"tpot_s": 0.5}, "controller": {"profile": "cpu-smollm2"}} for model in "mn"}
+    return found
 
 
 class Application:
@@ -74,6 +88,7 @@ class Application:
         self.ingress._in_flight = InFlight()
         self.ingress._controller, self.ingress._keeper = self.controller, None
         self.ingress.replica_watch = ReplicaWatch(self.ingress._list_engines, questions.ask_stats)
+        self.ingress._office = office()
         self.ingress.desk = open_desk((), DEFAULT_LIMITS, {}, NO_REPORTS, {})
 
     def replica_ids(self, app_name: str) -> dict[str, str]:
@@ -229,3 +244,70 @@ def test_events_say_when_the_controller_does_not_answer(application: Application
     assert "the controller does not answer" in body["controller"]["reason"]
     application.ingress._controller = None
     assert application.ask("admin_events")[1]["controller"]["reason"].startswith("automatic tuning is off")
+
+
+def test_the_overview_is_one_question_to_the_controller_and_one_to_each_replica(application: Application) -> None:
+    application.silent = {"b"}
+    prospects = {"now": PLAN, "one_more": PLAN, "one_less": None}
+    application.controller.answers["overview"] = {
+        "passes": 3, "period_s": 5.0, "prospects": {"m": prospects, "n": "no replica has reported yet"}, "changes": [],
+        "replicas": {"a": {"decision": "settled", "recent": {"completed": 3, "good": 3}, "still_s": 0.0}},
+    }
+    status, found = application.ask("admin_overview")
+    assert status == 200 and application.controller.asked == ["overview"]
+    assert "No replica of n answers: its requests fail." in found["health"]["sentences"]
+    assert found["replicas"]["b"]["oddities"][0]["name"] == "silent"
+    assert found["models"]["m"]["load"]["share"] > 1 and found["models"]["n"]["load"]["headline"] == "not known"
+    application.ingress._controller = None
+    status, found = application.ask("admin_overview")
+    assert status == 200 and found["controller"]["alive"] is False
+
+
+def test_the_history_is_the_controller_s_or_nothing(application: Application) -> None:
+    points = {"started_unix_s": 7.0, "replicas": {"a": {"model": "m", "at_unix_s": [5.0]}}}
+    application.controller.answers["history"] = points
+    assert application.ask("admin_history", 4.0) == (
+        200, {"replicas": points["replicas"], "controller": {"alive": True, "started_unix_s": 7.0}}
+    )
+    assert application.controller.arguments == (4.0,)
+    application.controller.answers["history"] = RuntimeError("restarting")
+    status, body = application.ask("admin_history", 4.0)
+    assert (status, body["replicas"], body["controller"]["alive"]) == (200, {}, False)
+
+
+def predict(application: Application, **asked: Any) -> tuple[int, dict[str, Any]]:
+    return application.ask("admin_predict", PredictionRequest.model_validate(asked))
+
+
+def test_a_prediction_is_the_controller_s_for_the_values_as_they_would_apply(application: Application) -> None:
+    application.controller.answers["predict"] = {"now": PLAN, "then": dict(PLAN, goodput_rps=9.0)}
+    status, body = predict(application, model="m", thresholds={"max_running": 8}, settings={"targets": {"ttft_s": 3}})
+    assert status == 200 and body["sentence"].startswith("More requests would be in time")
+    model, values = application.controller.arguments
+    assert (model, values["max_running"], values["targets"]["ttft_s"]) == ("m", 8, 3.0)
+    assert application.asked() == [("telemetry", None)], "nothing is applied"
+    assert {name for name, _, _ in application.calls} == {"a"}, "only the model's engines are asked"
+
+
+@pytest.mark.parametrize(("asked", "status", "said"), [
+    ({}, 400, "model is missing; the models are m, n"),
+    ({"model": "x"}, 404, "model = 'x' does not exist"),
+    ({"model": "m", "thresholds": {"max_running": 0}}, 400, "thresholds.max_running = 0 is not allowed"),
+    ({"model": "m", "settings": {"targets": {"tpot_s": 0}}}, 400, "tpot_s"),
+    ({"model": "n", "thresholds": {"max_running": 3}}, 503, "replica b does not answer"),
+])
+def test_a_wrong_prediction_is_refused_in_a_sentence(
+    application: Application, asked: dict[str, Any], status: int, said: str
+) -> None:
+    application.silent = {"b"}
+    code, body = predict(application, **asked)
+    assert code == status and said in body["error"]["message"]
+    assert application.controller.asked == []
+
+
+def test_a_prediction_needs_a_controller_that_knows_something(application: Application) -> None:
+    application.controller.answers["predict"] = {"reason": "no replica has reported yet"}
+    assert predict(application, model="m")[0] == 409
+    application.controller.answers["predict"] = RuntimeError("restarting")
+    code, body = predict(application, model="m")
+    assert code == 503 and "the controller does not answer" in body["error"]["message"]
