@@ -129,6 +129,9 @@ class Counters:
     hold_s: seconds that released requests were held in the admission queue, summed.
     completed, aborted (by the client, the server or an error), rejected (before any work), recalled (before any work,
         from an engine that stops): disjoint; the rest of the arrivals is in flight.
+    rejected_too_late, rejected_queue_full, rejected_front_door (by the ingress, for this engine): add up to rejected.
+    good: completed requests that met every target active when they ended, or ended without one.
+    recomputed_tokens: tokens to be computed again when preempted requests resumed.
     ttft_misses, tpot_misses, latency_misses: completed requests that missed the target active when they ended.
     audited: completed requests served although they would have been rejected; audited_met: of these, the ones that
         met every target, though some may have displaced others.
@@ -142,7 +145,12 @@ class Counters:
     aborted: int = 0
     rejected: int = 0
     recalled: int = 0
+    rejected_too_late: int = 0
+    rejected_queue_full: int = 0
+    rejected_front_door: int = 0
+    good: int = 0
     preemptions: int = 0
+    recomputed_tokens: int = 0
     iterations: int = 0
     held: int = 0
     hold_s: float = 0.0
@@ -210,9 +218,22 @@ class Telemetry:
             **asdict(self.gauges),
             "kv_used_fraction": self.kv_used_fraction,
             "limits": asdict(self.limits),
+            "slots": slots_of(self.limits, self.thresholds),
             "counters": asdict(self.counters) | {"in_flight": self.counters.in_flight},
             "preemptions": self.counters.preemptions,
         }
+
+
+def slots_of(limits: EngineLimits, thresholds: Thresholds) -> int:
+    """The requests that may run before an engine counts as full: `max_running`.
+
+    Without it, the running requests at capacity by the fluid parameters, so that a slow engine, or one with long
+    outputs, is full with fewer requests; else the engine's own limit.
+    """
+    at_capacity = thresholds.fluid.running_at_capacity if thresholds.fluid else None
+    most = limits.max_num_seqs
+    slots = most if at_capacity is None else min(most, max(1, round(at_capacity)))
+    return thresholds.max_running or slots
 
 
 class Room(NamedTuple):
@@ -255,16 +276,9 @@ class Stats:
         cls, engine_id: str, limits: EngineLimits, thresholds: Thresholds, gauges: Gauges, steps: int = 0,
         room: Room | None = None, *, draining: bool = False,
     ) -> Stats:
-        """The stats of an engine under `thresholds`.
-
-        Its slots are `max_running`; without it, the running requests at capacity by the fluid parameters, so that a
-        slow engine, or one with long outputs, is full with fewer requests; else the engine's own limit.
-        """
-        at_capacity = thresholds.fluid.running_at_capacity if thresholds.fluid else None
-        most = limits.max_num_seqs
-        slots = most if at_capacity is None else min(most, max(1, round(at_capacity)))
+        """The stats of an engine under `thresholds`."""
         return cls(
-            engine_id=engine_id, slots=thresholds.max_running or slots, running=gauges.running, waiting=gauges.waiting,
+            engine_id=engine_id, slots=slots_of(limits, thresholds), running=gauges.running, waiting=gauges.waiting,
             kv_used_tokens=gauges.kv_used_tokens, kv_capacity_tokens=limits.kv_capacity_tokens,
             thresholds_version=thresholds.version, steps=steps, draining=draining,
             **(room._asdict() if room else {}),

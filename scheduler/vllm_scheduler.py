@@ -171,9 +171,8 @@ class HeadraceScheduler(AsyncScheduler):
             life = self._lives[new.req_id]
             life.cached_tokens = new.num_computed_tokens
             life.shared_tokens = self._prefixes.shared_now(new.req_id, life.cached_tokens)
-        for name in output.scheduled_cached_reqs.resumed_req_ids:
-            # Other requests may share its blocks than before its preemption.
-            self._lives[name].shared_tokens = self._prefixes.shared_now(name, self.requests[name].num_tokens)
+        again = self._lives.resumed(output.scheduled_cached_reqs, self.requests, self._prefixes.shared_now)
+        self.recorder.totals.recomputed_tokens += again
         self._after_schedule(output, held)
         return output
 
@@ -326,10 +325,12 @@ class HeadraceScheduler(AsyncScheduler):
             turned_away=self.rejector.kind_of(request.request_id), cached_tokens=life.cached_tokens,
             shared_tokens=life.shared_tokens, ttft_s=first_s - life.arrived_s if outputs else None,
             tpot_s=(now_s - first_s) / (outputs - 1) if outputs > 1 else None,
+            too_late=self.rejector.reason_of(request.request_id) == TOO_LATE,
         )
-        targets = self.in_force.targets
-        if request.status not in _CUT_SHORT and outputs and targets != NO_SLO:
-            self.recorder.judged(life.missed(targets, first_s, now_s, outputs), audited=life.audited)
+        if request.status not in _CUT_SHORT:
+            judged = outputs and self.in_force.targets != NO_SLO
+            missed = life.missed(self.in_force.targets, first_s, now_s, outputs) if judged else {}
+            self.recorder.judged(missed, audited=bool(judged) and life.audited)
         self.rejector.freed(request.request_id)
         self._prefixes.forget(request.request_id)
         self.admission_queue.forget(request)

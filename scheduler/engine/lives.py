@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scheduler.engine.client_input import declared_lengths
 from scheduler.tuning.slo import Slo
@@ -70,6 +70,17 @@ class Lives(dict[str, Life]):
         for name in [name for name, request in self._awaiting_first_token.items() if request.num_output_tokens]:
             self[name].first_token_s = now_s
             del self._awaiting_first_token[name]
+
+    def resumed(self, cached: Any, requests: Mapping[str, Request], shared_now: Callable[[str, int], int]) -> int:
+        """Note the requests of an iteration that run again after a preemption; returns the tokens computed again."""
+        again = 0
+        for name, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            if name in cached.resumed_req_ids:
+                tokens = requests[name].num_tokens
+                # Other requests may share its blocks than before its preemption.
+                self[name].shared_tokens = shared_now(name, tokens)
+                again += max(0, tokens - computed)
+        return again
 
     def end(self, request: Request) -> Life:
         """Forget a request that leaves the engine, and return its life."""

@@ -63,6 +63,7 @@ class Recorder:
             self._append(self._arrivals, Arrival(self._next(), when_s, prompt_tokens, known_output_tokens))
         self.totals.arrivals += count
         self.totals.rejected += count
+        self.totals.rejected_front_door += count
         self._turned_away += count
 
     @property
@@ -74,8 +75,12 @@ class Recorder:
     def finished(
         self, at_s: float, prompt_tokens: int, output_tokens: int, *, aborted: bool, turned_away: Kind | None = None,
         cached_tokens: int = 0, shared_tokens: int = 0, ttft_s: float | None = None, tpot_s: float | None = None,
+        too_late: bool = False,
     ) -> None:
-        """One request that left the engine: turned away (rejected or recalled), else aborted, else completed."""
+        """One request that left the engine: turned away (rejected or recalled), else aborted, else completed.
+
+        too_late: it was rejected for its own target, not for the length of the queue.
+        """
         record = Finished(
             self._next(), at_s, prompt_tokens, output_tokens, aborted or turned_away is not None, cached_tokens,
             shared_tokens, ttft_s, tpot_s,
@@ -83,6 +88,8 @@ class Recorder:
         self._append(self._finished, record)
         if turned_away is Kind.REJECTED:
             self.totals.rejected += 1
+            self.totals.rejected_too_late += too_late
+            self.totals.rejected_queue_full += not too_late
         elif turned_away is Kind.RECALLED:
             self.totals.recalled += 1
         elif aborted:
@@ -91,9 +98,10 @@ class Recorder:
             self.totals.completed += 1
 
     def judged(self, misses: Mapping[str, bool], *, audited: bool) -> None:
-        """A completed request's targets by name (ttft, tpot, latency), and whether each was missed."""
+        """A completed request's targets by name (ttft, tpot, latency; empty: no targets), and which it missed."""
         for name, missed in misses.items():
             setattr(self.totals, f"{name}_misses", getattr(self.totals, f"{name}_misses") + missed)
+        self.totals.good += not any(misses.values())
         if audited:
             self.totals.audited += 1
             self.totals.audited_met += not any(misses.values())

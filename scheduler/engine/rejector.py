@@ -66,6 +66,11 @@ class Rejector:
         rejection = self._under_way.get(name)
         return rejection.kind if rejection else None
 
+    def reason_of(self, name: str) -> str:
+        """Why a request being freed was turned away; empty for any other."""
+        rejection = self._under_way.get(name)
+        return rejection.reason if rejection else ""
+
     def freed(self, name: str) -> None:
         """A request has left the engine, for whatever reason."""
         self._under_way.pop(name, None)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,14 @@ class Server:
         return dict(engines["0"])
 
     def metrics(self) -> dict[str, float]:
-        """All samples by name; the labels of ours beside the engine's rank are left out."""
+        """The sum of each metric's samples, by name."""
         answer = self.http.get("/metrics", headers={"Accept-Encoding": "gzip"})
         assert answer.status_code == 200
-        return {
-            sample.name: sample.value
-            for family in text_string_to_metric_families(answer.text) for sample in family.samples
-        }
+        totals: dict[str, float] = defaultdict(float)
+        for family in text_string_to_metric_families(answer.text):
+            for sample in family.samples:
+                totals[sample.name] += sample.value
+        return totals
 
     def family(self) -> list[psutil.Process]:
         return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]

@@ -292,11 +292,11 @@ def test_our_metrics_are_appended_to_vllm_s(monkeypatch: pytest.MonkeyPatch) -> 
         await send(body(b"vllm_some 1\n"))
 
     async def state(self: Any) -> dict[str, Any]:
-        return {"engines": {"0": {"reachable": True, "counters": {"rejected": 3}}}}
+        return {"engines": {"0": {"reachable": True, "counters": {"completed": 3}}}}
 
     monkeypatch.setattr(middleware_module.Engines, "state", state)
     sent = run(metrics, method="GET", path="/metrics")
-    assert sent.text.startswith(b"vllm_some 1\n") and b'headrace_rejected_total{engine="0"} 3.0' in sent.text
+    assert sent.text.startswith(b"vllm_some 1\n") and b'headrace_completed_total{engine="0"} 3.0' in sent.text
     assert b"content-length" not in sent.headers
 
     async def openmetrics(scope: Any, receive: Any, send: Send) -> None:

@@ -17,17 +17,23 @@ from pydantic_core import to_json
 from synthetic_engine import PAPER, SyntheticEngine
 
 from scheduler.alone.controller import OneEngineController
-from scheduler.alone.metrics import COUNTERS, GAUGES, WORDS, exposition
+from scheduler.alone.metrics import exposition
 from scheduler.alone.place import new_place, write_state
 from scheduler.alone.state import Engines
 from scheduler.engine.channel import ChannelServer, remove_endpoint
 from scheduler.messages import Ack, Counters
+from scheduler.metrics import ENGINE, ESTIMATES, OF_CONTROLLER, Kind
 from scheduler.settings import LiveSettings, SchedulerSettings
 from scheduler.thresholds import Thresholds
 from scheduler.tuning.slo import Slo
 
 SETTINGS = SchedulerSettings.from_additional_config({"headrace": {"targets": {"ttft_s": 3.0, "tpot_s": 0.08}}})
-NOT_SHOWN = {"held", "decode_steps", "decode_computed_tokens", "decode_gained_tokens", "decode_gained_squares"}
+NOT_SHOWN = {"decode_steps", "decode_computed_tokens", "decode_gained_tokens", "decode_gained_squares", "rejected"}
+"""Of speculative decoding, which vLLM's own metrics have; and a sum of others."""
+NOT_LIMITED = {
+    "headrace_threshold_group_requests", "headrace_threshold_running_requests", "headrace_threshold_queue_requests",
+}
+"""Thresholds of other policies, and of a queue that is short enough without one."""
 
 
 @pytest.fixture(autouse=True)
@@ -128,8 +134,8 @@ def test_every_metric_has_a_sample_under_load(endpoint: str) -> None:
     state = state_of(busy_engine(), endpoint)
     samples = _samples(exposition(state))
     names = {name for name, _ in samples}
-    counters = {f"{name}_total" for name, *_ in COUNTERS}
-    assert names == {name for name, *_ in (*GAUGES, *WORDS)} | counters
+    expected = {metric.exposed for metric in (*ENGINE, *ESTIMATES, *OF_CONTROLLER)} - NOT_LIMITED
+    assert names == expected
     assert samples[("headrace_policy", ("2", "fluid"))] == 1.0
     assert samples[("headrace_thresholds_version", ("2",))] == 1.0
     plan = state["engines"]["2"]["forecast"]
@@ -141,7 +147,22 @@ def test_every_metric_has_a_sample_under_load(endpoint: str) -> None:
 
 
 def test_every_counter_of_the_engine_is_a_metric_or_left_out_on_purpose() -> None:
-    assert {key for _, _, key, _ in COUNTERS} == {field.name for field in fields(Counters)} - NOT_SHOWN
+    names = [field.name for field in fields(Counters)]
+    counters = Counters(**{name: number for number, name in enumerate(names, 1)})
+    state = {"counters": {name: getattr(counters, name) for name in names}}
+    read = {value for metric in ENGINE if metric.kind is Kind.COUNTER for _, value in metric.read(state)}
+    assert {names[round(value) - 1] for value in read} == set(names) - NOT_SHOWN
+
+
+def test_groups_of_other_policies_are_named_by_type_and_segment() -> None:
+    types = [{"name": "short", "n": 4}, {"name": "free", "n": None}]
+    segments = [{"end_output_tokens": 64, "total": 12}]
+    state = {"engines": {"0": {"thresholds": {"types": types, "segments": segments, "max_running": 9}}}}
+    assert _samples(exposition(state)) == {
+        ("headrace_threshold_group_requests", ("0", "short")): 4.0,
+        ("headrace_threshold_group_requests", ("0", "to 64")): 12.0,
+        ("headrace_threshold_running_requests", ("0",)): 9.0,
+    }
 
 
 def test_infinite_and_missing_values_have_no_sample() -> None:

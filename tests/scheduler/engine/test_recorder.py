@@ -95,9 +95,10 @@ def test_every_request_is_counted_under_one_name():
         recorder.arrival(0.0, 1, None)
     recorder.finished(0.0, 1, 1, aborted=False)
     recorder.finished(0.0, 1, 1, aborted=True)
-    for kind in (Kind.REJECTED, Kind.REJECTED, Kind.RECALLED, Kind.ENDED):
-        recorder.finished(0.0, 1, 0, aborted=True, turned_away=kind)
+    for kind, late in ((Kind.REJECTED, True), (Kind.REJECTED, False), (Kind.RECALLED, False), (Kind.ENDED, False)):
+        recorder.finished(0.0, 1, 0, aborted=True, turned_away=kind, too_late=late)
     counters = recorder.counters()
+    assert (counters.rejected_too_late, counters.rejected_queue_full, counters.rejected_front_door) == (1, 1, 0)
     assert (counters.completed, counters.aborted, counters.rejected, counters.recalled) == (1, 2, 2, 1)
     assert counters.in_flight == 4
     assert [record.aborted for record in recorder.since(0)[2]] == [False] + [True] * 5, "no whole answers"
@@ -109,3 +110,21 @@ def test_totals_of_holds():
     recorder.released(0.5)
     counters = recorder.counters()
     assert (counters.held, counters.hold_s) == (2, 0.75)
+
+
+def test_every_rejection_has_a_reason():
+    recorder = Recorder()
+    recorder.turned_away(1.0, 5, 10, None)
+    recorder.finished(0.0, 1, 0, aborted=True, turned_away=Kind.REJECTED, too_late=True)
+    counters = recorder.counters()
+    assert counters.rejected_front_door == 5
+    assert counters.rejected == counters.rejected_front_door + counters.rejected_too_late + counters.rejected_queue_full
+
+
+@pytest.mark.parametrize(("misses", "good"), [
+    ({"ttft": False, "tpot": False}, 1), ({"ttft": True, "tpot": False}, 0), ({"ttft": True, "tpot": True}, 0), ({}, 1),
+])
+def test_good_is_a_completed_request_that_met_every_target(misses, good):
+    recorder = Recorder()
+    recorder.judged(misses, audited=False)
+    assert recorder.counters().good == good
