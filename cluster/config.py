@@ -137,7 +137,10 @@ class RayConfig(Strict):
 
 
 class HttpOptions(Strict):
-    """Address of the HTTP server, 127.0.0.1 by default."""
+    """Where the HTTP server listens.
+
+    host: its address; other machines reach 0.0.0.0, which needs an API key. port: its TCP port.
+    """
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
@@ -153,7 +156,11 @@ class LoggingConfig(Strict):
 
 
 class ApplicationEntry(Strict):
-    """One entry of Serve's `applications`."""
+    """One entry of Serve's `applications`.
+
+    name: the application's name in Serve. import_path: the function that builds it. route_prefix: below which path it
+    answers. runtime_env: the environment of its processes, as Ray documents it. args: the models and our settings.
+    """
 
     name: str = APP_NAME
     import_path: str = IMPORT_PATH
@@ -163,7 +170,11 @@ class ApplicationEntry(Strict):
 
 
 class ClusterConfig(Strict):
-    """The whole file."""
+    """The whole file, as `serve deploy` takes it, with `ray` beside it.
+
+    ray: which Ray cluster `headrace up` joins or starts. proxy_location: on which nodes Serve answers HTTP.
+    http_options: where it listens. applications: exactly one.
+    """
 
     ray: RayConfig = Field(default_factory=RayConfig)
     proxy_location: Literal["EveryNode", "HeadOnly", "Disabled"] = "EveryNode"

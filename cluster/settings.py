@@ -45,7 +45,7 @@ class Strict(BaseModel):
 
 
 class ControllerConfig(ControllerSettings):
-    """The central controller: see `ControllerSettings`; its profile is required."""
+    """The central controller, which tunes every replica. Its profile is required."""
 
     @field_validator("profile")
     @classmethod
@@ -64,9 +64,10 @@ class ModelSettings(Strict):
 
     targets: the SLO in seconds (ttft_s, tpot_s, latency_s), each optional.
     thresholds: active until the controller pushes its own, `policy` among them.
+    controller: how thresholds are tuned.
     scheduler: each engine's scheduler class, as for vLLM's --scheduler-cls; it may be a subclass of `HeadraceScheduler`
         with another policy (examples/own_policy.py).
-    limits: what one request may ask for.
+    limits: what one request, and one API key, may ask for.
     drain_s: seconds in which a replica that leaves may finish its requests.
     engine_timeout_s: seconds without progress after which an engine that has requests is replaced.
     max_wait_s: seconds a request may wait for its first token when no target bounds it; null: without end.
@@ -106,8 +107,10 @@ class ModelSettings(Strict):
 
 
 class HeadraceSettings(ModelSettings):
-    """The top-level object: `ModelSettings` for all models, and `tenants`, weighted shares of the replicas with one API
-    key each."""
+    """The top-level object: `ModelSettings` for all models, and the tenants.
+
+    tenants: weighted shares of the replicas, with one API key each; at the top level only.
+    """
 
     tenants: tuple[TenantConfig, ...] = ()
 
