@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,10 +19,13 @@ from cluster_process import ClusterProcess, until
 from expressions import queries, rules
 from prometheus import MISSING, Prometheus, installed, prometheus
 
+from cluster.config import load_config
+from cluster.run_folder import folder_for
 from scheduler.metrics import ALL
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(not installed(), reason=MISSING)]
 TARGETS = {"ttft_s": 4.0, "tpot_s": 0.5}
+SECRET = "the rivers of Atlantis"
 EXPORTED_S = 25.0
 """Ray hands values on every ten seconds, and forgets a gauge after twenty."""
 RAYS = {
@@ -32,7 +37,8 @@ RAYS = {
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcess]:
     cluster = ClusterProcess(
-        tmp_path_factory.mktemp("metrics"), headrace={"targets": TARGETS, "controller": {"min_finished": 10}}
+        tmp_path_factory.mktemp("metrics"), llm={"deployment_config": {"num_replicas": 1}},
+        headrace={"targets": TARGETS, "controller": {"min_finished": 10}},
     )
     try:
         cluster.wait_until_ready()
@@ -76,7 +82,7 @@ class Load(threading.Thread):
     async def _one(self, http: httpx.AsyncClient, number: int) -> None:
         body = {
             "model": "smollm2-135m", "max_tokens": 24, "stream": number % 2 == 0,
-            "messages": [{"role": "user", "content": f"{number}: tell me about rivers."}],
+            "messages": [{"role": "user", "content": f"{number}: tell me about {SECRET}."}],
         }
         async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
             if number % 20 == 0 and answer.status_code == 200:
@@ -111,7 +117,7 @@ def test_every_query_of_the_dashboard_has_data_under_load_and_the_counters_add_u
             missing.update(empty)
             return not empty
 
-        until(has_data, 180.0, lambda: f"no data: {missing}\n{load.outcomes}")
+        until(has_data, 120.0, lambda: f"no data: {missing}\n{load.outcomes}")
         broken = [rule for rule in scraped.rules() if rule["health"] != "ok"]
         assert not broken and {rule["name"] for rule in scraped.rules()} == {
             rule.get("alert") or rule["record"] for rule in rules()
@@ -149,6 +155,23 @@ def test_labels_are_those_declared_and_never_a_request(cluster: ClusterProcess, 
     assert {labels["model"] for labels, _ in series if "model" in labels} <= {"smollm2-135m", "none"}
     names = set(cluster.state()["replicas"])
     assert {labels["replica"] for labels, _ in series if "replica" in labels} == names
+
+
+def test_the_logs_have_changes_and_no_requests(cluster: ClusterProcess, scraped: Prometheus) -> None:
+    """After hundreds of requests, some of which hung up."""
+    folder = folder_for(load_config(cluster.config, with_engine=False)).logs
+    texts = {path.name: path.read_text(errors="replace") for path in folder.parent.rglob("*") if _is_log(path)}
+    (changes,) = [text for name, text in texts.items() if name.startswith("headrace_controller_")]
+    assert re.search(r"thresholds of \S+: version \d+ -> \d+: .+ \(.+ -> .+\)", changes), changes
+    for name, text in texts.items():
+        assert SECRET not in text, f"{name} has a prompt"
+        assert "Traceback" not in text, f"{name}:\n{text[text.index('Traceback') - 500:][:3000]}"
+        requests = [line for line in text.splitlines() if "/v1/chat/completions" in line]
+        assert len(requests) < 5, f"{name} has lines of single requests: {requests[:3]}"
+
+
+def _is_log(path: Path) -> bool:
+    return path.is_file() and path.suffix in {".log", ".err", ".out"}
 
 
 def test_a_controller_that_hangs_is_noticed(cluster: ClusterProcess, scraped: Prometheus) -> None:
