@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 from cluster_process import ClusterProcess, until
+from collector import Collector
 from expressions import queries, rules
 from prometheus import MISSING, Prometheus, installed, prometheus
 
@@ -35,10 +36,18 @@ RAYS = {
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcess]:
+def collector() -> Iterator[Collector]:
+    with Collector.running() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[ClusterProcess]:
     cluster = ClusterProcess(
         tmp_path_factory.mktemp("metrics"), llm={"deployment_config": {"num_replicas": 1}},
-        headrace={"targets": TARGETS, "controller": {"min_finished": 10}},
+        headrace={
+            "targets": TARGETS, "controller": {"min_finished": 10}, "tracing": {"otlp_endpoint": collector.endpoint},
+        },
     )
     try:
         cluster.wait_until_ready()
@@ -103,10 +112,34 @@ def test_the_port_is_open_to_this_machine_only_and_up_prints_it(cluster: Cluster
     assert addresses == {"127.0.0.1"}
 
 
+def test_a_request_is_one_trace_from_the_client_to_the_last_token(
+    cluster: ClusterProcess, collector: Collector
+) -> None:
+    trace_id, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    answer = cluster.http.post(
+        "/v1/chat/completions", headers={"traceparent": f"00-{trace_id}-{parent}-01"}, json={
+            "model": "smollm2-135m", "max_tokens": 8, "messages": [{"role": "user", "content": f"{SECRET}?"}],
+        },
+    )
+    assert answer.status_code == 200, answer.text
+    wanted = {"route", "queue", "prefill", "decode", "llm_request"}
+    spans = until(lambda: collector.spans(trace_id, wanted), 60.0, lambda: str(collector.spans(trace_id, set())))
+    assert spans["route"].parent == parent
+    assert {spans[name].parent for name in wanted - {"route"}} == {spans["route"].id}
+    assert spans["queue"].attributes["headrace.decision"] == "admitted"
+    assert spans["queue"].attributes["headrace.waited_s"] >= 0
+    assert spans["route"].attributes["headrace.outcome"] == "completed"
+    assert spans["decode"].attributes["headrace.output_tokens"] == 8
+    order = [spans[name].start_s for name in ("route", "queue", "prefill", "decode")]
+    assert order == sorted(order) and spans["decode"].end_s <= spans["route"].end_s + 0.1
+    assert not any(SECRET in str(span) for span in spans.values())
+
+
 def test_every_query_of_the_dashboard_has_data_under_load_and_the_counters_add_up(
     cluster: ClusterProcess, scraped: Prometheus
 ) -> None:
     load = Load(cluster.url, rate_rps=6.0)
+    load.outcomes["completed"] += 1  # the traced one
     load.start()
     try:
         missing = dict(queries())
