@@ -9,7 +9,7 @@ export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config g
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[cpu,model,dev]' \
 	--constraints constraints-cpu.txt
 
-.PHONY: serve check test e2e install lint types fast tests faults soak clean
+.PHONY: serve check test e2e install lint types fast tests faults soak docs clean
 
 serve: install
 	@$(BIN)/headrace up $(CONFIG)
@@ -58,5 +58,10 @@ SOAK_MINUTES ?= 30
 soak: install
 	$(BIN)/python -m benchmarks.faults.soak --minutes $(SOAK_MINUTES)
 
+# The documentation as a site in site/, its reference pages written from the code.
+docs: install
+	$(BIN)/python -m tools.docs.reference
+	PYTHONPATH=. $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .models
+	rm -rf $(VENV) .models site

@@ -137,15 +137,21 @@ class RayConfig(Strict):
 
 
 class HttpOptions(Strict):
-    """Address of the HTTP server, 127.0.0.1 by default."""
+    """Where the HTTP server listens.
+
+    host: its address; other machines reach 0.0.0.0, which needs an API key. port: its TCP port.
+    """
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
 
 
 class LoggingConfig(Strict):
-    """Ray Serve's own key, for all logs of the application. encoding: TEXT for people, JSON for programs.
-    enable_access_log: one line for each request, off by default."""
+    """Ray Serve's own key, for all logs of the application.
+
+    encoding: TEXT for people, JSON for programs. log_level: the least that is written. enable_access_log: one line for
+    each request.
+    """
 
     encoding: Literal["TEXT", "JSON"] = "TEXT"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
@@ -153,7 +159,11 @@ class LoggingConfig(Strict):
 
 
 class ApplicationEntry(Strict):
-    """One entry of Serve's `applications`."""
+    """One entry of Serve's `applications`.
+
+    name: the application's name in Serve. import_path: the function that builds it. route_prefix: below which path it
+    answers. runtime_env: the environment of its processes, as Ray documents it. args: the models and our settings.
+    """
 
     name: str = APP_NAME
     import_path: str = IMPORT_PATH
@@ -163,7 +173,11 @@ class ApplicationEntry(Strict):
 
 
 class ClusterConfig(Strict):
-    """The whole file."""
+    """The whole file, as `serve deploy` takes it, with `ray` beside it.
+
+    ray: which Ray cluster `headrace up` joins or starts. proxy_location: on which nodes Serve answers HTTP.
+    http_options: where it listens. logging_config: how Serve, and we with it, write logs. applications: exactly one.
+    """
 
     ray: RayConfig = Field(default_factory=RayConfig)
     proxy_location: Literal["EveryNode", "HeadOnly", "Disabled"] = "EveryNode"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scheduler.messages import Counters, Finished, Iteration, Stats, Telemetry
+from scheduler.messages import Counters, Iteration, Telemetry, slots_of
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.tuning.slo import Slo
 
@@ -27,7 +27,8 @@ _DIGITS = 6
 class Point(NamedTuple):
     """One engine over the `seconds` before `at_unix_s`; numbers of requests are of that time, not totals.
 
-    admitted: requests whose prefill began. good: completed within every target; without targets, completed. audited,
+    admitted: requests whose prefill began. rejected_*: by reason, see `Counters`. good: completed within every target;
+        without targets, completed. audited,
         audited_met: of the requests that the policy would have rejected and that were served, those that completed, and
         those of them within every target.
     ttft_s, tpot_s: medians of completed requests, and their 0.95 quantiles as *_slow_s; *_target_s: the targets.
@@ -43,8 +44,11 @@ class Point(NamedTuple):
     arrivals: int
     admitted: int
     rejected: int
+    rejected_queue_full: int
+    rejected_too_late: int
+    rejected_front_door: int
     completed: int
-    good: float
+    good: int
     audited: int
     audited_met: int
     preemptions: int
@@ -165,8 +169,6 @@ def _point(
     counters, gauges, thresholds = telemetry.counters, telemetry.gauges, telemetry.thresholds
     done = [one for one in telemetry.finished if one.seq > series.cursor and not one.aborted]
     iterations = [one for one in telemetry.iterations if one.seq > series.cursor]
-    completed = counters.completed - series.counters.completed
-    good = sum(_is_good(one, targets) for one in done)
     fluid, forecast = shown.get("fluid") or {}, shown.get("forecast") or {}
 
     def counted(name: str) -> int:
@@ -174,30 +176,22 @@ def _point(
 
     return Point(
         at_unix_s=at_unix_s, seconds=telemetry.clock_s - series.clock_s, arrivals=counted("arrivals"),
-        admitted=max(0, admitted - series.admitted), rejected=counted("rejected"), completed=completed,
-        good=completed * good / len(done) if done else 0.0, audited=counted("audited"),
-        audited_met=counted("audited_met"), preemptions=counted("preemptions"),
+        admitted=max(0, admitted - series.admitted), rejected=counted("rejected"),
+        rejected_queue_full=counted("rejected_queue_full"), rejected_too_late=counted("rejected_too_late"),
+        rejected_front_door=counted("rejected_front_door"), completed=counted("completed"), good=counted("good"),
+        audited=counted("audited"), audited_met=counted("audited_met"), preemptions=counted("preemptions"),
         ttft_s=_quantile((one.ttft_s for one in done), 0.5),
         ttft_slow_s=_quantile((one.ttft_s for one in done), SLOW_QUANTILE), ttft_target_s=targets.ttft_s,
         tpot_s=_quantile((one.tpot_s for one in done), 0.5),
         tpot_slow_s=_quantile((one.tpot_s for one in done), SLOW_QUANTILE), tpot_target_s=targets.tpot_s,
         running=gauges.running, waiting=gauges.waiting,
-        slots=Stats.of_engine(telemetry.engine_id, telemetry.limits, thresholds, gauges).slots,
+        slots=slots_of(telemetry.limits, thresholds),
         queue_limit=thresholds.fluid.queue_limit if thresholds.fluid else None,
         kv_used_tokens=gauges.kv_used_tokens, kv_capacity_tokens=telemetry.limits.kv_capacity_tokens,
         kv_planned_tokens=fluid.get("memory_tokens"),
         iteration_s=_mean([one.seconds for one in iterations]), predicted_s=_predicted_s(iterations, predicted_by),
         capacity_rps=forecast.get("capacity_rps"), version=thresholds.version, pinned=thresholds.pinned,
     )
-
-
-def _is_good(done: Finished, targets: Slo) -> bool:
-    """Whether a completed request met every target, as the engine measured it."""
-    first_s, token_s = done.ttft_s or 0.0, done.tpot_s or 0.0
-    took_s = (first_s, targets.ttft_s), (token_s, targets.tpot_s), (
-        first_s + token_s * max(done.output_tokens - 1, 0), targets.latency_s,
-    )
-    return all(target_s is None or seconds <= target_s for seconds, target_s in took_s)
 
 
 def _predicted_s(iterations: Sequence[Iteration], model: IterationTimeModel | None) -> float | None:

@@ -50,7 +50,12 @@ class ModelLoadingConfig(_RayObject):
 
 
 class LLMEntry(_RayObject):
-    """One model. What is not named here is checked by Ray's `LLMConfig`, and everything but `headrace` goes to it."""
+    """One model. What is not named here is checked by Ray's `LLMConfig`, and everything but `headrace` goes to it.
+
+    model_loading_config: the model's name and where it is. engine_kwargs: vLLM's engine arguments by their Python
+    names. deployment_config: options of Serve's deployment, such as num_replicas. headrace: Headrace's settings of this
+    model alone, which go before those of all models.
+    """
 
     model_loading_config: ModelLoadingConfig
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)

@@ -46,7 +46,7 @@ class Strict(BaseModel):
 
 
 class ControllerConfig(ControllerSettings):
-    """The central controller: see `ControllerSettings`; its profile is required."""
+    """The central controller, which tunes every replica. Its profile is required."""
 
     @field_validator("profile")
     @classmethod
@@ -65,9 +65,10 @@ class ModelSettings(Strict):
 
     targets: the SLO in seconds (ttft_s, tpot_s, latency_s), each optional.
     thresholds: active until the controller pushes its own, `policy` among them.
+    controller: how thresholds are tuned.
     scheduler: each engine's scheduler class, as for vLLM's --scheduler-cls; it may be a subclass of `HeadraceScheduler`
         with another policy (examples/own_policy.py).
-    limits: what one request may ask for.
+    limits: what one request, and one API key, may ask for.
     drain_s: seconds in which a replica that leaves may finish its requests.
     engine_timeout_s: seconds without progress after which an engine that has requests is replaced.
     max_wait_s: seconds a request may wait for its first token when no target bounds it; null: without end.
@@ -107,16 +108,22 @@ class ModelSettings(Strict):
 
 
 class TracingSettings(Strict):
-    """otlp_endpoint: of a collector, OTLP over gRPC, http://HOST:4317; null: nothing is traced. sampling_ratio: share
-    of the requests that are traced, where a request brings no decision of its own (W3C `traceparent`)."""
+    """OpenTelemetry.
+
+    otlp_endpoint: of a collector, OTLP over gRPC, http://HOST:4317; null: nothing is traced.
+    sampling_ratio: share of the requests that are traced, where a request brings no decision of its own (W3C
+    `traceparent`).
+    """
 
     otlp_endpoint: str | None = Field(default=None, pattern=r"^https?://[^\s/]+$")
     sampling_ratio: float = Field(default=1.0, ge=0, le=1)
 
 
 class HeadraceSettings(ModelSettings):
-    """The top-level object: `ModelSettings` for all models, and `tenants`, weighted shares of the replicas with one API
-    key each, and `tracing`."""
+    """The top-level object: `ModelSettings` for all models, the tenants, and tracing; both at the top level only.
+
+    tenants: weighted shares of the replicas, with one API key each. tracing: whether requests are traced, and where to.
+    """
 
     tenants: tuple[TenantConfig, ...] = ()
     tracing: TracingSettings = TracingSettings()

@@ -21,9 +21,10 @@ _Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 class KeyLimits(BaseModel):
     """Of one key; None: no limit.
 
-    concurrent_requests: requests under way at once. requests_per_minute; tokens_per_minute: prompt and output tokens,
-    counted when a request comes: token ids as they are, text by its length (four bytes a token), and `max_tokens` for
-    each choice.
+    concurrent_requests: requests under way at once. requests_per_minute: requests, of which a whole minute's may come
+    at once.
+    tokens_per_minute: prompt and output tokens, counted when a request comes: token ids as they are, text by its length
+    (four bytes a token), and `max_tokens` for each choice.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,14 +37,16 @@ class KeyLimits(BaseModel):
 class Limits(KeyLimits):
     """Of each request, and of each key: every tenant, the operator, and all requests without a key together.
 
-    choices: `n` times the number of prompts. max_tokens: of each choice. prompt_tokens: of prompts given as token ids
-    (text is bounded by body_bytes, and by the engine's max_model_len). body_bytes, header_bytes: as received.
-    json_depth: nested objects and arrays. body_s: seconds for the whole body; chunk_s: between two pieces of it.
+    Of these, choices and max_tokens, prompt_tokens and front_door may differ by model; the others are for all.
+
+    choices: most answers to one request, `n` times the number of prompts. max_tokens: most output tokens of a choice.
+    prompt_tokens: most tokens of prompts given as token ids (text is bounded by body_bytes, and by the engine's
+    max_model_len). body_bytes: largest body, as received. header_bytes: largest headers, as received.
+    json_depth: most nested objects and arrays. body_s: longest time for the whole body; chunk_s: longest time between
+    two pieces of it.
     keys: other limits for a tenant by its name, for "operator" or for "anonymous".
     cors_origins: web origins whose pages may call /v1 from a browser; never /admin.
     front_door: reject in the ingress while the queues of all replicas are full.
-
-    choices, max_tokens, prompt_tokens and front_door may differ by model; the others are those of the application.
     """
 
     choices: _Count = 16

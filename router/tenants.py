@@ -14,6 +14,7 @@ _OURS = (TENANT, TENANT_WEIGHT, TURNED_AWAY)
 class TenantConfig(BaseModel):
     """One tenant. While several tenants have waiting requests, each is served in proportion to its weight.
 
+    name: of the tenant, in metrics and status. weight: its share, against the others' weights.
     api_key_env: environment variable with the tenant's key; api_key_file: or a file with it, re-read while it serves.
     One of the two; no key is part of a configuration.
     """

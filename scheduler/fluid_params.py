@@ -38,11 +38,13 @@ class FluidParams:
     """One engine's parameters.
 
     time_model: its iteration-time model. survival: of the output lengths of new requests, in tokens.
-    iteration_s: longest iteration (None: no limit). tpot_s, latency_s, ttft_s: the targets per output token, end to
-        end, and for the first token. first_token_within_s: ttft_s, or less where the latency target leaves less.
-    kv_limit_tokens: memory that admitted requests may grow into, in blocks of block_tokens.
-    overflow_z: standard deviations of that growth kept free beside its mean, in memory and in time, so that overflow
-        has a probability of about miss_probability.
+    iteration_s: longest iteration (None: no limit). tpot_s: the target per output token. latency_s: the target end to
+        end. ttft_s: the target for the first token. first_token_within_s: ttft_s, or less where the latency target
+        leaves less.
+    kv_limit_tokens: memory that admitted requests may grow into. block_tokens: size of a block of it.
+    miss_probability: accepted share of requests that miss a target. overflow_z: standard deviations of that
+        growth kept free beside its mean, in memory and in time, so that overflow has a probability of about
+        miss_probability.
     queue_limit: most waiting requests (None: unlimited).
     prompt_flow_tokens: prefill tokens per iteration at capacity. capacity_rps: requests per second at capacity (0: not
         known). steady_s: expected iteration time at the present load (0: not known).

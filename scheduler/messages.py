@@ -113,7 +113,11 @@ class ByColumn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gauges:
-    """The engine's state after its latest scheduling decision. Counts of requests, KV in tokens."""
+    """The engine's state after its latest scheduling decision.
+
+    running: requests that the engine computes. waiting: requests in the admission queue. held: of these, the ones held
+    there for a threshold. sitting_out: admitted requests that are paused. kv_used_tokens: KV cache in use.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -126,10 +130,13 @@ class Gauges:
 class Counters:
     """Totals since the engine started; a request is one choice, so `n` > 1 counts n times.
 
-    hold_s: seconds that released requests were held in the admission queue, summed.
-    completed, aborted (by the client, the server or an error), rejected (before any work), recalled (before any work,
-        from an engine that stops): disjoint; the rest of the arrivals is in flight.
-    rejected_too_late, rejected_queue_full, rejected_front_door (by the ingress, for this engine): add up to rejected.
+    arrivals: requests that reached the engine: completed, aborted, rejected, recalled, and those in flight.
+    completed: ended as OpenAI's do. aborted: by the client, the server or an error. rejected: before any work.
+    recalled: before any work, from an engine that stops. preemptions: running requests whose memory was taken.
+    iterations: steps of the engine. held: requests that were held for a threshold. hold_s: seconds that released
+        requests were held in the admission queue, summed.
+    rejected_too_late: for a first token that would come too late. rejected_queue_full: beyond the queue limit.
+    rejected_front_door: by the ingress, for this engine; with the two before it, all of rejected.
     good: completed requests that met every target active when they ended, or ended without one.
     recomputed_tokens: tokens to be computed again when preempted requests resumed.
     ttft_misses, tpot_misses, latency_misses: completed requests that missed the target active when they ended.

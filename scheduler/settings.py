@@ -27,12 +27,16 @@ _DEFAULTS = TuningSettings()
 
 
 class ControllerSettings(BaseModel):
-    """How a controller tunes engines, the cluster's or an engine's own. period_s: seconds between two control cycles;
+    """How a controller tunes engines, the cluster's or an engine's own.
+
+    enabled: whether there is a controller; without one the configured thresholds hold, and targets are an error.
+    period_s: seconds between two control cycles;
     profile: the iteration-time model to start from, by a preset's name or a JSON file's path; it must fit the model and
-    the device (empty: the engine is measured first).
+    the device (required in a cluster; empty under plain vLLM: the engine is measured first).
     min_finished: finished requests before an engine's thresholds are changed; window_s: seconds of arrivals that count;
     validity_s: seconds that pushed thresholds stay active without the controller; overflow_probability: accepted
-    probability that memory overflows or that a request misses its TPOT target."""
+    probability that memory overflows or that a request misses its TPOT target.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -63,8 +67,9 @@ class LiveSettings(BaseModel):
     """The settings that may change while an engine runs; `scheduler.wire` carries them to it.
 
     thresholds: active until others are pushed, and when those lapse.
-    profile, targets, overflow_probability: the source of the first fluid parameters, when `thresholds` has none (see
-        `cold_thresholds`).
+    targets: the latency targets. profile: the iteration-time model of the first fluid parameters; None: that of the
+        controller. overflow_probability: accepted probability that memory overflows or that a request misses its TPOT
+        target.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

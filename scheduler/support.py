@@ -1,7 +1,7 @@
-"""The supported combinations of policy and engine setting: one table for the code, its tests and the README.
+"""The supported combinations of policy and engine setting: one table for the code, its tests and docs/policies.md.
 
 A "no" in the table is rejected before an engine starts, by the configuration and by `HeadraceScheduler`, and later when
-thresholds of another policy are offered. To lift a guard, change its cell here and in the README's table
+thresholds of another policy are offered. To lift a guard, change its cell here and in that page's table
 (`support_matrix` prints it).
 """
 
@@ -178,7 +178,7 @@ def require_supported(setup: EngineSetup, thresholds: Thresholds) -> None:
 
 
 def support_matrix() -> str:
-    """The table as the README shows it, in Markdown."""
+    """The table as docs/policies.md shows it, in Markdown."""
     lines = [("", *(f"`{policy}`" for policy in POLICY_NAMES)), ("---",) * (1 + len(POLICY_NAMES))]
     lines += [(row.name, *(row.answer(policy).text for policy in POLICY_NAMES)) for row in SETTINGS]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -63,7 +63,9 @@ class MissingField(InvalidThresholds):
 class EngineLimits:
     """The limits of one engine, within which thresholds must fit.
 
-    Token counts, except max_num_seqs (running requests). speculative_tokens: most drafts of a request in an iteration;
+    kv_capacity_tokens: size of the KV cache. block_tokens: size of one of its blocks. max_num_seqs: most running
+    requests. max_num_batched_tokens: most tokens computed in an iteration. max_model_len: most tokens of prompt and
+    output together. speculative_tokens: most drafts of a request in an iteration;
     pipeline_depth: iterations from one step of a request to the next. Source: vLLM's CacheConfig, SchedulerConfig,
     SpeculativeConfig and ParallelConfig.
     """
@@ -93,7 +95,8 @@ class EngineLimits:
 class TypeThreshold:
     """WAIT's n_j for one type: requests whose lengths lie within both (inclusive) bounds; None means no bound.
 
-    n: None admits every request at once.
+    name: of the type, as status shows it. n: requests that enter together; None admits every request at once.
+    max_prompt_tokens: longest prompt of the type. max_output_tokens: longest output, as the client declares it.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -108,6 +111,7 @@ class TypeThreshold:
 class SegmentThreshold:
     """Nested WAIT's threshold for the decode stages up to and including `end_output_tokens` (the paper's l'_k).
 
+    end_output_tokens: the last stage of the segment, above that of the segment before.
     total: requests in all stages of the segment together, the paper's B_k = n_k δ_k with δ_k = l'_k − l'_{k−1}; an
     engine's prefill yields the first token, so that segment 1 has no stage more. Per stage it may be less than one. An
     engine goes by n_k = total/δ_k per iteration; steps of several tokens (speculative decoding) leave that as it is,
@@ -125,14 +129,15 @@ class Thresholds:
     """The thresholds of one engine's scheduler.
 
     version: strictly increasing per replica; an engine rejects a version that is not newer than the active one.
-    policy: one of `POLICY_NAMES`; mode: "serving" (holds are bounded) or "strict" (the paper's rule).
+    policy: fcfs, wait, nested_wait, wait_cp or fluid; mode: "serving" (holds are bounded) or "strict" (the paper's).
     types: WAIT's thresholds, first match wins; segments: Nested WAIT's, by increasing boundary, with totals that per
     stage never grow.
     max_running: most running requests (None: the engine's own max_num_seqs).
     token_budget: most tokens computed in one iteration (None: the engine's own max_num_batched_tokens).
     prefill_chunk_tokens: most tokens of one prompt in one iteration (None: the engine's own
     long_prefill_token_threshold); wait_gate: whether `wait_cp` waits for a group at a segment's entry.
-    max_hold_s: seconds for which a threshold may hold a request.
+    fluid: the parameters of `fluid`, which the controller solves; not for operators.
+    max_hold_s: seconds for which a threshold may hold a request, from 0 to 60.
     valid_for_s: seconds after which the replica returns to its configured thresholds unless renewed (None: never).
     pinned: set by an operator; automatic updates are rejected until it is lifted.
     reason: why these values, in words.

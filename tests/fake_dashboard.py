@@ -53,8 +53,9 @@ class Made:
         """By replica: what differs from the others' state."""
         self.applied: list[tuple[str, Any]] = []
         self._ticks, self._engines = 0, {name: SyntheticEngine(Thresholds(max_running=64)) for name in replicas}
-        self._totals = {name: dict.fromkeys(("arrivals", "completed", "rejected", "audited", "audited_met"), 0)
-                        for name in replicas}
+        counted = ("arrivals", "completed", "good", "rejected", "rejected_queue_full", "rejected_front_door",
+                   "audited", "audited_met")
+        self._totals = {name: dict.fromkeys(counted, 0) for name in replicas}
         self._seq = 0
         self.now_s = time.time() if now_s is None else now_s
 
@@ -74,7 +75,10 @@ class Made:
         totals = self._totals[name]
         totals["arrivals"] += arrivals
         totals["completed"] += done_count
+        totals["good"] += done_count - (self._ticks % 40 == 0)
         totals["rejected"] += arrivals - done_count
+        totals["rejected_queue_full"] += (arrivals - done_count) // 3
+        totals["rejected_front_door"] += arrivals - done_count - (arrivals - done_count) // 3
         audited = self._ticks % 3 == 0 and arrivals > done_count
         totals["audited"] += audited
         totals["audited_met"] += audited and self._ticks % 9 == 0
@@ -83,7 +87,7 @@ class Made:
         iterations = tuple(Iteration(self._next(), 0.0, seconds * (1 + 0.05 * wave), 0, running, kv, running)
                            for _ in range(3))
         finished = tuple(Finished(
-            self._next(), 0.0, 400, 200, False, ttft_s=0.15 + 1.4 * busy**3 + 0.05 * number,
+            self._next(), 0.0, 400, 200, False, ttft_s=0.15 + 1.2 * busy**3 + 0.02 * number,
             tpot_s=seconds * (1 + 0.02 * number),
         ) for number in range(done_count))
         report = self._engines[name].report(None)
@@ -118,7 +122,7 @@ class Made:
             prospects = {"now": self.now, "one_more": self.more, "one_less": self.less}
             controller = {"alive": True, "period_s": 5.0, "started_unix_s": 1.0, "passes": self._ticks, "pins": {},
                           "prospects": {self.model: prospects}, "changes": self.changes}
-        return {"application": "headrace", "at_unix_s": time.time(), "models": [self.model], "replicas": replicas,
+        return {"application": "headrace", "at_unix_s": time.time(), "models": {self.model: {}}, "replicas": replicas,
                 "controller": controller, "front_door": {"rejected": 12, "ingresses": 1}}
 
 

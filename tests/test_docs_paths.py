@@ -11,8 +11,8 @@ SUFFIXES = ("py", "md", "json", "yaml", "yml", "toml", "sh", "svg", "png")
 _CODE = re.compile(r"`([^`\n]+)`")
 _FILE = re.compile(rf"(?<![\w./-])((?:[\w.-]+/)+[\w.-]+\.(?:{'|'.join(SUFFIXES)}))(?![\w/])")
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-_ELSEWHERE = ("outputs/fluid_memory/", "runs/")
-"""Paths of another repository, and those that a reader's own command makes."""
+_ELSEWHERE = ("outputs/fluid_memory/", "runs/", "ray/", "vllm/", "src/vllm_router/")
+"""Paths of other repositories, and those that a reader's own command makes."""
 
 
 def files_named(text: str) -> set[str]:

@@ -41,7 +41,8 @@ class DashboardEndpoints:
     async def admin_overview(self) -> Response:
         """What an operator wants to know first, in sentences."""
         state = await self._state("overview")
-        return JSONResponse(overview(state | {"models": list(self._office.settings)}))
+        models = {name: self._office.complete(name) for name in self._office.settings}
+        return JSONResponse(overview(state | {"models": models}))
 
     async def admin_history(self, after: After = 0.0) -> Response:
         """The points newer than `after` (Unix seconds); none while the controller does not answer, with the reason."""

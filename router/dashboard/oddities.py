@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 from scheduler.model.iteration_time import IterationTimeModel
 
-STILL_S = 5.0
-STILL_ITERATIONS = 10
-"""An engine is frozen after so many seconds, and so many of its iterations, without one."""
-SLOW = 1.3
-POOR_FIT = 0.25
+STILL_SHARE = 0.5
+"""An engine is called frozen after this share of the `engine_timeout_s` after which it is replaced."""
+SLOW = 1.5
+POOR_FIT, BAD_FIT = 0.25, 0.5
 _TYPICAL_RUNNING, _TYPICAL_TOKENS = 16, 512.0
 Replica = Mapping[str, Any]
 
@@ -26,30 +25,32 @@ class Oddity(NamedTuple):
     text: str
 
 
-def oddities_of(replicas: Mapping[str, Replica]) -> dict[str, list[Oddity]]:
-    """The oddities of every replica of one model, the worst first."""
+def oddities_of(replicas: Mapping[str, Replica], timeout_s: float) -> dict[str, list[Oddity]]:
+    """The oddities of every replica of one model, the worst first. timeout_s: the model's `engine_timeout_s`."""
     paces = {name: seconds for name, one in replicas.items() if (seconds := _pace_s(one)) is not None}
     usual_s = median_low(paces.values()) if paces else None
-    return {name: _of(one, paces.get(name), usual_s) for name, one in replicas.items()}
+    return {name: _of(one, paces.get(name), usual_s, timeout_s) for name, one in replicas.items()}
 
 
-def _of(one: Replica, pace_s: float | None, usual_s: float | None) -> list[Oddity]:
+def _of(one: Replica, pace_s: float | None, usual_s: float | None, timeout_s: float) -> list[Oddity]:
     if not one["reachable"]:
         age_s = one.get("last_answer_age_s")
         since = "it has not answered yet" if age_s is None else f"its last answer came {seconds(age_s)} ago"
         return [Oddity("silent", "bad", f"It does not answer; {since}.")]
     found = []
-    still_s, iteration_s = one.get("still_s") or 0.0, pace_s or 0.0
-    if still_s > max(STILL_S, STILL_ITERATIONS * iteration_s):
-        text = f"It has {one['running']} running requests and has run no iteration for {seconds(still_s)}."
+    still_s = one.get("still_s") or 0.0
+    if still_s >= STILL_SHARE * timeout_s:
+        requests = _count(one["running"], "running request")
+        text = f"It has {requests} and no iteration for {seconds(still_s)}; it is replaced after {timeout_s:g} s."
         found.append(Oddity("frozen", "bad", text))
     if str(one.get("decision", "")).startswith("not tuned"):
         found.append(Oddity("not tuned", "warning", f"The controller cannot tune it ({one['decision']})."))
     if pace_s is not None and usual_s is not None and pace_s > SLOW * usual_s:
         found.append(Oddity("slow", "warning", f"Its iterations take {pace_s / usual_s:.1f} times as long as others'."))
     fit = one.get("time_model") or {}
-    if (fit.get("mape") or 0.0) > POOR_FIT:
-        found.append(Oddity("poor fit", "warning", f"Its iteration times are {fit['mape']:.0%} off the model's."))
+    if (mape := fit.get("mape") or 0.0) > POOR_FIT:
+        level = "warning" if mape > BAD_FIT else "note"
+        found.append(Oddity("poor fit", level, f"Its iteration times are {mape:.0%} off the model's."))
     if one.get("draining"):
         found.append(Oddity("draining", "note", "It finishes its requests and takes no new ones."))
     if one["thresholds"]["pinned"]:

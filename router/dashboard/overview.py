@@ -14,6 +14,7 @@ from router.dashboard.oddities import Oddity, Replica, oddities_of
 _LEVELS = ("ok", "note", "warning", "bad")
 _TITLES = {"ok": "Healthy", "note": "Healthy", "warning": "Needs a look", "bad": "In trouble"}
 _LEAST_JUDGED = 20
+_TIMEOUT_S = 10.0
 _MISSED_BEYOND = 2.0
 """More misses than so many times the accepted share are said."""
 _FULL = 0.999
@@ -42,7 +43,7 @@ _LIMITS = {
 
 
 def overview(state: Mapping[str, Any]) -> dict[str, Any]:
-    """`state`, as `/admin/state` with the controller's `overview`, in sentences; JSON-ready.
+    """`state`, as `/admin/state` with the controller's `overview` and the `models`' settings, in sentences; JSON-ready.
 
     health: {level: ok, note, warning or bad; title; sentences, the worst first}. models: by model what `_of_model`
     returns. changes: the latest events in words, the newest first. replicas: a row each, with its oddities.
@@ -50,7 +51,8 @@ def overview(state: Mapping[str, Any]) -> dict[str, Any]:
     controller, replicas = state["controller"], state["replicas"]
     found: dict[str, list[Oddity]] = {}
     for model in _models(state):
-        found |= oddities_of({name: one for name, one in replicas.items() if one["model"] == model})
+        of_it = {name: one for name, one in replicas.items() if one["model"] == model}
+        found |= oddities_of(of_it, state["models"].get(model, {}).get("engine_timeout_s", _TIMEOUT_S))
     return {
         "application": state["application"], "at_unix_s": state["at_unix_s"],
         "health": _health(state, found),
@@ -69,16 +71,16 @@ def _models(state: Mapping[str, Any]) -> list[str]:
 
 
 def _health(state: Mapping[str, Any], found: Mapping[str, Sequence[Oddity]]) -> dict[str, Any]:
-    said = [*_of_controller(state["controller"]), *_of_replicas(state, found)]
+    overloads = [one for model in _models(state) for one in _of_load(state, model)]
+    said = [*overloads, *_of_controller(state["controller"]), *_of_replicas(state, found)]
     for model in _models(state):
-        said += [*_of_load(state, model), *_of_targets(state, model)]
-    overloads = {text for model in _models(state) for _, text in _of_load(state, model)}
+        said += _of_targets(state, model)
     said.sort(key=lambda one: -_LEVELS.index(one[0]))
     level = said[0][0] if said else "ok"
     sentences = [text for _, text in said]
     if level in ("ok", "note"):
         sentences.insert(0, _all_answer(state))
-    title = "Overloaded" if level == "warning" and said[0][1] in overloads else _TITLES[level]
+    title = "Overloaded" if level == "warning" and overloads else _TITLES[level]
     return {"level": level, "title": title, "sentences": sentences}
 
 
@@ -86,8 +88,8 @@ def _all_answer(state: Mapping[str, Any]) -> str:
     count = len(state["replicas"])
     answer = "The only replica answers" if count == 1 else f"All {count} replicas answer"
     recent = _recent(state["replicas"].values())
-    if not recent["completed"]:
-        return f"{answer}; no request has finished lately."
+    if recent["completed"] < _LEAST_JUDGED:
+        return f"{answer}; {recent['completed'] or 'no'} requests have finished lately."
     return f"{answer}; {recent['good'] / recent['completed']:.0%} of the requests that finished lately were in time."
 
 
@@ -127,7 +129,7 @@ def _of_load(state: Mapping[str, Any], model: str) -> list[tuple[str, str]]:
     load = _of_model(state, model)["load"]
     if load["level"] not in ("warning", "bad"):
         return []
-    return [(load["level"], f"{model}: {load['sentence']}")]
+    return [(load["level"], load["sentence"] if len(_models(state)) == 1 else f"{model}: {load['sentence']}")]
 
 
 def _of_targets(state: Mapping[str, Any], model: str) -> list[tuple[str, str]]:

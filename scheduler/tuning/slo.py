@@ -14,7 +14,11 @@ _Target = Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """Latency targets: seconds to the first token, per further token (mean), end to end; None: no target."""
+    """Latency targets (SLO); None: no target.
+
+    ttft_s: from a request's arrival to its first token. tpot_s: mean time per further token of a request.
+    latency_s: from its arrival to its last token.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 

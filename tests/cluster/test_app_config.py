@@ -430,8 +430,8 @@ def test_an_engine_setting_that_the_policy_goes_with_is_taken(
     assert load_config(path, with_engine=False).application.args.llm_configs[0].model_id == "m"
 
 
-def test_the_readme_s_configuration_is_taken_and_its_text_is_right() -> None:
-    section = (REPOSITORY / "README.md").read_text().partition("## The configuration")[2].partition("\n## ")[0]
+def test_the_documentation_s_configuration_is_taken_and_its_text_is_right() -> None:
+    section = (REPOSITORY / "docs" / "configuration.md").read_text().partition("\n## ")[0]
     example = yaml.safe_load(section.partition("```yaml\n")[2].partition("```")[0])
     args = AppConfig.model_validate(example["args"], context=WITHOUT_ENGINE)
     assert args.settings_of("llama-2-7b").targets == Slo(3.0, 0.08)

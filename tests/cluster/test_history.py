@@ -22,8 +22,8 @@ EMPTY = Telemetry(
 )
 
 
-def done(seq: int, *, ttft_s: float | None, tpot_s: float | None, outputs: int = 11, aborted: bool = False) -> Finished:
-    return Finished(seq, 0.0, 10, outputs, aborted, ttft_s=ttft_s, tpot_s=tpot_s)
+def done(seq: int, *, ttft_s: float | None, tpot_s: float | None, aborted: bool = False) -> Finished:
+    return Finished(seq, 0.0, 10, 11, aborted, ttft_s=ttft_s, tpot_s=tpot_s)
 
 
 def observe(history: History, at_unix_s: float, telemetry: Telemetry, targets: Slo = TARGETS, **shown: Any) -> None:
@@ -36,11 +36,14 @@ def test_a_point_counts_what_happened_since_the_report_before() -> None:
     assert history.columns()["a"]["at_unix_s"] == [], "requests of before are not of this point"
     observe(history, 10.0, replace(
         EMPTY, clock_s=104.0, cursor=9, gauges=Gauges(running=8, waiting=2, kv_used_tokens=1000),
-        counters=Counters(arrivals=120, completed=94, rejected=7, recalled=1, audited=2, audited_met=1, iterations=2),
+        counters=Counters(
+            arrivals=120, completed=94, good=2, rejected=7, rejected_too_late=3, rejected_front_door=2, recalled=1,
+            audited=2, audited_met=1, iterations=2,
+        ),
         iterations=(Iteration(1, 0.0, 0.03, 0, 8, 0, 8), Iteration(2, 0.0, 0.01, 0, 8, 0, 8)),
         finished=(
             done(3, ttft_s=0.5, tpot_s=0.05), done(4, ttft_s=2.0, tpot_s=0.05), done(5, ttft_s=0.5, tpot_s=0.2),
-            done(6, ttft_s=0.7, tpot_s=None, outputs=1), done(7, ttft_s=None, tpot_s=None, aborted=True),
+            done(6, ttft_s=0.7, tpot_s=None), done(7, ttft_s=None, tpot_s=None, aborted=True),
         ),
     ), fluid={"memory_tokens": 900.0}, forecast={"capacity_rps": 3.0})
     (point,) = (dict(zip(columns, values, strict=True)) for columns, values in [(
@@ -49,29 +52,12 @@ def test_a_point_counts_what_happened_since_the_report_before() -> None:
     )])
     assert (point["seconds"], point["arrivals"], point["rejected"], point["completed"]) == (4.0, 20, 5, 4)
     assert point["admitted"] == 20 - 5 - 1 - 2, "neither rejected, nor sent back, nor waiting"
-    assert point["good"] == 2.0, "one was late with its first token, one with the others"
+    assert [point[f"rejected_{why}"] for why in ("too_late", "queue_full", "front_door")] == [3, 0, 2]
+    assert point["good"] == 2
     assert (point["audited"], point["audited_met"]) == (2, 1)
     assert point["iteration_s"] == pytest.approx(0.02) and point["predicted_s"] == pytest.approx(0.02)
     assert (point["ttft_s"], point["ttft_target_s"], point["tpot_target_s"]) == (0.6, 1.0, 0.1)
     assert (point["slots"], point["kv_planned_tokens"], point["capacity_rps"]) == (32, 900.0, 3.0)
-
-
-def test_without_targets_what_completes_is_good() -> None:
-    history = History()
-    observe(history, 0.0, EMPTY)
-    late = done(1, ttft_s=99.0, tpot_s=99.0)
-    observe(history, 5.0, replace(EMPTY, clock_s=105.0, cursor=1, counters=Counters(completed=1), finished=(late,)),
-            Slo())
-    assert history.columns()["a"]["good"] == [1.0]
-
-
-def test_a_latency_target_counts_the_whole_answer() -> None:
-    history = History()
-    observe(history, 0.0, EMPTY)
-    finished = (done(1, ttft_s=0.5, tpot_s=0.1), done(2, ttft_s=0.6, tpot_s=0.1))
-    observe(history, 5.0, replace(EMPTY, clock_s=105.0, cursor=2, counters=Counters(completed=2), finished=finished),
-            Slo(latency_s=1.55))
-    assert history.columns()["a"]["good"] == [1.0], "0.5 + 10 × 0.1 s is within, 0.6 + 1 s is not"
 
 
 def test_a_restarted_engine_begins_anew_and_a_report_seen_before_is_no_point() -> None:

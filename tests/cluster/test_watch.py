@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fake_dashboard import example
+from fake_dashboard import change, example
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -45,7 +45,7 @@ def test_a_silent_replica_and_a_server_without_an_answer_are_shown() -> None:
 
 def test_markup_of_a_model_or_a_reason_is_text() -> None:
     made = example()
-    made.model = "[red]m[/red]"
+    made.changes = [change(reason="[red]m[/red]")]
     assert "[red]m[/red]" in text_of(shown(overview(made.state())), width=400)
 
 

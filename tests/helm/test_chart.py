@@ -227,11 +227,11 @@ def test_a_worker_pod_outlasts_the_drain_of_its_replicas(chart: Chart, values: V
     assert "terminationGracePeriodSeconds" not in head and "lifecycle" not in head["containers"][0]
     shell, option, command = worker["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
     assert (shell, option) == ("/bin/bash", "-c")
-    assert " ".join(readme_s_pre_stop().split()).replace("600", str(drain_s)) == command
+    assert " ".join(documented_pre_stop().split()).replace("600", str(drain_s)) == command
 
 
-def readme_s_pre_stop() -> str:
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+def documented_pre_stop() -> str:
+    text = (REPOSITORY / "docs" / "operate" / "ray-cluster.md").read_text(encoding="utf-8")
     return next(block for block in text.split("```sh") if "ray drain-node" in block).split("```")[0]
 
 

@@ -37,7 +37,7 @@ def tab(browser: Any, server: FakeDashboard) -> Iterator[Tab]:
 
 
 def test_it_answers_the_questions_draws_its_charts_and_stays_at_home(tab: Tab, server: FakeDashboard) -> None:
-    assert tab.text("#health-title") == "Needs a look" and "m3x9c0ad is slow" in tab.text("#health-sentences")
+    assert tab.text("#health-title") == "Overloaded" and "m3x9c0ad is slow" in tab.text("#health-sentences")
     assert tab.text("#load .headline") == "1.2 × capacity" and "9.4 requests/s arrive" in tab.text("#load")
     assert tab.text("#limit .headline") == "KV cache"
     assert "thresholds, " in tab.text("#change") and "longest queue none → 9" in tab.text("#change")
@@ -74,7 +74,7 @@ def test_nothing_that_is_told_becomes_html(browser: Any) -> None:
     made.model = EVIL
     made.cycles(20)
     made.changes = [change(kind="settings", model=EVIL), change(replica=EVIL, reason=EVIL, by=EVIL, kind="pin")]
-    made.extra = {EVIL: {"decision": EVIL}, "b": {"reachable": False, "reason": EVIL}}
+    made.extra = {EVIL: {"decision": EVIL, "draining": True}, "b": {"reachable": False, "reason": EVIL}}
     with FakeDashboard(made) as server, tab_at(browser, f"{server.url}/dashboard") as tab:
         tab.until(READY)
         for place in ("#health-sentences", "#change", "#replicas tbody", "#events", "#chart-kv"):
@@ -142,7 +142,7 @@ def test_it_says_when_the_controller_or_the_server_is_away_and_comes_back(tab: T
     assert "the server is stopping" in tab.text("#health-sentences")
     assert "what was known last" in tab.text("#health-sentences")
     server.made.fails, server.made.alive = False, True
-    tab.page.get_by_role("heading", name="Needs a look").wait_for()
+    tab.page.get_by_role("heading", name="Overloaded").wait_for()
     assert tab.page.locator("body.stale").count() == 0
 
 
@@ -206,7 +206,7 @@ def test_a_keyboard_and_a_screen_reader_reach_everything(tab: Tab) -> None:
     unlabelled = "[...document.querySelectorAll('main input, main select')].filter((one) => !one.labels.length).length"
     assert tab.page.evaluate(unlabelled) == 0
     tree = tab.page.locator("main").aria_snapshot()
-    assert 'heading "Needs a look"' in tree and "row" in tree and "offered" in tree
+    assert 'heading "Overloaded"' in tree and "row" in tree and "offered" in tree
     assert tab.page.evaluate("[...document.querySelectorAll('canvas')].every((one) => one.closest('[aria-hidden]'))")
 
 

@@ -85,11 +85,14 @@ def test_targets_that_no_replica_can_help_are_said(made: Made) -> None:
 @pytest.mark.parametrize(("state", "name", "level", "said"), [
     ({"reachable": False, "reason": "gone", "last_answer_age_s": 42.0}, "silent", "warning",
      "is silent: it does not answer; its last answer came 42 s ago."),
-    ({"still_s": 30.0}, "frozen", "bad", "is frozen: it has 52 running requests and has run no iteration for 30 s."),
+    ({"still_s": 30.0}, "frozen", "bad",
+     "is frozen: it has 52 running requests and no iteration for 30 s; it is replaced after 10 s."),
     ({"time_model": {"d0_s": 0.05, "d1_s_per_kv_token": 6e-7}}, "slow", "warning",
      "is slow: its iterations take 2.4 times as long as others'."),
-    ({"time_model": {"d0_s": 0.02, "d1_s_per_kv_token": 3e-7, "mape": 0.4}}, "poor fit", "warning",
-     "is hard to predict: its iteration times are 40% off the model's."),
+    ({"time_model": {"d0_s": 0.02, "d1_s_per_kv_token": 3e-7, "mape": 0.6}}, "poor fit", "warning",
+     "is hard to predict: its iteration times are 60% off the model's."),
+    ({"time_model": {"d0_s": 0.02, "d1_s_per_kv_token": 3e-7, "mape": 0.4}}, "poor fit", "note",
+     "is hard to predict"),
     ({"decision": "not tuned: boom"}, "not tuned", "warning", "(not tuned: boom)"),
     ({"draining": True}, "draining", "note", "is draining: it finishes its requests"),
     ({"forecast": {"cold": True, "miss_probability": 0.01}, "finished_seen": 1}, "cold", "note",
@@ -123,7 +126,7 @@ def test_without_an_answering_replica_nothing_is_served(made: Made) -> None:
 
 def test_a_model_without_a_replica_is_named(made: Made) -> None:
     state = made.state()
-    state["models"].append("other")
+    state["models"]["other"] = {}
     found = overview(state)
     assert "No replica of other answers: its requests fail." in found["health"]["sentences"]
     assert found["models"]["other"]["load"]["headline"] == "not known"

@@ -1,4 +1,4 @@
-"""Which policy goes with which engine setting: the README's table is the code's, and every "no" in it is rejected."""
+"""Which policy goes with which engine setting: the page's table is the code's, and every "no" in it is rejected."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from scheduler.support import (
 from scheduler.thresholds import POLICY_NAMES, SegmentThreshold, Thresholds
 from scheduler.tuning.slo import NO_SLO, Slo
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "policies.md"
 TPOT = Slo(tpot_s=0.05)
 SETUPS = {
     "data parallel across nodes": EngineSetup(data_parallel_across_nodes=True),
@@ -44,8 +44,8 @@ def is_rejected(setup: EngineSetup, thresholds: Thresholds) -> bool:
     return False
 
 
-def test_the_readme_shows_the_table() -> None:
-    assert support_matrix() in README.read_text(), f"put this into {README}:\n{support_matrix()}"
+def test_the_documentation_shows_the_table() -> None:
+    assert support_matrix() in PAGE.read_text(), f"put this into {PAGE}:\n{support_matrix()}"
 
 
 def test_every_setting_is_tried_here() -> None:

@@ -98,6 +98,14 @@ const line = (label, values, colour, more = {}) => ({ label, values, colour, ...
 const target = (label, values) => line(label, values, "target", { dash: [6, 5], width: 2 });
 const known = (values) => values.some(some);
 
+// The top of a chart: a single value far beyond all others, such as an engine's first iteration, runs out of it.
+function top(lines, least) {
+  const values = lines.filter((one) => one.colour !== "target").flatMap((one) => one.values.filter(some)).sort((a, b) => a - b);
+  const usual = values[Math.floor(0.97 * (values.length - 1))] ?? 0, most = values.at(-1) ?? 0;
+  const targets = lines.filter((one) => one.colour === "target").map((one) => one.values.findLast(some) ?? 0);
+  return 1.08 * Math.max(most > 3 * usual && usual > 0 ? 1.3 * usual : most, ...targets) || least;
+}
+
 const CHARTS = [
   {
     id: "requests", title: "Requests", format: rate,
@@ -160,8 +168,13 @@ const CHARTS = [
   },
   {
     id: "rejected", title: "Rejected requests", format: rate,
-    note: "Answered at once with HTTP 429, before any token was spent on them.",
-    lines: (data) => [line("rejected", rates(data, "rejected", SMOOTH_S), 1, { fill: true })],
+    note: "Answered with HTTP 429 before any token was spent on them. At the door: while the queues of all replicas were full.",
+    lines: (data) => [
+      line("all", rates(data, "rejected", SMOOTH_S), 1, { fill: true }),
+      ...[["at the door", "front_door", 0], ["queue full", "queue_full", 3], ["too late for TTFT", "too_late", 4]]
+        .map(([label, field, colour]) => line(label, rates(data, `rejected_${field}`, SMOOTH_S), colour, { width: 1.25 }))
+        .filter((one) => one.values.some((value) => value > 0)),
+    ],
   },
   {
     id: "audit", title: "Were the decisions right?", format: percent, top: 1,
@@ -216,11 +229,10 @@ class Chart {
     this.#tabulate();
     const colour = (one) => style(one.colour === "target" ? "--target" : one.colour === "quiet" ? "--quiet" : `--c${one.colour}`);
     const axis = { stroke: style("--quiet"), grid: { stroke: style("--grid"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif" };
-    const top = this.definition.top;
     this.#plot = new uPlot({
       width: Math.max(120, this.box.clientWidth), height: HEIGHT, legend: { show: false },
       cursor: { sync: { key: "headrace" }, y: false, points: { size: 6 }, drag: { x: false, y: false } },
-      scales: { x: { time: true }, y: { range: (_, low, high) => [0, high > 0 ? Math.max(1.08 * high, 1e-9) : (top ?? 1)] } },
+      scales: { x: { time: true }, y: { range: () => [0, top(this.#lines, this.definition.top ?? 1)] } },
       axes: [
         { ...axis, space: 70, size: 30, values: (_, ticks) => ticks.map((at) => clock(at).slice(0, 5)) },
         { ...axis, size: 58, values: (_, ticks) => ticks.map((value) => this.definition.format(value)) },

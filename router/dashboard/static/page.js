@@ -6,6 +6,7 @@ import { makeForms } from "./form.js";
 import { ago, byId, day, clock, drawn, element, holding, number, percent, write } from "./text.js";
 
 const EVERY_MS = 2000;
+const SHOWN_CHANGES = 8;
 const history = new History();
 const charts = new Charts(byId("charts"));
 let latest = null;
@@ -128,7 +129,7 @@ const running = (row) => (row.max_running === null ? number(row.running) : `${ro
 
 function changes(all) {
   const list = byId("events");
-  const made = all.map((one) => holding("li", {}, element("time", { datetime: new Date(1000 * one.at_unix_s).toISOString() }, day(one.at_unix_s)),
+  const made = all.slice(0, SHOWN_CHANGES).map((one) => holding("li", {}, element("time", { datetime: new Date(1000 * one.at_unix_s).toISOString() }, day(one.at_unix_s)),
     element("span", { class: "kind" }, one.headline), element("span", { class: "said" }, one.sentence)));
   if (!made.length) made.push(element("li", {}, "No change yet."));
   if (list.textContent !== made.map((one) => one.textContent).join("")) list.replaceChildren(...made);
