@@ -111,7 +111,8 @@ class Gate:
             return
         state = scope.setdefault("state", {})
         with desk.outcomes.tracing.route(scope) as note, Watched(desk.outcomes, state, note) as watched:
-            await self._answer(_Visit(desk, path, scope, watched), receive, watched.noting(send))
+            visit = _Visit(desk, path, scope, watched)
+            await self._answer(visit, watched.hearing(receive), watched.noting(send))
 
     async def _answer(self, visit: _Visit, receive: Any, send: Any) -> None:
         try:

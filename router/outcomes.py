@@ -63,7 +63,7 @@ class Watched:
     def __init__(self, outcomes: Outcomes, state: dict[str, Any], note: Note = lambda _: None) -> None:
         self._outcomes, self._state, self._note = outcomes, state, note
         self._begun_s = outcomes.clock()
-        self._status, self._streams, self._failed, self._whole = 0, False, False, False
+        self._status, self._streams, self._failed, self._whole, self._gone = 0, False, False, False, False
         self._first_s: float | None = None
         self.model, self.tenant, self.reason = UNKNOWN, UNKNOWN, ""
 
@@ -71,6 +71,16 @@ class Watched:
         self._outcomes.in_flight += 1
         self._outcomes.meter.record(HTTP_STARTED, 1, {})
         return self
+
+    def hearing(self, receive: Any) -> Any:
+        """An ASGI `receive` that also notes when the client has gone."""
+
+        async def heard() -> Any:
+            message = await receive()
+            self._gone |= message["type"] == "http.disconnect"
+            return message
+
+        return heard
 
     def noting(self, send: Any) -> Any:
         """An ASGI `send` that also notes what goes out."""
@@ -108,7 +118,7 @@ class Watched:
 
     def _outcome(self, kind: type[BaseException] | None) -> tuple[str, str]:
         """The outcome, and the reason where there is one."""
-        if kind is not None and issubclass(kind, asyncio.CancelledError):
+        if not self._whole and (self._gone or (kind is not None and issubclass(kind, asyncio.CancelledError))):
             return "hung_up", ""
         if kind is not None or self._failed:
             return "failed", "" if self._failed else "exception"

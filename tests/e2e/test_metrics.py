@@ -216,7 +216,7 @@ def test_a_controller_that_hangs_is_noticed(cluster: ClusterProcess, scraped: Pr
     controller.send_signal(signal.SIGSTOP)
     try:
         until(pending, 2 * EXPORTED_S + 20.0, lambda: str(scraped.query('{__name__=~"ray_headrace_controller.*"}')))
-        assert not scraped.query("ray_headrace_load_ratio"), "what it knew does not stay"
+        until(lambda: not scraped.query("ray_headrace_load_ratio"), EXPORTED_S + 10.0)  # what it knew does not stay
     finally:
         controller.send_signal(signal.SIGCONT)
     until(lambda: scraped.query("ray_headrace_load_ratio") and not pending(), 2 * EXPORTED_S)
