@@ -147,8 +147,11 @@ class HttpOptions(Strict):
 
 
 class LoggingConfig(Strict):
-    """Ray Serve's own key, for all logs of the application. encoding: TEXT for people, JSON for programs.
-    enable_access_log: one line for each request, off by default."""
+    """Ray Serve's own key, for all logs of the application.
+
+    encoding: TEXT for people, JSON for programs. log_level: the least that is written. enable_access_log: one line for
+    each request.
+    """
 
     encoding: Literal["TEXT", "JSON"] = "TEXT"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
@@ -173,7 +176,7 @@ class ClusterConfig(Strict):
     """The whole file, as `serve deploy` takes it, with `ray` beside it.
 
     ray: which Ray cluster `headrace up` joins or starts. proxy_location: on which nodes Serve answers HTTP.
-    http_options: where it listens. applications: exactly one.
+    http_options: where it listens. logging_config: how Serve, and we with it, write logs. applications: exactly one.
     """
 
     ray: RayConfig = Field(default_factory=RayConfig)

@@ -38,7 +38,9 @@ def serve_file(config: ClusterConfig) -> dict[str, Any]:
         })
     ingress = dict(args.ingress_deployment_config)
     scale = {key: ingress.pop(key) for key in _SCALE if key in ingress}
-    rest = {"ingress_deployment_config": ingress} if ingress else {}
+    rest: dict[str, Any] = {"ingress_deployment_config": ingress} if ingress else {}
+    if args.headrace.tracing.otlp_endpoint is not None:
+        rest["headrace"] = {"tracing": args.headrace.tracing.model_dump()}
     return {
         "proxy_location": config.proxy_location,
         "http_options": config.http_options.model_dump(),

@@ -36,6 +36,7 @@ from replicas.ray_patches import (
     take_adapters_from_folders,
 )
 from replicas.routing_stats import RoutingStats
+from replicas.tracing import OTLP_ENDPOINT, Tracing
 from scheduler.engine import segments
 from scheduler.engine.channel import (
     ChannelClient,
@@ -78,7 +79,6 @@ class HeadraceServer(LLMServer):
         self._channels = [ChannelClient(rank_endpoint(self._endpoint, rank)) for rank in range(ranks)]
         self._last_stats: dict[int, tuple[float, Stats]] = {}
         self._silent: set[int] = set()
-        self._deliveries = Deliveries(RequestMeter(llm_config.model_id).record)
         self._draining = Draining(self._channels)
         self._telling: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
@@ -86,6 +86,11 @@ class HeadraceServer(LLMServer):
         self.health = EngineHealth(self._current_stats, ranks, partial(end_process, self._endpoint))
         context = serve.get_replica_context()
         store = ClusterStore(context.app_name)
+        tracing = Tracing(
+            llm_config.engine_kwargs.get(OTLP_ENDPOINT), service="headrace-replica",
+            instance=context.replica_id.unique_id,
+        )
+        self._deliveries = Deliveries(RequestMeter(llm_config.model_id).record, tracing=tracing)
         self._settings = SettingsFollower(llm_config.model_id, ranks, self._ask, store, self._follow)
         from replicas.engine import HeadraceEngine  # imports vLLM, which a process that only deploys does not need
 
@@ -117,7 +122,7 @@ class HeadraceServer(LLMServer):
         """Ray's own, with delivery times recorded."""
         if self._draining.begun:
             return self._recalled(request)
-        delivery = self._deliveries.begin(tenant_in(request))
+        delivery = self._deliveries.begin(tenant_in(request), raw_request_info)
         chunks = await super().chat(request, raw_request_info)
         return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
 
@@ -125,7 +130,7 @@ class HeadraceServer(LLMServer):
         """Ray's own, with delivery times recorded."""
         if self._draining.begun:
             return self._recalled(request)
-        delivery = self._deliveries.begin(tenant_in(request))
+        delivery = self._deliveries.begin(tenant_in(request), raw_request_info)
         chunks = await super().completions(request, raw_request_info)
         return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
 

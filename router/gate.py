@@ -109,8 +109,10 @@ class Gate:
         if path not in GENERATING or scope["method"] != "POST":
             await self._answer(_Visit(desk, path, scope), receive, send)
             return
-        with Watched(desk.outcomes, scope.setdefault("state", {})) as watched:
-            await self._answer(_Visit(desk, path, scope, watched), receive, watched.noting(send))
+        state = scope.setdefault("state", {})
+        with desk.outcomes.tracing.route(scope) as note, Watched(desk.outcomes, state, note) as watched:
+            visit = _Visit(desk, path, scope, watched)
+            await self._answer(visit, watched.hearing(receive), watched.noting(send))
 
     async def _answer(self, visit: _Visit, receive: Any, send: Any) -> None:
         try:

@@ -43,6 +43,7 @@ from replicas.questions import (
 from replicas.ranks import EngineAddress, ServedModel
 from replicas.ray_patches import listen_where_the_node_does, take_adapters_from_folders
 from replicas.served import engines_of
+from replicas.tracing import Tracing
 from router.adapters import exists
 from router.admin import AdminError, ThresholdsUpdate, plan_update
 from router.admin_answers import refused, state_of
@@ -63,6 +64,7 @@ from scheduler.messages import Ack, Telemetry
 from scheduler.thresholds import Thresholds, thresholds_as_dict
 from scheduler.wire import UnreadableMessage
 
+NOT_TRACED: Mapping[str, Any] = {}
 _CONTROLLER_ANSWER_S = 3.0
 _SILENT_S = 1.0
 """What the state waits for a replica that the watch has not heard of lately."""
@@ -91,7 +93,8 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
     """OpenAI endpoints and the control endpoints of one application. models: what it serves, by deployment."""
 
     def __init__(
-        self, *args: Any, models: Mapping[str, ServedModel], judge: Judge, keeper: Keeper | None = None, **kwargs: Any
+        self, *args: Any, models: Mapping[str, ServedModel], judge: Judge, keeper: Keeper | None = None,
+        tracing: Mapping[str, Any] = NOT_TRACED, **kwargs: Any,
     ) -> None:
         follow_serve()
         listen_where_the_node_does()
@@ -108,7 +111,10 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
         self._controller: ActorHandle | None = None
         self.replica_watch = ReplicaWatch(self._look_around, ask_stats)
         self._tenants: tuple[TenantConfig, ...] = ()
-        self._outcomes = Outcomes(METER)
+        self._outcomes = Outcomes(METER, tracing=Tracing(
+            tracing.get("otlp_endpoint"), service="headrace-ingress", instance=context.replica_tag,
+            ratio=tracing.get("sampling_ratio", 1.0),
+        ))
         self.desk = open_desk(
             self._tenants, DEFAULT_LIMITS, NO_OTHERS, self.replica_watch, self._model_cards, outcomes=self._outcomes
         )

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+from replicas.tracing import OFF, Note, Tracing
 from scheduler.metrics import (
     CONTROLLER_UP,
     HTTP_IN_FLIGHT,
@@ -34,13 +35,15 @@ _ERROR_EVENT = b'data: {"error":'
 
 
 class Outcomes:
-    """The requests of one ingress, and what it knows of the controller. clock: seconds.
+    """The requests of one ingress, and what it knows of the controller. clock: seconds. tracing: their spans.
 
     controller_up: whether it answered when last asked; None: there is none to ask.
     """
 
-    def __init__(self, meter: Meter = NO_METER, clock: Callable[[], float] = time.monotonic) -> None:
-        self.meter, self.clock = meter, clock
+    def __init__(
+        self, meter: Meter = NO_METER, clock: Callable[[], float] = time.monotonic, tracing: Tracing = OFF
+    ) -> None:
+        self.meter, self.clock, self.tracing = meter, clock, tracing
         self.in_flight = 0
         self.controller_up: bool | None = None
 
@@ -54,13 +57,13 @@ class Outcomes:
 class Watched:
     """One request, from its headers to its end: a context around whatever answers it.
 
-    model, tenant: once they are known. reason: of a refusal in the ingress.
+    model, tenant: once they are known. reason: of a refusal in the ingress. note: told of all that at the end.
     """
 
-    def __init__(self, outcomes: Outcomes, state: dict[str, Any]) -> None:
-        self._outcomes, self._state = outcomes, state
+    def __init__(self, outcomes: Outcomes, state: dict[str, Any], note: Note = lambda _: None) -> None:
+        self._outcomes, self._state, self._note = outcomes, state, note
         self._begun_s = outcomes.clock()
-        self._status, self._streams, self._failed, self._whole = 0, False, False, False
+        self._status, self._streams, self._failed, self._whole, self._gone = 0, False, False, False, False
         self._first_s: float | None = None
         self.model, self.tenant, self.reason = UNKNOWN, UNKNOWN, ""
 
@@ -68,6 +71,16 @@ class Watched:
         self._outcomes.in_flight += 1
         self._outcomes.meter.record(HTTP_STARTED, 1, {})
         return self
+
+    def hearing(self, receive: Any) -> Any:
+        """An ASGI `receive` that also notes when the client has gone."""
+
+        async def heard() -> Any:
+            message = await receive()
+            self._gone |= message["type"] == "http.disconnect"
+            return message
+
+        return heard
 
     def noting(self, send: Any) -> Any:
         """An ASGI `send` that also notes what goes out."""
@@ -95,7 +108,9 @@ class Watched:
         outcomes.in_flight -= 1
         outcome, reason = self._outcome(kind)
         of_request = {"model": self.model, "tenant": self.tenant}
-        outcomes.meter.record(HTTP_REQUESTS, 1, of_request | {"outcome": outcome, "reason": reason})
+        ended = of_request | {"outcome": outcome, "reason": reason}
+        outcomes.meter.record(HTTP_REQUESTS, 1, ended)
+        self._note(ended)
         if outcome == "completed":
             outcomes.meter.record(REQUEST_SECONDS, outcomes.clock() - self._begun_s, of_request)
             if self._streams and self._first_s is not None:
@@ -103,7 +118,7 @@ class Watched:
 
     def _outcome(self, kind: type[BaseException] | None) -> tuple[str, str]:
         """The outcome, and the reason where there is one."""
-        if kind is not None and issubclass(kind, asyncio.CancelledError):
+        if not self._whole and (self._gone or (kind is not None and issubclass(kind, asyncio.CancelledError))):
             return "hung_up", ""
         if kind is not None or self._failed:
             return "failed", "" if self._failed else "exception"

@@ -118,6 +118,26 @@ def test_a_client_that_hangs_up_is_no_failure() -> None:
     assert Watch().answer(*half, error=RuntimeError()) == ("failed", "exception")
 
 
+def test_what_breaks_because_the_client_has_gone_is_no_failure_either() -> None:
+    watch = Watch()
+
+    async def serve(gone: bool) -> None:
+        async def receive() -> Message:
+            return {"type": "http.disconnect" if gone else "http.request"}
+
+        async def send(message: Message) -> None:
+            pass
+
+        with Watched(watch.outcomes, {}) as watched:
+            await watched.hearing(receive)()
+            await watched.noting(send)(begin(headers=EVENTS))
+            await watched.noting(send)(body(b'data: {"error": {}}\n\n', more=True))
+
+    asyncio.run(serve(True))
+    asyncio.run(serve(False))
+    assert counted(watch.meter) == {("none", "hung_up", ""): 1, ("none", "failed", ""): 1}
+
+
 def test_started_is_what_ended_and_what_is_in_flight() -> None:
     watch = Watch()
     with Watched(watch.outcomes, {}):
