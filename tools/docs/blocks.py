@@ -19,8 +19,10 @@ PAGES = sorted([
 COMMANDS = frozenset({"sh", "bash", "shell", "console", "python"})
 """Languages of blocks that a reader runs."""
 RUNS, ON_A_SERVER, OUTPUT, CODE = "runs", "runs on a server", "output", "code of "
-NEEDS = ("needs a GPU", "needs Kubernetes", "needs several machines", "needs a trace", "needs the published package",
-         "takes minutes", "takes hours")
+NEEDS = (
+    "needs a GPU", "needs Kubernetes", "needs Docker", "needs several machines", "needs a trace",
+    "needs the published package", "takes minutes", "takes hours",
+)
 """Why no test runs a block."""
 ALLOWED = (
     f"one of: {RUNS}; {ON_A_SERVER}; {OUTPUT} (no command); {CODE}FILE (the block is part of it); "
