@@ -124,6 +124,7 @@ def _say_ready(config: ClusterConfig, foreground: bool) -> None:
     from cluster.launch import curl_line, metrics_urls
 
     out.print(f"ready at {config.base_url}", highlight=False)
+    out.print(f"dashboard at {config.base_url}/dashboard", highlight=False)
     for url in metrics_urls():
         out.print(f"metrics at {url}", highlight=False, soft_wrap=True)
     out.print(curl_line(config), highlight=False, soft_wrap=True, markup=False)

@@ -10,6 +10,7 @@ import pytest
 from browser import NEEDS_CHROMIUM, Tab, chromium, tab_at
 from fake_dashboard import EVIL, FakeDashboard, Made, change, example
 
+from cluster.history import History
 from router.auth import API_KEY_VARIABLE
 
 pytestmark = [NEEDS_CHROMIUM, pytest.mark.slow]
@@ -67,6 +68,18 @@ def test_new_points_move_the_charts(tab: Tab, server: FakeDashboard) -> None:
     asked = [url for url in tab.requests if "history?after=" in url]
     assert asked[0].endswith("after=0") and float(asked[-1].rpartition("=")[2]) > 1e9, "only what is new is asked for"
     assert tab.complaints == []
+
+
+def test_after_a_restart_the_charts_go_on_from_what_the_page_has(tab: Tab, server: FakeDashboard) -> None:
+    made = server.made
+    made.history = History()
+    made.names = made.names[:1]
+    made.now_s += 30
+    made.cycles(6)
+    before = tab.text("#chart-requests .legend")
+    tab.until(f"document.querySelector('#chart-requests .legend').innerText !== {before!r}")
+    assert "m3x9c0ad" in tab.text("#chart-running .legend"), "the past, of the other replica too, is still there"
+    assert tab.page.locator("canvas").count() == 9 and tab.complaints == []
 
 
 def test_nothing_that_is_told_becomes_html(browser: Any) -> None:

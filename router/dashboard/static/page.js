@@ -11,7 +11,6 @@ const history = new History();
 const charts = new Charts(byId("charts"));
 let latest = null;
 let answeredAt = null;
-let startedAt = null;
 let timer = null;
 let period = 5;
 
@@ -34,8 +33,6 @@ function answered(overview, points) {
   latest = overview;
   answeredAt = Date.now();
   period = overview.controller.period_s ?? period;
-  if (points.controller.started_unix_s !== startedAt && startedAt !== null) history.newest = 0; // a new controller
-  startedAt = points.controller.started_unix_s ?? startedAt;
   history.take(points.replicas);
   document.body.classList.remove("stale");
   byId("connection").removeAttribute("data-lost");
