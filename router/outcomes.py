@@ -4,7 +4,7 @@
     rejected     429, with the reason: too_late, queue_full, front_door, key_limit
     refused      another 4xx, with its status
     unavailable  503
-    failed       another 5xx, or an answer that ends with an error event
+    failed       another 5xx, with its status; an answer cut by an error event, or by an exception, with its name
     hung_up      the client has gone before the end of its answer
 """
 
@@ -121,7 +121,7 @@ class Watched:
         if not self._whole and (self._gone or (kind is not None and issubclass(kind, asyncio.CancelledError))):
             return "hung_up", ""
         if kind is not None or self._failed:
-            return "failed", "" if self._failed else "exception"
+            return "failed", "error_event" if self._failed or kind is None else kind.__name__
         if not self._whole:
             return "hung_up", ""
         status = self._status

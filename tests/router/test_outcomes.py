@@ -105,7 +105,7 @@ def test_errors_count_under_one_outcome_and_have_no_times(status: int, counted: 
 def test_a_stream_that_ends_with_an_error_event_has_failed() -> None:
     begun = begin(headers=EVENTS), body(b"data: a\n\n", more=True)
     broken = (*begun, body(b'data: {"error": {}}\n\n', more=True), body())
-    assert Watch().answer(*((0.1, one) for one in broken)) == ("failed", "")
+    assert Watch().answer(*((0.1, one) for one in broken)) == ("failed", "error_event")
     quoted = (*begun, body(b'data: {"text": "data: {\\"error\\":"}\n\n', more=True), body())
     assert Watch().answer(*((0.1, one) for one in quoted))[0] == "completed", "a model may write about errors"
 
@@ -115,7 +115,7 @@ def test_a_client_that_hangs_up_is_no_failure() -> None:
     assert Watch().answer(*half) == ("hung_up", "")
     assert Watch().answer(*half, error=asyncio.CancelledError()) == ("hung_up", "")
     assert Watch().answer() == ("hung_up", ""), "before its body was here"
-    assert Watch().answer(*half, error=RuntimeError()) == ("failed", "exception")
+    assert Watch().answer(*half, error=RuntimeError()) == ("failed", "RuntimeError")
 
 
 def test_what_breaks_because_the_client_has_gone_is_no_failure_either() -> None:
@@ -135,7 +135,7 @@ def test_what_breaks_because_the_client_has_gone_is_no_failure_either() -> None:
 
     asyncio.run(serve(True))
     asyncio.run(serve(False))
-    assert counted(watch.meter) == {("none", "hung_up", ""): 1, ("none", "failed", ""): 1}
+    assert counted(watch.meter) == {("none", "hung_up", ""): 1, ("none", "failed", "error_event"): 1}
 
 
 def test_started_is_what_ended_and_what_is_in_flight() -> None:
