@@ -104,7 +104,7 @@ def test_a_change_is_predicted_before_it_is_applied(tab: Tab, server: FakeDashbo
     form.get_by_label("Most running requests").fill("24")
     form.get_by_label("Your name").fill("anna")
     predict.click()
-    form.get_by_text("The limit would be: TPOT target (now: memory).").wait_for()
+    form.get_by_text("Limit: TPOT target (now memory).").wait_for()
     assert server.made.applied == [
         ("predict", {"model": server.made.model, "thresholds": {"max_running": 24, "token_budget": None}})
     ]
@@ -150,6 +150,7 @@ def test_it_says_when_the_controller_or_the_server_is_away_and_comes_back(tab: T
     server.made.alive = False
     tab.page.get_by_text("The controller does not answer. Requests are served").wait_for()
     assert tab.text("#change .headline") == "not known" and tab.page.locator("canvas").count() == 9
+    assert tab.text("#events").count("anna") == 2, "what was known stays"
     server.made.fails = True
     tab.page.get_by_role("heading", name="No answer").wait_for()
     assert "the server is stopping" in tab.text("#health-sentences")
