@@ -70,6 +70,31 @@ def test_new_points_move_the_charts(tab: Tab, server: FakeDashboard) -> None:
     assert tab.complaints == []
 
 
+def test_one_long_iteration_does_not_flatten_its_chart(browser: Any) -> None:
+    def blue_rows(tab: Tab) -> int:
+        """The height that the measured line takes, in pixels."""
+        return int(tab.page.evaluate("""() => {
+            const canvas = document.querySelector("#chart-iteration canvas"), { width, height } = canvas;
+            const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+            const rows = new Set();
+            for (let at = 0; at < data.length; at += 4) {
+                if (data[at] < 40 && data[at + 2] > 140 && data[at + 3] > 200) rows.add(Math.floor(at / 4 / width));
+            }
+            return rows.size;
+        }"""))
+
+    heights = []
+    for longest_s in (0.0, 60.0):
+        made = Made(replicas=("a",))
+        made.cycles(60)
+        points = made.history._series["a"].points
+        points[10] = points[10]._replace(iteration_s=longest_s or points[10].iteration_s)
+        with FakeDashboard(made) as server, tab_at(browser, f"{server.url}/dashboard") as tab:
+            tab.until("document.querySelector('#chart-iteration canvas')")
+            heights.append(blue_rows(tab))
+    assert heights[1] >= heights[0] > 10, heights
+
+
 def test_after_a_restart_the_charts_go_on_from_what_the_page_has(tab: Tab, server: FakeDashboard) -> None:
     made = server.made
     made.history = History()
