@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from http import HTTPStatus
@@ -31,6 +30,8 @@ from scheduler.metrics import (
 
 REASON = "reason"
 """Where, in a request's state, the handler of an engine's rejection leaves the reason."""
+_CANCELLED = frozenset({"CancelledError", "ClientDisconnect", "RequestCancelledError", "TaskCancelledError"})
+"""What asyncio, Starlette, Serve and Ray raise when a client has gone."""
 _ERROR_EVENT = b'data: {"error":'
 
 
@@ -118,7 +119,7 @@ class Watched:
 
     def _outcome(self, kind: type[BaseException] | None) -> tuple[str, str]:
         """The outcome, and the reason where there is one."""
-        if not self._whole and (self._gone or (kind is not None and issubclass(kind, asyncio.CancelledError))):
+        if not self._whole and (self._gone or (kind is not None and kind.__name__ in _CANCELLED)):
             return "hung_up", ""
         if kind is not None or self._failed:
             return "failed", "error_event" if self._failed or kind is None else kind.__name__

@@ -11,6 +11,7 @@ import pytest
 from fake_engine_app import CHAT, MODEL, FakeApplication, chat
 from fake_meter import FakeMeter
 from fastapi.testclient import TestClient
+from ray.exceptions import TaskCancelledError
 from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 
 from router.auth import API_KEY_VARIABLE
@@ -66,7 +67,7 @@ class Watch:
                 if error is not None:
                     raise error
 
-        with contextlib.suppress(asyncio.CancelledError, RuntimeError):
+        with contextlib.suppress(asyncio.CancelledError, RuntimeError, TaskCancelledError):
             asyncio.run(serve())
         assert sent == [message for _, message in messages], "nothing is changed"
         counted = [
@@ -114,6 +115,7 @@ def test_a_client_that_hangs_up_is_no_failure() -> None:
     half = ((0.1, begin(headers=EVENTS)), (0.2, body(b"data: a\n\n", more=True)))
     assert Watch().answer(*half) == ("hung_up", "")
     assert Watch().answer(*half, error=asyncio.CancelledError()) == ("hung_up", "")
+    assert Watch().answer(*half, error=TaskCancelledError()) == ("hung_up", ""), "as Ray says it"
     assert Watch().answer() == ("hung_up", ""), "before its body was here"
     assert Watch().answer(*half, error=RuntimeError()) == ("failed", "RuntimeError")
 
