@@ -33,6 +33,7 @@ from replicas.live_settings import engine_settings
 from replicas.ranks import ServedModel
 from replicas.ray_patches import NoDownload
 from replicas.server import HeadraceServer
+from replicas.tracing import OTLP_ENDPOINT
 from router.http_app import http_app
 from router.ingress import ADMIN_ENDPOINTS, HEALTH_ENDPOINTS, HeadraceIngress, desk_of_this_ingress
 from router.request_router import FluidSlackRouter
@@ -61,14 +62,16 @@ def application(args: AppConfig, runtime_env: Mapping[str, Any] | None = None) -
     """
     args = AppConfig.model_validate(args)
     environment = dict(runtime_env or {})
-    configs = {entry.model_id: llm_config(entry, args.settings_of(entry.model_id)) for entry in args.llm_configs}
+    tracing = args.headrace.tracing
+    entries = [_traced(entry, tracing.otlp_endpoint) for entry in args.llm_configs]
+    configs = {entry.model_id: llm_config(entry, args.settings_of(entry.model_id)) for entry in entries}
     deployments = {
         entry.model_id: _followed(
             build_llm_deployment(configs[entry.model_id]),
             version_of(_started_with(entry, args.settings_of(entry.model_id)), environment),
             live_settings(args.settings_of(entry.model_id)),
         )
-        for entry in args.llm_configs
+        for entry in entries
     }
     models = {
         _deployment_name(deployments[model_id]): ServedModel(model_id, ranks_in(config.engine_kwargs))
@@ -95,11 +98,12 @@ def application(args: AppConfig, runtime_env: Mapping[str, Any] | None = None) -
         model_cards={model_id: to_model_metadata(model_id, config) for model_id, config in configs.items()},
         lora_paths=lora_paths,
         keeper=ControllerKeeper(tuned) if is_tuned else None,
-        models=models,
+        models=models, tracing=tracing.model_dump(),
         judge=SettingsJudge({entry.model_id: entry.engine_kwargs for entry in args.llm_configs}),
     )
     return _followed(
-        bound, version_of(models, lora_paths, is_tuned, given, environment), ingress_user_config(args)
+        bound, version_of(models, lora_paths, is_tuned, given, tracing.model_dump(), environment),
+        ingress_user_config(args),
     )
 
 
@@ -139,6 +143,13 @@ def _started_with(entry: LLMEntry, settings: ModelSettings) -> dict[str, Any]:
             key: value for key, value in _engine_arguments(entry, settings).items() if key != "additional_config"
         },
     }
+
+
+def _traced(entry: LLMEntry, endpoint: str | None) -> LLMEntry:
+    """The entry with vLLM's spans going to the same collector, unless it names one itself."""
+    if endpoint is None:
+        return entry
+    return entry.model_copy(update={"engine_kwargs": {OTLP_ENDPOINT: endpoint, **entry.engine_kwargs}})
 
 
 def llm_config(entry: LLMEntry, settings: ModelSettings) -> LLMConfig:

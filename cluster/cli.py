@@ -121,9 +121,12 @@ def _say_and_note(folder: RunFolder | None, line: str) -> None:
 
 
 def _say_ready(config: ClusterConfig, foreground: bool) -> None:
-    from cluster.launch import curl_line
+    from cluster.launch import curl_line, metrics_urls
 
     out.print(f"ready at {config.base_url}", highlight=False)
+    out.print(f"dashboard at {config.base_url}/dashboard", highlight=False)
+    for url in metrics_urls():
+        out.print(f"metrics at {url}", highlight=False, soft_wrap=True)
     out.print(curl_line(config), highlight=False, soft_wrap=True, markup=False)
     if foreground:
         _say("Ctrl-C stops it, once its requests are done")

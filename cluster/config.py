@@ -24,6 +24,7 @@ from scheduler.support import EngineSetup, UnsupportedSetting, require_supported
 from scheduler.tuning.slo import UnreachableTarget, require_reachable
 
 APP_NAME = "headrace"
+METRICS_PORT = 8090
 IMPORT_PATH = "headrace:build"
 _MOVED = {
     "model": "llm_configs[].model_loading_config: {model_id: …, model_source: …}",
@@ -126,10 +127,13 @@ def unfit(engine_kwargs: dict[str, Any], settings: ModelSettings) -> str | None:
 
 class RayConfig(Strict):
     """address: "local" starts Ray on this machine and stops it at the end; "auto", host:port or ray://… joins one.
-    num_cpus: logical CPU cores of a local Ray (Serve's own actors need a few more than the machine may have)."""
+    num_cpus: logical CPU cores of a local Ray (Serve's own actors need a few more than the machine may have).
+    metrics_port: where a local Ray's metrics agent serves /metrics, on 127.0.0.1; a cluster that is joined has its own.
+    """
 
     address: str = "local"
     num_cpus: int = Field(default=8, ge=1)
+    metrics_port: int = Field(default=METRICS_PORT, ge=1, le=65535)
 
 
 class HttpOptions(Strict):
@@ -140,6 +144,18 @@ class HttpOptions(Strict):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
+
+
+class LoggingConfig(Strict):
+    """Ray Serve's own key, for all logs of the application.
+
+    encoding: TEXT for people, JSON for programs. log_level: the least that is written. enable_access_log: one line for
+    each request.
+    """
+
+    encoding: Literal["TEXT", "JSON"] = "TEXT"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    enable_access_log: bool = False
 
 
 class ApplicationEntry(Strict):
@@ -160,12 +176,13 @@ class ClusterConfig(Strict):
     """The whole file, as `serve deploy` takes it, with `ray` beside it.
 
     ray: which Ray cluster `headrace up` joins or starts. proxy_location: on which nodes Serve answers HTTP.
-    http_options: where it listens. applications: exactly one.
+    http_options: where it listens. logging_config: how Serve, and we with it, write logs. applications: exactly one.
     """
 
     ray: RayConfig = Field(default_factory=RayConfig)
     proxy_location: Literal["EveryNode", "HeadOnly", "Disabled"] = "EveryNode"
     http_options: HttpOptions = Field(default_factory=HttpOptions)
+    logging_config: LoggingConfig = Field(default_factory=LoggingConfig)
     applications: list[ApplicationEntry] = Field(min_length=1, max_length=1)
 
     @property

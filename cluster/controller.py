@@ -24,13 +24,16 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.event_log import Event, EventLog
+from cluster.measured import ControllerMeter
 from cluster.outlook import Outlook
 from cluster.pins import Pin, Pins
 from cluster.prospects import NothingKnown, Values
 from cluster.settings import ModelSettings
 from cluster.tuned import TunedModel, TunedReplica
+from replicas import logs
 from replicas.actor_calls import ReplicaUnavailable
 from replicas.cluster_store import ClusterStore
+from replicas.measured import keep_telling
 from replicas.questions import ask_telemetry, offer_thresholds
 from replicas.ranks import EngineAddress
 from replicas.served import engines_of
@@ -44,6 +47,7 @@ from scheduler.wire import UnreadableMessage
 NAMESPACE = "headrace"
 _IDLE_PERIOD_S = 5.0
 _SHOWN_CHANGES = 20
+_SILENT_PERIODS = 3.0
 logger = logging.getLogger(__name__)
 
 
@@ -59,6 +63,7 @@ class ControlLoop:
         self.events, self._pins = EventLog(store), Pins(store)
         self.outlook = Outlook()
         self._storing = threading.Lock()
+        self.meter = ControllerMeter()
         self.passes, self._begun_unix_s = 0, 0.0
         self.configure(models)
 
@@ -141,9 +146,12 @@ class ControlLoop:
             entry.tuner.note = note
 
     async def _tune(self, name: str, engine: EngineAddress, entry: TunedReplica, solving: asyncio.Lock) -> None:
-        telemetry = await ask_telemetry(engine, entry.tuner.cursor)
+        with self.meter.channel(engine.model_id):
+            telemetry = await ask_telemetry(engine, entry.tuner.cursor)
+        entry.heard_s = time.monotonic()
         async with solving:
-            proposal = await asyncio.to_thread(self.outlook.learn, name, entry, telemetry, self._begun_unix_s)
+            with self.meter.solving(engine.model_id):
+                proposal = await asyncio.to_thread(self.outlook.learn, name, entry, telemetry, self._begun_unix_s)
         if (pin := self._pins.missing(name, engine.model_id, telemetry.thresholds)) is not None:
             await self._give(name, engine, entry, telemetry, pin)
             return
@@ -209,6 +217,14 @@ class ControlLoop:
             new=thresholds_as_dict(new),
         )
 
+    async def tell(self) -> None:
+        """Record the estimates of the engines that were heard in the last few periods."""
+        now_s = time.monotonic()
+        self.meter.tell({
+            name: (entry.engine.model_id, entry.tuner.shown) for name, entry in self._replicas.items()
+            if now_s - entry.heard_s <= _SILENT_PERIODS * entry.tuned.settings.controller.period_s
+        })
+
     def state(self) -> dict[str, Any]:
         """The estimates and the latest decision of every replica, JSON-ready."""
         return {
@@ -239,9 +255,12 @@ class ControlLoop:
 class ControllerActor:
     """The Ray actor around a `ControlLoop`."""
 
-    def __init__(self, app_name: str, models: Mapping[str, TunedModel]) -> None:
+    def __init__(self, app_name: str, models: Mapping[str, TunedModel], log_form: dict[str, str] | None = None) -> None:
+        if log_form is not None:
+            logs.beside_serve("headrace_controller", log_form)
         self._loop = ControlLoop(app_name, models, ClusterStore(app_name))
         self._task: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
         self._soon = asyncio.Event()
         self._started_unix_s = time.time()
 
@@ -249,6 +268,7 @@ class ControllerActor:
         """Start the loop unless it is running; every ingress replica calls this periodically."""
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
+            self._telling = self._telling or asyncio.create_task(keep_telling(self._loop.tell))
         return True
 
     async def state(self) -> dict[str, Any]:
@@ -302,7 +322,8 @@ class ControllerActor:
         while True:
             begun = time.monotonic()
             try:
-                await self._loop.one_cycle()
+                with self._loop.meter.cycle():
+                    await self._loop.one_cycle()
             except Exception:  # the next cycle starts from new telemetry
                 logger.exception("a control cycle failed; the next one starts in %g s", self._loop.period_s)
             left_s = max(0.0, self._loop.period_s - (time.monotonic() - begun))
@@ -344,7 +365,7 @@ class ControllerKeeper:
         remote = ray.remote(ControllerActor)
         actor = remote.options(
             name=controller_name(app_name), namespace=NAMESPACE, get_if_exists=True, num_cpus=0, max_restarts=-1
-        ).remote(app_name, self.models)
+        ).remote(app_name, self.models, logs.form())
         actor.keep_running.remote()
         return actor
 

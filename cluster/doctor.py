@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import ClusterConfig, ConfigError, load_config
-from cluster.launch import port_is_free
+from cluster.launch import LOCALHOST, port_is_free
 from cluster.llm_entry import LLMEntry
 from cluster.model import BUNDLED_MODEL_NAME, is_prepared
 from cluster.ray_llm import hardware_kind
@@ -35,7 +35,7 @@ def examine(config_file: Path) -> list[Finding]:
     for entry in entries:
         of = f" of {entry.model_id}" if len(entries) > 1 else ""
         findings += [found | {"name": f"{found['name']}{of}"} for found in (_accelerator(entry), _model(entry))]
-    return [*findings, _ports(config), _memory(config)]
+    return [*findings, *_ports(config), _memory(config)]
 
 
 def _finding(name: str, ok: bool, found: str, mend: str = "") -> Finding:
@@ -106,12 +106,17 @@ def _model(entry: LLMEntry) -> Finding:
     return _finding("model", False, f"{source} does not exist", "give an existing folder or a hub id")
 
 
-def _ports(config: ClusterConfig) -> Finding:
+def _ports(config: ClusterConfig) -> Iterator[Finding]:
     options = config.http_options
-    free = port_is_free(options.host, options.port)
-    place = f"{options.host}:{options.port}"
-    return _finding("port", free, f"{place} is {'free' if free else 'taken'}",
-                    "stop what uses it (headrace down), or set http_options.port")
+    yield _port("port", options.host, options.port, "http_options.port")
+    if config.ray.address == "local":
+        yield _port("metrics port", LOCALHOST, config.ray.metrics_port, "ray.metrics_port")
+
+
+def _port(name: str, host: str, port: int, key: str) -> Finding:
+    free = port_is_free(host, port)
+    return _finding(name, free, f"{host}:{port} is {'free' if free else 'taken'}",
+                    f"stop what uses it (headrace down), or set {key}")
 
 
 def _memory(config: ClusterConfig) -> Finding:

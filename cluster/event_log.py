@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,10 @@ from replicas.store import Store
 
 KEPT_EVENTS = 200
 _FOLDER = "events/"
+_MOST_CHANGES = 12
+_CURVES = frozenset({"survival", "time_model"})
+_GROUPS = frozenset({"types", "segments"})
+_SAID_ELSEWHERE = frozenset({"version", "reason", "valid_for_s"})
 logger = logging.getLogger(__name__)
 
 
@@ -51,7 +55,9 @@ class Event:
         versions = f": version {self.old_version} -> {self.new_version}" if self.new_version is not None else ""
         author = f" by {self.by or 'an operator'} ({self.key})" if self.key else ""
         taken = "" if self.accepted else "not accepted: "
-        return f"{self.kind} of {about}{versions}{author}: {taken}{self.reason}"
+        changed = changes(self.old, self.new)
+        values = f" ({'; '.join(changed)})" if changed else ""
+        return f"{self.kind} of {about}{versions}{author}: {taken}{self.reason}{values}"
 
 
 def _without_survival(values: dict[str, Any]) -> dict[str, Any]:
@@ -59,6 +65,34 @@ def _without_survival(values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(fluid, dict):
         return values
     return values | {"fluid": {key: value for key, value in fluid.items() if key != "survival"}}
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The numbers and words that differ, as "max_running 32 -> 28", at most `_MOST_CHANGES`; curves are left out."""
+    before, after = dict(_plain(old)), dict(_plain(new))
+    found = [
+        f"{name} {_short(before.get(name))} -> {_short(after.get(name))}"
+        for name in dict.fromkeys((*before, *after)) if before.get(name) != after.get(name)
+    ]
+    more = [f"{len(found) - _MOST_CHANGES} more"] if len(found) > _MOST_CHANGES else []
+    return found[:_MOST_CHANGES] + more
+
+
+def _plain(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            if name not in _CURVES:
+                yield from _plain(value, f"{prefix}{name}.")
+        elif name in _GROUPS:
+            for group in value:
+                which = group.get("name", group.get("end_output_tokens"))
+                yield f"{prefix}{name}.{which}", group.get("n", group.get("total"))
+        elif name not in _SAID_ELSEWHERE and not isinstance(value, list | tuple):
+            yield prefix + name, value
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)

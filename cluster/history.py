@@ -88,10 +88,11 @@ class _Series:
     admitted: int = 0
     cursor: int = 0
     moved_s: float = 0.0
+    seen_unix_s: float = 0.0
 
 
 class History:
-    """The series of every engine, by name."""
+    """The series of every engine, by name. Other threads may read while one writes."""
 
     def __init__(self) -> None:
         self._series: dict[str, _Series] = {}
@@ -111,16 +112,16 @@ class History:
                 series.moved_s = telemetry.clock_s
         elif telemetry.engine_id != series.engine_id:
             series.moved_s = telemetry.clock_s
-        series.engine_id, series.clock_s = telemetry.engine_id, telemetry.clock_s
+        series.engine_id, series.clock_s, series.seen_unix_s = telemetry.engine_id, telemetry.clock_s, at_unix_s
         series.counters, series.admitted, series.cursor = telemetry.counters, admitted, telemetry.cursor
 
     def keep_only(self, now_unix_s: float) -> None:
-        """Forget what is older than `KEPT_S`, and engines of which nothing is left."""
+        """Forget what is older than `KEPT_S`, and engines that have not reported since."""
         for name, series in tuple(self._series.items()):
             while series.points and series.points[0].at_unix_s < now_unix_s - KEPT_S:
                 series.points.popleft()
-                if not series.points:
-                    del self._series[name]
+            if series.seen_unix_s < now_unix_s - KEPT_S:
+                del self._series[name]
 
     def still_s(self, name: str) -> float:
         """For how many seconds an engine that has running requests has run no iteration, as last seen."""
@@ -130,7 +131,8 @@ class History:
     def recent(self, name: str, seconds: float) -> dict[str, float]:
         """What is counted (`COUNTED`) over the latest points that together cover `seconds`."""
         points, covered = list[Point](), 0.0
-        for point in reversed(self._series[name].points if name in self._series else ()):
+        series = self._series.get(name)
+        for point in reversed(tuple(series.points) if series else ()):
             if covered >= seconds:
                 break
             points.append(point)
@@ -140,8 +142,9 @@ class History:
     def columns(self, after_unix_s: float = -math.inf) -> dict[str, Any]:
         """The points newer than `after_unix_s`, JSON-ready: by engine its model and one list for each field."""
         return {
-            name: {"model": series.model} | _columns([one for one in series.points if one.at_unix_s > after_unix_s])
-            for name, series in self._series.items()
+            name: {"model": series.model}
+            | _columns([one for one in tuple(series.points) if one.at_unix_s > after_unix_s])
+            for name, series in tuple(self._series.items())
         }
 
 

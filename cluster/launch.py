@@ -31,6 +31,7 @@ _STOP_S = 90.0
 """Bound on a stop once its requests have ended."""
 _REMEMBER_EVERY_S = 10.0
 _HEARD_S = 1.0
+LOCALHOST = "127.0.0.1"
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("headrace", "cluster", "router", "replicas", "scheduler", "simulator", "loadgen")
 
@@ -106,11 +107,9 @@ class Launcher:
         """
         options = self._config.http_options
         self._require_key(options.host)
-        if self.owns_ray and not port_is_free(options.host, options.port):
-            raise LaunchError(
-                f"port {options.port} on {options.host} is taken by a program that is none of ours; stop it, "
-                "or set http_options.port in the configuration"
-            )
+        if self.owns_ray:
+            _require_free(options.host, options.port, "http_options.port")
+            _require_free(LOCALHOST, self._config.ray.metrics_port, "ray.metrics_port")
         prepare(local=self._config.ray.address == "local")
         if self._folder is not None:
             self._folder.hold_temporary_files()
@@ -123,7 +122,10 @@ class Launcher:
         from replicas.cluster_store import ClusterStore
 
         self._connect(ray)
-        serve.start(proxy_location=self._config.proxy_location, http_options=options.model_dump())
+        logs = self._config.logging_config.model_dump()
+        serve.start(
+            proxy_location=self._config.proxy_location, http_options=options.model_dump(), logging_config=logs
+        )
         self._require_key(_address_of_serve())  # Serve keeps the address with which it was first started
         entry = self._config.application
         built = application(entry.args, entry.runtime_env)
@@ -131,7 +133,7 @@ class Launcher:
         self.whats_new = deployed.whats_new(store, new)
         with self._watching_progress():
             try:
-                serve.run(built, name=entry.name, route_prefix=entry.route_prefix)
+                serve.run(built, name=entry.name, route_prefix=entry.route_prefix, logging_config=logs)
             except RuntimeError as error:
                 raise LaunchError(f"the deployment failed: {error}{self._where_logs_are()}") from error
         deployed.note(store, new)
@@ -184,7 +186,7 @@ class Launcher:
             self._say("starting Ray on this machine")
             ray.init(
                 address="local", num_cpus=self._config.ray.num_cpus, include_dashboard=False, log_to_driver=False,
-                logging_level="ERROR",
+                logging_level="ERROR", _metrics_export_port=self._config.ray.metrics_port,
             )
             return
         use_the_user_s_token()
@@ -273,6 +275,24 @@ def _progress_line(application: Any) -> str:
         states = ", ".join(f"{count} {state.lower()}" for state, count in deployment.replica_states.items())
         parts.append(f"{name.split(':')[0]}: {states or 'waiting'}")
     return "; ".join(parts) or f"application {application.status.lower()}"
+
+
+def _require_free(host: str, port: int, key: str) -> None:
+    if not port_is_free(host, port):
+        raise LaunchError(
+            f"port {port} on {host} is taken by a program that is none of ours; stop it, or set {key} in the "
+            "configuration"
+        )
+
+
+def metrics_urls() -> list[str]:
+    """Where the metrics agent of each node of the joined Ray cluster serves its metrics."""
+    import ray
+
+    return [
+        f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        for node in ray.nodes() if node["Alive"]
+    ]
 
 
 def port_is_free(host: str, port: int) -> bool:

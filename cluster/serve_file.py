@@ -38,10 +38,13 @@ def serve_file(config: ClusterConfig) -> dict[str, Any]:
         })
     ingress = dict(args.ingress_deployment_config)
     scale = {key: ingress.pop(key) for key in _SCALE if key in ingress}
-    rest = {"ingress_deployment_config": ingress} if ingress else {}
+    rest: dict[str, Any] = {"ingress_deployment_config": ingress} if ingress else {}
+    if args.headrace.tracing.otlp_endpoint is not None:
+        rest["headrace"] = {"tracing": args.headrace.tracing.model_dump()}
     return {
         "proxy_location": config.proxy_location,
         "http_options": config.http_options.model_dump(),
+        **({"logging_config": logs} if (logs := config.logging_config.model_dump(exclude_unset=True)) else {}),
         "applications": [{
             "name": application.name, "import_path": application.import_path,
             "route_prefix": application.route_prefix, "runtime_env": application.runtime_env,

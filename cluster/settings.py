@@ -35,6 +35,7 @@ PROFILE_MISSING = (
     f"{', '.join(profile_names())}, or the path of a profile's JSON file; measure one with "
     "python benchmarks/measure_law.py --model MODEL --name NAME"
 )
+_OF_ALL_MODELS = ("tenants", "tracing")
 LONGEST_DRAIN_S = 86_400.0
 
 
@@ -106,13 +107,26 @@ class ModelSettings(Strict):
         return self.controller.settings(self.targets)
 
 
-class HeadraceSettings(ModelSettings):
-    """The top-level object: `ModelSettings` for all models, and the tenants.
+class TracingSettings(Strict):
+    """OpenTelemetry.
 
-    tenants: weighted shares of the replicas, with one API key each; at the top level only.
+    otlp_endpoint: of a collector, OTLP over gRPC, http://HOST:4317; null: nothing is traced.
+    sampling_ratio: share of the requests that are traced, where a request brings no decision of its own (W3C
+    `traceparent`).
+    """
+
+    otlp_endpoint: str | None = Field(default=None, pattern=r"^https?://[^\s/]+$")
+    sampling_ratio: float = Field(default=1.0, ge=0, le=1)
+
+
+class HeadraceSettings(ModelSettings):
+    """The top-level object: `ModelSettings` for all models, the tenants, and tracing; both at the top level only.
+
+    tenants: weighted shares of the replicas, with one API key each. tracing: whether requests are traced, and where to.
     """
 
     tenants: tuple[TenantConfig, ...] = ()
+    tracing: TracingSettings = TracingSettings()
 
     @field_validator("tenants")
     @classmethod
@@ -136,5 +150,6 @@ def overridden(general: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, 
         whole = key == "thresholds" and "policy" in value
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = dict(merged[key]) | dict(value) if both and not whole else value
-    merged.pop("tenants", None)
+    for key in _OF_ALL_MODELS:
+        merged.pop(key, None)
     return merged

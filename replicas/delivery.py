@@ -16,7 +16,9 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
+from replicas.tracing import OFF, Tracing
 from scheduler.messages import Delivered
+from scheduler.rejection import Rejection
 
 KEPT_DELIVERIES = 512
 _LONGEST_DELAY_S = 60.0
@@ -27,9 +29,11 @@ Outputs = AsyncGenerator[Any, None]
 class _Delivery:
     """One request under way. Times are those of the monotonic clock, which all processes of a machine share."""
 
-    __slots__ = ("first_s", "last_s", "output", "several")
+    __slots__ = ("begun_s", "context", "first_s", "last_s", "output", "rejected", "several", "tenant")
 
-    def __init__(self) -> None:
+    def __init__(self, begun_s: float, tenant: str, context: Any) -> None:
+        self.begun_s, self.tenant, self.context = begun_s, tenant, context
+        self.rejected = ""
         self.first_s: float | None = None
         self.last_s = 0.0
         self.output: Any = None
@@ -40,10 +44,17 @@ _under_way: contextvars.ContextVar[_Delivery | None] = contextvars.ContextVar("d
 
 
 class Deliveries:
-    """The latest completed outputs with the times their tokens left, beside the engine's own times."""
+    """The latest completed outputs with the times their tokens left, beside the engine's own times.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    observe: called with the tenant of each, the seconds it waited in the engine's queue, and its TPOT (None: a single
+    token). tracing: the spans of each.
+    """
+
+    def __init__(
+        self, observe: Callable[[str, float, float | None], None] = lambda *_: None,
+        clock: Callable[[], float] = time.monotonic, tracing: Tracing = OFF,
+    ) -> None:
+        self._clock, self._observe, self._tracing = clock, observe, tracing
         self._numbers = itertools.count(1)
         self._latest: deque[Delivered] = deque(maxlen=KEPT_DELIVERIES)
 
@@ -51,9 +62,9 @@ class Deliveries:
         """The latest, at most 512, oldest first."""
         return tuple(self._latest)
 
-    def begin(self) -> _Delivery:
-        """Start timing a request; the engine's outputs of this context belong to it."""
-        delivery = _Delivery()
+    def begin(self, tenant: str = "", raw_request: Any = None) -> _Delivery:
+        """Start timing a request; the engine's outputs of this context belong to it. raw_request: with its headers."""
+        delivery = _Delivery(self._clock(), tenant, self._tracing.context_of(raw_request))
         _under_way.set(delivery)
         return delivery
 
@@ -65,7 +76,10 @@ class Deliveries:
                 if delivery.first_s is None:
                     delivery.first_s = delivery.last_s
                 yield chunk
-        self._record(delivery, streamed)
+        if delivery.rejected:
+            self._tracing.rejected(delivery.context, delivery.begun_s, delivery.rejected)
+        else:
+            self._record(delivery, streamed)
 
     def _record(self, delivery: _Delivery, streamed: bool) -> None:
         stats = getattr(delivery.output, "metrics", None)
@@ -77,7 +91,10 @@ class Deliveries:
             delay_s = first_s - stats.first_token_ts
             delay_s = delay_s if 0 <= delay_s <= _LONGEST_DELAY_S else None
         later = stats.num_generation_tokens - 1
-        self._latest.append(Delivered(next(self._numbers), delay_s, (last_s - first_s) / later if later > 0 else None))
+        tpot_s = (last_s - first_s) / later if later > 0 else None
+        self._latest.append(Delivered(next(self._numbers), delay_s, tpot_s))
+        self._observe(delivery.tenant, max(0.0, stats.scheduled_ts - stats.queued_ts), tpot_s)
+        self._tracing.served(delivery.context, stats)
 
 
 def noting(generate: Callable[..., Outputs]) -> Callable[..., Outputs]:
@@ -86,14 +103,20 @@ def noting(generate: Callable[..., Outputs]) -> Callable[..., Outputs]:
     @functools.wraps(generate)
     async def generating(*args: Any, **kwargs: Any) -> Outputs:
         delivery = _under_way.get()
-        async with aclosing(generate(*args, **kwargs)) as outputs:
-            async for output in outputs:
-                if delivery is not None:
-                    # One API request can become several engine requests; their tokens leave interleaved.
-                    delivery.several |= any(choice.index for choice in output.outputs) or (
-                        delivery.output is not None and delivery.output.request_id != output.request_id
-                    )
-                    delivery.output = output
-                yield output
+        try:
+            async with aclosing(generate(*args, **kwargs)) as outputs:
+                async for output in outputs:
+                    if delivery is not None:
+                        # One API request can become several engine requests; their tokens leave interleaved.
+                        delivery.several |= any(choice.index for choice in output.outputs) or (
+                            delivery.output is not None and delivery.output.request_id != output.request_id
+                        )
+                        delivery.output = output
+                    yield output
+        except Exception as error:
+            rejection = getattr(error, "rejection", None)
+            if delivery is not None and isinstance(rejection, Rejection):
+                delivery.rejected = rejection.word
+            raise
 
     return generating

@@ -26,6 +26,9 @@ from replicas.draining import Draining
 from replicas.engine_client import end_process
 from replicas.engine_health import ENGINE_TIMEOUT_S, EngineHealth
 from replicas.live_settings import Settings, SettingsFollower
+from replicas.logs import follow_serve
+from replicas.measured import EnginesMeter, RequestMeter, keep_telling, tenant_in
+from replicas.ranks import engine_name
 from replicas.ray_patches import (
     adapter_loader,
     listen_where_the_node_does,
@@ -33,6 +36,7 @@ from replicas.ray_patches import (
     take_adapters_from_folders,
 )
 from replicas.routing_stats import RoutingStats
+from replicas.tracing import OTLP_ENDPOINT, Tracing
 from scheduler.engine import segments
 from scheduler.engine.channel import (
     ChannelClient,
@@ -42,7 +46,7 @@ from scheduler.engine.channel import (
     rank_endpoint,
     remove_endpoint,
 )
-from scheduler.messages import Ack, Stats
+from scheduler.messages import Ack, Stats, Telemetry
 from scheduler.settings import SETTINGS_KEY
 from scheduler.support import ranks_in
 from scheduler.wire import (
@@ -66,6 +70,7 @@ class HeadraceServer(LLMServer):
     """A vLLM replica that takes new thresholds while it serves."""
 
     async def __init__(self, llm_config: LLMConfig, **kwargs: Any) -> None:  # type: ignore[misc]  # Serve awaits it
+        follow_serve()
         listen_where_the_node_does()
         take_adapters_from_folders()
         self._endpoint = new_endpoint()
@@ -74,12 +79,18 @@ class HeadraceServer(LLMServer):
         self._channels = [ChannelClient(rank_endpoint(self._endpoint, rank)) for rank in range(ranks)]
         self._last_stats: dict[int, tuple[float, Stats]] = {}
         self._silent: set[int] = set()
-        self._deliveries = Deliveries()
         self._draining = Draining(self._channels)
+        self._telling: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
         on_graceful_shutdown(lambda within_s: loop.call_soon_threadsafe(self._draining.begin, within_s))
         self.health = EngineHealth(self._current_stats, ranks, partial(end_process, self._endpoint))
-        store = ClusterStore(serve.get_replica_context().app_name)
+        context = serve.get_replica_context()
+        store = ClusterStore(context.app_name)
+        tracing = Tracing(
+            llm_config.engine_kwargs.get(OTLP_ENDPOINT), service="headrace-replica",
+            instance=context.replica_id.unique_id,
+        )
+        self._deliveries = Deliveries(RequestMeter(llm_config.model_id).record, tracing=tracing)
         self._settings = SettingsFollower(llm_config.model_id, ranks, self._ask, store, self._follow)
         from replicas.engine import HeadraceEngine  # imports vLLM, which a process that only deploys does not need
 
@@ -87,6 +98,10 @@ class HeadraceServer(LLMServer):
         await super().__init__(llm_config, **(ours | kwargs))
         if isinstance(self.engine, HeadraceEngine):
             self.engine.be_watched(self.health)
+        names = [engine_name(context.replica_id.unique_id, rank, ranks) for rank in range(ranks)]
+        self._telling = loop.create_task(
+            keep_telling(EnginesMeter(llm_config.model_id, names, self._current_telemetry).tell)
+        )
         children = [process.pid for process in psutil.Process().children(recursive=True)]
         segments.note(folder_of(self._endpoint), children)
 
@@ -107,7 +122,7 @@ class HeadraceServer(LLMServer):
         """Ray's own, with delivery times recorded."""
         if self._draining.begun:
             return self._recalled(request)
-        delivery = self._deliveries.begin()
+        delivery = self._deliveries.begin(tenant_in(request), raw_request_info)
         chunks = await super().chat(request, raw_request_info)
         return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
 
@@ -115,7 +130,7 @@ class HeadraceServer(LLMServer):
         """Ray's own, with delivery times recorded."""
         if self._draining.begun:
             return self._recalled(request)
-        delivery = self._deliveries.begin()
+        delivery = self._deliveries.begin(tenant_in(request), raw_request_info)
         chunks = await super().completions(request, raw_request_info)
         return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
 
@@ -178,7 +193,13 @@ class HeadraceServer(LLMServer):
     async def _current_stats(self, rank: int) -> Stats:
         return read_answer(await self._channels[rank].ask(stats_question(), timeout_s=_STATS_ANSWER_S), Stats)
 
+    async def _current_telemetry(self, rank: int) -> Telemetry:
+        answer = await self._channels[rank].ask(telemetry_question(None), timeout_s=_STATS_ANSWER_S)
+        return read_answer(answer, Telemetry)
+
     async def __del__(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
         self._draining.stop()
         self.health.stop()
         self._settings.close()

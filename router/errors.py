@@ -121,6 +121,7 @@ async def _openai_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, OpenAIHTTPException)
     rejection = Rejection.from_json(error.message)
     if rejection and error.status_code == rejection.kind.http_status:
+        request.state.reason = rejection.word  # for `router.outcomes`
         return _response(error.status_code, rejection.text, {"Retry-After": str(rejection.retry_after_s)})
     if error.status_code == HTTPStatus.INTERNAL_SERVER_ERROR and error.type != _OURS:  # Ray's own may say anything
         return _response(error.status_code, _FAILED)

@@ -20,9 +20,11 @@ from router.dashboard.files import PATH as DASHBOARD
 from router.front_door import FrontDoor, Reports, Tenant
 from router.key_usage import KeyUsage
 from router.limits import NO_OTHERS, Limits
+from router.outcomes import Outcomes, Watched
 from router.refusal import Refusal
 from router.request_body import Asked, Disconnected, asked_for, parse, read_body, require_json
 from router.tenants import TenantConfig
+from scheduler.metrics import UNKNOWN
 
 ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
@@ -36,13 +38,14 @@ _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 class Desk:
     """What the gate of one ingress knows: the keys, the limits and what is used of them, the room at the replicas.
 
-    models: ids of the models served. `change` loses no count.
+    models: ids of the models served. outcomes: how requests end. `change` loses no count.
     """
 
     def __init__(
         self, keys: Keyring, front_door: FrontDoor, usage: KeyUsage, models: Collection[str], limits: Limits,
-        model_limits: Mapping[str, Limits] = NO_OTHERS,
+        model_limits: Mapping[str, Limits] = NO_OTHERS, outcomes: Outcomes | None = None,
     ) -> None:
+        self.outcomes = outcomes or Outcomes()
         self.keys, self.front_door, self.usage, self._models = keys, front_door, usage, frozenset(models)
         self.limits, self._model_limits = limits, dict(model_limits)
 
@@ -73,10 +76,10 @@ class Desk:
 
 def open_desk(
     tenants: Sequence[TenantConfig], limits: Limits, model_limits: Mapping[str, Limits], reports: Reports,
-    models: Collection[str], clock: Callable[[], float] = time.monotonic,
+    models: Collection[str], clock: Callable[[], float] = time.monotonic, outcomes: Outcomes | None = None,
 ) -> Desk:
     """A desk whose keys are in this process's environment."""
-    return Desk(Keyring(tenants), FrontDoor(reports, clock), KeyUsage(clock), models, limits, model_limits)
+    return Desk(Keyring(tenants), FrontDoor(reports, clock), KeyUsage(clock), models, limits, model_limits, outcomes)
 
 
 class Gate:
@@ -103,20 +106,33 @@ class Gate:
 
     async def _pass(self, scope: Any, receive: Any, send: Any) -> None:
         desk, path = self._desk(), get_route_path(scope)
+        if path not in GENERATING or scope["method"] != "POST":
+            await self._answer(_Visit(desk, path, scope), receive, send)
+            return
+        state = scope.setdefault("state", {})
+        with desk.outcomes.tracing.route(scope) as note, Watched(desk.outcomes, state, note) as watched:
+            visit = _Visit(desk, path, scope, watched)
+            await self._answer(visit, watched.hearing(receive), watched.noting(send))
+
+    async def _answer(self, visit: _Visit, receive: Any, send: Any) -> None:
         try:
-            headers = dict(scope["headers"])
-            if sum(len(name) + len(value) for name, value in scope["headers"]) > desk.limits.header_bytes:
-                raise Refusal(431, f"the headers are larger than {desk.limits.header_bytes} bytes", closes=True)
-            if path in _OPEN or path.startswith(DASHBOARD + "/"):
-                await self._app(scope, receive, send)
-            elif path == "/admin" or path.startswith("/admin/"):
-                await self._operator(desk, scope, headers, receive, send)
-            else:
-                await self._user(desk, _Visit(desk, path, scope, headers), receive, send)
+            await self._check(visit, receive, send)
         except Refusal as refusal:
+            visit.watched.reason = refusal.reason
             await refusal.send(send)
         except Disconnected:
             return
+
+    async def _check(self, visit: _Visit, receive: Any, send: Any) -> None:
+        desk, path, scope = visit.desk, visit.path, visit.scope
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > desk.limits.header_bytes:
+            raise Refusal(431, f"the headers are larger than {desk.limits.header_bytes} bytes", closes=True)
+        if path in _OPEN or path.startswith(DASHBOARD + "/"):
+            await self._app(scope, receive, send)
+        elif path == "/admin" or path.startswith("/admin/"):
+            await self._operator(desk, scope, visit.headers, receive, send)
+        else:
+            await self._user(desk, visit, receive, send)
 
     async def _operator(self, desk: Desk, scope: Any, headers: Mapping[bytes, bytes], receive: Any, send: Any) -> None:
         desk.keys.require_operator(headers)
@@ -140,20 +156,22 @@ class Gate:
 
 
 class _Visit:
-    """One request of a user."""
+    """One request. watched: how it ends, for the metrics."""
 
-    def __init__(self, desk: Desk, path: str, scope: Any, headers: Mapping[bytes, bytes]) -> None:
-        self._desk, self._path, self.scope, self._headers = desk, path, scope, headers
+    def __init__(self, desk: Desk, path: str, scope: Any, watched: Watched | None = None) -> None:
+        self.desk, self.path, self.scope, self.headers = desk, path, scope, dict(scope["headers"])
+        self.watched = watched or Watched(desk.outcomes, {})
         self._generates = path in GENERATING
         self.has_body = scope["method"] in _WITH_BODY
-        self._request_id = headers.get(b"x-request-id", b"").decode("latin-1") or uuid.uuid4().hex
+        self._request_id = self.headers.get(b"x-request-id", b"").decode("latin-1") or uuid.uuid4().hex
         self._holder, self._tenant = Holder(ANONYMOUS), Tenant()
         self._status = 0
 
     def identify(self) -> Holder:
         """Whose request it is; the endpoints find its tenant in `request.state`. 401 for an unknown key."""
-        self._holder = self._desk.keys.require_user(self._headers)
+        self._holder = self.desk.keys.require_user(self.headers)
         tenant = self._holder.tenant
+        self.watched.tenant = tenant.name if tenant else UNKNOWN
         self.scope.setdefault("state", {})["tenant"] = tenant
         if tenant:
             self._tenant = Tenant(tenant.name, tenant.weight)
@@ -161,11 +179,11 @@ class _Visit:
 
     async def serve(self, app: ASGIApp, receive: Any, send: Any) -> None:
         """Check the body and what it asks for, and call the app; a place is taken from before to after."""
-        desk, holder = self._desk, self._holder.name
-        model = desk.model_of(None) if self._generates else None
+        desk, holder = self.desk, self._holder.name
+        model = self._of_model(desk.model_of(None) if self._generates else None)
         if model is not None:
             self._require_room(model, 1)  # before the body: with one model nothing of it needs to be known
-        body = await read_body(self._headers, receive, desk.limits)
+        body = await read_body(self.headers, receive, desk.limits)
         asked, model = self._checked(body)
         desk.usage.take(holder, desk.limits.of_key(holder), asked.tokens, self._request_id)
         if model is None:
@@ -184,24 +202,28 @@ class _Visit:
                 desk.front_door.ended(model, asked.requests)
 
     def _require_room(self, model: str, requests: int) -> None:
-        desk = self._desk
+        desk = self.desk
         if not desk.limits_of(model).front_door:
             return
         rejection = desk.front_door.full(model, self._request_id, requests, self._tenant)
         if rejection:
-            raise Refusal(429, rejection.text, retry_after_s=rejection.retry_after_s)
+            raise Refusal(429, rejection.text, retry_after_s=rejection.retry_after_s, reason="front_door")
 
     def _checked(self, body: bytes) -> tuple[Asked, str | None]:
         """What the body asks for, and of which model if it generates."""
-        if self._path in _FORMS:
+        if self.path in _FORMS:
             return Asked(), None
-        require_json(self._headers)
-        found = parse(body, self._desk.limits)
+        require_json(self.headers)
+        found = parse(body, self.desk.limits)
         if not self._generates:
             return Asked(), None
         name = found.get("model")
-        model = self._desk.model_of(name if isinstance(name, str) else None)
-        return asked_for(found, self._desk.limits_of(model)), model
+        model = self.desk.model_of(name if isinstance(name, str) else None)
+        return asked_for(found, self.desk.limits_of(model)), self._of_model(model)
+
+    def _of_model(self, model: str | None) -> str | None:
+        self.watched.model = model or UNKNOWN
+        return model
 
     def _noting_status(self, send: Any) -> Any:
         async def noting(message: Any) -> None:

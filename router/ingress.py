@@ -30,6 +30,8 @@ from ray.serve.llm.ingress import OpenAiIngress
 from replicas.actor_calls import ReplicaUnavailable, replicas_of
 from replicas.cluster_store import ClusterStore
 from replicas.live_settings import Settings, engine_settings
+from replicas.logs import follow_serve
+from replicas.measured import METER, keep_telling
 from replicas.questions import (
     ANSWER_S,
     ask_all,
@@ -41,6 +43,7 @@ from replicas.questions import (
 from replicas.ranks import EngineAddress, ServedModel
 from replicas.ray_patches import listen_where_the_node_does, take_adapters_from_folders
 from replicas.served import engines_of
+from replicas.tracing import Tracing
 from router.adapters import exists
 from router.admin import AdminError, ThresholdsUpdate, plan_update
 from router.admin_answers import refused, state_of
@@ -53,6 +56,7 @@ from router.gate import Desk, open_desk
 from router.in_flight import InFlight
 from router.limits import DEFAULT_LIMITS, MAX_WAIT_S, NO_OTHERS, Limits
 from router.live_settings import Judge, SettingsOffice, SettingsUpdate, changes, settings_event
+from router.outcomes import Outcomes
 from router.pins import NOT_KEPT, KeptPin, kept_pins
 from router.replica_watch import ReplicaWatch, readiness
 from router.tenants import TenantConfig, sign
@@ -60,6 +64,7 @@ from scheduler.messages import Ack, Telemetry
 from scheduler.thresholds import Thresholds, thresholds_as_dict
 from scheduler.wire import UnreadableMessage
 
+NOT_TRACED: Mapping[str, Any] = {}
 _CONTROLLER_ANSWER_S = 3.0
 _SILENT_S = 1.0
 """What the state waits for a replica that the watch has not heard of lately."""
@@ -88,8 +93,10 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
     """OpenAI endpoints and the control endpoints of one application. models: what it serves, by deployment."""
 
     def __init__(
-        self, *args: Any, models: Mapping[str, ServedModel], judge: Judge, keeper: Keeper | None = None, **kwargs: Any
+        self, *args: Any, models: Mapping[str, ServedModel], judge: Judge, keeper: Keeper | None = None,
+        tracing: Mapping[str, Any] = NOT_TRACED, **kwargs: Any,
     ) -> None:
+        follow_serve()
         listen_where_the_node_does()
         take_adapters_from_folders()
         super().__init__(*args, **kwargs)
@@ -104,9 +111,17 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
         self._controller: ActorHandle | None = None
         self.replica_watch = ReplicaWatch(self._look_around, ask_stats)
         self._tenants: tuple[TenantConfig, ...] = ()
-        self.desk = open_desk(self._tenants, DEFAULT_LIMITS, NO_OTHERS, self.replica_watch, self._model_cards)
+        self._outcomes = Outcomes(METER, tracing=Tracing(
+            tracing.get("otlp_endpoint"), service="headrace-ingress", instance=context.replica_tag,
+            ratio=tracing.get("sampling_ratio", 1.0),
+        ))
+        self.desk = open_desk(
+            self._tenants, DEFAULT_LIMITS, NO_OTHERS, self.replica_watch, self._model_cards, outcomes=self._outcomes
+        )
         loop = asyncio.get_running_loop()
-        self._watching = [loop.create_task(self.replica_watch.run())]
+        self._watching = [
+            loop.create_task(self.replica_watch.run()), loop.create_task(keep_telling(self._outcomes.tell))
+        ]
         if keeper:
             self._watching.append(loop.create_task(self._watch_controller()))
 
@@ -155,14 +170,18 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
 
     async def _keeps_running(self, controller: ActorHandle) -> bool:
         """Start the controller's loop if needed; False when the actor has died for good, True while Ray restarts it."""
+        answered = False
         try:
             await asyncio.wait_for(asyncio.wrap_future(controller.keep_running.remote().future()), _CONTROLLER_ANSWER_S)
+            answered = True
         except ray.exceptions.ActorUnavailableError:
             return True
         except ray.exceptions.ActorDiedError:
             return False
         except TimeoutError:
             return True
+        finally:
+            self._outcomes.controller_up = answered
         return True
 
     async def _get_model_id(self, model: str | None) -> str:

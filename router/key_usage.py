@@ -96,4 +96,4 @@ class KeyUsage:
 def _refused(reason: str, wait_s: float, request_id: str) -> Refusal:
     # The jitter is a quarter either way; none is told to come back too early.
     rejection = Rejection.for_drain_time(reason, wait_s / 0.75, request_id)
-    return Refusal(429, rejection.text, retry_after_s=rejection.retry_after_s)
+    return Refusal(429, rejection.text, retry_after_s=rejection.retry_after_s, reason="key_limit")

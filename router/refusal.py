@@ -16,12 +16,13 @@ LONGEST_MESSAGE = 200
 @dataclass(frozen=True, slots=True)
 class Refusal(Exception):
     """status: of HTTP; message: one sentence; retry_after_s: for 429. closes: the connection ends too, since more of
-    the request may follow."""
+    the request may follow. reason: a word for the metrics."""
 
     status: int
     message: str
     retry_after_s: int | None = None
     closes: bool = False
+    reason: str = ""
 
     async def send(self, send: Any) -> None:
         """Answer over ASGI."""

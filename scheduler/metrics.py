@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 State = Mapping[str, Any]
 """One engine as a state shows it: `Telemetry.shown()`, and the estimates of `EngineTuner.shown` beside it."""
@@ -19,6 +19,8 @@ Samples = Iterator[tuple[dict[str, str], float]]
 Read = Callable[[State], Samples]
 OF_ENGINE = ("model", "replica")
 OF_REQUEST = ("model", "tenant")
+UNKNOWN = "none"
+"""The model or tenant of a request that has none, or that is refused before it is known."""
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 _TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8, 1.5, 3.0)
 _SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -44,9 +46,9 @@ class Source(StrEnum):
 class Metric:
     """One metric.
 
-    name: a counter's without `_total`. unit: of a value, in words. labels: their names. read: its samples in an
-    engine's state, each with the labels beyond model and replica; None: recorded event by event. buckets: upper bounds
-    of a histogram, in seconds. alone: also there under plain `vllm serve`.
+    name: a counter's without `_total`. help: ASCII, all that Ray takes. unit: of a value, in words. labels: their
+    names. read: its samples in an engine's state, each with the labels beyond model and replica; None: recorded event
+    by event. buckets: upper bounds of a histogram, in seconds.
     """
 
     name: str
@@ -72,6 +74,21 @@ class Metric:
     def exposed(self) -> str:
         """The name in a scrape, without the `ray_` that Ray puts before every name."""
         return f"{self.name}_total" if self.kind is Kind.COUNTER else self.name
+
+
+class Meter(Protocol):
+    """Where one process records its metrics."""
+
+    def record(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
+        """Set a gauge, add to a counter, or observe in a histogram."""
+
+
+class _NoMeter:
+    def record(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
+        """Nothing is recorded."""
+
+
+NO_METER: Meter = _NoMeter()
 
 
 def _number(value: Any) -> float | None:
@@ -244,7 +261,7 @@ ENGINE: tuple[Metric, ...] = (
 ESTIMATES: tuple[Metric, ...] = (
     _estimate("headrace_offered_rate", "Arrivals that the controller sees.", _RATE, _at("rate_rps")),
     _estimate(
-        "headrace_load_ratio", "Load ρ of the fluid model; 1: capacity.", "ratio", _at("fluid", "load")
+        "headrace_load_ratio", "Load (rho) of the fluid model; 1: capacity.", "ratio", _at("fluid", "load")
     ),
     _estimate(
         "headrace_capacity_rate", "Requests per second possible within the targets.", _RATE,
@@ -263,7 +280,7 @@ ESTIMATES: tuple[Metric, ...] = (
         _at("fluid", "memory_tokens"),
     ),
     _estimate(
-        "headrace_iteration_predicted_seconds", "Iteration time ΔT* at the fluid equilibrium.", "seconds",
+        "headrace_iteration_predicted_seconds", "Iteration time at the fluid equilibrium.", "seconds",
         _at("fluid", "iteration_time_s"),
     ),
     _estimate(

@@ -16,6 +16,10 @@ from http import HTTPStatus
 REJECTION_KEY = "headrace_rejection"
 """Marks the JSON object: `{"headrace_rejection": {"reason": "…", "retry_after_s": 7, "kind": "rejected"}}`."""
 
+TOO_LATE = "the first token can no longer meet its latency target"
+TOO_MANY = "queue full: one more request could not meet its latency target"
+_WORDS = {TOO_LATE: "too_late", TOO_MANY: "queue_full"}
+
 _ABORT = "abort"
 _LONGEST_S = 60.0
 """OpenAI clients ignore longer times or treat them as a failure."""
@@ -62,6 +66,11 @@ class Rejection:
         digest = hashlib.blake2b(request_id.encode(errors="replace"), digest_size=8).digest()
         drawn = int.from_bytes(digest) / 2**64
         return cls(reason, max(1, math.ceil(middle_s * (1 - _JITTER + 2 * _JITTER * drawn))), kind)
+
+    @property
+    def word(self) -> str:
+        """The reason in a word, for the metrics: too_late, queue_full, other."""
+        return _WORDS.get(self.reason, "other")
 
     @property
     def text(self) -> str:

@@ -45,7 +45,7 @@ from scheduler.engine.running_requests import BatchWork, EngineBatch, batch_work
 from scheduler.engine.settings_in_force import SettingsInForce
 from scheduler.messages import Gauges, Report, RunningLengths, Stats, Telemetry
 from scheduler.policies import NO_REQUESTS, UNKNOWN_TYPE, Policy, RunningBatch, Snapshot, Waiting, make_policy
-from scheduler.rejection import Rejection
+from scheduler.rejection import TOO_LATE, TOO_MANY, Rejection
 from scheduler.settings import SchedulerSettings
 from scheduler.support import EngineSetup, require_supported
 from scheduler.thresholds import EngineLimits, Thresholds
@@ -53,8 +53,6 @@ from scheduler.tuning.slo import NO_SLO
 
 logger = init_logger(f"vllm.headrace.{__name__}")  # below vLLM's logger, so that its handlers and level apply
 
-TOO_LATE = "the first token can no longer meet its latency target"
-TOO_MANY = "queue full: one more request could not meet its latency target"
 _CUT_SHORT = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
 
 

@@ -120,8 +120,9 @@ class Made:
         controller: dict[str, Any] = {"alive": False, "reason": "the controller does not answer"}
         if self.alive:
             prospects = {"now": self.now, "one_more": self.more, "one_less": self.less}
-            controller = {"alive": True, "period_s": 5.0, "started_unix_s": 1.0, "passes": self._ticks, "pins": {},
-                          "prospects": {self.model: prospects}, "changes": self.changes}
+            controller = {"alive": True, "period_s": 5.0, "started_unix_s": 1.0,
+                          "passes": self._ticks, "pins": {}, "changes": self.changes,
+                          "prospects": {self.model: prospects}}
         return {"application": "headrace", "at_unix_s": time.time(), "models": {self.model: {}}, "replicas": replicas,
                 "controller": controller, "front_door": {"rejected": 12, "ingresses": 1}}
 

@@ -13,7 +13,8 @@ SEAMS = (
     "cluster/test_build.py", "cluster/test_joining.py", "cluster/test_ray_llm.py", "cluster/test_rollout_seam.py",
     "scheduler/test_vllm_seam.py", "scheduler/alone/test_frontend_seam.py",
     "simulator/engine/test_vllm_harness_seam.py", "replicas/test_ray_seam.py", "replicas/test_engine_seam.py",
-    "replicas/test_cluster_store.py", "replicas/test_delivery.py", "router/test_fluid_slack_router.py",
+    "replicas/test_cluster_store.py", "replicas/test_delivery.py", "replicas/test_logs.py",
+    "router/test_fluid_slack_router.py",
 )
 USERS = ("scheduler", "simulator", "replicas", "router", "cluster")
 FILES = [path for package in USERS for path in modules_of(package).values()]

@@ -29,8 +29,10 @@ WITH_VLLM = {
 }
 WITH_RAY = {
     "cluster.app", "cluster.controller", "cluster.rollout", "replicas.actor_calls", "replicas.cluster_store",
-    "replicas.engine", "replicas.failed_answers", "replicas.ray_patches", "replicas.server", "router.attempts",
-    "router.errors", "router.http_app", "router.in_flight", "router.ingress", "router.request_router",
+    "replicas.engine", "replicas.failed_answers", "replicas.logs", "replicas.measured", "replicas.ray_patches",
+    "replicas.server",
+    "router.attempts", "router.errors", "router.http_app", "router.in_flight", "router.ingress",
+    "router.request_router",
 }
 MODULES = {name: path for package in PACKAGES for name, path in modules_of(package).items()}
 EVIDENCE = {path.stem: path for path in (ROOT / "benchmarks" / "evidence").glob("*.py")}

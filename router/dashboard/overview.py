@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from scipy.special import bdtrc
+
 from router.dashboard.changed import change_in_words
 from router.dashboard.oddities import Oddity, Replica, oddities_of
+from scheduler.estimation.intervals import FALSE_ALARM
 
 _LEVELS = ("ok", "note", "warning", "bad")
 _TITLES = {"ok": "Healthy", "note": "Healthy", "warning": "Needs a look", "bad": "In trouble"}
 _LEAST_JUDGED = 20
 _TIMEOUT_S = 10.0
-_MISSED_BEYOND = 2.0
-"""More misses than so many times the accepted share are said."""
 _FULL = 0.999
 _HIGH_LOAD = 0.85
 _ROW = ("model", "reachable", "running", "waiting", "held", "kv_used_fraction", "preemptions", "rate_rps", "decision")
@@ -136,7 +137,8 @@ def _of_targets(state: Mapping[str, Any], model: str) -> list[tuple[str, str]]:
     recent = _recent(one for one in state["replicas"].values() if one["model"] == model)
     completed, missed = recent["completed"], recent["completed"] - recent["good"]
     accepted = _accepted(state, model)
-    if completed < _LEAST_JUDGED or missed <= max(1.0, _MISSED_BEYOND * accepted * completed):
+    by_chance = float(bdtrc(missed - 1, completed, accepted)) if missed else 1.0
+    if completed < _LEAST_JUDGED or by_chance > FALSE_ALARM:
         return []
     return [("warning", f"{missed / completed:.0%} of the requests of {model} that finished lately missed a target; "
                         f"{accepted:.0%} is accepted.")]

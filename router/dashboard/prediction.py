@@ -87,14 +87,14 @@ def in_words(now: Mapping[str, Any], then: Mapping[str, Any]) -> str:
         said = f"At the present load nothing changes: {_good(then)}."
     else:
         direction = "More" if moves > 0 else "Fewer"
-        said = f"{direction} requests would be in time: {_good(then)}, {rate(now['goodput_rps'])} now."
+        said = f"{direction} requests would be in time: {_good(then)} (now {now['goodput_rps']:.3g})."
     if then["capacity_rps"] and now["capacity_rps"]:
-        said += f" Capacity: {rate(then['capacity_rps'])}, {rate(now['capacity_rps'])} now."
+        said += f" Capacity: {rate(then['capacity_rps'])} (now {now['capacity_rps']:.3g})."
     limits = now["limit"], then["limit"]
     if limits[0] != limits[1]:
-        said += f" The limit would be: {limits[1]} (now: {limits[0]})."
+        said += f" Limit: {limits[1]} (now {limits[0]})."
     return said + (" Output lengths are still guessed." if then["cold"] else "")
 
 
 def _good(plan: Mapping[str, Any]) -> str:
-    return f"{rate(plan['goodput_rps'])} of {rate(plan['offered_rps'])}"
+    return f"{plan['goodput_rps']:.3g} of the {rate(plan['offered_rps'])} offered"

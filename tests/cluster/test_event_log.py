@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 from fake_store import FakeStore
 
-from cluster.event_log import KEPT_EVENTS, Event, EventLog
+from cluster.event_log import KEPT_EVENTS, Event, EventLog, changes
+from scheduler.thresholds import Thresholds, TypeThreshold, thresholds_as_dict
 
 
 def pushed(number: int) -> Event:
@@ -50,6 +52,29 @@ def test_an_event_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> No
     assert [record.getMessage() for record in caplog.records] == [
         "pin of m by anna (operator key): rush hour", "thresholds of a: version 1 -> 2: ",
     ]
+
+
+def test_a_change_of_thresholds_says_old_new_and_reason_in_one_line() -> None:
+    old = Thresholds(policy="wait", max_running=32, types=(TypeThreshold(name="short", n=8),))
+    new = replace(old, max_running=28, types=(TypeThreshold(name="short", n=6),), max_hold_s=0.123456)
+    event = Event(
+        at_unix_s=1.0, replica="a", old_version=1, new_version=2, reason="memory is the limit",
+        old=thresholds_as_dict(old), new=thresholds_as_dict(new),
+    )
+    assert "\n" not in event.line
+    assert event.line.startswith("thresholds of a: version 1 -> 2: memory is the limit (")
+    said = set(event.line.partition("(")[2].rstrip(")").split("; "))
+    assert {"max_running 32 -> 28", "types.short 8 -> 6"} < said
+    assert len(said) == 3 and any(one.endswith("-> 0.1235") for one in said)
+
+
+def test_a_line_is_bounded_and_leaves_curves_out() -> None:
+    new = {"fluid": {"survival": {"lengths": [1, 2]}, "time_model": {"d0_s": 1.0}, "queue_limit": 3}}
+    assert changes({"fluid": {"survival": {"lengths": [9]}, "queue_limit": None}}, new) == [
+        "fluid.queue_limit none -> 3"
+    ]
+    many = changes({}, {f"k{number}": number for number in range(50)})
+    assert len(many) == 13 and many[-1] == "38 more"
 
 
 def test_a_store_that_fails_or_holds_something_else_loses_no_present_event() -> None:

@@ -83,6 +83,9 @@ def test_only_a_quarter_of_an_hour_is_kept_and_a_reader_asks_for_what_is_new() -
     history.keep_only(2001.0 + KEPT_S)
     assert history.columns() == {}, "an engine that is gone is forgotten"
     assert history.recent("a", 10.0)["arrivals"] == 0
+    observe(history, 3000.0, EMPTY)
+    history.keep_only(3001.0 + KEPT_S)
+    assert history.columns() == {}, "also one that reported once only"
 
 
 def test_an_engine_with_requests_and_without_iterations_stands_still() -> None:

@@ -74,6 +74,20 @@ def test_a_taken_port_stops_the_launch_before_ray_starts() -> None:
             launch.Launcher(config_for(port=port), progress=lambda _: None).start()
 
 
+def test_a_taken_metrics_port_stops_the_launch_too() -> None:
+    with socket.socket() as taken, socket.socket() as free:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        free.bind(("127.0.0.1", 0))
+        ports = taken.getsockname()[1], free.getsockname()[1]
+        free.close()
+        config = config_for(port=ports[1])
+        config = config.model_copy(update={"ray": config.ray.model_copy(update={"metrics_port": ports[0]})})
+        said = rf"port {ports[0]} on 127\.0\.0\.1 is taken by .*ray\.metrics_port"
+        with pytest.raises(launch.LaunchError, match=said):
+            launch.Launcher(config, progress=lambda _: None).start()
+
+
 class JoinedRay:
     """Stands for Ray: keeps what it was asked to ship."""
 

@@ -51,6 +51,8 @@ class ClusterProcess:
         config = yaml.safe_load((CHECKOUT / "configs" / "local.yaml").read_text())
         self.port = free_port()
         config["http_options"]["port"] = self.port
+        self.metrics_port = free_port()
+        config["ray"]["metrics_port"] = self.metrics_port
         args = config["applications"][0]["args"]
         (entry,) = args["llm_configs"]
         entry["model_loading_config"]["model_source"] = str(MODEL)

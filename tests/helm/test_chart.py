@@ -630,6 +630,8 @@ def test_package_renders_like_the_folder_and_holds_no_site_values(chart: Chart, 
         assert sorted(tar.getnames()) == [
             "headrace/.helmignore",
             "headrace/Chart.yaml",
+            "headrace/files/grafana-dashboard.json",
+            "headrace/files/rules.yaml",
             "headrace/templates/NOTES.txt",
             "headrace/templates/_helpers.tpl",
             "headrace/templates/rayservice.yaml",

@@ -29,7 +29,8 @@ class Replica:
 
     def __init__(self) -> None:
         self.now_s = 0.0
-        self.deliveries = Deliveries(lambda: self.now_s)
+        self.observed: list[tuple[str, float, float | None]] = []
+        self.deliveries = Deliveries(lambda *seen: self.observed.append(seen), lambda: self.now_s)
 
     async def _engine(self, steps: Steps) -> AsyncGenerator[Any, None]:
         for at_s, output in steps:

@@ -10,6 +10,7 @@ import pytest
 from browser import NEEDS_CHROMIUM, Tab, chromium, tab_at
 from fake_dashboard import EVIL, FakeDashboard, Made, change, example
 
+from cluster.history import History
 from router.auth import API_KEY_VARIABLE
 
 pytestmark = [NEEDS_CHROMIUM, pytest.mark.slow]
@@ -69,6 +70,43 @@ def test_new_points_move_the_charts(tab: Tab, server: FakeDashboard) -> None:
     assert tab.complaints == []
 
 
+def test_one_long_iteration_does_not_flatten_its_chart(browser: Any) -> None:
+    def blue_rows(tab: Tab) -> int:
+        """The height that the measured line takes, in pixels."""
+        return int(tab.page.evaluate("""() => {
+            const canvas = document.querySelector("#chart-iteration canvas"), { width, height } = canvas;
+            const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+            const rows = new Set();
+            for (let at = 0; at < data.length; at += 4) {
+                if (data[at] < 40 && data[at + 2] > 140 && data[at + 3] > 200) rows.add(Math.floor(at / 4 / width));
+            }
+            return rows.size;
+        }"""))
+
+    heights = []
+    for longest_s in (0.0, 60.0):
+        made = Made(replicas=("a",))
+        made.cycles(60)
+        points = made.history._series["a"].points
+        points[10] = points[10]._replace(iteration_s=longest_s or points[10].iteration_s)
+        with FakeDashboard(made) as server, tab_at(browser, f"{server.url}/dashboard") as tab:
+            tab.until("document.querySelector('#chart-iteration canvas')")
+            heights.append(blue_rows(tab))
+    assert heights[1] >= heights[0] > 10, heights
+
+
+def test_after_a_restart_the_charts_go_on_from_what_the_page_has(tab: Tab, server: FakeDashboard) -> None:
+    made = server.made
+    made.history = History()
+    made.names = made.names[:1]
+    made.now_s += 30
+    made.cycles(6)
+    before = tab.text("#chart-requests .legend")
+    tab.until(f"document.querySelector('#chart-requests .legend').innerText !== {before!r}")
+    assert "m3x9c0ad" in tab.text("#chart-running .legend"), "the past, of the other replica too, is still there"
+    assert tab.page.locator("canvas").count() == 9 and tab.complaints == []
+
+
 def test_nothing_that_is_told_becomes_html(browser: Any) -> None:
     made = Made(replicas=(EVIL, "b"))
     made.model = EVIL
@@ -91,7 +129,7 @@ def test_a_change_is_predicted_before_it_is_applied(tab: Tab, server: FakeDashbo
     form.get_by_label("Most running requests").fill("24")
     form.get_by_label("Your name").fill("anna")
     predict.click()
-    form.get_by_text("The limit would be: TPOT target (now: memory).").wait_for()
+    form.get_by_text("Limit: TPOT target (now memory).").wait_for()
     assert server.made.applied == [
         ("predict", {"model": server.made.model, "thresholds": {"max_running": 24, "token_budget": None}})
     ]
@@ -137,6 +175,7 @@ def test_it_says_when_the_controller_or_the_server_is_away_and_comes_back(tab: T
     server.made.alive = False
     tab.page.get_by_text("The controller does not answer. Requests are served").wait_for()
     assert tab.text("#change .headline") == "not known" and tab.page.locator("canvas").count() == 9
+    assert tab.text("#events").count("anna") == 2, "what was known stays"
     server.made.fails = True
     tab.page.get_by_role("heading", name="No answer").wait_for()
     assert "the server is stopping" in tab.text("#health-sentences")

@@ -144,7 +144,7 @@ def test_missed_targets_count_beyond_what_is_accepted(made: Made) -> None:
     recent = {"seconds": 60.0, "completed": 100, "good": 98}
     for name in made.names:
         made.extra[name] = {"recent": recent}
-    assert health(made)[0] == "ok", "2% of 200, twice the accepted share, may be chance"
+    assert health(made)[0] == "ok", "2% of 200, twice the accepted share, may well be chance"
     for name in made.names:
         made.extra[name] = {"recent": recent | {"good": 80}}
     assert f"20% of the requests of {MODEL} that finished lately missed a target; 1% is accepted." in health(made)[2]

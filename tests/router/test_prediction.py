@@ -91,10 +91,10 @@ def test_the_model_must_be_named_where_there_are_several() -> None:
 def test_the_prediction_in_words_says_what_moves() -> None:
     now = PLAN
     assert in_words(now, dict(now, capacity_rps=7.2, goodput_rps=7.1, limit="TPOT target")) == (
-        "Fewer requests would be in time: 7.1 requests/s of 9.4 requests/s, 8 requests/s now. "
-        "Capacity: 7.2 requests/s, 8.1 requests/s now. The limit would be: TPOT target (now: memory)."
+        "Fewer requests would be in time: 7.1 of the 9.4 requests/s offered (now 8). "
+        "Capacity: 7.2 requests/s (now 8.1). Limit: TPOT target (now memory)."
     )
-    assert in_words(now, now).startswith("At the present load nothing changes: 8 requests/s of 9.4 requests/s.")
+    assert in_words(now, now).startswith("At the present load nothing changes: 8 of the 9.4 requests/s offered.")
     assert in_words(now, dict(now, goodput_rps=9.0)).startswith("More requests would be in time")
     assert in_words(now, dict(now, reason="one request alone takes 9 ms a token")) == (
         "The TPOT target could not be met: one request alone takes 9 ms a token."

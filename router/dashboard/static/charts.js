@@ -98,12 +98,12 @@ const line = (label, values, colour, more = {}) => ({ label, values, colour, ...
 const target = (label, values) => line(label, values, "target", { dash: [6, 5], width: 2 });
 const known = (values) => values.some(some);
 
-// The top of a chart: a single value far beyond all others, such as an engine's first iteration, runs out of it.
-function top(lines, least) {
+// The top of a chart. Of times, a single one far beyond all others, such as an engine's first iteration, runs out of it.
+function top(lines, least, clips) {
   const values = lines.filter((one) => one.colour !== "target").flatMap((one) => one.values.filter(some)).sort((a, b) => a - b);
   const usual = values[Math.floor(0.97 * (values.length - 1))] ?? 0, most = values.at(-1) ?? 0;
   const targets = lines.filter((one) => one.colour === "target").map((one) => one.values.findLast(some) ?? 0);
-  return 1.08 * Math.max(most > 3 * usual && usual > 0 ? 1.3 * usual : most, ...targets) || least;
+  return 1.08 * Math.max(clips && most > 3 * usual && usual > 0 ? 1.3 * usual : most, ...targets) || least;
 }
 
 const CHARTS = [
@@ -232,7 +232,7 @@ class Chart {
     this.#plot = new uPlot({
       width: Math.max(120, this.box.clientWidth), height: HEIGHT, legend: { show: false },
       cursor: { sync: { key: "headrace" }, y: false, points: { size: 6 }, drag: { x: false, y: false } },
-      scales: { x: { time: true }, y: { range: () => [0, top(this.#lines, this.definition.top ?? 1)] } },
+      scales: { x: { time: true }, y: { range: () => [0, top(this.#lines, this.definition.top ?? 1, this.definition.format === span)] } },
       axes: [
         { ...axis, space: 70, size: 30, values: (_, ticks) => ticks.map((at) => clock(at).slice(0, 5)) },
         { ...axis, size: 58, values: (_, ticks) => ticks.map((value) => this.definition.format(value)) },

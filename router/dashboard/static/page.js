@@ -11,7 +11,6 @@ const history = new History();
 const charts = new Charts(byId("charts"));
 let latest = null;
 let answeredAt = null;
-let startedAt = null;
 let timer = null;
 let period = 5;
 
@@ -34,8 +33,6 @@ function answered(overview, points) {
   latest = overview;
   answeredAt = Date.now();
   period = overview.controller.period_s ?? period;
-  if (points.controller.started_unix_s !== startedAt && startedAt !== null) history.newest = 0; // a new controller
-  startedAt = points.controller.started_unix_s ?? startedAt;
   history.take(points.replicas);
   document.body.classList.remove("stale");
   byId("connection").removeAttribute("data-lost");
@@ -69,7 +66,7 @@ function show() {
   card("one-more", one.one_more);
   const rows = Object.entries(latest.replicas).filter(([, row]) => row.model === model());
   replicas(rows);
-  changes(latest.changes);
+  if (latest.controller.alive || !byId("events").children.length) changes(latest.changes);
   showForms(one, rows);
   charts.show(history, model(), period);
 }
@@ -131,7 +128,7 @@ function changes(all) {
   const list = byId("events");
   const made = all.slice(0, SHOWN_CHANGES).map((one) => holding("li", {}, element("time", { datetime: new Date(1000 * one.at_unix_s).toISOString() }, day(one.at_unix_s)),
     element("span", { class: "kind" }, one.headline), element("span", { class: "said" }, one.sentence)));
-  if (!made.length) made.push(element("li", {}, "No change yet."));
+  if (!made.length) made.push(element("li", {}, latest.controller.alive ? "No change yet." : "Not known."));
   if (list.textContent !== made.map((one) => one.textContent).join("")) list.replaceChildren(...made);
 }
 

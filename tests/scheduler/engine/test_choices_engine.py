@@ -5,8 +5,7 @@ import random
 import pytest
 from engine_harness import STEP_S, Engine, add_many, fluid_params, telemetry
 
-from scheduler.rejection import Rejection
-from scheduler.vllm_scheduler import TOO_MANY
+from scheduler.rejection import TOO_MANY, Rejection
 
 # Requests with several choices (n > 1).
 

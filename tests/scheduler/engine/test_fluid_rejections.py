@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
 from scheduler.model.iteration_time import IterationTimeModel
-from scheduler.rejection import Rejection
-from scheduler.vllm_scheduler import TOO_MANY
+from scheduler.rejection import TOO_MANY, Rejection
 
 
 def test_fluid_rejects_the_tail_beyond_the_queue_limit_with_a_retry_time():

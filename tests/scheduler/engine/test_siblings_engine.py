@@ -10,8 +10,7 @@ from vllm.pooling_params import PoolingParams
 from vllm.v1.request import Request
 
 from scheduler.policies import UNKNOWN_TYPE, Decision
-from scheduler.rejection import Rejection
-from scheduler.vllm_scheduler import TOO_LATE
+from scheduler.rejection import TOO_LATE, Rejection
 
 TIME_MODEL = {"d0_s": 4e-3, "d1_s_per_kv_token": 1e-6, "d2_s_per_prefill_token": 1e-4, "d3_s_per_decode_token": 1e-4}
 
