@@ -53,11 +53,14 @@ def follow_serve() -> None:
 
 
 def form() -> dict[str, str]:
-    """In which form and from which level on this process logs, for another process of ours."""
-    serve = logging.getLogger(SERVE_LOGGER_NAME)
-    targets = [getattr(handler, "target", None) or handler for handler in serve.handlers]
-    is_json = any(isinstance(target.formatter, JSONFormatter) for target in targets)
-    return {"encoding": "JSON" if is_json else "TEXT", "log_level": logging.getLevelName(serve.level or logging.INFO)}
+    """In which form and from which level on this process logs, for another process of ours; after `follow_serve`.
+
+    The level is that of our loggers: Serve lowers its own for a while, as when it starts the ingress.
+    """
+    handlers = logging.getLogger(SERVE_LOGGER_NAME).handlers
+    is_json = any(isinstance((getattr(one, "target", None) or one).formatter, JSONFormatter) for one in handlers)
+    level = logging.getLogger(PACKAGES[0]).level
+    return {"encoding": "JSON" if is_json else "TEXT", "log_level": logging.getLevelName(level or logging.INFO)}
 
 
 def beside_serve(name: str, form: dict[str, str]) -> None:

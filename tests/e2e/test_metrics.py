@@ -62,6 +62,12 @@ def scraped(cluster: ClusterProcess, tmp_path_factory: pytest.TempPathFactory) -
         yield found
 
 
+@pytest.fixture(scope="module")
+def earlier() -> Counter[str]:
+    """Outcomes of the requests of other tests."""
+    return Counter()
+
+
 class Load(threading.Thread):
     """Streaming and other chat requests above capacity until stopped; how many ended how."""
 
@@ -113,7 +119,7 @@ def test_the_port_is_open_to_this_machine_only_and_up_prints_it(cluster: Cluster
 
 
 def test_a_request_is_one_trace_from_the_client_to_the_last_token(
-    cluster: ClusterProcess, collector: Collector
+    cluster: ClusterProcess, collector: Collector, earlier: Counter[str]
 ) -> None:
     trace_id, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     answer = cluster.http.post(
@@ -122,6 +128,7 @@ def test_a_request_is_one_trace_from_the_client_to_the_last_token(
         },
     )
     assert answer.status_code == 200, answer.text
+    earlier["completed"] += 1
     wanted = {"route", "queue", "prefill", "decode", "llm_request"}
     spans = until(lambda: collector.spans(trace_id, wanted), 60.0, lambda: str(collector.spans(trace_id, set())))
     assert spans["route"].parent == parent
@@ -136,10 +143,10 @@ def test_a_request_is_one_trace_from_the_client_to_the_last_token(
 
 
 def test_every_query_of_the_dashboard_has_data_under_load_and_the_counters_add_up(
-    cluster: ClusterProcess, scraped: Prometheus
+    cluster: ClusterProcess, scraped: Prometheus, earlier: Counter[str]
 ) -> None:
     load = Load(cluster.url, rate_rps=6.0)
-    load.outcomes["completed"] += 1  # the traced one
+    load.outcomes.update(earlier)
     load.start()
     try:
         missing = dict(queries())
@@ -157,6 +164,12 @@ def test_every_query_of_the_dashboard_has_data_under_load_and_the_counters_add_u
         }
     finally:
         load.stop()
+    # It tells an engine how many the ingress has rejected since the one before.
+    last = cluster.http.post("/v1/chat/completions", json={
+        "model": "smollm2-135m", "max_tokens": 2, "messages": [{"role": "user", "content": "last"}],
+    })
+    assert last.status_code == 200, last.text
+    load.outcomes["completed"] += 1
 
     def name(of: str) -> str:
         return f"sum(ray_headrace_{of}) or vector(0)"

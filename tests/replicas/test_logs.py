@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from ray.serve._private.constants import SERVE_LOGGER_NAME
-from ray.serve._private.logging_utils import configure_component_logger
+from ray.serve._private.logging_utils import LoggingContext, configure_component_logger
 from ray.serve.schema import LoggingConfig
 
 from cluster.config import LoggingConfig as Ours
@@ -77,6 +77,13 @@ def test_lines_are_written_after_a_library_has_configured_its_loggers(tmp_path: 
     dictConfig({"version": 1, "disable_existing_loggers": False})
     logging.getLogger("cluster.event_log").info("thresholds of a")
     assert lines(tmp_path)[0].endswith("thresholds of a")
+
+
+def test_another_process_gets_our_level_while_serve_has_lowered_its_own(tmp_path: Path) -> None:
+    serve_logs_to(tmp_path, encoding="JSON")
+    logs.follow_serve()
+    with LoggingContext(logging.getLogger(SERVE_LOGGER_NAME), level=logging.WARNING):
+        assert logs.form() == {"encoding": "JSON", "log_level": "INFO"}
 
 
 def test_our_setting_is_serve_s_own_without_a_line_for_each_request() -> None:
