@@ -4,13 +4,12 @@
     rejected     429, with the reason: too_late, queue_full, front_door, key_limit
     refused      another 4xx, with its status
     unavailable  503
-    failed       another 5xx, or an answer that ends with an error event
+    failed       another 5xx, with its status; an answer cut by an error event, or by an exception, with its name
     hung_up      the client has gone before the end of its answer
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from http import HTTPStatus
@@ -31,6 +30,8 @@ from scheduler.metrics import (
 
 REASON = "reason"
 """Where, in a request's state, the handler of an engine's rejection leaves the reason."""
+_CANCELLED = frozenset({"CancelledError", "ClientDisconnect", "RequestCancelledError", "TaskCancelledError"})
+"""What asyncio, Starlette, Serve and Ray raise when a client has gone."""
 _ERROR_EVENT = b'data: {"error":'
 
 
@@ -118,10 +119,10 @@ class Watched:
 
     def _outcome(self, kind: type[BaseException] | None) -> tuple[str, str]:
         """The outcome, and the reason where there is one."""
-        if not self._whole and (self._gone or (kind is not None and issubclass(kind, asyncio.CancelledError))):
+        if not self._whole and (self._gone or (kind is not None and kind.__name__ in _CANCELLED)):
             return "hung_up", ""
         if kind is not None or self._failed:
-            return "failed", "" if self._failed else "exception"
+            return "failed", "error_event" if self._failed or kind is None else kind.__name__
         if not self._whole:
             return "hung_up", ""
         status = self._status

@@ -362,8 +362,8 @@ HTTP_REQUESTS = Metric(
     name="headrace_http_requests", kind=Kind.COUNTER, source=Source.INGRESS, unit=_REQUESTS,
     labels=("model", "tenant", "outcome", "reason"),
     help="Ended HTTP requests for generation by outcome: completed; rejected (429), with the engine's or the "
-    "ingress's reason; refused (another 4xx), with its status; unavailable (503); failed (another 5xx, or a broken "
-    "answer); hung_up (the client did).",
+    "ingress's reason; refused (another 4xx), with its status; unavailable (503); failed (another 5xx, or an answer "
+    "cut by an error event or an exception); hung_up (the client did).",
 )
 HTTP_IN_FLIGHT = Metric(
     name="headrace_http_requests_in_flight", kind=Kind.GAUGE, source=Source.INGRESS, labels=(), unit=_REQUESTS,

@@ -32,21 +32,27 @@ class _Strict(BaseModel):
 class SimulationConfig(_Strict):
     """Everything that a result depends on.
 
-    profile: the iteration-time model and KV capacity (`kv_tokens` overrides the latter). token_budget: vLLM's
-    max_num_batched_tokens; None is the baseline's own, 2 048 for most. cap: most running requests; max_num_seqs:
-    the engine's own limit. pipeline_parallel: vLLM's pipeline_parallel_size, stages that share the profile's model in
-    equal parts. prefix_caching: vLLM's enable_prefix_caching. speculative_tokens, acceptance_rate: drafts that each
-    decoding request has in every iteration, and of each the chance to be accepted. declare_lengths: clients declare
-    output lengths; None: where the policy needs it. give_up_s: seconds without a first token after which a client
-    leaves. counts: WAIT's and Nested WAIT's are solved for the load, or follow from `cap` alone as in the
-    paper's experiments. period_s: seconds between two control cycles, which solve thresholds from telemetry.
-    solve_once: no controller; thresholds are solved once, from the workload itself (see `controlled`).
-    thresholds: fields of `Thresholds` that replace these. retries: how clients retry after a rejection, see
-    `simulator.workload.clients`; None: they do not. audit: number of further runs that measure whether rejections were
-    right, see `simulator.audit`. window: fractions of the arrival order between which requests are measured. slowdown:
-    when the first replica is slow, see `simulator.scenario.slowdown`. iteration_noise: relative standard deviation of
-    iteration times around the model's (lognormal, of mean 1). until_decided: end the run once no measured request under
-    way can meet the targets; latencies of unfinished requests are then not known.
+    workload: what arrives. policy: a policy, or a baseline to compare with.
+    profile: the iteration-time model and KV capacity. kv_tokens: KV capacity in place of the profile's.
+    token_budget: vLLM's max_num_batched_tokens; None: the baseline's own, 2 048 for most. cap: most running requests.
+    max_num_seqs: slots, the engine's own limit. max_model_len: most tokens of prompt and output together.
+    block_tokens: size of a block of the KV cache. async_scheduling: an iteration is scheduled while the one before it
+    runs, as by vLLM on GPUs. pipeline_parallel: vLLM's pipeline_parallel_size, stages that share the profile's model
+    in equal parts. prefix_caching: vLLM's enable_prefix_caching. speculative_tokens: drafts that each decoding request
+    has in every iteration. acceptance_rate: the chance of each draft to be accepted. replicas: behind the request
+    router. declare_lengths: clients declare output lengths; None: where the policy needs it. give_up_s: a client
+    leaves after so long without a first token. overflow_probability: accepted probability that memory overflows or that
+    a request misses its TPOT target. period_s: seconds between two control cycles, which solve thresholds from
+    telemetry. solve_once: no controller; thresholds are solved once, from the workload itself. law_error: mean
+    relative error of iteration times that thresholds solved once allow for. counts: WAIT's and Nested WAIT's are solved
+    for the load, or follow from `cap` alone as in the paper's experiments.
+    thresholds: fields of `Thresholds` that replace these; in `--set` and in sweeps by their own names.
+    slo: the latency targets. window: fractions of the arrival order between which requests are measured. slowdown: when
+    the first replica is slow, as `at=60,until=180,factor=2` in virtual seconds. iteration_noise: relative standard
+    deviation of iteration times around the model's (lognormal, of mean 1). until_decided: end the run once no measured
+    request under way can meet the targets; latencies of unfinished requests are then not known. retries: how clients
+    retry after a rejection; None: they do not. audit: number of further runs that measure whether rejections were
+    right.
     """
 
     workload: WorkloadConfig

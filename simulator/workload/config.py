@@ -14,15 +14,15 @@ from simulator.workload.traces import TraceFormat
 
 
 class WorkloadConfig(BaseModel):
-    """What to run.
+    """What arrives: either `lengths` or `trace`.
 
-    Either `lengths` (see `simulator.workload.lengths.parse_lengths`, and `simulator.workload.sessions.parse_sessions`
-    for conversations) or `trace` (see `simulator.workload.traces.open_trace`).
-    `arrivals` is a process (see `simulator.workload.arrivals.parse_arrivals`) of mean rate `rate_rps`, or "replay" for
-    the trace's own times, which `rate_rps` then stretches to that mean rate. `requests` None is the whole trace.
-    Requests of more than `max_total_tokens` (prompt + output; no replica could run them), with prompts of more than
-    `max_prompt_tokens` and of less than `min_output_tokens` are left out before anything else, so they do not lower the
-    rate of a process.
+    lengths: such as p512d20, or sessions:… for conversations. trace: a file. trace_format: of the file; auto: by its
+    name and columns. tokenizer: a folder, to count the tokens of a trace of texts; None: estimated.
+    arrivals: a process, or "replay" for the trace's own times. rate_rps: the process's mean rate; a replay is stretched
+    to it. requests: how many; None: the whole trace. seed: of lengths and arrivals.
+    max_total_tokens: requests of more (prompt and output) are left out. max_prompt_tokens: requests with longer prompts
+    are left out. min_output_tokens: requests with shorter outputs are left out; all three before anything else, so that
+    they do not lower a process's rate.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -16,13 +16,15 @@ from tools.docs.blocks import ROOT, Block, commands_of
 TRACE = "arrived_at,num_prefill_tokens,num_decode_tokens\n" + "".join(
     f"{at / 4},{40 + 7 * (at % 9)},{8 + at % 5}\n" for at in range(80)
 )
-_REQUESTS = re.compile(r"(--(?:requests|warmup)) (\d+)")
 
 
 def with_fewer_requests(command: str, most: int) -> str:
-    """The command, with at most so many requests and seconds."""
-    command = _REQUESTS.sub(lambda found: f"{found[1]} {min(int(found[2]), most)}", command)
-    return re.sub(r"--duration \d+", "--duration 5", command)
+    """The command, with at most so many requests and a few seconds."""
+    return _at_most("duration", 5, _at_most("warmup", most // 4, _at_most("requests", most, command)))
+
+
+def _at_most(option: str, bound: int, command: str) -> str:
+    return re.sub(rf"--{option} (\d+)", lambda found: f"--{option} {min(int(found[1]), bound)}", command)
 
 
 def lay_out(folder: Path, port: int) -> None:

@@ -8,11 +8,13 @@ from typing import Annotated
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
+from simulator.config import SimulationConfig
+from simulator.workload.config import WorkloadConfig
 from tools.docs.keys import keys_of, summary_of
-from tools.docs.reference import COMMAND, FOLDER, PAGES, sections
+from tools.docs.reference import COMMAND, FOLDER, PAGES, Section, sections
 
 
-@pytest.mark.parametrize("name", ["configuration.md", "command-line.md"])
+@pytest.mark.parametrize("name", ["configuration.md", "simulation.md", "command-line.md"])
 def test_a_page_is_up_to_date(name: str) -> None:
     assert (FOLDER / name).read_text("utf-8") == PAGES[name](), f"run: {COMMAND}"
 
@@ -20,7 +22,8 @@ def test_a_page_is_up_to_date(name: str) -> None:
 def test_every_key_has_a_meaning() -> None:
     without = [
         f"{section.path}.{key.name} (docstring of {section.owner.__name__})"
-        for section in sections() for key in keys_of(section.owner) if not key.meaning
+        for section in [*sections(), Section("simulation", SimulationConfig), Section("workload", WorkloadConfig)]
+        for key in keys_of(section.owner) if not key.meaning
     ]
     assert not without, "say what these keys mean, as `name: meaning.`"
 

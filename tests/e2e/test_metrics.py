@@ -172,10 +172,12 @@ def test_every_query_of_the_dashboard_has_data_under_load_and_the_counters_add_u
 
     totals = 'sum by (__name__) ({__name__=~"ray_headrace.*(_total|_flight)"})'
     until(is_settled, 2 * EXPORTED_S, lambda: f"{load.outcomes} {scraped.query(totals)}")
+    reasons = scraped.query("sum by (outcome, reason) (ray_headrace_http_requests_total)")
     by_outcome = {labels["outcome"]: round(value) for labels, value in scraped.query(
         "sum by (outcome) (ray_headrace_http_requests_total)"
     )}
-    assert by_outcome == dict(load.outcomes) and by_outcome["completed"] > 20 and by_outcome["rejected"] > 0
+    assert by_outcome == dict(load.outcomes), reasons
+    assert by_outcome["completed"] > 20 and by_outcome["rejected"] > 0
     assert scraped.total(name("rejected_total")) == by_outcome["rejected"]
     observed = scraped.total("sum(ray_headrace_http_request_seconds_count)")
     assert round(observed) == by_outcome["completed"]
@@ -191,12 +193,22 @@ def test_labels_are_those_declared_and_never_a_request(cluster: ClusterProcess, 
 
 
 def test_the_logs_have_changes_and_no_requests(cluster: ClusterProcess, scraped: Prometheus) -> None:
-    """After hundreds of requests, some of which hung up."""
+    """After hundreds of requests, some of which hung up, and a pin that is lifted."""
     folder = folder_for(load_config(cluster.config, with_engine=False)).logs
-    texts = {path.name: path.read_text(errors="replace") for path in folder.parent.rglob("*") if _is_log(path)}
-    (changes,) = [text for name, text in texts.items() if name.startswith("headrace_controller_")]
-    assert re.search(r"thresholds of \S+: version \d+ -> \d+: .+ \(.+ -> .+\)", changes), changes
-    for name, text in texts.items():
+
+    def texts() -> dict[str, str]:
+        return {path.name: path.read_text(errors="replace") for path in folder.parent.rglob("*") if _is_log(path)}
+
+    def changes() -> str:
+        (text,) = [text for name, text in texts().items() if name.startswith("headrace_controller_")]
+        return text
+
+    for body in ({"thresholds": {"max_running": 3}, "pin": True, "reason": "a test"}, {"auto": True}):
+        assert cluster.put(body).status_code == 200
+    line = re.compile(r"thresholds of \S+: version \d+ -> \d+: .+ \(.*max_running 3 -> none.*\)")
+    until(lambda: line.search(changes()), 60.0, changes)
+    assert re.search(r"pin of smollm2-135m by .*: a test", changes())
+    for name, text in texts().items():
         assert SECRET not in text, f"{name} has a prompt"
         assert "Traceback" not in text, f"{name}:\n{text[text.index('Traceback') - 500:][:3000]}"
         requests = [line for line in text.splitlines() if "/v1/chat/completions" in line]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from logging.config import dictConfig
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,15 @@ def test_the_lines_follow_a_new_configuration_of_serve(tmp_path: Path) -> None:
     logging.getLogger("replicas.server").warning("a word")
     assert json.loads(lines(new)[0])["message"] == "a word" and not lines(old)
     LoggingConfig(**logs.form())
+
+
+def test_lines_are_written_after_a_library_has_configured_its_loggers(tmp_path: Path) -> None:
+    """As vLLM does at its import; it closes every handler of the process."""
+    serve_logs_to(tmp_path)
+    logs.follow_serve()
+    dictConfig({"version": 1, "disable_existing_loggers": False})
+    logging.getLogger("cluster.event_log").info("thresholds of a")
+    assert lines(tmp_path)[0].endswith("thresholds of a")
 
 
 def test_our_setting_is_serve_s_own_without_a_line_for_each_request() -> None:

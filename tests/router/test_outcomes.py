@@ -11,6 +11,7 @@ import pytest
 from fake_engine_app import CHAT, MODEL, FakeApplication, chat
 from fake_meter import FakeMeter
 from fastapi.testclient import TestClient
+from ray.exceptions import TaskCancelledError
 from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 
 from router.auth import API_KEY_VARIABLE
@@ -66,7 +67,7 @@ class Watch:
                 if error is not None:
                     raise error
 
-        with contextlib.suppress(asyncio.CancelledError, RuntimeError):
+        with contextlib.suppress(asyncio.CancelledError, RuntimeError, TaskCancelledError):
             asyncio.run(serve())
         assert sent == [message for _, message in messages], "nothing is changed"
         counted = [
@@ -105,7 +106,7 @@ def test_errors_count_under_one_outcome_and_have_no_times(status: int, counted: 
 def test_a_stream_that_ends_with_an_error_event_has_failed() -> None:
     begun = begin(headers=EVENTS), body(b"data: a\n\n", more=True)
     broken = (*begun, body(b'data: {"error": {}}\n\n', more=True), body())
-    assert Watch().answer(*((0.1, one) for one in broken)) == ("failed", "")
+    assert Watch().answer(*((0.1, one) for one in broken)) == ("failed", "error_event")
     quoted = (*begun, body(b'data: {"text": "data: {\\"error\\":"}\n\n', more=True), body())
     assert Watch().answer(*((0.1, one) for one in quoted))[0] == "completed", "a model may write about errors"
 
@@ -114,8 +115,9 @@ def test_a_client_that_hangs_up_is_no_failure() -> None:
     half = ((0.1, begin(headers=EVENTS)), (0.2, body(b"data: a\n\n", more=True)))
     assert Watch().answer(*half) == ("hung_up", "")
     assert Watch().answer(*half, error=asyncio.CancelledError()) == ("hung_up", "")
+    assert Watch().answer(*half, error=TaskCancelledError()) == ("hung_up", ""), "as Ray says it"
     assert Watch().answer() == ("hung_up", ""), "before its body was here"
-    assert Watch().answer(*half, error=RuntimeError()) == ("failed", "exception")
+    assert Watch().answer(*half, error=RuntimeError()) == ("failed", "RuntimeError")
 
 
 def test_what_breaks_because_the_client_has_gone_is_no_failure_either() -> None:
@@ -135,7 +137,7 @@ def test_what_breaks_because_the_client_has_gone_is_no_failure_either() -> None:
 
     asyncio.run(serve(True))
     asyncio.run(serve(False))
-    assert counted(watch.meter) == {("none", "hung_up", ""): 1, ("none", "failed", ""): 1}
+    assert counted(watch.meter) == {("none", "hung_up", ""): 1, ("none", "failed", "error_event"): 1}
 
 
 def test_started_is_what_ended_and_what_is_in_flight() -> None:

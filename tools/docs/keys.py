@@ -13,6 +13,7 @@ import typing
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -28,7 +29,8 @@ UNIT_OF_NAME = {
     "concurrent_requests": "requests", "min_finished": "requests", "choices": "choices", "token_budget": "tokens",
     "num_cpus": "cores",
 }
-_WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", dict: "object", type(None): "null"}
+_WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", dict: "object", Path: "path",
+          type(None): "null"}
 
 
 @dataclass(frozen=True, slots=True)

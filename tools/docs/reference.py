@@ -86,6 +86,23 @@ def configuration_page() -> str:
     return "\n".join(parts)
 
 
+def simulation_page() -> str:
+    """docs/reference/simulation.md."""
+    from simulator.config import SimulationConfig
+    from simulator.workload.config import WorkloadConfig
+
+    places = {SimulationConfig: "simulation", WorkloadConfig: "workload"}
+    return "\n".join([
+        "# Simulation reference\n", _GENERATED, "",
+        "What a simulation can be told: as options of [`headrace simulate`](command-line.md#headrace-simulate) where "
+        "there is one, as `--set KEY=VALUE`, and as keys of `base` and `grid` in a sweep's file, where the targets are "
+        "`slo_ttft_s`, `slo_tpot_s` and `slo_latency_s`, and the workload's keys stand beside the others. "
+        "[The simulator](../simulator.md) says how it works.\n",
+        "## Simulation\n", _table(keys_of(SimulationConfig), places),
+        "## Workload\n", _table(keys_of(WorkloadConfig), places),
+    ])
+
+
 def _answer_table(keys: list[Key]) -> str:
     rows = (f"| `{key.name}` | {key.unit} | {_null(key.meaning)} |" for key in keys)
     return "\n".join(["| key | unit | meaning |", "|---|---|---|", *rows, ""])
@@ -183,7 +200,8 @@ def http_page() -> str:
 
 
 PAGES: dict[str, Callable[[], str]] = {
-    "configuration.md": configuration_page, "command-line.md": command_line_page, "http.md": http_page,
+    "configuration.md": configuration_page, "simulation.md": simulation_page, "command-line.md": command_line_page,
+    "http.md": http_page,
 }
 
 
