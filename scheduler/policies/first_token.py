@@ -27,8 +27,8 @@ _MOST_ROOM = 4096
 class FirstToken:
     """The present rates: seconds of an iteration, prompt tokens per second, and prompt tokens ahead of a new request.
 
-    under_way_s: seconds until the iterations under way end, 0 when the engine is idle. batch: without a planned
-    iteration time, or when the engine is idle, the requests decoding beside the prompts and the KV tokens that they read.
+    under_way_s: seconds until the iterations under way end, 0 when the engine is idle. batch: the requests decoding
+    beside the prompts and the KV tokens that they read, without a planned iteration time or when the engine is idle.
     """
 
     params: FluidParams
