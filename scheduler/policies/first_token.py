@@ -27,8 +27,8 @@ _MOST_ROOM = 4096
 class FirstToken:
     """The present rates: seconds of an iteration, prompt tokens per second, and prompt tokens ahead of a new request.
 
-    under_way_s: seconds until the iterations under way end. batch: without a planned iteration time, the requests
-    decoding beside the prompts and the KV tokens that they read.
+    under_way_s: seconds until the iterations under way end, 0 when the engine is idle. batch: the requests decoding
+    beside the prompts and the KV tokens that they read, without a planned iteration time or when the engine is idle.
     """
 
     params: FluidParams
@@ -55,7 +55,9 @@ class FirstToken:
         if batch:
             prompts = (float(snapshot.prompt_tokens_under_way), *[0.0] * params.pipeline_depth)
             steps_s = [params.time_model.iteration_s(tokens, *batch) for tokens in prompts]
-            under_way_s = 0.0 if snapshot.idle else sum(steps_s)
+            under_way_s = sum(steps_s)
+        if snapshot.idle:  # the request's first iteration is the next one, and holds nothing else
+            under_way_s, batch = 0.0, (decodes, read) if math.isfinite(chunk) else None
         return cls(params, seconds, rate, snapshot.prompt_backlog_tokens, under_way_s, batch)
 
     def own_s(self, waiting: Waiting) -> float:

@@ -62,6 +62,8 @@ class Fluid(Policy):
             return Decision(token_budget=admission.budget(snapshot, room), room=more)
         first = FirstToken.of(admission.fluid, snapshot, room)
         late = first.too_late(view, snapshot.now_s)
+        if late and admission.tries_again(snapshot):
+            late -= {next(iter(view.heads())).request_id}
         admitted, tokens, cached = admission.admitted(view, late, slots, snapshot, room)
         budget = admission.budget(snapshot, room, cached)
         waiting = view.length - len(late) - admitted
@@ -108,6 +110,7 @@ class _Admission:
         self._seen = 0
         self._full_with = 0
         self._full_for = 0
+        self._measured_at_s: float | None = None
 
     @property
     def is_full(self) -> bool:
@@ -123,9 +126,11 @@ class _Admission:
     def observe(self, snapshot: Snapshot) -> None:
         """Update the moving means of measured seconds and of measured over predicted seconds."""
         latest = snapshot.latest
+        if self._measured_at_s is None:
+            self._measured_at_s = snapshot.now_s
         if latest is None or latest.seq == self._seen:
             return
-        self._seen = latest.seq
+        self._seen, self._measured_at_s = latest.seq, snapshot.now_s
         self._round_s.append(latest.seconds)  # the slowest batch sets a pipeline's speed
         self._recent_s = _RECENT_MEMORY * self._recent_s + (1 - _RECENT_MEMORY) * max(self._round_s)
         predicted_s = self.fluid.time_model.iteration_s(
@@ -133,6 +138,14 @@ class _Admission:
         )
         ratio = latest.seconds / predicted_s
         self._speed = ratio if not self._speed else _SPEED_MEMORY * self._speed + (1 - _SPEED_MEMORY) * ratio
+
+    def tries_again(self, snapshot: Snapshot) -> bool:
+        """Whether the engine has been idle for as long as a first token may take; then it serves one request that its
+        model calls late: alone it harms no other request, and only an iteration can correct a model that is wrong."""
+        limit_s = self.fluid.first_token_limit_s
+        if not snapshot.idle or limit_s is None or self._measured_at_s is None:
+            return False
+        return snapshot.now_s - self._measured_at_s >= limit_s
 
     @property
     def _iteration_s(self) -> float | None:

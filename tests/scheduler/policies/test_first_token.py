@@ -42,8 +42,8 @@ def queue_of(*requests):
 
 
 def first_token(fluid=PARAMS, *, backlog=0, room=FLOW_TOKENS):
-    snapshot = Snapshot(
-        now_s=0.0, waiting={}, released=0, running=NO_REQUESTS, kv_used_tokens=0, kv_capacity_tokens=100_000,
+    snapshot = Snapshot(  # a released request: not idle
+        now_s=0.0, waiting={}, released=1, running=NO_REQUESTS, kv_used_tokens=0, kv_capacity_tokens=100_000,
         prompt_backlog_tokens=backlog,
     )
     return FirstToken.of(fluid, snapshot, room)

@@ -55,6 +55,30 @@ def test_an_idle_replica_admits_at_once():
     assert entering(decide((), [(500, 0.0)], fluid=hopeless)) == 1  # alone it harms no other request
 
 
+SLOW_STEPS = replace(
+    PARAMS, time_model=IterationTimeModel(0.05, 0.0, 2e-3, 1e-2, 0.0), iteration_s=1.9, tpot_s=2.0, ttft_s=5.0,
+    prompt_flow_tokens=60.0, capacity_rps=1.0, queue_limit=None,
+)
+"""A TTFT target of less than three planned iterations."""
+
+
+def test_an_idle_replica_serves_a_prompt_that_has_time_although_full_iterations_would_be_too_long():
+    decision = decide((), [(100, 0.0)], fluid=SLOW_STEPS)  # 0.25 s alone
+    assert entering(decision) == 1 and not decision.reject
+    busy = decide(crowd(150), [(100, 0.0)], fluid=SLOW_STEPS)
+    assert busy.reject == {"w0"}
+
+
+def test_a_model_that_calls_every_request_late_is_tried_again_once_an_idle_replica_has_waited():
+    wrong = replace(PARAMS, time_model=IterationTimeModel(0.004, 4e-7, 6e-2, 6e-5, 0.011), iteration_s=None)
+    policy = make_policy(Thresholds(policy="fluid", fluid=wrong))
+    waiting = [(500, 10.0)]  # 30 s by this model
+    assert decide((), waiting, policy=policy, now_s=10.0).reject == {"w0"}
+    assert decide((), [(500, 11.0)], policy=policy, now_s=11.0).reject == {"w0"}
+    tried = decide((), [(500, 12.1), (500, 12.1)], policy=policy, now_s=12.1)
+    assert entering(tried) == 1 and tried.reject == {"w1"}
+
+
 def test_a_plan_under_which_a_single_request_could_not_run_is_no_plan():
     with pytest.raises(ValueError, match="single request"):
         replace(PARAMS, iteration_s=0.0012)
