@@ -6,6 +6,7 @@ The picture is in docs/structures.md, "Import order".
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from graphlib import CycleError, TopologicalSorter
 
@@ -143,3 +144,9 @@ def test_the_scheduler_has_no_ray_in_it() -> None:
 def test_an_arrow_that_runs_back_up_is_found(graph: dict[str, set[str]], found: list[str]) -> None:
     assert rising(graph, ["b", "a"]) == found
     assert bool(circle(graph)) == (len(graph["a"]) + len(graph["b"]) == 2)
+
+
+def test_every_test_file_has_a_name_of_its_own() -> None:
+    """pytest imports them by their names alone: two of one name cannot be collected together, though each can alone."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
