@@ -59,6 +59,7 @@ from router.live_settings import Judge, SettingsOffice, SettingsUpdate, changes,
 from router.outcomes import Outcomes
 from router.pins import NOT_KEPT, KeptPin, kept_pins
 from router.replica_watch import ReplicaWatch, readiness
+from router.rotation import ROTATION
 from router.tenants import TenantConfig, sign
 from scheduler.messages import Ack, Telemetry
 from scheduler.thresholds import Thresholds, thresholds_as_dict
@@ -343,7 +344,7 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
 
     def _look_around(self) -> dict[str, EngineAddress]:
         """The engines; and with how many other ingresses room and limits are shared."""
-        self.desk.share_with(replicas_of(self._app_name, self._deployment))
+        ROTATION.ingresses = self.desk.share_with(replicas_of(self._app_name, self._deployment))
         return self._list_engines()
 
     def _list_engines(self) -> dict[str, EngineAddress]:
