@@ -1,7 +1,7 @@
 """What a language model costs by its shape: parameters, KV cache and work per token, read from its `config.json`.
 
 A plain dict goes in, so that neither transformers nor the weights are needed. Only decoders whose parameters are
-counted in `tests/scheduler/model/test_language_model.py` against transformers' own are known; another one is an error.
+counted in `tests/scheduler/test_language_model_seam.py` against transformers' own are known; another one is an error.
 """
 
 from __future__ import annotations
