@@ -28,7 +28,7 @@ EVERYTHING: Values = {
     "image": {"repository": "registry.example/headrace", "tag": "1.2.3", "pullPolicy": "Always"},
     "imagePullSecrets": [{"name": "registry-key"}],
     "serviceAccountName": "serving",
-    "ray": {"version": "2.60.1"},
+    "ray": {"version": "2.60.1", "authentication": {"enabled": False}},
     "upgradeStrategy": "None",
     "models": [
         {

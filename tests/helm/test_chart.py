@@ -213,6 +213,16 @@ def test_image_tag_defaults_to_the_app_version(chart: Chart) -> None:
     assert images == {f"headrace:{chart.metadata['appVersion']}"}
 
 
+def test_the_example_for_cpus_serves_the_model_of_the_cpu_image(chart: Chart) -> None:
+    service = ray_service(chart, CI["cpu-kind"])
+    assert {container["image"] for container in containers(service)} == {f"headrace:{chart.metadata['appVersion']}-cpu"}
+    source = app_args(service)["llm_configs"][0]["model_loading_config"]["model_source"]
+    dockerfile = REPOSITORY / "Dockerfile"
+    if not dockerfile.is_file():
+        pytest.skip("there is no Dockerfile yet")
+    assert source in dockerfile.read_text("utf-8")
+
+
 def test_service_port_is_the_serve_port_of_every_pod(chart: Chart) -> None:
     service = ray_service(chart, EVERYTHING)
     for container in containers(service):
@@ -302,7 +312,8 @@ def test_package_renders_like_the_folder_and_holds_no_site_values(chart: Chart, 
     assert archive.name == "headrace-0.1.0.tgz"
     with tarfile.open(archive) as tar:
         packed = {name.partition("/")[2] for name in tar.getnames()}
-    there = {path.relative_to(CHART).as_posix() for path in CHART.rglob("*") if path.is_file()}
+    files = [path for path in CHART.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    there = {path.relative_to(CHART).as_posix() for path in files}
     assert packed == there - {"ci/" + name + ".yaml" for name in CI}
     with Chart.load(archive) as packaged:
         assert packaged.render(EVERYTHING, name="demo") == chart.render(EVERYTHING, name="demo")

@@ -7,9 +7,26 @@ import json
 from typing import Any
 
 import pytest
-from chart_examples import API_KEY, CHART, EVERYTHING, HF_TOKEN, Values
+from chart_examples import API_KEY, CI, EVERYTHING, HF_TOKEN, Values
 from chart_render import containers, environment, objects, of_kind, ray_service, reference
+from fake_kubernetes import installed, owned
 from helm_python import Chart, HelmError, HelmRenderError, HelmValuesError
+
+OPEN = {"authentication": {"enabled": False}}
+
+
+def test_ray_s_ports_ask_for_a_token_that_kuberay_gives_to_the_pods(chart: Chart) -> None:
+    cluster = ray_service(chart)["spec"]["rayClusterConfig"]
+    assert cluster["authOptions"] == {"mode": "token", "secretName": "demo-headrace-auth"}
+    theirs = ray_service(chart, CI["existing-secrets"])["spec"]["rayClusterConfig"]
+    assert theirs["authOptions"] == {"mode": "token", "secretName": "llm-ray"}
+    assert of_kind(objects(chart, CI["existing-secrets"]), "Secret") == [], "every key is in a Secret of somebody else"
+    for container in containers(ray_service(chart)):
+        assert "RAY_AUTH_MODE" not in environment(container), "KubeRay's to set"
+    without = ray_service(chart, {"ray": OPEN})
+    assert "authOptions" not in without["spec"]["rayClusterConfig"]
+    for container in containers(without):
+        assert environment(container)["RAY_AUTH_MODE"] == "disabled", "else by what lies in the image"
 
 
 def secrets_of(container: dict[str, Any]) -> dict[str, Any]:
@@ -17,7 +34,7 @@ def secrets_of(container: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_without_keys_no_pod_reads_a_secret(chart: Chart) -> None:
-    values = {"auth": {"generateApiKey": False}}
+    values = {"auth": {"generateApiKey": False}, "ray": OPEN}
     assert of_kind(objects(chart, values), "Secret") == []
     for container in containers(ray_service(chart, values)):
         assert secrets_of(container) == {}
@@ -25,8 +42,9 @@ def test_without_keys_no_pod_reads_a_secret(chart: Chart) -> None:
 
 def test_a_key_of_the_operator_is_generated_long_and_never_the_same(chart: Chart) -> None:
     first, second = (of_kind(objects(chart), "Secret")[0]["data"] for _ in range(2))
-    assert first.keys() == {"api-key"} and first != second
-    assert len(base64.b64decode(first["api-key"])) == 43
+    assert first.keys() == {"api-key", "auth_token"}
+    for entry in first:
+        assert first[entry] != second[entry] and len(base64.b64decode(first[entry])) == 43
     for container in containers(ray_service(chart)):
         assert secrets_of(container) == {"HEADRACE_API_KEY": reference("demo-headrace-auth", "api-key")}
 
@@ -36,7 +54,7 @@ def test_a_tenant_without_a_secret_has_a_generated_key(chart: Chart) -> None:
     values = {"tenants": tenants, "auth": {"existingSecret": "team-keys"}}
     manifests = objects(chart, values)
     (secret,) = of_kind(manifests, "Secret")
-    assert secret["data"].keys() == {"tenant-team-a"}
+    assert secret["data"].keys() == {"tenant-team-a", "auth_token"}
     (service,) = of_kind(manifests, "RayService")
     for container in containers(service):
         places = secrets_of(container)
@@ -45,11 +63,19 @@ def test_a_tenant_without_a_secret_has_a_generated_key(chart: Chart) -> None:
         assert places["HEADRACE_API_KEY"] == reference("team-keys", "api-key")
 
 
-def test_what_was_generated_is_looked_up_before_it_is_generated_again() -> None:
-    # Rendering asks no cluster, so the template's own words are read: the value there goes before a new one.
-    text = (CHART / "templates" / "secrets.yaml").read_text("utf-8")
-    assert 'lookup "v1" "Secret" .Release.Namespace $name' in text
-    assert text.count("default (randAlphaNum 43 | b64enc) (get $before ") == text.count("randAlphaNum") == 2
+def test_generated_keys_stay_where_they_are_in_the_cluster() -> None:
+    there = {"api-key": "the-operator-s", "tenant-a": "the-tenant-s", "auth_token": "ray-s", "hf-token": "old"}
+    values = {"tenants": [{"name": "a"}, {"name": "new"}]}
+    secret = owned("v1", "Secret", "demo-headrace-auth", data=encoded(there))
+    manifests = installed({"/api/v1/namespaces/llm/secrets/demo-headrace-auth": secret}, values)
+    (secret,) = of_kind(manifests, "Secret")
+    found = {key: base64.b64decode(text).decode() for key, text in secret["data"].items()}
+    assert {key: found.pop(key) for key in ("api-key", "tenant-a", "auth_token")}.items() <= there.items()
+    assert found.keys() == {"tenant-new"} and len(found["tenant-new"]) == 43
+
+
+def encoded(entries: dict[str, str]) -> dict[str, str]:
+    return {key: base64.b64encode(text.encode()).decode() for key, text in entries.items()}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +93,7 @@ def test_what_was_generated_is_looked_up_before_it_is_generated_again() -> None:
 def test_inline_keys_make_a_secret_that_pods_refer_to(
     chart: Chart, auth: Values, variables: dict[str, tuple[str, str]]
 ) -> None:
-    manifests = objects(chart, {"auth": auth | {"generateApiKey": False}})
+    manifests = objects(chart, {"auth": auth | {"generateApiKey": False}, "ray": OPEN})
     (secret,) = of_kind(manifests, "Secret")
     assert secret["metadata"]["name"] == "demo-headrace-auth"
     assert {key: base64.b64decode(value).decode() for key, value in secret["data"].items()} == dict(variables.values())
@@ -79,7 +105,7 @@ def test_inline_keys_make_a_secret_that_pods_refer_to(
 
 
 def test_existing_secret_is_referred_to_and_not_created(chart: Chart) -> None:
-    manifests = objects(chart, {"auth": {"existingSecret": "team-keys"}})
+    manifests = objects(chart, {"auth": {"existingSecret": "team-keys"}, "ray": OPEN})
     assert of_kind(manifests, "Secret") == []
     (service,) = of_kind(manifests, "RayService")
     for container in containers(service):

@@ -18,12 +18,15 @@ from chart_render import (
     app_args,
     application,
     containers,
+    environment,
     objects,
     of_kind,
     pod_specs,
     ray_service,
+    reference,
     worker_group,
 )
+from fake_kubernetes import installed, owned
 from helm_python import Chart
 
 from cluster.config import AppConfig
@@ -138,8 +141,21 @@ def test_ray_serve_takes_numbers_from_outside(chart: Chart) -> None:
     head, worker = pod_specs(service)
     assert [one["name"] for one in head["containers"]] == ["ray-head", "scaler"], "KubeRay takes the first for Ray's"
     assert len(worker["containers"]) == 1
+    token = environment(head["containers"][1])["RAY_AUTH_TOKEN"]
+    assert token == reference("demo-headrace-auth", "auth_token")
     (binding,) = of_kind(objects(chart, CI["keda"]), "RoleBinding")
     assert [one["name"] for one in binding["subjects"]] == [head["serviceAccountName"]]
+
+
+def test_an_upgrade_keeps_the_number_that_keda_has_set() -> None:
+    """Ray Serve takes the configuration's number with each upgrade; KEDA's would come back only later."""
+    (name,) = [one["metadata"]["name"] for one in of_kind(installed({}, KEDA), "ScaledObject")]
+    for there, replicas in ({}, 1), ({"replicas": 3}, 3), ({"replicas": 0}, 1):
+        path = f"/apis/apps/v1/namespaces/llm/deployments/{name}"
+        objects = {path: owned("apps/v1", "Deployment", name, spec=there)} if there else {}
+        (service,) = of_kind(installed(objects, KEDA), "RayService")
+        _, deployment = application(service)["deployments"]
+        assert deployment["num_replicas"] == replicas
 
 
 # --- the container that hands KEDA's number to Ray Serve --------------------------------------------------------
@@ -156,11 +172,13 @@ class Clusters:
         self.have: dict[str, int] = {}
         self.posted: list[tuple[str, dict[str, Any]]] = []
         self.tokens: set[str | None] = set()
+        self.shown: set[str | None] = set()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 if self.path == "/api/serve/applications/":
+                    outer.shown.add(self.headers.get("Authorization"))
                     running = {name: {"target_num_replicas": number} for name, number in outer.have.items()}
                     self._answer({"applications": {"headrace": {"deployments": running}}} if running
                                  else {"applications": {}})
@@ -173,6 +191,7 @@ class Clusters:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.posted.append((self.path, body))
+                outer.shown.add(self.headers.get("Authorization"))
                 self._answer({"message": "done"})
 
             def _answer(self, body: dict[str, Any]) -> None:
@@ -202,6 +221,7 @@ def scaler(clusters: Clusters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "token").write_text("the-token")
     for variable, value in (
         ("ACCOUNT_FOLDER", str(tmp_path)), ("KUBERNETES_API", clusters.url), ("RAY_DASHBOARD", clusters.url),
+        ("RAY_AUTH_TOKEN", "ray-s"),
     ):
         monkeypatch.setenv(variable, value)
     spec = importlib.util.spec_from_file_location("scaler", CHART / "files" / "scaler.py")
@@ -221,7 +241,7 @@ def test_the_scaler_posts_what_differs_and_no_more(scaler: ModuleType, clusters:
     scaler.step("llm", TARGETS)
     path = "/api/v1/applications/headrace/deployments/HeadraceServer%3Aorg--a/scale"
     assert clusters.posted == [(path, {"target_num_replicas": 3})]
-    assert clusters.tokens == {"Bearer the-token"}
+    assert (clusters.tokens, clusters.shown) == ({"Bearer the-token"}, {"Bearer ray-s"})
 
 
 def test_the_scaler_takes_a_missing_number_for_none(scaler: ModuleType, clusters: Clusters) -> None:

@@ -158,7 +158,7 @@ def test_value_that_contradicts_another_is_rejected(chart: Chart, values: Values
 
 def test_chart_works_below_a_parent_chart(chart: Chart) -> None:
     # Helm hands every subchart a `global` mapping.
-    key = {"auth": {"apiKey": "the same in both"}}
+    key = {"auth": {"apiKey": "the same in both"}, "ray": {"authentication": {"existingSecret": "ours"}}}
     assert objects(chart, {"global": {"anything": 1}} | key) == objects(chart, key)
 
 

@@ -17,6 +17,7 @@ from urllib.parse import quote
 ACCOUNT = Path(os.environ.get("ACCOUNT_FOLDER", "/var/run/secrets/kubernetes.io/serviceaccount"))
 KUBERNETES = os.environ.get("KUBERNETES_API", "https://kubernetes.default.svc")
 RAY = os.environ.get("RAY_DASHBOARD", "http://127.0.0.1:8265")
+RAY_TOKEN = os.environ.get("RAY_AUTH_TOKEN", "")
 PERIOD_S = float(os.environ.get("PERIOD_S", "5"))
 APPLICATION = "headrace"
 
@@ -43,7 +44,7 @@ def wanted(namespace: str, name: str) -> int:
 
 def present() -> dict[str, int]:
     """What Ray Serve aims at, by deployment."""
-    application = ask(f"{RAY}/api/serve/applications/")["applications"].get(APPLICATION, {})
+    application = ask(f"{RAY}/api/serve/applications/", token=RAY_TOKEN)["applications"].get(APPLICATION, {})
     return {name: int(one["target_num_replicas"]) for name, one in application.get("deployments", {}).items()}
 
 
@@ -54,7 +55,7 @@ def step(namespace: str, targets: dict[str, str]) -> None:
         number = wanted(namespace, name)
         if deployment in have and have[deployment] != number:
             path = f"/api/v1/applications/{APPLICATION}/deployments/{quote(deployment, safe='')}/scale"
-            ask(f"{RAY}{path}", {"target_num_replicas": number})
+            ask(f"{RAY}{path}", {"target_num_replicas": number}, RAY_TOKEN)
             print(f"{deployment}: {have[deployment]} -> {number} replicas", flush=True)
 
 

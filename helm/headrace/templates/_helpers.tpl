@@ -110,6 +110,13 @@ matchExpressions:
 tenant-{{ regexReplaceAll "[^-._a-zA-Z0-9]" .name "-" }}
 {{- end -}}
 
+{{/* The Secret with the token that Ray's processes show each other; empty where Ray asks for none. */}}
+{{- define "headrace.raySecret" -}}
+{{- with .Values.ray.authentication -}}
+{{- if .enabled }}{{ default (include "headrace.ownSecret" $) .existingSecret }}{{ end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Where each key is: a mapping of hfToken, apiKey to {name, key}, of those there are. */}}
 {{- define "headrace.keys" -}}
 {{- $auth := .Values.auth -}}

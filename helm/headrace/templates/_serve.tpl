@@ -77,7 +77,8 @@ HeadraceServer:{{ . | replace "/" "--" | replace "." "_" }}
 {{- $bounds := fromYaml (include "headrace.kedaBounds" .) -}}
 {{- $there := lookup "apps/v1" "Deployment" .root.Release.Namespace (include "headrace.scaleName" .) -}}
 {{- $now := dig "spec" "replicas" $bounds.minReplicas (default dict $there) -}}
-{{- int $now -}}
+{{- /* Ray Serve's configuration takes no 0; the model that is started goes again within seconds. */ -}}
+{{- max 1 (int $now) -}}
 {{- end -}}
 
 {{/* "true" where a model may have no replica, and no worker pod shall stay for the ingress alone. */}}
