@@ -435,6 +435,17 @@ def test_the_router_that_serve_pickles_knows_the_record_of_the_process_it_runs_i
     assert carried.choose_replicas.__globals__["rotation"].ROTATION is rotation.ROTATION
 
 
+# simulator/scenario/routers.py
+
+
+def test_ray_s_prefix_tree_finds_who_has_the_longest_prefix() -> None:
+    tree = name_in("ray.llm._internal.serve.routing_policies.prefix_aware.prefix_tree", "PrefixTree")()
+    tree.add_tenants(["a", "b"], 0.0)
+    tree.insert("some text", "a", 1.0)
+    assert tree.prefix_match("some other", ["a", "b"]) == ("some ", ["a"])
+    assert tree.get_smallest_tenants() == ["b"]
+
+
 # router/attempts.py, router/ingress.py
 
 

@@ -48,6 +48,7 @@ def test_least_requests_takes_the_idlest_and_breaks_ties_at_random() -> None:
     assert set(counts) == {1, 2} and min(counts.values()) > 20
 
 
+@pytest.mark.ray
 def test_ray_s_rule_follows_a_prefix_and_else_the_fewest_texts() -> None:
     router, among = made("ray-prefix"), replicas(0, 0, 0)
     first = router.choose(among, "a" * 100)
