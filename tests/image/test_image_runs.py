@@ -19,6 +19,15 @@ pytestmark = [pytest.mark.long, pytest.mark.cluster, pytest.mark.timeout(1800)]
 URL = "http://127.0.0.1:8000"
 QUESTION = "What is the capital of France?"
 NUMBER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+START = (
+    "ulimit -n 65536; "
+    "ray start --head --block --num-cpus=0 --dashboard-host=0.0.0.0 --dashboard-agent-listen-port=52365"
+)
+"""How KubeRay starts a head, and below how it asks whether one is alive."""
+PROBE = (
+    "wget --tries 1 -T 2 -q -O- http://localhost:52365/api/local_raylet_healthz | grep success && "
+    "wget --tries 1 -T 10 -q -O- http://localhost:8265/api/gcs_healthz | grep success"
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +66,12 @@ def test_it_is_not_root_and_has_what_it_needs_and_no_tool_to_build(image: Image)
     }
 
 
+def test_nothing_in_it_belongs_to_its_user_but_its_home(image: Image) -> None:
+    found = "find / -xdev -writable -not -type l -not -path '/home/headrace*' 2>/dev/null"
+    writable = image.run(["bash", "-c", f"{found}; true"])  # some folders cannot be read
+    assert set(writable.split()) == {"/tmp", "/var/tmp", "/run/lock"}
+
+
 def test_it_is_small(image: Image) -> None:
     files = [path.lstat() for path in image.root.rglob("*")]
     assert sum(one.st_size for one in files) / 2**30 < 3.6
@@ -72,3 +87,11 @@ def test_it_serves_and_its_health_check_says_so(image: Image, tmp_path: Path) ->
         assert "n" in json.loads(made)
         assert "Headrace" in running.run(["wget", "-q", "-O-", f"{URL}/dashboard/"]).stdout
         assert running.stop() == 0
+
+
+def test_kuberay_can_start_it_and_probe_it(image: Image, tmp_path: Path) -> None:
+    head = Image(image.root, image.env, image.workdir, image.user)
+    with Running(head, ["/bin/bash", "-lc", "--", START], tmp_path / "log") as running:
+        assert running.wait_for(["bash", "-c", PROBE]).count("success") == 2
+        assert running.run(["pgrep", "-f", "^ray::ServeReplica"]).returncode == 1, "no replica is there to wait for"
+        assert "Active:\n 1 node" in running.run(["ray", "status"]).stdout
