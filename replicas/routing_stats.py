@@ -19,17 +19,17 @@ class RoutingStats:
     """slots: requests that may run at once before the replica counts as full (`scheduler.messages.Stats`); occupied:
     requests that run or wait; kv_used_fraction: share of the KV cache in use. room: how many more requests it takes
     before it rejects one (None: it rejects none). outlook: of a request that arrives (None: not predicted). at_s: when,
-    by the wall clock."""
+    by the wall clock (None: a replica of a release that does not say)."""
 
     slots: int
     occupied: int
     kv_used_fraction: float
     room: int | None = None
     outlook: Outlook | None = None
-    at_s: float = 0.0
+    at_s: float | None = None
 
     @classmethod
-    def of_engines(cls, engines: Sequence[Stats], at_s: float = 0.0) -> RoutingStats:
+    def of_engines(cls, engines: Sequence[Stats], at_s: float | None = None) -> RoutingStats:
         """The sums over a replica's engines, over which vLLM spreads its requests."""
         rooms = [stats.room for stats in engines]
         return cls(

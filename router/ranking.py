@@ -29,6 +29,7 @@ from router.places import Places, Taken
 
 _KEPT_S = 10.0
 """A replica that has reported nothing new for so long counts as one without a report."""
+_USUAL_AGE_S = 1.0
 _ON_ITS_WAY_S = 2.0
 """Most seconds that a report takes to come here; an older one is of a clock that runs behind."""
 _FEWEST_LOOKED_AT = 2
@@ -78,9 +79,11 @@ class Sent(Generic[_Name]):
                 del self._at[request_id]
                 self._change(replica, -1)
 
-    def reported_s(self, replica: _Name, at_s: float) -> float | None:
+    def reported_s(self, replica: _Name, at_s: float | None) -> float | None:
         """When a replica reported that says it was at `at_s`, by this router's clock; None: too long ago."""
         now_s = self._clock()
+        if at_s is None:
+            return now_s - _USUAL_AGE_S
         with self._lock:
             said_s, heard_s = self._heard.get(replica, (None, now_s))
             if said_s != at_s:

@@ -74,6 +74,33 @@ def overload(several: list[Table]) -> str:
     )
 
 
+def routing(several: list[Table]) -> str:
+    """Our router beside those of other projects, in goodput and TTFT."""
+    said = []
+    for table in several:
+        if "router" not in table.head:
+            continue
+        names, loads = table.column("router"), table.numbers("load")
+        goodput, p99 = table.numbers("goodput /s"), table.numbers("TTFT p99 (s)")
+        parts = []
+        for load in dict.fromkeys(loads):
+            at = [place for place, one in enumerate(loads) if one == load and goodput[place] is not None]
+            ours = [place for place in at if names[place] == "`fluid`"]
+            others = [place for place in at if place not in ours]
+            if not ours or not others:
+                continue
+            best = max(others, key=lambda place: goodput[place] or 0.0)
+            fastest = min(others, key=lambda place: p99[place] or 0.0)
+            parts.append(
+                f"at load {load:g} goodput {(goodput[ours[0]] or 0) / (goodput[best] or 1):.2f} and p99 TTFT "
+                f"{(p99[ours[0]] or 0) / (p99[fastest] or 1):.2f} times those of the best other, {names[best]} and "
+                f"{names[fastest]}"
+            )
+        if parts:
+            said.append(f"{table.title}: {'; '.join(parts)}.")
+    return " ".join(said) or NOT_RUN
+
+
 def past_capacity(several: list[Table]) -> str:
     """WAIT and Nested WAIT beside fcfs, beyond capacity."""
     (table,) = several
@@ -293,7 +320,8 @@ def _soak(several: list[Table]) -> str:
 CONCLUSIONS: dict[str, Callable[[list[Table]], str]] = {
     "a100-law.md": a100_law, "change.md": change, "faults.md": faults, "fidelity.md": fidelity, "overload.md": overload,
     "paper-tables.md": paper_tables, "real-traffic.md": real_traffic,
-    "past-capacity.md": past_capacity, "strict-or-serving.md": strict_or_serving, "theory.md": theory,
+    "past-capacity.md": past_capacity, "routing.md": routing, "strict-or-serving.md": strict_or_serving,
+    "theory.md": theory,
 }
 
 

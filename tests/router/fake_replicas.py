@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -136,7 +137,7 @@ class FakeServer:
         return answer_of(Ack.without_version("no telemetry here"))
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        return RoutingStats(slots=64, occupied=0, kv_used_fraction=0.0).as_dict()
+        return RoutingStats(slots=64, occupied=0, kv_used_fraction=0.0, at_s=time.time()).as_dict()
 
     async def check_health(self) -> None: ...
 

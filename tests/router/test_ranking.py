@@ -128,6 +128,16 @@ def test_a_replica_that_fell_silent_comes_last_until_it_reports_again() -> None:
     assert view.ranked() == "ab"
 
 
+def test_a_replica_that_does_not_say_when_it_reported_is_taken_to_be_one_period_old() -> None:
+    view = View(a=replace(USUAL, at_s=None), b=like(wait_s=30.0))
+    for second in range(0, 30, 5):
+        view.now_s = 100.5 + second
+        view.reports["b"] = replace(like(wait_s=30.0), at_s=view.now_s)
+        assert view.ranked() == "ab"
+    view.send("a", Asked(400_000.0))
+    assert view.ranked() == "ba"
+
+
 def test_each_of_several_ingresses_takes_its_requests_for_a_part() -> None:
     alone = View(a=replace(USUAL, room=4), b=like(wait_s=9.0))
     alone.send("a")
