@@ -32,8 +32,8 @@ from scheduler.tuning.slo import NO_SLO, Slo
 SCHEDULER = "headrace.HeadraceScheduler"
 PROFILE_MISSING = (
     "name the profile of this model on this device; its iteration times are used until the engine's own are measured: "
-    f"{', '.join(profile_names())}, or the path of a profile's JSON file; measure one with "
-    "python benchmarks/measure_law.py --model MODEL --name NAME"
+    f"{', '.join(profile_names())}, or the path of a profile's JSON file; compute one with "
+    "headrace profile estimate, or measure one with headrace profile measure"
 )
 _OF_ALL_MODELS = ("tenants", "tracing")
 LONGEST_DRAIN_S = 86_400.0

@@ -321,7 +321,7 @@ def test_a_profile_must_be_named(tmp_path: Path, controller: dict[str, float] | 
     path.write_text(yaml.safe_dump(data))
     with pytest.raises(ConfigError) as error:
         load_config(path, with_engine=False)
-    for part in ("applications.0.args.headrace.controller.profile: name", *profile_names(), "benchmarks/measure_law"):
+    for part in ("applications.0.args.headrace.controller.profile: name", *profile_names(), "headrace profile measure"):
         assert str(error.value).count(part) == 1 or part in profile_names(), "said once for all models"
         assert part in str(error.value)
 
