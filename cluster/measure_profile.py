@@ -25,6 +25,8 @@ from scheduler.model.profiles import Profile
 
 OUTPUT_TOKENS = 16
 _TIMEOUT_S = 30.0
+_WORST_ERROR = 0.5
+"""Mean relative error on held-out iterations beyond which there is no profile: the machine was not idle."""
 _CPU_DEFAULTS = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
 }
@@ -131,6 +133,8 @@ def fitted_profile(engine: Engine, name: str, device: str, training: Telemetry, 
     if isinstance(fit, FitRejected):
         raise CommandFailed(f"no iteration-time model: {fit.reason}; measure on an idle machine, over a larger grid")
     r2, mape = held_out_error(fit, held_out.iterations)
+    if mape > _WORST_ERROR:
+        raise CommandFailed(f"the model errs by {mape:.0%} on iterations it has not seen; measure on an idle machine")
     model = Path(engine.model).name
     given = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in engine.arguments.items())
     machine = [f"Device: {device}.", f"Machine: {os.cpu_count()} cores, {platform.machine()}"]

@@ -38,7 +38,7 @@ def profile_tables(profile: Profile) -> Iterator[Any]:
 
 def plan_tables(plan: dict[str, Any]) -> Iterator[Any]:
     """`headrace plan`."""
-    table = Table(title="fluid equilibrium", show_header=False)
+    table = Table(title="fluid equilibrium of the whole rate on one replica", show_header=False)
     verdict = "stable, fits memory" if plan["stable"] and plan["fits_memory"] else plan["reason"]
     rows = [
         ("verdict", verdict),
