@@ -223,9 +223,13 @@ hardware. And for every other accelerator there is nothing here to compare with:
 |---|---|---|---|---|
 {terms}
 
+`a100-llama3-8b-estimate` is someone else's estimate by hand, no measurement: it prices a decode at less than half of a
+prompt token, though both pass through the same layers.
+
 ## Errors over Vidur's published iteration times
 
 Llama-2-7B on one A100 80GB; the [points](a100-law.md#point-by-point) of decodes, prompts and both.
+The estimate counts 2 ms of host time in each iteration, and Vidur none, which is most of its signed mean.
 
 | model | points | mean | largest | signed mean |
 |---|---|---|---|---|
@@ -258,7 +262,8 @@ Estimates, with vLLM's own limits on the device. The floor is the shortest itera
 `headrace plan` says which rate one replica takes with 99 % of the requests in time. The simulator, with vLLM's
 scheduler and policy `fluid`, at shares of that rate: {requests} requests, Poisson, profile `a100-llama2-7b`, 256 slots,
 one seed. "Late" is what the plan expects if nobody is rejected; above the planned rate rejection keeps the queue short,
-so that fewer are late than the plan says.
+so that fewer are late than the plan says. TPOT missed is no matter of load: it is the margin of policy `fluid` on
+outputs of 20 tokens, which the plan does not see.
 
 | lengths | TTFT, TPOT | of the planned rate | rate /s | load | plan: late | rejected | TTFT missed | TPOT missed |
 |---|---|---|---|---|---|---|---|---|
