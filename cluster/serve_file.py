@@ -57,4 +57,5 @@ def serve_file(config: ClusterConfig) -> dict[str, Any]:
 def _of_the_engine(settings: ModelSettings) -> dict[str, Any]:
     """The settings that an engine starts with: a file must name the profile, though another one restarts nothing."""
     other = {} if settings.scheduler == SCHEDULER else {"scheduler": settings.scheduler}
-    return {"controller": {"profile": settings.controller.profile}, **other}
+    profile = settings.controller.profile
+    return ({"controller": {"profile": profile}} if profile else {}) | other

@@ -262,8 +262,8 @@ Estimates, with vLLM's own limits on the device. The floor is the shortest itera
 `headrace plan` says which rate one replica takes with 99 % of the requests in time. The simulator, with vLLM's
 scheduler and policy `fluid`, at shares of that rate: {requests} requests, Poisson, profile `a100-llama2-7b`, 256 slots,
 one seed. "Late" is what the plan expects if nobody is rejected; above the planned rate rejection keeps the queue short,
-so that fewer are late than the plan says. TPOT missed is no matter of load: it is the margin of policy `fluid` on
-outputs of 20 tokens, which the plan does not see.
+so that fewer are late than the plan says. The plan foresees no missed TPOT: with outputs of 20 tokens policy
+`fluid` leaves some below capacity.
 
 | lengths | TTFT, TPOT | of the planned rate | rate /s | load | plan: late | rejected | TTFT missed | TPOT missed |
 |---|---|---|---|---|---|---|---|---|
