@@ -61,6 +61,7 @@ soak: install
 # The documentation as a site in site/, its reference pages written from the code.
 docs: install
 	$(BIN)/python -m tools.docs.reference
+	$(BIN)/python helm/readme.py
 	PYTHONPATH=. $(BIN)/mkdocs build --strict
 
 clean:

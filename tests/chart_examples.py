@@ -9,19 +9,26 @@ from typing import Any
 import yaml
 
 CHART = Path(__file__).resolve().parents[1] / "helm" / "headrace"
+CI = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in sorted((CHART / "ci").glob("*.yaml"))}
+"""The chart's own examples of values, by their names."""
+BEFORE = yaml.safe_load((Path(__file__).parent / "helm" / "values-before.yaml").read_text("utf-8"))
+"""All values of the chart as it was before it had more than a RayService and a Secret."""
 
 HF_TOKEN = "hf_the-token-of-this-test"
 API_KEY = "sk-the-key-of-this-test"
 
 Values = dict[str, Any]
 
-# Every value set to something other than its default, but for controller.enabled, without which targets are refused.
+SPREAD = {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "DoNotSchedule"}
+
+# Every value of pods and configuration set to something other than its default, but for controller.enabled, without
+# which targets are refused.
 EVERYTHING: Values = {
     "fullnameOverride": "llama",
     "image": {"repository": "registry.example/headrace", "tag": "1.2.3", "pullPolicy": "Always"},
     "imagePullSecrets": [{"name": "registry-key"}],
     "serviceAccountName": "serving",
-    "ray": {"version": "2.60.1"},
+    "ray": {"version": "2.60.1", "authentication": {"enabled": False}},
     "upgradeStrategy": "None",
     "models": [
         {
@@ -62,7 +69,7 @@ EVERYTHING: Values = {
             "cors_origins": ["https://pages.example"], "front_door": False,
         },
     },
-    "service": {"type": "LoadBalancer", "port": 8080, "annotations": {"example.com/internal": "true"}},
+    "service": {"type": "LoadBalancer", "port": 8088, "annotations": {"example.com/internal": "true"}},
     "auth": {"hfToken": HF_TOKEN, "apiKey": API_KEY},
     "env": [
         {"name": "VLLM_LOGGING_LEVEL", "value": "DEBUG"},
@@ -70,18 +77,22 @@ EVERYTHING: Values = {
     ],
     "shm": {"sizeLimit": 17179869184},
     "modelCache": {"mountPath": "/models", "existingClaim": "models", "sizeLimit": "1Gi"},
-    "podSecurityContext": {"fsGroup": 1000, "runAsNonRoot": True},
+    "podSecurityContext": {"fsGroup": 2000},
     "head": {
         "resources": {"requests": {"cpu": 4, "memory": "4Gi"}, "limits": {"cpu": "4500m", "memory": "4Gi"}},
         "nodeSelector": {"pool": "cpu"},
         "tolerations": [{"key": "cpu-only", "operator": "Exists"}],
         "affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}},
+        "priorityClassName": "high",
+        "topologySpreadConstraints": [SPREAD],
     },
     "worker": {
         "resources": {"requests": {"cpu": "12"}, "limits": {"memory": "96Gi"}},
         "nodeSelector": {"pool": "gpu"},
         "tolerations": [{"key": "dedicated", "value": "llm", "effect": "NoExecute", "tolerationSeconds": 60}],
         "affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": []}},
+        "priorityClassName": "high",
+        "topologySpreadConstraints": [SPREAD],
     },
 }
 
@@ -125,6 +136,8 @@ EXAMPLES: dict[str, Values | None] = {
     "unlimited": {"headrace": {"limits": {
         "concurrent_requests": None, "keys": {"operator": {"concurrent_requests": None}}}}},
     "port": {"service": {"port": 65535}},
+    **{f"ci-{name}": values for name, values in CI.items() if name != "keda"},
+    "before": BEFORE,
 }
 
 
@@ -136,6 +149,7 @@ def configuration(values: Values | None) -> dict[str, Any]:
         {"name": one["name"], "weight": one.get("weight", 1), "api_key_env": f"HEADRACE_TENANT_KEY_{index}"}
         for index, one in enumerate(given["tenants"])
     ]
+    logs, tracing = given["logging"], given["tracing"]
     headrace = given["headrace"] | {
         "targets": {f"{name}_s": targets[f"{name}Seconds"] for name in ("ttft", "tpot", "latency")},
         "tenants": tenants,
@@ -145,8 +159,15 @@ def configuration(values: Values | None) -> dict[str, Any]:
             "profile": controller["profile"],
         },
     }
+    if tracing["otlpEndpoint"]:
+        headrace["tracing"] = {
+            "otlp_endpoint": tracing["otlpEndpoint"], "sampling_ratio": tracing["samplingRatio"],
+        }
     return {
         "http_options": {"host": "0.0.0.0", "port": given["service"]["port"]},
+        "logging_config": {
+            "encoding": logs["encoding"], "log_level": logs["level"], "enable_access_log": logs["accessLog"],
+        },
         "applications": [{"args": {"llm_configs": given["models"], "headrace": headrace}}],
     }
 

@@ -80,3 +80,13 @@ def _no_ray_is_left() -> Iterator[None]:
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def chart() -> Iterator[Any]:
+    """The Helm chart, loaded."""
+    from chart_examples import CHART
+    from helm_python import Chart
+
+    with Chart.load(CHART) as loaded:
+        yield loaded

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
 import pytest
 import yaml
 from chart_examples import CHART, EVERYTHING, EXAMPLES, configuration, model
+from chart_render import ray_service, serve_config
 from helm_python import Chart
 
-from cluster.config import AppConfig, ClusterConfig
+from cluster.config import AppConfig, ClusterConfig, LoggingConfig
 from cluster.live import live_settings
 from cluster.serve_file import INGRESS, deployment_name, serve_file
 from cluster.settings import ControllerConfig, ModelSettings
@@ -31,23 +31,8 @@ CHANGED = {
 """Values that need no restart."""
 
 
-@pytest.fixture(scope="module")
-def chart() -> Iterator[Chart]:
-    with Chart.load(CHART) as loaded:
-        yield loaded
-
-
-def serve_config(chart: Chart, values: dict[str, Any] | None) -> dict[str, Any]:
-    rendered = chart.render(values, name="demo", namespace="llm")
-    documents = [
-        document for path, text in rendered.items() if path.endswith(".yaml") for document in yaml.safe_load_all(text)
-    ]
-    (service,) = [document for document in documents if document and document["kind"] == "RayService"]
-    return yaml.safe_load(service["spec"]["serveConfigV2"])  # type: ignore[no-any-return]
-
-
 def application(chart: Chart, values: dict[str, Any] | None) -> dict[str, Any]:
-    (one,) = serve_config(chart, values)["applications"]
+    (one,) = serve_config(ray_service(chart, values))["applications"]
     return one  # type: ignore[no-any-return]
 
 
@@ -60,6 +45,9 @@ def meaning(config: dict[str, Any]) -> dict[str, Any]:
     assert ingress["name"] == INGRESS and told.keys() == {"tenants", "models"}
     return {
         "http": config["http_options"],
+        "logs": LoggingConfig.model_validate(config["logging_config"]),
+        "tracing": args.headrace.tracing,
+        "ingress options": args.ingress_deployment_config,
         "application": {key: app[key] for key in ("name", "import_path", "route_prefix")},
         "args": app["args"].keys(),
         "entries": [entry.own for entry in args.llm_configs],
@@ -76,7 +64,7 @@ def meaning(config: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("values", EXAMPLES.values(), ids=EXAMPLES)
 def test_the_chart_renders_what_headrace_render_prints(chart: Chart, values: dict[str, Any] | None) -> None:
-    rendered = serve_config(chart, values)
+    rendered = serve_config(ray_service(chart, values))
     printed = serve_file(ClusterConfig.model_validate(configuration(values)))
     assert meaning(rendered) == meaning(printed)
 

@@ -1,3 +1,5 @@
+{{/* Names, labels, accounts, the image. */}}
+
 {{- define "headrace.name" -}}
 {{- default .Chart.Name .Values.nameOverride | trunc 47 | trimSuffix "-" -}}
 {{- end -}}
@@ -28,196 +30,108 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{ include "headrace.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* metadata of an object of the chart: root, suffix of its name, further labels, annotations. */}}
+{{- define "headrace.metadata" -}}
+name: {{ printf "%s%s" (include "headrace.fullname" .root) (default "" .suffix) | quote }}
+namespace: {{ .root.Release.Namespace | quote }}
+labels:
+  {{- include "headrace.labels" .root | nindent 2 }}
+  {{- with .labels }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with .annotations }}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end -}}
 
 {{/* No chart version, as a changed pod label makes KubeRay start a new cluster; and no app.kubernetes.io/name, which
      KubeRay sets itself and selects by. */}}
 {{- define "headrace.podLabels" -}}
-app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
-app.kubernetes.io/component: {{ .component }}
+{{- $own := dict "app.kubernetes.io/instance" .root.Release.Name "app.kubernetes.io/component" .component -}}
+{{- toYaml (merge $own .root.Values.podLabels) -}}
 {{- end -}}
 
-{{/* Empty when no key is configured. */}}
-{{- define "headrace.secretName" -}}
-{{- $auth := .Values.auth -}}
-{{- if $auth.existingSecret -}}
-{{- if or $auth.hfToken $auth.apiKey -}}
-{{- fail "auth.existingSecret excludes auth.hfToken and auth.apiKey: put the keys in that Secret" -}}
-{{- end -}}
-{{- $auth.existingSecret -}}
-{{- else if or $auth.hfToken $auth.apiKey -}}
-{{- include "headrace.fullname" . }}-auth
-{{- end -}}
+{{/* Selects head and workers, and no other pod of the release. */}}
+{{- define "headrace.rayPods" -}}
+matchLabels:
+  app.kubernetes.io/instance: {{ .Release.Name | quote }}
+matchExpressions:
+  - key: app.kubernetes.io/component
+    operator: In
+    values: [head, worker]
 {{- end -}}
 
-{{/* Environment of the Ray container; keys only by reference. */}}
-{{- define "headrace.env" -}}
-{{- $auth := .root.Values.auth -}}
-{{- $keys := dict "hfToken" (ternary "hf-token" "" (not (empty $auth.hfToken))) "apiKey" (ternary "api-key" "" (not (empty $auth.apiKey))) -}}
-{{- if $auth.existingSecret -}}
-{{- $keys = $auth.existingSecretKeys -}}
+{{/* KubeRay's name for the Service in front of Ray Serve. */}}
+{{- define "headrace.service" -}}
+{{- include "headrace.fullname" . }}-serve-svc
 {{- end -}}
-{{- $secret := include "headrace.secretName" .root -}}
-{{- $env := list -}}
-{{- if and $secret $keys.hfToken -}}
-{{- $env = append $env (dict "name" "HF_TOKEN" "valueFrom" (dict "secretKeyRef" (dict "name" $secret "key" $keys.hfToken))) -}}
-{{- end -}}
-{{- if and $secret $keys.apiKey -}}
-{{- $env = append $env (dict "name" "HEADRACE_API_KEY" "valueFrom" (dict "secretKeyRef" (dict "name" $secret "key" $keys.apiKey))) -}}
-{{- end -}}
-{{- if eq .component "worker" -}}
-{{- $env = append $env (dict "name" "HF_HOME" "value" .root.Values.modelCache.mountPath) -}}
-{{- end -}}
-{{- range $index, $tenant := .root.Values.tenants -}}
-{{- $env = append $env (dict "name" (printf "HEADRACE_TENANT_KEY_%d" $index) "valueFrom" (dict "secretKeyRef" (dict "name" $tenant.secretName "key" $tenant.secretKey))) -}}
-{{- end -}}
-{{- $env = concat $env .root.Values.env -}}
-{{- if $env -}}
-{{- toYaml $env -}}
+
+{{- define "headrace.account" -}}
+{{- if .Values.serviceAccountName -}}
+{{- .Values.serviceAccountName -}}
+{{- else if .Values.serviceAccount.create -}}
+{{- include "headrace.fullname" . -}}
 {{- end -}}
 {{- end -}}
 
-{{/* What head and workers have in common in their pod specs; empty when nothing is set. */}}
-{{- define "headrace.podSpec" -}}
-{{- $spec := dict -}}
-{{- range $field, $value := dict
-  "serviceAccountName" .root.Values.serviceAccountName
-  "imagePullSecrets" .root.Values.imagePullSecrets
-  "securityContext" .root.Values.podSecurityContext
-  "nodeSelector" .nodeSelector
-  "tolerations" .group.tolerations
-  "affinity" .group.affinity -}}
-{{- if $value -}}
-{{- $_ := set $spec $field $value -}}
+{{/* "true" where pods come and go with the load, so that a container beside Ray's head needs the Kubernetes API. */}}
+{{- define "headrace.autoscaled" -}}
+{{- if ne .Values.autoscaling.mode "none" }}true{{ end -}}
 {{- end -}}
-{{- end -}}
-{{- if $spec -}}
-{{- toYaml $spec -}}
+
+{{/* The head's account. KubeRay itself gives it the autoscaler's rights (a Role and RoleBinding for each cluster), and
+     wants an account that exists already; it cuts names to 50 characters. */}}
+{{- define "headrace.headAccount" -}}
+{{- if and (include "headrace.autoscaled" .) (not .Values.serviceAccountName) -}}
+{{- include "headrace.fullname" . }}-as
+{{- else -}}
+{{- include "headrace.account" . -}}
 {{- end -}}
 {{- end -}}
 
 {{- define "headrace.image" -}}
-{{- printf "%s:%s" .Values.image.repository (default .Chart.AppVersion .Values.image.tag) -}}
+{{- $suffix := ternary "-cpu" "" (eq (include "headrace.gpusPerWorker" .) "0") -}}
+{{- printf "%s:%s" .Values.image.repository (default (printf "%s%s" .Chart.AppVersion $suffix) .Values.image.tag) -}}
 {{- end -}}
 
-{{/* Settings of all models, in the configuration's own form. */}}
-{{- define "headrace.settings" -}}
-{{- $values := .Values -}}
-{{- $targets := dict -}}
-{{- range $name, $seconds := dict "ttft_s" $values.targets.ttftSeconds "tpot_s" $values.targets.tpotSeconds "latency_s" $values.targets.latencySeconds -}}
-{{- if not (kindIs "invalid" $seconds) -}}
-{{- $_ := set $targets $name $seconds -}}
-{{- end -}}
-{{- end -}}
-{{- $further := $values.headrace -}}
-{{- /* Helm drops a key whose value is null; where that does not mean the application's default, it is written out. */ -}}
-{{- $limits := dict "concurrent_requests" $further.limits.concurrent_requests -}}
-{{- range $name, $limit := $further.limits -}}
-{{- if not (kindIs "invalid" $limit) -}}
-{{- $_ := set $limits $name $limit -}}
-{{- end -}}
-{{- end -}}
-{{- toYaml (dict
-  "targets" $targets
-  "thresholds" (dict "policy" $values.policy.name "max_hold_s" $values.policy.maxHoldSeconds)
-  "controller" (dict
-    "enabled" $values.controller.enabled
-    "period_s" $values.controller.periodSeconds
-    "profile" $values.controller.profile)
-  "limits" $limits
-  "drain_s" $further.drain_s
-  "engine_timeout_s" $further.engine_timeout_s
-  "max_wait_s" $further.max_wait_s) -}}
+{{/* The Secret that the chart makes for keys that are given inline or generated. */}}
+{{- define "headrace.ownSecret" -}}
+{{- include "headrace.fullname" . }}-auth
 {{- end -}}
 
-{{/* Settings of one model: those of all models, overridden by its own, as `overridden` in cluster/settings.py does:
-     fields of objects one by one, thresholds that name a policy as a whole. */}}
-{{- define "headrace.modelSettings" -}}
-{{- $merged := fromYaml (include "headrace.settings" .root) -}}
-{{- range $key, $own := default dict .model.headrace -}}
-{{- $general := get $merged $key -}}
-{{- $whole := and (eq $key "thresholds") (hasKey $own "policy") -}}
-{{- if and (kindIs "map" $own) (kindIs "map" $general) (not $whole) -}}
-{{- range $field, $value := $own -}}
-{{- $_ := set $general $field $value -}}
-{{- end -}}
-{{- else -}}
-{{- $_ := set $merged $key $own -}}
-{{- end -}}
-{{- end -}}
-{{- toYaml $merged -}}
+{{/* Entry of a tenant's generated key. */}}
+{{- define "headrace.tenantEntry" -}}
+tenant-{{ regexReplaceAll "[^-._a-zA-Z0-9]" .name "-" }}
 {{- end -}}
 
-{{/* The longest drain of a model, in whole seconds. */}}
-{{- define "headrace.drainSeconds" -}}
-{{- $longest := 0.0 -}}
-{{- range $model := .Values.models -}}
-{{- $settings := fromYaml (include "headrace.modelSettings" (dict "root" $ "model" $model)) -}}
-{{- $longest = maxf $longest $settings.drain_s -}}
+{{/* The Secret with the token that Ray's processes show each other; empty where Ray asks for none. */}}
+{{- define "headrace.raySecret" -}}
+{{- with .Values.ray.authentication -}}
+{{- if .enabled }}{{ default (include "headrace.ownSecret" $) .existingSecret }}{{ end -}}
 {{- end -}}
-{{- int (ceil $longest) -}}
 {{- end -}}
 
-{{/* Ray Serve's config. Built as data and written by toYaml, so no value can break the YAML or be printed as 1e+06.
-     As `headrace render` splits it: Serve restarts everything when args change, and nothing when what stands under
-     deployments does, so live settings and numbers of replicas stand there. */}}
-{{- define "headrace.serveConfig" -}}
-{{- /* All interfaces: requests arrive from other pods. */ -}}
-{{- $http := dict "host" "0.0.0.0" "port" .Values.service.port -}}
-{{- $tenants := list -}}
-{{- range $index, $tenant := .Values.tenants -}}
-{{- $tenants = append $tenants (dict "name" $tenant.name "weight" (default 1 $tenant.weight) "api_key_env" (printf "HEADRACE_TENANT_KEY_%d" $index)) -}}
-{{- end -}}
-{{- $scale := list "num_replicas" "autoscaling_config" -}}
-{{- $models := list -}}
-{{- $deployments := list -}}
-{{- $told := dict -}}
-{{- range $model := .Values.models -}}
-{{- $id := $model.model_loading_config.model_id -}}
-{{- $settings := fromYaml (include "headrace.modelSettings" (dict "root" $ "model" $model)) -}}
-{{- $live := omit $settings "scheduler" -}}
-{{- $engine := dict "controller" (dict "profile" $settings.controller.profile) -}}
-{{- with $settings.scheduler -}}
-{{- $_ := set $engine "scheduler" . -}}
-{{- end -}}
-{{- $entry := deepCopy (omit $model "headrace" "deployment_config") -}}
-{{- $options := deepCopy (default dict $model.deployment_config) -}}
-{{- $deployment := dict
-  "name" (printf "HeadraceServer:%s" ($id | replace "/" "--" | replace "." "_"))
-  "graceful_shutdown_timeout_s" $settings.drain_s
-  "user_config" $live -}}
-{{- range $option := $scale -}}
-{{- if hasKey $options $option -}}
-{{- $_ := set $deployment $option (get $options $option) -}}
-{{- $_ := unset $options $option -}}
+{{/* Where each key is: a mapping of hfToken, apiKey to {name, key}, of those there are. */}}
+{{- define "headrace.keys" -}}
+{{- $auth := .Values.auth -}}
+{{- $own := include "headrace.ownSecret" . -}}
+{{- $keys := dict -}}
+{{- range $key, $entry := dict "hfToken" "hf-token" "apiKey" "api-key" -}}
+{{- $theirs := get $auth.existingSecretKeys $key -}}
+{{- if and $auth.existingSecret $theirs -}}
+{{- $_ := set $keys $key (dict "name" $auth.existingSecret "key" $theirs) -}}
+{{- else if and (not $auth.existingSecret) (get $auth $key) -}}
+{{- $_ := set $keys $key (dict "name" $own "key" $entry) -}}
 {{- end -}}
 {{- end -}}
-{{- $_ := set $entry "deployment_config" $options -}}
-{{- $_ := set $entry "headrace" $engine -}}
-{{- $_ := set $told $id $live -}}
-{{- $models = append $models $entry -}}
-{{- $deployments = append $deployments $deployment -}}
+{{- if and $auth.generateApiKey (not $auth.existingSecret) (not $auth.apiKey) -}}
+{{- $_ := set $keys "apiKey" (dict "name" $own "key" "api-key") -}}
 {{- end -}}
-{{- $ingress := dict "name" "HeadraceIngress" "user_config" (dict "tenants" $tenants "models" $told) -}}
-{{- $application := dict
-  "name" "headrace"
-  "import_path" "headrace:build"
-  "route_prefix" "/"
-  "args" (dict "llm_configs" $models)
-  "deployments" (prepend $deployments $ingress) -}}
-{{- toYaml (dict "applications" (list $application) "http_options" $http) -}}
-{{- end -}}
-
-{{/* Worker pods: enough for the GPUs of all replicas. */}}
-{{- define "headrace.workers" -}}
-{{- $gpus := 0 -}}
-{{- range $model := .Values.models -}}
-{{- $deployment := default dict $model.deployment_config -}}
-{{- $engine := default dict $model.engine_kwargs -}}
-{{- $replicas := default (dig "autoscaling_config" "max_replicas" 1 $deployment) $deployment.num_replicas -}}
-{{- $each := mul (default 1 $engine.tensor_parallel_size) (default 1 $engine.pipeline_parallel_size) (default 1 $engine.data_parallel_size) -}}
-{{- $gpus = add $gpus (mul (int $replicas) $each) -}}
-{{- end -}}
-{{- $perWorker := int .Values.gpu.perWorker -}}
-{{- default (div (add $gpus (sub $perWorker 1)) $perWorker) .Values.gpu.workers -}}
+{{- toYaml $keys -}}
 {{- end -}}
