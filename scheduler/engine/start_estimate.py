@@ -56,8 +56,13 @@ def this_device() -> str:
 
 
 def _config_of(model_config: Any) -> Mapping[str, Any]:
+    """The model's config.json, with the quantisation that vLLM makes at loading where the checkpoint has none."""
     hf_config = model_config.hf_config
-    return dict(hf_config) if isinstance(hf_config, Mapping) else hf_config.to_dict()
+    found = dict(hf_config) if isinstance(hf_config, Mapping) else dict(hf_config.to_dict())
+    quantised = getattr(model_config, "quantization", None)
+    if quantised and not (found.get("quantization_config") or found.get("compression_config")):
+        found["quantization_config"] = {"quant_method": str(quantised)}
+    return found
 
 
 def _setup(vllm_config: Any, model: LanguageModel) -> Setup:

@@ -51,6 +51,14 @@ def test_the_estimate_is_that_of_the_engine_s_configuration(tensor_parallel: int
         assert part in found.said
 
 
+def test_weights_that_are_quantised_at_loading_count_as_such() -> None:
+    config = vllm_config()
+    config.model_config.quantization = "fp8"
+    whole, half = start_estimate(vllm_config(), H100).time_model, start_estimate(config, H100).time_model
+    assert whole is not None and half is not None
+    assert half.d3_s_per_decode_token == pytest.approx(whole.d3_s_per_decode_token / 2, rel=0.001)
+
+
 @pytest.mark.parametrize(("config", "device", "said"), [
     (LLAMA3, "NVIDIA GeForce RTX 4090", "first iterations are measured: the device 'NVIDIA GeForce RTX 4090' is not"),
     (LLAMA3, "", "the device '' is not a known accelerator"),
