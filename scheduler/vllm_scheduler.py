@@ -383,10 +383,12 @@ class HeadraceScheduler(AsyncScheduler):
     def stats(self) -> Stats:
         """The figures for routing and readiness; safe from another thread; cost does not grow with the requests."""
         thresholds = self.active.current().thresholds
-        room = self._room.now(thresholds, self.active.limits, self.recorder.received, is_idle=not self.requests)
+        arrivals, is_idle = self.recorder.received, not self.requests
+        room = self._room.now(thresholds, self.active.limits, arrivals, is_idle=is_idle)
+        outlook = self._room.outlook(arrivals, is_idle=is_idle)
         return Stats.of_engine(
             self._engine_id, self.active.limits, thresholds, self.recorder.gauges, self.current_step, room,
-            draining=self.drain.asked,
+            outlook, draining=self.drain.asked,
         )
 
     def shutdown(self) -> None:
