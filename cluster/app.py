@@ -36,7 +36,7 @@ from replicas.server import HeadraceServer
 from replicas.tracing import OTLP_ENDPOINT
 from router.http_app import http_app
 from router.ingress import ADMIN_ENDPOINTS, HEALTH_ENDPOINTS, HeadraceIngress, desk_of_this_ingress
-from router.request_router import FluidSlackRouter
+from router.request_router import FluidRouter
 from scheduler.settings import SETTINGS_KEY
 from scheduler.support import EngineSetup, ranks_in
 
@@ -182,7 +182,7 @@ def _engine_arguments(entry: LLMEntry, settings: ModelSettings) -> dict[str, Any
 def _deployment_config(entry: LLMEntry, settings: ModelSettings) -> dict[str, Any]:
     """The entry's deployment options over our defaults."""
     router = {
-        "request_router_class": FluidSlackRouter, "request_routing_stats_period_s": _ROUTING_STATS_PERIOD_S,
+        "request_router_class": FluidRouter, "request_routing_stats_period_s": _ROUTING_STATS_PERIOD_S,
     }
     defaults = {
         "max_ongoing_requests": _MAX_ONGOING_REQUESTS, "health_check_period_s": _HEALTH_CHECK_PERIOD_S,

@@ -22,6 +22,7 @@ from cluster.config import ClusterConfig, ConfigError
 from cluster.joining import is_refusal, use_the_user_s_token, why_not_joined
 from cluster.keys import require_key_beyond_loopback
 from cluster.model import BUNDLED_MODEL_NAME, is_prepared, prepare_bundled_model
+from cluster.processes import ends_within
 from cluster.ray_environment import prepare
 from cluster.run_folder import RunFolder, clear_stale, folder_for, running_note
 from cluster.shutdown import finish_requests, stop_local_ray
@@ -336,15 +337,13 @@ def stop_running(config: ClusterConfig, say: Callable[[str], None], *, now: bool
     folder, said = folder_for(config), ""
     process.send_signal(signal.SIGINT)
     if now:
-        with contextlib.suppress(psutil.TimeoutExpired):  # two signals at once would be one
-            process.wait(_HEARD_S)
+        if ends_within(process, _HEARD_S):  # two signals at once would be one
             return True
         process.send_signal(signal.SIGINT)
     allowed_s = config.application.args.drain_s + _STOP_S
     deadline_s = time.monotonic() + allowed_s
     while time.monotonic() < deadline_s:
-        with contextlib.suppress(psutil.TimeoutExpired):
-            process.wait(0.5)
+        if ends_within(process, 0.5):
             return True
         if (line := folder.said()) and line != said:
             said = line

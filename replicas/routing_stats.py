@@ -1,4 +1,4 @@
-"""`RoutingStats`: slots and occupancy of a replica, as Serve carries them to the request routers."""
+"""`RoutingStats`: the state of a replica, as Serve carries it to the request routers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any
 
-from scheduler.messages import Stats
+from scheduler.messages import Outlook, Stats
 
 _KEY = "headrace"
 logger = logging.getLogger(__name__)
@@ -17,21 +17,30 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class RoutingStats:
     """slots: requests that may run at once before the replica counts as full (`scheduler.messages.Stats`); occupied:
-    requests that run or wait; kv_used_fraction: share of the KV cache in use."""
+    requests that run or wait; kv_used_fraction: share of the KV cache in use. room: how many more requests it takes
+    before it rejects one (None: it rejects none). outlook: of a request that arrives (None: not predicted). at_s: when,
+    by the wall clock."""
 
     slots: int
     occupied: int
     kv_used_fraction: float
+    room: int | None = None
+    outlook: Outlook | None = None
+    at_s: float = 0.0
 
     @classmethod
-    def of_engines(cls, engines: Sequence[Stats]) -> RoutingStats:
+    def of_engines(cls, engines: Sequence[Stats], at_s: float = 0.0) -> RoutingStats:
         """The sums over a replica's engines, over which vLLM spreads its requests."""
+        rooms = [stats.room for stats in engines]
         return cls(
             slots=sum(stats.slots for stats in engines),
             occupied=sum(stats.running + stats.waiting for stats in engines),
             kv_used_fraction=(
                 sum(stats.kv_used_tokens for stats in engines) / sum(stats.kv_capacity_tokens for stats in engines)
             ),
+            room=None if None in rooms else sum(filter(None, rooms)),
+            outlook=_together([stats.outlook for stats in engines]),
+            at_s=at_s,
         )
 
     @classmethod
@@ -39,7 +48,7 @@ class RoutingStats:
         """The stats a replica reported; None when it reported none or in another form."""
         raw = routing_stats.get(_KEY)
         try:
-            return cls(**raw) if isinstance(raw, dict) else None
+            return _read(cls(**raw)) if isinstance(raw, dict) else None
         except TypeError:  # a replica of another version during a rolling upgrade
             _warn_once(", ".join(sorted(map(str, raw or ()))))
             return None
@@ -48,9 +57,25 @@ class RoutingStats:
         """As a dict, the form in which Serve carries it."""
         return {_KEY: asdict(self)}
 
-    def slack(self, ongoing: int) -> float:
-        """Free slots as a share of all, given the router's own, fresher count of ongoing requests; may be negative."""
-        return (self.slots - max(self.occupied, ongoing)) / self.slots
+    def slack(self, occupied: float) -> float:
+        """Free slots as a share of all, with so many occupied; may be negative."""
+        return (self.slots - occupied) / self.slots
+
+
+def _read(stats: RoutingStats) -> RoutingStats:
+    if stats.outlook is None or isinstance(stats.outlook, Outlook):
+        return stats
+    return RoutingStats(**asdict(stats) | {"outlook": Outlook(*stats.outlook)})
+
+
+def _together(outlooks: Sequence[Outlook | None]) -> Outlook | None:
+    """One outlook for engines that share a replica's requests: each takes its part of the prompts, and the waits and
+    token times are their means."""
+    known = [outlook for outlook in outlooks if outlook is not None]
+    if not known or len(known) < len(outlooks):
+        return None
+    means = Outlook(*(sum(values) / len(known) for values in zip(*known, strict=True)))
+    return means._replace(prompt_s=means.prompt_s / len(known), added_s=means.added_s / len(known))
 
 
 @lru_cache(maxsize=16)

@@ -171,13 +171,16 @@ class HeadraceServer(LLMServer):
             return answer_of(Ack.without_version(str(error)))
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """What Serve's request routers see of this replica: its slots and how many are taken (`RoutingStats`)."""
+        """What Serve's request routers see of this replica (`RoutingStats`)."""
         routing: dict[str, Any] = dict(await super().record_routing_stats())
         await asyncio.gather(*(self._refresh_stats(rank) for rank in range(len(self._channels))))
         # Stats older than 30 s are dropped; routers then rank the replica as one without a report.
-        fresh_s = time.monotonic() - _STALE_STATS_S
-        latest = [stats for at_s, stats in self._last_stats.values() if at_s > fresh_s]
-        return routing | RoutingStats.of_engines(latest).as_dict() if latest else routing
+        now_s = time.monotonic()
+        latest = [(at_s, stats) for at_s, stats in self._last_stats.values() if at_s > now_s - _STALE_STATS_S]
+        if not latest:
+            return routing
+        oldest_s = time.time() - (now_s - min(at_s for at_s, _ in latest))
+        return routing | RoutingStats.of_engines([stats for _, stats in latest], oldest_s).as_dict()
 
     async def _refresh_stats(self, rank: int) -> None:
         try:

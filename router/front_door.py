@@ -16,19 +16,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from router.places import Places
 from router.replica_watch import FRESH_S
 from scheduler.messages import Stats
 from scheduler.rejection import Rejection
 
 FULL = "the queues of all replicas are full"
-_ON_THE_WAY_S = 0.03
-"""A request sent this long before a report may not have been in the engine yet; one that ended this long after may
-already have left it."""
 _SAME_REPORT_S = 1e-3
 _SHARES_FORGET_S = 10.0
 _ACTIVE_S = 5.0
@@ -68,29 +65,13 @@ class Tenant(NamedTuple):
     weight: float = 1.0
 
 
-class _Places:
+class _Model(Places):
     """Places taken and given back lately, of one model."""
 
     def __init__(self) -> None:
-        self._changes: deque[tuple[float, int]] = deque()
+        super().__init__(FRESH_S + 1.0)
         self.turned_away = 0
         self.drawn, self.drawn_at_s = 0.0, -math.inf
-
-    def change(self, now_s: float, count: int) -> None:
-        """`count` places are taken, or given back when negative."""
-        while self._changes and self._changes[0][0] < now_s - FRESH_S - 1.0:
-            self._changes.popleft()
-        self._changes.append((now_s, count))
-
-    def taken_since(self, at_s: float) -> int:
-        """Places taken since a report, less those given back."""
-        taken = 0
-        for when_s, count in reversed(self._changes):
-            if when_s < at_s - _ON_THE_WAY_S:
-                break
-            if count > 0 or when_s > at_s + _ON_THE_WAY_S:
-                taken += count
-        return taken
 
 
 @dataclass(slots=True)
@@ -118,7 +99,7 @@ class FrontDoor:
         self, reports: Reports, clock: Callable[[], float], draw: Callable[[], float] = random.random
     ) -> None:
         self._reports, self._clock, self._draw = reports, clock, draw
-        self._places: dict[str, _Places] = {}
+        self._places: dict[str, _Model] = {}
         self._shares: dict[str, _Share] = {}
         self.ingresses = 1
         self.rejected = 0
@@ -181,7 +162,7 @@ class FrontDoor:
     def _room(self, model: str, answers: list[tuple[Stats, float]], now_s: float) -> float:
         places = self._places_of(model)
         published = sum(stats.room or 0 for stats, _ in answers)
-        taken = sum(places.taken_since(now_s - age_s) for _, age_s in answers) / len(answers)
+        taken = sum(places.since(now_s - age_s).requests for _, age_s in answers) / len(answers)
         if self.ingresses == 1:
             return published - taken
         newest_s = now_s - min(age_s for _, age_s in answers)
@@ -195,5 +176,5 @@ class FrontDoor:
         weights = sum(share.weight for share in asking.values())
         return len(asking) > 1 and served[tenant.name] < sum(served.values()) * tenant.weight / weights
 
-    def _places_of(self, model: str) -> _Places:
-        return self._places.setdefault(model, _Places())
+    def _places_of(self, model: str) -> _Model:
+        return self._places.setdefault(model, _Model())

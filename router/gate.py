@@ -57,9 +57,11 @@ class Desk:
         """The limits of a model's requests; those of the application where it has none of its own."""
         return self._model_limits.get(model or "", self.limits)
 
-    def share_with(self, ingresses: int) -> None:
-        """So many ingress replicas share the room and the limits of keys."""
+    def share_with(self, ingresses: int) -> int:
+        """So many ingress replicas share the room and the limits of keys; at least this one, which may not be listed
+        yet."""
         self.front_door.ingresses = self.usage.ingresses = max(1, ingresses)
+        return self.usage.ingresses
 
     def turned_away(self, name: str | None) -> int:
         """Requests for this model rejected here since the last call."""

@@ -29,7 +29,7 @@ from ray.serve.llm.ingress import OpenAiIngress
 
 from replicas.actor_calls import ReplicaUnavailable, replicas_of
 from replicas.cluster_store import ClusterStore
-from replicas.live_settings import Settings, engine_settings
+from replicas.live_settings import Settings
 from replicas.logs import follow_serve
 from replicas.measured import METER, keep_telling
 from replicas.questions import (
@@ -55,10 +55,11 @@ from router.declared_length import move_declared_length
 from router.gate import Desk, open_desk
 from router.in_flight import InFlight
 from router.limits import DEFAULT_LIMITS, MAX_WAIT_S, NO_OTHERS, Limits
-from router.live_settings import Judge, SettingsOffice, SettingsUpdate, changes, settings_event
+from router.live_settings import Judge, SettingsOffice, SettingsUpdate, changes, check_fits, settings_event
 from router.outcomes import Outcomes
 from router.pins import NOT_KEPT, KeptPin, kept_pins
 from router.replica_watch import ReplicaWatch, readiness
+from router.rotation import ROTATION
 from router.tenants import TenantConfig, sign
 from scheduler.messages import Ack, Telemetry
 from scheduler.thresholds import Thresholds, thresholds_as_dict
@@ -305,7 +306,7 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
         engines = await self._engines()
         try:
             planned = self._office.planned(body)
-            _check_fits(planned, engines, await ask_all(engines, _without_records) if planned else {})
+            check_fits(planned, engines, await ask_all(engines, _without_records) if planned else {})
         except AdminError as error:
             return refused(error.status_code, str(error))
         before = {model_id: self._office.complete(model_id) for model_id in planned}
@@ -343,7 +344,7 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
 
     def _look_around(self) -> dict[str, EngineAddress]:
         """The engines; and with how many other ingresses room and limits are shared."""
-        self.desk.share_with(replicas_of(self._app_name, self._deployment))
+        ROTATION.ingresses = self.desk.share_with(replicas_of(self._app_name, self._deployment))
         return self._list_engines()
 
     def _list_engines(self) -> dict[str, EngineAddress]:
@@ -364,19 +365,6 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
             raise RuntimeError(_NO_CONTROLLER)
         reference = getattr(self._controller, method).remote(*args)
         return await asyncio.wait_for(asyncio.wrap_future(reference.future()), _CONTROLLER_ANSWER_S)
-
-
-def _check_fits(
-    planned: Mapping[str, Settings], engines: Mapping[str, EngineAddress],
-    telemetry: Mapping[str, Telemetry | Exception],
-) -> None:
-    """Check new configured thresholds against the limits of each engine that answers."""
-    for name, report in telemetry.items():
-        if engines[name].model_id in planned and isinstance(report, Telemetry):
-            try:
-                engine_settings(planned[engines[name].model_id]).thresholds.check_fits(report.limits)
-            except ValueError as error:
-                raise AdminError(400, f"replica {name}: {error}") from error
 
 
 async def _without_records(engine: EngineAddress, *, timeout_s: float = ANSWER_S) -> Telemetry:

@@ -10,10 +10,12 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from replicas.live_settings import LOOK_EVERY_S, Settings, in_force, kept_change, store_key
+from replicas.live_settings import LOOK_EVERY_S, Settings, engine_settings, in_force, kept_change, store_key
+from replicas.ranks import EngineAddress
 from replicas.store import Store
 from router.admin import AdminError
 from router.authors import Name, Reason
+from scheduler.messages import Telemetry
 
 _LONGEST_SAID = 200
 _AUTHOR = ("by", "key", "at_unix_s", "reason")
@@ -157,3 +159,16 @@ def settings_event(model_id: str, changed: Mapping[str, tuple[Any, Any]], author
         "key": author["key"], "reason": f"{said}; {author['reason']}" if author["reason"] else said,
         "old": {key: old for key, (old, _) in changed.items()}, "new": {key: new for key, (_, new) in changed.items()},
     }
+
+
+def check_fits(
+    planned: Mapping[str, Settings], engines: Mapping[str, EngineAddress],
+    telemetry: Mapping[str, Telemetry | Exception],
+) -> None:
+    """Check new configured thresholds against the limits of each engine that answers."""
+    for name, report in telemetry.items():
+        if engines[name].model_id in planned and isinstance(report, Telemetry):
+            try:
+                engine_settings(planned[engines[name].model_id]).thresholds.check_fits(report.limits)
+            except ValueError as error:
+                raise AdminError(400, f"replica {name}: {error}") from error

@@ -1,30 +1,153 @@
-"""Replicas by fluid slack: the order in which a request is offered to them."""
+"""Where a request goes: the order in which it is offered to replicas. No Ray.
+
+A request goes where it is predicted to end first: the wait for its prompt's turn, the prompt, and its output tokens at
+the pace that the replica then has, slower by what each request sent there adds. Every replica publishes these numbers
+(`scheduler.messages.Outlook`), solved by the same fluid model that admits its requests, so that a slow or a full one is
+avoided by as much as it is slower. A replica whose queue has no room left comes after all that have some: one that
+rejects looks idle, and must not attract more.
+
+Between two reports the router keeps count of what it has sent and what has ended (`Sent`). Several ingresses do not
+see each other's requests, but they see the same reports: each takes what it has sent itself as the part of one among
+equals. And so that they do not all choose the same replica, each looks at a random part of the replicas only, one among
+as many as there are ingresses.
+
+Replicas that predict nothing, those of other policies than `fluid`, are ranked by their share of free slots.
+"""
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from replicas.routing_stats import RoutingStats
+from router.places import Places, Taken
 
+_KEPT_S = 10.0
+"""A replica that has reported nothing new for so long counts as one without a report."""
+_ON_ITS_WAY_S = 2.0
+"""Most seconds that a report takes to come here; an older one is of a clock that runs behind."""
+_FEWEST_LOOKED_AT = 2
+_MOST_REQUESTS = 65_536
 _Replica = TypeVar("_Replica")
+_Name = TypeVar("_Name", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is known of a request: its prompt tokens, and its output tokens if a client declared or bounded them."""
+
+    prompt_tokens: float = 0.0
+    output_tokens: float = math.inf
+
+
+class Sent(Generic[_Name]):
+    """What one router has sent to each replica lately, and what of it has ended; safe from several threads.
+
+    clock: seconds, as in the reports.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._places: dict[_Name, Places] = {}
+        self._at: OrderedDict[str, _Name] = OrderedDict()
+        self._heard: dict[_Name, tuple[float, float]] = {}
+        self._lock = threading.Lock()
+
+    def sent(self, request_id: str, replica: _Name, prompt_tokens: float = 0.0) -> None:
+        """A request goes to a replica; when it was thought to be at another one, it has left that."""
+        with self._lock:
+            before = self._at.get(request_id)
+            if before == replica:
+                return
+            if before is not None:
+                self._change(before, -1)
+            self._at[request_id] = replica
+            self._change(replica, 1, prompt_tokens)
+            while len(self._at) > _MOST_REQUESTS:  # requests of which no end is heard
+                self._at.popitem(last=False)
+
+    def ended(self, request_id: str, replica: _Name) -> None:
+        """A request is over at a replica, whatever came of it."""
+        with self._lock:
+            if self._at.get(request_id) == replica:
+                del self._at[request_id]
+                self._change(replica, -1)
+
+    def reported_s(self, replica: _Name, at_s: float) -> float | None:
+        """When a replica reported that says it was at `at_s`, by this router's clock; None: too long ago."""
+        now_s = self._clock()
+        with self._lock:
+            said_s, heard_s = self._heard.get(replica, (None, now_s))
+            if said_s != at_s:
+                self._heard[replica] = at_s, (heard_s := now_s)
+        if now_s - heard_s > _KEPT_S:
+            return None
+        return at_s if heard_s - _ON_ITS_WAY_S <= at_s <= heard_s else heard_s
+
+    def since(self, replica: _Name, at_s: float) -> Taken:
+        """Requests sent less those ended, and prompt tokens sent, since a report; of the last few seconds at most."""
+        with self._lock:
+            places = self._places.get(replica)
+            return places.since(at_s) if places else Taken(0, 0.0)
+
+    def keep(self, replicas: Collection[_Name]) -> None:
+        """Forget all but these replicas."""
+        with self._lock:
+            for known in (self._places, self._heard):
+                for replica in known.keys() - set(replicas):
+                    del known[replica]
+
+    def _change(self, replica: _Name, requests: int, tokens: float = 0.0) -> None:
+        self._places.setdefault(replica, Places(_KEPT_S)).change(self._clock(), requests, tokens)
 
 
 def best_first(
-    replicas: Sequence[_Replica], stats: Callable[[_Replica], RoutingStats | None],
-    ongoing: Callable[[_Replica], int], shuffle: Callable[[list[_Replica]], None] = random.shuffle,
+    replicas: Sequence[_Replica], report: Callable[[_Replica], RoutingStats | None],
+    name: Callable[[_Replica], _Name], sent: Sent[_Name], asked: Asked, now_s: float, *, ingresses: int = 1,
+    rng: random.Random | None = None,
 ) -> list[_Replica]:
-    """The replicas by fluid slack, most first; replicas without a report come last.
+    """The replicas in the order of preference; those without a report come last, the ones with the fewest requests of
+    this router first.
 
-    `ongoing` is the router's own count of a replica's requests, newer than the report. Replicas of equal slack are
-    shuffled, so that they share the load.
+    now_s: by the clock of the reports. ingresses: how many of them send to these replicas.
     """
+    rng = rng or _RANDOM
+    shuffled = rng.sample(replicas, len(replicas))
+    looked_at = max(_FEWEST_LOOKED_AT, math.ceil(len(replicas) / ingresses))
+    reports = [report(replica) for replica in shuffled]
+    predicted = all(one is None or one.outlook is not None for one in reports)
 
-    def slack(replica: _Replica) -> float:
-        reported = stats(replica)
-        return reported.slack(ongoing(replica)) if reported else -1.0 - ongoing(replica)
+    def key(place: int) -> tuple[bool, bool, bool, float]:
+        replica, stats = shuffled[place], reports[place]
+        at_s = sent.reported_s(name(replica), stats.at_s) if stats else None
+        if stats is None or at_s is None:
+            return True, True, True, sent.since(name(replica), now_s - _KEPT_S).requests
+        taken = sent.since(name(replica), at_s)
+        taken = Taken(taken.requests * ingresses, taken.tokens * ingresses)
+        full = stats.room is not None and stats.room <= taken.requests
+        cost = completion_s(stats, asked, taken, now_s - at_s) if predicted else _occupied(stats, taken)
+        return False, full, place >= looked_at, cost
 
-    shuffled = list(replicas)
-    shuffle(shuffled)
-    return sorted(shuffled, key=slack, reverse=True)
+    return [shuffled[place] for place in sorted(range(len(shuffled)), key=key)]
+
+
+def completion_s(stats: RoutingStats, asked: Asked, taken: Taken, age_s: float) -> float:
+    """Seconds in which a request is predicted to end at a replica that reported `age_s` seconds ago, and to which
+    `taken` has gone since."""
+    outlook = stats.outlook
+    assert outlook is not None
+    wait_s = max(0.0, outlook.wait_s + taken.tokens * outlook.prompt_s - max(0.0, age_s))
+    token_s = max(0.0, outlook.token_s + taken.requests * outlook.added_s)
+    return wait_s + asked.prompt_tokens * outlook.prompt_s + min(asked.output_tokens, outlook.output_tokens) * token_s
+
+
+def _occupied(stats: RoutingStats, taken: Taken) -> float:
+    return -stats.slack(stats.occupied + taken.requests)
+
+
+_RANDOM = random.Random()

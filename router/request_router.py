@@ -1,8 +1,7 @@
-"""`FluidSlackRouter`: which replica takes the next request.
+"""`FluidRouter`: which replica takes the next request.
 
-Picks the replica with the most fluid slack, the largest share of free slots (`RoutingStats`). Reports are up to a
-second old, so the router's own count of ongoing requests corrects them. Replicas without a report come last, in random
-order.
+The rule is that of `router.ranking`: where the request is predicted to end first. Reports of the replicas are up to a
+second old, so the router's own count of what it sent and what ended corrects them.
 Replicas out of rotation (`router.rotation`) get nothing.
 Composes with Serve's mixins: first in, first out; LoRA; locality.
 When not to use it: when shared prompt prefixes matter more than balance (use Ray's prefix-aware router then).
@@ -10,6 +9,7 @@ When not to use it: when shared prompt prefixes matter more than balance (use Ra
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from ray.serve.request_router import (
@@ -24,11 +24,18 @@ from ray.serve.request_router import (
 
 from replicas.routing_stats import RoutingStats
 from router import rotation  # as a module: Serve pickles what this one holds by value, and a copy would know nothing
-from router.ranking import best_first
+from router.asked import asked_of
+from router.ranking import Asked, Sent, best_first
+
+_UNKNOWN = Asked()
 
 
-class FluidSlackRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
-    """Ranks replicas by fluid slack, best first."""
+class FluidRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
+    """Ranks replicas by when a request is predicted to end there."""
+
+    def initialize_state(self, **_: Any) -> None:
+        """Called by Serve when it makes the router."""
+        self._sent: Sent[str] = Sent(time.time)  # the wall clock, as in the reports of other machines
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -40,12 +47,29 @@ class FluidSlackRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
             ids = self.apply_locality_routing(pending_request=pending_request)
         candidates = [self.curr_replicas[replica_id] for replica_id in ids if replica_id in self.curr_replicas]
         request_id = pending_request.metadata.internal_request_id if pending_request is not None else ""
-        offered = rotation.ROTATION.offered(candidates, lambda replica: str(replica.replica_id.unique_id), request_id)
-        return [[replica] for replica in best_first(offered, self._stats, self._ongoing)]
+        offered = rotation.ROTATION.offered(candidates, _name, request_id)
+        ranked = best_first(
+            offered, lambda replica: RoutingStats.from_dict(replica.routing_stats), _name, self._sent,
+            _asked(pending_request), time.time(), ingresses=rotation.ROTATION.ingresses,
+        )
+        if ranked and request_id:  # counted before it is sent: others of the same burst choose in between
+            self._sent.sent(request_id, _name(ranked[0]), _asked(pending_request).prompt_tokens)
+        return [[replica] for replica in ranked]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Called by Serve when a replica has accepted a request."""
-        rotation.ROTATION.routed(pending_request.metadata.internal_request_id, replica_id.unique_id, result.cancel)
+        request_id, replica = pending_request.metadata.internal_request_id, str(replica_id.unique_id)
+        self._sent.sent(request_id, replica, _asked(pending_request).prompt_tokens)
+        rotation.ROTATION.routed(request_id, replica, result.cancel)
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Called by Serve when a request is over at a replica."""
+        self._sent.ended(internal_request_id, str(replica_id.unique_id))
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Called by Serve when there are other replicas."""
+        super().update_replicas(replicas)
+        self._sent.keep([_name(replica) for replica in replicas])
 
     def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
         """First in, first out, which may give the replica chosen for one request to another; while a request is tried
@@ -53,8 +77,11 @@ class FluidSlackRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
         order = RequestRouter if rotation.ROTATION.tries_again else FIFOMixin
         order._fulfill_next_pending_request(self, replica, request_metadata)
 
-    def _stats(self, replica: RunningReplica) -> RoutingStats | None:
-        return RoutingStats.from_dict(replica.routing_stats)
 
-    def _ongoing(self, replica: RunningReplica) -> int:
-        return self.replica_queue_len_cache.get(replica.replica_id) or 0
+def _name(replica: RunningReplica) -> str:
+    return str(replica.replica_id.unique_id)
+
+
+def _asked(pending_request: PendingRequest | None) -> Asked:
+    body = pending_request.args[0] if pending_request is not None and pending_request.args else None
+    return _UNKNOWN if body is None else asked_of(body)

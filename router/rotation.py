@@ -31,11 +31,13 @@ class Trail:
 class Rotation:
     """Which replicas a request may go to. Replicas are named by Serve's unique ids; safe from several threads.
 
-    out_for_s: seconds until a replica that Serve still lists gets requests again.
+    out_for_s: seconds until a replica that Serve still lists gets requests again. `ingresses`: how many of them, this
+    one included, send to the same replicas.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, out_for_s: float = OUT_FOR_S) -> None:
         self.out_for_s = out_for_s
+        self.ingresses = 1
         self._clock = clock
         self._out: dict[str, float] = {}
         self._doubted: dict[str, float] = {}

@@ -251,6 +251,21 @@ class Room(NamedTuple):
     retry_after_s: float = 0.0
 
 
+class Outlook(NamedTuple):
+    """What a request has to expect that arrives at an engine now; seconds.
+
+    wait_s: until its prompt's turn. prompt_s: for each of its prompt tokens from then on. token_s: for each of its
+    output tokens. added_s: by how much each request that is sent there makes every output token take longer.
+    output_tokens: output tokens of a usual request.
+    """
+
+    wait_s: float
+    prompt_s: float
+    token_s: float
+    added_s: float
+    output_tokens: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
     """The figures of one engine that routing and readiness need; of constant size.
@@ -261,7 +276,8 @@ class Stats:
         admitted.
     room: how many more requests the admission queue takes now before it rejects one (None: it rejects none); drain_rps:
         requests per second that leave the queue while it is full (0: not known); retry_after_s: seconds in which the
-        queue drains, for a `Retry-After` without its jitter.
+        queue drains, for a `Retry-After` without its jitter. outlook: of a request that arrives now (None: the policy
+        does not predict it).
     """
 
     schema: int = SCHEMA
@@ -277,17 +293,18 @@ class Stats:
     room: int | None = None
     drain_rps: float = 0.0
     retry_after_s: float = 0.0
+    outlook: Outlook | None = None
 
     @classmethod
     def of_engine(
         cls, engine_id: str, limits: EngineLimits, thresholds: Thresholds, gauges: Gauges, steps: int = 0,
-        room: Room | None = None, *, draining: bool = False,
+        room: Room | None = None, outlook: Outlook | None = None, *, draining: bool = False,
     ) -> Stats:
         """The stats of an engine under `thresholds`."""
         return cls(
             engine_id=engine_id, slots=slots_of(limits, thresholds), running=gauges.running, waiting=gauges.waiting,
             kv_used_tokens=gauges.kv_used_tokens, kv_capacity_tokens=limits.kv_capacity_tokens,
-            thresholds_version=thresholds.version, steps=steps, draining=draining,
+            thresholds_version=thresholds.version, steps=steps, draining=draining, outlook=outlook,
             **(room._asdict() if room else {}),
         )
 

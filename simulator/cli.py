@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from simulator.scenario.baselines import BASELINES
+from simulator.scenario.routers import ROUTERS
 
 app = typer.Typer()
 out = Console()
@@ -65,6 +66,10 @@ def simulate(
     slo_tpot: Annotated[float | None, typer.Option(help="Target: mean seconds per further token.")] = None,
     slo_latency: Annotated[float | None, typer.Option(help="Target: seconds end to end.")] = None,
     replicas: Annotated[int, typer.Option(help="Replicas behind the request router.", min=1)] = 1,
+    router: Annotated[str, typer.Option(help=f"How a replica is chosen: {', '.join(ROUTERS)}.")] = "fluid",
+    ingresses: Annotated[int, typer.Option(help="Ingresses that route, each for itself.", min=1)] = 1,
+    stats_age: Annotated[float, typer.Option(help="Oldest report of a replica that they go by, in seconds.")] = 1.0,
+    speeds: Annotated[str, typer.Option(help="Of the replicas, relative to the profile: 1,1,1,0.5")] = "1",
     pipeline_parallel: Annotated[int, typer.Option(help="Pipeline stages of each replica.", min=1)] = 1,
     prefix_caching: Annotated[bool, typer.Option(help="Compute what prompts share once, as vLLM does.")] = True,
     speculative_tokens: Annotated[
@@ -87,6 +92,7 @@ def simulate(
         "lengths": workload, "trace": trace, "rate_rps": rate, "arrivals": arrivals, "requests": requests, "seed": seed,
         "policy": policy, "profile": profile, "kv_tokens": kv_tokens, "token_budget": token_budget, "cap": cap,
         "slo_ttft_s": slo_ttft, "slo_tpot_s": slo_tpot, "slo_latency_s": slo_latency, "replicas": replicas,
+        "router": router, "ingresses": ingresses, "stats_age_s": stats_age, "speeds": speeds,
         "pipeline_parallel": pipeline_parallel, "prefix_caching": prefix_caching,
         "speculative_tokens": speculative_tokens, "acceptance_rate": acceptance_rate, "solve_once": solve_once or None,
     }

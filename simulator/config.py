@@ -12,6 +12,7 @@ from scheduler.model.probability import ACCEPTED_MISSES
 from scheduler.model.profiles import load_profile
 from scheduler.tuning.slo import NO_SLO, Slo
 from simulator.scenario.baselines import BASELINES
+from simulator.scenario.routers import ROUTERS, parse_speeds
 from simulator.scenario.slowdown import parse_slowdown
 from simulator.scenario.speculation import Speculation
 from simulator.workload.clients import Retries
@@ -32,27 +33,28 @@ class _Strict(BaseModel):
 class SimulationConfig(_Strict):
     """Everything that a result depends on.
 
-    workload: what arrives. policy: a policy, or a baseline to compare with.
-    profile: the iteration-time model and KV capacity. kv_tokens: KV capacity in place of the profile's.
-    token_budget: vLLM's max_num_batched_tokens; None: the baseline's own, 2 048 for most. cap: most running requests.
-    max_num_seqs: slots, the engine's own limit. max_model_len: most tokens of prompt and output together.
-    block_tokens: size of a block of the KV cache. async_scheduling: an iteration is scheduled while the one before it
-    runs, as by vLLM on GPUs. pipeline_parallel: vLLM's pipeline_parallel_size, stages that share the profile's model
-    in equal parts. prefix_caching: vLLM's enable_prefix_caching. speculative_tokens: drafts that each decoding request
-    has in every iteration. acceptance_rate: the chance of each draft to be accepted. replicas: behind the request
-    router. declare_lengths: clients declare output lengths; None: where the policy needs it. give_up_s: a client
-    leaves after so long without a first token. overflow_probability: accepted probability that memory overflows or that
-    a request misses its TPOT target. period_s: seconds between two control cycles, which solve thresholds from
-    telemetry. solve_once: no controller; thresholds are solved once, from the workload itself. law_error: mean
-    relative error of iteration times that thresholds solved once allow for. counts: WAIT's and Nested WAIT's are solved
-    for the load, or follow from `cap` alone as in the paper's experiments.
-    thresholds: fields of `Thresholds` that replace these; in `--set` and in sweeps by their own names.
-    slo: the latency targets. window: fractions of the arrival order between which requests are measured. slowdown: when
-    the first replica is slow, as `at=60,until=180,factor=2` in virtual seconds. iteration_noise: relative standard
-    deviation of iteration times around the model's (lognormal, of mean 1). until_decided: end the run once no measured
-    request under way can meet the targets; latencies of unfinished requests are then not known. retries: how clients
-    retry after a rejection; None: they do not. audit: number of further runs that measure whether rejections were
-    right.
+    workload: what arrives. policy: a policy, or a baseline to compare with. profile: the iteration-time model and KV
+    capacity. kv_tokens: KV capacity in place of the profile's. token_budget: vLLM's max_num_batched_tokens; None: the
+    baseline's own, 2 048 for most. cap: most running requests. max_num_seqs: slots, the engine's own limit.
+    max_model_len: most tokens of prompt and output together. block_tokens: size of a block of the KV cache.
+    async_scheduling: an iteration is scheduled while the one before it runs, as by vLLM on GPUs. pipeline_parallel:
+    vLLM's pipeline_parallel_size, stages that share the profile's model in equal parts. prefix_caching: vLLM's
+    enable_prefix_caching. speculative_tokens: drafts that each decoding request has in every iteration.
+    acceptance_rate: the chance of each draft to be accepted. replicas: behind the request router. router: the rule by
+    which it chooses one, `fluid` as in serving or another project's. ingresses: how many of them route, each for
+    itself. stats_age_s: oldest report of a replica that they go by. speeds: of the replicas, relative to the profile,
+    such as `1,1,1,0.5`; over and over until each has one. declare_lengths: clients declare output lengths; None: where
+    the policy needs it. give_up_s: a client leaves after so long without a first token. overflow_probability: accepted
+    probability that memory overflows or that a request misses its TPOT target. period_s: seconds between two control
+    cycles, which solve thresholds from telemetry. solve_once: no controller; thresholds are solved once, from the
+    workload itself. law_error: mean relative error of iteration times that thresholds solved once allow for. counts:
+    WAIT's and Nested WAIT's are solved for the load, or follow from `cap` alone as in the paper's experiments.
+    thresholds: fields of `Thresholds` that replace these; in `--set` and in sweeps by their own names. slo: the latency
+    targets. window: fractions of the arrival order between which requests are measured. slowdown: when the first
+    replica is slow, as `at=60,until=180,factor=2` in virtual seconds. iteration_noise: relative standard deviation of
+    iteration times around the model's (lognormal, of mean 1). until_decided: end the run once no measured request under
+    way can meet the targets; latencies of unfinished requests are then not known. retries: how clients retry after a
+    rejection; None: they do not. audit: number of further runs that measure whether rejections were right.
     """
 
     workload: WorkloadConfig
@@ -70,6 +72,10 @@ class SimulationConfig(_Strict):
     speculative_tokens: int | None = Field(default=None, ge=1, le=64)
     acceptance_rate: float | None = Field(default=None, ge=0, le=1)
     replicas: int = Field(default=1, ge=1, le=1024)
+    router: str = "fluid"
+    ingresses: int = Field(default=1, ge=1, le=1024)
+    stats_age_s: float = Field(default=1.0, gt=0, le=60)
+    speeds: str = "1"
     declare_lengths: bool | None = None
     give_up_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     overflow_probability: float = Field(default=ACCEPTED_MISSES, gt=0, lt=1)
@@ -116,6 +122,13 @@ class SimulationConfig(_Strict):
             raise ValueError(f"policy {name!r} is not known; the policies are {', '.join(BASELINES)}")
         return name
 
+    @field_validator("router")
+    @classmethod
+    def _router_exists(cls, name: str) -> str:
+        if name not in ROUTERS:
+            raise ValueError(f"router {name!r} is not known; the routers are {', '.join(ROUTERS)}")
+        return name
+
     @field_validator("profile")
     @classmethod
     def _profile_exists(cls, name: str) -> str:
@@ -128,6 +141,11 @@ class SimulationConfig(_Strict):
         if slowdown is not None:
             parse_slowdown(slowdown)
         return slowdown
+
+    @model_validator(mode="after")
+    def _speeds_are_some(self) -> Self:
+        parse_speeds(self.speeds, self.replicas)
+        return self
 
     @model_validator(mode="after")
     def _decisions_come(self) -> Self:

@@ -53,7 +53,7 @@ def test_what_a_module_imports_by_whatever_way_is_its_marker(tmp_path: Path) -> 
     test.write_text("import ray\nfrom scheduler.vllm_scheduler import HeadraceScheduler\n")
     assert markers(test) == {"engine", "ray"}
     test = tmp_path / "test_through_ours.py"
-    test.write_text("from router.request_router import FluidSlackRouter\n")
+    test.write_text("from router.request_router import FluidRouter\n")
     assert markers(test) == {"ray"}
 
 

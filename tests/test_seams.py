@@ -14,7 +14,7 @@ SEAMS = (
     "scheduler/test_vllm_seam.py", "scheduler/alone/test_frontend_seam.py",
     "simulator/engine/test_vllm_harness_seam.py", "replicas/test_ray_seam.py", "replicas/test_engine_seam.py",
     "replicas/test_cluster_store.py", "replicas/test_delivery.py", "replicas/test_logs.py",
-    "router/test_fluid_slack_router.py",
+    "router/test_fluid_router.py",
 )
 USERS = ("scheduler", "simulator", "replicas", "router", "cluster")
 FILES = [path for package in USERS for path in modules_of(package).values()]

@@ -1,11 +1,12 @@
-"""How many more requests an engine's admission queue takes before it rejects one, as `Stats` publish it.
+"""How many more requests an engine's admission queue takes before it rejects one, and what the next one has to expect,
+as `Stats` publish them.
 
-The engine's thread keeps the latest decision, which costs nothing; the channel's thread computes the room when asked.
+The engine's thread keeps the latest decision, which costs nothing; the channel's thread computes both when asked.
 """
 
 from __future__ import annotations
 
-from scheduler.messages import Room
+from scheduler.messages import Outlook, Room
 from scheduler.policies import Decision
 from scheduler.thresholds import EngineLimits, Thresholds
 
@@ -33,3 +34,11 @@ class QueueRoom:
         if is_idle:
             return Room(max(room, thresholds.max_running or limits.slots), drain_rps)
         return Room(max(0, room), drain_rps, decision.drain_s)
+
+    def outlook(self, arrivals: int, *, is_idle: bool) -> Outlook | None:
+        """What the next request has to expect; safe from another thread. An engine without requests lets none wait."""
+        decision, decided_over = self._latest
+        if decision.outlook is None:
+            return None
+        outlook = decision.outlook(0 if is_idle else max(0, arrivals - decided_over))
+        return outlook._replace(wait_s=0.0) if is_idle else outlook

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from scheduler.messages import Iteration
+from scheduler.messages import Iteration, Outlook
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
 
@@ -184,6 +184,8 @@ class Decision:
         afterwards, from the tail of the queue. drain_s: seconds until the queue is served, for their Retry-After.
     room: called later, and from another thread: how many more requests the queue takes before it rejects one (None:
         this policy rejects none).
+    outlook: called in the same way with the number of requests that have arrived since: what the next one has to expect
+        (None: this policy does not predict it).
     """
 
     admit: Mapping[str, int] = field(default_factory=dict)
@@ -194,6 +196,7 @@ class Decision:
     drain_s: float = 0.0
     evict_first: Collection[str] = _NO_IDS
     room: Callable[[], int] | None = field(default=None, compare=False)
+    outlook: Callable[[int], Outlook] | None = field(default=None, compare=False)
 
 
 class Policy(ABC):

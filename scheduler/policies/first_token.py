@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from scheduler.fluid_params import ITERATIONS_UNDER_WAY, FluidParams
+from scheduler.messages import Outlook
 from scheduler.policies.base import QueueView, Snapshot, Waiting
 
 _COLD_SHARE = 0.5
@@ -27,16 +28,18 @@ _MOST_ROOM = 4096
 class FirstToken:
     """The present rates: seconds of an iteration, prompt tokens per second, and prompt tokens ahead of a new request.
 
-    under_way_s: seconds until the iterations under way end, 0 when the engine is idle. batch: the requests decoding
-    beside the prompts and the KV tokens that they read, without a planned iteration time or when the engine is idle.
+    decoding: the requests that decode beside the prompts, and the KV tokens that they read. under_way_s: seconds until
+    the iterations under way end, 0 when the engine is idle. short: whether an iteration takes no longer than what is in
+    it, without a planned iteration time or when the engine is idle.
     """
 
     params: FluidParams
     iteration_s: float
     prompt_tokens_per_s: float
     backlog_tokens: int
+    decoding: tuple[float, float]
     under_way_s: float
-    batch: tuple[float, float] | None
+    short: bool
 
     @classmethod
     def of(cls, params: FluidParams, snapshot: Snapshot, room: float) -> FirstToken:
@@ -51,14 +54,13 @@ class FirstToken:
                 seconds = max(seconds, params.iteration_s) if room <= chunk else seconds
             rate = chunk / seconds
         under_way_s = (ITERATIONS_UNDER_WAY + params.pipeline_depth - 1) * seconds
-        batch = (decodes, read) if math.isinf(room) and math.isfinite(chunk) else None
-        if batch:
+        short = math.isinf(room) and math.isfinite(chunk)
+        if short:
             prompts = (float(snapshot.prompt_tokens_under_way), *[0.0] * params.pipeline_depth)
-            steps_s = [params.time_model.iteration_s(tokens, *batch) for tokens in prompts]
-            under_way_s = sum(steps_s)
+            under_way_s = sum(params.time_model.iteration_s(tokens, decodes, read) for tokens in prompts)
         if snapshot.idle:  # the request's first iteration is the next one, and holds nothing else
-            under_way_s, batch = 0.0, (decodes, read) if math.isfinite(chunk) else None
-        return cls(params, seconds, rate, snapshot.prompt_backlog_tokens, under_way_s, batch)
+            under_way_s, short = 0.0, math.isfinite(chunk)
+        return cls(params, seconds, rate, snapshot.prompt_backlog_tokens, (decodes, read), under_way_s, short)
 
     def own_s(self, waiting: Waiting) -> float:
         """Seconds from the head of the queue to the first token."""
@@ -66,8 +68,8 @@ class FirstToken:
         if math.isinf(self.prompt_tokens_per_s):
             return self.under_way_s + self.params.time_model.prefill_s(tokens)
         alone_s = self.iteration_s
-        if self.batch:
-            alone_s = min(alone_s, self.params.time_model.iteration_s(float(tokens), *self.batch))
+        if self.short:
+            alone_s = min(alone_s, self.params.time_model.iteration_s(float(tokens), *self.decoding))
         return self.under_way_s + max(tokens / self.prompt_tokens_per_s, alone_s)
 
     def too_late(self, view: QueueView, now_s: float) -> frozenset[str]:
@@ -107,9 +109,7 @@ class FirstToken:
         beyond = 0 if params.queue_limit is None else max(0, waiting - params.queue_limit)
         if limit_s is None or params.cold or waiting <= 0:
             return beyond
-        at_capacity = params.running_at_capacity
-        free = max(0.0, min(free_slots, (math.inf if at_capacity is None else at_capacity) - running))
-        left = waiting
+        free, left = self._free(running, free_slots), waiting
         for place, request in enumerate(islice(view.tail(), waiting)):
             tokens -= request.tokens_to_compute
             left = waiting - place - 1
@@ -143,8 +143,7 @@ class FirstToken:
         free_slots: slots that are free now. An empty queue takes at least one: only the engine knows that one's length.
         """
         params, limit_s = self.params, self.params.first_token_limit_s
-        at_capacity = params.running_at_capacity
-        free = max(0.0, min(free_slots, (math.inf if at_capacity is None else at_capacity) - running))
+        free = self._free(running, free_slots)
         most = _MOST_ROOM if params.queue_limit is None else int(params.queue_limit - waiting + free)
         each = tokens / waiting if waiting else self._usual_prompt_tokens
         usual = Waiting(round(each), 0.0)
@@ -162,6 +161,29 @@ class FirstToken:
         params = self.params
         per_iteration = params.capacity_rps * (params.iteration_s or 0.0)
         return params.prompt_flow_tokens / per_iteration if per_iteration else 0.0
+
+    def outlook(self, waiting: int, tokens: int, running: int, free_slots: int, more: int) -> Outlook:
+        """What the next request has to expect. waiting to free_slots: as for `room`; more: requests that have arrived
+        since."""
+        params, (decodes, read) = self.params, self.decoding
+        free = self._free(running, free_slots)
+        tokens += round(more * self._usual_prompt_tokens)
+        prompt_s = params.time_model.prefill_s(1.0)
+        if math.isfinite(self.prompt_tokens_per_s):
+            prompt_s = 1.0 / self.prompt_tokens_per_s
+        wait_s = self.under_way_s + self.backlog_tokens * prompt_s + self._wait_s(waiting + more, tokens, free)
+        each = params.computed_per_step  # tokens of a request in an iteration
+        token_s = params.pipeline_depth / params.tokens_per_step
+        added_s = token_s * params.time_model.added_s(
+            decode_tokens=each, kv_tokens=read * each / decodes if decodes else self._usual_prompt_tokens
+        )
+        now_s = token_s * params.time_model.iteration_s(0.0, decodes, read)
+        return Outlook(wait_s, prompt_s, now_s + (waiting + more) * added_s, added_s, params.survival.mean)
+
+    def _free(self, running: int, free_slots: int) -> float:
+        """Requests that enter before the replica is full."""
+        at_capacity = self.params.running_at_capacity
+        return max(0.0, min(free_slots, (math.inf if at_capacity is None else at_capacity) - running))
 
     def drain_s(self, waiting: int) -> float:
         """Seconds in which the fluid model serves `waiting` requests."""

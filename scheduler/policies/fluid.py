@@ -57,9 +57,12 @@ class Fluid(Policy):
         room = admission.prompt_room(snapshot, view)
         taken = len(snapshot.running) + snapshot.released
         if not view:
-            spare = FirstToken.of(admission.fluid, snapshot, room) if admission.rejects else None
-            more = partial(spare.room, 0, 0, taken, self._spare_slots(snapshot, taken)) if spare else None
-            return Decision(token_budget=admission.budget(snapshot, room), room=more)
+            spare = FirstToken.of(admission.fluid, snapshot, room)
+            queue = (0, 0, taken, self._spare_slots(snapshot, taken))
+            return Decision(
+                token_budget=admission.budget(snapshot, room), outlook=partial(spare.outlook, *queue),
+                room=partial(spare.room, *queue) if admission.rejects else None,
+            )
         first = FirstToken.of(admission.fluid, snapshot, room)
         late = first.too_late(view, snapshot.now_s)
         if late and admission.tries_again(snapshot):
@@ -74,11 +77,11 @@ class Fluid(Policy):
         left = waiting - beyond
         each = (view.tokens_to_compute - tokens) / waiting if waiting else 0.0
         spare_slots = 0 if admission.is_full else self._spare_slots(snapshot, taken + admitted)
+        queue = (left, round(left * each), taken + admitted, spare_slots)
         return Decision(
             admit={UNKNOWN_TYPE: admitted} if admitted else {}, token_budget=budget, reject=late, reject_last=beyond,
             drain_s=first.drain_s(view.length),
-            room=partial(first.room, left, round(left * each), taken + admitted, spare_slots)
-            if admission.rejects else None,
+            room=partial(first.room, *queue) if admission.rejects else None, outlook=partial(first.outlook, *queue),
         )
 
     def _spare_slots(self, snapshot: Snapshot, taken: int) -> int:

@@ -9,25 +9,23 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from replicas.routing_stats import RoutingStats
-from router.ranking import best_first
 from scheduler.model.profiles import load_profile
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS
 from scheduler.thresholds import EngineLimits, Thresholds, thresholds_as_dict
 from simulator.config import SimulationConfig, SimulationError
 from simulator.engine.controller import VirtualController
 from simulator.engine.replica import VirtualReplica
+from simulator.engine.routing import Routing
 from simulator.output.metrics import window_of
 from simulator.output.rows import UNFINISHED, RequestRow
 from simulator.output.run_files import RunWriter
 from simulator.scenario.baselines import BASELINES
+from simulator.scenario.routers import parse_speeds
 from simulator.scenario.slowdown import parse_slowdown
 from simulator.scenario.speculation import speculative_args
 from simulator.workload.clients import SHORTEST_PAUSE_S, Attempt, Returns
 from simulator.workload.requests import SimRequest
 
-ROUTING_STATS_PERIOD_S = 1.0
-"""Seconds between two reports of a replica to the routers, as in serving."""
 _LOOK_EVERY_S = 1.0
 
 
@@ -47,18 +45,19 @@ class Fleet:
         self.stranded, self.unfinished = 0, 0
         self.returns = Returns(config.retries, config.workload.seed) if config.retries else None
         slowdown = parse_slowdown(config.slowdown) if config.slowdown else None
+        speeds = parse_speeds(config.speeds, config.replicas)
         self.replicas = [
             VirtualReplica(
-                index, _scheduler(config, thresholds), profile.time_model, writer, give_up_s=config.give_up_s,
-                rule=baseline.rule, ttft_s=config.slo.ttft_s, slowdown=None if index else slowdown,
+                index, _scheduler(config, thresholds), profile.time_model, writer, speed=speeds[index],
+                give_up_s=config.give_up_s, rule=baseline.rule, ttft_s=config.slo.ttft_s,
+                slowdown=None if index else slowdown,
                 noise=_noise(config, index) if config.iteration_noise else None, returns=self.returns,
                 never_rejected=never_rejected, speculation=config.speculation,
             )
             for index in range(config.replicas)
         ]
-        self._rng = random.Random(config.workload.seed)
-        self._stats: dict[int, RoutingStats] = {}
-        self._stats_due_s = ROUTING_STATS_PERIOD_S
+        self._routing = Routing(config, self.replicas, lambda: self._now_s) if config.replicas > 1 else None
+        self._stats_due_s = config.stats_age_s
         self._control_due_s = self._latest_s = self._now_s = 0.0
         self._controllers = [
             VirtualController(replica, config, profile.time_model, thresholds, writer)
@@ -95,11 +94,11 @@ class Fleet:
 
     def _advance(self, until_s: float) -> None:
         """Advance to `until_s`, with reports and control cycles on the way."""
-        if len(self.replicas) > 1:
+        if self._routing:
             while self._stats_due_s <= until_s:
                 self._run_to(self._stats_due_s)
-                self._report()
-                self._stats_due_s += ROUTING_STATS_PERIOD_S
+                self._routing.report()
+                self._stats_due_s += self._config.stats_age_s
         while self._controllers and self._control_due_s <= until_s:
             self._run_to(self._control_due_s)
             for controller in self._controllers:
@@ -109,6 +108,7 @@ class Fleet:
 
     def _run_to(self, until_s: float) -> None:
         if self.returns is None:
+            self._now_s = max(self._now_s, until_s)
             for replica in self.replicas:
                 replica.advance(until_s)
             return
@@ -122,22 +122,8 @@ class Fleet:
 
     def _submit(self, number: int, request: SimRequest, attempt: Attempt | None = None) -> None:
         declared = {EXPECTED_OUTPUT_TOKENS: request.output_tokens} if self._declares else None
-        self._route().submit(number, request, declared=declared, attempt=attempt)
-
-    def _route(self) -> VirtualReplica:
-        if len(self.replicas) == 1:
-            return self.replicas[0]
-        ranked = best_first(
-            self.replicas, lambda replica: self._stats.get(replica.index), lambda replica: replica.ongoing,
-            self._rng.shuffle,
-        )
-        return ranked[0]
-
-    def _report(self) -> None:
-        self._stats = {
-            replica.index: RoutingStats.of_engines([replica.headrace.stats()])
-            for replica in self.replicas if replica.headrace
-        }
+        to = self._routing.choose(number, request, self._declares) if self._routing else self.replicas[0]
+        to.submit(number, request, declared=declared, attempt=attempt)
 
     def _leave_returns(self) -> int:
         """Record as unfinished the requests with a retry still to come; returns their number."""

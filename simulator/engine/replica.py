@@ -39,10 +39,10 @@ class VirtualReplica:
     It keeps `depth` iterations under way: one for each pipeline stage, and with asynchronous scheduling one more, which
     is scheduled already. A batch passes the stages one after the other, each with an equal part of the modelled time; a
     request's step starts when its previous token is there. `give_up_s`: seconds without a first token after which the
-    client leaves. `rule`: may reject requests when they arrive, given the target `ttft_s`. `slowdown`: when the device
-    is slow; `noise`: a factor for each iteration's time. `returns` gets every rejection and decides whether the request
-    is retried; one that is has no row yet. `never_rejected` are numbers of requests that no rule may reject.
-    `speculation`: draft tokens of decoding requests, on a scheduler made for as many.
+    client leaves. `rule`: may reject requests when they arrive, given the target `ttft_s`. `speed`: of the device,
+    relative to the model; `slowdown`: when it is slow; `noise`: a factor of each iteration's time. `returns` gets each
+    rejection and decides whether the request is retried; one that is has no row yet. `never_rejected`: numbers of
+    requests that no rule may reject. `speculation`: draft tokens of decoding requests, on a scheduler made for as many.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class VirtualReplica:
         rule: AdmissionRule | None = None,
         ttft_s: float | None = None,
         slowdown: Slowdown | None = None,
+        speed: float = 1.0,
         noise: Callable[[], float] | None = None,
         returns: Returns | None = None,
         never_rejected: Collection[int] = (),
@@ -64,7 +65,9 @@ class VirtualReplica:
         self._noise, self._speculation = noise, speculation
         self.index, self.scheduler, self.now_s, self.totals = index, scheduler, 0.0, Totals()
         self._time_model, self._sink, self._give_up_s = time_model, sink, give_up_s
-        self._rule, self._ttft_s, self._slowdown = rule, ttft_s, slowdown
+        self._rule, self._ttft_s, self._slowdown, self._speed = rule, ttft_s, slowdown, speed
+        self.ended: Callable[[int, int], None] | None = None
+        """Called with this replica's index and a request's number when the request is over here."""
         self._returns, self._never_rejected = returns, frozenset(never_rejected)
         self._block_hasher = block_hasher_of(scheduler)
         self._answers: dict[str, list[int]] = {}
@@ -91,6 +94,16 @@ class VirtualReplica:
     def ongoing(self) -> int:
         """Requests submitted and not over yet."""
         return len(self._live)
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait in the engine."""
+        return self._waiting
+
+    @property
+    def kv_used_fraction(self) -> float:
+        """Share of the KV cache in use."""
+        return float(self.scheduler.kv_cache_manager.usage)
 
     @property
     def moves(self) -> bool:
@@ -180,6 +193,7 @@ class VirtualReplica:
         work = self.headrace.latest_work if self.headrace else batch_work(output, self.scheduler.requests)
         seconds = self._stage_time_model.iteration_s(work.prefill_tokens, work.decode_tokens, work.kv_tokens)
         starts_s = max(self.now_s, self._stage_free_s[0], tokens_there_s)
+        seconds /= self._speed
         if self._slowdown:
             seconds *= self._slowdown.factor_at(starts_s)
         if self._noise:
@@ -316,6 +330,8 @@ class VirtualReplica:
     def left(self, request: Request) -> None:
         """A request leaves the engine: finished, rejected or given up."""
         live = self._live.pop(request.request_id)
+        if self.ended:
+            self.ended(self.index, live.number)
         del self._answers[request.request_id]
         if self._speculation:
             self._speculation.forget(request.request_id)

@@ -124,7 +124,7 @@ def test_our_own_defaults_hold_unless_the_entry_says_otherwise() -> None:
     assert (config.graceful_shutdown_timeout_s, config.health_check_timeout_s, config.max_ongoing_requests) == (
         33.0, 60.0, 1024,
     )
-    assert config.request_router_config.request_router_class == "router.request_router.FluidSlackRouter"
+    assert config.request_router_config.request_router_class == "router.request_router.FluidRouter"
     entry = entry_of("plain") | {"deployment_config": {"max_ongoing_requests": 5, "health_check_timeout_s": 7.0}}
     config = model_in(built(entry))._deployment_config
     assert (config.health_check_timeout_s, config.max_ongoing_requests) == (7.0, 5)

@@ -98,7 +98,7 @@ def cluster(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
 
 
 def test_ctrl_c_finishes_what_runs_and_leaves_nothing(cluster: ClusterProcess) -> None:
-    streams = [Stream(cluster, number, 80) for number in range(4)]
+    streams = [Stream(cluster, number, 400) for number in range(4)]
     begun(streams)
     started = cluster.children()
     memory = mapped(started)

@@ -247,6 +247,7 @@ TELEMETRY = Telemetry(
     from_config=True, gauges=Gauges(running=2, waiting=1, kv_used_tokens=250), counters=Counters(),
 )
 STATS = Stats.of_engine("e", LIMITS, TELEMETRY.thresholds, TELEMETRY.gauges)
+EIGHT_SLOTS = RoutingStats(slots=8, occupied=3, kv_used_fraction=0.25)
 ACK = Ack(accepted=True, active_version=-1)
 
 
@@ -290,7 +291,7 @@ def stats_of(server: Any) -> RoutingStats | None:
 
 def test_routing_asks_for_stats_and_for_nothing_larger(server_over: Callable[..., Any]) -> None:
     channel = Channel()
-    assert stats_of(server_over(channel)) == RoutingStats(slots=8, occupied=3, kv_used_fraction=0.25)
+    assert dataclasses.replace(stats_of(server_over(channel)), at_s=0.0) == EIGHT_SLOTS
     assert channel.asked == ["AskStats"]
 
 
@@ -322,10 +323,12 @@ def test_a_silent_engine_is_told_of_once_and_its_last_stats_serve_on(
     channel = Channel()
     server = server_over(channel)
     last = stats_of(server)
-    assert last == RoutingStats(slots=8, occupied=3, kv_used_fraction=0.25)
+    assert dataclasses.replace(last, at_s=0.0) == EIGHT_SLOTS
     channel.silent = True
     for _ in range(3):
-        assert stats_of(server) == last
+        again = stats_of(server)
+        assert dataclasses.replace(again, at_s=last.at_s) == last
+        assert again.at_s == pytest.approx(last.at_s, abs=1e-3), "the time of the report, not of the question"
     assert warnings == ["no routing stats from the engine of rank 0: the engine did not answer"]
 
 
@@ -335,15 +338,15 @@ def test_a_replica_s_room_is_that_of_all_its_ranks_also_while_one_is_silent(
     from replicas import server as server_module
 
     now_s = [100.0]
-    monkeypatch.setattr(server_module, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    monkeypatch.setattr(server_module, "time", SimpleNamespace(monotonic=lambda: now_s[0], time=lambda: 1e9 + now_s[0]))
     silent = Channel()
     server = server_over(Channel(), silent)
-    both = RoutingStats(slots=16, occupied=6, kv_used_fraction=0.25)
+    both = RoutingStats(slots=16, occupied=6, kv_used_fraction=0.25, at_s=1e9 + 100.0)
     assert stats_of(server) == both
     silent.silent, now_s[0] = True, 120.0
     assert stats_of(server) == both, "its last report serves a while longer"
     now_s[0] = 131.0
-    assert stats_of(server) == RoutingStats(slots=8, occupied=3, kv_used_fraction=0.25)
+    assert stats_of(server) == dataclasses.replace(EIGHT_SLOTS, at_s=1e9 + 131.0)
 
 
 def test_a_replica_reaches_each_rank_s_engine_by_its_own_channel(server_over: Callable[..., Any]) -> None:
@@ -381,32 +384,35 @@ def test_a_replica_reaches_each_rank_s_engine_by_its_own_channel(server_over: Ca
 
 
 def test_the_request_router_has_what_ours_is_made_of() -> None:
-    from router.request_router import FluidSlackRouter
+    from router.request_router import FluidRouter
 
     base = name_in("ray.serve.request_router", "RequestRouter")
     assert inspect.iscoroutinefunction(base.choose_replicas)
-    assert list(parameters(base.choose_replicas)) == list(parameters(FluidSlackRouter.choose_replicas))
-    for attribute in ("curr_replicas", "replica_queue_len_cache"):
-        assert isinstance(inspect.getattr_static(base, attribute), property)
+    assert list(parameters(base.choose_replicas)) == list(parameters(FluidRouter.choose_replicas))
+    assert isinstance(inspect.getattr_static(base, "curr_replicas"), property)
     running = name_in("ray.serve.request_router", "RunningReplica")
     for attribute in ("replica_id", "routing_stats"):
         assert isinstance(inspect.getattr_static(running, attribute), property)
-    assert callable(FluidSlackRouter.apply_locality_routing)
-    assert callable(FluidSlackRouter.apply_multiplex_routing)
-    cache = name_in("ray.serve._private.request_router.common", "ReplicaQueueLengthCache")
-    assert cache(get_curr_time_s=lambda: 0.0).get("unknown") is None
+    assert callable(FluidRouter.apply_locality_routing)
+    assert callable(FluidRouter.apply_multiplex_routing)
+    for hook in ("initialize_state", "update_replicas"):
+        assert callable(getattr(base, hook))
+    assert "initialize_state(" in inspect.getsource(name_in("ray.serve._private.router", "AsyncioRouter"))
 
 
 def test_serve_tells_the_router_which_replica_accepted_a_request() -> None:
-    from router.request_router import FluidSlackRouter
+    from router.request_router import FluidRouter
 
     base = name_in("ray.serve.request_router", "RequestRouter")
-    assert list(parameters(base.on_request_routed)) == list(parameters(FluidSlackRouter.on_request_routed))
+    assert list(parameters(base.on_request_routed)) == list(parameters(FluidRouter.on_request_routed))
+    assert list(parameters(base.on_request_completed)) == list(parameters(FluidRouter.on_request_completed))
+    finished = inspect.getsource(name_in("ray.serve._private.router", "AsyncioRouter")._process_finished_request)
+    assert "on_request_completed(" in finished
     assert callable(name_in("ray.serve._private.replica_result", "ReplicaResult").cancel)
     routing = inspect.getsource(name_in("ray.serve._private.router", "AsyncioRouter")._route_and_send_request_once)
     accepted = routing.index("if queue_info.accepted:")
     assert accepted < routing.index("on_request_routed(") < routing.index("except ActorDiedError")
-    for router in (base, name_in("ray.serve.request_router", "FIFOMixin"), FluidSlackRouter):
+    for router in (base, name_in("ray.serve.request_router", "FIFOMixin"), FluidRouter):
         assert list(parameters(router._fulfill_next_pending_request)) == ["self", "replica", "request_metadata"]
 
 
@@ -422,11 +428,22 @@ def test_the_router_that_serve_pickles_knows_the_record_of_the_process_it_runs_i
     from ray.serve.config import RequestRouterConfig
 
     from router import rotation
-    from router.request_router import FluidSlackRouter
+    from router.request_router import FluidRouter
 
-    config = RequestRouterConfig(request_router_class=FluidSlackRouter)
+    config = RequestRouterConfig(request_router_class=FluidRouter)
     carried = config.get_request_router_class()
     assert carried.choose_replicas.__globals__["rotation"].ROTATION is rotation.ROTATION
+
+
+# simulator/scenario/routers.py
+
+
+def test_ray_s_prefix_tree_finds_who_has_the_longest_prefix() -> None:
+    tree = name_in("ray.llm._internal.serve.routing_policies.prefix_aware.prefix_tree", "PrefixTree")()
+    tree.add_tenants(["a", "b"], 0.0)
+    tree.insert("some text", "a", 1.0)
+    assert tree.prefix_match("some other", ["a", "b"]) == ("some ", ["a"])
+    assert tree.get_smallest_tenants() == ["b"]
 
 
 # router/attempts.py, router/ingress.py

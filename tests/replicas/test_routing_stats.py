@@ -10,9 +10,8 @@ import pytest
 
 from replicas import routing_stats
 from replicas.routing_stats import RoutingStats
-from router.ranking import best_first
 from scheduler.fluid_params import FluidParams
-from scheduler.messages import Gauges, Stats
+from scheduler.messages import Gauges, Outlook, Stats
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.survival import Survival
 from scheduler.thresholds import EngineLimits, Thresholds
@@ -61,15 +60,25 @@ def test_the_ranks_of_a_replica_are_one_room() -> None:
 
 def test_slack_is_the_share_of_free_slots() -> None:
     stats = RoutingStats(slots=10, occupied=4, kv_used_fraction=0.0)
-    assert stats.slack(0) == pytest.approx(0.6)
-    assert stats.slack(7) == pytest.approx(0.3)  # the router sent more than the engine had seen
+    assert stats.slack(4) == pytest.approx(0.6)
     assert stats.slack(15) == pytest.approx(-0.5)
 
 
-def test_stats_survive_the_way_through_serve() -> None:
-    stats = RoutingStats(slots=10, occupied=4, kv_used_fraction=0.5)
+@pytest.mark.parametrize("outlook", [None, Outlook(0.5, 1e-4, 0.02, 1e-5, 120.0)])
+def test_stats_survive_the_way_through_serve(outlook: Outlook | None) -> None:
+    stats = RoutingStats(slots=10, occupied=4, kv_used_fraction=0.5, room=3, outlook=outlook, at_s=12.5)
     carried = json.loads(json.dumps({"other": 1} | stats.as_dict()))
     assert RoutingStats.from_dict(carried) == stats
+
+
+def test_engines_that_share_the_requests_of_a_replica_have_one_outlook() -> None:
+    one = replace(of_engine(Thresholds()), outlook=Outlook(1.0, 2e-4, 0.02, 2e-5, 100.0), room=2)
+    other = replace(one, outlook=Outlook(3.0, 4e-4, 0.04, 4e-5, 200.0), room=5)
+    together = RoutingStats.of_engines([one, other], at_s=7.0)
+    assert together.outlook == pytest.approx(Outlook(2.0, 1.5e-4, 0.03, 1.5e-5, 150.0))
+    assert (together.room, together.at_s) == (7, 7.0)
+    assert RoutingStats.of_engines([one, replace(other, room=None, outlook=None)]).room is None
+    assert RoutingStats.of_engines([one, replace(other, outlook=None)]).outlook is None
 
 
 @pytest.mark.parametrize(
@@ -87,49 +96,3 @@ def test_a_replica_of_another_version_is_named_in_the_log_once(caplog: pytest.Lo
         assert RoutingStats.from_dict({"headrace": {"slots": 1, "of_another_version": 1}}) is None
     (record,) = caplog.records
     assert "of_another_version, slots" in record.getMessage()
-
-
-def ranked(
-    stats: dict[str, RoutingStats | None], ongoing: dict[str, int] | None = None, *, shuffled: str = ""
-) -> str:
-    """The replicas' one-letter names, best first; `shuffled` is the order that the shuffle leaves."""
-    def shuffle(replicas: list[str]) -> None:
-        assert sorted(replicas) == sorted(stats)
-        replicas[:] = shuffled or sorted(replicas)
-
-    return "".join(best_first(sorted(stats), stats.get, lambda name: (ongoing or {}).get(name, 0), shuffle))
-
-
-def slots(free: int, of: int = 10) -> RoutingStats:
-    return RoutingStats(slots=of, occupied=of - free, kv_used_fraction=0.0)
-
-
-def test_most_slack_comes_first() -> None:
-    assert ranked({"a": slots(2), "b": slots(9), "c": slots(5)}) == "bca"
-    assert ranked({"a": slots(4), "b": slots(30, of=100)}) == "ab", "the share of free slots, not their number"
-
-
-def test_what_the_router_sent_since_counts() -> None:
-    stats: dict[str, RoutingStats | None] = {"a": slots(8), "b": slots(6)}
-    assert ranked(stats) == "ab"
-    assert ranked(stats, {"a": 7}) == "ba"
-    assert ranked(stats, {"a": 2, "b": 4}) == "ab", "those the engine has reported already"
-
-
-def test_who_has_not_reported_comes_last_the_least_busy_first() -> None:
-    stats: dict[str, RoutingStats | None] = {"a": None, "b": slots(0), "c": None, "d": slots(5)}
-    assert ranked(stats, {"a": 4, "c": 3}) == "dbca"
-    assert ranked(stats, {"a": 1, "b": 15, "c": 0}) == "dbca", "even before one with a queue"
-
-
-@pytest.mark.parametrize("order", ["abc", "bca", "cab"])
-def test_equal_slack_falls_as_shuffled(order: str) -> None:
-    assert ranked({"a": slots(5), "b": slots(5), "c": slots(50, of=100)}, shuffled=order) == order
-    assert ranked({"a": None, "b": None, "c": None}, shuffled=order) == order
-    assert ranked({"a": slots(5), "b": slots(5), "c": slots(9)}, shuffled=order)[0] == "c"
-
-
-def test_the_replicas_given_stay_in_their_order() -> None:
-    replicas = ["a", "b", "c"]
-    best_first(replicas, lambda _: None, lambda _: 0, lambda copy: copy.reverse())
-    assert replicas == ["a", "b", "c"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,10 +86,10 @@ class FakeApplication:
 
     def __init__(
         self, *, limits: Limits = DEFAULT_LIMITS, tenants: Sequence[TenantConfig] = (), reports: Reports = NO_REPORTS,
-        models: Sequence[str] = (MODEL,),
+        models: Sequence[str] = (MODEL,), clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.server, self.engine = FakeServer(), SyntheticEngine(engine_id="a")
-        self.desk: Desk = open_desk(tenants, limits, {}, reports, models)
+        self.desk: Desk = open_desk(tenants, limits, {}, reports, models, clock)
         self.app: FastAPI = http_app(lambda: self.desk)
         endpoints = {**HEALTH_ENDPOINTS, **ADMIN_ENDPOINTS, **DEFAULT_ENDPOINTS}
         methods = {name: add(self.app)(getattr(HeadraceIngress, name)) for name, add in endpoints.items()}

@@ -21,7 +21,7 @@ from replicas.ranks import ServedModel
 from replicas.routing_stats import RoutingStats
 from router.http_app import http_app
 from router.ingress import ADMIN_ENDPOINTS, HEALTH_ENDPOINTS, HeadraceIngress, desk_of_this_ingress
-from router.request_router import FluidSlackRouter
+from router.request_router import FluidRouter
 from router.rotation import ROTATION
 from scheduler.messages import Ack, Stats
 from scheduler.wire import answer_of
@@ -152,7 +152,7 @@ def application(replicas: int = 2, models: tuple[str, ...] = (MODEL,)) -> Any:
     servers = {model: serve.deployment(
         FakeServer, name=f"HeadraceServer:{model}", num_replicas=replicas, max_ongoing_requests=64,
         health_check_period_s=1.0, graceful_shutdown_timeout_s=1.0, ray_actor_options={"num_cpus": 0},
-        request_router_config={"request_router_class": FluidSlackRouter, "request_routing_stats_period_s": 1.0},
+        request_router_config={"request_router_class": FluidRouter, "request_routing_stats_period_s": 1.0},
     ).bind() for model in models}
     options = {"max_ongoing_requests": 256, "ray_actor_options": {"num_cpus": 0}, "graceful_shutdown_timeout_s": 1.0}
     told = {"tenants": [], "models": {model: {} for model in models}}

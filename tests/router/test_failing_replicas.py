@@ -23,6 +23,7 @@ from openai import APIError, OpenAI
 from ray import serve
 
 from replicas.actor_calls import ReplicaUnavailable, call_replica, replica_ids
+from replicas.questions import ANSWER_S
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.long]
 HERE = Path(__file__).resolve().parent
@@ -198,13 +199,13 @@ def test_readiness_does_not_wait_for_a_silent_engine(cluster: Cluster) -> None:
                 slowest_s = max(slowest_s, time.monotonic() - begun_s)
                 assert answer.status_code == 200
                 assert bool(answer.content) == (method == "GET")
-    assert slowest_s < 0.5
+    assert slowest_s < ANSWER_S, "it waited for the silent engine"
     assert cluster.http.get("/readyz").json() == {
         "status": "ready", "ready": 1, "replicas": 2, "models_without_replica": [],
     }
     begun_s = time.monotonic()
     state = cluster.http.get("/admin/state").json()["replicas"]
-    assert time.monotonic() - begun_s < 2.0
+    assert time.monotonic() - begun_s < ANSWER_S
     assert (state[victim]["reachable"], state[victim]["last_answer_age_s"] > 1) == (False, True)
 
 

@@ -35,6 +35,9 @@ class Watch:
     clock: list[float] = field(default_factory=lambda: [100.0])
     reports: dict[str, OneReport] = field(default_factory=dict)
 
+    def now(self) -> float:
+        return self.clock[0]
+
     def latest(self) -> Mapping[str, OneReport]:
         return self.reports
 

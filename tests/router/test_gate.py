@@ -286,7 +286,7 @@ def test_concurrent_requests_of_a_key_and_counts_that_survive_new_limits(serving
 
 def test_a_full_model_is_429_before_the_body_is_read(serving: Any) -> None:
     watch = Watch()
-    application = serving(reports=watch)
+    application = serving(reports=watch, clock=watch.now)
     watch.report("a", 2, model=MODEL)
     watch.clock[0] += 0.2
     http = client(application)
@@ -305,7 +305,7 @@ def test_a_full_model_is_429_before_the_body_is_read(serving: Any) -> None:
 
 def test_with_several_models_the_body_says_which_one_is_full(serving: Any) -> None:
     watch = Watch()
-    application = serving(reports=watch, models=["one", "two"])
+    application = serving(reports=watch, models=["one", "two"], clock=watch.now)
     watch.report("a", 0, model="one")
     watch.report("b", 5, model="two")
     http = client(application)

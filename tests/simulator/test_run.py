@@ -13,7 +13,7 @@ from replicas.routing_stats import RoutingStats
 from router.ranking import best_first
 from scheduler.model.profiles import load_profile
 from simulator.config import SimulationError, options_from, simulation_config
-from simulator.engine import fleet
+from simulator.engine import routing
 from simulator.engine.vllm_harness import iteration_results, make_request, make_scheduler
 from simulator.output.run_files import read_run, versions
 from simulator.run import simulate, simulate_options
@@ -232,17 +232,16 @@ def test_three_replicas_share_thrice_the_load_and_are_as_fast_as_one(policy, tmp
 
 
 def test_requests_go_where_the_routing_of_serving_puts_them(tmp_path, monkeypatch):
-    assert fleet.best_first is best_first
+    assert routing.best_first is best_first
     chosen, known = [], []
 
-    def worst_first(replicas, stats, ongoing, shuffle):
-        ranked = best_first(replicas, stats, ongoing, shuffle)[::-1]
+    def worst_first(replicas, report, *args, **options):
+        ranked = best_first(replicas, report, *args, **options)[::-1]
         chosen.append(ranked[0].index)
-        known.append([stats(replica) for replica in replicas])
-        assert [ongoing(replica) for replica in replicas] == [replica.ongoing for replica in replicas]
+        known.append([report(replica) for replica in replicas])
         return ranked
 
-    monkeypatch.setattr(fleet, "best_first", worst_first)
+    monkeypatch.setattr(routing, "best_first", worst_first)
     run = run_of(SMALL | {"policy": "fcfs", "replicas": 3, "cap": 50}, tmp_path)
     rows = sorted(run.requests(["index", "replica"]).to_pylist(), key=lambda row: row["index"])
     assert [row["replica"] for row in rows] == chosen

@@ -109,3 +109,45 @@ def test_without_an_ingress_a_client_s_word_is_not_taken() -> None:
     engine = rejecting(queue_limit=12)
     engine.add("new", extra_args={"headrace_turned_away": 40})
     assert engine.scheduler.recorder.counters().arrivals == 1
+
+
+# The outlook.
+
+
+def test_a_queue_lengthens_the_wait_and_every_request_the_pace() -> None:
+    idle = rejecting(queue_limit=12)
+    idle.steps(1)
+    quiet = idle.scheduler.stats().outlook
+    busy = full(rejecting(queue_limit=12), 5).scheduler
+    queued = busy.stats().outlook
+    assert quiet is not None and queued is not None
+    assert quiet.wait_s == 0.0 < queued.wait_s and quiet.output_tokens == queued.output_tokens > 0
+    assert queued.token_s > quiet.token_s and queued.added_s > 0
+    longer = full(rejecting(queue_limit=12), 9).scheduler.stats().outlook
+    assert longer is not None and longer.wait_s > queued.wait_s and longer.token_s > queued.token_s
+
+
+def test_what_arrived_after_the_decision_is_ahead_too() -> None:
+    engine = full(rejecting(queue_limit=12), 5)
+    before = engine.scheduler.stats().outlook
+    add_many(engine, 4, "new", prompt=100, output=50)
+    after = engine.scheduler.stats().outlook
+    assert before is not None and after is not None and after.wait_s > before.wait_s
+    assert after.token_s == pytest.approx(before.token_s + 4 * before.added_s)
+
+
+def test_an_engine_that_fell_idle_lets_no_request_wait() -> None:
+    engine = full(rejecting(queue_limit=6), 6)
+    for name in list(engine.scheduler.requests):
+        engine.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+        engine.requests.pop(name, None)
+    outlook = engine.scheduler.stats().outlook
+    assert outlook is not None and outlook.wait_s == 0.0
+
+
+@pytest.mark.parametrize("thresholds", [{"policy": "fcfs", "max_running": 2}, {"policy": "fluid"}])
+def test_a_policy_without_a_model_predicts_nothing(thresholds: dict[str, object]) -> None:
+    engine = Engine(thresholds=thresholds)
+    add_many(engine, 20, prompt=100, output=50)
+    engine.step()
+    assert engine.scheduler.stats().outlook is None

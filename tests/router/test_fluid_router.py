@@ -1,9 +1,9 @@
-"""Which replica a request goes to: the one with the largest share of free slots."""
+"""Serve's side of the choice of a replica: what the router is told, and the ranks that it returns."""
 
 from __future__ import annotations
 
 import asyncio
-import random
+import time
 from collections import defaultdict, deque
 from types import SimpleNamespace
 from typing import Any
@@ -17,35 +17,35 @@ from ray.serve.request_router import PendingRequest
 
 from replicas.routing_stats import RoutingStats
 from router import rotation
-from router.request_router import FluidSlackRouter
+from router.asked import asked_of
+from router.request_router import FluidRouter
 
 DEPLOYMENT = DeploymentID(name="HeadraceServer:m", app_name="headrace")
 
 
 def replica(name: str, *, slots: int = 0, occupied: int = 0, models: tuple[str, ...] = ()) -> SimpleNamespace:
     """A replica as Serve's routers see it; one without slots has not reported yet."""
-    stats = RoutingStats(slots=slots, occupied=occupied, kv_used_fraction=0.5).as_dict() if slots else {}
+    reported = RoutingStats(slots=slots, occupied=occupied, kv_used_fraction=0.5, at_s=time.time() - 0.5)
+    stats = reported.as_dict() if slots else {}
     return SimpleNamespace(
         replica_id=ReplicaID(name, DEPLOYMENT), routing_stats=stats, multiplexed_model_ids=set(models)
     )
 
 
-class Router(FluidSlackRouter):
+class Router(FluidRouter):
     """The router with its replicas given, instead of a Serve controller that tells them."""
 
-    def __init__(self, *replicas: Any, ongoing: dict[str, int] | None = None) -> None:
+    def __init__(self, *replicas: Any) -> None:
         self._replicas = {entry.replica_id: entry for entry in replicas}
         self._replica_id_set = set(self._replicas)
-        self._replica_queue_len_cache = {
-            ReplicaID(name, DEPLOYMENT): count for name, count in (ongoing or {}).items()
-        }
         self._prefer_local_node_routing = self._prefer_local_az_routing = False
         self._multiplexed_model_id_fallback_match: set[str] = set()
         self._multiplexed_model_id_to_replica_ids = {}
         self._update_multiplexed_model_ids_with_replicas(list(replicas))
+        self.initialize_state()
 
 
-def ranks(router: FluidSlackRouter, model_id: str | None = None) -> list[list[str]]:
+def ranks(router: FluidRouter, model_id: str | None = None) -> list[list[str]]:
     async def choose() -> list[list[str]]:
         pending = None
         if model_id is not None:
@@ -66,33 +66,49 @@ def test_the_largest_share_of_free_seats_comes_first() -> None:
     assert ranks(router, "") == [["idle"], ["large"], ["busy"]]
 
 
-def test_stale_stats_are_corrected_by_what_was_sent_since() -> None:
-    replicas = (replica("a", slots=10, occupied=1), replica("b", slots=10, occupied=4))
-    assert ranks(Router(*replicas)) == [["a"], ["b"]]
-    assert ranks(Router(*replicas, ongoing={"a": 7})) == [["b"], ["a"]]
-    assert ranks(Router(*replicas, ongoing={"a": 0, "b": 2})) == [["a"], ["b"]]  # the engine knows of more
+def test_a_request_counts_from_its_choice_until_it_is_over() -> None:
+    router = Router(replica("a", slots=10, occupied=1), replica("b", slots=10, occupied=3))
+
+    async def chosen(name: str) -> str:
+        ranked = await router.choose_replicas(list(router.curr_replicas.values()), pending(name))
+        return str(ranked[0][0].replica_id.unique_id)
+
+    async def main() -> None:
+        assert [await chosen(name) for name in ("1", "2")] == ["a", "a"]
+        assert await chosen("4") in "ab"
+        router.on_request_routed(pending("4"), ReplicaID("a", DEPLOYMENT), SimpleNamespace(cancel=None))
+
+    asyncio.run(main())
+    assert ranks(router) == [["b"], ["a"]], "the fourth went there after all"
+    for name in ("1", "2", "4", "of another router"):
+        router.on_request_completed(ReplicaID("a", DEPLOYMENT), name)
+    assert ranks(router) == [["a"], ["b"]]
 
 
-def test_replicas_that_have_not_reported_come_last_least_busy_first() -> None:
-    router = Router(
-        replica("new"), replica("full", slots=10, occupied=15), replica("newer"), ongoing={"new": 3}
-    )
-    assert ranks(router) == [["full"], ["newer"], ["new"]]
+def test_replicas_that_have_not_reported_come_last() -> None:
+    router = Router(replica("new"), replica("full", slots=10, occupied=15))
+    assert ranks(router) == [["full"], ["new"]]
+
+
+@pytest.mark.parametrize(("body", "tokens", "output"), [
+    ({"prompt": "a" * 400}, 100.0, float("inf")), ({"prompt": [1] * 70, "max_tokens": 16}, 70.0, 16.0),
+    ({"prompt": ["a" * 40, "a" * 40]}, 20.0, float("inf")), ({"prompt": [[1] * 5, [2] * 6]}, 11.0, float("inf")),
+    ({"messages": [{"role": "user", "content": "a" * 80}, {"content": [{"type": "text", "text": "ab"}]}],
+      "max_tokens": 90, "vllm_xargs": {"expected_output_tokens": 12}}, 20.5, 12.0),
+    ({"messages": [SimpleNamespace(content="a" * 8)], "max_completion_tokens": 9}, 2.0, 9.0),
+    ({"input": "an embedding"}, 0.0, float("inf")), ({"messages": [None, 3.5, {}]}, 0.0, float("inf")),
+])
+def test_what_is_known_of_a_request_before_it_is_tokenised(
+    body: dict[str, Any], tokens: float, output: float
+) -> None:
+    asked = asked_of(SimpleNamespace(**body))
+    assert (asked.prompt_tokens, asked.output_tokens) == (tokens, output)
 
 
 def test_a_full_replica_passes_on_to_the_next() -> None:
     names = [f"r{number}" for number in range(8)]
     chosen = ranks(Router(*(replica(name, slots=10, occupied=number) for number, name in enumerate(names))))
     assert chosen == [[name] for name in names]  # one to a rank, so every other is tried in turn
-
-
-def test_equal_replicas_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    router = Router(*(replica(name, slots=10, occupied=5) for name in ("a", "b")))
-    first = []
-    for seed in range(20):
-        monkeypatch.setattr(random, "shuffle", random.Random(seed).shuffle)
-        first.append(ranks(router)[0][0])
-    assert set(first) == {"a", "b"}
 
 
 def test_a_replica_with_the_wanted_adapter_is_preferred() -> None:
@@ -133,7 +149,7 @@ def pending(name: str) -> PendingRequest:
 def test_the_record_learns_which_replica_accepted_a_request(record: rotation.Rotation) -> None:
     cancelled: list[str] = []
     with record.following("r") as trail:
-        request = SimpleNamespace(metadata=RequestMetadata(request_id="", internal_request_id="r"))
+        request = SimpleNamespace(args=[], metadata=RequestMetadata(request_id="", internal_request_id="r"))
         result = SimpleNamespace(cancel=lambda: cancelled.append("r"))
         Router().on_request_routed(request, ReplicaID("a", DEPLOYMENT), result)
         assert trail.replica == "a" and trail.cancel is not None

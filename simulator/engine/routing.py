@@ -1,0 +1,67 @@
+"""Which replica each request of a simulation goes to: ours, by the rule that serving uses, or another project's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from replicas.routing_stats import RoutingStats
+from router.ranking import Asked, Sent, best_first
+from simulator.config import SimulationConfig
+from simulator.engine.replica import VirtualReplica
+from simulator.scenario.routers import RIVAL_ROUTERS
+from simulator.workload.prompts import prompt_token_ids
+from simulator.workload.requests import SimRequest
+
+_CHARACTERS = 0x100000
+
+
+class Routing:
+    """The ingresses, each with its own view of the replicas; requests reach them at random.
+
+    clock: virtual seconds.
+    """
+
+    def __init__(
+        self, config: SimulationConfig, replicas: Sequence[VirtualReplica], clock: Callable[[], float]
+    ) -> None:
+        self._replicas, self._clock, self._ingresses = list(replicas), clock, config.ingresses
+        self._rng = random.Random(config.workload.seed)
+        self._reports: dict[int, RoutingStats] = {}
+        self._sent: list[Sent[int]] = [Sent(clock) for _ in range(config.ingresses)]
+        made = RIVAL_ROUTERS.get(config.router)
+        self._rivals = [made(random.Random(self._rng.random())) for _ in range(config.ingresses)] if made else []
+        for replica in self._replicas:
+            replica.ended = self._ended
+
+    def choose(self, number: int, request: SimRequest, declares: bool) -> VirtualReplica:
+        """The replica for this request."""
+        ingress = self._rng.randrange(self._ingresses) if self._ingresses > 1 else 0
+        if self._rivals:
+            rival = self._rivals[ingress]
+            prompt = _text(prompt_token_ids(request.pieces, request.prompt_tokens, number))
+            chosen: VirtualReplica = rival.choose(self._replicas, prompt if rival.reads_prompts else "")
+            return chosen
+        sent = self._sent[ingress]
+        asked = Asked(float(request.prompt_tokens), *((float(request.output_tokens),) if declares else ()))
+        chosen = best_first(
+            self._replicas, lambda replica: self._reports.get(replica.index), lambda replica: replica.index, sent,
+            asked, self._clock(), ingresses=self._ingresses, rng=self._rng,
+        )[0]
+        sent.sent(str(number), chosen.index, asked.prompt_tokens)
+        return chosen
+
+    def report(self) -> None:
+        """Every replica reports to all ingresses."""
+        self._reports = {
+            replica.index: RoutingStats.of_engines([replica.headrace.stats()], self._clock())
+            for replica in self._replicas if replica.headrace
+        }
+
+    def _ended(self, replica: int, number: int) -> None:
+        for sent in self._sent:
+            sent.ended(str(number), replica)
+
+
+def _text(token_ids: Sequence[int]) -> str:
+    return "".join(chr(token_id % _CHARACTERS) for token_id in token_ids)

@@ -1,0 +1,177 @@
+"""Where a request goes, by what the replicas reported and by what the router has sent since."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from replicas.routing_stats import RoutingStats
+from router.ranking import Asked, Sent, best_first
+from scheduler.messages import Outlook
+
+USUAL = RoutingStats(
+    slots=100, occupied=50, kv_used_fraction=0.5, at_s=100.0,
+    outlook=Outlook(wait_s=0.1, prompt_s=1e-4, token_s=0.05, added_s=2e-4, output_tokens=200.0),
+)
+REQUEST = Asked(1000.0)
+
+
+class View:
+    """One router's view of some replicas at a time; the reports are of second 100."""
+
+    def __init__(self, *, seed: int = 0, ingresses: int = 1, **reports: RoutingStats | None) -> None:
+        self.now_s = 100.5
+        self.sent: Sent[str] = Sent(lambda: self.now_s)
+        self.reports, self.ingresses, self.rng, self.number = reports, ingresses, random.Random(seed), 0
+
+    def ranked(self, asked: Asked = REQUEST) -> str:
+        return "".join(best_first(
+            sorted(self.reports), self.reports.get, str, self.sent, asked, self.now_s, ingresses=self.ingresses,
+            rng=self.rng,
+        ))
+
+    def send(self, replica: str, asked: Asked = REQUEST) -> str:
+        self.number += 1
+        self.sent.sent(str(self.number), replica, asked.prompt_tokens)
+        return str(self.number)
+
+
+def like(stats: RoutingStats = USUAL, **changed: float) -> RoutingStats:
+    assert stats.outlook is not None
+    return replace(stats, outlook=stats.outlook._replace(**changed))
+
+
+def slots(free: int, of: int = 10) -> RoutingStats:
+    """Of a policy that predicts nothing."""
+    return RoutingStats(slots=of, occupied=of - free, kv_used_fraction=0.0, at_s=100.0)
+
+
+def test_a_request_goes_where_it_ends_first() -> None:
+    assert View(a=like(wait_s=2.0), b=USUAL, c=like(wait_s=1.0)).ranked() == "bca"
+    assert View(a=like(token_s=0.06), b=like(token_s=0.04), c=USUAL).ranked() == "bca", "at the pace of the replica"
+    assert View(a=like(prompt_s=1e-3), b=USUAL).ranked() == "ba"
+
+
+def test_a_wait_is_weighed_against_the_pace() -> None:
+    slower, waiting = like(token_s=0.06), like(wait_s=1.6)
+    assert View(s=slower, w=waiting).ranked() == "ws", "0.01 s for each of 200 tokens are 2 s, the wait 1.5 s more"
+    assert View(s=slower, w=waiting).ranked(Asked(1000.0, output_tokens=20.0)) == "sw", "of a short answer they are 0.2"
+    assert View(s=slower, w=waiting).ranked(Asked(1000.0, output_tokens=5000.0)) == "ws", "a bound is no length"
+
+
+def test_a_full_replica_comes_after_all_with_room_however_idle_it_looks() -> None:
+    full = replace(like(wait_s=0.0, token_s=0.01), room=0)
+    assert View(a=full, b=like(wait_s=9.0), c=USUAL).ranked() == "cba"
+    assert View(a=replace(USUAL, room=3), b=replace(like(wait_s=1.0), room=3)).ranked() == "ab"
+
+
+def test_what_was_sent_since_the_report_takes_room_and_time() -> None:
+    view = View(a=replace(USUAL, room=2), b=replace(like(wait_s=0.9), room=2))
+    first = view.send("a")
+    assert view.ranked() == "ab"
+    second = view.send("a")
+    assert view.ranked() == "ba", "its room is used up"
+    view.sent.ended(first, "a")
+    assert view.ranked() == "ab"
+    view.sent.ended(second, "b")
+    assert view.ranked() == "ab", "it is not there"
+    view = View(a=like(wait_s=0.5), b=like(wait_s=1.0))
+    for _ in range(3):
+        view.send("a", Asked(4000.0))
+    assert view.ranked() == "ba", "the prompts that are ahead now take 1.2 s"
+
+
+def test_prompts_sent_are_computed_as_time_passes() -> None:
+    view = View(a=like(wait_s=0.5), b=like(wait_s=1.0))
+    for _ in range(3):
+        view.send("a", Asked(4000.0))
+    view.now_s = 102.0
+    assert view.ranked(Asked()) == "ba", "both have worked through their prompts, but more decode at a"
+    view.reports["a"] = like(replace(USUAL, at_s=101.9), wait_s=0.0, token_s=0.049)
+    assert view.ranked(Asked()) == "ab", "the report knows of what was sent before it"
+
+
+def test_a_request_that_went_elsewhere_is_counted_there() -> None:
+    view = View(a=USUAL, b=USUAL)
+    for replica in ("a", "a", "b"):
+        view.sent.sent("r", replica, 1000.0)
+    assert (view.sent.since("a", 100.0).requests, view.sent.since("b", 100.0).requests) == (0, 1)
+
+
+def test_a_replica_that_is_gone_is_forgotten() -> None:
+    view = View(a=USUAL, b=USUAL)
+    view.send("a")
+    view.sent.keep(["b"])
+    assert view.sent.since("a", 100.0) == (0, 0.0)
+
+
+def test_a_clock_that_runs_ahead_or_behind_costs_a_replica_nothing() -> None:
+    for ahead_s in (-3600.0, 3600.0):
+        view = View(a=replace(USUAL, at_s=100.0 + ahead_s), b=like(wait_s=0.8))
+        assert view.ranked() == "ab"
+        for _ in range(3):
+            view.send("a", Asked(4000.0))
+        assert view.ranked() == "ba", "what was sent since counts"
+
+
+def test_a_replica_that_fell_silent_comes_last_until_it_reports_again() -> None:
+    view = View(a=USUAL, b=like(wait_s=30.0))
+    view.ranked()
+    for second in range(1, 12):
+        view.now_s = 100.5 + second
+        view.reports["b"] = replace(like(wait_s=30.0), at_s=100.0 + second)
+        assert view.ranked() == ("ab" if second <= 10 else "ba")
+    view.reports["a"] = replace(USUAL, at_s=111.0)
+    assert view.ranked() == "ab"
+
+
+def test_each_of_several_ingresses_takes_its_requests_for_a_part() -> None:
+    alone = View(a=replace(USUAL, room=4), b=like(wait_s=9.0))
+    alone.send("a")
+    assert alone.ranked() == "ab"
+    one_of_four = View(a=replace(USUAL, room=4), b=like(wait_s=9.0), ingresses=4)
+    one_of_four.send("a")
+    assert one_of_four.ranked() == "ba", "the others have sent as many, so that the room is used up"
+
+
+def test_several_ingresses_do_not_all_choose_the_same_replica() -> None:
+    reports = {name: like(wait_s=1.0 + 0.1 * place) for place, name in enumerate("abcdefgh")}
+
+    def first(ingresses: int) -> Counter[str]:
+        return Counter(View(seed=seed, ingresses=ingresses, **reports).ranked()[0] for seed in range(200))
+
+    assert first(1) == {"a": 200}
+    assert max(first(4).values()) < 100 and set(first(4)) == set("abcdefg"), "the better of two at random"
+    full = {name: replace(stats, room=int(name == "h")) for name, stats in reports.items()}
+    assert {View(seed=seed, ingresses=4, **full).ranked()[0] for seed in range(20)} == {"h"}, "the only one with room"
+
+
+def test_without_predictions_the_share_of_free_slots_decides() -> None:
+    assert View(a=slots(2), b=slots(9), c=slots(5)).ranked() == "bca"
+    assert View(a=slots(4), b=slots(30, of=100)).ranked() == "ab", "the share of free slots, not their number"
+    assert View(a=slots(2), b=USUAL, c=slots(9)).ranked() == "cba", "one that predicts is compared by slots too"
+    view = View(a=slots(8), b=slots(6))
+    for _ in range(3):
+        view.send("a")
+    assert view.ranked() == "ba"
+
+
+def test_replicas_that_have_not_reported_come_last_the_least_busy_first() -> None:
+    view = View(a=None, b=like(wait_s=9.0), c=None, d=USUAL)
+    view.send("a")
+    assert view.ranked() == "dbca"
+
+
+@pytest.mark.parametrize("stats", [USUAL, slots(5), None])
+def test_equal_replicas_share_the_load(stats: RoutingStats | None) -> None:
+    firsts = Counter(View(seed=seed, a=stats, b=stats, c=stats).ranked()[0] for seed in range(60))
+    assert min(firsts[name] for name in "abc") > 8
+
+
+def test_the_replicas_given_stay_in_their_order() -> None:
+    replicas = ["a", "b", "c"]
+    best_first(replicas, lambda _: None, str, Sent(lambda: 0.0), Asked(), 0.0)
+    assert replicas == ["a", "b", "c"]
