@@ -70,4 +70,5 @@ def _scale(options: dict[str, Any]) -> dict[str, Any]:
 def _of_the_engine(settings: ModelSettings) -> dict[str, Any]:
     """The settings that an engine starts with: a file must name the profile, though another one restarts nothing."""
     other = {} if settings.scheduler == SCHEDULER else {"scheduler": settings.scheduler}
-    return {"controller": {"profile": settings.controller.profile}, **other}
+    profile = settings.controller.profile
+    return ({"controller": {"profile": profile}} if profile else {}) | other
