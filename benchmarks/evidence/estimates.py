@@ -236,12 +236,13 @@ PAGE = """# Profiles from first principles, beside known ones
 <!-- conclusion: begin -->
 <!-- conclusion: end -->
 
-Made by `python benchmarks/evidence/estimates.py` (`--profiles FOLDER` for the rows of Llama-3-8B, `--traces FOLDER` for
-the last table). The estimates are those of `headrace profile estimate` ([how](../operate/sizing.md#without-a-profile)). **No GPU was measured for this
-page.** The profiles beside them are published figures, of a simulator (Vidur's) and of the paper, except where a
-profile calls itself an estimate. Two things follow. The efficiency factors were set by the Llama-2-7B figures, so
-agreement with those says that the form is right and that one set of factors fits them all; it is no test on other
-hardware. And for every other accelerator there is nothing here to compare with: its rows are estimates.
+Made by `python benchmarks/evidence/estimates.py` (`--profiles FOLDER` for the rows of Llama-3-8B, `--traces FOLDER`
+for the last table). The estimates are those of `headrace profile estimate`
+([how](../operate/sizing.md#without-a-profile)). **No GPU was measured for this page.** The profiles beside them are
+published figures, of a simulator (Vidur's) and of the paper, except where a profile calls itself an estimate. Two
+things follow. The efficiency factors were set by the Llama-2-7B figures, so agreement with those says that the form is
+right and that one set of factors fits them all; it is no test on other hardware. And for every other accelerator there
+is nothing here to compare with: its rows are estimates.
 
 ## Terms on an A100 80GB
 
