@@ -1,9 +1,9 @@
 """Estimated profiles beside known ones, and plans beside the simulator: docs/evidence/estimates.md.
 
-    python benchmarks/evidence/estimates.py [--out docs/evidence] [--profiles FOLDER]
+    python benchmarks/evidence/estimates.py [--out docs/evidence] [--profiles FOLDER] [--traces FOLDER]
 
---profiles is a folder with further profiles of Llama-3-8B on an A100 80GB; without it that row is left out. The
-simulations take some minutes on two cores.
+--profiles is a folder with further profiles of Llama-3-8B on an A100 80GB; --traces is one with
+azure_conv_2023.csv; what needs them is left out without. The simulations take a quarter of an hour on two cores.
 """
 
 from __future__ import annotations
@@ -66,23 +66,27 @@ CASES = (
 )
 OF_PLAN = (0.8, 1.0, 1.1)
 REQUESTS = 1500
+TRACE_RPS, TRACE_REQUESTS = 20.0, 9000
+TRACE_TARGETS = Slo(3, 0.08)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/evidence"))
     parser.add_argument("--profiles", type=Path)
+    parser.add_argument("--traces", type=Path)
     args = parser.parse_args()
-    text = page(args.profiles, "\n".join(simulated()))
+    text = page(args.profiles, "\n".join(simulated()), "\n".join(several(args.traces) if args.traces else ()))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "estimates.md").write_text(with_conclusion(text, estimates), encoding="utf-8")
 
 
-def page(profiles: Path | None, plans: str) -> str:
-    """The page; plans: the rows of its last table."""
+def page(profiles: Path | None, plans: str, replicas: str) -> str:
+    """The page; plans, replicas: the rows of its last two tables."""
     return PAGE.format(
         terms="\n".join(term_rows(profiles)), errors="\n".join(error_rows()), memory="\n".join(memory_rows()),
-        devices="\n".join(device_rows()), factors="\n".join(factor_rows()), plans=plans, requests=REQUESTS,
+        devices="\n".join(device_rows()), factors="\n".join(factor_rows()), plans=plans,
+        requests=REQUESTS, replicas=replicas, trace_requests=TRACE_REQUESTS,
     )
 
 
@@ -185,6 +189,25 @@ def simulated() -> Iterator[str]:
             )
 
 
+def several(traces: Path) -> Iterator[str]:
+    """The planned number of replicas on a trace, and one fewer."""
+    workload = WorkloadConfig(
+        trace=traces / "azure_conv_2023.csv", rate_rps=TRACE_RPS, requests=TRACE_REQUESTS, arrivals="poisson",
+    )
+    config = SimulationConfig(
+        workload=workload, policy="fluid", max_num_seqs=256, max_model_len=16_384, slo=TRACE_TARGETS
+    )
+    plan_at = planner_of(open_workload(workload).mix(), config)
+    need = replicas_needed(plan_at, TRACE_RPS)
+    assert need.replicas is not None
+    for replicas in (need.replicas - 1, need.replicas):
+        result = simulate(config.model_copy(update={"replicas": replicas}))
+        late = result["rejected_in_window"] / result["window_requests"]
+        missed = (1 - late) * max(result["served_ttft_miss_fraction"], result["served_tpot_miss_fraction"])
+        planned = ", as planned" if replicas == need.replicas else ""
+        yield f"| {replicas}{planned} | {plan_at(TRACE_RPS / replicas).load:.2f} | {late:.1%} | {missed:.1%} |"
+
+
 def configured(case: Case, rate_rps: float) -> SimulationConfig:
     return SimulationConfig(
         workload=WorkloadConfig(lengths=case.lengths, rate_rps=rate_rps, requests=REQUESTS), policy="fluid",
@@ -193,7 +216,10 @@ def configured(case: Case, rate_rps: float) -> SimulationConfig:
 
 
 def planner(case: Case, config: SimulationConfig) -> Any:
-    mix = open_workload(WorkloadConfig(lengths=case.lengths, requests=1, rate_rps=1.0)).mix()
+    return planner_of(open_workload(WorkloadConfig(lengths=case.lengths, requests=1, rate_rps=1.0)).mix(), config)
+
+
+def planner_of(mix: WorkloadMix, config: SimulationConfig) -> Any:
     law, limits = load_profile(config.profile).time_model, limits_of(config)
 
     def plan_at(rate_rps: float) -> FluidPlan:
@@ -210,12 +236,13 @@ PAGE = """# Profiles from first principles, beside known ones
 <!-- conclusion: begin -->
 <!-- conclusion: end -->
 
-Made by `python benchmarks/evidence/estimates.py` (`--profiles FOLDER` for the rows of Llama-3-8B). The estimates are
-those of `headrace profile estimate` ([how](../operate/sizing.md#without-a-profile)). **No GPU was measured for this
-page.** The profiles beside them are published figures, of a simulator (Vidur's) and of the paper, except where a
-profile calls itself an estimate. Two things follow. The efficiency factors were set by the Llama-2-7B figures, so
-agreement with those says that the form is right and that one set of factors fits them all; it is no test on other
-hardware. And for every other accelerator there is nothing here to compare with: its rows are estimates.
+Made by `python benchmarks/evidence/estimates.py` (`--profiles FOLDER` for the rows of Llama-3-8B, `--traces FOLDER`
+for the last table). The estimates are those of `headrace profile estimate`
+([how](../operate/sizing.md#without-a-profile)). **No GPU was measured for this page.** The profiles beside them are
+published figures, of a simulator (Vidur's) and of the paper, except where a profile calls itself an estimate. Two
+things follow. The efficiency factors were set by the Llama-2-7B figures, so agreement with those says that the form is
+right and that one set of factors fits them all; it is no test on other hardware. And for every other accelerator there
+is nothing here to compare with: its rows are estimates.
 
 ## Terms on an A100 80GB
 
@@ -268,6 +295,15 @@ so that fewer are late than the plan says. The plan foresees no missed TPOT: wit
 | lengths | TTFT, TPOT | of the planned rate | rate /s | load | plan: late | rejected | TTFT missed | TPOT missed |
 |---|---|---|---|---|---|---|---|---|
 {plans}
+
+## Several replicas beside the simulator
+
+The Azure conversation trace at 20 /s, {trace_requests} requests, as Poisson arrivals, behind the request router, TTFT
+3 s and TPOT 80 ms:
+
+| replicas | load | rejected | served late |
+|---|---|---|---|
+{replicas}
 """
 
 
