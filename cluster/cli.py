@@ -13,7 +13,6 @@ from rich.console import Console
 from cluster import render
 from cluster.client import DEFAULT_URL, AdminClient, AdminRejected, nested
 from scheduler.config_errors import UsageError, parse_settings
-from scheduler.model.probability import ACCEPTED_MISSES
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
@@ -178,7 +177,7 @@ def status(
     """Every replica: requests, KV cache, active thresholds, fluid model."""
     client = AdminClient(url)
     if not watched:
-        _show(client.state(), as_json, render.status_tables)
+        show(client.state(), as_json, render.status_tables)
         return
     if as_json:
         raise UsageError("--watch is for people; leave out --json, or ask for status --json again and again")
@@ -190,13 +189,13 @@ def status(
 @app.command()
 def events(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     """The latest changes of thresholds: when, where, why; with --json also the old and the new values."""
-    _show(AdminClient(url).events(), as_json, render.events_table)
+    show(AdminClient(url).events(), as_json, render.events_table)
 
 
 @settings_app.command("get")
 def settings_get(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     """The settings in force, by model."""
-    _show(AdminClient(url).settings(), as_json, render.settings_table)
+    show(AdminClient(url).settings(), as_json, render.settings_table)
 
 
 @settings_app.command("set")
@@ -212,13 +211,13 @@ def settings_set(
 ) -> None:
     """Change settings until the next deployment; nothing restarts."""
     body = {"model": model, "settings": nested(_parse_settings(settings)), "by": by, "reason": reason}
-    _show(AdminClient(url).put_settings(body), as_json, render.settings_answer_table)
+    show(AdminClient(url).put_settings(body), as_json, render.settings_answer_table)
 
 
 @thresholds_app.command("get")
 def thresholds_get(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     """Active thresholds by replica."""
-    _show(AdminClient(url).thresholds(), as_json, render.thresholds_table)
+    show(AdminClient(url).thresholds(), as_json, render.thresholds_table)
 
 
 @thresholds_app.command("set")
@@ -247,14 +246,14 @@ def thresholds_set(
             raise AdminRejected(f"replica {name} does not answer; nothing was changed: {active[name]['error']}")
     if "policy" not in changes:  # the server keeps the other fields of each replica, and changes all replicas or none
         answer = client.put_thresholds({"replica": replica, "thresholds": changes, "pin": pin} | why)
-        _show(answer, as_json, render.acks_table)
+        show(answer, as_json, render.acks_table)
         return
     results: dict[str, Any] = {}
     for name in targets:  # with a policy the server takes the fields as all there are
         kept = {k: v for k, v in active[name].items() if k not in ("version", "pinned", "reason", "valid_for_s")}
         answer = client.put_thresholds({"replica": name, "thresholds": kept | changes, "pin": pin} | why)
         results |= answer["replicas"]
-    _show({"replicas": results}, as_json, render.acks_table)
+    show({"replicas": results}, as_json, render.acks_table)
 
 
 @thresholds_app.command("pin")
@@ -263,7 +262,7 @@ def thresholds_pin(
 ) -> None:
     """Keep the active thresholds, on new replicas too; automatic tuning stops."""
     body = {"replica": replica, "pin": True, "by": by, "reason": reason}
-    _show(AdminClient(url).put_thresholds(body), as_json, render.acks_table)
+    show(AdminClient(url).put_thresholds(body), as_json, render.acks_table)
 
 
 @thresholds_app.command("auto")
@@ -272,7 +271,7 @@ def thresholds_auto(
 ) -> None:
     """Resume automatic tuning."""
     body = {"replica": replica, "auto": True, "by": by, "reason": reason}
-    _show(AdminClient(url).put_thresholds(body), as_json, render.acks_table)
+    show(AdminClient(url).put_thresholds(body), as_json, render.acks_table)
 
 
 def _parse_settings(settings: list[str]) -> dict[str, Any]:
@@ -283,46 +282,12 @@ def _parse_settings(settings: list[str]) -> dict[str, Any]:
 
 
 @app.command()
-def plan(
-    types: Annotated[
-        list[str] | None, typer.Option("--type", help="rate=R,prompt=TOKENS,output=TOKENS[,name=NAME]; repeatable.")
-    ] = None,
-    trace: Annotated[Path | None, typer.Option(help="Trace: CSV, Parquet, ShareGPT JSON, Mooncake JSONL.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Requests per second, with --trace.")] = None,
-    profile: Annotated[str | None, typer.Option(help="Named iteration-time model and KV capacity.")] = None,
-    d0: Annotated[float | None, typer.Option(help="Seconds every iteration takes.")] = None,
-    d1: Annotated[float | None, typer.Option(help="Seconds per KV token read.")] = None,
-    d2: Annotated[float | None, typer.Option(help="Seconds per prefill token.")] = None,
-    d3: Annotated[float | None, typer.Option(help="Seconds per decode token.")] = None,
-    floor: Annotated[float | None, typer.Option(help="Least seconds of compute in an iteration.")] = None,
-    kv_tokens: Annotated[int | None, typer.Option(help="KV cache capacity in tokens.")] = None,
-    segments: Annotated[int, typer.Option(help="Most segments of Nested WAIT.", min=1, max=16)] = 4,
-    overflow_probability: Annotated[
-        float, typer.Option(help="Accepted probability of a KV cache overflow.")
-    ] = ACCEPTED_MISSES,
-    as_json: Json = False,
-) -> None:
-    """Solve the fluid model for a workload: load, iteration time, memory, throughput, thresholds."""
-    from cluster.plan import PlanInputs, make_plan
-
-    inputs = PlanInputs(
-        types=tuple(types or ()), trace=trace, rate=rate, profile=profile, kv_tokens=kv_tokens,
-        coefficients={"d0": d0, "d1": d1, "d2": d2, "d3": d3, "floor": floor},
-        segments=segments, overflow_probability=overflow_probability,
-    )
-    result = make_plan(inputs)
-    for warning in result.pop("warnings"):
-        err.print(f"[yellow]warning:[/yellow] {render.plain(warning)}", soft_wrap=True)
-    _show(result, as_json, render.plan_tables)
-
-
-@app.command()
 def doctor(config_file: ConfigFile = DEFAULT_CONFIG, as_json: Json = False) -> None:
     """Check imports, accelerator, model and ports, and print a fix for each problem. Exit code 1 if there is one."""
     from cluster.doctor import examine
 
     findings = examine(config_file)
-    _show({"findings": findings, "ok": all(f["ok"] for f in findings)}, as_json, render.doctor_table)
+    show({"findings": findings, "ok": all(f["ok"] for f in findings)}, as_json, render.doctor_table)
     if not all(finding["ok"] for finding in findings):
         raise typer.Exit(1)
 
@@ -343,7 +308,8 @@ def model_prepare(
         fail(error, 1)
 
 
-def _show(result: dict[str, Any], as_json: bool, tables: Any) -> None:
+def show(result: dict[str, Any], as_json: bool, tables: Any) -> None:
+    """Print JSON for programs, else the tables for people."""
     if as_json:
         print(json.dumps(result, allow_nan=False))  # noqa: T201  # not rich's: programs want no wrapping
         return

@@ -19,6 +19,7 @@ from cluster.llm_entry import WITHOUT_ENGINE, LLMEntry
 from cluster.ray_environment import prepare
 from cluster.settings import PROFILE_MISSING, HeadraceSettings, ModelSettings, Strict, overridden
 from scheduler.config_errors import Complaint, UsageError, complaints, describe, described
+from scheduler.model.accelerators import is_known_to_ray_as
 from scheduler.model.profiles import load_profile
 from scheduler.support import EngineSetup, UnsupportedSetting, require_supported
 from scheduler.tuning.slo import UnreachableTarget, require_reachable
@@ -91,7 +92,7 @@ class AppConfig(Strict):
                 yield from (described(item, ModelSettings, (*place, "headrace")) for item in error.errors())
                 continue
             self._settings[entry.model_id] = settings
-            if settings.controller.profile:
+            if settings.controller.profile or _can_be_estimated(entry):
                 if why := unfit(entry.engine_kwargs, settings):
                     yield Complaint(place, f"model {entry.model_id}: {why}")
             elif not profiles_missing:
@@ -108,6 +109,11 @@ class AppConfig(Strict):
         return self._settings[model_id]
 
 
+def _can_be_estimated(entry: LLMEntry) -> bool:
+    """Whether the entry's engines know their device, so that they estimate iteration times themselves."""
+    return is_known_to_ray_as(str((entry.model_extra or {}).get("accelerator_type") or ""))
+
+
 def unfit(engine_kwargs: dict[str, Any], settings: ModelSettings) -> str | None:
     """Settings that the engine does not support, or targets that the profile says no request can meet, in a sentence.
 
@@ -119,7 +125,8 @@ def unfit(engine_kwargs: dict[str, Any], settings: ModelSettings) -> str | None:
     targets = dataclasses.replace(settings.targets, tpot_s=None) if drafts else settings.targets
     try:
         require_supported(setup, settings.thresholds)
-        require_reachable(targets, load_profile(settings.controller.profile).time_model)
+        if settings.controller.profile:
+            require_reachable(targets, load_profile(settings.controller.profile).time_model)
     except (UnsupportedSetting, UnreachableTarget) as error:
         return str(error)
     return None

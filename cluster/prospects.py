@@ -73,7 +73,7 @@ class Prospects:
         assert telemetry is not None
         plan = self._known.plan_for(rate_rps / replicas, values.targets, self._limits(telemetry, values))
         assert plan is not None
-        return {"replicas": replicas, "offered_rps": rate_rps, "cold": self._known.is_cold} | _shown(plan, replicas)
+        return {"replicas": replicas, "offered_rps": rate_rps, "cold": self._known.is_cold} | plan_shown(plan, replicas)
 
     def _limits(self, telemetry: Telemetry, values: Values) -> EngineLimits:
         """The engine's limits with what thresholds, the active or other ones, leave of them."""
@@ -87,7 +87,8 @@ class Prospects:
         )
 
 
-def _shown(plan: FluidPlan, replicas: int) -> dict[str, Any]:
+def plan_shown(plan: FluidPlan, replicas: int) -> dict[str, Any]:
+    """The figures of `replicas` equal replicas that each follow this plan, JSON-ready; see `Prospects.planned`."""
     params = plan.fluid
     return {
         "capacity_rps": finite_or_none(replicas * plan.capacity_rps), "goodput_rps": replicas * plan.goodput_rps,

@@ -71,9 +71,9 @@ def _fluid_table(replicas: dict[str, Any]) -> Table:
         fluid, time_model = replica.get("fluid") or {}, replica.get("time_model") or {}
         rate = replica.get("rate_rps")
         table.add_row(
-            name, _number(rate, ".2f"), _number(fluid.get("load"), ".2f"),
-            _number(fluid.get("iteration_time_s"), ".3f", " s"), _number(fluid.get("memory_tokens"), ".0f"),
-            _number(fluid.get("kv_capacity_tokens"), ".0f"), _number(time_model.get("r2"), ".3f"),
+            name, number(rate, ".2f"), number(fluid.get("load"), ".2f"),
+            number(fluid.get("iteration_time_s"), ".3f", " s"), number(fluid.get("memory_tokens"), ".0f"),
+            number(fluid.get("kv_capacity_tokens"), ".0f"), number(time_model.get("r2"), ".3f"),
         )
     return table
 
@@ -85,8 +85,8 @@ def _forecast_table(forecasts: dict[str, Any]) -> Table:
     for name, forecast in forecasts.items():
         known = "prior" if forecast["cold"] else f"{forecast['survival_samples']:.0f} outputs"
         table.add_row(
-            name, _interval(forecast["rate_rps"], ".2f"), _number(forecast["goodput_rps"], ".2f"),
-            _number(forecast["capacity_rps"], ".2f"), forecast["bottleneck"],
+            name, _interval(forecast["rate_rps"], ".2f"), number(forecast["goodput_rps"], ".2f"),
+            number(forecast["capacity_rps"], ".2f"), forecast["bottleneck"],
             "any" if forecast["queue_limit"] is None else str(forecast["queue_limit"]), known,
         )
     return table
@@ -174,33 +174,6 @@ def settings_answer_table(answer: dict[str, Any]) -> Iterator[Any]:
             yield Text(f"{name}: not taken: {ack['reason']}", style="red")
 
 
-def plan_tables(plan: dict[str, Any]) -> Iterator[Any]:
-    """`headrace plan`."""
-    table = Table(title="fluid equilibrium", show_header=False)
-    verdict = "stable, fits memory" if plan["stable"] and plan["fits_memory"] else plan["reason"]
-    rows = [
-        ("verdict", verdict),
-        ("load", f"{plan['load']:.3f}"),
-        ("iteration time", _number(plan["iteration_time_s"], ".4f", " s")),
-        ("memory", f"{_number(plan['memory_tokens'], '.0f')} of {plan['kv_capacity_tokens']} tokens"),
-        ("throughput", f"{plan['throughput_tokens_per_s']:.1f} output tokens/s"),
-        ("critical rate", f"{plan['critical_rate_scale']:.3f} times the given one, limited by {plan['limit']}"),
-        ("running", f"{_number(plan['in_service'], '.1f')} (at most {plan['thresholds']['max_in_service']})"),
-    ]
-    for name, value in rows:
-        table.add_row(name, plain(value))
-    yield table
-    for policy in ("wait", "nested_wait"):
-        solution = plan["thresholds"][policy]
-        if "infeasible" in solution:
-            yield Text(f"{policy}: infeasible, {solution['infeasible']}")
-        elif policy == "wait":
-            yield Text("wait: " + ", ".join(f"n({name}) = {n}" for name, n in solution["n"].items()))
-        else:
-            pairs = zip(solution["boundaries"], solution["n"], strict=True)
-            yield Text("nested_wait: " + ", ".join(f"n(to {end}) = {n:.3g}" for end, n in pairs))
-
-
 def doctor_table(result: dict[str, Any]) -> Iterator[Any]:
     """`headrace doctor`."""
     table = Table()
@@ -229,9 +202,10 @@ def _or_engine(value: int | None) -> str:
 def _interval(estimate: dict[str, float] | None, form: str, unit: str = "") -> str:
     """An estimate with half the width of its interval."""
     if estimate is None or estimate["low"] is None or estimate["high"] is None:
-        return _number(estimate and estimate["value"], form, unit)
+        return number(estimate and estimate["value"], form, unit)
     return f"{estimate['value']:{form}} ± {(estimate['high'] - estimate['low']) / 2:{form}}{unit}"
 
 
-def _number(value: float | None, form: str, unit: str = "") -> str:
+def number(value: float | None, form: str, unit: str = "") -> str:
+    """The value in this form with its unit; a dash for None."""
     return "–" if value is None else f"{value:{form}}{unit}"

@@ -30,14 +30,14 @@ def serve_file(config: ClusterConfig) -> dict[str, Any]:
         settings = args.settings_of(entry.model_id)
         own = entry.own
         options = dict(own.get("deployment_config", {}))
-        scale = {key: options.pop(key) for key in _SCALE if key in options}
+        scale = _scale(options)
         models.append(own | {"deployment_config": options, "headrace": _of_the_engine(settings)})
         deployments.append({
             "name": deployment_name(entry.model_id), **scale,
             "graceful_shutdown_timeout_s": settings.drain_s, "user_config": live_settings(settings),
         })
     ingress = dict(args.ingress_deployment_config)
-    scale = {key: ingress.pop(key) for key in _SCALE if key in ingress}
+    scale = _scale(ingress)
     rest: dict[str, Any] = {"ingress_deployment_config": ingress} if ingress else {}
     if args.headrace.tracing.otlp_endpoint is not None:
         rest["headrace"] = {"tracing": args.headrace.tracing.model_dump()}
@@ -54,7 +54,21 @@ def serve_file(config: ClusterConfig) -> dict[str, Any]:
     }
 
 
+def _scale(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of scale out of a deployment's.
+
+    Ray builds a deployment without a number of replicas as one that Serve scales between 1 and 1, and Serve goes on
+    scaling it beside a number in the file; so the file also says that nothing scales. "auto" stays where it is: Serve
+    would put it together with those bounds.
+    """
+    if options.get("num_replicas") == "auto":
+        return {}
+    scale = {key: options.pop(key) for key in _SCALE if key in options}
+    return scale | ({"autoscaling_config": None} if scale.get("num_replicas") is not None else {})
+
+
 def _of_the_engine(settings: ModelSettings) -> dict[str, Any]:
     """The settings that an engine starts with: a file must name the profile, though another one restarts nothing."""
     other = {} if settings.scheduler == SCHEDULER else {"scheduler": settings.scheduler}
-    return {"controller": {"profile": settings.controller.profile}, **other}
+    profile = settings.controller.profile
+    return ({"controller": {"profile": profile}} if profile else {}) | other

@@ -31,9 +31,10 @@ from scheduler.tuning.slo import NO_SLO, Slo
 
 SCHEDULER = "headrace.HeadraceScheduler"
 PROFILE_MISSING = (
-    "name the profile of this model on this device; its iteration times are used until the engine's own are measured: "
-    f"{', '.join(profile_names())}, or the path of a profile's JSON file; measure one with "
-    "python benchmarks/measure_law.py --model MODEL --name NAME"
+    "name the profile of this model on this device; its iteration times are used until the engine's own are measured "
+    "(they are estimated without one where accelerator_type names a known accelerator): "
+    f"{', '.join(profile_names())}, or the path of a profile's JSON file; compute one with "
+    "headrace profile estimate, or measure one with headrace profile measure"
 )
 _OF_ALL_MODELS = ("tenants", "tracing")
 LONGEST_DRAIN_S = 86_400.0
@@ -46,7 +47,10 @@ class Strict(BaseModel):
 
 
 class ControllerConfig(ControllerSettings):
-    """The central controller, which tunes every replica. Its profile is required."""
+    """The central controller, which tunes every replica.
+
+    Its profile is required unless the entry's accelerator_type is one whose iteration times can be estimated.
+    """
 
     @field_validator("profile")
     @classmethod

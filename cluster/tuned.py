@@ -22,9 +22,10 @@ class TunedModel:
     settings: ModelSettings
 
     @property
-    def time_model(self) -> IterationTimeModel:
-        """The profile's."""
-        return load_profile(self.settings.controller.profile).time_model
+    def time_model(self) -> IterationTimeModel | None:
+        """The profile's; None: none is named, and engines say what they estimate."""
+        profile = self.settings.controller.profile
+        return load_profile(profile).time_model if profile else None
 
     def new_tuner(self) -> EngineTuner:
         """What is known of a replica before it has reported anything."""

@@ -13,12 +13,14 @@ import typer
 
 from cluster.cli import app as cluster_app
 from cluster.cli import fail, out
+from cluster.plan_cli import app as plan_app
+from cluster.profile_cli import app as profile_app
 from loadgen.cli import app as loadgen_app
 from scheduler.config_errors import CommandFailed, UsageError
 from simulator.cli import app as simulator_app
 
 app = typer.Typer(help="Serve language models on Ray and vLLM within latency targets.", no_args_is_help=True)
-for part in (cluster_app, simulator_app, loadgen_app):
+for part in (cluster_app, plan_app, profile_app, simulator_app, loadgen_app):
     app.add_typer(part)
 
 EXTRA_WITH = {"pyarrow": "sim", "matplotlib": "report", "vllm": "gpu", "ray": "gpu"}

@@ -32,7 +32,8 @@ class ControllerSettings(BaseModel):
     enabled: whether there is a controller; without one the configured thresholds hold, and targets are an error.
     period_s: seconds between two control cycles;
     profile: the iteration-time model to start from, by a preset's name or a JSON file's path; it must fit the model and
-    the device (required in a cluster; empty under plain vLLM: the engine is measured first).
+    the device. Empty: an engine that knows its device estimates it, under plain vLLM else it is measured first; in a
+    cluster a profile is required where `accelerator_type` names no known accelerator.
     min_finished: finished requests before an engine's thresholds are changed; window_s: seconds of arrivals that count;
     validity_s: seconds that pushed thresholds stay active without the controller; overflow_probability: accepted
     probability that memory overflows or that a request misses its TPOT target.

@@ -43,6 +43,7 @@ from scheduler.engine.recorder import Recorder
 from scheduler.engine.rejector import Rejector
 from scheduler.engine.running_requests import BatchWork, EngineBatch, batch_work, decode_steps, tokens_to_decode
 from scheduler.engine.settings_in_force import SettingsInForce
+from scheduler.engine.start_estimate import NO_ESTIMATE, start_estimate
 from scheduler.messages import Gauges, Report, RunningLengths, Stats, Telemetry
 from scheduler.policies import NO_REQUESTS, UNKNOWN_TYPE, Policy, RunningBatch, Snapshot, Waiting, make_policy
 from scheduler.rejection import TOO_LATE, TOO_MANY, Rejection
@@ -83,7 +84,12 @@ class HeadraceScheduler(AsyncScheduler):
         self.arrival_clock: Callable[[], float] = time.time  # the one that vLLM stamps `Request.arrival_time` with
         self.recorder = Recorder()
         limits = self._limits()
-        self.in_force = SettingsInForce(settings, limits, lambda: self.clock(), setup, self.make_policy)
+        estimated = start_estimate(vllm_config) if self._needs_estimate(settings) else NO_ESTIMATE
+        if estimated.said:
+            logger.info("Headrace: %s", estimated.said)
+        self.in_force = SettingsInForce(
+            settings, limits, lambda: self.clock(), setup, self.make_policy, estimated.time_model
+        )
         self.active = self.in_force.active
         self._engine_id, self._trusts_ingress = engine_id(), settings.trust_tenants
         self._obeyed: Active = self.active.current()
@@ -114,6 +120,11 @@ class HeadraceScheduler(AsyncScheduler):
             )
             logger.info("Headrace: control channel open, policy %s", settings.thresholds.policy)
             self._control.start()
+
+    @staticmethod
+    def _needs_estimate(settings: SchedulerSettings) -> bool:
+        """Whether the engine, tuned by a controller, has no profile to start from."""
+        return settings.first_profile is None and (settings.channel is not None or settings.has_own_controller)
 
     def make_policy(self, thresholds: Thresholds) -> Policy:
         """The policy that these thresholds name; override it to use your own (examples/own_policy.py).

@@ -21,14 +21,15 @@ class UnknownAccelerator(ValueError):
 class Accelerator:
     """One device, by its maker's dense figures.
 
-    devices: parts of the names by which drivers call it. memory_gib: as the driver shows it. fp8_flops: None where
-    there is no 8-bit product. link_bytes_per_s: to the other accelerators of the machine, one way.
-    compute_share: of the compute efficiency that is assumed elsewhere.
+    devices: parts of the names by which drivers call it; ray_types: Ray's `accelerator_type`. memory_gib: as the driver
+    shows it. fp8_flops: None where there is no 8-bit product. link_bytes_per_s: to the other accelerators of the
+    machine, one way. compute_share: of the compute efficiency that is assumed elsewhere.
     """
 
     name: str
     description: str
     devices: tuple[str, ...]
+    ray_types: tuple[str, ...]
     memory_gib: float
     memory_bytes_per_s: float
     bf16_flops: float
@@ -58,7 +59,10 @@ def accelerators() -> Mapping[str, Accelerator]:
     """All of the table, by name."""
     table: dict[str, dict[str, Any]] = json.loads(_FILE.read_text(encoding="utf-8"))
     return {
-        name: Accelerator(name=name, **{**row, "devices": tuple(row["devices"])}) for name, row in table.items()
+        name: Accelerator(
+            name=name, **{**row, "devices": tuple(row["devices"]), "ray_types": tuple(row["ray_types"])}
+        )
+        for name, row in table.items()
     }
 
 
@@ -87,3 +91,8 @@ def accelerator_of_device(device_name: str) -> Accelerator | None:
         if f" {device.lower()} " in f" {words} "
     ]
     return max(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def is_known_to_ray_as(accelerator_type: str) -> bool:
+    """Whether Ray's `accelerator_type` names an accelerator of the table."""
+    return any(accelerator_type in one.ray_types for one in accelerators().values())

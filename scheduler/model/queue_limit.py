@@ -1,4 +1,6 @@
-"""The queue limit: just long enough that the replica rarely runs below capacity.
+"""The queue of a replica: how long it may be above capacity, and how often it is too long below.
+
+Above: just long enough that the replica rarely runs below capacity.
 
 Source: the birth-death chain M/M(n)/1/K, whose service rate depends on the number of running requests; variability
 other than Poisson's scales the queue as in its diffusion limit (heavy traffic).
@@ -9,6 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import poisson
 
 _MOST_PLACES = 20_000
@@ -58,3 +62,43 @@ def queue_limit(replica: FullReplica, rate_rps: float, *, miss_probability: floa
             break
     at_once = float(poisson.ppf(1 - miss_probability, replica.admitted_per_iteration))
     return max(1, math.ceil(min(max(needed, at_once), most_requests)))
+
+
+def waits_longer(replica: FullReplica, rate_rps: float, within_s: NDArray[np.float64]) -> NDArray[np.float64]:
+    """P(a request waits longer than `within_s`) below capacity: the share that a burst makes late; 1 at capacity.
+
+    In the chain without a limit, π_n of n requests falls geometrically beyond the N that run, by ρ = λ/μ. A request
+    waits with probability P = π_N/(1 − ρ) / Σ π, then longer than t with probability exp(−(μ − λ) t). A variability z
+    other than Poisson's changes both as in the approximations of Hayward, N/z places, and of heavy traffic, t/z.
+    """
+    if rate_rps >= replica.capacity_rps:
+        return np.ones_like(within_s)
+    spread = max(replica.variability, 1e-3)
+    running = max(1, round(min(replica.running / spread, _MOST_PLACES)))
+    occupied = np.arange(running, 0, -1) / running
+    delivered_rps = replica.capacity_rps * occupied / (replica.fixed_share + (1 - replica.fixed_share) * occupied)
+    with np.errstate(over="ignore"):  # π_n / π_N, downwards from N: too large for a number means that none waits
+        total = float(np.cumprod(delivered_rps / rate_rps).sum())
+    waiting = 1 / (1 - rate_rps / replica.capacity_rps)
+    left_s = np.maximum(within_s, 0.0) / spread
+    return np.asarray(waiting / (total + waiting) * np.exp(-(replica.capacity_rps - rate_rps) * left_s))
+
+
+def waits_in_line(
+    within_s: NDArray[np.float64], rate_rps: float, service_s: NDArray[np.float64], weights: NDArray[np.float64], *,
+    dispersion: float = 1.0,
+) -> NDArray[np.float64]:
+    """P(a request waits longer than `within_s`) for one server, in the order of arrival: prompts that are computed.
+
+    service_s: seconds of each kind of request, of which `weights` are the shares. ρ exp(−2 (1 − ρ) t / (s (D + c²))) of
+    mean s and squared coefficient of variation c²: exact for Poisson arrivals (D = 1) with exponential times.
+    """
+    mean_s = float(weights @ service_s)
+    busy = rate_rps * mean_s
+    if busy >= 1:
+        return np.ones_like(within_s)
+    if mean_s <= 0:
+        return np.zeros_like(within_s)
+    variation = float(weights @ (service_s - mean_s) ** 2) / mean_s**2
+    slope = 2 * (1 - busy) / (mean_s * max(dispersion + variation, 1e-3))
+    return np.asarray(busy * np.exp(-slope * np.maximum(within_s, 0.0)))

@@ -34,7 +34,8 @@ class Change:
 class EngineTuner:
     """The model of one engine between two reports.
 
-    time_model: its profile's; None: the engine's first iterations are measured before anything is proposed.
+    time_model: its profile's; None: that of its fluid parameters, which it estimates where it knows its device; else
+    its first iterations are measured before anything is proposed.
     profiled: the same, for a model made anew; it may be replaced. cursor: the records read so far. shown: the
     targets, the estimates and the plan, JSON-ready. note: the latest decision in words.
     """
@@ -78,6 +79,10 @@ class EngineTuner:
     def learn(self, telemetry: Telemetry) -> Proposal:
         """Update the model from a report and solve; tens of milliseconds. A model that raises on a report is replaced
         by a new one, which continues after that report, so bad records are not read twice."""
+        if self._model is None and telemetry.thresholds.fluid is not None:
+            # The engine's own estimate, or what an earlier controller knew.
+            known = telemetry.thresholds.fluid.time_model
+            self._model = self._model_from(known.faster(1 / telemetry.limits.pipeline_depth))
         if self._model is None:
             measured = first_time_model(telemetry.iterations)
             if isinstance(measured, FitRejected):  # the same records again, and those that follow

@@ -19,7 +19,7 @@ from scheduler.model.fluid import NO_REUSE, FluidEquilibrium, PrefixReuse, Regim
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.littles_law import requests_running
 from scheduler.model.probability import ACCEPTED_MISSES
-from scheduler.model.queue_limit import FullReplica, queue_limit
+from scheduler.model.queue_limit import FullReplica, queue_limit, waits_in_line, waits_longer
 from scheduler.model.steps import ONE_TOKEN_A_STEP, Steps
 from scheduler.model.workload import WorkloadMix
 from scheduler.survival import Survival
@@ -50,6 +50,7 @@ class FluidPlan:
     in_time: share of requests of lengths that can meet every target.
     tpot_s, tpot_margin: the TPOT target, and the relative margin of the iterations below it.
     alone_s: seconds per token of one mean request alone, if that is above the TPOT target.
+    late: share of the requests that a burst makes wait too long for their first token, below capacity; 1 beyond it.
     """
 
     fluid: FluidParams
@@ -63,6 +64,7 @@ class FluidPlan:
     equilibrium: FluidEquilibrium
     alone_s: float | None = None
     limit: str = ""
+    late: float = 0.0
 
 
 def solve_fluid_params(
@@ -103,10 +105,13 @@ def solve_fluid_params(
         capacity_rps=known_rps, steady_s=steady_s, variability=capacity.decode_share,
         tokens_per_step=steps.tokens, computed_per_step=steps.computed, pipeline_depth=steps.depth,
     )
-    soon = 1.0
+    soon, late = 1.0, float(load >= 1)
     if within.first_token_s is not None:
         spare_s = within.first_token_s - capacity.first_token_s(params, load)
         soon = float(lengths.weights @ (spare_s >= 0))
+        if known_rps > mix.rate_rps:
+            waits = capacity.late(params, load, spare_s, dispersion)
+            late = float(lengths.weights @ np.where(spare_s >= 0, waits, 0.0))
         params = replace(params, queue_limit=capacity.queue_limit(params, spare_s, miss_probability, dispersion))
     # Requests that cannot meet their first-token limit are rejected and take no capacity.
     if load * soon >= 1:
@@ -119,7 +124,7 @@ def solve_fluid_params(
         fluid=params, capacity_rps=served_rps, load=load, bottleneck=bottleneck,
         goodput_rps=min(mix.rate_rps * soon, served_rps) * within.share, in_time=soon * within.share,
         tpot_margin=margin, tpot_s=targets.tpot_s, equilibrium=capacity.fluid,
-        alone_s=None if reachable else capacity.alone_s, limit=limit,
+        alone_s=None if reachable else capacity.alone_s, limit=limit, late=late,
     )
 
 
@@ -249,10 +254,27 @@ class _Capacity:
             own_s = params.time_model.iteration_s(prompts, 0.0, prompts)
             under_way_s = (self._iterations_to_first_token - 1) * params.time_model.shortest_iteration_s
             return np.asarray(under_way_s + own_s, dtype=np.float64)
+        room = self._prompt_room(params, load, iteration_s)
+        iterations = self._iterations_to_first_token - 1 + np.ceil(prompts / room)
+        return np.asarray(iteration_s * iterations, dtype=np.float64)
+
+    def _prompt_room(self, params: FluidParams, load: float, iteration_s: float) -> float:
+        """Prompt tokens that an iteration computes beside the decodes of `load`."""
         decode_s = (self._work_s - self._prefill_work_s) * self._rate_rps * min(1.0, 1.0 / load) * iteration_s
         room = params.time_model.prompt_tokens_within(iteration_s, 0.0, 0.0, other_s=decode_s)
-        iterations = self._iterations_to_first_token - 1 + np.ceil(prompts / max(room, params.prompt_flow_tokens, 1.0))
-        return np.asarray(iteration_s * iterations, dtype=np.float64)
+        return max(room, params.prompt_flow_tokens, 1.0)
+
+    def late(self, params: FluidParams, load: float, spare_s: Floats, dispersion: float) -> Floats:
+        """P(a request waits longer than `spare_s`) below capacity: for a place to run in, or behind other prompts."""
+        prompts = np.asarray(self._lengths.prompt_tokens * self._reuse.computed, dtype=np.float64)
+        if params.iteration_s is None:
+            others = min((self._work_s - self._prefill_work_s) * self._rate_rps, 0.99)
+            service_s = np.asarray(params.time_model.added_s(prefill_tokens=prompts, kv_tokens=prompts) / (1 - others))
+        else:
+            service_s = prompts * params.iteration_s / self._prompt_room(params, load, params.iteration_s)
+        behind = waits_in_line(spare_s, self._rate_rps, service_s, self._lengths.weights, dispersion=dispersion)
+        place = waits_longer(self.full_replica(params, dispersion), self._rate_rps, spare_s)
+        return np.minimum(behind + place, 1.0)
 
     def queue_limit(
         self, params: FluidParams, spare_s: Floats, miss_probability: float, dispersion: float
@@ -262,9 +284,19 @@ class _Capacity:
         Below capacity a queue drains: only requests that would be late are rejected. Requests that cannot be in time do
         not count.
         """
-        time_model, lengths, served_rps = self._time_model, self._lengths, params.capacity_rps
+        lengths, served_rps = self._lengths, params.capacity_rps
         if not served_rps or self._rate_rps <= served_rps:
             return None
+        in_time = spare_s >= 0
+        spare = float(np.average(spare_s[in_time], weights=lengths.weights[in_time])) if in_time.any() else 0.0
+        return queue_limit(
+            self.full_replica(params, dispersion), self._rate_rps, miss_probability=_QUEUE_SHARE * miss_probability,
+            most_requests=served_rps * spare,
+        )
+
+    def full_replica(self, params: FluidParams, dispersion: float) -> FullReplica:
+        """The replica at capacity, as the birth-death chain of its running and waiting requests needs it."""
+        time_model, lengths, served_rps = self._time_model, self._lengths, params.capacity_rps
         most = params.kv_limit_tokens / lengths.mean_running_kv_tokens
         iteration_s = params.iteration_s
         if iteration_s is None:
@@ -277,15 +309,10 @@ class _Capacity:
         )
         mean_s = float(lengths.weights @ work_s)
         work_variation = float(lengths.weights @ (work_s - mean_s) ** 2) / mean_s**2 if mean_s > 0 else 0.0
-        in_time = spare_s >= 0
-        spare = float(np.average(spare_s[in_time], weights=lengths.weights[in_time])) if in_time.any() else 0.0
         rate_rps = self._rate_rps
-        replica = FullReplica(
+        return FullReplica(
             capacity_rps=served_rps, running=min(most, float(self._slots), running),
             fixed_share=min(1.0, time_model.shortest_iteration_s / iteration_s),
             admitted_per_iteration=served_rps * iteration_s,
             variability=(rate_rps * dispersion + served_rps * work_variation) / (rate_rps + served_rps),
-        )
-        return queue_limit(
-            replica, rate_rps, miss_probability=_QUEUE_SHARE * miss_probability, most_requests=served_rps * spare
         )

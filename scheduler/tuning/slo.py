@@ -47,6 +47,15 @@ class UnreachableTarget(ValueError):
     """A target below the time of one request alone; the message names it, its value and what is allowed."""
 
 
+def is_reachable(targets: Slo, time_model: IterationTimeModel) -> bool:
+    """Whether one request of one token, alone on a replica, meets every target."""
+    try:
+        require_reachable(targets, time_model)
+    except UnreachableTarget:
+        return False
+    return True
+
+
 def require_reachable(targets: Slo, time_model: IterationTimeModel) -> None:
     """Check that one request of one token, alone on a replica, meets every target.
 

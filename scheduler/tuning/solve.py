@@ -97,11 +97,12 @@ def cold_thresholds(
     targets: Slo,
     *,
     overflow_probability: float,
+    source: str = "the profile",
 ) -> Thresholds:
     """The thresholds of an engine under `fluid` before its first tuning; under other policies, as configured.
 
     Derived from the profile's model (of all pipeline stages), prior lengths (`cold_lengths`) and a published model
-    error. Only requests that would miss TTFT are rejected.
+    error. Only requests that would miss TTFT are rejected. source: of the model, in words.
     """
     if configured.policy != "fluid" or configured.fluid is not None:
         return configured
@@ -110,7 +111,7 @@ def cold_thresholds(
         configured, mix, time_model.of_stage(limits.pipeline_depth), limits, targets,
         miss_probability=overflow_probability, error=IterationTimeError.from_mape(PUBLISHED_MAPE), cold=True,
     )
-    return replace(thresholds, reason="nothing seen yet: parameters from the profile and the targets")
+    return replace(thresholds, reason=f"nothing seen yet: parameters from {source} and the targets")
 
 
 def tune_by_cap(configured: Thresholds, mix: WorkloadMix, cap: int, *, margin: float = _PRACTICAL_MARGIN) -> Thresholds:

@@ -11,6 +11,9 @@ import yaml
 
 from cluster.config import AppConfig, ConfigError, load_config
 from cluster.llm_entry import WITHOUT_ENGINE
+from cluster.serve_file import serve_file
+from cluster.tuned import TunedModel
+from replicas.ranks import ServedModel
 from scheduler.model.profiles import profile_names
 from scheduler.thresholds import Thresholds
 from scheduler.tuning.settings import TuningSettings
@@ -321,9 +324,33 @@ def test_a_profile_must_be_named(tmp_path: Path, controller: dict[str, float] | 
     path.write_text(yaml.safe_dump(data))
     with pytest.raises(ConfigError) as error:
         load_config(path, with_engine=False)
-    for part in ("applications.0.args.headrace.controller.profile: name", *profile_names(), "benchmarks/measure_law"):
+    for part in ("applications.0.args.headrace.controller.profile: name", *profile_names(), "headrace profile measure"):
         assert str(error.value).count(part) == 1 or part in profile_names(), "said once for all models"
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(("accelerator_type", "known"), [
+    ("H100", True), ("A100", True), ("A100-80G", True), ("AMD-Instinct-MI300X-OAM", True), ("A10G", False),
+])
+def test_a_known_accelerator_needs_no_profile(tmp_path: Path, accelerator_type: str, known: bool) -> None:
+    data = copy.deepcopy(MINIMAL)
+    args = data["applications"][0]["args"]
+    args["headrace"] = {"targets": {"tpot_s": 0.0001}}  # not checked against an estimate: a guess closes no gate
+    for entry in args["llm_configs"]:
+        del entry["accelerator_config"]
+        entry["accelerator_type"] = accelerator_type
+    path = tmp_path / "estimated.yaml"
+    path.write_text(yaml.safe_dump(data))
+    if not known:
+        with pytest.raises(ConfigError, match="controller.profile: name the profile"):
+            load_config(path, with_engine=False)
+        return
+    config = load_config(path, with_engine=False)
+    settings = config.application.args.settings_of(config.application.args.llm_configs[0].model_id)
+    assert TunedModel(ServedModel("m", 1), settings).time_model is None
+    rendered = serve_file(config)["applications"][0]["args"]
+    assert "controller" not in rendered["llm_configs"][0]["headrace"]
+    AppConfig.model_validate(rendered, context=WITHOUT_ENGINE)  # what KubeRay reads is a whole configuration too
 
 
 def test_strict_mode_is_rejected(tmp_path: Path) -> None:

@@ -149,7 +149,11 @@ def test_two_types_of_equal_lengths_need_no_names() -> None:
 def test_a_profile_gives_law_and_memory_and_options_override_it() -> None:
     time_model = ("--d0", "0.0102484863577943", "--d1", "3.877682025836559e-07", "--kv-tokens", "137000")
     profile = planned(*WORKLOAD, "--profile", "a100-llama2-7b-paper")
-    assert profile == planned(*WORKLOAD, *time_model)
+    stated = planned(*WORKLOAD, *time_model)
+    assert [one["sizing"]["candidates"][0].pop("name") for one in (profile, stated)] == [
+        "a100-llama2-7b-paper", "as stated",
+    ]
+    assert profile == stated
     assert profile["kv_capacity_tokens"] == 137000
     faster = planned(*WORKLOAD, "--profile", "a100-llama2-7b-paper", "--d1", "0", "--kv-tokens", "50000")
     assert faster["load"] == 0
@@ -297,3 +301,90 @@ def test_a_type_is_written_in_one_text() -> None:
 def test_a_type_that_is_none_is_named_with_what_is_allowed(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         parse_type(text)
+
+
+SIZED = ("--type", "rate=10,prompt=900,output=230", "--ttft", "3", "--tpot", "0.08")
+LLAMA3 = {
+    "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 14_336, "vocab_size": 128_256, "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def llama3(tmp_path: Path) -> str:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA3))
+    return str(path)
+
+
+def test_replicas_for_targets_on_a_profile() -> None:
+    plan = planned(*SIZED, "--profile", "a100-llama2-7b")
+    (one,) = plan["sizing"]["candidates"]
+    assert plan["sizing"]["targets"] == {"ttft_s": 3.0, "tpot_s": 0.08, "latency_s": None}
+    assert one["replicas"] == 2 and one["now"]["goodput_rps"] == pytest.approx(10)
+    assert one["one_less"]["goodput_rps"] < 6 and one["one_less"]["load"] > 1
+    assert one["one_more"]["load"] == pytest.approx(one["now"]["load"] * 2 / 3, rel=1e-6)
+    assert (one["binds"], one["limit"]) == ("first token", "time")
+    assert 4.5 < one["most_rps"] < 5.36 and one["estimated"] is False and one["replicas_low"] is None
+
+
+def test_candidates_stand_side_by_side(llama3: str) -> None:
+    plan = planned(
+        *SIZED, "--profile", "a100-llama2-7b", "--model-config", llama3, "--accelerator", "a100-80", "--accelerator",
+        "h100:2", "--accelerator", "l4:3",
+    )
+    found = {one["name"]: one for one in plan["sizing"]["candidates"]}
+    assert list(found) == ["a100-llama2-7b", "a100-80:1", "h100:2", "l4:3"]
+    assert "does not divide" in found["l4:3"]["error"] and found["l4:3"]["replicas"] is None
+    two = found["h100:2"]
+    assert two["accelerators_in_all"] == 2 * two["replicas"] and two["estimated"] is True
+    assert two["replicas_low"] <= two["replicas"] <= two["replicas_high"]
+    assert two["most_rps"] > found["a100-80:1"]["most_rps"] > 0
+    assert plan["law"] == found["a100-llama2-7b"]["law"], "the other keys are the first candidate's"
+
+
+def test_tensor_parallel_and_the_engine_s_limits_are_options(llama3: str) -> None:
+    asked = (*SIZED, "--model-config", llama3, "--accelerator", "h100")
+    (few,) = planned(*asked, "--tp", "2", "--max-num-seqs", "8")["sizing"]["candidates"]
+    (many,) = planned(*asked, "--tp", "2")["sizing"]["candidates"]
+    assert few["name"] == "h100:2" and few["binds"] in ("slots", "first token") and few["limit"] == "slots"
+    assert few["most_rps"] < many["most_rps"]
+
+
+def test_an_estimated_profile_s_file_keeps_its_interval(llama3: str, tmp_path: Path) -> None:
+    path = tmp_path / "estimate.json"
+    asked = ["profile", "estimate", "--model-config", llama3, "--accelerator", "a100-80", "--output", str(path)]
+    assert CliRunner().invoke(cli.app, asked).exit_code == 0
+    (one,) = planned(*SIZED, "--profile", str(path))["sizing"]["candidates"]
+    assert one["estimated"] and one["replicas_low"] <= one["replicas"] <= one["replicas_high"]
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    (("--profile", "a100-llama2-7b", "--ttft", "0"), "--ttft = 0.0 is not allowed; allowed: seconds > 0"),
+    (("--accelerator", "h100"), "--model-config and --accelerator go together"),
+    (("--profile", "a100-llama2-7b", "--model", "m"), "leave it out, or give --from URL"),
+    (("--profile", "a100-llama2-7b", "--from", "http://127.0.0.1:1"), "or as --from URL"),
+])
+def test_options_of_sizing_that_cannot_be_used(rejected: Any, more: tuple[str, ...], said: str) -> None:
+    assert said in " ".join(rejected(*SIZED, *more).split())
+
+
+def test_a_single_accelerator_that_cannot_run_it_is_an_error(rejected: Any, llama3: str) -> None:
+    said = rejected(*SIZED, "--model-config", llama3, "--accelerator", "h100:two")
+    assert "allowed: NAME or NAME:TP" in said
+    assert "is not known" in rejected(*SIZED, "--model-config", llama3, "--accelerator", "tpu")
+
+
+def test_targets_that_cannot_be_met_are_an_answer(llama3: str) -> None:
+    (one,) = planned(*SIZED[:2], "--tpot", "0.001", "--profile", "a100-llama2-7b")["sizing"]["candidates"]
+    assert one["replicas"] is None and "below the" in one["reason"] and one["now"] is None
+
+
+def test_people_see_how_many_and_what_one_more_buys(llama3: str) -> None:
+    arguments = ["plan", *SIZED, "--model-config", llama3, "--accelerator", "a100-80", "--accelerator", "l4:3"]
+    said = " ".join(CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "160"}).stdout.split())
+    for part in (
+        "replicas for 10 requests/s, TTFT 3 s, TPOT 0.08 s", "first token (time)", "one more: load", "l4:3: tensor",
+        "in brackets: the ends of an estimate's interval; nothing was measured",
+    ):
+        assert part in said

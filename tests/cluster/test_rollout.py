@@ -115,6 +115,36 @@ def test_the_file_for_serve_keeps_live_settings_and_scale_out_of_args(versions: 
     assert versions(first["args"]) == versions(arguments()), "the same processes as from the file itself"
 
 
+@pytest.mark.parametrize(("scale", "number", "most"), [
+    ({"num_replicas": 3}, 3, None),
+    ({"autoscaling_config": {"min_replicas": 1, "max_replicas": 5}}, None, 5),
+    ({"num_replicas": "auto"}, None, 100),
+])
+def test_serve_runs_the_number_of_replicas_that_the_file_says(
+    scale: dict[str, Any], number: int | None, most: int | None
+) -> None:
+    """Serve puts what stands under `deployments` over what `build` returns for the file's `args`."""
+    from ray.serve._private.application_state import override_deployment_info
+    from ray.serve._private.deployment_info import DeploymentInfo
+    from ray.serve.schema import ServeApplicationSchema
+
+    from cluster.app import application
+
+    given = with_entry(deployment_config=scale)
+    file = serve_file(ClusterConfig.model_validate({"applications": [{"args": given}]}))["applications"][0]
+    ingress = application(AppConfig.model_validate(file["args"]))._bound_deployment
+    engines = ingress._replica_config.init_kwargs["llm_deployments"].values()
+    built = [ingress, *(engine._bound_deployment for engine in engines)]
+    infos = {
+        one.name: DeploymentInfo(one._deployment_config, one._replica_config, start_time_ms=0, deployer_job_id="")
+        for one in built
+    }
+    config = override_deployment_info(infos, ServeApplicationSchema.model_validate(file))[deployment_name("a")]
+    scaling = config.deployment_config.autoscaling_config
+    assert (scaling and scaling.max_replicas) == most
+    assert number is None or config.deployment_config.num_replicas == number
+
+
 def test_the_file_names_the_deployments_as_the_application_does() -> None:
     from cluster.app import application
 

@@ -107,6 +107,7 @@ TWO_GPUS = {"tensor_parallel_size": 2}
         # Two of three GPUs do not fit into what two others leave of a pod of four.
         ({"models": [model(3, engine_kwargs={"tensor_parallel_size": 3}), model(engine_kwargs=TWO_GPUS) | named("n")],
           "gpu": {"perWorker": 4}}, 4, 4),
+        ({"models": [model(3, engine_kwargs=TWO_GPUS)], "gpu": {"perWorker": 5}}, 5, 2),
         ({"models": [model(deployment_config={"autoscaling_config": {"max_replicas": 5}})]}, 1, 5),
         ({"models": [model(4)], "gpu": {"workers": 7}}, 1, 7),
         ({"models": [model(3)], "gpu": {"perWorker": 0}}, 0, 3),

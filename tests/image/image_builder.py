@@ -58,13 +58,13 @@ class Image:
 
     def start(
         self, command: list[str], output: IO[bytes], *, env: dict[str, str] | None = None,
-        bound: dict[str, str] | None = None, alone: bool = False,
+        bound: dict[str, str] | None = None, alone: bool = False, writable: tuple[str, ...] = ("/tmp",),
     ) -> subprocess.Popen[bytes]:
         """Start a command in the image. bound: folders of this machine, and where it sees them; alone: with no network
-        and a root that cannot be written, but for /tmp and its user's home."""
+        and a root that cannot be written, but for the folders `writable`."""
         how = {
             "IMAGE": str(self.root), "BOUND": " ".join(f"{here}:{there}" for here, there in (bound or {}).items()),
-            "ALONE": "1" if alone else "", "WRITABLE": f"/tmp {self.env['HOME']}" if alone else "",
+            "ALONE": "1" if alone else "", "WRITABLE": " ".join(writable) if alone else "",
         }
         return subprocess.Popen(
             [*NAMESPACES, *(["--net"] if alone else []), "bash", "-c", _MOUNT, "-", *self.inside(command, env)],
@@ -87,10 +87,10 @@ class Image:
 class Running:
     """The image as a container: a command of its own as the first process, and others beside it."""
 
-    def __init__(self, image: Image, command: list[str], log: Path) -> None:
+    def __init__(self, image: Image, command: list[str], log: Path, *, writable: tuple[str, ...] = ("/tmp",)) -> None:
         self._image, self._log = image, log
         with log.open("wb") as output:
-            self._process = image.start([*image.entrypoint, *command], output, alone=True)
+            self._process = image.start([*image.entrypoint, *command], output, alone=True, writable=writable)
 
     def __enter__(self) -> Running:
         return self

@@ -6,10 +6,12 @@ from dataclasses import fields
 import pytest
 import vllm
 from engine_harness import Engine
-from vllm.config import VllmConfig
+from vllm.config import CacheConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.completion import serving as completion_serving
 from vllm.entrypoints.speech_to_text.base import serving as speech_serving
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -26,6 +28,8 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from scheduler.engine.admission_queue import AdmissionQueue
 from scheduler.engine.choices import family_of, parent_of
+from scheduler.engine.start_estimate import start_estimate
+from scheduler.model.estimate import GPU_MEMORY_UTILIZATION
 from scheduler.support import EngineSetup
 from scheduler.tuning.slo import NO_SLO
 from scheduler.vllm_scheduler import HeadraceScheduler
@@ -261,3 +265,13 @@ def test_the_block_manager_tells_what_the_prefix_cache_holds():
     assert list(inspect.signature(KVCacheManager.get_computed_blocks).parameters) == ["self", "request"]
     assert "ref_cnt" in {field.name for field in fields(KVCacheBlock)}
     assert "num_waiting_for_streaming_input" in inspect.getsource(Scheduler.__init__)
+
+
+def test_the_platform_names_its_device_and_the_configuration_the_model():
+    """`scheduler.engine.start_estimate` reads both; `headrace profile measure` asks the platform too."""
+    assert current_platform.is_cpu() in (True, False) and callable(current_platform.get_device_name)
+    config = Engine().scheduler.vllm_config
+    assert start_estimate(config, "NVIDIA H100 80GB HBM3").time_model is not None
+    defaults = inspect.getsource(EngineArgs.get_batch_defaults)
+    assert "70 * GiB_bytes" in defaults and "160 * GiB_bytes" in defaults and "8192" in defaults
+    assert CacheConfig.__dataclass_fields__["gpu_memory_utilization"].default.default == GPU_MEMORY_UTILIZATION

@@ -22,7 +22,7 @@ def first_seconds(seconds, load, factor):
     }))
 
 
-@pytest.mark.parametrize("factor", [0.5, 1, 2])
+@pytest.mark.parametrize("factor", [0.25, 0.5, 1, 2])  # an estimate may be further off than a profile
 @pytest.mark.parametrize("load", [0.3, 0.7])
 def test_below_capacity_no_request_is_rejected(load, factor):
     summary = first_seconds(60.0, load, factor)

@@ -126,6 +126,8 @@ HeadraceServer:{{ . | replace "/" "--" | replace "." "_" }}
 {{- end -}}
 {{- end -}}
 {{- if $keda }}{{ $_ := set $deployment "num_replicas" (include "headrace.startReplicas" (dict "root" $ "id" $id) | int) }}{{ end -}}
+{{- /* Else Serve scales it all the same, by a default of Ray's. */ -}}
+{{- if hasKey $deployment "num_replicas" }}{{ $_ := set $deployment "autoscaling_config" nil }}{{ end -}}
 {{- $_ := set $entry "deployment_config" $options -}}
 {{- $_ := set $entry "headrace" $engine -}}
 {{- $_ := set $told $id $live -}}

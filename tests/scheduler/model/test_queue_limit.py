@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.model.queue_limit import FullReplica, queue_limit
+from scheduler.model.queue_limit import FullReplica, queue_limit, waits_in_line, waits_longer
 
 REPLICA = FullReplica(capacity_rps=10.0, running=20.0, fixed_share=0.1, admitted_per_iteration=0.5)
 MOST_REQUESTS = 60.0
@@ -70,3 +70,67 @@ def test_a_simulated_replica_delivers_the_planned_share_of_capacity(rate_rps):
 
     assert delivered(places) == pytest.approx(1 - miss, abs=0.006)
     assert places == 0 or delivered(places // 3) < 1 - miss + 0.003
+
+
+def simulated_waits(replica, rate_rps, within_s, *, arrivals=200_000, seed=3):
+    """The share of the chain's arrivals that wait longer than each of `within_s`; first come, first served."""
+    rng = np.random.default_rng(seed)
+    running = round(replica.running)
+    now_s, present, waiting, waits = 0.0, 0, [], []
+    while len(waits) < arrivals:
+        served = replica.delivered_rps(min(present, running)) if present else 0.0
+        now_s += rng.exponential(1 / (rate_rps + served))
+        if rng.random() * (rate_rps + served) < rate_rps:
+            present += 1
+            if present > running:
+                waiting.append(now_s)
+            else:
+                waits.append(0.0)
+        else:
+            present -= 1
+            if waiting:
+                waits.append(now_s - waiting.pop(0))
+    return [float(np.mean(np.array(waits) > t)) for t in within_s]
+
+
+@pytest.mark.parametrize("rate_rps", [7.0, 9.0, 9.5])
+@pytest.mark.parametrize(("running", "fixed_share"), [(4.0, 0.1), (20.0, 0.5)])
+def test_waits_of_a_simulated_chain(rate_rps, running, fixed_share):
+    replica = replace(REPLICA, running=running, fixed_share=fixed_share)
+    within_s = np.array([0.0, 0.2, 1.0])
+    found = waits_longer(replica, rate_rps, within_s)
+    assert found == pytest.approx(simulated_waits(replica, rate_rps, within_s), rel=0.15, abs=0.01)
+
+
+def test_waits_grow_with_load_and_bursts_and_shrink_with_time():
+    within_s = np.array([0.0, 1.0, 5.0])
+    some, more = waits_longer(REPLICA, 8.0, within_s), waits_longer(REPLICA, 9.5, within_s)
+    bursty = waits_longer(replace(REPLICA, variability=5.0), 8.0, within_s)
+    assert all(some < more) and all(some < bursty)
+    assert all(np.diff(some) < 0)
+    assert list(waits_longer(REPLICA, 10.0, within_s)) == [1.0, 1.0, 1.0]
+    assert max(waits_longer(replace(REPLICA, running=5000.0), 0.01, within_s)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("scale", "rate_rps"), [("exponential", 0.5), ("exponential", 0.8), ("fixed", 0.7), ("two", 0.6)]
+)
+def test_waits_in_line_of_a_simulated_server(scale, rate_rps):
+    """Lindley's recursion: Poisson arrivals, services of mean 1 s."""
+    rng = np.random.default_rng(7)
+    gaps = rng.exponential(1 / rate_rps, 200_000)
+    kinds, weights = np.array([0.5, 3.0]), np.array([0.8, 0.2])
+    if scale == "exponential":  # as quantiles of it
+        kinds = -np.log(1 - (np.arange(2000) + 0.5) / 2000)
+        weights = np.full(2000, 1 / 2000)
+    elif scale == "fixed":
+        kinds, weights = np.array([1.0]), np.array([1.0])
+    services = rng.choice(kinds, size=gaps.size, p=weights)
+    wait, waits = 0.0, np.empty(gaps.size)
+    for number, (gap, service) in enumerate(zip(gaps, services, strict=True)):
+        waits[number] = wait
+        wait = max(0.0, wait + service - gap)
+    within_s = np.array([0.0, 1.0, 3.0])
+    found = waits_in_line(within_s, rate_rps, kinds, weights)
+    assert found == pytest.approx([float(np.mean(waits > t)) for t in within_s], rel=0.2, abs=0.01)
+    assert list(waits_in_line(within_s, 1.0 / float(weights @ kinds), kinds, weights)) == [1.0, 1.0, 1.0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from synthetic_engine import PAPER, SyntheticEngine
+from synthetic_engine import LIMITS, PAPER, SyntheticEngine
 
 from scheduler.messages import Ack, Apply
 from scheduler.model.iteration_time import IterationTimeModel
@@ -15,6 +15,7 @@ from scheduler.tuning.next_push import NextPush
 from scheduler.tuning.replica_model import ReplicaModel
 from scheduler.tuning.settings import TuningSettings
 from scheduler.tuning.slo import Slo
+from scheduler.tuning.solve import cold_thresholds
 
 SETTINGS = TuningSettings(targets=Slo(ttft_s=3.0, tpot_s=0.08), min_finished=5, validity_s=10.0)
 FLUID = Thresholds(policy="fluid")
@@ -58,6 +59,21 @@ def test_a_measured_engine_is_tuned_as_one_with_its_profile() -> None:
         plans[name] = tuned.shown["forecast"]
     assert plans["measured"]["capacity_rps"] == pytest.approx(plans["profiled"]["capacity_rps"], rel=0.05)
     assert plans["measured"]["bottleneck"] == plans["profiled"]["bottleneck"]
+
+
+def test_without_a_profile_the_engine_s_own_estimate_is_the_first_model() -> None:
+    """Its first thresholds carry it, as do those of an earlier controller; a wrong one is refined as a profile is."""
+    guess = PAPER.faster(1.5)
+    configured = cold_thresholds(FLUID, guess, LIMITS, SETTINGS.targets, overflow_probability=0.01)
+    engine, tuned = SyntheticEngine(configured), tuner()
+    first = tuned.learn(engine.report())
+    assert not tuned.is_measuring and tuned.time_model == guess
+    assert first.thresholds.fluid is not None and first.thresholds.fluid.cold
+    iterate(engine, 400)
+    tuned.learn(engine.report(tuned.cursor))
+    assert tuned.time_model is not None
+    for batch in ((0.0, 12.0, 5000.0), (58.0, 14.0, 20_000.0)):
+        assert tuned.time_model.iteration_s(*batch) == pytest.approx(PAPER.iteration_s(*batch), rel=0.05)
 
 
 def test_in_a_pipeline_the_measured_model_is_a_stage_s() -> None:
