@@ -55,7 +55,8 @@ class RoutingStats:
 
     def as_dict(self) -> dict[str, Any]:
         """As a dict, the form in which Serve carries it."""
-        return {_KEY: asdict(self)}
+        # A tuple, so that Serve's controller can read it without this package.
+        return {_KEY: asdict(self) | {"outlook": None if self.outlook is None else tuple(self.outlook)}}
 
     def slack(self, occupied: float) -> float:
         """Free slots as a share of all, with so many occupied; may be negative."""

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from ray import serve
@@ -66,6 +66,14 @@ _ANSWER_S = 4.0
 logger = logging.getLogger(__name__)
 
 
+class _Reported(NamedTuple):
+    """An engine's stats, and when they were asked for, by both clocks."""
+
+    monotonic_s: float
+    unix_s: float
+    stats: Stats
+
+
 class HeadraceServer(LLMServer):
     """A vLLM replica that takes new thresholds while it serves."""
 
@@ -77,7 +85,7 @@ class HeadraceServer(LLMServer):
         _open_channel_at(self._endpoint, llm_config)
         ranks = ranks_in(llm_config.engine_kwargs)
         self._channels = [ChannelClient(rank_endpoint(self._endpoint, rank)) for rank in range(ranks)]
-        self._last_stats: dict[int, tuple[float, Stats]] = {}
+        self._last_stats: dict[int, _Reported] = {}
         self._silent: set[int] = set()
         self._draining = Draining(self._channels)
         self._telling: asyncio.Task[None] | None = None
@@ -176,13 +184,14 @@ class HeadraceServer(LLMServer):
         await asyncio.gather(*(self._refresh_stats(rank) for rank in range(len(self._channels))))
         # Stats older than 30 s are dropped; routers then rank the replica as one without a report.
         now_s = time.monotonic()
-        latest = [(at_s, stats) for at_s, stats in self._last_stats.values() if at_s > now_s - _STALE_STATS_S]
+        latest = [one for one in self._last_stats.values() if one.monotonic_s > now_s - _STALE_STATS_S]
         if not latest:
             return routing
-        oldest_s = time.time() - (now_s - min(at_s for at_s, _ in latest))
-        return routing | RoutingStats.of_engines([stats for _, stats in latest], oldest_s).as_dict()
+        oldest_s = min(one.unix_s for one in latest)  # the same for as long as nothing new is known
+        return routing | RoutingStats.of_engines([one.stats for one in latest], oldest_s).as_dict()
 
     async def _refresh_stats(self, rank: int) -> None:
+        asked_s, asked_unix_s = time.monotonic(), time.time()  # what comes while the engine answers may not be in it
         try:
             stats = await self._current_stats(rank)
         except (ChannelClosed, QuestionFailed, UnreadableMessage) as error:
@@ -190,7 +199,7 @@ class HeadraceServer(LLMServer):
                 logger.warning("no routing stats from the engine of rank %d: %s", rank, error)
             self._silent.add(rank)
             return
-        self._last_stats[rank] = (time.monotonic(), stats)
+        self._last_stats[rank] = _Reported(asked_s, asked_unix_s, stats)
         self._silent.discard(rank)
 
     async def _current_stats(self, rank: int) -> Stats:

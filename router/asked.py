@@ -11,14 +11,30 @@ from scheduler.settings import EXPECTED_OUTPUT_TOKENS
 _CHARACTERS_A_TOKEN = 4.0
 """Of English text, roughly; only differences between replicas count."""
 _BOUNDS = ("max_completion_tokens", "max_tokens")
+_LONGEST = 1 << 31
 
 
 def asked_of(body: Any) -> Asked:
-    """From a request body of OpenAI's form; of another, nothing is known."""
+    """From a request body of OpenAI's form; of what it has in no usable form, nothing is known. Never raises: a request
+    whose routing fails would hold up those behind it."""
+    try:
+        return _asked_of(body)
+    except Exception:  # the engine says what is wrong with such a body
+        return Asked()
+
+
+def _asked_of(body: Any) -> Asked:
+    prompt = getattr(body, "messages", None) or getattr(body, "prompt", None) or getattr(body, "input", None)
     declared = (getattr(body, "vllm_xargs", None) or {}).get(EXPECTED_OUTPUT_TOKENS)
-    bounds = [declared, *(getattr(body, bound, None) for bound in _BOUNDS)]
-    prompt = getattr(body, "messages", None) or getattr(body, "prompt", None)
-    return Asked(_tokens(prompt), min((float(bound) for bound in bounds if bound), default=math.inf))
+    bounds = [_count(bound) for bound in (declared, *(getattr(body, name, None) for name in _BOUNDS))]
+    requests = _count(getattr(body, "n", None)) or 1
+    if isinstance(prompt, list) and getattr(body, "messages", None) is None and not isinstance(prompt[0], int):
+        requests *= len(prompt)
+    return Asked(_tokens(prompt), min(map(float, filter(None, bounds)), default=math.inf), requests)
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LONGEST else None
 
 
 def _tokens(part: Any) -> float:

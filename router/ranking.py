@@ -11,6 +11,9 @@ see each other's requests, but they see the same reports: each takes what it has
 equals. And so that they do not all choose the same replica, each looks at a random part of the replicas only, one among
 as many as there are ingresses.
 
+What an engine says may be older than it seems: one that hangs in an iteration still reports, the same each time. So a
+replica never counts as having fewer requests than Serve last knew it to have.
+
 Replicas that predict nothing, those of other policies than `fluid`, are ranked by their share of free slots.
 """
 
@@ -40,57 +43,62 @@ _Name = TypeVar("_Name", bound=Hashable)
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What is known of a request: its prompt tokens, and its output tokens if a client declared or bounded them."""
+    """What is known of a request: its prompt tokens; its output tokens if a client declared or bounded them; and of how
+    many requests it consists, choices times prompts."""
 
     prompt_tokens: float = 0.0
     output_tokens: float = math.inf
+    requests: int = 1
 
 
 class Sent(Generic[_Name]):
     """What one router has sent to each replica lately, and what of it has ended; safe from several threads.
 
-    clock: seconds, as in the reports.
+    clock: seconds of this process, which never go back. wall_clock: seconds as in the reports.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float], wall_clock: Callable[[], float]) -> None:
+        self.clock, self._wall_clock = clock, wall_clock
         self._places: dict[_Name, Places] = {}
-        self._at: OrderedDict[str, _Name] = OrderedDict()
-        self._heard: dict[_Name, tuple[float, float]] = {}
+        self._at: OrderedDict[str, tuple[_Name, Asked]] = OrderedDict()
+        self._heard: dict[_Name, tuple[float, float, float]] = {}
         self._lock = threading.Lock()
 
-    def sent(self, request_id: str, replica: _Name, prompt_tokens: float = 0.0) -> None:
-        """A request goes to a replica; when it was thought to be at another one, it has left that."""
+    def sent(self, request_id: str, replica: _Name, asked: Asked | None = None) -> None:
+        """A request goes to a replica; when it was thought to be at another one, it has left that. asked: what is known
+        of it; None: what was said before."""
         with self._lock:
             before = self._at.get(request_id)
-            if before == replica:
+            if before is not None and before[0] == replica:
                 return
             if before is not None:
-                self._change(before, -1)
-            self._at[request_id] = replica
-            self._change(replica, 1, prompt_tokens)
+                self._change(before[0], -before[1].requests, -before[1].prompt_tokens)
+            asked = asked or (before[1] if before else Asked())
+            self._at[request_id] = replica, asked
+            self._change(replica, asked.requests, asked.prompt_tokens)
             while len(self._at) > _MOST_REQUESTS:  # requests of which no end is heard
                 self._at.popitem(last=False)
 
     def ended(self, request_id: str, replica: _Name) -> None:
-        """A request is over at a replica, whatever came of it."""
+        """A request is over at a replica, whatever came of it; its prompt has been worked on."""
         with self._lock:
-            if self._at.get(request_id) == replica:
+            before = self._at.get(request_id)
+            if before is not None and before[0] == replica:
                 del self._at[request_id]
-                self._change(replica, -1)
+                self._change(replica, -before[1].requests, 0.0)
 
     def reported_s(self, replica: _Name, at_s: float | None) -> float | None:
         """When a replica reported that says it was at `at_s`, by this router's clock; None: too long ago."""
-        now_s = self._clock()
+        now_s = self.clock()
         if at_s is None:
             return now_s - _USUAL_AGE_S
         with self._lock:
-            said_s, heard_s = self._heard.get(replica, (None, now_s))
-            if said_s != at_s:
-                self._heard[replica] = at_s, (heard_s := now_s)
-        if now_s - heard_s > _KEPT_S:
-            return None
-        return at_s if heard_s - _ON_ITS_WAY_S <= at_s <= heard_s else heard_s
+            heard = self._heard.get(replica)
+            if heard is None or heard[0] != at_s:
+                age_s = self._wall_clock() - at_s
+                plausible_s = age_s if 0 <= age_s <= _ON_ITS_WAY_S else _USUAL_AGE_S
+                heard = self._heard[replica] = at_s, now_s, now_s - plausible_s
+        return heard[2] if now_s - heard[1] <= _KEPT_S else None
 
     def since(self, replica: _Name, at_s: float) -> Taken:
         """Requests sent less those ended, and prompt tokens sent, since a report; of the last few seconds at most."""
@@ -105,52 +113,61 @@ class Sent(Generic[_Name]):
                 for replica in known.keys() - set(replicas):
                     del known[replica]
 
-    def _change(self, replica: _Name, requests: int, tokens: float = 0.0) -> None:
-        self._places.setdefault(replica, Places(_KEPT_S)).change(self._clock(), requests, tokens)
+    def _change(self, replica: _Name, requests: int, tokens: float) -> None:
+        self._places.setdefault(replica, Places(_KEPT_S)).change(self.clock(), requests, tokens)
 
 
 def best_first(
     replicas: Sequence[_Replica], report: Callable[[_Replica], RoutingStats | None],
-    name: Callable[[_Replica], _Name], sent: Sent[_Name], asked: Asked, now_s: float, *, ingresses: int = 1,
-    rng: random.Random | None = None,
+    name: Callable[[_Replica], _Name], sent: Sent[_Name], asked: Asked, *,
+    ongoing: Callable[[_Replica], int] = lambda _: 0, ingresses: int = 1, rng: random.Random | None = None,
 ) -> list[_Replica]:
-    """The replicas in the order of preference; those without a report come last, the ones with the fewest requests of
-    this router first.
+    """The replicas in the order of preference; those without a report come last, the ones with the fewest requests
+    first.
 
-    now_s: by the clock of the reports. ingresses: how many of them send to these replicas.
+    ongoing: requests that a replica has by Serve's own count, which may be old but not too high for long. ingresses:
+    how many of them send to these replicas.
     """
     rng = rng or _RANDOM
     shuffled = rng.sample(replicas, len(replicas))
     looked_at = max(_FEWEST_LOOKED_AT, math.ceil(len(replicas) / ingresses))
     reports = [report(replica) for replica in shuffled]
-    predicted = all(one is None or one.outlook is not None for one in reports)
+    predicted = any(one is not None and one.outlook is not None for one in reports)
+    now_s = sent.clock()
 
     def key(place: int) -> tuple[bool, bool, bool, float]:
         replica, stats = shuffled[place], reports[place]
         at_s = sent.reported_s(name(replica), stats.at_s) if stats else None
         if stats is None or at_s is None:
-            return True, True, True, sent.since(name(replica), now_s - _KEPT_S).requests
-        taken = sent.since(name(replica), at_s)
-        taken = Taken(taken.requests * ingresses, taken.tokens * ingresses)
+            return True, True, True, ongoing(replica)
+        known = sent.since(name(replica), at_s)
+        taken = _taken(known, stats, ongoing(replica), asked, ingresses)
         full = stats.room is not None and stats.room <= taken.requests
-        cost = completion_s(stats, asked, taken, now_s - at_s) if predicted else _occupied(stats, taken)
+        cost = -stats.slack(stats.occupied + taken.requests)
+        if predicted:
+            cost = completion_s(stats, asked, taken, now_s - at_s)
         return False, full, place >= looked_at, cost
 
     return [shuffled[place] for place in sorted(range(len(shuffled)), key=key)]
 
 
+def _taken(known: Taken, stats: RoutingStats, ongoing: int, asked: Asked, ingresses: int) -> Taken:
+    """What has gone to a replica since its report, by all ingresses: as much as by this one from each, and at least the
+    requests that it has now and the report has not, which are taken to be like this one."""
+    unseen = max(0, ongoing - stats.occupied)
+    requests = max(known.requests * ingresses, unseen, -stats.occupied)
+    return Taken(requests, max(known.tokens * ingresses, unseen * asked.prompt_tokens / asked.requests))
+
+
 def completion_s(stats: RoutingStats, asked: Asked, taken: Taken, age_s: float) -> float:
     """Seconds in which a request is predicted to end at a replica that reported `age_s` seconds ago, and to which
-    `taken` has gone since."""
+    `taken` has gone since. One that predicts nothing, as before its first request, is taken only if it is empty."""
     outlook = stats.outlook
-    assert outlook is not None
+    if outlook is None:
+        return math.inf if stats.occupied + taken.requests > 0 else 0.0
     wait_s = max(0.0, outlook.wait_s + taken.tokens * outlook.prompt_s - max(0.0, age_s))
     token_s = max(0.0, outlook.token_s + taken.requests * outlook.added_s)
     return wait_s + asked.prompt_tokens * outlook.prompt_s + min(asked.output_tokens, outlook.output_tokens) * token_s
-
-
-def _occupied(stats: RoutingStats, taken: Taken) -> float:
-    return -stats.slack(stats.occupied + taken.requests)
 
 
 _RANDOM = random.Random()

@@ -35,7 +35,7 @@ class FluidRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
 
     def initialize_state(self, **_: Any) -> None:
         """Called by Serve when it makes the router."""
-        self._sent: Sent[str] = Sent(time.time)  # the wall clock, as in the reports of other machines
+        self._sent: Sent[str] = Sent(time.monotonic, time.time)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -48,23 +48,27 @@ class FluidRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
         candidates = [self.curr_replicas[replica_id] for replica_id in ids if replica_id in self.curr_replicas]
         request_id = pending_request.metadata.internal_request_id if pending_request is not None else ""
         offered = rotation.ROTATION.offered(candidates, _name, request_id)
+        asked = _asked(pending_request)
         ranked = best_first(
-            offered, lambda replica: RoutingStats.from_dict(replica.routing_stats), _name, self._sent,
-            _asked(pending_request), time.time(), ingresses=rotation.ROTATION.ingresses,
+            offered, lambda replica: RoutingStats.from_dict(replica.routing_stats), _name, self._sent, asked,
+            ongoing=self._ongoing, ingresses=rotation.ROTATION.ingresses,
         )
         if ranked and request_id:  # counted before it is sent: others of the same burst choose in between
-            self._sent.sent(request_id, _name(ranked[0]), _asked(pending_request).prompt_tokens)
+            self._sent.sent(request_id, _name(ranked[0]), asked)
         return [[replica] for replica in ranked]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Called by Serve when a replica has accepted a request."""
         request_id, replica = pending_request.metadata.internal_request_id, str(replica_id.unique_id)
-        self._sent.sent(request_id, replica, _asked(pending_request).prompt_tokens)
+        self._sent.sent(request_id, replica)
         rotation.ROTATION.routed(request_id, replica, result.cancel)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Called by Serve when a request is over at a replica."""
         self._sent.ended(internal_request_id, str(replica_id.unique_id))
+
+    def _ongoing(self, replica: RunningReplica) -> int:
+        return self.replica_queue_len_cache.get(replica.replica_id) or 0
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Serve when there are other replicas."""

@@ -40,5 +40,4 @@ class QueueRoom:
         decision, decided_over = self._latest
         if decision.outlook is None:
             return None
-        outlook = decision.outlook(0 if is_idle else max(0, arrivals - decided_over))
-        return outlook._replace(wait_s=0.0) if is_idle else outlook
+        return decision.outlook(max(0, arrivals - decided_over), is_idle)

@@ -184,8 +184,8 @@ class Decision:
         afterwards, from the tail of the queue. drain_s: seconds until the queue is served, for their Retry-After.
     room: called later, and from another thread: how many more requests the queue takes before it rejects one (None:
         this policy rejects none).
-    outlook: called in the same way with the number of requests that have arrived since: what the next one has to expect
-        (None: this policy does not predict it).
+    outlook: called in the same way with the number of requests that have arrived since, and whether the engine has none
+        now: what the next one has to expect (None: this policy does not predict it).
     """
 
     admit: Mapping[str, int] = field(default_factory=dict)
@@ -196,7 +196,7 @@ class Decision:
     drain_s: float = 0.0
     evict_first: Collection[str] = _NO_IDS
     room: Callable[[], int] | None = field(default=None, compare=False)
-    outlook: Callable[[int], Outlook] | None = field(default=None, compare=False)
+    outlook: Callable[[int, bool], Outlook] | None = field(default=None, compare=False)
 
 
 class Policy(ABC):

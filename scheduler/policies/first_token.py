@@ -162,10 +162,17 @@ class FirstToken:
         per_iteration = params.capacity_rps * (params.iteration_s or 0.0)
         return params.prompt_flow_tokens / per_iteration if per_iteration else 0.0
 
-    def outlook(self, waiting: int, tokens: int, running: int, free_slots: int, more: int) -> Outlook:
+    def outlook(self, waiting: int, tokens: int, running: int, free_slots: int, more: int, idle: bool) -> Outlook:
         """What the next request has to expect. waiting to free_slots: as for `room`; more: requests that have arrived
-        since."""
+        since; idle: there are none now, whatever there was then."""
         params, (decodes, read) = self.params, self.decoding
+        steps = params.pipeline_depth / params.tokens_per_step  # iterations for an output token
+        if idle:
+            alone_s = steps * params.time_model.iteration_s(0.0, params.computed_per_step, self._usual_prompt_tokens)
+            added_s = steps * params.time_model.added_s(
+                decode_tokens=params.computed_per_step, kv_tokens=self._usual_prompt_tokens
+            )
+            return Outlook(0.0, params.time_model.prefill_s(1.0), alone_s, added_s, params.survival.mean)
         free = self._free(running, free_slots)
         tokens += round(more * self._usual_prompt_tokens)
         prompt_s = params.time_model.prefill_s(1.0)
@@ -173,11 +180,10 @@ class FirstToken:
             prompt_s = 1.0 / self.prompt_tokens_per_s
         wait_s = self.under_way_s + self.backlog_tokens * prompt_s + self._wait_s(waiting + more, tokens, free)
         each = params.computed_per_step  # tokens of a request in an iteration
-        token_s = params.pipeline_depth / params.tokens_per_step
-        added_s = token_s * params.time_model.added_s(
+        added_s = steps * params.time_model.added_s(
             decode_tokens=each, kv_tokens=read * each / decodes if decodes else self._usual_prompt_tokens
         )
-        now_s = token_s * params.time_model.iteration_s(0.0, decodes, read)
+        now_s = steps * params.time_model.iteration_s(0.0, decodes, read)
         return Outlook(wait_s, prompt_s, now_s + (waiting + more) * added_s, added_s, params.survival.mean)
 
     def _free(self, running: int, free_slots: int) -> float:

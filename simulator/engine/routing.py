@@ -28,7 +28,7 @@ class Routing:
         self._replicas, self._clock, self._ingresses = list(replicas), clock, config.ingresses
         self._rng = random.Random(config.workload.seed)
         self._reports: dict[int, RoutingStats] = {}
-        self._sent: list[Sent[int]] = [Sent(clock) for _ in range(config.ingresses)]
+        self._sent: list[Sent[int]] = [Sent(clock, clock) for _ in range(config.ingresses)]
         made = RIVAL_ROUTERS.get(config.router)
         self._rivals = [made(random.Random(self._rng.random())) for _ in range(config.ingresses)] if made else []
         for replica in self._replicas:
@@ -46,9 +46,10 @@ class Routing:
         asked = Asked(float(request.prompt_tokens), *((float(request.output_tokens),) if declares else ()))
         chosen = best_first(
             self._replicas, lambda replica: self._reports.get(replica.index), lambda replica: replica.index, sent,
-            asked, self._clock(), ingresses=self._ingresses, rng=self._rng,
+            asked, ongoing=lambda replica: replica.ongoing if self._ingresses == 1 else 0, ingresses=self._ingresses,
+            rng=self._rng,
         )[0]
-        sent.sent(str(number), chosen.index, asked.prompt_tokens)
+        sent.sent(str(number), chosen.index, asked)
         return chosen
 
     def report(self) -> None:

@@ -69,6 +69,7 @@ def test_stats_survive_the_way_through_serve(outlook: Outlook | None) -> None:
     stats = RoutingStats(slots=10, occupied=4, kv_used_fraction=0.5, room=3, outlook=outlook, at_s=12.5)
     carried = json.loads(json.dumps({"other": 1} | stats.as_dict()))
     assert RoutingStats.from_dict(carried) == stats
+    assert type(stats.as_dict()["headrace"]["outlook"]) in (tuple, type(None)), "nothing of ours in a pickle of it"
 
 
 def test_engines_that_share_the_requests_of_a_replica_have_one_outlook() -> None:

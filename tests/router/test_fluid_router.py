@@ -38,6 +38,7 @@ class Router(FluidRouter):
     def __init__(self, *replicas: Any) -> None:
         self._replicas = {entry.replica_id: entry for entry in replicas}
         self._replica_id_set = set(self._replicas)
+        self._replica_queue_len_cache: dict[Any, int] = {}
         self._prefer_local_node_routing = self._prefer_local_az_routing = False
         self._multiplexed_model_id_fallback_match: set[str] = set()
         self._multiplexed_model_id_to_replica_ids = {}
@@ -96,13 +97,25 @@ def test_replicas_that_have_not_reported_come_last() -> None:
     ({"messages": [{"role": "user", "content": "a" * 80}, {"content": [{"type": "text", "text": "ab"}]}],
       "max_tokens": 90, "vllm_xargs": {"expected_output_tokens": 12}}, 20.5, 12.0),
     ({"messages": [SimpleNamespace(content="a" * 8)], "max_completion_tokens": 9}, 2.0, 9.0),
-    ({"input": "an embedding"}, 0.0, float("inf")), ({"messages": [None, 3.5, {}]}, 0.0, float("inf")),
+    ({"input": "an embedding"}, 3.0, float("inf")), ({"messages": [None, 3.5, {}]}, 0.0, float("inf")),
+    ({"prompt": "a", "max_tokens": 10**400}, 0.25, float("inf")),
+    ({"prompt": "a", "max_tokens": "9"}, 0.25, float("inf")),
+    ({"prompt": "a", "max_tokens": 0}, 0.25, float("inf")), ({"prompt": []}, 0.0, float("inf")),
+    ({"prompt": "a", "vllm_xargs": 7}, 0.0, float("inf")),
 ])
 def test_what_is_known_of_a_request_before_it_is_tokenised(
     body: dict[str, Any], tokens: float, output: float
 ) -> None:
     asked = asked_of(SimpleNamespace(**body))
     assert (asked.prompt_tokens, asked.output_tokens) == (tokens, output)
+
+
+@pytest.mark.parametrize(("body", "requests"), [
+    ({"prompt": "a", "n": 3}, 3), ({"prompt": ["a", "b"], "n": 3}, 6), ({"prompt": [1, 2]}, 1),
+    ({"prompt": [[1], [2]]}, 2), ({"messages": [{"content": "a"}, {"content": "b"}], "n": 2}, 2), ({"n": None}, 1),
+])
+def test_choices_times_prompts_are_requests(body: dict[str, Any], requests: int) -> None:
+    assert asked_of(SimpleNamespace(**body)).requests == requests
 
 
 def test_a_full_replica_passes_on_to_the_next() -> None:

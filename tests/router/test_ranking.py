@@ -24,18 +24,19 @@ class View:
 
     def __init__(self, *, seed: int = 0, ingresses: int = 1, **reports: RoutingStats | None) -> None:
         self.now_s = 100.5
-        self.sent: Sent[str] = Sent(lambda: self.now_s)
+        self.sent: Sent[str] = Sent(lambda: self.now_s, lambda: self.now_s)
         self.reports, self.ingresses, self.rng, self.number = reports, ingresses, random.Random(seed), 0
+        self.ongoing: Counter[str] = Counter()
 
     def ranked(self, asked: Asked = REQUEST) -> str:
         return "".join(best_first(
-            sorted(self.reports), self.reports.get, str, self.sent, asked, self.now_s, ingresses=self.ingresses,
-            rng=self.rng,
+            sorted(self.reports), self.reports.get, str, self.sent, asked, ongoing=lambda name: self.ongoing[name],
+            ingresses=self.ingresses, rng=self.rng,
         ))
 
     def send(self, replica: str, asked: Asked = REQUEST) -> str:
         self.number += 1
-        self.sent.sent(str(self.number), replica, asked.prompt_tokens)
+        self.sent.sent(str(self.number), replica, asked)
         return str(self.number)
 
 
@@ -96,9 +97,40 @@ def test_prompts_sent_are_computed_as_time_passes() -> None:
 
 def test_a_request_that_went_elsewhere_is_counted_there() -> None:
     view = View(a=USUAL, b=USUAL)
-    for replica in ("a", "a", "b"):
-        view.sent.sent("r", replica, 1000.0)
-    assert (view.sent.since("a", 100.0).requests, view.sent.since("b", 100.0).requests) == (0, 1)
+    for replica in ("a", "a", "b", "a", "b"):
+        view.sent.sent("r", replica, REQUEST)
+    view.sent.sent("r", "a")
+    assert (view.sent.since("a", 100.0), view.sent.since("b", 100.0)) == ((1, 1000.0), (0, 0.0))
+
+
+def test_choices_and_prompts_are_requests_of_their_own() -> None:
+    view = View(a=replace(USUAL, room=16), b=replace(like(wait_s=9.0), room=16))
+    number = view.send("a", replace(REQUEST, requests=16))
+    assert view.ranked() == "ba"
+    view.sent.ended(number, "a")
+    assert view.ranked() == "ab"
+
+
+def test_an_engine_that_hangs_but_reports_attracts_no_more() -> None:
+    view = View(a=replace(USUAL, occupied=0), b=USUAL)
+    went: Counter[str] = Counter()
+    for tenth in range(100):
+        view.now_s = 101.0 + tenth / 10
+        view.reports["a"] = replace(like(wait_s=0.0), occupied=0, at_s=float(100 + tenth // 10))
+        view.reports["b"] = replace(USUAL, occupied=0, at_s=float(100 + tenth // 10))
+        first = view.ranked()[0]
+        went[first] += 1
+        view.ongoing["a"] += first == "a"
+        view.send(first)
+    assert went["a"] < 30, "its count at Serve grows, whatever it says itself"
+
+
+def test_a_replica_that_predicts_nothing_yet_is_taken_when_it_is_empty() -> None:
+    new = replace(USUAL, outlook=None, occupied=0)
+    view = View(a=new, b=USUAL)
+    assert view.ranked() == "ab"
+    view.send("a")
+    assert view.ranked() == "ba"
 
 
 def test_a_replica_that_is_gone_is_forgotten() -> None:
@@ -162,7 +194,7 @@ def test_several_ingresses_do_not_all_choose_the_same_replica() -> None:
 def test_without_predictions_the_share_of_free_slots_decides() -> None:
     assert View(a=slots(2), b=slots(9), c=slots(5)).ranked() == "bca"
     assert View(a=slots(4), b=slots(30, of=100)).ranked() == "ab", "the share of free slots, not their number"
-    assert View(a=slots(2), b=USUAL, c=slots(9)).ranked() == "cba", "one that predicts is compared by slots too"
+    assert View(a=slots(2), b=USUAL).ranked() == "ba", "one that predicts comes first"
     view = View(a=slots(8), b=slots(6))
     for _ in range(3):
         view.send("a")
@@ -171,7 +203,7 @@ def test_without_predictions_the_share_of_free_slots_decides() -> None:
 
 def test_replicas_that_have_not_reported_come_last_the_least_busy_first() -> None:
     view = View(a=None, b=like(wait_s=9.0), c=None, d=USUAL)
-    view.send("a")
+    view.ongoing["a"] = 1
     assert view.ranked() == "dbca"
 
 
@@ -183,5 +215,5 @@ def test_equal_replicas_share_the_load(stats: RoutingStats | None) -> None:
 
 def test_the_replicas_given_stay_in_their_order() -> None:
     replicas = ["a", "b", "c"]
-    best_first(replicas, lambda _: None, str, Sent(lambda: 0.0), Asked(), 0.0)
+    best_first(replicas, lambda _: None, str, Sent(lambda: 0.0, lambda: 0.0), Asked())
     assert replicas == ["a", "b", "c"]

@@ -58,9 +58,6 @@
 {{- int (ceil $longest) -}}
 {{- end -}}
 
-{{/* Ray Serve's config. Built as data and written by toYaml, so no value can break the YAML or be printed as 1e+06.
-     As `headrace render` splits it: Serve restarts everything when args change, and nothing when what stands under
-
 {{/* The name that Ray Serve LLM gives a model's deployment. */}}
 {{- define "headrace.deploymentName" -}}
 HeadraceServer:{{ . | replace "/" "--" | replace "." "_" }}

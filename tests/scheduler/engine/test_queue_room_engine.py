@@ -141,8 +141,11 @@ def test_an_engine_that_fell_idle_lets_no_request_wait() -> None:
     for name in list(engine.scheduler.requests):
         engine.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
         engine.requests.pop(name, None)
-    outlook = engine.scheduler.stats().outlook
-    assert outlook is not None and outlook.wait_s == 0.0
+    outlook, fresh = engine.scheduler.stats().outlook, rejecting(queue_limit=6)
+    fresh.steps(1)
+    quiet = fresh.scheduler.stats().outlook
+    assert outlook is not None and quiet is not None and outlook.wait_s == 0.0
+    assert outlook.token_s == quiet.token_s, "nor does it keep the pace of what ran before"
 
 
 @pytest.mark.parametrize("thresholds", [{"policy": "fcfs", "max_running": 2}, {"policy": "fluid"}])
