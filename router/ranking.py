@@ -36,6 +36,8 @@ _USUAL_AGE_S = 1.0
 _ON_ITS_WAY_S = 2.0
 """Most seconds that a report takes to come here; an older one is of a clock that runs behind."""
 _FEWEST_LOOKED_AT = 2
+_LEAST_LEFT = 0.05
+"""Share of an iteration that prompts have at least, as in `scheduler.policies.fluid`."""
 _MOST_REQUESTS = 65_536
 _Replica = TypeVar("_Replica")
 _Name = TypeVar("_Name", bound=Hashable)
@@ -132,7 +134,9 @@ def best_first(
     shuffled = rng.sample(replicas, len(replicas))
     looked_at = max(_FEWEST_LOOKED_AT, math.ceil(len(replicas) / ingresses))
     reports = [report(replica) for replica in shuffled]
-    predicted = any(one is not None and one.outlook is not None for one in reports)
+    usual = [one.outlook.output_tokens for one in reports if one is not None and one.outlook is not None]
+    # How long an answer is depends on the request: replicas that have seen others must not differ by it.
+    output_tokens = min(asked.output_tokens, sum(usual) / len(usual)) if usual else None
     now_s = sent.clock()
 
     def key(place: int) -> tuple[bool, bool, bool, float]:
@@ -144,8 +148,8 @@ def best_first(
         taken = _taken(known, stats, ongoing(replica), asked, ingresses)
         full = stats.room is not None and stats.room <= taken.requests
         cost = -stats.slack(stats.occupied + taken.requests)
-        if predicted:
-            cost = completion_s(stats, asked, taken, now_s - at_s)
+        if output_tokens is not None:
+            cost = completion_s(stats, asked.prompt_tokens, output_tokens, taken, now_s - at_s)
         return False, full, place >= looked_at, cost
 
     return [shuffled[place] for place in sorted(range(len(shuffled)), key=key)]
@@ -154,20 +158,24 @@ def best_first(
 def _taken(known: Taken, stats: RoutingStats, ongoing: int, asked: Asked, ingresses: int) -> Taken:
     """What has gone to a replica since its report, by all ingresses: as much as by this one from each, and at least the
     requests that it has now and the report has not, which are taken to be like this one."""
-    unseen = max(0, ongoing - stats.occupied)
-    requests = max(known.requests * ingresses, unseen, -stats.occupied)
-    return Taken(requests, max(known.tokens * ingresses, unseen * asked.prompt_tokens / asked.requests))
+    unseen = ongoing - stats.occupied
+    each = asked.prompt_tokens / asked.requests
+    return Taken(max(known.requests * ingresses, unseen), max(known.tokens * ingresses, unseen * each))
 
 
-def completion_s(stats: RoutingStats, asked: Asked, taken: Taken, age_s: float) -> float:
+def completion_s(
+    stats: RoutingStats, prompt_tokens: float, output_tokens: float, taken: Taken, age_s: float
+) -> float:
     """Seconds in which a request is predicted to end at a replica that reported `age_s` seconds ago, and to which
     `taken` has gone since. One that predicts nothing, as before its first request, is taken only if it is empty."""
     outlook = stats.outlook
     if outlook is None:
         return math.inf if stats.occupied + taken.requests > 0 else 0.0
-    wait_s = max(0.0, outlook.wait_s + taken.tokens * outlook.prompt_s - max(0.0, age_s))
     token_s = max(0.0, outlook.token_s + taken.requests * outlook.added_s)
-    return wait_s + asked.prompt_tokens * outlook.prompt_s + min(asked.output_tokens, outlook.output_tokens) * token_s
+    left = max(_LEAST_LEFT, 1.0 - token_s / outlook.limit_s) if outlook.limit_s else 1.0
+    prompt_s = outlook.prompt_s / left
+    wait_s = max(0.0, outlook.wait_s + taken.tokens * prompt_s - max(0.0, age_s))
+    return wait_s + prompt_tokens * prompt_s + output_tokens * token_s
 
 
 _RANDOM = random.Random()

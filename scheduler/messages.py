@@ -254,8 +254,9 @@ class Room(NamedTuple):
 class Outlook(NamedTuple):
     """What a request has to expect that arrives at an engine now; seconds.
 
-    wait_s: until its prompt's turn. prompt_s: for each of its prompt tokens from then on. token_s: for each of its
-    output tokens. added_s: by how much each request that is sent there makes every output token take longer.
+    wait_s: until its prompt's turn. prompt_s: for each prompt token, where nothing else is computed. token_s: for each
+    output token. added_s: by how much each request that is sent there makes every output token take longer. limit_s:
+    the planned time for an output token, of which prompts get what `token_s` leaves (0: prompts wait for nothing).
     output_tokens: output tokens of a usual request.
     """
 
@@ -263,6 +264,7 @@ class Outlook(NamedTuple):
     prompt_s: float
     token_s: float
     added_s: float
+    limit_s: float
     output_tokens: float
 
 

@@ -165,26 +165,26 @@ class FirstToken:
     def outlook(self, waiting: int, tokens: int, running: int, free_slots: int, more: int, idle: bool) -> Outlook:
         """What the next request has to expect. waiting to free_slots: as for `room`; more: requests that have arrived
         since; idle: there are none now, whatever there was then."""
-        params, (decodes, read) = self.params, self.decoding
-        steps = params.pipeline_depth / params.tokens_per_step  # iterations for an output token
+        params, (decodes, read), each = self.params, self.decoding, self.params.computed_per_step
+        usual_tokens, wait_s = self._usual_prompt_tokens, 0.0
         if idle:
-            alone_s = steps * params.time_model.iteration_s(0.0, params.computed_per_step, self._usual_prompt_tokens)
-            added_s = steps * params.time_model.added_s(
-                decode_tokens=params.computed_per_step, kv_tokens=self._usual_prompt_tokens
-            )
-            return Outlook(0.0, params.time_model.prefill_s(1.0), alone_s, added_s, params.survival.mean)
-        free = self._free(running, free_slots)
-        tokens += round(more * self._usual_prompt_tokens)
-        prompt_s = params.time_model.prefill_s(1.0)
-        if math.isfinite(self.prompt_tokens_per_s):
-            prompt_s = 1.0 / self.prompt_tokens_per_s
-        wait_s = self.under_way_s + self.backlog_tokens * prompt_s + self._wait_s(waiting + more, tokens, free)
-        each = params.computed_per_step  # tokens of a request in an iteration
-        added_s = steps * params.time_model.added_s(
-            decode_tokens=each, kv_tokens=read * each / decodes if decodes else self._usual_prompt_tokens
+            decodes, read, waiting = each, usual_tokens, 0
+        else:
+            tokens += round(more * usual_tokens)
+            wait_s = self.under_way_s + self._wait_s(waiting + more, tokens, self._free(running, free_slots))
+            if math.isfinite(self.prompt_tokens_per_s):
+                wait_s += self.backlog_tokens / self.prompt_tokens_per_s
+        steps = params.pipeline_depth / params.tokens_per_step  # iterations for an output token
+        model = params.time_model
+        added_s = steps * model.added_s(
+            decode_tokens=each, kv_tokens=read * each / decodes if decodes else usual_tokens
         )
-        now_s = steps * params.time_model.iteration_s(0.0, decodes, read)
-        return Outlook(wait_s, prompt_s, now_s + (waiting + more) * added_s, added_s, params.survival.mean)
+        # Above the floor from the first request on: a replica with fewer counts as faster also where all are as fast.
+        now_s = steps * (model.shortest_iteration_s + model.added_s(decode_tokens=decodes, kv_tokens=read))
+        token_s = now_s + (waiting + more) * added_s
+        return Outlook(
+            wait_s, model.prefill_s(1.0), token_s, added_s, params.token_s or 0.0, params.survival.mean
+        )
 
     def _free(self, running: int, free_slots: int) -> float:
         """Requests that enter before the replica is full."""

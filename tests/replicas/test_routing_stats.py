@@ -64,7 +64,7 @@ def test_slack_is_the_share_of_free_slots() -> None:
     assert stats.slack(15) == pytest.approx(-0.5)
 
 
-@pytest.mark.parametrize("outlook", [None, Outlook(0.5, 1e-4, 0.02, 1e-5, 120.0)])
+@pytest.mark.parametrize("outlook", [None, Outlook(0.5, 1e-4, 0.02, 1e-5, 0.05, 120.0)])
 def test_stats_survive_the_way_through_serve(outlook: Outlook | None) -> None:
     stats = RoutingStats(slots=10, occupied=4, kv_used_fraction=0.5, room=3, outlook=outlook, at_s=12.5)
     carried = json.loads(json.dumps({"other": 1} | stats.as_dict()))
@@ -73,10 +73,10 @@ def test_stats_survive_the_way_through_serve(outlook: Outlook | None) -> None:
 
 
 def test_engines_that_share_the_requests_of_a_replica_have_one_outlook() -> None:
-    one = replace(of_engine(Thresholds()), outlook=Outlook(1.0, 2e-4, 0.02, 2e-5, 100.0), room=2)
-    other = replace(one, outlook=Outlook(3.0, 4e-4, 0.04, 4e-5, 200.0), room=5)
+    one = replace(of_engine(Thresholds()), outlook=Outlook(1.0, 2e-4, 0.02, 2e-5, 0.05, 100.0), room=2)
+    other = replace(one, outlook=Outlook(3.0, 4e-4, 0.04, 4e-5, 0.05, 200.0), room=5)
     together = RoutingStats.of_engines([one, other], at_s=7.0)
-    assert together.outlook == pytest.approx(Outlook(2.0, 1.5e-4, 0.03, 1.5e-5, 150.0))
+    assert together.outlook == pytest.approx(Outlook(2.0, 1.5e-4, 0.03, 1.5e-5, 0.05, 150.0))
     assert (together.room, together.at_s) == (7, 7.0)
     assert RoutingStats.of_engines([one, replace(other, room=None, outlook=None)]).room is None
     assert RoutingStats.of_engines([one, replace(other, outlook=None)]).outlook is None

@@ -14,7 +14,7 @@ from scheduler.messages import Outlook
 
 USUAL = RoutingStats(
     slots=100, occupied=50, kv_used_fraction=0.5, at_s=100.0,
-    outlook=Outlook(wait_s=0.1, prompt_s=1e-4, token_s=0.05, added_s=2e-4, output_tokens=200.0),
+    outlook=Outlook(wait_s=0.1, prompt_s=1e-4, token_s=0.05, added_s=2e-4, limit_s=0.0, output_tokens=200.0),
 )
 REQUEST = Asked(1000.0)
 
@@ -63,6 +63,10 @@ def test_a_wait_is_weighed_against_the_pace() -> None:
     assert View(s=slower, w=waiting).ranked(Asked(1000.0, output_tokens=5000.0)) == "ws", "a bound is no length"
 
 
+def test_what_a_replica_has_seen_of_answers_says_nothing_of_this_one() -> None:
+    assert View(a=like(output_tokens=100.0, wait_s=0.6), b=like(output_tokens=300.0, wait_s=0.5)).ranked() == "ba"
+
+
 def test_a_full_replica_comes_after_all_with_room_however_idle_it_looks() -> None:
     full = replace(like(wait_s=0.0, token_s=0.01), room=0)
     assert View(a=full, b=like(wait_s=9.0), c=USUAL).ranked() == "cba"
@@ -93,6 +97,22 @@ def test_prompts_sent_are_computed_as_time_passes() -> None:
     assert view.ranked(Asked()) == "ba", "both have worked through their prompts, but more decode at a"
     view.reports["a"] = like(replace(USUAL, at_s=101.9), wait_s=0.0, token_s=0.049)
     assert view.ranked(Asked()) == "ab", "the report knows of what was sent before it"
+
+
+def test_what_has_ended_since_the_report_makes_room() -> None:
+    reports = {"a": replace(USUAL, at_s=101.0), "b": replace(USUAL, at_s=101.0)}
+    view = View(**reports)
+    numbers = [view.send("b") for _ in range(20)]
+    view.now_s = 101.5
+    for number in numbers:
+        view.sent.ended(number, "b")
+    assert {View(seed=seed, **reports).ranked() for seed in range(20)} == {"ab", "ba"}
+    for _ in range(10):
+        assert view.ranked() == "ba", "twenty of its fifty are gone"
+        view.send("b", Asked(0.0))
+    view = View(a=USUAL, b=like(token_s=0.051))
+    view.ongoing["a"] = 40
+    assert view.ranked() == "ab", "Serve's count is no higher than what the engine said"
 
 
 def test_a_request_that_went_elsewhere_is_counted_there() -> None:

@@ -231,6 +231,18 @@ def test_three_replicas_share_thrice_the_load_and_are_as_fast_as_one(policy, tmp
     assert run.summary["latency_mean_s"] == pytest.approx(one["latency_mean_s"], rel=0.1)
 
 
+def test_equal_replicas_share_the_load_also_between_two_reports(tmp_path):
+    lengths = "0.5:p100d20+0.5:p400d60"
+    options = {"lengths": lengths, "rate_rps": 40.0, "requests": 500, "slo_ttft_s": 1.0, "slo_tpot_s": 0.05}
+    run = run_of(options | {"policy": "fluid", "replicas": 2, "seed": 4}, tmp_path)
+    of_second = {}
+    for row in run.requests(["arrival_s", "replica"]).to_pylist():
+        of_second.setdefault(int(row["arrival_s"]), []).append(row["replica"])
+    shares = {second: sum(went) / len(went) for second, went in of_second.items() if len(went) >= 20}
+    assert len(shares) > 8
+    assert all(0.25 < share < 0.75 for share in shares.values()), shares
+
+
 def test_requests_go_where_the_routing_of_serving_puts_them(tmp_path, monkeypatch):
     assert routing.best_first is best_first
     chosen, known = [], []
