@@ -148,7 +148,8 @@ with vLLM's real scheduler and prefix cache in virtual time, each with its own c
 smallest and the largest. Load 1 stands for {capacity} requests/s of a replica at full speed (profile `{profile}`; 11 in
 the sessions, with the 8B model of `--profile`). Goodput in requests/s within a TTFT of 3 s and a TPOT of 80 ms (50 ms
 in the sessions). Our router, `fluid`, sees reports that are up to a second old; the others see the present state of
-every replica, which favours them. The replicas admit and reject alike under every router.
+every replica, which favours them. Ours knows the exact length of a prompt here; when serving it knows the characters,
+which favours ours. The replicas admit and reject alike under every router.
 
 {sections}
 """
