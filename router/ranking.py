@@ -31,7 +31,9 @@ from replicas.routing_stats import RoutingStats
 from router.places import Places, Taken
 
 _KEPT_S = 10.0
-"""A replica that has reported nothing new for so long counts as one without a report."""
+_SILENT_S = 5.0
+"""A replica that has reported nothing new for so long, some periods of Serve's, counts as one without a report: its
+engine may be frozen."""
 _USUAL_AGE_S = 1.0
 _ON_ITS_WAY_S = 2.0
 """Most seconds that a report takes to come here; an older one is of a clock that runs behind."""
@@ -100,7 +102,7 @@ class Sent(Generic[_Name]):
                 age_s = self._wall_clock() - at_s
                 plausible_s = age_s if 0 <= age_s <= _ON_ITS_WAY_S else _USUAL_AGE_S
                 heard = self._heard[replica] = at_s, now_s, now_s - plausible_s
-        return heard[2] if now_s - heard[1] <= _KEPT_S else None
+        return heard[2] if now_s - heard[1] <= _SILENT_S else None
 
     def since(self, replica: _Name, at_s: float) -> Taken:
         """Requests sent less those ended, and prompt tokens sent, since a report; of the last few seconds at most."""
