@@ -6,10 +6,9 @@ import math
 from typing import Any
 
 from router.ranking import Asked
+from router.request_body import CHARACTERS_PER_TOKEN
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS
 
-_CHARACTERS_A_TOKEN = 4.0
-"""Of English text, roughly; only differences between replicas count."""
 _BOUNDS = ("max_completion_tokens", "max_tokens")
 _LONGEST = 1 << 31
 
@@ -40,7 +39,7 @@ def _count(value: Any) -> int | None:
 def _tokens(part: Any) -> float:
     """Of a text, a list of token ids, a message, or several of these."""
     if isinstance(part, str):
-        return len(part) / _CHARACTERS_A_TOKEN
+        return len(part) / CHARACTERS_PER_TOKEN
     if isinstance(part, int):
         return 1.0
     if isinstance(part, list):

@@ -19,7 +19,7 @@ from pydantic_core import from_json
 from router.limits import Limits
 from router.refusal import Refusal
 
-_BYTES_PER_TOKEN = 4
+CHARACTERS_PER_TOKEN = 4
 _USUAL_OUTPUT_TOKENS = 256
 """Counted for a choice without `max_tokens`."""
 _LARGE = re.compile(rb"\d{19}|\d[eE]\+?\d{3}")
@@ -200,7 +200,7 @@ def _text_tokens(found: Mapping[str, Any]) -> int:
             elif type(one) is int:
                 tokens += 1
         level = deeper
-    return tokens + characters // _BYTES_PER_TOKEN
+    return tokens + characters // CHARACTERS_PER_TOKEN
 
 
 def _whole(value: Any) -> int | None:

@@ -98,7 +98,7 @@ class VirtualReplica:
     @property
     def queued(self) -> int:
         """Requests that wait in the engine."""
-        return self._waiting
+        return len(self.scheduler.waiting) + len(self.scheduler.skipped_waiting)
 
     @property
     def kv_used_fraction(self) -> float:
@@ -201,7 +201,7 @@ class VirtualReplica:
         ends_s = self._run_through(output, starts_s, seconds)
         self._in_flight.append(ExecutingIteration(output, silent, first_tokens, ends_s))
 
-        totals, usage = self.totals, self.scheduler.kv_cache_manager.usage
+        totals, usage = self.totals, self.kv_used_fraction
         totals.iterations += 1
         totals.kv_peak_fraction = max(totals.kv_peak_fraction, usage)
         if self._sink.wants_iterations:
@@ -356,14 +356,10 @@ class VirtualReplica:
             returned_s=attempt.at_s if attempt else None,
         )
 
-    @property
-    def _waiting(self) -> int:
-        return len(self.scheduler.waiting) + len(self.scheduler.skipped_waiting)
-
     def _load(self) -> ReplicaLoad:
         return ReplicaLoad(
-            waiting=self._waiting, time_model=self._time_model, ttft_s=self._ttft_s,
-            prefill_tokens=sum(self._prefilling.values()), kv_used_fraction=self.scheduler.kv_cache_manager.usage,
+            waiting=self.queued, time_model=self._time_model, ttft_s=self._ttft_s,
+            prefill_tokens=sum(self._prefilling.values()), kv_used_fraction=self.kv_used_fraction,
         )
 
     def _iteration_row(self, starts_s: float, seconds: float, work: Any, usage: float) -> IterationRow:
@@ -375,7 +371,7 @@ class VirtualReplica:
             decode_tokens=work.decode_tokens, kv_read_tokens=work.kv_tokens,
             kv_used_tokens=round(usage * scheduler.cache_config.num_gpu_blocks * scheduler.block_size),
             batch_size=work.batch_size, running=len(scheduler.running),
-            waiting=self._waiting,
+            waiting=self.queued,
             held=gauges.held if gauges else 0, sitting_out=gauges.sitting_out if gauges else 0,
             max_running=thresholds.max_running if thresholds else scheduler.max_num_running_reqs,
             token_budget=(thresholds and thresholds.token_budget) or scheduler.max_num_scheduled_tokens,

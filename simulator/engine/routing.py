@@ -39,8 +39,8 @@ class Routing:
         ingress = self._rng.randrange(self._ingresses) if self._ingresses > 1 else 0
         if self._rivals:
             rival = self._rivals[ingress]
-            prompt = _text(prompt_token_ids(request.pieces, request.prompt_tokens, number))
-            chosen: VirtualReplica = rival.choose(self._replicas, prompt if rival.reads_prompts else "")
+            prompt = _text_of(number, request) if rival.reads_prompts else ""
+            chosen: VirtualReplica = rival.choose(self._replicas, prompt)
             return chosen
         sent = self._sent[ingress]
         asked = Asked(float(request.prompt_tokens), *((float(request.output_tokens),) if declares else ()))
@@ -64,5 +64,6 @@ class Routing:
             sent.ended(str(number), replica)
 
 
-def _text(token_ids: Sequence[int]) -> str:
-    return "".join(chr(token_id % _CHARACTERS) for token_id in token_ids)
+def _text_of(number: int, request: SimRequest) -> str:
+    ids = prompt_token_ids(request.pieces, request.prompt_tokens, number)
+    return "".join(chr(token_id % _CHARACTERS) for token_id in ids)
