@@ -128,6 +128,11 @@ class ReplicaModel:
         return self._traffic.rates.total.value if self.telemetry else 0.0
 
     @property
+    def miss_probability(self) -> float:
+        """The accepted share of requests that miss a target."""
+        return self._settings.overflow_probability
+
+    @property
     def finished_seen(self) -> int:
         """Finished requests since the last change of lengths."""
         return self._traffic.finished_count

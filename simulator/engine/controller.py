@@ -25,7 +25,7 @@ class ControlSink(Protocol):
 
 
 class VirtualController:
-    """The shipped controller's model of one replica, fed with that replica's own telemetry."""
+    """The shipped controller's model of one replica, `model`, fed with that replica's own telemetry."""
 
     def __init__(
         self, replica: VirtualReplica, config: SimulationConfig, time_model: IterationTimeModel, configured: Thresholds,
@@ -36,13 +36,13 @@ class VirtualController:
         settings = TuningSettings(
             overflow_probability=config.overflow_probability, validity_s=_NO_LAPSE_S, targets=config.slo
         )
-        self._model = ReplicaModel(settings, time_model, configured)
+        self.model = ReplicaModel(settings, time_model, configured)
 
     def one_cycle(self) -> None:
         """Collect, solve, push, as `cluster.controller.ControlLoop` does."""
-        telemetry = self._engine.telemetry(Report(cursor=self._model.cursor))
-        self._model.observe(telemetry)
-        push = next_push(telemetry, self._model.propose(), pushed_s_ago=0.0, validity_s=_NO_LAPSE_S)
+        telemetry = self._engine.telemetry(Report(cursor=self.model.cursor))
+        self.model.observe(telemetry)
+        push = next_push(telemetry, self.model.propose(), pushed_s_ago=0.0, validity_s=_NO_LAPSE_S)
         if push.thresholds is not None:
             self._engine.active.offer(Apply(thresholds=push.thresholds))
         self._record.control(self._row(telemetry.clock_s, push.thresholds is not None))
@@ -50,7 +50,7 @@ class VirtualController:
     def _row(self, at_s: float, applied: bool) -> ControlRow:
         thresholds = self._engine.active.current().thresholds
         row = ControlRow(
-            replica=self._index, at_s=at_s, applied=applied, version=thresholds.version, rate_rps=self._model.rate_rps,
+            replica=self._index, at_s=at_s, applied=applied, version=thresholds.version, rate_rps=self.model.rate_rps,
             max_running=thresholds.max_running, reason=thresholds.reason,
         )
         if (params := thresholds.fluid) is None:
