@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.extend(str(Path(__file__).resolve().parents[1] / name) for name in ("", "tests"))  # tests/ has like folders
 
 from engine_harness import Engine
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
