@@ -101,6 +101,37 @@ def routing(several: list[Table]) -> str:
     return " ".join(said) or NOT_RUN
 
 
+def autoscaling(several: list[Table]) -> str:
+    """Our decision beside the rules of others, at misses that are no higher, and beside the oracle."""
+    said = []
+    for table in (one for one in several if "replica-hours" in one.head):
+        hours, late = table.numbers("replica-hours"), table.numbers("late or rejected")
+        runs = [
+            (name.strip("`"), cost, missed)
+            for name, cost, missed in zip(table.column("rule"), hours, late, strict=True) if cost is not None and missed is not None
+        ]
+        ours = [run for run in runs if run[0].startswith("fluid")]
+        others = [run for run in runs if run[0].startswith(("ongoing", "slo"))]
+        oracle = next((run for run in runs if run[0] == "oracle"), None)
+        if not ours or not others or oracle is None:
+            continue
+        parts = []
+        for name, cost, missed in ours:
+            against = f"`{name}` takes {cost / oracle[1]:.2f} times the oracle's replica-hours and misses {missed:g} % "
+            against += f"(the oracle {oracle[2]:g} %)"
+            level = [run for run in others if run[2] <= missed]
+            if level:
+                best = min(level, key=lambda run: run[1])
+                against += f", {cost / best[1]:.2f} times those of `{best[0]}`, the best other that misses no more"
+            else:
+                fewest = min(others, key=lambda run: run[2])
+                against += f"; no other misses so few, the nearest `{fewest[0]}` {fewest[2]:g} % at "
+                against += f"{fewest[1] / cost:.2f} times ours"
+            parts.append(against)
+        said.append(f"{table.title}: {'; '.join(parts)}.")
+    return " ".join(said) or NOT_RUN
+
+
 def past_capacity(several: list[Table]) -> str:
     """WAIT and Nested WAIT beside fcfs, beyond capacity."""
     (table,) = several
@@ -339,8 +370,8 @@ def estimates(several: list[Table]) -> str:
 
 
 CONCLUSIONS: dict[str, Callable[[list[Table]], str]] = {
-    "a100-law.md": a100_law, "change.md": change, "estimates.md": estimates, "faults.md": faults,
-    "fidelity.md": fidelity, "overload.md": overload, "paper-tables.md": paper_tables, "real-traffic.md": real_traffic,
+    "a100-law.md": a100_law, "autoscaling.md": autoscaling, "change.md": change, "estimates.md": estimates,
+    "faults.md": faults, "fidelity.md": fidelity, "overload.md": overload, "paper-tables.md": paper_tables, "real-traffic.md": real_traffic,
     "past-capacity.md": past_capacity, "routing.md": routing, "strict-or-serving.md": strict_or_serving,
     "theory.md": theory,
 }
