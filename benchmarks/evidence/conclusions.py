@@ -108,7 +108,8 @@ def autoscaling(several: list[Table]) -> str:
         hours, late = table.numbers("replica-hours"), table.numbers("late or rejected")
         runs = [
             (name.strip("`"), cost, missed)
-            for name, cost, missed in zip(table.column("rule"), hours, late, strict=True) if cost is not None and missed is not None
+            for name, cost, missed in zip(table.column("rule"), hours, late, strict=True)
+            if cost is not None and missed is not None
         ]
         ours = [run for run in runs if run[0].startswith("fluid")]
         others = [run for run in runs if run[0].startswith(("ongoing", "slo"))]
@@ -371,7 +372,8 @@ def estimates(several: list[Table]) -> str:
 
 CONCLUSIONS: dict[str, Callable[[list[Table]], str]] = {
     "a100-law.md": a100_law, "autoscaling.md": autoscaling, "change.md": change, "estimates.md": estimates,
-    "faults.md": faults, "fidelity.md": fidelity, "overload.md": overload, "paper-tables.md": paper_tables, "real-traffic.md": real_traffic,
+    "faults.md": faults, "fidelity.md": fidelity, "overload.md": overload, "paper-tables.md": paper_tables,
+    "real-traffic.md": real_traffic,
     "past-capacity.md": past_capacity, "routing.md": routing, "strict-or-serving.md": strict_or_serving,
     "theory.md": theory,
 }

@@ -71,7 +71,7 @@ class Scaler:
             if name not in self._up and of_it and all(engine in engines for engine in of_it):
                 self._up.add(name)
                 if float("-inf") < self._seen_s[name] < now_s:
-                    self._wanted.came_up(now_s - self._seen_s[name])
+                    self._wanted.came_up(now_s, now_s - self._seen_s[name])
         self._up &= replicas.keys()
         self._seen_s = {name: seen_s for name, seen_s in self._seen_s.items() if name in replicas}
         self._counts.keep({engine for of_it in replicas.values() for engine in of_it} | engines.keys())

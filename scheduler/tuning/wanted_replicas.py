@@ -101,8 +101,9 @@ class WantedReplicas:
         self._terms = terms
         self._load.follow(self._horizon_s)
 
-    def came_up(self, seconds: float) -> None:
-        """A replica that was asked for serves after so long."""
+    def came_up(self, now_s: float, seconds: float) -> None:
+        """A replica that was asked for serves after so long; somebody has asked then, though nothing was counted."""
+        self._asked_s = now_s
         self._start_ups.append(min(max(0.0, seconds), _LONGEST_START_UP_S))
         self._load.follow(self._horizon_s)
 

@@ -66,11 +66,11 @@ def test_a_replica_that_comes_up_slowly_is_asked_for_early() -> None:
 def test_the_measured_start_up_time_replaces_the_assumed_one() -> None:
     decision = WantedReplicas(ScalingTerms(start_up_s=120.0))
     assert decision.start_up_s == 120
-    decision.came_up(30.0)
-    decision.came_up(45.0)
+    decision.came_up(0.0, 30.0)
+    decision.came_up(0.0, 45.0)
     assert decision.start_up_s == 45, "the longest of the latest"
     for _ in range(5):
-        decision.came_up(20.0)
+        decision.came_up(0.0, 20.0)
     assert decision.start_up_s == 20 and len(decision.start_ups_s) == 5
     again = WantedReplicas(ScalingTerms(start_up_s=120.0), decision.start_ups_s)
     assert again.start_up_s == 20
@@ -83,6 +83,16 @@ def test_the_last_one_goes_when_keeping_it_has_cost_what_a_late_request_and_a_st
     assert watched.goes_on(0.0, 100).replicas == 0  # 100 requests / 4 a second, and 60 s
     assert "nobody has asked" in watched.decision.decide(watched.now_s, EACH, 0).reason
     assert watched.goes_on(0.5, 20).replicas == 1
+
+
+def test_a_first_replica_that_somebody_waited_for_stays_for_the_next_request() -> None:
+    """What waited was at the engine before its counters were known, so nothing of it is counted."""
+    watched = Watched(present=1)
+    watched.goes_on(2.0, 60)
+    assert watched.goes_on(0.0, 300).replicas == 0
+    watched.decision.came_up(watched.now_s, 60.0)
+    assert watched.goes_on(0.0, 20).replicas == 1
+    assert watched.goes_on(0.0, 120).replicas == 0
 
 
 @pytest.mark.parametrize(("capacity", "said"), [
