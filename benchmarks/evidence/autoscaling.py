@@ -23,10 +23,10 @@ from page_tables import with_conclusion
 from simulator.sweep import PointResult
 
 PROFILE, LENGTHS, TTFT_S, TPOT_S = "cpu-smollm2", "p64~0.5d32~0.5", 3.0, 0.25
-START_UPS_S, SEEDS, SECONDS, MOST = (60, 180), (1, 2, 3), 2400, 16
+START_UPS_S, SEEDS, SECONDS, MOST = (60, 180), (1, 2, 3), 1200, 16
 SCENARIOS: dict[str, dict[str, Any]] = {
     "diurnal": {"arrivals": f"diurnal:period={SECONDS},amplitude=0.7", "rate_rps": 4.0, "requests": 4 * SECONDS},
-    "steps": {"arrivals": "step:at=600,until=1400,factor=3", "rate_rps": 2.0, "requests": 2 * 600 + 6 * 800 + 2 * 1000},
+    "steps": {"arrivals": "step:at=300,until=700,factor=3", "rate_rps": 2.0, "requests": 2 * 300 + 6 * 400 + 2 * 500},
     "bursts": {"arrivals": "gamma:cv=3", "rate_rps": 4.0, "requests": 4 * SECONDS},
 }
 BEHIND_OUR_GATE = {"policy": "fluid", "router": "fluid"}
@@ -87,7 +87,8 @@ def page(results: dict[str, list[PointResult]]) -> str:
             if rows:
                 sections.append("\n".join([f"## {name.capitalize()}, {start_up_s} s to come up", "", *HEAD, *rows]))
     return PAGE.format(
-        profile=PROFILE, lengths=LENGTHS, ttft=TTFT_S, tpot=1000 * TPOT_S, most=MOST, sections="\n\n".join(sections)
+        profile=PROFILE, lengths=LENGTHS, ttft=TTFT_S, tpot=1000 * TPOT_S, most=MOST, seconds=SECONDS,
+        sections="\n\n".join(sections),
     )
 
 
@@ -113,11 +114,12 @@ PAGE = """# How many replicas
 
 Made by `python benchmarks/evidence/autoscaling.py`: vLLM's real scheduler in virtual time, profile `{profile}`, lengths
 `{lengths}`, targets of {ttft:g} s to the first token and {tpot:g} ms for each further one, four replicas at first, 1 to
-{most} allowed. Replica-hours count from when a replica is started until it has finished its last request. Late or
-rejected are all requests that did not end within both targets. `fluid` and `oracle` decide for replicas of the policy
-`fluid`, which rejects, behind our router; the other rules for vLLM as it comes behind Ray Serve's default router, as
-neither could work behind a gate that rejects. `oracle` knows the arrivals to come and what a replica takes on average,
-without headroom. n is the number of seeds; values are means, with the smallest and the largest.
+{most} allowed; {seconds} virtual seconds. Replica-hours count from when a replica is started until it has finished its
+last request. Late or rejected are all requests that did not end within both targets. `fluid` and `oracle` decide for
+replicas of the policy `fluid`, which rejects, behind our router; the other rules for vLLM as it comes behind Ray
+Serve's default router, as neither could work behind a gate that rejects. `oracle` knows the arrivals to come and what a
+replica takes on average, without headroom. n is the number of seeds; values are means, with the smallest and the
+largest.
 
 {sections}
 """

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "benchmarks" / "evidence").glob("*.py"))
 PAGES = (
-    "a100-law.md", "change.md", "estimates.md", "faults.md", "fidelity.md", "overload.md", "paper-tables.md",
-    "past-capacity.md", "real-traffic.md", "routing.md", "strict-or-serving.md", "theory.md",
+    "a100-law.md", "autoscaling.md", "change.md", "estimates.md", "faults.md", "fidelity.md", "overload.md",
+    "paper-tables.md", "past-capacity.md", "real-traffic.md", "routing.md", "strict-or-serving.md", "theory.md",
 )
 PAGE = """# Title
 
