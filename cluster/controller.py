@@ -28,6 +28,7 @@ from cluster.measured import ControllerMeter
 from cluster.outlook import Outlook
 from cluster.pins import Pin, Pins
 from cluster.prospects import NothingKnown, Values
+from cluster.scaling import Scaling
 from cluster.settings import ModelSettings
 from cluster.tuned import TunedModel, TunedReplica
 from replicas import logs
@@ -61,7 +62,7 @@ class ControlLoop:
         self._app_name = app_name
         self._replicas: dict[str, TunedReplica] = {}
         self.events, self._pins = EventLog(store), Pins(store)
-        self.outlook = Outlook()
+        self.outlook, self.scaling = Outlook(), Scaling(store)
         self._storing = threading.Lock()
         self.meter = ControllerMeter()
         self.passes, self._begun_unix_s = 0, 0.0
@@ -91,6 +92,7 @@ class ControlLoop:
         Replicas are solved one after the other in a thread, so that the actor still answers calls.
         """
         self._begun_unix_s = time.time()  # of all points of this cycle, so that they add up
+        begun_s = time.monotonic()
         self.outlook.history.keep_only(self._begun_unix_s)
         found = await asyncio.to_thread(engines_of, self._app_name, self._served)
         self._replicas = {name: self._replicas.get(name) or self._new_replica(found[name]) for name in found}
@@ -98,6 +100,10 @@ class ControlLoop:
         solving = asyncio.Lock()
         await asyncio.gather(
             *(self._tune_alone(name, found[name], self._replicas[name], solving) for name in self._due())
+        )
+        answered = [name for name, one in self._replicas.items() if one.heard_s >= begun_s]
+        await asyncio.to_thread(
+            self.scaling.look, time.monotonic(), self._begun_unix_s, self._models, dict(self._replicas), answered
         )
         self.passes += 1
 
@@ -223,7 +229,7 @@ class ControlLoop:
         self.meter.tell({
             name: (entry.engine.model_id, entry.tuner.shown) for name, entry in self._replicas.items()
             if now_s - entry.heard_s <= _SILENT_PERIODS * entry.tuned.settings.controller.period_s
-        })
+        }, self.scaling.wanted)
 
     def state(self) -> dict[str, Any]:
         """The estimates and the latest decision of every replica, JSON-ready."""
@@ -231,6 +237,7 @@ class ControlLoop:
             "passes": self.passes,
             "period_s": self.period_s,
             "pins": self._pins.state(),
+            "scaling": self.scaling.shown(),
             "replicas": {name: self._entry(name, entry) for name, entry in self._replicas.items()},
         }
 
