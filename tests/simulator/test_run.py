@@ -244,7 +244,8 @@ def test_equal_replicas_share_the_load_also_between_two_reports(tmp_path):
 
 
 def test_conversations_stay_where_their_beginning_is_held():
-    options = {"lengths": "sessions:system=0,first=600,turn=300,think=2", "rate_rps": 6.0, "requests": 160, "replicas": 4}
+    lengths = "sessions:system=0,first=600,turn=300,think=2"
+    options = {"lengths": lengths, "rate_rps": 6.0, "requests": 160, "replicas": 4}
     hits = {
         router: simulate(simulation_config(options | {"policy": "fluid", "router": router}))["prefix_hit_fraction"]
         for router in ("fluid", "round-robin")
