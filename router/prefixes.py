@@ -14,7 +14,8 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Sequence
-from typing import Generic, TypeVar
+from itertools import accumulate
+from typing import Generic, NamedTuple, TypeVar
 
 BLOCK_TOKENS = 64
 _MOST_BLOCKS = 1 << 19
@@ -23,7 +24,7 @@ _USUAL_BLOCKS = 8192
 """Of a replica that does not say how much its KV cache holds."""
 _REMEMBERED = 0.95
 """Of the counts of hits, from one report to the next: those of the last twenty seconds or so decide."""
-_PRIOR_TOKENS = 2000.0
+_PRIOR_TOKENS = 500.0
 """Prompt tokens of hits that came as foretold, before any was counted."""
 _Name = TypeVar("_Name", bound=Hashable)
 
@@ -48,6 +49,8 @@ class Prefixes(Generic[_Name]):
         self._bits: dict[_Name, int] = {}
         self._holders: dict[int, int] = {}
         """Of a block: the bits of the replicas that hold it."""
+        self._uses: dict[int, int] = {}
+        """Of a block: prompts that found it since a replica came to hold it last."""
         self._lock = threading.Lock()
 
     def held(self, blocks: Sequence[int], replicas: Sequence[_Name]) -> list[int]:
@@ -67,6 +70,12 @@ class Prefixes(Generic[_Name]):
             _note(found, places, left, len(blocks))
         return found
 
+    def worth(self, blocks: Sequence[int]) -> list[float]:
+        """Sums, from none to all of these blocks, of how much it speaks against another copy of each: 1, and less with
+        every prompt that has found it since the last copy, for so many would share the work of one more."""
+        with self._lock:
+            return list(accumulate((1 / (1 + self._uses.get(block, 0)) for block in blocks), initial=0.0))
+
     def sent(self, blocks: Sequence[int], replica: _Name, most: int) -> None:
         """A prompt of these blocks went to a replica, whose KV cache holds `most` blocks."""
         if not blocks:
@@ -78,9 +87,11 @@ class Prefixes(Generic[_Name]):
             for block in reversed(blocks):  # the last one becomes the oldest
                 if block in kept:
                     kept.move_to_end(block)
+                    self._uses[block] += 1
                 else:
                     kept[block] = None
                     self._holders[block] = self._holders.get(block, 0) | bit
+                    self._uses[block] = 0
             most = min(most, self._most_blocks // len(self._kept))
             while len(kept) > most:
                 self._drop(kept.popitem(last=False)[0], bit)
@@ -101,7 +112,7 @@ class Prefixes(Generic[_Name]):
         if left:
             self._holders[block] = left
         else:
-            del self._holders[block]
+            del self._holders[block], self._uses[block]
 
 
 def _note(found: list[int], places: dict[int, int], bits: int, number: int) -> None:
@@ -157,6 +168,14 @@ def _faded(before: tuple[float, float], more: tuple[float, float]) -> tuple[floa
     return _REMEMBERED * before[0] + more[0], _REMEMBERED * before[1] + more[1]
 
 
+class Held(NamedTuple):
+    """Of a prompt, by replica: the tokens that it holds; and those that it would compute although another holds them,
+    fewer where prompts of many requests begin alike, which would share that work."""
+
+    tokens: list[float]
+    again: list[float]
+
+
 class PrefixCaches(Generic[_Name]):
     """What the prefix caches of some replicas hold, as one router knows; safe from several threads."""
 
@@ -166,16 +185,21 @@ class PrefixCaches(Generic[_Name]):
         self._most: dict[_Name, int] = {}
         self._lock = threading.Lock()
 
-    def held(self, blocks: Sequence[int], replicas: Sequence[_Name]) -> list[float]:
-        """Tokens of a prompt of these blocks that each replica holds."""
-        if not blocks:
-            return [0.0] * len(replicas)
-        found = self._prefixes.held(blocks, replicas)
+    def held(self, blocks: Sequence[int], replicas: Sequence[_Name]) -> Held:
+        """Of a prompt of these blocks."""
+        found = self._prefixes.held(blocks, replicas) if blocks else []
+        if not any(found):
+            return Held([0.0] * len(replicas), [0.0] * len(replicas))
         with self._lock:
-            return [
-                number * BLOCK_TOKENS * self._trust[name].share if number and name in self._trust else
-                float(number * BLOCK_TOKENS) for number, name in zip(found, replicas, strict=True)
+            shares = [
+                self._trust[name].share if number and name in self._trust else 1.0
+                for number, name in zip(found, replicas, strict=True)
             ]
+        tokens = [BLOCK_TOKENS * number * share for number, share in zip(found, shares, strict=True)]
+        best = max(range(len(replicas)), key=tokens.__getitem__)
+        worth = self._prefixes.worth(blocks[: found[best]])
+        each = BLOCK_TOKENS * shares[best]
+        return Held(tokens, [each * (worth[-1] - worth[min(number, found[best])]) for number in found])
 
     def sent(self, blocks: Sequence[int], prompt_tokens: float, replica: _Name) -> None:
         """A prompt has gone to a replica."""

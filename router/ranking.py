@@ -4,8 +4,10 @@ A request goes where it is predicted to end first: the wait for its prompt's tur
 the pace that the replica then has, slower by what each request sent there adds. Every replica publishes these numbers
 (`scheduler.messages.Outlook`), solved by the same fluid model that admits its requests, so that a slow or a full one is
 avoided by as much as it is slower. What a replica probably holds of the prompt in its prefix cache
-(`router.prefixes`) is not computed again: a conversation stays where it was while that saves more than the wait there
-costs, and a beginning that many prompts share comes to be held by as many replicas as are busy with them.
+(`router.prefixes`) is not computed there; where it would be computed although another replica holds it, that also
+takes the time of all requests that run there, which this one's own end does not show. So a conversation stays where it
+was while that saves all together more than the wait there costs. A beginning that many prompts share comes to be held
+by as many replicas as are busy with them, since each copy serves many.
 
 A replica whose queue has no room left comes after all that have some: one that rejects looks idle, and must not attract
 more.
@@ -96,7 +98,7 @@ class Sent(Generic[_Name]):
             if before is not None:
                 self._change(before.replica, -before.asked.requests, -before.tokens)
             asked = asked or (before.asked if before else Asked())
-            tokens = asked.to_compute(self.caches.held(asked.blocks, [replica])[0])
+            tokens = asked.to_compute(self.caches.held(asked.blocks, [replica]).tokens[0])
             self._at[request_id] = _At(replica, asked, tokens)
             self._change(replica, asked.requests, tokens)
             while len(self._at) > _MOST_REQUESTS:  # requests of which no end is heard
@@ -171,7 +173,7 @@ def best_first(
     names = [name(replica) for replica in shuffled]
     reported_s = [sent.reported_s(of, one) if one else None for of, one in zip(names, reports, strict=True)]
     held = sent.caches.held(asked.blocks, names)
-    most_held = max(held, default=0.0)
+    most_held = max(held.tokens, default=0.0)
     usual = [one.outlook.output_tokens for one in reports if one is not None and one.outlook is not None]
     # How long an answer is depends on the request: replicas that have seen others must not differ by it.
     output_tokens = min(asked.output_tokens, sum(usual) / len(usual)) if usual else None
@@ -187,8 +189,9 @@ def best_first(
         full = stats.room is not None and stats.room <= taken.requests
         cost = -stats.slack(stats.occupied + taken.requests)
         if output_tokens is not None:
-            cost = completion_s(stats, asked.to_compute(held[place]), output_tokens, taken, now_s - at_s)
-        seen = place < looked_at or held[place] == most_held > 0
+            cost = completion_s(stats, asked.to_compute(held.tokens[place]), output_tokens, taken, now_s - at_s)
+            cost += lost_s(stats, held.again[place], taken)
+        seen = place < looked_at or held.tokens[place] == most_held > 0
         return False, full, not seen, cost
 
     return [shuffled[place] for place in sorted(range(len(shuffled)), key=key)]
@@ -218,6 +221,13 @@ def completion_s(
     prompt_s = outlook.prompt_s / left
     wait_s = taken.wait_s(outlook.wait_s, prompt_s, age_s)
     return wait_s + prompt_tokens * prompt_s + output_tokens * token_s
+
+
+def lost_s(stats: RoutingStats, tokens_again: float, taken: Taken) -> float:
+    """Seconds that the requests which run at a replica lose, all together, while it computes prompt tokens that need
+    not be: each of them waits as long."""
+    running = max(0.0, stats.occupied + taken.requests)
+    return tokens_again * stats.outlook.prompt_s * running if stats.outlook and tokens_again else 0.0
 
 
 _RANDOM = random.Random()

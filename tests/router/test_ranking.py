@@ -140,11 +140,20 @@ def test_a_conversation_stays_while_that_saves_more_than_the_wait() -> None:
     view = View(a=USUAL, b=USUAL, c=USUAL)
     accept(view, "b", conversation(1, 30))
     later(view)
-    assert view.ranked(conversation(1, 32))[0] == "b", "1920 tokens are 0.192 s"
+    assert view.ranked(conversation(1, 32))[0] == "b"
+    later(view, b=like(wait_s=5.0))
+    assert view.ranked(conversation(1, 32))[0] == "b", "1920 tokens would take 0.192 s of each of 50 requests elsewhere"
+    later(view, b=like(wait_s=12.0))
+    assert view.ranked(conversation(1, 32))[0] != "b"
+
+
+def test_where_nobody_runs_a_conversation_only_saves_its_own_time() -> None:
+    view = View(a=replace(USUAL, occupied=0), b=USUAL)
+    accept(view, "b", conversation(1, 30))
     later(view, b=like(wait_s=0.25))
-    assert view.ranked(conversation(1, 32))[0] == "b", "its wait is 0.15 s more"
+    assert view.ranked(conversation(1, 32)) == "ba", "1920 tokens are 0.192 s, its wait 0.15 s more"
     later(view, b=like(wait_s=0.35))
-    assert view.ranked(conversation(1, 32))[0] != "b", "0.25 s more"
+    assert view.ranked(conversation(1, 32)) == "ab", "0.25 s more"
 
 
 def test_a_new_conversation_goes_where_it_ends_first() -> None:
