@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-# In this order: tests/ has folders of the packages' names.
-sys.path.extend(str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "tests"))
+sys.path.extend(str(Path(__file__).resolve().parents[1] / name) for name in ("", "tests"))  # tests/ has like folders
 
 from engine_harness import Engine
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
