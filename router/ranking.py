@@ -1,7 +1,8 @@
 """Where a request goes: the order in which it is offered to replicas. No Ray.
 
 A request goes where it is predicted to end first: the wait for its prompt's turn, the prompt, and its output tokens at
-the pace that the replica then has, slower by what each request sent there adds. Every replica publishes these numbers
+the pace that the replica then has, slower by what each request sent there adds. A pace with slack, within less than its
+target, counts for less, so that the first token decides where nothing presses. Every replica publishes these numbers
 (`scheduler.messages.Outlook`), solved by the same fluid model that admits its requests, so that a slow or a full one is
 avoided by as much as it is slower. What a replica probably holds of the prompt in its prefix cache
 (`router.prefixes`) is not computed there; where it would be computed although another replica holds it, that also
@@ -212,15 +213,18 @@ def completion_s(
     """Seconds in which a request is predicted to end at a replica that reported `age_s` seconds ago, to which `taken`
     has gone since, and that has `prompt_tokens` of it to compute.
 
-    One that predicts nothing, as before its first request, is taken only if it is empty."""
+    Output tokens count by the square of the share that they take of their target: with much slack a wait for the first
+    token is worse than a pace that is a little slower, and without any the pace is what misses. One that predicts
+    nothing, as before its first request, is taken only if it is empty."""
     outlook = stats.outlook
     if outlook is None:
         return math.inf if stats.occupied + taken.requests > 0 else 0.0
     token_s = max(0.0, outlook.token_s + taken.requests * outlook.added_s)
-    left = max(LEAST_PROMPT_SHARE, 1.0 - token_s / outlook.limit_s) if outlook.limit_s else 1.0
-    prompt_s = outlook.prompt_s / left
+    used = token_s / outlook.limit_s if outlook.limit_s else 0.0
+    prompt_s = outlook.prompt_s / max(LEAST_PROMPT_SHARE, 1.0 - used)
+    pressing = min(1.0, used) ** 2 if outlook.limit_s else 1.0
     wait_s = taken.wait_s(outlook.wait_s, prompt_s, age_s)
-    return wait_s + prompt_tokens * prompt_s + output_tokens * token_s
+    return wait_s + prompt_tokens * prompt_s + output_tokens * token_s * pressing
 
 
 def lost_s(stats: RoutingStats, tokens_again: float, taken: Taken) -> float:

@@ -64,6 +64,15 @@ def test_a_wait_is_weighed_against_the_pace() -> None:
     assert View(s=slower, w=waiting).ranked(Asked(1000.0, output_tokens=5000.0)) == "ws", "a bound is no length"
 
 
+def test_a_pace_with_slack_counts_for_less() -> None:
+    def ranked(limit_s: float) -> str:
+        waiting, slower = like(wait_s=1.0, limit_s=limit_s), like(token_s=0.052, limit_s=limit_s)
+        return View(w=waiting, s=slower).ranked(Asked(0.0))
+
+    assert ranked(0.055) == "ws", "0.002 s for each of 200 tokens, when the pace is next to its target"
+    assert ranked(0.2) == "sw", "0.5 s of waiting"
+
+
 def test_what_a_replica_has_seen_of_answers_says_nothing_of_this_one() -> None:
     assert View(a=like(output_tokens=100.0, wait_s=0.6), b=like(output_tokens=300.0, wait_s=0.5)).ranked() == "ba"
 
