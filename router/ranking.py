@@ -109,10 +109,11 @@ class Sent(Generic[_Name]):
         """A replica has taken a request, and will hold its prompt."""
         self.sent(request_id, replica)
         with self._lock:
-            at = self._at[request_id]
+            at = self._at.get(request_id)
+            if at is None or not at.asked.blocks:  # it may have ended meanwhile
+                return
             self._at[request_id] = at._replace(asked=replace(at.asked, blocks=()))
-        if at.asked.blocks:
-            self.caches.sent(at.asked.blocks, at.asked.prompt_tokens, replica)
+        self.caches.sent(at.asked.blocks, at.asked.prompt_tokens, replica)
 
     def ended(self, request_id: str, replica: _Name) -> None:
         """A request is over at a replica, whatever came of it; its prompt has been worked on."""
