@@ -12,14 +12,14 @@ own count of the prompt tokens it found cached corrects it (`Trust`).
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Collection, Hashable, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Generic, NamedTuple, TypeVar
 
 BLOCK_TOKENS = 64
 _MOST_BLOCKS = 1 << 19
 """Remembered for all replicas together, in some 100 MB."""
+_PARTS = 64
 _USUAL_BLOCKS = 8192
 """Of a replica that does not say how much its KV cache holds."""
 _REMEMBERED = 0.95
@@ -45,12 +45,14 @@ class Prefixes(Generic[_Name]):
 
     def __init__(self, most_blocks: int = _MOST_BLOCKS) -> None:
         self._most_blocks = most_blocks
-        self._kept: dict[_Name, OrderedDict[int, None]] = {}
+        self._kept: dict[_Name, dict[int, None]] = {}
+        """The least recent first. Plain, since Python's garbage collector passes over a dictionary of numbers."""
         self._bits: dict[_Name, int] = {}
-        self._holders: dict[int, int] = {}
-        """Of a block: the bits of the replicas that hold it."""
-        self._uses: dict[int, int] = {}
-        """Of a block: prompts that found it since a replica came to hold it last."""
+        self._holders: list[dict[int, int]] = [{} for _ in range(_PARTS)]
+        """Of a block: the bits of the replicas that hold it. In parts, by `block % _PARTS`: one great dictionary would
+        stop a request for tens of milliseconds whenever it grows."""
+        self._uses: list[dict[int, int]] = [{} for _ in range(_PARTS)]
+        """Of a block: prompts that found it since a replica came to hold it last; in parts, too."""
         self._lock = threading.Lock()
 
     def held(self, blocks: Sequence[int], replicas: Sequence[_Name]) -> list[int]:
@@ -61,7 +63,7 @@ class Prefixes(Generic[_Name]):
             places.pop(0, None)
             left = sum(places)
             for number, block in enumerate(blocks):
-                holders = left & self._holders.get(block, 0)
+                holders = left & self._holders[block % _PARTS].get(block, 0)
                 if holders != left:
                     _note(found, places, left ^ holders, number)
                     left = holders
@@ -74,7 +76,7 @@ class Prefixes(Generic[_Name]):
         """Sums, from none to all of these blocks, of how much it speaks against another copy of each: 1, and less with
         every prompt that has found it since the last copy, for so many would share the work of one more."""
         with self._lock:
-            return list(accumulate((1 / (1 + self._uses.get(block, 0)) for block in blocks), initial=0.0))
+            return list(accumulate((1 / (1 + self._uses[block % _PARTS].get(block, 0)) for block in blocks), initial=0.0))
 
     def sent(self, blocks: Sequence[int], replica: _Name, most: int) -> None:
         """A prompt of these blocks went to a replica, whose KV cache holds `most` blocks."""
@@ -83,18 +85,20 @@ class Prefixes(Generic[_Name]):
         with self._lock:
             if replica not in self._bits:
                 self._bits[replica] = _free_bit(self._bits.values())
-            bit, kept = self._bits[replica], self._kept.setdefault(replica, OrderedDict())
+            bit, kept = self._bits[replica], self._kept.setdefault(replica, {})
             for block in reversed(blocks):  # the last one becomes the oldest
+                holders, uses = self._holders[block % _PARTS], self._uses[block % _PARTS]
                 if block in kept:
-                    kept.move_to_end(block)
-                    self._uses[block] += 1
+                    del kept[block]
+                    uses[block] += 1
                 else:
-                    kept[block] = None
-                    self._holders[block] = self._holders.get(block, 0) | bit
-                    self._uses[block] = 0
+                    holders[block] = holders.get(block, 0) | bit
+                    uses[block] = 0
+                kept[block] = None
             most = min(most, self._most_blocks // len(self._kept))
-            while len(kept) > most:
-                self._drop(kept.popitem(last=False)[0], bit)
+            for block in list(islice(kept, max(0, len(kept) - most))):
+                del kept[block]
+                self._drop(block, bit)
 
     def forget(self, replica: _Name) -> None:
         """It holds nothing any more."""
@@ -108,11 +112,12 @@ class Prefixes(Generic[_Name]):
         return sum(map(len, self._kept.values()))
 
     def _drop(self, block: int, bit: int) -> None:
-        left = self._holders[block] & ~bit
+        holders = self._holders[block % _PARTS]
+        left = holders[block] & ~bit
         if left:
-            self._holders[block] = left
+            holders[block] = left
         else:
-            del self._holders[block], self._uses[block]
+            del holders[block], self._uses[block % _PARTS][block]
 
 
 def _note(found: list[int], places: dict[int, int], bits: int, number: int) -> None:
