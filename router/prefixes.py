@@ -76,7 +76,8 @@ class Prefixes(Generic[_Name]):
         """Sums, from none to all of these blocks, of how much it speaks against another copy of each: 1, and less with
         every prompt that has found it since the last copy, for so many would share the work of one more."""
         with self._lock:
-            return list(accumulate((1 / (1 + self._uses[block % _PARTS].get(block, 0)) for block in blocks), initial=0.0))
+            uses = [self._uses[block % _PARTS].get(block, 0) for block in blocks]
+        return list(accumulate((1 / (1 + several) for several in uses), initial=0.0))
 
     def sent(self, blocks: Sequence[int], replica: _Name, most: int) -> None:
         """A prompt of these blocks went to a replica, whose KV cache holds `most` blocks."""
