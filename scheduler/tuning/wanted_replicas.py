@@ -32,7 +32,7 @@ class ScalingTerms:
     seconds until a replica that is asked for serves, until that has been measured.
     """
 
-    late_costs_requests: float = 100.0
+    late_costs_requests: float = 10.0
     start_up_s: float = 120.0
 
     @property
@@ -138,7 +138,7 @@ class WantedReplicas:
     def _needed_for(self, now_s: float, ahead: RateAhead, capacity: Capacity) -> tuple[int, str]:
         terms, most_rps = self._terms, capacity.most_rps
         idle_s = now_s - (now_s if self._asked_s is None else self._asked_s)
-        if idle_s * most_rps >= terms.late_costs_requests:
+        if (idle_s - self.start_up_s) * most_rps >= terms.late_costs_requests:
             return 0, f"nobody has asked for {idle_s:.0f} s"
         high_rps = ahead.quantile(terms.confidence)
         needed = 1 if math.isinf(most_rps) else max(1, math.ceil(high_rps / most_rps - 1e-9))

@@ -1,6 +1,6 @@
 """Rules by which others choose the number of replicas, and one that knows the future, beside ours.
 
-    fluid[:late_costs=100]                          ours (`scheduler.tuning.wanted_replicas`)
+    fluid[:late_costs=10]                           ours (`scheduler.tuning.wanted_replicas`)
     ongoing-requests[:target=2,up=30,down=600]      Ray Serve's default: requests under way per replica, over 30 s
     slo-keda[:up=0.55,down=0.4]                     llm-d's SLO-aware rule for KEDA, as its documentation states it
     oracle                                          the smallest number that takes the future's own rates

@@ -80,7 +80,7 @@ def test_the_last_one_goes_when_keeping_it_has_cost_what_a_late_request_and_a_st
     watched = Watched(present=1)
     watched.goes_on(2.0, 300)
     assert watched.goes_on(0.0, 20).replicas == 1
-    assert watched.goes_on(0.0, 100).replicas == 0  # 100 requests / 4 a second, and 60 s
+    assert watched.goes_on(0.0, 130).replicas == 0  # 60 s, 10 requests / 4 a second, and 60 s that any is held
     assert "nobody has asked" in watched.decision.decide(watched.now_s, EACH, 0).reason
     assert watched.goes_on(0.5, 20).replicas == 1
 
