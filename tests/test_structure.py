@@ -16,8 +16,8 @@ from import_graph import PACKAGES, ROOT, imports_in, modules_of
 LAYERS = {
     "scheduler": [
         "vllm_scheduler", "alone", "engine", "support settings", "tuning", "estimation", "policies",
-        "wire request_rejected", "messages rejection openai_error metrics", "thresholds", "fluid_params", "survival",
-        "model config_errors",
+        "wire request_rejected", "messages rejection openai_error metrics", "digest thresholds", "fluid_params",
+        "survival", "model config_errors",
     ],
     "simulator": ["cli", "sweep run", "audit", "engine", "config", "scenario", "output", "workload paper_model"],
 }
