@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+_ROOT = Path(__file__).resolve().parents[1]
+sys.path += [str(_ROOT), str(_ROOT / "tests")]  # in this order: tests/ has folders of the packages' names
 
 from engine_harness import Engine
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler

@@ -172,7 +172,7 @@ class HeadraceScheduler(AsyncScheduler):
         self._prefixes.step()
         try:
             output = super().schedule(throttle_prefills)
-            self.latest_work = batch_work(output, self.requests)
+            self.latest_work = batch_work(output)
         finally:
             held = self._held.put_back()
             self.max_num_running_reqs = self._most_running

@@ -74,6 +74,8 @@ class Lives(dict[str, Life]):
     def resumed(self, cached: Any, requests: Mapping[str, Request], shared_now: Callable[[str, int], int]) -> int:
         """Note the requests of an iteration that run again after a preemption; returns the tokens computed again."""
         again = 0
+        if not cached.resumed_req_ids:
+            return again
         for name, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             if name in cached.resumed_req_ids:
                 tokens = requests[name].num_tokens

@@ -27,16 +27,19 @@ class BatchWork(NamedTuple):
     batch_size: int
 
 
-def batch_work(output: SchedulerOutput, requests: Mapping[str, Request]) -> BatchWork:
+def batch_work(output: SchedulerOutput) -> BatchWork:
     """The work of an iteration that has just been scheduled."""
     counts, drafted = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
+    total, prefilling = output.total_num_scheduled_tokens, []
     if drafted:  # a decode step has its draft tokens too
         prefilling = [n for name, n in counts.items() if n > 1 + len(drafted.get(name, ()))]
-    else:
+    elif total > len(counts):
         prefilling = [n for n in counts.values() if n > 1]
     prefill = sum(prefilling)
-    kv_tokens = sum([requests[name].num_computed_tokens for name in counts])  # counted after this iteration
-    return BatchWork(prefill, output.total_num_scheduled_tokens - prefill, kv_tokens, len(counts))
+    # Tokens computed before, and those of this iteration.
+    kv_tokens = sum(output.scheduled_cached_reqs.num_computed_tokens) + total
+    kv_tokens += sum([new.num_computed_tokens for new in output.scheduled_new_reqs])
+    return BatchWork(prefill, total - prefill, kv_tokens, len(counts))
 
 
 def tokens_to_decode(running: list[Request]) -> int:
@@ -76,7 +79,7 @@ class EngineBatch(RunningBatch):
         under_way = request.num_output_placeholders
         return RunningRequest(
             request.request_id, self._queue.type_of(request.request_id) or UNKNOWN_TYPE,
-            _stage(request, self._step_tokens), under_way, request.num_tokens + under_way,
+            self.stages()[index], under_way, request.num_tokens + under_way,
         )
 
     def __iter__(self) -> Iterator[RunningRequest]:
@@ -84,7 +87,12 @@ class EngineBatch(RunningBatch):
 
     def stages(self) -> list[int]:
         if self._stages is None:
-            self._stages = [_stage(request, self._step_tokens) for request in self._requests]
+            # A step under way yields one token for sure; its drafts may be rejected.
+            self._stages = [
+                0 if request.is_prefill_chunk
+                else request.num_output_tokens - (-request.num_output_placeholders // self._step_tokens)
+                for request in self._requests
+            ]
         return self._stages
 
     def kv_tokens(self) -> list[int]:
@@ -101,15 +109,6 @@ class EngineBatch(RunningBatch):
 
     def most_output_tokens(self) -> list[float]:
         return [self._lives[request.request_id].most for request in self._requests]
-
-
-def _stage(request: Request, step_tokens: int) -> int:
-    if request.is_prefill_chunk:
-        return 0
-    stage: int = request.num_output_tokens
-    under_way: int = request.num_output_placeholders
-    # A step under way yields one token for sure; its drafts may be rejected.
-    return stage + (under_way if step_tokens == 1 else -(-under_way // step_tokens))
 
 
 def in_admission_order(running: list[Request], paused: list[tuple[int, Request]]) -> list[Request]:

@@ -54,7 +54,7 @@ class Fluid(Policy):
             return Decision(admit={UNKNOWN_TYPE: slots}) if slots else Decision()
         admission = self._admission
         admission.observe(snapshot)
-        room = admission.prompt_room(snapshot, view)
+        room = admission.prompt_room(snapshot, view, slots)
         taken = len(snapshot.running) + snapshot.released
         if not view:
             spare = FirstToken.of(admission.fluid, snapshot, room)
@@ -167,7 +167,7 @@ class _Admission:
             limit_s = min(limit_s, params.tpot_s * params.tokens_per_step / params.pipeline_depth / speed)
         return max(limit_s, params.decode_iteration_s(1.0, 1.0))
 
-    def prompt_room(self, snapshot: Snapshot, view: QueueView | None) -> float:
+    def prompt_room(self, snapshot: Snapshot, view: QueueView | None, slots: int) -> float:
         """Prompt tokens that fit into the next iteration beside every decode; infinite without a target.
 
         At least a small chunk, so that prefills always progress. More than planned when prefills want it and the
@@ -184,12 +184,13 @@ class _Admission:
         busy_s = max(decode_s, params.steady_s, self._recent_s)
         gain_s = (limit_s - busy_s) * params.pipeline_depth / params.tokens_per_step
         may_lend = gain_s > 0 and room < most and not (self.is_full and view)
-        wanted_tokens = _wanted_tokens(snapshot, view, most) - max(room, 0.0) if may_lend else 0.0
+        heads = view if slots else None  # without a slot no waiting prompt can start
+        wanted_tokens = _wanted_tokens(snapshot, heads, most) - max(room, 0.0) if may_lend else 0.0
         wanted_s = params.time_model.prefill_s(wanted_tokens)
         if wanted_s <= 0:
             self._slack.use_none()
         else:
-            ahead = min(view.length, _HEADS) if view else 0
+            ahead = min(heads.length, _HEADS) if heads else 0
             prompts = ahead + (snapshot.prompt_backlog_tokens > 0)
             # A longer batch delays the batches behind it in every stage of a pipeline.
             spare_s = self._slack.spare_s(

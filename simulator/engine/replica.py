@@ -190,7 +190,7 @@ class VirtualReplica:
                 live.cached_tokens = new.num_computed_tokens
         tokens_there_s = self._tokens_there_s(output)
         silent, first_tokens = self._token_producers(output)
-        work = self.headrace.latest_work if self.headrace else batch_work(output, self.scheduler.requests)
+        work = self.headrace.latest_work if self.headrace else batch_work(output)
         seconds = self._stage_time_model.iteration_s(work.prefill_tokens, work.decode_tokens, work.kv_tokens)
         starts_s = max(self.now_s, self._stage_free_s[0], tokens_there_s)
         seconds /= self._speed

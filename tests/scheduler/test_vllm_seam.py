@@ -13,6 +13,7 @@ from vllm.entrypoints.speech_to_text.base import serving as speech_serving
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -23,7 +24,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
-from vllm.v1.request import RequestStatus
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from scheduler.engine.admission_queue import AdmissionQueue
@@ -264,6 +265,11 @@ def test_the_block_manager_tells_what_the_prefix_cache_holds():
     """`scheduler.engine.prefix_hits` asks it for a waiting request's cached blocks and how many requests hold each."""
     assert list(inspect.signature(KVCacheManager.get_computed_blocks).parameters) == ["self", "request"]
     assert "ref_cnt" in {field.name for field in fields(KVCacheBlock)}
+    asked = list(inspect.signature(BlockPool.get_cached_block).parameters)
+    assert asked == ["self", "block_hash", "kv_cache_group_ids"]
+    manager = Engine().scheduler.kv_cache_manager
+    assert isinstance(manager.block_pool, BlockPool) and len(manager.kv_cache_config.kv_cache_groups) == 1
+    assert "block_hashes" in inspect.getsource(Request.__init__)
     assert "num_waiting_for_streaming_input" in inspect.getsource(Scheduler.__init__)
 
 
