@@ -24,6 +24,7 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.event_log import Event, EventLog
+from cluster.learning import Learning, Report
 from cluster.measured import ControllerMeter
 from cluster.outlook import Outlook
 from cluster.pins import Pin, Pins
@@ -41,6 +42,7 @@ from replicas.store import Store
 from scheduler.messages import Telemetry
 from scheduler.thresholds import InvalidThresholds, thresholds_as_dict
 from scheduler.tuning.engine_tuner import Change
+from scheduler.tuning.replica_model import Proposal
 from scheduler.tuning.slo import Slo
 from scheduler.wire import UnreadableMessage
 
@@ -48,6 +50,8 @@ NAMESPACE = "headrace"
 _IDLE_PERIOD_S = 5.0
 _SHOWN_CHANGES = 20
 _SILENT_PERIODS = 3.0
+_TOGETHER_S = 0.25
+"""Seconds in which answers are waited for, to be learned from together; later ones are learned from as they come."""
 logger = logging.getLogger(__name__)
 
 
@@ -62,6 +66,7 @@ class ControlLoop:
         self._replicas: dict[str, TunedReplica] = {}
         self.events, self._pins = EventLog(store), Pins(store)
         self.outlook = Outlook()
+        self.learning = Learning(self.outlook)
         self._storing = threading.Lock()
         self.meter = ControllerMeter()
         self.passes, self._begun_unix_s = 0, 0.0
@@ -88,17 +93,25 @@ class ControlLoop:
     async def one_cycle(self) -> None:
         """Collect, solve, push. A replica without an answer, or with a failing model, does not delay the others.
 
-        Replicas are solved one after the other in a thread, so that the actor still answers calls.
+        Those that answer soon are solved together in a thread, so that the actor still answers calls.
         """
         self._begun_unix_s = time.time()  # of all points of this cycle, so that they add up
         self.outlook.history.keep_only(self._begun_unix_s)
         found = await asyncio.to_thread(engines_of, self._app_name, self._served)
         self._replicas = {name: self._replicas.get(name) or self._new_replica(found[name]) for name in found}
         await self._in_store(self._look, list(found))
-        solving = asyncio.Lock()
-        await asyncio.gather(
-            *(self._tune_alone(name, found[name], self._replicas[name], solving) for name in self._due())
-        )
+        self.learning.keep_only(found)
+        pending = {asyncio.create_task(self._asked(name, self._replicas[name])) for name in self._due()}
+        while pending:
+            done, pending = await asyncio.wait(pending, timeout=_TOGETHER_S)
+            if not done:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            await self._tune(dict(task.result() for task in done))
+        for name, said in self.learning.news().items():
+            await self._note(Event(
+                at_unix_s=time.time(), kind="speed", replica=name, model=self._replicas[name].engine.model_id,
+                reason=said,
+            ))
         self.passes += 1
 
     async def _in_store(self, change: Callable[..., None], *args: Any) -> None:
@@ -129,29 +142,44 @@ class ControlLoop:
         tuned = self._models[engine.deployment]
         return TunedReplica(engine, tuned, tuned.new_tuner())
 
-    async def _tune_alone(self, name: str, engine: EngineAddress, entry: TunedReplica, solving: asyncio.Lock) -> None:
+    async def _asked(self, name: str, entry: TunedReplica) -> tuple[str, Report | None]:
+        """A replica's report; None: its note says why there is none."""
         try:
-            await self._tune(name, engine, entry, solving)
-        except ReplicaUnavailable as error:
-            entry.tuner.note = str(error)
-        except UnreadableMessage as error:  # another release, during an upgrade: the replica keeps its thresholds
-            note = f"not tuned: {error}"
-            if note != entry.tuner.note:
-                logger.warning("replica %s is %s", name, note)
-            entry.tuner.note = note
+            with self.meter.channel(entry.engine.model_id):
+                telemetry = await ask_telemetry(entry.engine, entry.tuner.cursor)
         except Exception as error:
-            note = f"not tuned: {error!r}"
-            if note != entry.tuner.note:  # log a repeated failure once
-                logger.exception("replica %s is not tuned", name)
-            entry.tuner.note = note
-
-    async def _tune(self, name: str, engine: EngineAddress, entry: TunedReplica, solving: asyncio.Lock) -> None:
-        with self.meter.channel(engine.model_id):
-            telemetry = await ask_telemetry(engine, entry.tuner.cursor)
+            self._not_tuned(name, entry, error)
+            return name, None
         entry.heard_s = time.monotonic()
-        async with solving:
-            with self.meter.solving(engine.model_id):
-                proposal = await asyncio.to_thread(self.outlook.learn, name, entry, telemetry, self._begun_unix_s)
+        return name, Report(entry, telemetry)
+
+    async def _tune(self, answers: Mapping[str, Report | None]) -> None:
+        reports = {name: report for name, report in answers.items() if report is not None}
+        with self.meter.solving({one.entry.engine.model_id for one in reports.values()}):
+            learned = await asyncio.to_thread(self.learning.learn, reports, self._begun_unix_s, time.monotonic())
+        await asyncio.gather(*(self._push(name, reports[name], found) for name, found in learned.items()))
+
+    async def _push(self, name: str, report: Report, found: Proposal | Exception) -> None:
+        try:
+            if isinstance(found, Exception):
+                raise found
+            await self._offer(name, report, found)
+        except Exception as error:
+            self._not_tuned(name, report.entry, error)
+
+    def _not_tuned(self, name: str, entry: TunedReplica, error: Exception) -> None:
+        if isinstance(error, ReplicaUnavailable):
+            entry.tuner.note = str(error)
+            return
+        readable = not isinstance(error, UnreadableMessage)  # another release, during an upgrade: thresholds stay
+        note = f"not tuned: {error!r}" if readable else f"not tuned: {error}"
+        if note != entry.tuner.note:  # log a repeated failure once
+            logger.warning("replica %s is %s", name, note, exc_info=error if readable else None)
+        entry.tuner.note = note
+
+    async def _offer(self, name: str, report: Report, proposal: Proposal) -> None:
+        entry, telemetry = report
+        engine = entry.engine
         if (pin := self._pins.missing(name, engine.model_id, telemetry.thresholds)) is not None:
             await self._give(name, engine, entry, telemetry, pin)
             return
@@ -249,7 +277,11 @@ class ControlLoop:
 
     def _entry(self, name: str, entry: TunedReplica) -> dict[str, Any]:
         pin = self._pins.of(name, entry.engine.model_id)
-        return entry.tuner.shown | {"decision": entry.tuner.note, "pin": pin.shown if pin else None}
+        deviation = self.learning.deviations.get(name)
+        return entry.tuner.shown | {
+            "decision": entry.tuner.note, "pin": pin.shown if pin else None,
+            "deviation": None if deviation is None else deviation.shown,
+        }
 
 
 class ControllerActor:

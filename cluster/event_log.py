@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One change. kind: thresholds (a push of the controller), settings, pin or release.
+    """One change. kind: thresholds (a push of the controller), settings, pin, release, or speed (a replica has become
+    slower or faster than its siblings, or is no more).
 
     at_unix_s: when; model, replica: what it is about (empty: all of them); old_version, new_version: of thresholds
     (None: does not apply); accepted: whether it took effect; reason: why; by: an operator's name for itself; key: with

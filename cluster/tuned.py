@@ -46,12 +46,12 @@ class TunedReplica:
         """Tune by these settings from the next report on."""
         self.tuned, self.tuner.profiled = tuned, tuned.time_model
 
-    def learn(self, telemetry: Telemetry) -> Proposal:
-        """Update the model from a report, by the settings that the engine says are in force there, and solve; blocking,
-        so not on an event loop."""
+    def take(self, telemetry: Telemetry) -> Proposal | None:
+        """Update the model from a report, by the settings that the engine says are in force there; see
+        `EngineTuner.take`. Blocking, so not on an event loop."""
         tuning, configured = self.tuned.settings.tuning(), self.tuned.settings.thresholds
         if telemetry.settings is not None:
             engine = LiveSettings.reported(telemetry.settings)
             tuning, configured = engine.tuning(tuning), engine.thresholds
         self.tuner.follow(tuning, configured)
-        return self.tuner.learn(telemetry)
+        return self.tuner.take(telemetry)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from scheduler.digest import Digest
 from scheduler.estimation.common import Settled
@@ -37,6 +38,11 @@ class Deviation:
     factor: float
     low: float
     high: float
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"factor": self.factor, "low": self.low, "high": self.high, "text": self.in_words}
 
     @property
     def in_words(self) -> str:

@@ -33,7 +33,7 @@ GRID = 0.02
 _PRIOR_ENGINES, _PRIOR_SPREAD = 4.0, 0.02
 _LEAST_SPREAD, _MOST_SPREAD = 0.002, 0.1
 _ODD_SHARE, _ODD_SPREAD = 0.01, 1.0
-_PRIOR_RECORDS, _MOST_RECORDS = 50.0, 1000.0
+_PRIOR_RECORDS, _MOST_RECORDS = 2.5, 1000.0
 _SMALLEST_UNITS = np.array([1, 1, 1e-3, 1e-3, 1e-5])
 _MOST_INFLATION = 20.0
 """Errors that a wrong shape makes are correlated too: they must not hide it."""
@@ -121,17 +121,26 @@ def compare(sums: Sums, prior: IterationTimeModel) -> Speeds:
 
 def _fitted(sums: Sums, factors: Floats, usual: Flags, start: Floats) -> Floats:
     """The coefficients, none negative: ridge regression towards `start` over the usual engines."""
-    units = np.maximum(start, _SMALLEST_UNITS * max(start[0], start[1]))
-    ridge = np.diag(_PRIOR_RECORDS / units**2)
     counted = np.einsum("i,nij,j->n", start, sums.features[usual], start)  # about the weight, whatever was reported
     weights = np.minimum(1.0, _MOST_RECORDS / np.maximum(counted, 1e-9))
-    matrix = np.einsum("n,nij->ij", weights * factors[usual] ** 2, sums.features[usual]) + ridge
+    matrix = np.einsum("n,nij->ij", weights * factors[usual] ** 2, sums.features[usual])
+    units = _units(start, matrix, float(weights @ sums.weight[usual]))
+    ridge = np.diag(_PRIOR_RECORDS / units**2)
+    matrix = matrix + ridge
     target = (weights * factors[usual]) @ sums.product[usual] + ridge @ start
     # Scaled, so that seconds and seconds per token are of one size.
     root = np.linalg.cholesky(matrix * np.outer(units, units))
     found = nnls(root.T, np.linalg.solve(root, target * units))[0] * units
     found[:2] = np.where(start[:2] > 0, np.maximum(found[:2], 1e-4 * start[:2]), found[:2])
     return np.asarray(found)
+
+
+def _units(start: Floats, features: Floats, weight: Floats | float) -> Floats:
+    """Plausible sizes of the coefficients: those of `start`, or what makes a third of an iteration; (…, 5)."""
+    squares = np.diagonal(features, axis1=-2, axis2=-1) / np.maximum(np.asarray(weight)[..., None], 1e-9)
+    part = np.where(squares > 0, 1 / (3 * np.sqrt(np.maximum(squares, 1e-30))), 0.0)
+    smallest = _SMALLEST_UNITS * start[..., :2].max(axis=-1, keepdims=True)
+    return np.asarray(np.maximum(np.maximum(start, smallest), part))
 
 
 def _factors(sums: Sums, common: Floats, known: Flags) -> Floats:
@@ -203,7 +212,7 @@ def _own_models(
         return {}
     features, weight = sums.features[able], sums.weight[able]
     base = factors[able, None] * common
-    units = np.maximum(base, _SMALLEST_UNITS * base[:, :2].max(axis=1, keepdims=True))
+    units = _units(base, features, weight)
     ridge = np.zeros_like(features)
     ridge[:, range(len(TERMS)), range(len(TERMS))] = _SHAPE_PRIOR_RECORDS / units**2
     left = sums.product[able] - np.einsum("nij,nj->ni", features, base)

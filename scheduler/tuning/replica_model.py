@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -135,6 +136,22 @@ class ReplicaModel:
     def is_cold(self) -> bool:
         """Whether too few requests have finished, so that lengths are (partly) a prior."""
         return self.finished_seen < self._settings.min_finished and self.shared is None
+
+    @property
+    def least_outputs(self) -> int:
+        """Ended outputs from which lengths count as known."""
+        return self._settings.min_finished
+
+    @property
+    def limits(self) -> EngineLimits:
+        """Those of the engine, once it has reported."""
+        assert self.telemetry is not None
+        return self.telemetry.limits
+
+    @property
+    def plans_for(self) -> Hashable:
+        """What a plan depends on beside the estimates and the size of the KV cache."""
+        return self._settings, self._configured, replace(self.limits, kv_capacity_tokens=0)
 
     def propose(self) -> Proposal:
         """The thresholds for the present estimates; the configured ones while too little is known."""

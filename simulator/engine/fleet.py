@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from scheduler.model.profiles import load_profile
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS
 from scheduler.thresholds import EngineLimits, Thresholds, thresholds_as_dict
+from scheduler.tuning.siblings import Siblings
 from simulator.config import SimulationConfig, SimulationError
-from simulator.engine.controller import VirtualController
+from simulator.engine.controller import VirtualController, one_cycle
 from simulator.engine.replica import VirtualReplica
 from simulator.engine.routing import Routing
 from simulator.output.metrics import window_of
@@ -59,6 +60,7 @@ class Fleet:
         self._routing = Routing(config, self.replicas, lambda: self._now_s) if config.replicas > 1 else None
         self._stats_due_s = config.stats_age_s
         self._control_due_s = self._latest_s = self._now_s = 0.0
+        self._siblings = Siblings(config.max_model_len)
         self._controllers = [
             VirtualController(replica, config, profile.time_model, thresholds, writer)
             for replica in self.replicas if thresholds and config.controlled
@@ -101,8 +103,7 @@ class Fleet:
                 self._stats_due_s += self._config.stats_age_s
         while self._controllers and self._control_due_s <= until_s:
             self._run_to(self._control_due_s)
-            for controller in self._controllers:
-                controller.one_cycle()
+            one_cycle(self._controllers, self._siblings, self._control_due_s)
             self._control_due_s += self._config.period_s
         self._run_to(until_s)
 
