@@ -23,6 +23,8 @@ ENV PATH=/opt/headrace/bin:$PATH \
     LANG=C.UTF-8 \
     PYTHONUNBUFFERED=1 \
     RAY_USAGE_STATS_ENABLED=0 \
+    RAY_SERVE_HAPROXY_BINARY_PATH=/opt/headrace/bin/headrace-haproxy \
+    RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=2 \
     VLLM_NO_USAGE_STATS=1
 WORKDIR /home/headrace
 ENTRYPOINT ["tini", "--"]

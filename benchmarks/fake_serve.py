@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any
+
+from cluster.ray_environment import prepare
 
 
 def fake_server(**options: Any) -> Any:
@@ -33,9 +34,9 @@ def model_card(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def local_serve(port: int) -> Iterator[None]:
+def local_serve(port: int, *, with_haproxy: bool = True) -> Iterator[None]:
     """A Ray of its own with Serve at this port of 127.0.0.1, stopped at the end."""
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    prepare(local=True, with_haproxy=with_haproxy)
     import ray
     from ray import serve
 

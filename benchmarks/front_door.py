@@ -1,10 +1,10 @@
 """Rejection by the ingress through the real Serve proxy, over a fake model server whose queue is full or free.
 
-    python benchmarks/front_door.py [--seconds 8] [--clients 16]
+    python benchmarks/front_door.py [--seconds 8] [--clients 16] [--python-proxy]
 
 Prints the time to a 429 at a moderate rate, rejections per second with every client asking as fast as it can, the CPU
 of the proxy and of the ingress behind each rejection, and the latency of admitted requests alone and beside a flood.
-Nothing is generated: the fake server answers at once.
+Nothing is generated: the fake server answers at once. --python-proxy: through Serve's own proxy instead of HAProxy.
 """
 
 from __future__ import annotations
@@ -125,8 +125,9 @@ def told(name: str, answers: list[tuple[int, float]], status: int) -> None:
 
 
 def cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
+    """CPU seconds of a process and of those it started, such as HAProxy."""
+    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    return float(sum(one.user + one.system for one in times))
 
 
 async def measure(options: argparse.Namespace) -> None:
@@ -163,8 +164,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--python-proxy", action="store_true")
     options = parser.parse_args()
-    with local_serve(PORT):
+    with local_serve(PORT, with_haproxy=not options.python_proxy):
         from ray import serve
 
         serve.run(application(["full", "free"]), name="front-door", route_prefix="/")

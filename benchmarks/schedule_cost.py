@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-_ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(_ROOT), str(_ROOT / "tests")]  # in this order: tests/ has folders of the packages' names
+sys.path.extend(str(Path(__file__).resolve().parents[1] / name) for name in ("", "tests"))  # tests/ has like folders
 
 from engine_harness import Engine
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler

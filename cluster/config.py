@@ -136,11 +136,14 @@ class RayConfig(Strict):
     """address: "local" starts Ray on this machine and stops it at the end; "auto", host:port or ray://… joins one.
     num_cpus: logical CPU cores of a local Ray (Serve's own actors need a few more than the machine may have).
     metrics_port: where a local Ray's metrics agent serves /metrics, on 127.0.0.1; a cluster that is joined has its own.
+    haproxy: whether a local Ray takes HTTP in through HAProxy, which Ray brings along on Linux, else through Serve's
+    own proxy in Python; on a cluster that is joined, its environment says so.
     """
 
     address: str = "local"
     num_cpus: int = Field(default=8, ge=1)
     metrics_port: int = Field(default=METRICS_PORT, ge=1, le=65535)
+    haproxy: bool = True
 
 
 class HttpOptions(Strict):
@@ -219,8 +222,9 @@ def load_config(path: Path, *, with_engine: bool = True) -> ClusterConfig:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is empty or not a mapping; see configs/local.yaml for an example")
     if with_engine:  # the check imports Ray
-        ray = data.get("ray")
-        prepare(local=not isinstance(ray, dict) or ray.get("address", "local") == "local")
+        given = data.get("ray")
+        ray = given if isinstance(given, dict) else {}
+        prepare(local=ray.get("address", "local") == "local", with_haproxy=ray.get("haproxy", True) is True)
     try:
         return ClusterConfig.model_validate(data, context=None if with_engine else WITHOUT_ENGINE)
     except ValidationError as error:

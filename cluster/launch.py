@@ -18,12 +18,13 @@ from typing import Any
 import httpx
 import psutil
 
+from cluster import haproxy
 from cluster.config import ClusterConfig, ConfigError
 from cluster.joining import is_refusal, use_the_user_s_token, why_not_joined
 from cluster.keys import require_key_beyond_loopback
 from cluster.model import BUNDLED_MODEL_NAME, is_prepared, prepare_bundled_model
 from cluster.processes import ends_within
-from cluster.ray_environment import prepare
+from cluster.ray_environment import prepare, use
 from cluster.run_folder import RunFolder, clear_stale, folder_for, running_note
 from cluster.shutdown import finish_requests, stop_local_ray
 
@@ -111,7 +112,10 @@ class Launcher:
         if self.owns_ray:
             _require_free(options.host, options.port, "http_options.port")
             _require_free(LOCALHOST, self._config.ray.metrics_port, "ray.metrics_port")
-        prepare(local=self._config.ray.address == "local")
+        if self.owns_ray and self._config.ray.haproxy:
+            folder = None if self._folder is None else self._folder.haproxy
+            use(haproxy.environment(folder, [_free_port(), _free_port()]))
+        prepare(local=self._config.ray.address == "local", with_haproxy=self._config.ray.haproxy)
         if self._folder is not None:
             self._folder.hold_temporary_files()
         logging.disable(logging.WARNING)  # in this process; replicas and engines write their own files
@@ -284,6 +288,13 @@ def _require_free(host: str, port: int, key: str) -> None:
             f"port {port} on {host} is taken by a program that is none of ours; stop it, or set {key} in the "
             "configuration"
         )
+
+
+def _free_port() -> int:
+    with socket.socket() as any_port:
+        any_port.bind(("", 0))
+        port: int = any_port.getsockname()[1]
+        return port
 
 
 def metrics_urls() -> list[str]:

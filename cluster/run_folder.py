@@ -4,6 +4,7 @@
                           processes.json   all processes that it has started, and their shared memory
                           progress         the last line it has said while it stops, for `headrace down`
                           t/               temporary files of all its processes; Ray's sessions with the logs in t/ray
+                          h/               HAProxy's configuration and sockets
 
 A stop removes the folder. What a killed `headrace up` leaves is found by the next `up` or `down`: processes are ended
 only if they started at the noted time, shared memory is removed only if it is the noted one.
@@ -62,6 +63,11 @@ class RunFolder:
     def temporary(self) -> Path:
         """For temporary files of all processes."""
         return self.path / "t"
+
+    @property
+    def haproxy(self) -> Path:
+        """For HAProxy's configuration and sockets."""
+        return self.path / "h"
 
     @property
     def logs(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -89,12 +90,57 @@ class Choice:
         return self.workers > 0 and seeded and (self.only is None or bool(self.only.search(group)))
 
 
-def run_grids(out: Path, grids: Mapping[str, Grid], choice: Choice | None = None) -> dict[str, list[PointResult]]:
+class Summaries:
+    """The summaries behind a page, in a file beside it: a page can be continued, and checked, without the runs.
+
+    One line a run; a run counts only with the same options, in which a path is the name of its file.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        text = path.read_text() if path is not None and path.is_file() else "{}"
+        self._known: dict[str, dict[str, Any]] = json.loads(text)
+
+    def of(self, point: SweepPoint, out: Path) -> PointResult | None:
+        """The point's run, if its summary is known."""
+        known = self._known.get(point.name)
+        if known is None or known["options"] != _portable(point.options):
+            return None
+        return PointResult(point.name, out / point.name, point.options, "kept", known["summary"])
+
+    def write(self, results: Iterable[PointResult]) -> None:
+        """Write these, and no others."""
+        if self._path is None:
+            return
+        found = {
+            one.name: {"options": _portable(one.options), "summary": _rounded(one.summary)} for one in results
+            if one.summary
+        }
+        lines = [f"{json.dumps(name)}: {json.dumps(found[name])}" for name in sorted(found)]
+        self._path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _portable(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: Path(value).name if isinstance(value, str) and "/" in value else value
+            for name, value in options.items()}
+
+
+def _rounded(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a summary to six digits, without what differs from one machine to another."""
+    return {
+        name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in summary.items()
+        if name not in ("notes", "wall_s")
+    }
+
+
+def run_grids(
+    out: Path, grids: Mapping[str, Grid], choice: Choice | None = None, summaries: Path | None = None
+) -> dict[str, list[PointResult]]:
     """The points of all grids, by grid; runs that are in `out` already are kept. Ends the program when one fails.
 
-    With a `choice`, points that are not chosen and not there are left out of the result.
+    With a `choice`, points that are not chosen and not there are left out of the result. summaries: see `Summaries`.
     """
-    choice = choice or Choice(os.cpu_count() or 1)
+    choice, known = choice or Choice(os.cpu_count() or 1), Summaries(summaries)
     points = {
         name: [
             SweepPoint(f"{name}/{point.name}", point.options)
@@ -104,15 +150,20 @@ def run_grids(out: Path, grids: Mapping[str, Grid], choice: Choice | None = None
     }
     for name in filter(choice.drops, points):
         shutil.rmtree(out / name, ignore_errors=True)
+    found = {
+        point.name: result for name, several in points.items() if not choice.drops(name)
+        for point in several if kept_run(out, point) is None and (result := known.of(point, out)) is not None
+    }
     wanted = [
-        point for name, several in points.items() for point in several
-        if choice.runs(name, point.options.get("seed", 0)) or kept_run(out, point) is not None
+        point for name, several in points.items() for point in several if point.name not in found
+        and (choice.runs(name, point.options.get("seed", 0)) or kept_run(out, point) is not None)
     ]
     results = run_points(wanted, out, simulate_options, max(1, choice.workers), CONSOLE)
     failed = [result for result in results if result.error]
     if failed:
         raise SystemExit("\n".join(f"{result.name}: {result.error}" for result in failed))
-    by_name = {result.name: result for result in results}
+    by_name = found | {result.name: result for result in results}
+    known.write(by_name.values())
     return {
         name: [by_name[point.name] for point in several if point.name in by_name] for name, several in points.items()
     }

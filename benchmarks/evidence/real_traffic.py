@@ -4,9 +4,10 @@
                                                [--runs runs/real-traffic] [--workers N] [--only REGEX] [--seeds N]
                                                [--again REGEX] [--quick]
 
-Prefix caching on, the controller live from a cold start. Runs that are in --runs already are kept; --workers 0 only
-writes the page; every sentence with a number on it is computed. FOLDER holds azure_conv_2023.csv and
-mooncake_conversation.jsonl; workloads without a file are left out. --quick is for tests of this script.
+Prefix caching on, the controller live from a cold start. Runs that are in --runs or, as summaries, in
+real-traffic.json beside the page are kept; --workers 0 only writes the page; every sentence with a number on it is
+computed. FOLDER holds azure_conv_2023.csv and mooncake_conversation.jsonl; workloads without a file are left out.
+--quick is for tests of this script.
 """
 
 from __future__ import annotations
@@ -166,8 +167,8 @@ def main() -> None:
     args = parser.parse_args()
     found = cases(args.traces, args.profile)
     grids = {name: grid for case in found for name, grid in grids_of(case, args.quick).items()}
-    runs = run_grids(args.runs, grids, Choice.of(args))
     args.out.mkdir(parents=True, exist_ok=True)
+    runs = run_grids(args.runs, grids, Choice.of(args), args.out / "real-traffic.json")
     (args.out / "real-traffic.md").write_text(page(found, runs))
 
 

@@ -13,6 +13,8 @@
   (dict "name" "RAYLLM_ENABLE_WORKER_PROCESS_SETUP_HOOK" "value" "0") -}}
 {{- /* Else Ray goes by whether a token lies in the image. With authentication KubeRay sets it. */ -}}
 {{- if not (include "headrace.raySecret" .root) }}{{ $env = append $env (dict "name" "RAY_AUTH_MODE" "value" "disabled") }}{{ end -}}
+{{- /* The image says which HAProxy. */ -}}
+{{- if .root.Values.ray.haproxy }}{{ $env = append $env (dict "name" "RAY_SERVE_ENABLE_HA_PROXY" "value" "1") }}{{ end -}}
 {{- if eq .component "worker" }}{{ $env = append $env (dict "name" "HF_HOME" "value" .root.Values.modelCache.mountPath) }}{{ end -}}
 {{- with $keys.hfToken }}{{ $env = append $env (dict "name" "HF_TOKEN" "valueFrom" (dict "secretKeyRef" .)) }}{{ end -}}
 {{- with $keys.apiKey }}{{ $env = append $env (dict "name" "HEADRACE_API_KEY" "valueFrom" (dict "secretKeyRef" .)) }}{{ end -}}

@@ -1,4 +1,4 @@
-"""Replicas of one kind share plans: few are made, each holds for whom it is used, and one replica is planned for alone."""
+"""Replicas of one kind share plans: few are made, each holds where it is used, and one replica is planned for alone."""
 
 from __future__ import annotations
 

