@@ -28,6 +28,7 @@ from cluster.controller import ControlLoop
 from cluster.settings import ControllerConfig, ModelSettings
 from cluster.tuned import TunedModel
 from replicas import questions
+from replicas.digester import Digester
 from replicas.ranks import EngineAddress, ServedModel
 from scheduler.messages import (
     Ack,
@@ -40,8 +41,10 @@ from scheduler.messages import (
     RunningLengths,
     Telemetry,
 )
+from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.profiles import load_profile
 from scheduler.thresholds import EngineLimits, Thresholds, thresholds_as_dict
+from scheduler.tuning.settings import TuningSettings
 from scheduler.tuning.slo import Slo
 from scheduler.wire import answer_of
 
@@ -95,7 +98,7 @@ class Engine:
         self._iterated += len(iterations)
         running = zip(self._lengths(6.0, 45), self._lengths(4.5, 45), strict=True)
         return Telemetry(
-            engine_id="ENGINE", clock_s=self._now_s, cursor=self._seq, limits=LIMITS, thresholds=Thresholds(),
+            engine_id="ENGINE", clock_s=self._now_s, cursor=self._seq, limits=LIMITS, thresholds=Thresholds(policy="fluid"),
             from_config=False, gauges=Gauges(running=45, kv_used_tokens=40_000),
             counters=Counters(arrivals=self._arrived, completed=self._completed, iterations=self._iterated),
             iterations=iterations, arrivals=arrivals, finished=finished,
@@ -112,35 +115,39 @@ class Engine:
 
 
 class Cluster:
-    """Stands where Ray and the replicas are: answers are written before a pass, and what is offered is taken."""
+    """Stands where Ray and the replicas are: reports are written before a pass, and what is offered is taken."""
 
     def __init__(self, replicas: int) -> None:
         self.names = [f"r{number:05d}" for number in range(replicas)]
-        self._kinds = [Engine(number) for number in range(KINDS)]
+        self._kinds = [(Engine(number), Digester()) for number in range(KINDS)]
         self._thresholds = dict.fromkeys(self.names, to_json(thresholds_as_dict(Thresholds())))
-        self._answers: list[bytes] = []
+        self._reports: list[bytes] = []
         self.inbound_bytes = self.offers = 0
 
     def engines(self) -> dict[str, EngineAddress]:
         return {name: EngineAddress(name, 0, "m", DEPLOYMENT) for name in self.names}
 
-    def advance(self) -> None:
-        """A period passes."""
-        self._answers, self.inbound_bytes, self.offers = [], 0, 0
-        for engine in self._kinds:
-            answer = from_json(answer_of(engine.period()))
-            answer["thresholds"] = "THRESHOLDS"
-            self._answers.append(to_json(answer))
+    def advance(self, loop: ControlLoop) -> None:
+        """A period passes, and every replica reports."""
+        self._reports, self.inbound_bytes, self.offers = [], 0, 0
+        asked = loop.report(DEPLOYMENT, {})
+        law = IterationTimeModel(**asked["profile"])
+        for engine, digester in self._kinds:
+            report = digester.digested(engine.period(), TuningSettings(**asked["tuning"], targets=TARGETS), law)
+            written = from_json(answer_of(report))
+            written["thresholds"] = "THRESHOLDS"
+            self._reports.append(to_json(written))
+        for number, name in enumerate(self.names):
+            report = self._reports[number % KINDS].replace(b'"THRESHOLDS"', self._thresholds[name])
+            report = report.replace(b"ENGINE", name.encode())
+            self.inbound_bytes += len(report)
+            loop.report(DEPLOYMENT, {name: report})
 
     async def call_replica(self, actor_name: str, method: str, **arguments: Any) -> bytes:
-        if method == "apply_thresholds":
-            offered = from_json(arguments["offer"])["apply"]
-            self._thresholds[actor_name], self.offers = to_json(offered), self.offers + 1
-            return answer_of(Ack(accepted=True, active_version=offered["version"]))
-        answer = self._answers[int(actor_name[1:]) % KINDS].replace(b'"THRESHOLDS"', self._thresholds[actor_name])
-        answer = answer.replace(b"ENGINE", actor_name.encode())
-        self.inbound_bytes += len(answer)
-        return answer
+        assert method == "apply_thresholds"
+        offered = from_json(arguments["offer"])["apply"]
+        self._thresholds[actor_name], self.offers = to_json(offered), self.offers + 1
+        return answer_of(Ack(accepted=True, active_version=offered["version"]))
 
 
 class _NoStore:
@@ -169,7 +176,7 @@ def measured(replicas: int, passes: int) -> dict[str, Any]:
     start_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     taken_s = []
     for _ in range(passes + 1):
-        cluster.advance()
+        cluster.advance(loop)
         loop.hurry()
         begun_s = time.process_time()
         asyncio.run(loop.one_cycle())

@@ -1,8 +1,9 @@
 """The central controller: a named Ray actor that retunes every replica, every few seconds, while it serves.
 
-Each control cycle collects telemetry, updates the model of each replica, solves the fluid model and pushes thresholds
-that changed. Serving does not depend on the controller: without it replicas keep their thresholds, which lapse to the
-configured ones after `validity_s`, and any ingress replica starts a new controller (`ControllerKeeper`). A new
+Replicas report by themselves (`replicas.reports`). Each control cycle takes what has come, updates what is known of
+each replica, solves the fluid model and pushes thresholds that changed. Serving does not depend on the controller:
+without it replicas keep their thresholds, which lapse to the configured ones after `validity_s`, and any ingress
+replica starts a new controller (`cluster.keeper`). A new
 controller rebuilds its estimates from telemetry; pins and events are in the cluster's store.
 
 An engine reports its targets, its miss probability and its configured thresholds, and is tuned for these; the other
@@ -14,44 +15,41 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import ray
-from ray.actor import ActorHandle
-
 from cluster.event_log import Event, EventLog
-from cluster.learning import Learning, Report
+from cluster.inbox import NOT_TUNED, Inbox, digesting, next_report_s
+from cluster.learning import Learned, Learning
 from cluster.measured import ControllerMeter
 from cluster.outlook import Outlook
 from cluster.pins import Pin, Pins
 from cluster.prospects import NothingKnown, Values
-from cluster.settings import ModelSettings
 from cluster.tuned import TunedModel, TunedReplica
 from replicas import logs
 from replicas.actor_calls import ReplicaUnavailable
 from replicas.cluster_store import ClusterStore
 from replicas.measured import keep_telling
-from replicas.questions import ask_telemetry, offer_thresholds
+from replicas.questions import offer_thresholds
 from replicas.ranks import EngineAddress
 from replicas.served import engines_of
 from replicas.store import Store
 from scheduler.messages import Telemetry
 from scheduler.thresholds import InvalidThresholds, thresholds_as_dict
 from scheduler.tuning.engine_tuner import Change
-from scheduler.tuning.replica_model import Proposal
 from scheduler.tuning.slo import Slo
 from scheduler.wire import UnreadableMessage
 
-NAMESPACE = "headrace"
-_IDLE_PERIOD_S = 5.0
+IDLE_PERIOD_S = 5.0
+"""Seconds between two passes while no model is tuned."""
 _SHOWN_CHANGES = 20
 _SILENT_PERIODS = 3.0
-_TOGETHER_S = 0.25
-"""Seconds in which answers are waited for, to be learned from together; later ones are learned from as they come."""
+_TOGETHER_S = 0.2
+"""Seconds in which more urgent reports are waited for, to be learned from together."""
 logger = logging.getLogger(__name__)
 
 
@@ -67,6 +65,9 @@ class ControlLoop:
         self.events, self._pins = EventLog(store), Pins(store)
         self.outlook = Outlook()
         self.learning = Learning(self.outlook)
+        self.inbox = Inbox()
+        self.next_pass_s = float("-inf")
+        """When the next pass begins, monotonic."""
         self._storing = threading.Lock()
         self.meter = ControllerMeter()
         self.passes, self._begun_unix_s = 0, 0.0
@@ -75,6 +76,7 @@ class ControlLoop:
     def configure(self, models: Mapping[str, TunedModel]) -> None:
         """Tune with these settings from the next cycle on; what is known of the replicas stays."""
         self._models = {name: model for name, model in models.items() if model.settings.controller.enabled}
+        self._digesting = {name: digesting(model) for name, model in self._models.items()}
         self._served = {name: model.served for name, model in self._models.items()}
         for entry in self._replicas.values():
             entry.follow(self._models.get(entry.engine.deployment, entry.tuned))
@@ -88,12 +90,12 @@ class ControlLoop:
     @property
     def period_s(self) -> float:
         """Seconds between two cycles: the shortest period of a model."""
-        return min((one.settings.controller.period_s for one in self._models.values()), default=_IDLE_PERIOD_S)
+        return min((one.settings.controller.period_s for one in self._models.values()), default=IDLE_PERIOD_S)
 
     async def one_cycle(self) -> None:
-        """Collect, solve, push. A replica without an answer, or with a failing model, does not delay the others.
+        """Read what has been reported, solve, push. A silent replica, or one with a failing model, delays no other.
 
-        Those that answer soon are solved together in a thread, so that the actor still answers calls.
+        All are read and solved together in a thread, so that the actor still answers calls.
         """
         self._begun_unix_s = time.time()  # of all points of this cycle, so that they add up
         self.outlook.history.keep_only(self._begun_unix_s)
@@ -101,12 +103,16 @@ class ControlLoop:
         self._replicas = {name: self._replicas.get(name) or self._new_replica(found[name]) for name in found}
         await self._in_store(self._look, list(found))
         self.learning.keep_only(found)
-        pending = {asyncio.create_task(self._asked(name, self._replicas[name])) for name in self._due()}
-        while pending:
-            done, pending = await asyncio.wait(pending, timeout=_TOGETHER_S)
-            if not done:
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            await self._tune(dict(task.result() for task in done))
+        self.inbox.keep_only(found, time.monotonic())
+        due = self._due()
+        reports = self.inbox.fresh(due)
+        self._note_silent(due - reports.keys())
+        with self.meter.solving({self._replicas[name].engine.model_id for name in reports}):
+            learned = await asyncio.to_thread(
+                self.learning.learn, {name: (self._replicas[name], report) for name, report in reports.items()},
+                self._begun_unix_s, time.monotonic(),
+            )
+        await asyncio.gather(*(self._push(name, self._replicas[name], found) for name, found in learned.items()))
         for name, said in self.learning.news().items():
             await self._note(Event(
                 at_unix_s=time.time(), kind="speed", replica=name, model=self._replicas[name].engine.model_id,
@@ -128,44 +134,50 @@ class ControlLoop:
     def _look(self, engines: Sequence[str]) -> None:
         self._pins.keep_only(engines, time.time())
 
-    def _due(self) -> list[str]:
+    def _due(self) -> set[str]:
         """The replicas whose period has passed, but for a tenth, as cycles come a little early or late."""
-        now_s, due = time.monotonic(), []
+        now_s, due = time.monotonic(), set()
         for name, entry in self._replicas.items():
             period_s = entry.tuned.settings.controller.period_s
             if period_s <= self.period_s or now_s >= entry.due_s - 0.1 * period_s:
                 entry.due_s = now_s + period_s
-                due.append(name)
+                due.add(name)
         return due
+
+    def report(self, deployment: str, reports: Mapping[str, bytes]) -> dict[str, Any]:
+        """Take the reports of a replica's engines, by name, and say how to report next: in `next_s` seconds, with what
+        `digesting` says; `cursors`: the records that are known, for engines whose policy needs records."""
+        now_s, model = time.monotonic(), self._models.get(deployment)
+        if model is None:
+            return dict(NOT_TUNED)
+        self.inbox.take(reports, now_s)
+        cursors = {name: one.tuner.cursor for name in reports if (one := self._replicas.get(name)) is not None}
+        next_s = next_report_s(
+            next(iter(reports), ""), model.settings.controller.period_s, len(self._replicas), self.next_pass_s - now_s
+        )
+        return self._digesting[deployment] | {"next_s": next_s, "cursors": cursors}
+
+    def _note_silent(self, names: Collection[str]) -> None:
+        now_s = time.monotonic()
+        for name in names:
+            entry = self._replicas[name]
+            for_s = now_s - self.inbox.heard_s(name)
+            if for_s == math.inf:
+                entry.tuner.note = "no report yet: the replica is starting"
+            elif for_s > _SILENT_PERIODS * entry.tuned.settings.controller.period_s:
+                entry.tuner.note = f"no report for {for_s:.0f} s: the replica is busy, cut off or gone"
 
     def _new_replica(self, engine: EngineAddress) -> TunedReplica:
         tuned = self._models[engine.deployment]
         return TunedReplica(engine, tuned, tuned.new_tuner())
 
-    async def _asked(self, name: str, entry: TunedReplica) -> tuple[str, Report | None]:
-        """A replica's report; None: its note says why there is none."""
+    async def _push(self, name: str, entry: TunedReplica, learned: Learned | Exception) -> None:
         try:
-            with self.meter.channel(entry.engine.model_id):
-                telemetry = await ask_telemetry(entry.engine, entry.tuner.cursor)
+            if isinstance(learned, Exception):
+                raise learned
+            await self._offer(name, entry, learned)
         except Exception as error:
             self._not_tuned(name, entry, error)
-            return name, None
-        entry.heard_s = time.monotonic()
-        return name, Report(entry, telemetry)
-
-    async def _tune(self, answers: Mapping[str, Report | None]) -> None:
-        reports = {name: report for name, report in answers.items() if report is not None}
-        with self.meter.solving({one.entry.engine.model_id for one in reports.values()}):
-            learned = await asyncio.to_thread(self.learning.learn, reports, self._begun_unix_s, time.monotonic())
-        await asyncio.gather(*(self._push(name, reports[name], found) for name, found in learned.items()))
-
-    async def _push(self, name: str, report: Report, found: Proposal | Exception) -> None:
-        try:
-            if isinstance(found, Exception):
-                raise found
-            await self._offer(name, report, found)
-        except Exception as error:
-            self._not_tuned(name, report.entry, error)
 
     def _not_tuned(self, name: str, entry: TunedReplica, error: Exception) -> None:
         if isinstance(error, ReplicaUnavailable):
@@ -177,16 +189,15 @@ class ControlLoop:
             logger.warning("replica %s is %s", name, note, exc_info=error if readable else None)
         entry.tuner.note = note
 
-    async def _offer(self, name: str, report: Report, proposal: Proposal) -> None:
-        entry, telemetry = report
-        engine = entry.engine
+    async def _offer(self, name: str, entry: TunedReplica, learned: Learned) -> None:
+        engine, telemetry, push = entry.engine, learned.telemetry, learned.push
         if (pin := self._pins.missing(name, engine.model_id, telemetry.thresholds)) is not None:
             await self._give(name, engine, entry, telemetry, pin)
             return
-        push = entry.tuner.next_push(telemetry, proposal, time.monotonic())
         if push.thresholds is None:
             return
-        ack = await offer_thresholds(engine, push.thresholds, automatic=True)
+        with self.meter.channel(engine.model_id):
+            ack = await offer_thresholds(engine, push.thresholds, automatic=True)
         change = entry.tuner.answered(telemetry.thresholds, push, ack, time.monotonic())
         if change is not None:
             await self._note(self._pushed(name, engine, change))
@@ -250,7 +261,7 @@ class ControlLoop:
         now_s = time.monotonic()
         self.meter.tell({
             name: (entry.engine.model_id, entry.tuner.shown) for name, entry in self._replicas.items()
-            if now_s - entry.heard_s <= _SILENT_PERIODS * entry.tuned.settings.controller.period_s
+            if now_s - self.inbox.heard_s(name) <= _SILENT_PERIODS * entry.tuned.settings.controller.period_s
         })
 
     def state(self) -> dict[str, Any]:
@@ -303,6 +314,13 @@ class ControllerActor:
             self._telling = self._telling or asyncio.create_task(keep_telling(self._loop.tell))
         return True
 
+    async def report(self, deployment: str, reports: Mapping[str, bytes], urgent: bool) -> dict[str, Any]:
+        """See `ControlLoop.report`; after an urgent one, a pass begins at once."""
+        answer = self._loop.report(deployment, reports)
+        if urgent:
+            self._soon.set()
+        return answer
+
     async def state(self) -> dict[str, Any]:
         """See `ControlLoop.state`; `started_unix_s` differs between a controller and its successor."""
         return {"started_unix_s": self._started_unix_s} | self._loop.state()
@@ -353,6 +371,7 @@ class ControllerActor:
     async def _run(self) -> None:
         while True:
             begun = time.monotonic()
+            self._loop.next_pass_s = begun + self._loop.period_s
             try:
                 with self._loop.meter.cycle():
                     await self._loop.one_cycle()
@@ -361,47 +380,5 @@ class ControllerActor:
             left_s = max(0.0, self._loop.period_s - (time.monotonic() - begun))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._soon.wait(), left_s)
+                await asyncio.sleep(_TOGETHER_S)
             self._soon.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class ControllerKeeper:
-    """Starts the controller from an ingress replica unless it exists; safe to run in several replicas at once.
-
-    models: by deployment; at least one has its controller enabled.
-    """
-
-    models: Mapping[str, TunedModel]
-
-    @property
-    def check_every_s(self) -> float:
-        """Seconds between two checks: a lost controller is replaced within two of its periods."""
-        periods_s = [
-            model.settings.controller.period_s for model in self.models.values() if model.settings.controller.enabled
-        ]
-        return max(0.5, min(periods_s, default=_IDLE_PERIOD_S) / 2)
-
-    def with_settings(self, settings: Mapping[str, Mapping[str, Any]]) -> ControllerKeeper:
-        """The same, with the settings of the models by name, as `cluster.live.live_settings` writes them."""
-        return ControllerKeeper({
-            name: replace(one, settings=ModelSettings.model_validate(settings[one.served.model_id]))
-            if one.served.model_id in settings else one
-            for name, one in self.models.items()
-        })
-
-    def ensure(self, app_name: str) -> ActorHandle:
-        """The controller of an application, started if there is none.
-
-        The ingress replica that starts it owns it, so the controller ends with the application.
-        """
-        remote = ray.remote(ControllerActor)
-        actor = remote.options(
-            name=controller_name(app_name), namespace=NAMESPACE, get_if_exists=True, num_cpus=0, max_restarts=-1
-        ).remote(app_name, self.models, logs.form())
-        actor.keep_running.remote()
-        return actor
-
-
-def controller_name(app_name: str) -> str:
-    """The actor name of an application's controller, in the namespace `NAMESPACE`."""
-    return f"controller:{app_name}"

@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 from cluster.outlook import Outlook
 from cluster.tuned import TunedReplica
+from replicas.questions import read_from
 from scheduler.estimation.pool import Deviation
 from scheduler.messages import Telemetry
 from scheduler.model.iteration_time import IterationTimeModel
+from scheduler.tuning.next_push import NextPush
 from scheduler.tuning.replica_model import Proposal
 from scheduler.tuning.siblings import Siblings, in_turn
 
@@ -21,9 +23,14 @@ _SEEN_BEFORE_TOLD, _UNSEEN_BEFORE_TOLD = 2, 12
 _MOST_KINDS = 64
 
 
-class Report(NamedTuple):
-    """What one replica has reported."""
+class Learned(NamedTuple):
+    """What one replica has reported, and what to send it."""
 
+    telemetry: Telemetry
+    push: NextPush
+
+
+class _Report(NamedTuple):
     entry: TunedReplica
     telemetry: Telemetry
 
@@ -62,49 +69,58 @@ class Learning:
                 del self._kinds[kind]
 
     def learn(
-        self, reports: Mapping[str, Report], at_unix_s: float, now_s: float
-    ) -> dict[str, Proposal | Exception]:
-        """The thresholds for each replica that has reported, or why there are none. at_unix_s: the beginning of the
-        control cycle; now_s: monotonic."""
-        found: dict[str, Proposal | Exception] = {}
-        before = {name: one.entry.tuner.time_model for name, one in reports.items()}
-        touched = {siblings for name in in_turn(reports, self._passes)
-                   if (siblings := self._take(name, reports[name], now_s, found)) is not None}
+        self, reports: Mapping[str, tuple[TunedReplica, bytes]], at_unix_s: float, now_s: float
+    ) -> dict[str, Learned | Exception]:
+        """What to send each replica that has reported, or why there is nothing. at_unix_s: the beginning of the control
+        cycle; now_s: monotonic."""
+        found: dict[str, Learned | Exception] = {}
+        read: dict[str, _Report] = {}
+        for name, (entry, text) in reports.items():
+            try:
+                read[name] = _Report(entry, read_from(entry.engine, text, Telemetry))
+            except Exception as error:
+                found[name] = error
+        before = {name: one.entry.tuner.time_model for name, one in read.items()}
+        waiting, touched = dict[str, Proposal](), set[Siblings]()
+        for name, report in read.items():
+            try:
+                with self._outlook.modelling:
+                    proposal = report.entry.take(report.telemetry)
+                    if proposal is None:
+                        touched.add(self._taken(name, report, now_s))
+                    else:
+                        waiting[name] = proposal
+            except Exception as error:
+                found[name] = error
         for siblings in touched:
             with self._outlook.modelling:
                 siblings.settle(now_s)
-        for name in in_turn(reports.keys() - found.keys(), self._passes):
+        for name in in_turn(read.keys() - found.keys(), self._passes):
             try:
-                with self._outlook.modelling:
-                    siblings = self._kinds[self._kind_of[name]]
-                    found[name] = reports[name].entry.tuner.propose(partial(siblings.propose, name))
+                found[name] = self._learned(name, read[name], waiting.get(name), now_s)
             except Exception as error:
                 found[name] = error
-        for name, report in reports.items():  # a report that the model cannot read is shown all the same
+        for name, report in read.items():  # a report that the model cannot read is shown all the same
             self._remember(name, report, before[name], at_unix_s)
         self._passes += 1
         return found
 
-    def _take(
-        self, name: str, report: Report, now_s: float, found: dict[str, Proposal | Exception]
-    ) -> Siblings | None:
-        """Update a replica's model; its siblings, to be compared anew. What is final already goes into `found`."""
-        try:
-            with self._outlook.modelling:
-                waiting = report.entry.take(report.telemetry)
-                if waiting is not None:
-                    found[name] = waiting
-                    return None
-                model = report.entry.tuner.model
-                assert model is not None
-                siblings = self._siblings(name, report)
-                siblings.take(name, model, now_s)
-                return siblings
-        except Exception as error:
-            found[name] = error
-            return None
+    def _taken(self, name: str, report: _Report, now_s: float) -> Siblings:
+        """The siblings of a replica, who know its report now."""
+        model = report.entry.tuner.model
+        assert model is not None
+        siblings = self._siblings(name, report)
+        siblings.take(name, model, now_s)
+        return siblings
 
-    def _siblings(self, name: str, report: Report) -> Siblings:
+    def _learned(self, name: str, report: _Report, waiting: Proposal | None, now_s: float) -> Learned:
+        tuner = report.entry.tuner
+        if waiting is None:
+            with self._outlook.modelling:
+                waiting = tuner.propose(partial(self._kinds[self._kind_of[name]].propose, name))
+        return Learned(report.telemetry, tuner.next_push(report.telemetry, waiting, now_s))
+
+    def _siblings(self, name: str, report: _Report) -> Siblings:
         """The replicas of one deployment with the same engine limits; of the KV cache, even equal accelerators have a
         few blocks more or less. Other accelerators in one deployment show in their iteration times."""
         limits = replace(report.telemetry.limits, kv_capacity_tokens=0)
@@ -113,7 +129,7 @@ class Learning:
             self._kinds[kind] = Siblings(limits.max_model_len)
         return self._kinds[kind]
 
-    def _remember(self, name: str, report: Report, before: IterationTimeModel | None, at_unix_s: float) -> None:
+    def _remember(self, name: str, report: _Report, before: IterationTimeModel | None, at_unix_s: float) -> None:
         tuner = report.entry.tuner
         self._outlook.history.observe(
             name, report.entry.engine.model_id, at_unix_s, report.telemetry, targets=tuner.targets, predicted_by=before,

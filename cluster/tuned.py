@@ -34,13 +34,12 @@ class TunedModel:
 
 @dataclass(slots=True)
 class TunedReplica:
-    """One engine: its address, what it serves, its tuner, when it is due and was last heard (monotonic seconds)."""
+    """One engine: its address, what it serves, its tuner, and when it is due (monotonic seconds)."""
 
     engine: EngineAddress
     tuned: TunedModel
     tuner: EngineTuner
     due_s: float = float("-inf")
-    heard_s: float = float("-inf")
 
     def follow(self, tuned: TunedModel) -> None:
         """Tune by these settings from the next report on."""

@@ -336,7 +336,7 @@ SOLVE_SECONDS = Metric(
 )
 CHANNEL_SECONDS = Metric(
     name="headrace_channel_seconds", kind=Kind.HISTOGRAM, source=Source.CONTROLLER, labels=("model",), unit="seconds",
-    help="From the controller's question to an engine until its answer.", buckets=_SHORT_SECONDS,
+    help="From the controller's offer of thresholds to an engine until its answer.", buckets=_SHORT_SECONDS,
 )
 WAITING_SECONDS = Metric(
     name="headrace_waiting_seconds", kind=Kind.HISTOGRAM, source=Source.REPLICA, labels=OF_REQUEST, unit="seconds",

@@ -160,7 +160,6 @@ class LengthCounts:
         hazards = self.hazards()
         surviving = np.concatenate([[1.0], np.cumprod(1.0 - hazards)])
         mass = -np.diff(surviving)
-        outputs = np.divide(self.tokens, total, out=EDGES[1:].astype(np.float64), where=total > 0)
         by_class = np.divide(self.ended, total, out=np.zeros_like(self.ended), where=total > 0) * mass
         beyond = self.running.copy()
         beyond[: int(np.flatnonzero(total)[-1]) + 1] = 0.0
@@ -168,7 +167,22 @@ class LengthCounts:
             longer = output_bucket(np.minimum(EDGES[:-1] + EDGES[1:], _LONGEST))
             late = np.bincount(longer, surviving[-1] * beyond / beyond.sum(), BUCKETS)
             by_class += np.outer(self.ended.sum(axis=1) / total.sum(), late)
-        return _joint(by_class, np.minimum(outputs, longest), self.prompts, self.prompt_tokens, shares)
+        means = np.divide(self.tokens, total, out=EDGES[1:].astype(np.float64), where=total > 0)
+        at_edges = _on_edges(by_class, means)
+        return _joint(at_edges, np.minimum(EDGES, longest), self.prompts, self.prompt_tokens, shares)
+
+
+def _on_edges(mass: Floats, means: Floats) -> Floats:
+    """The mass of each bucket split between its two edges so that its mean stays: the lengths of two estimates then
+    differ by their masses alone. Length 1 is the lowest edge there is."""
+    low, high = np.maximum(EDGES[:-1], 1), EDGES[1:]
+    upper = np.where(high > low, (np.clip(means, low, high) - low) / np.maximum(high - low, 1), 1.0)
+    split = np.zeros((len(mass), BUCKETS + 1))
+    split[:, 1:] += mass * upper
+    split[:, :-1] += mass * (1 - upper)
+    split[:, 1] += split[:, 0]  # a bucket above 0 holds lengths from 1 on
+    split[:, 0] = 0.0
+    return split
 
 
 def _joint(by_class: Floats, outputs: Floats, prompts: Floats, prompt_tokens: Floats, shares: Floats | None) -> Lengths:

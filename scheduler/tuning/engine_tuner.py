@@ -49,6 +49,8 @@ class EngineTuner:
         self._pushed_at_s = float("-inf")
         self.cursor = 0
         self.note = ""
+        self.measuring = ""
+        """Why there is no iteration-time model yet."""
         self._proposal: Proposal | None = None
 
     @property
@@ -127,6 +129,7 @@ class EngineTuner:
         return None
 
     def _without_model(self, reason: str) -> Proposal:
+        self.measuring = reason
         return Proposal(self._configured, None, f"no profile: {reason}; the configured thresholds")
 
     def next_push(self, telemetry: Telemetry, proposal: Proposal, now_s: float) -> NextPush:

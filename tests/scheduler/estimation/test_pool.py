@@ -284,7 +284,7 @@ def test_buckets_of_lengths_hold_every_length_once() -> None:
 
 
 def test_counts_give_the_lengths_of_the_records() -> None:
-    """Censored and truncated outputs in proportion; the survival within a few hundredths of the records' own."""
+    """Censored and truncated outputs in proportion; the survival within half a bucket of the records' own."""
     random = np.random.default_rng(3)
     full = np.clip(np.round(random.lognormal(5.0, 0.8, 6000)), 1, 3000).astype(np.int64)
     prompts = np.clip(np.round(random.lognormal(5.5, 0.9, 6000)), 1, 3000).astype(np.int64)
@@ -298,7 +298,7 @@ def test_counts_give_the_lengths_of_the_records() -> None:
     assert counted.mean_output_tokens == pytest.approx(exact.mean_output_tokens, rel=0.03)
     assert counted.mean_prompt_tokens == pytest.approx(exact.mean_prompt_tokens, rel=0.03)
     at = EDGES[(EDGES > 0) & (EDGES < 3000)]
-    assert np.abs(counted.survivals(at) - exact.survivals(at)).max() < 0.03
+    assert np.abs(counted.survivals(at) - exact.survivals(at)).max() < 0.06, "half of a bucket"
 
 
 def test_counts_survive_the_message() -> None:
