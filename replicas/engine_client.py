@@ -47,6 +47,10 @@ class EngineClient:
         """How often engine cores have sent outputs of requests."""
         return self._outputs
 
+    async def loop_answers(self) -> None:
+        """Return when the loops of the engine cores have answered a question that costs nothing."""
+        await self._client.is_sleeping()
+
     def kill(self) -> None:
         """End all engine processes."""
         kill_children()

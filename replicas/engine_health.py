@@ -2,8 +2,9 @@
 
 A dead engine (its process, or a worker's, is gone) is known at the first request that fails, and without requests
 within half a second. A frozen engine has requests and makes no progress for `engine_timeout_s`: neither an output nor a
-step of its scheduler, however long one step takes below that. Then the replica refuses new requests, ends what is left
-of its engine, so that requests under way get their error, and ends its own process: Serve starts another in its place.
+step of its scheduler, however long one step takes below that; or it has none, its channel is silent, and its own loop
+does not answer vLLM for as long. Then the replica refuses new requests, ends what is left of its engine, so that
+requests under way get their error, and ends its own process: Serve starts another in its place.
 No Ray and no vLLM in here.
 """
 
@@ -41,12 +42,14 @@ class WatchedEngine(Protocol):
     """vLLM's client of the engines of this replica (`replicas.engine_client.EngineClient`).
 
     is_dead: an engine process or a worker of one is gone. requests: those the engines have and have not finished.
-    outputs: how often an engine has sent outputs. kill: end all of their processes at once, stopped ones too.
+    outputs: how often an engine has sent outputs. loop_answers: returns when the engines' own loops have answered.
+    kill: end all of their processes at once, stopped ones too.
     """
 
     def is_dead(self) -> bool: ...
     def requests(self) -> int: ...
     def outputs(self) -> int: ...
+    async def loop_answers(self) -> None: ...
     def kill(self) -> None: ...
 
 
@@ -87,6 +90,33 @@ class Stillness:
         return seen.still_s
 
 
+class IdleProbe:
+    """Asks engines without requests whether their own loops still run; needs a running event loop."""
+
+    def __init__(self) -> None:
+        self._asked: asyncio.Task[None] | None = None
+        self._unanswered_s = 0.0
+
+    def see(self, engine: WatchedEngine, *, doubtful: bool, elapsed_s: float) -> float:
+        """Seconds for which a question has had no answer; one is asked while there is doubt."""
+        if self._asked is not None and (self._asked.done() or not doubtful):
+            self._asked.cancel()
+            self._asked = None
+        if not doubtful:
+            return 0.0
+        if self._asked is None:
+            self._unanswered_s = 0.0
+            self._asked = asyncio.get_running_loop().create_task(_quietly(engine.loop_answers()))
+        else:
+            self._unanswered_s += min(elapsed_s, _LONGEST_GAP_S)
+        return self._unanswered_s
+
+
+async def _quietly(answer: Awaitable[None]) -> None:
+    with contextlib.suppress(Exception):  # an engine that has died is seen elsewhere
+        await answer
+
+
 class EngineHealth:
     """Watches the engines of one replica, and ends the replica when one of them fails.
 
@@ -103,7 +133,7 @@ class EngineHealth:
         self.failure: str | None = None
         self._ask, self._ranks, self._end = ask, ranks, end
         self._clock, self._sleep = clock, sleep
-        self._stillness = Stillness(ranks)
+        self._stillness, self._probe = Stillness(ranks), IdleProbe()
         self._engine: WatchedEngine | None = None
         self._under_way = 0
         self._watching: asyncio.Task[None] | None = None
@@ -169,6 +199,13 @@ class EngineHealth:
                     f"its engine of rank {rank} has {requests} requests and made no progress for {still_s:.1f} s "
                     f"(engine_timeout_s = {self.engine_timeout_s:g}); it {said}"
                 )
+        silent = any(not isinstance(answer, Stats | UnreadableMessage | QuestionFailed) for answer in answers)
+        unanswered_s = self._probe.see(self._engine, doubtful=silent and not requests, elapsed_s=elapsed_s)
+        if self.failure is None and unanswered_s >= self.engine_timeout_s:
+            self._fail(
+                f"its engine has no requests and answers neither its channel nor vLLM for {unanswered_s:.1f} s "
+                f"(engine_timeout_s = {self.engine_timeout_s:g})"
+            )
 
     def _fail(self, reason: str) -> None:
         self.failure = reason

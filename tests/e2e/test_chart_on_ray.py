@@ -32,6 +32,7 @@ from chart_render import containers, objects, of_kind, pod_specs, serve_config
 from cluster_process import MODEL, free_port, until
 from helm_python import Chart
 
+from cluster import haproxy
 from cluster.model import prepare_bundled_model
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.long]
@@ -104,6 +105,7 @@ class RayByHand:
                 given[entry["name"]] = self.secret[place["key"]] if place else entry["value"]
         assert self.service["spec"]["rayClusterConfig"]["authOptions"]["mode"] == "token"
         given |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.secret["auth_token"]}  # as KubeRay does
+        given |= {name: value for name, value in haproxy.environment().items() if "ENABLE" not in name}  # as the image has
         return os.environ | given | ON_A_BUSY_MACHINE | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(CHART.parents[1])}
 
     def _start(

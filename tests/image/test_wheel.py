@@ -58,4 +58,6 @@ def test_it_has_the_rules_and_the_dashboard_for_operators(wheel: ZipFile) -> Non
 def test_it_makes_the_command(wheel: ZipFile) -> None:
     scripts = configparser.ConfigParser()
     scripts.read_string(wheel.read(f"headrace-{__version__}.dist-info/entry_points.txt").decode())
-    assert dict(scripts["console_scripts"]) == {"headrace": "headrace.cli:main"}
+    assert dict(scripts["console_scripts"]) == {
+        "headrace": "headrace.cli:main", "headrace-haproxy": "cluster.haproxy:main",
+    }

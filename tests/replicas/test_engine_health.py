@@ -30,6 +30,7 @@ class World:
         self.now_s = 0.0
         self.dead = False
         self.unfinished, self.sent = 1, 0
+        self.loop_runs = True
         self.answers: list[Any] = [stats(0)] * ranks
         self.log: list[tuple[str, float]] = []
         self.each_period: Callable[[], None] = lambda: None
@@ -46,6 +47,10 @@ class World:
 
     def outputs(self) -> int:
         return self.sent
+
+    async def loop_answers(self) -> None:
+        while not self.loop_runs:
+            await asyncio.sleep(0)
 
     def kill(self) -> None:
         self.log.append(("killed", self.now_s))
@@ -149,9 +154,44 @@ def test_outputs_are_progress_of_an_engine_whose_channel_is_broken() -> None:
         assert world.log == []
 
 
-def test_an_engine_without_requests_is_not_judged() -> None:
+@pytest.mark.parametrize("answer", [SILENT, GARBAGE])
+def test_an_idle_engine_with_a_broken_channel_whose_loop_answers_stays(answer: Any) -> None:
     world = World()
-    world.unfinished, world.answers = 0, [SILENT]
+    world.unfinished, world.answers = 0, [answer]
+    world.run(until_s=100)
+    assert world.log == []
+
+
+def test_an_idle_engine_that_answers_its_channel_is_not_asked_more() -> None:
+    world = World()
+    world.unfinished, world.answers, world.loop_runs = 0, [stats(3)], False
+    world.run(until_s=100)
+    assert world.log == []
+
+
+def test_an_idle_engine_that_answers_nothing_is_frozen() -> None:
+    world = World()
+    world.unfinished = 0
+
+    def freezes() -> None:
+        if world.now_s >= 20:
+            world.answers, world.loop_runs = [SILENT], False
+
+    world.each_period = freezes
+    world.run(until_s=100)
+    assert 30 <= world.seconds("killed") <= 31.5
+    assert "neither its channel nor vLLM" in str(world.health.failure)
+
+
+def test_an_idle_engine_that_was_stopped_for_a_while_stays() -> None:
+    world = World()
+    world.unfinished = 0
+
+    def stopped() -> None:
+        world.loop_runs = not 20 <= world.now_s < 28
+        world.answers = [stats(0) if world.loop_runs else SILENT]
+
+    world.each_period = stopped
     world.run(until_s=100)
     assert world.log == []
 

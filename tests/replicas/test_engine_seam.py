@@ -304,6 +304,9 @@ def test_vllms_client_says_that_an_engine_died_and_what_it_has() -> None:
     assert client.requests() == 1
     processor.process_outputs([EngineCoreOutput("p", [5], finish_reason=FinishReason.LENGTH)])
     assert (client.requests(), client.outputs()) == (0, 1)
+    # A question that goes through the engine core's own loop.
+    assert "self.engine_core.is_sleeping_async()" in inspect.getsource(AsyncLLM.is_sleeping)
+    assert "call_utility_async" in inspect.getsource(AsyncMPClient.is_sleeping_async)
 
 
 def test_vllm_fails_the_requests_under_way_when_an_engine_core_ends() -> None:
