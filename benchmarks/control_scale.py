@@ -98,8 +98,8 @@ class Engine:
         self._iterated += len(iterations)
         running = zip(self._lengths(6.0, 45), self._lengths(4.5, 45), strict=True)
         return Telemetry(
-            engine_id="ENGINE", clock_s=self._now_s, cursor=self._seq, limits=LIMITS, thresholds=Thresholds(policy="fluid"),
-            from_config=False, gauges=Gauges(running=45, kv_used_tokens=40_000),
+            engine_id="ENGINE", clock_s=self._now_s, cursor=self._seq, limits=LIMITS,
+            thresholds=Thresholds(policy="fluid"), from_config=False, gauges=Gauges(running=45, kv_used_tokens=40_000),
             counters=Counters(arrivals=self._arrived, completed=self._completed, iterations=self._iterated),
             iterations=iterations, arrivals=arrivals, finished=finished,
             running=tuple(RunningLengths(*pair) for pair in running), delivered=tuple(self._deliveries[-512:]),

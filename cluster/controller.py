@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cluster.event_log import Event, EventLog
+from cluster.event_log import Event, EventLog, together
 from cluster.inbox import NOT_TUNED, Inbox, digesting, next_report_s
 from cluster.learning import Learned, Learning
 from cluster.measured import ControllerMeter
@@ -112,12 +112,16 @@ class ControlLoop:
                 self.learning.learn, {name: (self._replicas[name], report) for name, report in reports.items()},
                 self._begun_unix_s, time.monotonic(),
             )
-        await asyncio.gather(*(self._push(name, self._replicas[name], found) for name, found in learned.items()))
-        for name, said in self.learning.news().items():
-            await self._note(Event(
+        changes = await asyncio.gather(
+            *(self._push(name, self._replicas[name], found) for name, found in learned.items())
+        )
+        await self._note(*together([one for one in changes if one is not None]))
+        await self._note(*(
+            Event(
                 at_unix_s=time.time(), kind="speed", replica=name, model=self._replicas[name].engine.model_id,
                 reason=said,
-            ))
+            ) for name, said in self.learning.news().items()
+        ))
         self.passes += 1
 
     async def _in_store(self, change: Callable[..., None], *args: Any) -> None:
@@ -171,13 +175,15 @@ class ControlLoop:
         tuned = self._models[engine.deployment]
         return TunedReplica(engine, tuned, tuned.new_tuner())
 
-    async def _push(self, name: str, entry: TunedReplica, learned: Learned | Exception) -> None:
+    async def _push(self, name: str, entry: TunedReplica, learned: Learned | Exception) -> Event | None:
+        """Send a replica what was learned for it; the change to be noted."""
         try:
             if isinstance(learned, Exception):
                 raise learned
-            await self._offer(name, entry, learned)
+            return await self._offer(name, entry, learned)
         except Exception as error:
             self._not_tuned(name, entry, error)
+            return None
 
     def _not_tuned(self, name: str, entry: TunedReplica, error: Exception) -> None:
         if isinstance(error, ReplicaUnavailable):
@@ -189,29 +195,27 @@ class ControlLoop:
             logger.warning("replica %s is %s", name, note, exc_info=error if readable else None)
         entry.tuner.note = note
 
-    async def _offer(self, name: str, entry: TunedReplica, learned: Learned) -> None:
+    async def _offer(self, name: str, entry: TunedReplica, learned: Learned) -> Event | None:
         engine, telemetry, push = entry.engine, learned.telemetry, learned.push
         if (pin := self._pins.missing(name, engine.model_id, telemetry.thresholds)) is not None:
-            await self._give(name, engine, entry, telemetry, pin)
-            return
+            return await self._give(name, engine, entry, telemetry, pin)
         if push.thresholds is None:
-            return
+            return None
         with self.meter.channel(engine.model_id):
             ack = await offer_thresholds(engine, push.thresholds, automatic=True)
         change = entry.tuner.answered(telemetry.thresholds, push, ack, time.monotonic())
-        if change is not None:
-            await self._note(self._pushed(name, engine, change))
+        return None if change is None else self._pushed(name, engine, change)
 
     async def _give(
         self, name: str, engine: EngineAddress, entry: TunedReplica, telemetry: Telemetry, pin: Pin
-    ) -> None:
-        """Offer an engine the pin of its model, which it lacks."""
+    ) -> Event | None:
+        """Offer an engine the pin of its model, which it lacks; the change to be noted."""
         old = telemetry.thresholds
         try:
             new = pin.values(time.time()).with_version(old.version + 1)
         except InvalidThresholds as error:
             entry.tuner.note = f"the pin of {engine.model_id} cannot be given: {error}"
-            return
+            return None
         ack = await offer_thresholds(engine, new, automatic=False)
         if ack.accepted:
             entry.tuner.note = f"pinned by an operator at version {new.version}"
@@ -219,7 +223,7 @@ class ControlLoop:
         else:
             entry.tuner.note = f"the pin of {engine.model_id} was rejected: {ack.reason}"
         event = self._pushed(name, engine, Change(old, new, ack.accepted, entry.tuner.note))
-        await self._note(replace(event, kind="pin", by=pin.by, key=pin.key))
+        return replace(event, kind="pin", by=pin.by, key=pin.key)
 
     async def pin(self, pin: Pin, models: Sequence[str], engines: Sequence[str]) -> None:
         """Keep an operator's pin: of whole models, else of single engines."""
@@ -245,8 +249,9 @@ class ControlLoop:
                 key=pin.key, new=pin.thresholds,
             ))
 
-    async def _note(self, event: Event) -> None:
-        await self._in_store(self.events.add, event)
+    async def _note(self, *events: Event) -> None:
+        if events:
+            await self._in_store(self.events.add_all, events)
 
     def _pushed(self, name: str, engine: EngineAddress, change: Change) -> Event:
         old, new = change.old, change.new

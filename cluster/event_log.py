@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from replicas.store import Store
 
 KEPT_EVENTS = 200
 _FOLDER = "events/"
-_MOST_CHANGES = 12
+_MOST_CHANGES, _ALIKE = 12, 8
 _CURVES = frozenset({"survival", "time_model"})
 _GROUPS = frozenset({"types", "segments"})
 _SAID_ELSEWHERE = frozenset({"version", "reason", "valid_for_s"})
@@ -59,6 +59,22 @@ class Event:
         changed = changes(self.old, self.new)
         values = f" ({'; '.join(changed)})" if changed else ""
         return f"{self.kind} of {about}{versions}{author}: {taken}{self.reason}{values}"
+
+
+def together(events: Sequence[Event]) -> list[Event]:
+    """The events of one pass; where more than `_ALIKE` replicas of a model change alike, one event is about all of
+    them, so that a thousand replicas do not push everything else out of the log."""
+    alike: dict[tuple[Any, ...], list[Event]] = {}
+    for event in events:
+        key = (event.kind, event.model, event.accepted, event.reason if event.accepted else "", event.by)
+        alike.setdefault(key, []).append(event)
+    found = []
+    for some in alike.values():
+        if len(some) <= _ALIKE:
+            found += some
+        else:
+            found.append(replace(some[0], replica="", reason=f"{len(some)} replicas alike: {some[0].reason}"))
+    return found
 
 
 def _without_survival(values: dict[str, Any]) -> dict[str, Any]:
@@ -144,6 +160,11 @@ class EventLog(Sequence[Event]):
             self._trim()
         except Exception:  # the change has happened, whether or not it can be kept
             logger.exception("an event could not be kept")
+
+    def add_all(self, events: Iterable[Event]) -> None:
+        """Log and keep several."""
+        for event in events:
+            self.add(event)
 
     def _trim(self) -> None:
         while len(self._events) > KEPT_EVENTS:
