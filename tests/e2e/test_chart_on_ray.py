@@ -105,7 +105,7 @@ class RayByHand:
                 given[entry["name"]] = self.secret[place["key"]] if place else entry["value"]
         assert self.service["spec"]["rayClusterConfig"]["authOptions"]["mode"] == "token"
         given |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.secret["auth_token"]}  # as KubeRay does
-        # As the image has:
+        # As the image has them; the chart switches HAProxy on.
         given |= {name: value for name, value in haproxy.environment().items() if "ENABLE" not in name}
         return os.environ | given | ON_A_BUSY_MACHINE | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(CHART.parents[1])}
 
