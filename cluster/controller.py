@@ -39,7 +39,7 @@ from replicas.ranks import EngineAddress
 from replicas.served import engines_of
 from replicas.store import Store
 from scheduler.messages import Telemetry
-from scheduler.thresholds import InvalidThresholds, thresholds_as_dict
+from scheduler.thresholds import InvalidThresholds, Thresholds
 from scheduler.tuning.engine_tuner import Change
 from scheduler.tuning.slo import Slo
 from scheduler.wire import UnreadableMessage
@@ -50,6 +50,8 @@ _SHOWN_CHANGES = 20
 _SILENT_PERIODS = 3.0
 _TOGETHER_S = 0.2
 """Seconds in which more urgent reports are waited for, to be learned from together."""
+_Changed = tuple[Event, Thresholds, Thresholds]
+"""An event, with the thresholds before and after it."""
 logger = logging.getLogger(__name__)
 
 
@@ -175,7 +177,7 @@ class ControlLoop:
         tuned = self._models[engine.deployment]
         return TunedReplica(engine, tuned, tuned.new_tuner())
 
-    async def _push(self, name: str, entry: TunedReplica, learned: Learned | Exception) -> Event | None:
+    async def _push(self, name: str, entry: TunedReplica, learned: Learned | Exception) -> _Changed | None:
         """Send a replica what was learned for it; the change to be noted."""
         try:
             if isinstance(learned, Exception):
@@ -195,7 +197,7 @@ class ControlLoop:
             logger.warning("replica %s is %s", name, note, exc_info=error if readable else None)
         entry.tuner.note = note
 
-    async def _offer(self, name: str, entry: TunedReplica, learned: Learned) -> Event | None:
+    async def _offer(self, name: str, entry: TunedReplica, learned: Learned) -> _Changed | None:
         engine, telemetry, push = entry.engine, learned.telemetry, learned.push
         if (pin := self._pins.missing(name, engine.model_id, telemetry.thresholds)) is not None:
             return await self._give(name, engine, entry, telemetry, pin)
@@ -208,7 +210,7 @@ class ControlLoop:
 
     async def _give(
         self, name: str, engine: EngineAddress, entry: TunedReplica, telemetry: Telemetry, pin: Pin
-    ) -> Event | None:
+    ) -> _Changed | None:
         """Offer an engine the pin of its model, which it lacks; the change to be noted."""
         old = telemetry.thresholds
         try:
@@ -222,8 +224,8 @@ class ControlLoop:
             await self._in_store(self._pins.given, name, engine.model_id)
         else:
             entry.tuner.note = f"the pin of {engine.model_id} was rejected: {ack.reason}"
-        event = self._pushed(name, engine, Change(old, new, ack.accepted, entry.tuner.note))
-        return replace(event, kind="pin", by=pin.by, key=pin.key)
+        event, *_ = self._pushed(name, engine, Change(old, new, ack.accepted, entry.tuner.note))
+        return replace(event, kind="pin", by=pin.by, key=pin.key), old, new
 
     async def pin(self, pin: Pin, models: Sequence[str], engines: Sequence[str]) -> None:
         """Keep an operator's pin: of whole models, else of single engines."""
@@ -253,13 +255,13 @@ class ControlLoop:
         if events:
             await self._in_store(self.events.add_all, events)
 
-    def _pushed(self, name: str, engine: EngineAddress, change: Change) -> Event:
+    def _pushed(self, name: str, engine: EngineAddress, change: Change) -> _Changed:
         old, new = change.old, change.new
-        return Event(
+        event = Event(
             at_unix_s=time.time(), replica=name, model=engine.model_id, old_version=old.version,
-            new_version=new.version, accepted=change.accepted, reason=change.reason, old=thresholds_as_dict(old),
-            new=thresholds_as_dict(new),
+            new_version=new.version, accepted=change.accepted, reason=change.reason,
         )
+        return event, old, new
 
     async def tell(self) -> None:
         """Record the estimates of the engines that were heard in the last few periods."""

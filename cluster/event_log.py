@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from replicas.store import Store
+from scheduler.thresholds import Thresholds, thresholds_as_dict
 
 KEPT_EVENTS = 200
 _FOLDER = "events/"
@@ -61,19 +62,21 @@ class Event:
         return f"{self.kind} of {about}{versions}{author}: {taken}{self.reason}{values}"
 
 
-def together(events: Sequence[Event]) -> list[Event]:
-    """The events of one pass; where more than `_ALIKE` replicas of a model change alike, one event is about all of
-    them, so that a thousand replicas do not push everything else out of the log."""
-    alike: dict[tuple[Any, ...], list[Event]] = {}
-    for event in events:
+def together(changed: Iterable[tuple[Event, Thresholds, Thresholds]]) -> list[Event]:
+    """The events of one pass, with the old and new thresholds of each. Where more than `_ALIKE` replicas of a model
+    change alike, one event is about all of them, so that a thousand replicas do not push all else out of the log."""
+    alike: dict[tuple[Any, ...], list[tuple[Event, Thresholds, Thresholds]]] = {}
+    for one in changed:
+        event = one[0]
         key = (event.kind, event.model, event.accepted, event.reason if event.accepted else "", event.by)
-        alike.setdefault(key, []).append(event)
+        alike.setdefault(key, []).append(one)
     found = []
     for some in alike.values():
-        if len(some) <= _ALIKE:
-            found += some
-        else:
-            found.append(replace(some[0], replica="", reason=f"{len(some)} replicas alike: {some[0].reason}"))
+        for event, old, new in some if len(some) <= _ALIKE else some[:1]:
+            valued = replace(event, old=thresholds_as_dict(old), new=thresholds_as_dict(new))
+            if len(some) > _ALIKE:
+                valued = replace(valued, replica="", reason=f"{len(some)} replicas alike: {event.reason}")
+            found.append(valued)
     return found
 
 

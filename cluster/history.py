@@ -20,6 +20,9 @@ from scheduler.tuning.slo import Slo
 KEPT_S = 900.0
 KEPT_POINTS = 450
 """Of one engine: a quarter of an hour of cycles of two seconds, and less of shorter ones."""
+KEPT_IN_ALL = 30_000
+"""Points of all engines together, some 30 MB: with more than 66 engines, each keeps fewer, down to `_LEAST_KEPT`."""
+_LEAST_KEPT = 8
 _DIGITS = 6
 
 
@@ -115,9 +118,10 @@ class History:
         series.counters, series.admitted, series.cursor = telemetry.counters, admitted, telemetry.cursor
 
     def keep_only(self, now_unix_s: float) -> None:
-        """Forget what is older than `KEPT_S`, and engines that have not reported since."""
+        """Forget what is older than `KEPT_S` or too much, and engines that have not reported since."""
+        most = max(_LEAST_KEPT, KEPT_IN_ALL // max(1, len(self._series)))
         for name, series in tuple(self._series.items()):
-            while series.points and series.points[0].at_unix_s < now_unix_s - KEPT_S:
+            while len(series.points) > most or (series.points and series.points[0].at_unix_s < now_unix_s - KEPT_S):
                 series.points.popleft()
             if series.seen_unix_s < now_unix_s - KEPT_S:
                 del self._series[name]

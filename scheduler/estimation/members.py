@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scheduler.digest import BUCKETS, Digest
+from scheduler.digest import BUCKETS, Digest, LengthSums
 from scheduler.estimation.iteration_sums import full
 from scheduler.estimation.length_counts import CLASSES, PROMPT_BUCKETS, LengthCounts, class_of, prompt_bucket
 from scheduler.estimation.speeds import Sums
@@ -48,20 +49,20 @@ class Members:
         if digest.time_model is None:
             return
         row = np.zeros((), dtype=_ROW)
-        sums, counts = digest.time_sums, LengthCounts.read(digest.lengths)
+        sums = digest.time_sums
         row["weight"], row["features"], row["product"] = sums.weight, sums.features, sums.product
         row["square"], row["errors"] = sums.square, digest.errors or (0.0,) * _ERRORS
         seconds = max(digest.rate_since_s, 1.0)
         row["rate"], row["seconds"], row["dispersion"] = digest.rate_rps, seconds, max(digest.dispersion, 1.0)
         for group, rate_rps in by_class(digest).items():
             row["arrivals"][group] += rate_rps * seconds
-        for name_of in _COUNTS:
-            row[name_of] = getattr(counts, name_of)
+        _fill(row, digest.lengths)
         row["reuse"] = digest.prompt_tokens, digest.cached_tokens, digest.shared_tokens
         row["steps"] = digest.decode_steps, digest.tokens_step, digest.computed_step, digest.tokens_step_std
         row["margin"] = math.nan if digest.margin is None else digest.margin
         row["delay_s"] = math.nan if digest.delay_s is None else digest.delay_s
-        if not (sums.weight >= 0 and all(map(math.isfinite, (sums.weight, seconds, *digest.rate_rps, *digest.errors)))):
+        numbers = (sums.weight, seconds, *digest.rate_rps, *digest.errors)
+        if not (sums.weight >= 0 and all(map(math.isfinite, numbers))):
             raise ValueError("a digest holds values that are negative or not finite")
         row["heard_s"] = now_s
         place = self._place_of(name)
@@ -124,6 +125,25 @@ class Members:
         return Sums(some["weight"], full(some["features"]), some["product"], some["square"], inflation)
 
 
+def _fill(row: Any, sums: LengthSums) -> None:
+    """Write a message's counts of lengths into a row.
+
+    Raises:
+        ValueError: rows that are too long, or values that no counts can have.
+    """
+    for longest, ended, at_risk in zip(sums.classes, sums.ended, sums.at_risk, strict=True):
+        group = _class_of(longest)
+        row["ended"][group, : len(ended)] = ended
+        row["at_risk"][group, : len(at_risk)] = at_risk
+    for name in ("tokens", "running", "prompts", "prompt_tokens"):
+        values = getattr(sums, name)
+        row[name][: len(values)] = values
+    for name in _COUNTS:
+        lowest, highest = row[name].min(), row[name].max()
+        if not (lowest >= 0 and highest < math.inf):
+            raise ValueError(f"the counts of lengths hold {name} that are negative or not finite")
+
+
 def by_class(digest: Digest) -> dict[int, float]:
     """Arrivals per second by class of prompt."""
     found: dict[int, float] = {}
@@ -136,5 +156,9 @@ def by_class(digest: Digest) -> dict[int, float]:
 @lru_cache(maxsize=4096)
 def _class_in(name: str) -> int:
     """The class of prompts in the name of a type of arrivals, `scheduler.estimation.traffic_monitor.type_of`."""
-    longest = int(name.removeprefix("prompt<=").partition(",")[0])
+    return _class_of(int(name.removeprefix("prompt<=").partition(",")[0]))
+
+
+@lru_cache(maxsize=64)
+def _class_of(longest: int) -> int:
     return int(class_of(prompt_bucket(np.array([longest])))[0])

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -58,7 +59,7 @@ class ReplicaModel:
     def __init__(self, settings: TuningSettings, time_model: IterationTimeModel, configured: Thresholds) -> None:
         self._settings = settings
         self._configured = configured
-        self._records = EngineRecords(time_model, settings.window_s, settings.min_finished)
+        self._prior = time_model
         self._digested: DigestedEngine | None = None
         self._cursor = 0
         self.telemetry: Telemetry | None = None
@@ -66,7 +67,7 @@ class ReplicaModel:
 
     def follow(self, settings: TuningSettings, configured: Thresholds) -> None:
         """Other settings and configured thresholds from now on; the estimates stay."""
-        if settings != self._settings:
+        if settings != self._settings and "_records" in self.__dict__:
             self._records.follow(settings.window_s, settings.min_finished)
         self._settings, self._configured = settings, configured
 
@@ -79,6 +80,11 @@ class ReplicaModel:
             self._records.observe(telemetry)
             self._cursor = self._records.cursor
         self.telemetry = telemetry
+
+    @cached_property
+    def _records(self) -> EngineRecords:
+        """What its records say; a replica that sends digests costs no memory for them."""
+        return EngineRecords(self._prior, self._settings.window_s, self._settings.min_finished)
 
     def digest(self) -> Digest:
         """What the records come to, for whoever pools them."""
