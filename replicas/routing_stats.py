@@ -19,7 +19,8 @@ class RoutingStats:
     """slots: requests that may run at once before the replica counts as full (`scheduler.messages.Stats`); occupied:
     requests that run or wait; kv_used_fraction: share of the KV cache in use. room: how many more requests it takes
     before it rejects one (None: it rejects none). outlook: of a request that arrives (None: not predicted). at_s: when,
-    by the wall clock (None: a replica of a release that does not say)."""
+    by the wall clock (None: a replica of a release that does not say). kv_capacity_tokens: of all engines.
+    prompt_tokens, cached_tokens: of the prompts that have run so far, and of these, found in the prefix cache."""
 
     slots: int
     occupied: int
@@ -27,20 +28,25 @@ class RoutingStats:
     room: int | None = None
     outlook: Outlook | None = None
     at_s: float | None = None
+    kv_capacity_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
 
     @classmethod
     def of_engines(cls, engines: Sequence[Stats], at_s: float | None = None) -> RoutingStats:
         """The sums over a replica's engines, over which vLLM spreads its requests."""
         rooms = [stats.room for stats in engines]
+        kv_capacity_tokens = sum(stats.kv_capacity_tokens for stats in engines)
         return cls(
             slots=sum(stats.slots for stats in engines),
             occupied=sum(stats.running + stats.waiting for stats in engines),
-            kv_used_fraction=(
-                sum(stats.kv_used_tokens for stats in engines) / sum(stats.kv_capacity_tokens for stats in engines)
-            ),
+            kv_used_fraction=sum(stats.kv_used_tokens for stats in engines) / kv_capacity_tokens,
             room=None if None in rooms else sum(filter(None, rooms)),
             outlook=_together([stats.outlook for stats in engines]),
             at_s=at_s,
+            kv_capacity_tokens=kv_capacity_tokens,
+            prompt_tokens=sum(stats.prompt_tokens for stats in engines),
+            cached_tokens=sum(stats.cached_tokens for stats in engines),
         )
 
     @classmethod
@@ -48,7 +54,7 @@ class RoutingStats:
         """The stats a replica reported; None when it reported none or in another form."""
         raw = routing_stats.get(_KEY)
         try:
-            return _read(cls(**raw)) if isinstance(raw, dict) else None
+            return cls(**raw | {"outlook": _read(raw.get("outlook"))}) if isinstance(raw, dict) else None
         except TypeError:  # a replica of another version during a rolling upgrade
             _warn_once(", ".join(sorted(map(str, raw or ()))))
             return None
@@ -63,10 +69,8 @@ class RoutingStats:
         return (self.slots - occupied) / self.slots
 
 
-def _read(stats: RoutingStats) -> RoutingStats:
-    if stats.outlook is None or isinstance(stats.outlook, Outlook):
-        return stats
-    return RoutingStats(**asdict(stats) | {"outlook": Outlook(*stats.outlook)})
+def _read(outlook: Sequence[float] | None) -> Outlook | None:
+    return None if outlook is None else Outlook(*outlook)
 
 
 def _together(outlooks: Sequence[Outlook | None]) -> Outlook | None:

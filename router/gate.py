@@ -22,7 +22,7 @@ from router.key_usage import KeyUsage
 from router.limits import NO_OTHERS, Limits
 from router.outcomes import Outcomes, Watched
 from router.refusal import Refusal
-from router.request_body import Asked, Disconnected, asked_for, parse, read_body, require_json
+from router.request_body import Demand, Disconnected, asked_for, parse, read_body, require_json
 from router.tenants import TenantConfig
 from scheduler.metrics import UNKNOWN
 
@@ -211,14 +211,14 @@ class _Visit:
         if rejection:
             raise Refusal(429, rejection.text, retry_after_s=rejection.retry_after_s, reason="front_door")
 
-    def _checked(self, body: bytes) -> tuple[Asked, str | None]:
+    def _checked(self, body: bytes) -> tuple[Demand, str | None]:
         """What the body asks for, and of which model if it generates."""
         if self.path in _FORMS:
-            return Asked(), None
+            return Demand(), None
         require_json(self.headers)
         found = parse(body, self.desk.limits)
         if not self._generates:
-            return Asked(), None
+            return Demand(), None
         name = found.get("model")
         model = self.desk.model_of(name if isinstance(name, str) else None)
         return asked_for(found, self.desk.limits_of(model)), self._of_model(model)

@@ -11,10 +11,27 @@ already have left it."""
 
 
 class Taken(NamedTuple):
-    """Places taken less those given back, and the prompt tokens that were sent."""
+    """Places taken less those given back, and the prompt tokens that were sent. prompts: when they were, as pairs of
+    seconds after the report and tokens, the first one first."""
 
-    requests: int
+    requests: float
     tokens: float
+    prompts: tuple[tuple[float, float], ...] = ()
+
+    def wait_s(self, reported_s: float, token_s: float, age_s: float) -> float:
+        """Seconds until a prompt's turn at a replica that said `reported_s` so long ago, at `token_s` for each prompt
+        token. It works on what it has as time passes, and idles where that is done before more comes; tokens that no
+        pair accounts for came evenly."""
+        wait_s, before_s, last_s = reported_s, 0.0, max(0.0, age_s)
+        evenly_s = (self.tokens - sum(tokens for _, tokens in self.prompts)) * token_s
+        if not last_s:
+            return max(0.0, wait_s + self.tokens * token_s)
+        falls = 1.0 - evenly_s / last_s
+        for after_s, tokens in self.prompts:
+            after_s = min(max(after_s, before_s), last_s)
+            wait_s = max(0.0, wait_s - (after_s - before_s) * falls) + tokens * token_s
+            before_s = after_s
+        return max(0.0, wait_s - (last_s - before_s) * falls)
 
 
 class _Change(NamedTuple):
@@ -38,11 +55,12 @@ class Places:
 
     def since(self, at_s: float) -> Taken:
         """What has changed since a report."""
-        requests, tokens = 0, 0.0
+        requests, prompts = 0, []
         for change in reversed(self._changes):
             if change.at_s < at_s - ON_THE_WAY_S:
                 break
             if change.requests > 0 or change.at_s > at_s + ON_THE_WAY_S:
                 requests += change.requests
-                tokens += change.tokens
-        return Taken(requests, tokens)
+                if change.tokens:
+                    prompts.append((change.at_s - at_s, change.tokens))
+        return Taken(requests, sum(tokens for _, tokens in prompts), tuple(reversed(prompts)))

@@ -1,10 +1,17 @@
 """Where a request goes: the order in which it is offered to replicas. No Ray.
 
 A request goes where it is predicted to end first: the wait for its prompt's turn, the prompt, and its output tokens at
-the pace that the replica then has, slower by what each request sent there adds. Every replica publishes these numbers
+the pace that the replica then has, slower by what each request sent there adds. A pace with slack, within less than its
+target, counts for less, so that the first token decides where nothing presses. Every replica publishes these numbers
 (`scheduler.messages.Outlook`), solved by the same fluid model that admits its requests, so that a slow or a full one is
-avoided by as much as it is slower. A replica whose queue has no room left comes after all that have some: one that
-rejects looks idle, and must not attract more.
+avoided by as much as it is slower. What a replica probably holds of the prompt in its prefix cache
+(`router.prefixes`) is not computed there; where it would be computed although another replica holds it, that also
+takes the time of all requests that run there, which this one's own end does not show. So a conversation stays where it
+was while that saves all together more than the wait there costs. A beginning that many prompts share comes to be held
+by as many replicas as are busy with them, since each copy serves many.
+
+A replica whose queue has no room left comes after all that have some: one that rejects looks idle, and must not attract
+more.
 
 Between two reports the router keeps count of what it has sent and what has ended (`Sent`). Several ingresses do not
 see each other's requests, but they see the same reports: each takes what it has sent itself as the part of one among
@@ -24,11 +31,13 @@ import random
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from replicas.routing_stats import RoutingStats
 from router.places import Places, Taken
+from router.prefixes import PrefixCaches
+from scheduler.fluid_params import LEAST_PROMPT_SHARE
 
 _KEPT_S = 10.0
 _SILENT_S = 5.0
@@ -38,8 +47,6 @@ _USUAL_AGE_S = 1.0
 _ON_ITS_WAY_S = 2.0
 """Most seconds that a report takes to come here; an older one is of a clock that runs behind."""
 _FEWEST_LOOKED_AT = 2
-_LEAST_LEFT = 0.05
-"""Share of an iteration that prompts have at least, as in `scheduler.policies.fluid`."""
 _MOST_REQUESTS = 65_536
 _Replica = TypeVar("_Replica")
 _Name = TypeVar("_Name", bound=Hashable)
@@ -47,12 +54,25 @@ _Name = TypeVar("_Name", bound=Hashable)
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What is known of a request: its prompt tokens; its output tokens if a client declared or bounded them; and of how
-    many requests it consists, choices times prompts."""
+    """What is known of a request: its prompt tokens; its output tokens if a client declared or bounded them; of how
+    many requests it consists, choices times prompts; and the blocks of its prompt (`router.prefixes.blocks_of`)."""
 
     prompt_tokens: float = 0.0
     output_tokens: float = math.inf
     requests: int = 1
+    blocks: Sequence[int] = ()
+
+    def to_compute(self, held_tokens: float) -> float:
+        """Prompt tokens that a replica computes which holds so many; at least one."""
+        return max(min(1.0, self.prompt_tokens), self.prompt_tokens - held_tokens)
+
+
+class _At(NamedTuple):
+    """Where a request is, and the prompt tokens that it brought there."""
+
+    replica: Any
+    asked: Asked
+    tokens: float
 
 
 class Sent(Generic[_Name]):
@@ -64,7 +84,8 @@ class Sent(Generic[_Name]):
     def __init__(self, clock: Callable[[], float], wall_clock: Callable[[], float]) -> None:
         self.clock, self._wall_clock = clock, wall_clock
         self._places: dict[_Name, Places] = {}
-        self._at: OrderedDict[str, tuple[_Name, Asked]] = OrderedDict()
+        self.caches: PrefixCaches[_Name] = PrefixCaches()
+        self._at: OrderedDict[str, _At] = OrderedDict()
         self._heard: dict[_Name, tuple[float, float, float]] = {}
         self._lock = threading.Lock()
 
@@ -73,35 +94,49 @@ class Sent(Generic[_Name]):
         of it; None: what was said before."""
         with self._lock:
             before = self._at.get(request_id)
-            if before is not None and before[0] == replica:
+            if before is not None and before.replica == replica:
                 return
             if before is not None:
-                self._change(before[0], -before[1].requests, -before[1].prompt_tokens)
-            asked = asked or (before[1] if before else Asked())
-            self._at[request_id] = replica, asked
-            self._change(replica, asked.requests, asked.prompt_tokens)
+                self._change(before.replica, -before.asked.requests, -before.tokens)
+            asked = asked or (before.asked if before else Asked())
+            tokens = asked.to_compute(self.caches.held(asked.blocks, [replica]).tokens[0])
+            self._at[request_id] = _At(replica, asked, tokens)
+            self._change(replica, asked.requests, tokens)
             while len(self._at) > _MOST_REQUESTS:  # requests of which no end is heard
                 self._at.popitem(last=False)
+
+    def accepted(self, request_id: str, replica: _Name) -> None:
+        """A replica has taken a request, and will hold its prompt."""
+        self.sent(request_id, replica)
+        with self._lock:
+            at = self._at.get(request_id)
+            if at is None or not at.asked.blocks:  # it may have ended meanwhile
+                return
+            self._at[request_id] = at._replace(asked=replace(at.asked, blocks=()))
+        self.caches.sent(at.asked.blocks, at.asked.prompt_tokens, replica)
 
     def ended(self, request_id: str, replica: _Name) -> None:
         """A request is over at a replica, whatever came of it; its prompt has been worked on."""
         with self._lock:
             before = self._at.get(request_id)
-            if before is not None and before[0] == replica:
+            if before is not None and before.replica == replica:
                 del self._at[request_id]
-                self._change(replica, -before[1].requests, 0.0)
+                self._change(replica, -before.asked.requests, 0.0)
 
-    def reported_s(self, replica: _Name, at_s: float | None) -> float | None:
-        """When a replica reported that says it was at `at_s`, by this router's clock; None: too long ago."""
-        now_s = self.clock()
+    def reported_s(self, replica: _Name, stats: RoutingStats) -> float | None:
+        """When a replica reported this, by this router's clock; None: too long ago."""
+        now_s, at_s = self.clock(), stats.at_s
         if at_s is None:
             return now_s - _USUAL_AGE_S
         with self._lock:
             heard = self._heard.get(replica)
-            if heard is None or heard[0] != at_s:
+            is_new = heard is None or heard[0] != at_s
+            if heard is None or is_new:
                 age_s = self._wall_clock() - at_s
                 plausible_s = age_s if 0 <= age_s <= _ON_ITS_WAY_S else _USUAL_AGE_S
                 heard = self._heard[replica] = at_s, now_s, now_s - plausible_s
+        if is_new:
+            self.caches.reported(replica, stats.kv_capacity_tokens, stats.prompt_tokens, stats.cached_tokens)
         return heard[2] if now_s - heard[1] <= _SILENT_S else None
 
     def since(self, replica: _Name, at_s: float) -> Taken:
@@ -116,6 +151,7 @@ class Sent(Generic[_Name]):
             for known in (self._places, self._heard):
                 for replica in known.keys() - set(replicas):
                     del known[replica]
+        self.caches.keep(replicas)
 
     def _change(self, replica: _Name, requests: int, tokens: float) -> None:
         self._places.setdefault(replica, Places(_KEPT_S)).change(self.clock(), requests, tokens)
@@ -136,6 +172,10 @@ def best_first(
     shuffled = rng.sample(replicas, len(replicas))
     looked_at = max(_FEWEST_LOOKED_AT, math.ceil(len(replicas) / ingresses))
     reports = [report(replica) for replica in shuffled]
+    names = [name(replica) for replica in shuffled]
+    reported_s = [sent.reported_s(of, one) if one else None for of, one in zip(names, reports, strict=True)]
+    held = sent.caches.held(asked.blocks, names)
+    most_held = max(held.tokens, default=0.0)
     usual = [one.outlook.output_tokens for one in reports if one is not None and one.outlook is not None]
     # How long an answer is depends on the request: replicas that have seen others must not differ by it.
     output_tokens = min(asked.output_tokens, sum(usual) / len(usual)) if usual else None
@@ -143,16 +183,18 @@ def best_first(
 
     def key(place: int) -> tuple[bool, bool, bool, float]:
         replica, stats = shuffled[place], reports[place]
-        at_s = sent.reported_s(name(replica), stats.at_s) if stats else None
+        at_s = reported_s[place]
         if stats is None or at_s is None:
             return True, True, True, ongoing(replica)
-        known = sent.since(name(replica), at_s)
+        known = sent.since(names[place], at_s)
         taken = _taken(known, stats, ongoing(replica), asked, ingresses)
         full = stats.room is not None and stats.room <= taken.requests
         cost = -stats.slack(stats.occupied + taken.requests)
         if output_tokens is not None:
-            cost = completion_s(stats, asked.prompt_tokens, output_tokens, taken, now_s - at_s)
-        return False, full, place >= looked_at, cost
+            cost = completion_s(stats, asked.to_compute(held.tokens[place]), output_tokens, taken, now_s - at_s)
+            cost += lost_s(stats, held.again[place], taken)
+        seen = place < looked_at or held.tokens[place] == most_held > 0
+        return False, full, not seen, cost
 
     return [shuffled[place] for place in sorted(range(len(shuffled)), key=key)]
 
@@ -162,22 +204,35 @@ def _taken(known: Taken, stats: RoutingStats, ongoing: int, asked: Asked, ingres
     requests that it has now and the report has not, which are taken to be like this one."""
     unseen = ongoing - stats.occupied
     each = asked.prompt_tokens / asked.requests
-    return Taken(max(known.requests * ingresses, unseen), max(known.tokens * ingresses, unseen * each))
+    tokens = max(known.tokens * ingresses, unseen * each)
+    return known._replace(requests=max(known.requests * ingresses, unseen), tokens=tokens)
 
 
 def completion_s(
     stats: RoutingStats, prompt_tokens: float, output_tokens: float, taken: Taken, age_s: float
 ) -> float:
-    """Seconds in which a request is predicted to end at a replica that reported `age_s` seconds ago, and to which
-    `taken` has gone since. One that predicts nothing, as before its first request, is taken only if it is empty."""
+    """Seconds in which a request is predicted to end at a replica that reported `age_s` seconds ago, to which `taken`
+    has gone since, and that has `prompt_tokens` of it to compute.
+
+    Output tokens count by the square of the share that they take of their target: with much slack a wait for the first
+    token is worse than a pace that is a little slower, and without any the pace is what misses. One that predicts
+    nothing, as before its first request, is taken only if it is empty."""
     outlook = stats.outlook
     if outlook is None:
         return math.inf if stats.occupied + taken.requests > 0 else 0.0
     token_s = max(0.0, outlook.token_s + taken.requests * outlook.added_s)
-    left = max(_LEAST_LEFT, 1.0 - token_s / outlook.limit_s) if outlook.limit_s else 1.0
-    prompt_s = outlook.prompt_s / left
-    wait_s = max(0.0, outlook.wait_s + taken.tokens * prompt_s - max(0.0, age_s))
-    return wait_s + prompt_tokens * prompt_s + output_tokens * token_s
+    used = token_s / outlook.limit_s if outlook.limit_s else 0.0
+    prompt_s = outlook.prompt_s / max(LEAST_PROMPT_SHARE, 1.0 - used)
+    pressing = min(1.0, used) ** 2 if outlook.limit_s else 1.0
+    wait_s = taken.wait_s(outlook.wait_s, prompt_s, age_s)
+    return wait_s + prompt_tokens * prompt_s + output_tokens * token_s * pressing
+
+
+def lost_s(stats: RoutingStats, tokens_again: float, taken: Taken) -> float:
+    """Seconds that the requests which run at a replica lose, all together, while it computes prompt tokens that need
+    not be: each of them waits as long."""
+    running = max(0.0, stats.occupied + taken.requests)
+    return tokens_again * stats.outlook.prompt_s * running if stats.outlook and tokens_again else 0.0
 
 
 _RANDOM = random.Random()

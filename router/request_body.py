@@ -34,9 +34,9 @@ class Disconnected(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What a request asks for. requests: `n` times the number of prompts, as the engine counts them; tokens: prompt and
-    output tokens, estimated as `KeyLimits` says."""
+class Demand:
+    """What a request demands of the limits of its key. requests: `n` times the number of prompts, as the engine counts
+    them; tokens: prompt and output tokens, estimated as `KeyLimits` says."""
 
     requests: int = 1
     tokens: int = 0
@@ -154,7 +154,7 @@ def _require_small_numbers(found: Any) -> None:
         level = deeper
 
 
-def asked_for(found: Mapping[str, Any], limits: Limits) -> Asked:
+def asked_for(found: Mapping[str, Any], limits: Limits) -> Demand:
     """What a request to generate asks for.
 
     Raises:
@@ -174,7 +174,7 @@ def asked_for(found: Mapping[str, Any], limits: Limits) -> Asked:
     if limits.prompt_tokens is not None and prompt_tokens > limits.prompt_tokens:
         raise Refusal(400, f"a prompt has {prompt_tokens} tokens; allowed: at most {limits.prompt_tokens}")
     outputs = requests * max(0, _USUAL_OUTPUT_TOKENS if most is None else most)
-    return Asked(requests, _text_tokens(found) * choices + outputs)
+    return Demand(requests, _text_tokens(found) * choices + outputs)
 
 
 def _prompts(prompt: Any) -> tuple[int, int]:

@@ -1,10 +1,12 @@
 """`FluidRouter`: which replica takes the next request.
 
 The rule is that of `router.ranking`: where the request is predicted to end first. Reports of the replicas are up to a
-second old, so the router's own count of what it sent and what ended corrects them.
+second old, so the router's own count of what it sent and what ended corrects them. What a replica was sent before, it
+probably holds in its prefix cache, and need not compute again.
 Replicas out of rotation (`router.rotation`) get nothing.
 Composes with Serve's mixins: first in, first out; LoRA; locality.
-When not to use it: when shared prompt prefixes matter more than balance (use Ray's prefix-aware router then).
+When not to use it: with many ingresses and short conversations, since each of them knows only the prefixes that it has
+sent itself (a router that reads vLLM's KV events, such as Ray's `KVAwareRouter`, knows all).
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ class FluidRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Called by Serve when a replica has accepted a request."""
         request_id, replica = pending_request.metadata.internal_request_id, str(replica_id.unique_id)
-        self._sent.sent(request_id, replica)
+        self._sent.accepted(request_id, replica)
         rotation.ROTATION.routed(request_id, replica, result.cancel)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:

@@ -21,6 +21,8 @@ Count = Annotated[int, Strict()]
 Flag = Annotated[bool, Strict()]
 ITERATIONS_UNDER_WAY = 2
 """Iterations ahead of a new prompt's first one: the one that runs and the one already composed."""
+LEAST_PROMPT_SHARE = 0.05
+"""Share of an iteration's time that prompts have at least, however many requests decode."""
 _FULL_DECODES = 100.0
 """Decoding requests of a full iteration; used to compare iteration times, which hardly depend on it."""
 

@@ -146,6 +146,7 @@ class Counters:
     decode_steps: with speculative decoding, steps of decoding requests that gained output tokens;
         decode_computed_tokens: tokens computed in them, drafts included; decode_gained_tokens: output tokens gained
         (without rejected drafts and without tokens past the end); decode_gained_squares: sum of their squares.
+    prompt_tokens: of requests that have begun; cached_tokens: of these, found in the prefix cache.
     """
 
     arrivals: int = 0
@@ -171,6 +172,8 @@ class Counters:
     decode_computed_tokens: int = 0
     decode_gained_tokens: int = 0
     decode_gained_squares: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
 
     @property
     def in_flight(self) -> int:
@@ -282,7 +285,7 @@ class Stats:
     room: how many more requests the admission queue takes now before it rejects one (None: it rejects none); drain_rps:
         requests per second that leave the queue while it is full (0: not known); retry_after_s: seconds in which the
         queue drains, for a `Retry-After` without its jitter. outlook: of a request that arrives now (None: the policy
-        does not predict it).
+        does not predict it). prompt_tokens, cached_tokens: as in `Counters`.
     """
 
     schema: int = SCHEMA
@@ -299,18 +302,21 @@ class Stats:
     drain_rps: float = 0.0
     retry_after_s: float = 0.0
     outlook: Outlook | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
 
     @classmethod
     def of_engine(
         cls, engine_id: str, limits: EngineLimits, thresholds: Thresholds, gauges: Gauges, steps: int = 0,
-        room: Room | None = None, outlook: Outlook | None = None, *, draining: bool = False,
+        room: Room | None = None, outlook: Outlook | None = None, *, draining: bool = False, prompt_tokens: int = 0,
+        cached_tokens: int = 0,
     ) -> Stats:
         """The stats of an engine under `thresholds`."""
         return cls(
             engine_id=engine_id, slots=slots_of(limits, thresholds), running=gauges.running, waiting=gauges.waiting,
             kv_used_tokens=gauges.kv_used_tokens, kv_capacity_tokens=limits.kv_capacity_tokens,
             thresholds_version=thresholds.version, steps=steps, draining=draining, outlook=outlook,
-            **(room._asdict() if room else {}),
+            prompt_tokens=prompt_tokens, cached_tokens=cached_tokens, **(room._asdict() if room else {}),
         )
 
     @property

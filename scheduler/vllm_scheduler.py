@@ -180,6 +180,8 @@ class HeadraceScheduler(AsyncScheduler):
             life = self._lives[new.req_id]
             life.cached_tokens = new.num_computed_tokens
             life.shared_tokens = self._prefixes.shared_now(new.req_id, life.cached_tokens)
+            self.recorder.totals.prompt_tokens += self.requests[new.req_id].num_prompt_tokens
+            self.recorder.totals.cached_tokens += life.cached_tokens
         again = self._lives.resumed(output.scheduled_cached_reqs, self.requests, self._prefixes.shared_now)
         self.recorder.totals.recomputed_tokens += again
         self._after_schedule(output, held)
@@ -386,9 +388,10 @@ class HeadraceScheduler(AsyncScheduler):
         arrivals, is_idle = self.recorder.received, not self.requests
         room = self._room.now(thresholds, self.active.limits, arrivals, is_idle=is_idle)
         outlook = self._room.outlook(arrivals, is_idle=is_idle)
+        totals = self.recorder.totals
         return Stats.of_engine(
             self._engine_id, self.active.limits, thresholds, self.recorder.gauges, self.current_step, room,
-            outlook, draining=self.drain.asked,
+            outlook, draining=self.drain.asked, prompt_tokens=totals.prompt_tokens, cached_tokens=totals.cached_tokens,
         )
 
     def shutdown(self) -> None:

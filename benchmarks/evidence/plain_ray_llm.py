@@ -65,12 +65,15 @@ def build(args: AppConfig) -> Any:
 
     configs = []
     for entry in args.llm_configs:
-        # The same options of the deployment, but Ray's own server, request router and schedulers.
-        options = llm_config(entry, args.settings_of(entry.model_id)).deployment_config
+        # The same options of the deployment, but Ray's own server, request router and schedulers. A router that the
+        # configuration names is kept.
+        options = dict(llm_config(entry, args.settings_of(entry.model_id)).deployment_config)
+        if "request_router_config" not in entry.own.get("deployment_config", {}):
+            options.pop("request_router_config", None)
         configs.append(
             entry.own | {
                 "engine_kwargs": {**entry.engine_kwargs, "async_scheduling": True},
-                "deployment_config": {key: value for key, value in options.items() if key != "request_router_config"},
+                "deployment_config": options,
                 "callback_config": {"callback_class": NoDownload},  # the model is a folder
                 "log_engine_metrics": True,
             }

@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -187,11 +187,14 @@ def forecast_of(url: str, stack: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def running(args: argparse.Namespace, stack: str) -> Iterator[str]:
-    """The stack's URL; stopped by Ctrl-C, and nothing of it is left behind."""
+def running(
+    args: argparse.Namespace, stack: str, made: Callable[[int, int], dict[str, Any]] | None = None
+) -> Iterator[str]:
+    """The stack's URL; stopped by Ctrl-C, and nothing of it is left behind. made: the configuration for two ports, HTTP
+    and metrics."""
     port, metrics_port = free_port(), free_port()
     config = args.work / "cluster.yaml"
-    config.write_text(yaml.safe_dump(configuration(args, port)))
+    config.write_text(yaml.safe_dump(made(port, metrics_port) if made else configuration(args, port)))
     log = args.work / f"{stack.replace(' ', '-')}.log"
     plain = [sys.executable, str(HERE.with_name("plain_ray_llm.py")), str(config), str(metrics_port)]
     with log.open("w") as file:

@@ -19,15 +19,16 @@ from itertools import islice
 
 import numpy as np
 
-from scheduler.fluid_params import FluidParams
+from scheduler.fluid_params import LEAST_PROMPT_SHARE, FluidParams
 from scheduler.policies.base import Decision, Policy, QueueView, Snapshot
 from scheduler.policies.batch_projection import BatchProjection, Columns
 from scheduler.policies.first_token import FirstToken
 from scheduler.policies.tpot_slack import TpotSlack
 from scheduler.thresholds import UNKNOWN_TYPE, Thresholds
 
-_SMALLEST_CHUNK, _SMALLEST_CHUNK_SHARE = 16, 0.05
-"""Prompt tokens that an iteration computes even without time for them: at most this many, or this share of its time."""
+_SMALLEST_CHUNK = 16
+"""Prompt tokens that an iteration computes even without time for them: at most this many, or what fits into
+`LEAST_PROMPT_SHARE` of it."""
 _HEADS = 4
 """Waiting requests whose prompts the next iteration could start."""
 _LOOK_AGAIN = 8
@@ -280,4 +281,4 @@ def _smallest_chunk(params: FluidParams) -> int:
     prompt_s = params.time_model.prefill_s(1.0)
     if params.iteration_s is None or not prompt_s:
         return _SMALLEST_CHUNK
-    return max(1, min(_SMALLEST_CHUNK, int(_SMALLEST_CHUNK_SHARE * params.iteration_s / prompt_s)))
+    return max(1, min(_SMALLEST_CHUNK, int(LEAST_PROMPT_SHARE * params.iteration_s / prompt_s)))

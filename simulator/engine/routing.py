@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 
 from replicas.routing_stats import RoutingStats
+from router.prefixes import BLOCK_TOKENS, blocks_of
 from router.ranking import Asked, Sent, best_first
 from simulator.config import SimulationConfig
 from simulator.engine.replica import VirtualReplica
@@ -43,13 +45,15 @@ class Routing:
             chosen: VirtualReplica = rival.choose(self._replicas, prompt)
             return chosen
         sent = self._sent[ingress]
-        asked = Asked(float(request.prompt_tokens), *((float(request.output_tokens),) if declares else ()))
+        output_tokens = float(request.output_tokens) if declares else math.inf
+        asked = Asked(float(request.prompt_tokens), output_tokens, blocks=_blocks_of(number, request))
         chosen = best_first(
             self._replicas, lambda replica: self._reports.get(replica.index), lambda replica: replica.index, sent,
             asked, ongoing=lambda replica: replica.ongoing if self._ingresses == 1 else 0, ingresses=self._ingresses,
             rng=self._rng,
         )[0]
         sent.sent(str(number), chosen.index, asked)
+        sent.accepted(str(number), chosen.index)
         return chosen
 
     def report(self) -> None:
@@ -62,6 +66,13 @@ class Routing:
     def _ended(self, replica: int, number: int) -> None:
         for sent in self._sent:
             sent.ended(str(number), replica)
+
+
+def _blocks_of(number: int, request: SimRequest) -> list[int]:
+    """What is shared only; a prompt without pieces shares nothing."""
+    return blocks_of(prompt_token_ids(request.pieces, request.prompt_tokens, number), BLOCK_TOKENS) if (
+        request.pieces
+    ) else []
 
 
 def _text_of(number: int, request: SimRequest) -> str:

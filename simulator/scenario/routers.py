@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import random
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import Any, ClassVar, Protocol
+
+from router.prefixes import Prefixes, blocks_of
 
 _MATCH_RATE = 0.1
 """Ray's `match_rate_threshold`."""
@@ -119,29 +120,24 @@ class LlmD(RivalRouter):
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__(rng)
-        self._blocks: dict[int, OrderedDict[int, None]] = {}
+        self._prefixes: Prefixes[int] = Prefixes()
 
     def choose(self, replicas: Sequence[Any], prompt: str) -> Any:
         """The highest score; ties at random."""
-        blocks = _block_hashes(prompt)
+        blocks = blocks_of(prompt, _BLOCK_TOKENS)
+        names = [replica.index for replica in replicas]
+        held = dict(zip(names, self._prefixes.held(blocks, names), strict=True))
         waits = [replica.queued for replica in replicas]
         fewest, spread = min(waits), max(waits) - min(waits)
 
         def score(replica: Any) -> float:
-            known = self._blocks.get(replica.index) or OrderedDict()
-            held = next((place for place, block in enumerate(blocks) if block not in known), len(blocks))
             queue = 1.0 - (replica.queued - fewest) / spread if spread else 1.0
-            prefix = held / len(blocks) if blocks else 0.0
+            prefix = held[replica.index] / len(blocks) if blocks else 0.0
             free = 1.0 - float(replica.kv_used_fraction)
             return _PREFIX_WEIGHT * prefix + _QUEUE_WEIGHT * queue + _KV_WEIGHT * free
 
         chosen = max(self._rng.sample(replicas, len(replicas)), key=score)
-        kept = self._blocks.setdefault(chosen.index, OrderedDict())
-        for block in blocks:
-            kept[block] = None
-            kept.move_to_end(block)
-        while len(kept) > _BLOCKS_KEPT:
-            kept.popitem(last=False)
+        self._prefixes.sent(blocks, chosen.index, _BLOCKS_KEPT)
         return chosen
 
 
@@ -166,12 +162,3 @@ def parse_speeds(text: str, replicas: int) -> tuple[float, ...]:
     if len(given) > replicas:
         raise ValueError(f"speeds {text!r} has {len(given)} numbers for {replicas} replicas; give at most one for each")
     return tuple(given[index % len(given)] for index in range(replicas))
-
-
-def _block_hashes(prompt: str) -> list[int]:
-    """Of each whole block, chained: two prompts agree in one only if they agree in all before it."""
-    hashes, before = [], 0
-    for start in range(0, len(prompt) - _BLOCK_TOKENS + 1, _BLOCK_TOKENS):
-        before = hash((before, prompt[start : start + _BLOCK_TOKENS]))
-        hashes.append(before)
-    return hashes

@@ -32,7 +32,9 @@ GAUGES = {"running": 6, "waiting": 3, "held": 2, "kv_used_tokens": 250}
 def test_slots_are_the_active_cap_or_the_engine_s_own(cap: int | None, slots: int) -> None:
     stats = of_engine(Thresholds(version=4, max_running=cap), **GAUGES)
     assert (stats.slots, stats.thresholds_version, stats.kv_used_fraction) == (slots, 4, 0.25)
-    assert RoutingStats.of_engines([stats]) == RoutingStats(slots=slots, occupied=9, kv_used_fraction=0.25)
+    assert RoutingStats.of_engines([stats]) == RoutingStats(
+        slots=slots, occupied=9, kv_used_fraction=0.25, kv_capacity_tokens=1000,
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def test_the_ranks_of_a_replica_are_one_room() -> None:
     larger = replace(LIMITS, kv_capacity_tokens=3000)
     full = of_engine(Thresholds(max_running=4), larger, running=4, waiting=9, kv_used_tokens=750)
     stats = RoutingStats.of_engines([of_engine(Thresholds(max_running=12), **GAUGES), full])
-    assert stats == RoutingStats(slots=16, occupied=22, kv_used_fraction=0.25)
+    assert stats == RoutingStats(slots=16, occupied=22, kv_used_fraction=0.25, kv_capacity_tokens=4000)
 
 
 def test_slack_is_the_share_of_free_slots() -> None:

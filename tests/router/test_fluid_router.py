@@ -18,14 +18,18 @@ from ray.serve.request_router import PendingRequest
 from replicas.routing_stats import RoutingStats
 from router import rotation
 from router.asked import asked_of
+from router.ranking import Sent
 from router.request_router import FluidRouter
+from scheduler.messages import Outlook
 
 DEPLOYMENT = DeploymentID(name="HeadraceServer:m", app_name="headrace")
 
 
-def replica(name: str, *, slots: int = 0, occupied: int = 0, models: tuple[str, ...] = ()) -> SimpleNamespace:
+def replica(
+    name: str, *, slots: int = 0, occupied: int = 0, models: tuple[str, ...] = (), outlook: Outlook | None = None,
+) -> SimpleNamespace:
     """A replica as Serve's routers see it; one without slots has not reported yet."""
-    reported = RoutingStats(slots=slots, occupied=occupied, kv_used_fraction=0.5, at_s=time.time() - 0.5)
+    reported = RoutingStats(slots, occupied, kv_used_fraction=0.5, outlook=outlook, at_s=time.time() - 0.5)
     stats = reported.as_dict() if slots else {}
     return SimpleNamespace(
         replica_id=ReplicaID(name, DEPLOYMENT), routing_stats=stats, multiplexed_model_ids=set(models)
@@ -118,6 +122,71 @@ def test_choices_times_prompts_are_requests(body: dict[str, Any], requests: int)
     assert asked_of(SimpleNamespace(**body)).requests == requests
 
 
+def chat(*said: str, **more: Any) -> SimpleNamespace:
+    roles = ("system", "user", "assistant", "user")
+    messages = [{"role": role, "content": content} for role, content in zip(roles, said, strict=False)]
+    return SimpleNamespace(messages=messages, **more)
+
+
+def shared_blocks(one: Any, other: Any) -> int:
+    same = zip(asked_of(one).blocks, asked_of(other).blocks, strict=False)
+    return sum(a == b for a, b in same)
+
+
+def test_prompts_share_the_blocks_of_their_beginning() -> None:
+    first, later = chat("s" * 600, "u" * 600), chat("s" * 600, "u" * 600, "a" * 600, "v" * 600)
+    assert shared_blocks(first, later) == len(asked_of(first).blocks) == 4, "of 256 characters, 64 tokens, each"
+    assert len(asked_of(later).blocks) == 9
+    assert shared_blocks(first, chat("s" * 600, "w" * 600)) == 2
+    assert shared_blocks(first, chat("s" * 600, "u" * 600, cache_salt="mine")) == 0
+    assert shared_blocks(chat("s" * 600, model="m"), chat("s" * 600, model="m:adapter")) == 0
+    ids = SimpleNamespace(prompt=list(range(200)))
+    assert shared_blocks(ids, SimpleNamespace(prompt=[*range(150), 7])) == 2
+    assert shared_blocks(SimpleNamespace(prompt=["p" * 600, "q"]), SimpleNamespace(prompt="p" * 600)) == 2
+    typed = SimpleNamespace(messages=[SimpleNamespace(role="system", content="s" * 600)])
+    assert shared_blocks(typed, chat("s" * 600)) == 2
+
+
+def test_pictures_are_told_apart() -> None:
+    def shown(url: str) -> SimpleNamespace:
+        picture = {"type": "image_url", "image_url": {"url": url}}
+        before, after = ({"type": "text", "text": text} for text in ("s" * 300, "w" * 600))
+        return SimpleNamespace(messages=[{"role": "user", "content": [before, picture, after]}])
+
+    assert shared_blocks(shown("one"), shown("one")) == 3
+    assert shared_blocks(shown("one"), shown("two")) == 1
+
+
+@pytest.mark.parametrize("body", [{"messages": []}, {"messages": "text"}, {"prompt": [[]]}, {"prompt": None}, {}])
+def test_of_a_body_without_a_prompt_no_blocks_are_known(body: dict[str, Any]) -> None:
+    assert list(asked_of(SimpleNamespace(**body)).blocks) == []
+
+
+def test_a_conversation_goes_where_its_beginning_was_accepted() -> None:
+    outlook = Outlook(wait_s=0.0, prompt_s=1e-4, token_s=0.05, added_s=1e-9, limit_s=0.0, output_tokens=100.0)
+    router = Router(*(replica(name, slots=10, outlook=outlook) for name in "abc"))
+    now_s, body = [time.time()], chat("s" * 4000, "u" * 4000)
+    router._sent = Sent(lambda: now_s[0], lambda: now_s[0])
+
+    async def goes(name: str, accepted_by: str | None = None) -> str:
+        now_s[0] += 0.4  # the one before has been computed
+        request = PendingRequest(
+            args=[body], kwargs={}, metadata=RequestMetadata(request_id="", internal_request_id=name)
+        )
+        ranked = await router.choose_replicas(list(router.curr_replicas.values()), request)
+        chosen = str(ranked[0][0].replica_id.unique_id)
+        accepted_by = accepted_by or chosen
+        router.on_request_routed(request, ReplicaID(accepted_by, DEPLOYMENT), SimpleNamespace(cancel=None))
+        router.on_request_completed(ReplicaID(accepted_by, DEPLOYMENT), name)
+        return chosen
+
+    asyncio.run(goes("1", accepted_by="b"))
+    assert [asyncio.run(goes(str(number))) for number in range(2, 6)] == ["b"] * 4, "not where it was chosen to go"
+    router._sent.keep(["a", "c"])
+    assert asyncio.run(goes("8", accepted_by="c")) in "abc"
+    assert asyncio.run(goes("9")) == "c", "a replica that is gone has taken its cache along"
+
+
 def test_a_full_replica_passes_on_to_the_next() -> None:
     names = [f"r{number}" for number in range(8)]
     chosen = ranks(Router(*(replica(name, slots=10, occupied=number) for number, name in enumerate(names))))
@@ -129,6 +198,14 @@ def test_a_replica_with_the_wanted_adapter_is_preferred() -> None:
         replica("plain", slots=10), replica("adapted", slots=10, occupied=9, models=("lora",)),
     )
     assert ranks(router, "lora") == [["adapted"]]
+
+
+def test_replicas_with_the_wanted_adapter_are_ranked_among_each_other() -> None:
+    router = Router(
+        replica("plain", slots=10), replica("busy", slots=10, occupied=9, models=("lora",)),
+        replica("other", slots=10, models=("another",)), replica("idle", slots=10, occupied=1, models=("lora", "more")),
+    )
+    assert ranks(router, "lora") == [["idle"], ["busy"]]
 
 
 def test_a_replica_that_left_meanwhile_is_not_chosen() -> None:

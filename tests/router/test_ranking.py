@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from replicas.routing_stats import RoutingStats
+from router.prefixes import BLOCK_TOKENS
 from router.ranking import Asked, Sent, best_first
 from scheduler.messages import Outlook
 
@@ -63,6 +64,15 @@ def test_a_wait_is_weighed_against_the_pace() -> None:
     assert View(s=slower, w=waiting).ranked(Asked(1000.0, output_tokens=5000.0)) == "ws", "a bound is no length"
 
 
+def test_a_pace_with_slack_counts_for_less() -> None:
+    def ranked(limit_s: float) -> str:
+        waiting, slower = like(wait_s=1.0, limit_s=limit_s), like(token_s=0.052, limit_s=limit_s)
+        return View(w=waiting, s=slower).ranked(Asked(0.0))
+
+    assert ranked(0.055) == "ws", "0.002 s for each of 200 tokens, when the pace is next to its target"
+    assert ranked(0.2) == "sw", "0.5 s of waiting"
+
+
 def test_what_a_replica_has_seen_of_answers_says_nothing_of_this_one() -> None:
     assert View(a=like(output_tokens=100.0, wait_s=0.6), b=like(output_tokens=300.0, wait_s=0.5)).ranked() == "ba"
 
@@ -99,6 +109,123 @@ def test_prompts_sent_are_computed_as_time_passes() -> None:
     assert view.ranked(Asked()) == "ab", "the report knows of what was sent before it"
 
 
+def test_a_prompt_sent_just_now_is_not_computed_because_the_report_is_old() -> None:
+    view = View(a=like(wait_s=0.0), b=like(wait_s=0.1))
+    view.now_s = 100.95
+    view.send("a", Asked(2000.0))
+    assert view.ranked(Asked()) == "ba", "0.2 s of work were sent now"
+    view.now_s = 101.1
+    assert view.ranked(Asked(output_tokens=1.0)) == "ba", "0.05 s of it are left; the other has had time to finish"
+    view.now_s = 101.2
+    assert {View(seed=seed, a=like(wait_s=0.0), b=USUAL).ranked(Asked(output_tokens=0.0)) for seed in range(20)} != {
+        "ba"
+    }
+
+
+def conversation(number: int, blocks: int, shared: int = 0) -> Asked:
+    """A prompt whose first `shared` blocks are those of every conversation."""
+    own = (hash((number, place)) for place in range(blocks - shared))
+    return Asked(float(blocks * BLOCK_TOKENS), blocks=[*range(shared), *own])
+
+
+def accept(view: View, replica: str, asked: Asked) -> str:
+    number = view.send(replica, asked)
+    view.sent.accepted(number, replica)
+    return number
+
+
+def later(view: View, **reports: RoutingStats) -> None:
+    """Everything sent so far is done, and the replicas have just reported."""
+    for number in range(1, view.number + 1):
+        for replica in view.reports:
+            view.sent.ended(str(number), replica)
+    view.now_s += 3.0
+    for name, stats in (view.reports | reports).items():
+        assert stats is not None
+        view.reports[name] = replace(stats, at_s=view.now_s)
+
+
+def test_a_conversation_stays_while_that_saves_more_than_the_wait() -> None:
+    view = View(a=USUAL, b=USUAL, c=USUAL)
+    accept(view, "b", conversation(1, 30))
+    later(view)
+    assert view.ranked(conversation(1, 32))[0] == "b"
+    later(view, b=like(wait_s=5.0))
+    assert view.ranked(conversation(1, 32))[0] == "b", "1920 tokens would take 0.192 s of each of 50 requests elsewhere"
+    later(view, b=like(wait_s=12.0))
+    assert view.ranked(conversation(1, 32))[0] != "b"
+
+
+def test_where_nobody_runs_a_conversation_only_saves_its_own_time() -> None:
+    view = View(a=replace(USUAL, occupied=0), b=USUAL)
+    accept(view, "b", conversation(1, 30))
+    later(view, b=like(wait_s=0.25))
+    assert view.ranked(conversation(1, 32)) == "ba", "1920 tokens are 0.192 s, its wait 0.15 s more"
+    later(view, b=like(wait_s=0.35))
+    assert view.ranked(conversation(1, 32)) == "ab", "0.25 s more"
+
+
+def test_a_new_conversation_goes_where_it_ends_first() -> None:
+    view = View(a=USUAL, b=USUAL, c=USUAL)
+    accept(view, "b", conversation(1, 30))
+    later(view, b=like(wait_s=0.11), c=like(wait_s=0.12))
+    assert view.ranked(conversation(2, 30)) == "abc"
+
+
+def test_a_beginning_that_all_share_spreads_over_the_replicas() -> None:
+    view = View(a=USUAL, b=USUAL, c=USUAL, d=USUAL)
+    accept(view, "a", conversation(0, 20, shared=20))
+    later(view)
+    went: Counter[str] = Counter()
+    for number in range(1, 41):
+        asked = conversation(number, 24, shared=20)
+        first = view.ranked(asked)[0]
+        accept(view, first, asked)
+        went[first] += 1
+    assert max(went.values()) < 16 and min(went.values()) > 5
+
+
+def test_a_prompt_that_is_held_takes_little_time_of_those_behind_it() -> None:
+    view = View(a=USUAL, b=USUAL)
+    accept(view, "a", conversation(1, 40))
+    later(view, b=like(wait_s=0.13))
+    accept(view, "a", conversation(1, 40))
+    assert view.ranked(Asked(output_tokens=0.0)) == "ab", "not 0.256 s"
+    view.send("a", conversation(2, 40))
+    assert view.ranked(Asked(output_tokens=0.0)) == "ba"
+
+
+def test_a_replica_that_finds_less_than_foretold_is_trusted_less() -> None:
+    view = View(a=USUAL, b=like(wait_s=0.2))
+    accept(view, "b", conversation(1, 64))
+    went = []
+    for turn in range(12):
+        later(view, b=replace(like(wait_s=0.2), prompt_tokens=turn * 64 * BLOCK_TOKENS, cached_tokens=0))
+        went.append(view.ranked(conversation(1, 64))[0])
+        later(view)
+        accept(view, "b", conversation(1, 64))
+    assert went[0] == "b" and went[10:] == ["a", "a"], "its prefix cache is off"
+
+
+def test_a_replica_that_counts_from_0_again_holds_nothing() -> None:
+    view = View(a=USUAL, b=replace(like(wait_s=0.2), prompt_tokens=9000, cached_tokens=8000))
+    view.ranked()
+    accept(view, "b", conversation(1, 64))
+    later(view)
+    assert view.ranked(conversation(1, 64)) == "ba"
+    later(view, b=replace(like(wait_s=0.2), prompt_tokens=10))
+    assert view.ranked(conversation(1, 64)) == "ab"
+
+
+def test_of_many_ingresses_each_looks_at_the_replica_that_holds_most() -> None:
+    reports = dict.fromkeys("abcdefgh", USUAL)
+    view = View(ingresses=8, **reports)
+    accept(view, "e", conversation(1, 40))
+    later(view)
+    assert {view.ranked(conversation(1, 42))[0] for _ in range(50)} == {"e"}
+    assert len({view.ranked(conversation(2, 42))[0] for _ in range(50)}) > 4
+
+
 def test_what_has_ended_since_the_report_makes_room() -> None:
     reports = {"a": replace(USUAL, at_s=101.0), "b": replace(USUAL, at_s=101.0)}
     view = View(**reports)
@@ -120,7 +247,7 @@ def test_a_request_that_went_elsewhere_is_counted_there() -> None:
     for replica in ("a", "a", "b", "a", "b"):
         view.sent.sent("r", replica, REQUEST)
     view.sent.sent("r", "a")
-    assert (view.sent.since("a", 100.0), view.sent.since("b", 100.0)) == ((1, 1000.0), (0, 0.0))
+    assert (view.sent.since("a", 100.0)[:2], view.sent.since("b", 100.0)[:2]) == ((1, 1000.0), (0, 0.0))
 
 
 def test_choices_and_prompts_are_requests_of_their_own() -> None:
@@ -157,7 +284,7 @@ def test_a_replica_that_is_gone_is_forgotten() -> None:
     view = View(a=USUAL, b=USUAL)
     view.send("a")
     view.sent.keep(["b"])
-    assert view.sent.since("a", 100.0) == (0, 0.0)
+    assert view.sent.since("a", 100.0) == (0, 0.0, ())
 
 
 def test_a_clock_that_runs_ahead_or_behind_costs_a_replica_nothing() -> None:

@@ -243,6 +243,16 @@ def test_equal_replicas_share_the_load_also_between_two_reports(tmp_path):
     assert all(0.25 < share < 0.75 for share in shares.values()), shares
 
 
+def test_conversations_stay_where_their_beginning_is_held():
+    lengths = "sessions:system=0,first=600,turn=300,think=2"
+    options = {"lengths": lengths, "rate_rps": 6.0, "requests": 160, "replicas": 4}
+    hits = {
+        router: simulate(simulation_config(options | {"policy": "fluid", "router": router}))["prefix_hit_fraction"]
+        for router in ("fluid", "round-robin")
+    }
+    assert hits["fluid"] > 1.5 * hits["round-robin"], hits
+
+
 def test_requests_go_where_the_routing_of_serving_puts_them(tmp_path, monkeypatch):
     assert routing.best_first is best_first
     chosen, known = [], []

@@ -28,8 +28,11 @@ from scheduler.thresholds import Thresholds
 from scheduler.tuning.slo import Slo
 
 SETTINGS = SchedulerSettings.from_additional_config({"headrace": {"targets": {"ttft_s": 3.0, "tpot_s": 0.08}}})
-NOT_SHOWN = {"decode_steps", "decode_computed_tokens", "decode_gained_tokens", "decode_gained_squares", "rejected"}
-"""Of speculative decoding, which vLLM's own metrics have; and a sum of others."""
+NOT_SHOWN = {
+    "decode_steps", "decode_computed_tokens", "decode_gained_tokens", "decode_gained_squares", "prompt_tokens",
+    "cached_tokens", "rejected",
+}
+"""Of speculative decoding and of the prefix cache, which vLLM's own metrics have; and a sum of others."""
 NOT_LIMITED = {
     "headrace_threshold_group_requests", "headrace_threshold_running_requests", "headrace_threshold_queue_requests",
 }

@@ -177,6 +177,8 @@ def test_what_the_cache_holds_of_a_request_that_has_ended_is_cached_and_not_shar
     first, second = telemetry(engine).finished
     assert (first.cached_tokens, first.shared_tokens) == (0, 0)
     assert (second.cached_tokens, second.shared_tokens) == (96, 0), "six whole blocks of 16"
+    stats = engine.scheduler.stats()
+    assert (stats.prompt_tokens, stats.cached_tokens) == (200, 96), "which the request routers read"
 
 
 # What the engine tells of requests that ended.

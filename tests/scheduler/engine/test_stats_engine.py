@@ -24,7 +24,7 @@ def test_stats_count_running_and_waiting_requests_under_the_active_cap():
     stats, limits = engine.scheduler.stats(), engine.scheduler.active.limits
     assert stats == Stats(
         engine_id=stats.engine_id, slots=3, running=3, waiting=2, kv_used_tokens=stats.kv_used_tokens,
-        kv_capacity_tokens=limits.kv_capacity_tokens, thresholds_version=0, steps=1,
+        kv_capacity_tokens=limits.kv_capacity_tokens, thresholds_version=0, steps=1, prompt_tokens=96,
     )
     assert 0 < stats.kv_used_fraction < 1
     assert engine.apply({"version": 4, "policy": "fcfs"}).accepted
