@@ -29,6 +29,7 @@ from cluster.measured import ControllerMeter
 from cluster.outlook import Outlook
 from cluster.pins import Pin, Pins
 from cluster.prospects import NothingKnown, Values
+from cluster.scaling import Scaling
 from cluster.tuned import TunedModel, TunedReplica
 from replicas import logs
 from replicas.actor_calls import ReplicaUnavailable
@@ -65,7 +66,7 @@ class ControlLoop:
         self._app_name = app_name
         self._replicas: dict[str, TunedReplica] = {}
         self.events, self._pins = EventLog(store), Pins(store)
-        self.outlook = Outlook()
+        self.outlook, self.scaling = Outlook(), Scaling(store)
         self.learning = Learning(self.outlook)
         self.inbox = Inbox()
         self.next_pass_s = float("-inf")
@@ -124,6 +125,10 @@ class ControlLoop:
                 reason=said,
             ) for name, said in self.learning.news().items()
         ))
+        answered = [name for name, one in learned.items() if not isinstance(one, Exception)]
+        await asyncio.to_thread(
+            self.scaling.look, time.monotonic(), self._begun_unix_s, self._models, dict(self._replicas), answered
+        )
         self.passes += 1
 
     async def _in_store(self, change: Callable[..., None], *args: Any) -> None:
@@ -269,7 +274,7 @@ class ControlLoop:
         self.meter.tell({
             name: (entry.engine.model_id, entry.tuner.shown) for name, entry in self._replicas.items()
             if now_s - self.inbox.heard_s(name) <= _SILENT_PERIODS * entry.tuned.settings.controller.period_s
-        })
+        }, self.scaling.wanted)
 
     def state(self) -> dict[str, Any]:
         """The estimates and the latest decision of every replica, JSON-ready."""
@@ -277,6 +282,7 @@ class ControlLoop:
             "passes": self.passes,
             "period_s": self.period_s,
             "pins": self._pins.state(),
+            "scaling": self.scaling.shown(),
             "replicas": {name: self._entry(name, entry) for name, entry in self._replicas.items()},
         }
 

@@ -321,9 +321,9 @@ REPLICAS = Metric(
     help="Engines that the controller tunes.",
 )
 REPLICAS_WANTED = Metric(
-    name="headrace_replicas_wanted", kind=Kind.GAUGE, source=Source.CONTROLLER, labels=("model", "reason"),
-    unit="engines", help="Engines with which the offered rate would be within the capacity of the fluid model, and "
-    "what limits those there are. Nothing scales by it yet.",
+    name="headrace_replicas_wanted", kind=Kind.GAUGE, source=Source.CONTROLLER, labels=("model",), unit="replicas",
+    help="Replicas that the offered load will need when one that is started now has come up; under another policy than "
+    "fluid, engines that the present load needs.",
 )
 CYCLE_SECONDS = Metric(
     name="headrace_control_cycle_seconds", kind=Kind.HISTOGRAM, source=Source.CONTROLLER, labels=(), unit="seconds",

@@ -29,8 +29,8 @@ WITH_VLLM = {
     "simulator.engine.replica", "simulator.engine.vllm_v0",
 }
 WITH_RAY = {
-    "cluster.app", "cluster.keeper", "cluster.rollout", "replicas.actor_calls", "replicas.cluster_store",
-    "replicas.controller_calls",
+    "cluster.app", "cluster.keeper", "cluster.replica_policy", "cluster.rollout", "replicas.actor_calls",
+    "replicas.cluster_store", "replicas.controller_calls",
     "replicas.engine", "replicas.failed_answers", "replicas.logs", "replicas.measured", "replicas.ray_patches",
     "replicas.server",
     "router.attempts", "router.errors", "router.http_app", "router.in_flight", "router.ingress",

@@ -125,6 +125,11 @@ class ReplicaModel:
         return self.rates.total.value if self.telemetry else 0.0
 
     @property
+    def miss_probability(self) -> float:
+        """The accepted share of requests that miss a target."""
+        return self._settings.overflow_probability
+
+    @property
     def finished_seen(self) -> int:
         """Finished requests since the last change of lengths."""
         return self._traffic.finished_count if self._digested is None else self._digested.digest.finished_seen

@@ -39,7 +39,7 @@ def one_cycle(controllers: Sequence[VirtualController], siblings: Siblings, now_
 
 
 class VirtualController:
-    """The shipped controller's model of one replica, fed with that replica's own telemetry."""
+    """The shipped controller's model of one replica, `model`, fed with that replica's own telemetry."""
 
     def __init__(
         self, replica: VirtualReplica, config: SimulationConfig, time_model: IterationTimeModel, configured: Thresholds,

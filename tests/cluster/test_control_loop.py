@@ -422,7 +422,7 @@ def test_the_actor_tells_events_apart_from_its_state(cluster: Cluster, monkeypat
     (event,) = answer["events"]
     assert (event["replica"], event["old_version"], event["new_version"]) == ("a", 0, 1)
     assert parse_thresholds(event["new"]) == cluster.active("a")
-    assert state.keys() == {"started_unix_s", "passes", "period_s", "pins", "replicas"}
+    assert state.keys() == {"started_unix_s", "passes", "period_s", "pins", "scaling", "replicas"}
 
 
 def test_while_a_pass_solves_the_state_can_be_read(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
