@@ -75,17 +75,14 @@ class Learning:
         cycle; now_s: monotonic."""
         found: dict[str, Learned | Exception] = {}
         read: dict[str, _Report] = {}
-        for name, (entry, text) in reports.items():
-            try:
-                read[name] = _Report(entry, read_from(entry.engine, text, Telemetry))
-            except Exception as error:
-                found[name] = error
-        before = {name: one.entry.tuner.time_model for name, one in read.items()}
+        before: dict[str, IterationTimeModel | None] = {}
         waiting, touched = dict[str, Proposal](), set[Siblings]()
-        for name, report in read.items():
+        for name, (entry, text) in reports.items():  # each at once, so that no two reports of all replicas are kept
             try:
+                report = _Report(entry, read_from(entry.engine, text, Telemetry))
+                before[name], read[name] = entry.tuner.time_model, report
                 with self._outlook.modelling:
-                    proposal = report.entry.take(report.telemetry)
+                    proposal = entry.take(report.telemetry)
                     if proposal is None:
                         touched.add(self._taken(name, report, now_s))
                     else:
