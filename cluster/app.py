@@ -22,7 +22,7 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.ingress import make_fastapi_ingress
 
 from cluster.config import AppConfig
-from cluster.controller import ControllerKeeper
+from cluster.keeper import ControllerKeeper
 from cluster.keys import with_keys
 from cluster.live import SettingsJudge, ingress_user_config, live_settings
 from cluster.llm_entry import LLMEntry

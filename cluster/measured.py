@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from replicas.measured import METER, StateMeter
@@ -78,14 +78,15 @@ class ControllerMeter:
 
     def channel(self, model: str) -> contextlib.AbstractContextManager[None]:
         """One question to an engine of a model, and its answer."""
-        return self._timed(CHANNEL_SECONDS, model)
+        return self._timed(CHANNEL_SECONDS, (model,))
 
-    def solving(self, model: str) -> contextlib.AbstractContextManager[None]:
-        """Updating and solving the model of one engine."""
-        return self._timed(SOLVE_SECONDS, model)
+    def solving(self, models: Collection[str]) -> contextlib.AbstractContextManager[None]:
+        """Updating the models of all engines that answered together, and solving for them. models: language models."""
+        return self._timed(SOLVE_SECONDS, models)
 
     @contextlib.contextmanager
-    def _timed(self, metric: Metric, model: str) -> Iterator[None]:
+    def _timed(self, metric: Metric, models: Collection[str]) -> Iterator[None]:
         begun_s = self._clock()
         yield
-        self._meter.record(metric, self._clock() - begun_s, {"model": model})
+        for model in models:
+            self._meter.record(metric, self._clock() - begun_s, {"model": model})

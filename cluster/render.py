@@ -42,6 +42,8 @@ def status_tables(state: dict[str, Any]) -> Iterator[Any]:
     for name, replica in state["replicas"].items():
         said = replica["decision"] if replica["reachable"] else f"not reachable: {replica['reason']}"
         yield Text(f"{name} ({replica['model']}): {said}" if len(models) > 1 else f"{name}: {said}")
+        if replica.get("deviation"):
+            yield Text(f"{name} {replica['deviation']['text']}", style="yellow")
         if replica["reachable"] and replica["counters"]["completed"]:
             yield Text(f"{name}: {_kept(replica['counters'])}")
     controller = state["controller"]

@@ -331,11 +331,12 @@ CYCLE_SECONDS = Metric(
 )
 SOLVE_SECONDS = Metric(
     name="headrace_solve_seconds", kind=Kind.HISTOGRAM, source=Source.CONTROLLER, labels=("model",), unit="seconds",
-    help="Updating the model of one engine and solving for its thresholds.", buckets=_SHORT_SECONDS,
+    help="Updating what is known of the engines that answered together, and solving for their thresholds.",
+    buckets=_SHORT_SECONDS,
 )
 CHANNEL_SECONDS = Metric(
     name="headrace_channel_seconds", kind=Kind.HISTOGRAM, source=Source.CONTROLLER, labels=("model",), unit="seconds",
-    help="From the controller's question to an engine until its answer.", buckets=_SHORT_SECONDS,
+    help="From the controller's offer of thresholds to an engine until its answer.", buckets=_SHORT_SECONDS,
 )
 WAITING_SECONDS = Metric(
     name="headrace_waiting_seconds", kind=Kind.HISTOGRAM, source=Source.REPLICA, labels=OF_REQUEST, unit="seconds",

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from scheduler.model.profiles import load_profile
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS
 from scheduler.thresholds import EngineLimits, Thresholds, thresholds_as_dict
+from scheduler.tuning.siblings import Siblings
 from simulator.config import SimulationConfig, SimulationError
-from simulator.engine.controller import VirtualController
+from simulator.engine.controller import VirtualController, one_cycle
 from simulator.engine.replica import VirtualReplica
 from simulator.engine.replica_state import Sink
 from simulator.engine.routing import Routing
@@ -52,6 +53,7 @@ class Fleet:
         self._latest_s = self._now_s = 0.0
         self._waiting: list[tuple[int, SimRequest, Attempt | None]] = []
         self.replicas: list[VirtualReplica] = []
+        self._siblings = Siblings(config.max_model_len)
         self._scaling: Scaling | None = None
         self._sink: Sink = writer
         if config.autoscale:
@@ -131,9 +133,7 @@ class Fleet:
                 self._routing.report()
                 self._stats_due_s += self._config.stats_age_s
             if self._control_due_s <= due_s:
-                for _, controller in self._members:
-                    if controller is not None:
-                        controller.one_cycle()
+                one_cycle([one for _, one in self._members if one is not None], self._siblings, due_s)
                 self._control_due_s += self._config.period_s
             if self._scaling and self._scaling.next_s <= due_s:
                 self._scale(self._scaling, due_s)
