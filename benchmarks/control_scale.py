@@ -170,7 +170,7 @@ calls and sends offers. A pass in which all replicas get new thresholds costs mo
 
 ## Beyond
 
-At {largest} replicas a pass takes {largest_s} s of the {period} s that there are. Up to about {most} a pass
+At {largest} replicas a pass takes {largest_s} s; the default period is {period} s. Up to about {most} replicas a pass
 takes at most half of the period. For more, in this order:
 
 1. a longer `controller.period_s`, which divides the cost; replicas keep their thresholds for `validity_s`;
