@@ -22,10 +22,11 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.ingress import make_fastapi_ingress
 
 from cluster.config import AppConfig
-from cluster.controller import ControllerKeeper
+from cluster.keeper import ControllerKeeper
 from cluster.keys import with_keys
 from cluster.live import SettingsJudge, ingress_user_config, live_settings
 from cluster.llm_entry import LLMEntry
+from cluster.replica_bounds import with_policy
 from cluster.rollout import surge_percent, version_of
 from cluster.settings import ModelSettings
 from cluster.tuned import TunedModel
@@ -188,7 +189,9 @@ def _deployment_config(entry: LLMEntry, settings: ModelSettings) -> dict[str, An
         "max_ongoing_requests": _MAX_ONGOING_REQUESTS, "health_check_period_s": _HEALTH_CHECK_PERIOD_S,
         "health_check_timeout_s": _HEALTH_CHECK_TIMEOUT_S,
     }
-    return defaults | entry.deployment_config | {
+    scaled = entry.deployment_config.get("autoscaling_config")
+    own = {"autoscaling_config": with_policy(scaled, entry, settings)} if scaled else {}
+    return defaults | entry.deployment_config | own | {
         "request_router_config": router | entry.deployment_config.get("request_router_config", {}),
         "graceful_shutdown_timeout_s": settings.drain_s,
     }

@@ -1,8 +1,9 @@
 """The central controller: a named Ray actor that retunes every replica, every few seconds, while it serves.
 
-Each control cycle collects telemetry, updates the model of each replica, solves the fluid model and pushes thresholds
-that changed. Serving does not depend on the controller: without it replicas keep their thresholds, which lapse to the
-configured ones after `validity_s`, and any ingress replica starts a new controller (`ControllerKeeper`). A new
+Replicas report by themselves (`replicas.reports`). Each control cycle takes what has come, updates what is known of
+each replica, solves the fluid model and pushes thresholds that changed. Serving does not depend on the controller:
+without it replicas keep their thresholds, which lapse to the configured ones after `validity_s`, and any ingress
+replica starts a new controller (`cluster.keeper`). A new
 controller rebuilds its estimates from telemetry; pins and events are in the cluster's store.
 
 An engine reports its targets, its miss probability and its configured thresholds, and is tuned for these; the other
@@ -14,40 +15,44 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import ray
-from ray.actor import ActorHandle
-
-from cluster.event_log import Event, EventLog
+from cluster.event_log import Event, EventLog, together
+from cluster.inbox import NOT_TUNED, Inbox, digesting, next_report_s
+from cluster.learning import Learned, Learning
 from cluster.measured import ControllerMeter
 from cluster.outlook import Outlook
 from cluster.pins import Pin, Pins
 from cluster.prospects import NothingKnown, Values
-from cluster.settings import ModelSettings
+from cluster.scaling import Scaling
 from cluster.tuned import TunedModel, TunedReplica
 from replicas import logs
 from replicas.actor_calls import ReplicaUnavailable
 from replicas.cluster_store import ClusterStore
 from replicas.measured import keep_telling
-from replicas.questions import ask_telemetry, offer_thresholds
+from replicas.questions import offer_thresholds
 from replicas.ranks import EngineAddress
 from replicas.served import engines_of
 from replicas.store import Store
 from scheduler.messages import Telemetry
-from scheduler.thresholds import InvalidThresholds, thresholds_as_dict
+from scheduler.thresholds import InvalidThresholds, Thresholds
 from scheduler.tuning.engine_tuner import Change
 from scheduler.tuning.slo import Slo
 from scheduler.wire import UnreadableMessage
 
-NAMESPACE = "headrace"
-_IDLE_PERIOD_S = 5.0
+IDLE_PERIOD_S = 5.0
+"""Seconds between two passes while no model is tuned."""
 _SHOWN_CHANGES = 20
 _SILENT_PERIODS = 3.0
+_TOGETHER_S = 0.2
+"""Seconds in which more urgent reports are waited for, to be learned from together."""
+_Changed = tuple[Event, Thresholds, Thresholds]
+"""An event, with the thresholds before and after it."""
 logger = logging.getLogger(__name__)
 
 
@@ -61,7 +66,11 @@ class ControlLoop:
         self._app_name = app_name
         self._replicas: dict[str, TunedReplica] = {}
         self.events, self._pins = EventLog(store), Pins(store)
-        self.outlook = Outlook()
+        self.outlook, self.scaling = Outlook(), Scaling(store)
+        self.learning = Learning(self.outlook)
+        self.inbox = Inbox()
+        self.next_pass_s = float("-inf")
+        """When the next pass begins, monotonic."""
         self._storing = threading.Lock()
         self.meter = ControllerMeter()
         self.passes, self._begun_unix_s = 0, 0.0
@@ -70,6 +79,7 @@ class ControlLoop:
     def configure(self, models: Mapping[str, TunedModel]) -> None:
         """Tune with these settings from the next cycle on; what is known of the replicas stays."""
         self._models = {name: model for name, model in models.items() if model.settings.controller.enabled}
+        self._digesting = {name: digesting(model) for name, model in self._models.items()}
         self._served = {name: model.served for name, model in self._models.items()}
         for entry in self._replicas.values():
             entry.follow(self._models.get(entry.engine.deployment, entry.tuned))
@@ -83,21 +93,41 @@ class ControlLoop:
     @property
     def period_s(self) -> float:
         """Seconds between two cycles: the shortest period of a model."""
-        return min((one.settings.controller.period_s for one in self._models.values()), default=_IDLE_PERIOD_S)
+        return min((one.settings.controller.period_s for one in self._models.values()), default=IDLE_PERIOD_S)
 
     async def one_cycle(self) -> None:
-        """Collect, solve, push. A replica without an answer, or with a failing model, does not delay the others.
+        """Read what has been reported, solve, push. A silent replica, or one with a failing model, delays no other.
 
-        Replicas are solved one after the other in a thread, so that the actor still answers calls.
+        All are read and solved together in a thread, so that the actor still answers calls.
         """
         self._begun_unix_s = time.time()  # of all points of this cycle, so that they add up
         self.outlook.history.keep_only(self._begun_unix_s)
         found = await asyncio.to_thread(engines_of, self._app_name, self._served)
         self._replicas = {name: self._replicas.get(name) or self._new_replica(found[name]) for name in found}
         await self._in_store(self._look, list(found))
-        solving = asyncio.Lock()
-        await asyncio.gather(
-            *(self._tune_alone(name, found[name], self._replicas[name], solving) for name in self._due())
+        self.learning.keep_only(found)
+        self.inbox.keep_only(found, time.monotonic())
+        due = self._due()
+        reports = self.inbox.fresh(due)
+        self._note_silent(due - reports.keys())
+        with self.meter.solving({self._replicas[name].engine.model_id for name in reports}):
+            learned = await asyncio.to_thread(
+                self.learning.learn, {name: (self._replicas[name], report) for name, report in reports.items()},
+                self._begun_unix_s, time.monotonic(),
+            )
+        changes = await asyncio.gather(
+            *(self._push(name, self._replicas[name], found) for name, found in learned.items())
+        )
+        await self._note(*together([one for one in changes if one is not None]))
+        await self._note(*(
+            Event(
+                at_unix_s=time.time(), kind="speed", replica=name, model=self._replicas[name].engine.model_id,
+                reason=said,
+            ) for name, said in self.learning.news().items()
+        ))
+        answered = [name for name, one in learned.items() if not isinstance(one, Exception)]
+        await asyncio.to_thread(
+            self.scaling.look, time.monotonic(), self._begun_unix_s, self._models, dict(self._replicas), answered
         )
         self.passes += 1
 
@@ -115,72 +145,92 @@ class ControlLoop:
     def _look(self, engines: Sequence[str]) -> None:
         self._pins.keep_only(engines, time.time())
 
-    def _due(self) -> list[str]:
+    def _due(self) -> set[str]:
         """The replicas whose period has passed, but for a tenth, as cycles come a little early or late."""
-        now_s, due = time.monotonic(), []
+        now_s, due = time.monotonic(), set()
         for name, entry in self._replicas.items():
             period_s = entry.tuned.settings.controller.period_s
             if period_s <= self.period_s or now_s >= entry.due_s - 0.1 * period_s:
                 entry.due_s = now_s + period_s
-                due.append(name)
+                due.add(name)
         return due
+
+    def report(self, deployment: str, reports: Mapping[str, bytes]) -> dict[str, Any]:
+        """Take the reports of a replica's engines, by name, and say how to report next: in `next_s` seconds, with what
+        `digesting` says; `cursors`: the records that are known, for engines whose policy needs records."""
+        now_s, model = time.monotonic(), self._models.get(deployment)
+        if model is None:
+            return dict(NOT_TUNED)
+        self.inbox.take(reports, now_s)
+        cursors = {name: one.tuner.cursor for name in reports if (one := self._replicas.get(name)) is not None}
+        next_s = next_report_s(
+            next(iter(reports), ""), model.settings.controller.period_s, len(self._replicas), self.next_pass_s - now_s
+        )
+        return self._digesting[deployment] | {"next_s": next_s, "cursors": cursors}
+
+    def _note_silent(self, names: Collection[str]) -> None:
+        now_s = time.monotonic()
+        for name in names:
+            entry = self._replicas[name]
+            for_s = now_s - self.inbox.heard_s(name)
+            if for_s == math.inf:
+                entry.tuner.note = "no report yet: the replica is starting"
+            elif for_s > _SILENT_PERIODS * entry.tuned.settings.controller.period_s:
+                entry.tuner.note = f"no report for {for_s:.0f} s: the replica is busy, cut off or gone"
 
     def _new_replica(self, engine: EngineAddress) -> TunedReplica:
         tuned = self._models[engine.deployment]
         return TunedReplica(engine, tuned, tuned.new_tuner())
 
-    async def _tune_alone(self, name: str, engine: EngineAddress, entry: TunedReplica, solving: asyncio.Lock) -> None:
+    async def _push(self, name: str, entry: TunedReplica, learned: Learned | Exception) -> _Changed | None:
+        """Send a replica what was learned for it; the change to be noted."""
         try:
-            await self._tune(name, engine, entry, solving)
-        except ReplicaUnavailable as error:
-            entry.tuner.note = str(error)
-        except UnreadableMessage as error:  # another release, during an upgrade: the replica keeps its thresholds
-            note = f"not tuned: {error}"
-            if note != entry.tuner.note:
-                logger.warning("replica %s is %s", name, note)
-            entry.tuner.note = note
+            if isinstance(learned, Exception):
+                raise learned
+            return await self._offer(name, entry, learned)
         except Exception as error:
-            note = f"not tuned: {error!r}"
-            if note != entry.tuner.note:  # log a repeated failure once
-                logger.exception("replica %s is not tuned", name)
-            entry.tuner.note = note
+            self._not_tuned(name, entry, error)
+            return None
 
-    async def _tune(self, name: str, engine: EngineAddress, entry: TunedReplica, solving: asyncio.Lock) -> None:
-        with self.meter.channel(engine.model_id):
-            telemetry = await ask_telemetry(engine, entry.tuner.cursor)
-        entry.heard_s = time.monotonic()
-        async with solving:
-            with self.meter.solving(engine.model_id):
-                proposal = await asyncio.to_thread(self.outlook.learn, name, entry, telemetry, self._begun_unix_s)
+    def _not_tuned(self, name: str, entry: TunedReplica, error: Exception) -> None:
+        if isinstance(error, ReplicaUnavailable):
+            entry.tuner.note = str(error)
+            return
+        readable = not isinstance(error, UnreadableMessage)  # another release, during an upgrade: thresholds stay
+        note = f"not tuned: {error!r}" if readable else f"not tuned: {error}"
+        if note != entry.tuner.note:  # log a repeated failure once
+            logger.warning("replica %s is %s", name, note, exc_info=error if readable else None)
+        entry.tuner.note = note
+
+    async def _offer(self, name: str, entry: TunedReplica, learned: Learned) -> _Changed | None:
+        engine, telemetry, push = entry.engine, learned.telemetry, learned.push
         if (pin := self._pins.missing(name, engine.model_id, telemetry.thresholds)) is not None:
-            await self._give(name, engine, entry, telemetry, pin)
-            return
-        push = entry.tuner.next_push(telemetry, proposal, time.monotonic())
+            return await self._give(name, engine, entry, telemetry, pin)
         if push.thresholds is None:
-            return
-        ack = await offer_thresholds(engine, push.thresholds, automatic=True)
+            return None
+        with self.meter.channel(engine.model_id):
+            ack = await offer_thresholds(engine, push.thresholds, automatic=True)
         change = entry.tuner.answered(telemetry.thresholds, push, ack, time.monotonic())
-        if change is not None:
-            await self._note(self._pushed(name, engine, change))
+        return None if change is None else self._pushed(name, engine, change)
 
     async def _give(
         self, name: str, engine: EngineAddress, entry: TunedReplica, telemetry: Telemetry, pin: Pin
-    ) -> None:
-        """Offer an engine the pin of its model, which it lacks."""
+    ) -> _Changed | None:
+        """Offer an engine the pin of its model, which it lacks; the change to be noted."""
         old = telemetry.thresholds
         try:
             new = pin.values(time.time()).with_version(old.version + 1)
         except InvalidThresholds as error:
             entry.tuner.note = f"the pin of {engine.model_id} cannot be given: {error}"
-            return
+            return None
         ack = await offer_thresholds(engine, new, automatic=False)
         if ack.accepted:
             entry.tuner.note = f"pinned by an operator at version {new.version}"
             await self._in_store(self._pins.given, name, engine.model_id)
         else:
             entry.tuner.note = f"the pin of {engine.model_id} was rejected: {ack.reason}"
-        event = self._pushed(name, engine, Change(old, new, ack.accepted, entry.tuner.note))
-        await self._note(replace(event, kind="pin", by=pin.by, key=pin.key))
+        event, *_ = self._pushed(name, engine, Change(old, new, ack.accepted, entry.tuner.note))
+        return replace(event, kind="pin", by=pin.by, key=pin.key), old, new
 
     async def pin(self, pin: Pin, models: Sequence[str], engines: Sequence[str]) -> None:
         """Keep an operator's pin: of whole models, else of single engines."""
@@ -206,24 +256,25 @@ class ControlLoop:
                 key=pin.key, new=pin.thresholds,
             ))
 
-    async def _note(self, event: Event) -> None:
-        await self._in_store(self.events.add, event)
+    async def _note(self, *events: Event) -> None:
+        if events:
+            await self._in_store(self.events.add_all, events)
 
-    def _pushed(self, name: str, engine: EngineAddress, change: Change) -> Event:
+    def _pushed(self, name: str, engine: EngineAddress, change: Change) -> _Changed:
         old, new = change.old, change.new
-        return Event(
+        event = Event(
             at_unix_s=time.time(), replica=name, model=engine.model_id, old_version=old.version,
-            new_version=new.version, accepted=change.accepted, reason=change.reason, old=thresholds_as_dict(old),
-            new=thresholds_as_dict(new),
+            new_version=new.version, accepted=change.accepted, reason=change.reason,
         )
+        return event, old, new
 
     async def tell(self) -> None:
         """Record the estimates of the engines that were heard in the last few periods."""
         now_s = time.monotonic()
         self.meter.tell({
             name: (entry.engine.model_id, entry.tuner.shown) for name, entry in self._replicas.items()
-            if now_s - entry.heard_s <= _SILENT_PERIODS * entry.tuned.settings.controller.period_s
-        })
+            if now_s - self.inbox.heard_s(name) <= _SILENT_PERIODS * entry.tuned.settings.controller.period_s
+        }, self.scaling.wanted)
 
     def state(self) -> dict[str, Any]:
         """The estimates and the latest decision of every replica, JSON-ready."""
@@ -231,6 +282,7 @@ class ControlLoop:
             "passes": self.passes,
             "period_s": self.period_s,
             "pins": self._pins.state(),
+            "scaling": self.scaling.shown(),
             "replicas": {name: self._entry(name, entry) for name, entry in self._replicas.items()},
         }
 
@@ -249,7 +301,11 @@ class ControlLoop:
 
     def _entry(self, name: str, entry: TunedReplica) -> dict[str, Any]:
         pin = self._pins.of(name, entry.engine.model_id)
-        return entry.tuner.shown | {"decision": entry.tuner.note, "pin": pin.shown if pin else None}
+        deviation = self.learning.deviations.get(name)
+        return entry.tuner.shown | {
+            "decision": entry.tuner.note, "pin": pin.shown if pin else None,
+            "deviation": None if deviation is None else deviation.shown,
+        }
 
 
 class ControllerActor:
@@ -270,6 +326,13 @@ class ControllerActor:
             self._task = asyncio.create_task(self._run())
             self._telling = self._telling or asyncio.create_task(keep_telling(self._loop.tell))
         return True
+
+    async def report(self, deployment: str, reports: Mapping[str, bytes], urgent: bool) -> dict[str, Any]:
+        """See `ControlLoop.report`; after an urgent one, a pass begins at once."""
+        answer = self._loop.report(deployment, reports)
+        if urgent:
+            self._soon.set()
+        return answer
 
     async def state(self) -> dict[str, Any]:
         """See `ControlLoop.state`; `started_unix_s` differs between a controller and its successor."""
@@ -321,6 +384,7 @@ class ControllerActor:
     async def _run(self) -> None:
         while True:
             begun = time.monotonic()
+            self._loop.next_pass_s = begun + self._loop.period_s
             try:
                 with self._loop.meter.cycle():
                     await self._loop.one_cycle()
@@ -329,47 +393,5 @@ class ControllerActor:
             left_s = max(0.0, self._loop.period_s - (time.monotonic() - begun))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._soon.wait(), left_s)
+                await asyncio.sleep(_TOGETHER_S)
             self._soon.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class ControllerKeeper:
-    """Starts the controller from an ingress replica unless it exists; safe to run in several replicas at once.
-
-    models: by deployment; at least one has its controller enabled.
-    """
-
-    models: Mapping[str, TunedModel]
-
-    @property
-    def check_every_s(self) -> float:
-        """Seconds between two checks: a lost controller is replaced within two of its periods."""
-        periods_s = [
-            model.settings.controller.period_s for model in self.models.values() if model.settings.controller.enabled
-        ]
-        return max(0.5, min(periods_s, default=_IDLE_PERIOD_S) / 2)
-
-    def with_settings(self, settings: Mapping[str, Mapping[str, Any]]) -> ControllerKeeper:
-        """The same, with the settings of the models by name, as `cluster.live.live_settings` writes them."""
-        return ControllerKeeper({
-            name: replace(one, settings=ModelSettings.model_validate(settings[one.served.model_id]))
-            if one.served.model_id in settings else one
-            for name, one in self.models.items()
-        })
-
-    def ensure(self, app_name: str) -> ActorHandle:
-        """The controller of an application, started if there is none.
-
-        The ingress replica that starts it owns it, so the controller ends with the application.
-        """
-        remote = ray.remote(ControllerActor)
-        actor = remote.options(
-            name=controller_name(app_name), namespace=NAMESPACE, get_if_exists=True, num_cpus=0, max_restarts=-1
-        ).remote(app_name, self.models, logs.form())
-        actor.keep_running.remote()
-        return actor
-
-
-def controller_name(app_name: str) -> str:
-    """The actor name of an application's controller, in the namespace `NAMESPACE`."""
-    return f"controller:{app_name}"

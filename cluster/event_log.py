@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from replicas.store import Store
+from scheduler.thresholds import Thresholds, thresholds_as_dict
 
 KEPT_EVENTS = 200
 _FOLDER = "events/"
-_MOST_CHANGES = 12
+_MOST_CHANGES, _ALIKE = 12, 8
 _CURVES = frozenset({"survival", "time_model"})
 _GROUPS = frozenset({"types", "segments"})
 _SAID_ELSEWHERE = frozenset({"version", "reason", "valid_for_s"})
@@ -23,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One change. kind: thresholds (a push of the controller), settings, pin or release.
+    """One change. kind: thresholds (a push of the controller), settings, pin, release, or speed (a replica has become
+    slower or faster than its siblings, or is no more).
 
     at_unix_s: when; model, replica: what it is about (empty: all of them); old_version, new_version: of thresholds
     (None: does not apply); accepted: whether it took effect; reason: why; by: an operator's name for itself; key: with
@@ -58,6 +60,24 @@ class Event:
         changed = changes(self.old, self.new)
         values = f" ({'; '.join(changed)})" if changed else ""
         return f"{self.kind} of {about}{versions}{author}: {taken}{self.reason}{values}"
+
+
+def together(changed: Iterable[tuple[Event, Thresholds, Thresholds]]) -> list[Event]:
+    """The events of one pass, with the old and new thresholds of each. Where more than `_ALIKE` replicas of a model
+    change alike, one event is about all of them, so that a thousand replicas do not push all else out of the log."""
+    alike: dict[tuple[Any, ...], list[tuple[Event, Thresholds, Thresholds]]] = {}
+    for one in changed:
+        event = one[0]
+        key = (event.kind, event.model, event.accepted, event.reason if event.accepted else "", event.by)
+        alike.setdefault(key, []).append(one)
+    found = []
+    for some in alike.values():
+        for event, old, new in some if len(some) <= _ALIKE else some[:1]:
+            valued = replace(event, old=thresholds_as_dict(old), new=thresholds_as_dict(new))
+            if len(some) > _ALIKE:
+                valued = replace(valued, replica="", reason=f"{len(some)} replicas alike: {event.reason}")
+            found.append(valued)
+    return found
 
 
 def _without_survival(values: dict[str, Any]) -> dict[str, Any]:
@@ -143,6 +163,11 @@ class EventLog(Sequence[Event]):
             self._trim()
         except Exception:  # the change has happened, whether or not it can be kept
             logger.exception("an event could not be kept")
+
+    def add_all(self, events: Iterable[Event]) -> None:
+        """Log and keep several."""
+        for event in events:
+            self.add(event)
 
     def _trim(self) -> None:
         while len(self._events) > KEPT_EVENTS:

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from scheduler.messages import Counters, Iteration, Telemetry, slots_of
+from scheduler.digest import Period
+from scheduler.estimation.engine_records import period_of
+from scheduler.messages import Counters, Telemetry, slots_of
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.tuning.slo import Slo
 
 KEPT_S = 900.0
 KEPT_POINTS = 450
 """Of one engine: a quarter of an hour of cycles of two seconds, and less of shorter ones."""
-SLOW_QUANTILE = 0.95
+KEPT_IN_ALL = 30_000
+"""Points of all engines together, some 30 MB: with more than 66 engines, each keeps fewer, down to `_LEAST_KEPT`."""
+_LEAST_KEPT = 8
 _DIGITS = 6
 
 
@@ -116,9 +118,10 @@ class History:
         series.counters, series.admitted, series.cursor = telemetry.counters, admitted, telemetry.cursor
 
     def keep_only(self, now_unix_s: float) -> None:
-        """Forget what is older than `KEPT_S`, and engines that have not reported since."""
+        """Forget what is older than `KEPT_S` or too much, and engines that have not reported since."""
+        most = max(_LEAST_KEPT, KEPT_IN_ALL // max(1, len(self._series)))
         for name, series in tuple(self._series.items()):
-            while series.points and series.points[0].at_unix_s < now_unix_s - KEPT_S:
+            while len(series.points) > most or (series.points and series.points[0].at_unix_s < now_unix_s - KEPT_S):
                 series.points.popleft()
             if series.seen_unix_s < now_unix_s - KEPT_S:
                 del self._series[name]
@@ -170,8 +173,7 @@ def _point(
     predicted_by: IterationTimeModel | None, shown: Mapping[str, Any],
 ) -> Point:
     counters, gauges, thresholds = telemetry.counters, telemetry.gauges, telemetry.thresholds
-    done = [one for one in telemetry.finished if one.seq > series.cursor and not one.aborted]
-    iterations = [one for one in telemetry.iterations if one.seq > series.cursor]
+    period = _period(series, telemetry, predicted_by)
     fluid, forecast = shown.get("fluid") or {}, shown.get("forecast") or {}
 
     def counted(name: str) -> int:
@@ -183,30 +185,20 @@ def _point(
         rejected_queue_full=counted("rejected_queue_full"), rejected_too_late=counted("rejected_too_late"),
         rejected_front_door=counted("rejected_front_door"), completed=counted("completed"), good=counted("good"),
         audited=counted("audited"), audited_met=counted("audited_met"), preemptions=counted("preemptions"),
-        ttft_s=_quantile((one.ttft_s for one in done), 0.5),
-        ttft_slow_s=_quantile((one.ttft_s for one in done), SLOW_QUANTILE), ttft_target_s=targets.ttft_s,
-        tpot_s=_quantile((one.tpot_s for one in done), 0.5),
-        tpot_slow_s=_quantile((one.tpot_s for one in done), SLOW_QUANTILE), tpot_target_s=targets.tpot_s,
+        ttft_s=period.ttft_s, ttft_slow_s=period.ttft_slow_s, ttft_target_s=targets.ttft_s, tpot_s=period.tpot_s,
+        tpot_slow_s=period.tpot_slow_s, tpot_target_s=targets.tpot_s,
         running=gauges.running, waiting=gauges.waiting,
         slots=slots_of(telemetry.limits, thresholds),
         queue_limit=thresholds.fluid.queue_limit if thresholds.fluid else None,
         kv_used_tokens=gauges.kv_used_tokens, kv_capacity_tokens=telemetry.limits.kv_capacity_tokens,
         kv_planned_tokens=fluid.get("memory_tokens"),
-        iteration_s=_mean([one.seconds for one in iterations]), predicted_s=_predicted_s(iterations, predicted_by),
+        iteration_s=period.iteration_s, predicted_s=period.predicted_s,
         capacity_rps=forecast.get("capacity_rps"), version=thresholds.version, pinned=thresholds.pinned,
     )
 
 
-def _predicted_s(iterations: Sequence[Iteration], model: IterationTimeModel | None) -> float | None:
-    if model is None:
-        return None
-    return _mean([model.iteration_s(one.prefill_tokens, one.decode_tokens, one.kv_tokens) for one in iterations])
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
-
-
-def _quantile(values: Iterable[float | None], share: float) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.quantile(known, share)) if known else None
+def _period(series: _Series, telemetry: Telemetry, predicted_by: IterationTimeModel | None) -> Period:
+    if telemetry.digest is not None:
+        return telemetry.digest.period
+    done = [one for one in telemetry.finished if one.seq > series.cursor and not one.aborted]
+    return period_of([one for one in telemetry.iterations if one.seq > series.cursor], done, predicted_by)

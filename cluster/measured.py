@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from replicas.measured import METER, StateMeter
@@ -21,23 +21,20 @@ from scheduler.metrics import (
     Meter,
     Metric,
 )
+from scheduler.tuning.wanted_replicas import Wanted
 
 Shown = Mapping[str, Any]
 """`EngineTuner.shown`."""
 
 
-def replicas_wanted(shown: list[Shown]) -> tuple[int, str] | None:
-    """How many engines would have the offered load within their capacity, and what limits the fullest one.
+def replicas_wanted(shown: list[Shown]) -> int | None:
+    """How many engines would have the present load within their capacity, where nothing else is decided.
 
     The sum of the engines' loads, rounded up, at least 1: an engine's load is its share of what it can serve within the
     targets, else within its memory. None: no engine's load is known.
     """
-    loads = [(load, one) for one in shown if (load := _load(one)) is not None]
-    if not loads:
-        return None
-    _, fullest = max(loads, key=lambda pair: pair[0])
-    wanted = math.ceil(sum(load for load, _ in loads) - 1e-9)
-    return max(1, wanted), str((fullest.get("forecast") or fullest["fluid"])["limit"])
+    loads = [load for one in shown if (load := _load(one)) is not None]
+    return max(1, math.ceil(sum(loads) - 1e-9)) if loads else None
 
 
 def _load(shown: Shown) -> float | None:
@@ -54,8 +51,9 @@ class ControllerMeter:
         self._engines: dict[str, StateMeter] = {}
         self._ended_s = clock()
 
-    def tell(self, engines: Mapping[str, tuple[str, Shown]]) -> None:
-        """Record the gauges. engines: model and estimates by the name of each engine that was heard of lately."""
+    def tell(self, engines: Mapping[str, tuple[str, Shown]], decided: Mapping[str, Wanted] | None = None) -> None:
+        """Record the gauges. engines: model and estimates by the name of each engine that was heard of lately. decided:
+        how many replicas there should be, by model; of others the loads say it."""
         self._meter.record(CONTROLLER_AGE, self._clock() - self._ended_s, {})
         self._engines = {name: meter for name, meter in self._engines.items() if name in engines}
         by_model: dict[str, list[Shown]] = defaultdict(list)
@@ -66,8 +64,9 @@ class ControllerMeter:
             self._engines[name].record(shown)
         for model, estimates in by_model.items():
             self._meter.record(REPLICAS, len(estimates), {"model": model})
-            if (wanted := replicas_wanted(estimates)) is not None:
-                self._meter.record(REPLICAS_WANTED, wanted[0], {"model": model, "reason": wanted[1]})
+        wanted = {model: loads for model, shown in by_model.items() if (loads := replicas_wanted(shown)) is not None}
+        for model, number in (wanted | {model: one.replicas for model, one in (decided or {}).items()}).items():
+            self._meter.record(REPLICAS_WANTED, number, {"model": model})
 
     @contextlib.contextmanager
     def cycle(self) -> Iterator[None]:
@@ -79,14 +78,15 @@ class ControllerMeter:
 
     def channel(self, model: str) -> contextlib.AbstractContextManager[None]:
         """One question to an engine of a model, and its answer."""
-        return self._timed(CHANNEL_SECONDS, model)
+        return self._timed(CHANNEL_SECONDS, (model,))
 
-    def solving(self, model: str) -> contextlib.AbstractContextManager[None]:
-        """Updating and solving the model of one engine."""
-        return self._timed(SOLVE_SECONDS, model)
+    def solving(self, models: Collection[str]) -> contextlib.AbstractContextManager[None]:
+        """Updating the models of all engines that answered together, and solving for them. models: language models."""
+        return self._timed(SOLVE_SECONDS, models)
 
     @contextlib.contextmanager
-    def _timed(self, metric: Metric, model: str) -> Iterator[None]:
+    def _timed(self, metric: Metric, models: Collection[str]) -> Iterator[None]:
         begun_s = self._clock()
         yield
-        self._meter.record(metric, self._clock() - begun_s, {"model": model})
+        for model in models:
+            self._meter.record(metric, self._clock() - begun_s, {"model": model})

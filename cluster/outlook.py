@@ -12,8 +12,6 @@ from typing import Any
 from cluster.history import History
 from cluster.prospects import NothingKnown, Prospects, Values
 from cluster.tuned import TunedReplica
-from scheduler.messages import Telemetry
-from scheduler.tuning.replica_model import Proposal
 
 RECENT_S = 120.0
 
@@ -23,20 +21,9 @@ class Outlook:
 
     def __init__(self) -> None:
         self.history = History()
-        self._modelling = threading.Lock()
+        self.modelling = threading.Lock()
+        """Held by who reads or refines estimates."""
         self._prospects: tuple[int, dict[str, Any]] = (-1, {})
-
-    def learn(self, name: str, replica: TunedReplica, telemetry: Telemetry, at_unix_s: float) -> Proposal:
-        """`TunedReplica.learn`, and a point of the history. at_unix_s: the beginning of the control cycle."""
-        predicted_by = replica.tuner.time_model
-        try:
-            with self._modelling:
-                return replica.learn(telemetry)
-        finally:  # a report that the model cannot read is shown all the same
-            self.history.observe(
-                name, replica.engine.model_id, at_unix_s, telemetry, targets=replica.tuner.targets,
-                predicted_by=predicted_by, shown=replica.tuner.shown,
-            )
 
     def added(self, replicas: Mapping[str, TunedReplica], passes: int) -> dict[str, Any]:
         """`replicas`: by engine its `recent` counts, over `RECENT_S`, and seconds `still_s` without an iteration;
@@ -59,13 +46,13 @@ class Outlook:
         Raises:
             NothingKnown: no replica of the model has reported, or its policy has no such plan.
         """
-        with self._modelling:
+        with self.modelling:
             prospects = _of_model(replicas, model_id)
             return {"now": prospects.planned(Values()), "then": prospects.planned(values)}
 
     def _shown(self, replicas: Mapping[str, TunedReplica], model_id: str) -> dict[str, Any] | str:
         try:
-            with self._modelling:
+            with self.modelling:
                 return _of_model(replicas, model_id).shown()
         except NothingKnown as error:
             return str(error)

@@ -15,6 +15,7 @@ from scheduler.model.fluid import finite_or_none
 from scheduler.thresholds import EngineLimits
 from scheduler.tuning.fluid_plan import FluidPlan
 from scheduler.tuning.replica_model import ReplicaModel
+from scheduler.tuning.scaler import best_known
 from scheduler.tuning.slo import Slo
 
 
@@ -47,9 +48,10 @@ class Prospects:
 
     def __init__(self, models: Sequence[ReplicaModel]) -> None:
         known = [one for one in models if one.telemetry is not None]
-        if not known:
+        best = best_known(known)
+        if best is None:
             raise NothingKnown("no replica has reported yet; ask again after a control cycle")
-        self._known = max(known, key=lambda one: (not one.is_cold, one.finished_seen))
+        self._known = best
         self._replicas, self._rate_rps = len(known), sum(one.rate_rps for one in known)
 
     def shown(self) -> dict[str, Any]:

@@ -42,6 +42,8 @@ def status_tables(state: dict[str, Any]) -> Iterator[Any]:
     for name, replica in state["replicas"].items():
         said = replica["decision"] if replica["reachable"] else f"not reachable: {replica['reason']}"
         yield Text(f"{name} ({replica['model']}): {said}" if len(models) > 1 else f"{name}: {said}")
+        if replica.get("deviation"):
+            yield Text(f"{name} {replica['deviation']['text']}", style="yellow")
         if replica["reachable"] and replica["counters"]["completed"]:
             yield Text(f"{name}: {_kept(replica['counters'])}")
     controller = state["controller"]
@@ -49,6 +51,8 @@ def status_tables(state: dict[str, Any]) -> Iterator[Any]:
         at = datetime.fromtimestamp(pin["at_unix_s"], UTC).astimezone().isoformat(" ", "seconds")
         why = f": {pin['reason']}" if pin["reason"] else ""
         yield Text(f"{model}: pinned {at} by {pin['by'] or 'an operator'} ({pin['key']}){why}")
+    for model, wanted in controller.get("scaling", {}).items():
+        yield Text(f"{model}: {wanted['replicas']} replicas wanted. {wanted['reason']}")
     period = f"every {controller['period_s']:g} s" if controller["alive"] else controller["reason"]
     yield Text(f"controller: {'running, ' if controller['alive'] else ''}{period}")
 

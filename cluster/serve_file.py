@@ -10,6 +10,7 @@ from typing import Any
 
 from cluster.config import ClusterConfig
 from cluster.live import ingress_user_config, live_settings
+from cluster.replica_bounds import with_policy
 from cluster.settings import SCHEDULER, ModelSettings
 
 INGRESS = "HeadraceIngress"
@@ -31,6 +32,8 @@ def serve_file(config: ClusterConfig) -> dict[str, Any]:
         own = entry.own
         options = dict(own.get("deployment_config", {}))
         scale = _scale(options)
+        if scale.get("autoscaling_config"):
+            scale["autoscaling_config"] = with_policy(scale["autoscaling_config"], entry, settings)
         models.append(own | {"deployment_config": options, "headrace": _of_the_engine(settings)})
         deployments.append({
             "name": deployment_name(entry.model_id), **scale,

@@ -28,6 +28,7 @@ from scheduler.settings import ControllerSettings
 from scheduler.thresholds import Thresholds, parse_thresholds
 from scheduler.tuning.settings import TuningSettings
 from scheduler.tuning.slo import NO_SLO, Slo
+from scheduler.tuning.wanted_replicas import ScalingTerms
 
 SCHEDULER = "headrace.HeadraceScheduler"
 PROFILE_MISSING = (
@@ -38,6 +39,7 @@ PROFILE_MISSING = (
 )
 _OF_ALL_MODELS = ("tenants", "tracing")
 LONGEST_DRAIN_S = 86_400.0
+_TERMS = ScalingTerms()
 
 
 class Strict(BaseModel):
@@ -60,6 +62,22 @@ class ControllerConfig(ControllerSettings):
         return name
 
 
+class AutoscalingSettings(Strict):
+    """How many replicas the controller wants; Ray Serve follows where a model has an `autoscaling_config`.
+
+    late_costs_requests: a request that is late or rejected costs as much as serving so many; one more replica pays
+    while the load exceeds what the others take with a probability above 1 / late_costs_requests. start_up_s: seconds
+    until a replica that is asked for serves, until that has been measured.
+    """
+
+    late_costs_requests: float = Field(default=_TERMS.late_costs_requests, gt=1, le=1e6, allow_inf_nan=False)
+    start_up_s: float = Field(default=_TERMS.start_up_s, gt=0, le=7200, allow_inf_nan=False)
+
+    def terms(self) -> ScalingTerms:
+        """As the decision takes them."""
+        return ScalingTerms(late_costs_requests=self.late_costs_requests, start_up_s=self.start_up_s)
+
+
 def _thresholds(value: Any) -> Any:
     return parse_thresholds(value) if isinstance(value, dict) else value
 
@@ -70,6 +88,7 @@ class ModelSettings(Strict):
     targets: the SLO in seconds (ttft_s, tpot_s, latency_s), each optional.
     thresholds: active until the controller pushes its own, `policy` among them.
     controller: how thresholds are tuned.
+    autoscaling: how many replicas the controller wants.
     scheduler: each engine's scheduler class, as for vLLM's --scheduler-cls; it may be a subclass of `HeadraceScheduler`
         with another policy (examples/own_policy.py).
     limits: what one request, and one API key, may ask for.
@@ -82,6 +101,7 @@ class ModelSettings(Strict):
     thresholds: Annotated[Thresholds, BeforeValidator(_thresholds)] = Thresholds()
     scheduler: str = Field(default=SCHEDULER, pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
     controller: ControllerConfig = ControllerConfig()
+    autoscaling: AutoscalingSettings = AutoscalingSettings()
     limits: Limits = Limits()
     drain_s: float = Field(default=600.0, ge=0, le=LONGEST_DRAIN_S, allow_inf_nan=False)
     engine_timeout_s: float = Field(default=ENGINE_TIMEOUT_S, gt=0, le=3600, allow_inf_nan=False)

@@ -34,24 +34,23 @@ class TunedModel:
 
 @dataclass(slots=True)
 class TunedReplica:
-    """One engine: its address, what it serves, its tuner, when it is due and was last heard (monotonic seconds)."""
+    """One engine: its address, what it serves, its tuner, and when it is due (monotonic seconds)."""
 
     engine: EngineAddress
     tuned: TunedModel
     tuner: EngineTuner
     due_s: float = float("-inf")
-    heard_s: float = float("-inf")
 
     def follow(self, tuned: TunedModel) -> None:
         """Tune by these settings from the next report on."""
         self.tuned, self.tuner.profiled = tuned, tuned.time_model
 
-    def learn(self, telemetry: Telemetry) -> Proposal:
-        """Update the model from a report, by the settings that the engine says are in force there, and solve; blocking,
-        so not on an event loop."""
+    def take(self, telemetry: Telemetry) -> Proposal | None:
+        """Update the model from a report, by the settings that the engine says are in force there; see
+        `EngineTuner.take`. Blocking, so not on an event loop."""
         tuning, configured = self.tuned.settings.tuning(), self.tuned.settings.thresholds
         if telemetry.settings is not None:
             engine = LiveSettings.reported(telemetry.settings)
             tuning, configured = engine.tuning(tuning), engine.thresholds
         self.tuner.follow(tuning, configured)
-        return self.tuner.learn(telemetry)
+        return self.tuner.take(telemetry)

@@ -62,15 +62,15 @@ class SettingsFollower:
     """Brings one replica's engines to the settings in force, and keeps them there.
 
     ask: passes a question to the engine of a rank; ranks: how many there are; follow: called with settings that differ
-    from those before, for what is not the engines'. `look` is called every second, so that a
-    change that was missed, or an engine that did not answer, is a second late.
+    from those before, for what is not the engines'; taken: called when an engine has taken them. `look` is called every
+    second, so that a change that was missed, or an engine that did not answer, is a second late.
     """
 
     def __init__(
         self, model_id: str, ranks: int, ask: Callable[[int, bytes], Awaitable[bytes]], store: Store,
-        follow: Callable[[Settings], None] = lambda settings: None,
+        follow: Callable[[Settings], None] = lambda settings: None, taken: Callable[[], None] = lambda: None,
     ) -> None:
-        self._follow = follow
+        self._follow, self._taken = follow, taken
         self._key, self._ranks, self._ask, self._store = store_key(model_id), ranks, ask, store
         self._deployed: Settings = {}
         self.settings: Settings = {}
@@ -108,6 +108,8 @@ class SettingsFollower:
         if not ack.accepted and ack.code != "unavailable":
             logger.error("the engine of rank %d does not take the settings: %s", rank, ack.reason)
         self._acks[rank] = (self._revision, ack)
+        if ack.accepted:
+            self._taken()
 
     async def _keep_looking(self) -> None:
         while True:

@@ -31,12 +31,12 @@ async def ask_telemetry(engine: EngineAddress, cursor: int | None, *, timeout_s:
         UnreadableMessage: the answer has another schema version or cannot be parsed.
     """
     answer = await call_replica(engine.actor_name, "telemetry", timeout_s=timeout_s, rank=engine.rank, cursor=cursor)
-    return _read(engine, answer, Telemetry)
+    return read_from(engine, answer, Telemetry)
 
 
 async def ask_stats(engine: EngineAddress) -> Stats:
     """An engine's `Stats` for routing and readiness; raises as `ask_telemetry`."""
-    return _read(engine, await call_replica(engine.actor_name, "stats", rank=engine.rank), Stats)
+    return read_from(engine, await call_replica(engine.actor_name, "stats", rank=engine.rank), Stats)
 
 
 async def offer_thresholds(engine: EngineAddress, thresholds: Thresholds, *, automatic: bool) -> Ack:
@@ -69,7 +69,8 @@ async def _or_reason(ask: Callable[[EngineAddress], Awaitable[_Result]], engine:
         return error
 
 
-def _read(engine: EngineAddress, answer: bytes, kind: type[_Answer]) -> _Answer:
+def read_from(engine: EngineAddress, answer: bytes, kind: type[_Answer]) -> _Answer:
+    """What an engine's replica has answered or reported; raises as `ask_telemetry`."""
     try:
         return read_answer(answer, kind)
     except QuestionFailed as error:

@@ -21,6 +21,7 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
 from replicas.cluster_store import ClusterStore
+from replicas.controller_calls import ToController
 from replicas.delivery import Deliveries
 from replicas.draining import Draining
 from replicas.engine_client import end_process
@@ -35,6 +36,7 @@ from replicas.ray_patches import (
     on_graceful_shutdown,
     take_adapters_from_folders,
 )
+from replicas.reports import Reporter
 from replicas.routing_stats import RoutingStats
 from replicas.tracing import OTLP_ENDPOINT, Tracing
 from scheduler.engine import segments
@@ -89,6 +91,8 @@ class HeadraceServer(LLMServer):
         self._silent: set[int] = set()
         self._draining = Draining(self._channels)
         self._telling: asyncio.Task[None] | None = None
+        self._reporting: asyncio.Task[None] | None = None
+        self._reporter: Reporter | None = None
         loop = asyncio.get_running_loop()
         on_graceful_shutdown(lambda within_s: loop.call_soon_threadsafe(self._draining.begin, within_s))
         self.health = EngineHealth(self._current_stats, ranks, partial(end_process, self._endpoint))
@@ -99,7 +103,9 @@ class HeadraceServer(LLMServer):
             instance=context.replica_id.unique_id,
         )
         self._deliveries = Deliveries(RequestMeter(llm_config.model_id).record, tracing=tracing)
-        self._settings = SettingsFollower(llm_config.model_id, ranks, self._ask, store, self._follow)
+        self._settings = SettingsFollower(
+            llm_config.model_id, ranks, self._ask, store, self._follow, self._report_soon
+        )
         from replicas.engine import HeadraceEngine  # imports vLLM, which a process that only deploys does not need
 
         ours = {"engine_cls": HeadraceEngine, "model_downloader": adapter_loader(folder_of(self._endpoint))}
@@ -110,6 +116,9 @@ class HeadraceServer(LLMServer):
         self._telling = loop.create_task(
             keep_telling(EnginesMeter(llm_config.model_id, names, self._current_telemetry).tell)
         )
+        to_controller = ToController(context.app_name, context.deployment)
+        self._reporter = Reporter(names, self._ask, self._deliveries.latest, to_controller)
+        self._reporting = loop.create_task(self._reporter.keep_reporting())
         children = [process.pid for process in psutil.Process().children(recursive=True)]
         segments.note(folder_of(self._endpoint), children)
 
@@ -120,6 +129,10 @@ class HeadraceServer(LLMServer):
     def _follow(self, settings: Settings) -> None:
         """The settings are now these; the engines are told by `SettingsFollower`."""
         self.health.engine_timeout_s = settings.get("engine_timeout_s", ENGINE_TIMEOUT_S)
+
+    def _report_soon(self) -> None:
+        if self._reporter is not None:
+            self._reporter.soon()
 
     async def look_at_settings(self) -> dict[str, dict[str, Any]]:
         """Take an operator's change of settings now; by rank, whether its engine took it, and why not."""
@@ -210,8 +223,9 @@ class HeadraceServer(LLMServer):
         return read_answer(answer, Telemetry)
 
     async def __del__(self) -> None:
-        if self._telling is not None:
-            self._telling.cancel()
+        for task in (self._telling, self._reporting):
+            if task is not None:
+                task.cancel()
         self._draining.stop()
         self.health.stop()
         self._settings.close()

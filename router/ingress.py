@@ -78,7 +78,7 @@ logger = logging.getLogger(__name__)
 
 
 class Keeper(Protocol):
-    """Starts the controller unless it runs (`cluster.controller.ControllerKeeper`)."""
+    """Starts the controller unless it runs (`cluster.keeper.ControllerKeeper`)."""
 
     models: Mapping[str, Any]
 

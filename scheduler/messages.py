@@ -14,6 +14,7 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from scheduler.digest import Digest
 from scheduler.thresholds import EngineLimits, Thresholds, thresholds_as_dict
 
 SCHEMA = 1
@@ -192,6 +193,7 @@ class Telemetry:
         replica.
     draining: the engine has been asked to `Drain`.
     settings: the settings in force, as `scheduler.settings.LiveSettings` writes them (None: not known).
+    digest: in place of the records, what its replica made of them.
     """
 
     schema: int = SCHEMA
@@ -211,6 +213,7 @@ class Telemetry:
     delivered: Annotated[tuple[Delivered, ...], ByColumn(Delivered)] = ()
     draining: bool = False
     settings: dict[str, Any] | None = None
+    digest: Digest | None = None
 
     @property
     def kv_used_fraction(self) -> float:

@@ -321,9 +321,9 @@ REPLICAS = Metric(
     help="Engines that the controller tunes.",
 )
 REPLICAS_WANTED = Metric(
-    name="headrace_replicas_wanted", kind=Kind.GAUGE, source=Source.CONTROLLER, labels=("model", "reason"),
-    unit="engines", help="Engines with which the offered rate would be within the capacity of the fluid model, and "
-    "what limits those there are. Nothing scales by it yet.",
+    name="headrace_replicas_wanted", kind=Kind.GAUGE, source=Source.CONTROLLER, labels=("model",), unit="replicas",
+    help="Replicas that the offered load will need when one that is started now has come up; under another policy than "
+    "fluid, engines that the present load needs.",
 )
 CYCLE_SECONDS = Metric(
     name="headrace_control_cycle_seconds", kind=Kind.HISTOGRAM, source=Source.CONTROLLER, labels=(), unit="seconds",
@@ -331,11 +331,12 @@ CYCLE_SECONDS = Metric(
 )
 SOLVE_SECONDS = Metric(
     name="headrace_solve_seconds", kind=Kind.HISTOGRAM, source=Source.CONTROLLER, labels=("model",), unit="seconds",
-    help="Updating the model of one engine and solving for its thresholds.", buckets=_SHORT_SECONDS,
+    help="Updating what is known of the engines that answered together, and solving for their thresholds.",
+    buckets=_SHORT_SECONDS,
 )
 CHANNEL_SECONDS = Metric(
     name="headrace_channel_seconds", kind=Kind.HISTOGRAM, source=Source.CONTROLLER, labels=("model",), unit="seconds",
-    help="From the controller's question to an engine until its answer.", buckets=_SHORT_SECONDS,
+    help="From the controller's offer of thresholds to an engine until its answer.", buckets=_SHORT_SECONDS,
 )
 WAITING_SECONDS = Metric(
     name="headrace_waiting_seconds", kind=Kind.HISTOGRAM, source=Source.REPLICA, labels=OF_REQUEST, unit="seconds",

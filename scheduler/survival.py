@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from operator import attrgetter
 from typing import Annotated, Any
@@ -17,6 +18,15 @@ from scheduler.model.workload import Lengths
 
 _QUANTILES = 48
 Points = tuple[tuple[int, Annotated[float, Strict()]], ...]
+
+
+@lru_cache(maxsize=256)
+def _columns(points: Points) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    """Tokens, probabilities and the mean; engines that are alike have the same points."""
+    tokens, probabilities = np.array(points, dtype=np.float64).T.copy()
+    for column in (tokens, probabilities):
+        column.setflags(write=False)
+    return tokens, probabilities, float(np.trapezoid(probabilities, tokens)) + points[0][1] / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +57,11 @@ class Survival:
     @property
     def tokens(self) -> NDArray[np.float64]:
         """The output lengths of the points."""
-        return np.array([x for x, _ in self.points], dtype=np.float64)
+        return _columns(self.points)[0]
 
     @property
     def _probabilities(self) -> NDArray[np.float64]:
-        return np.array([p for _, p in self.points], dtype=np.float64)
+        return _columns(self.points)[1]
 
     def at(self, tokens: Sequence[int] | NDArray[Any]) -> NDArray[np.float64]:
         """P(output > x) at each of these lengths."""
@@ -60,7 +70,7 @@ class Survival:
     @property
     def mean(self) -> float:
         """Mean output tokens, Σ P(output > x) over whole x, by the trapezoids between the points."""
-        return float(np.trapezoid(self._probabilities, self.tokens)) + self.points[0][1] / 2
+        return _columns(self.points)[2]
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from simulator.scenario.autoscalers import AUTOSCALERS
 from simulator.scenario.baselines import BASELINES
 from simulator.scenario.routers import ROUTERS
 
@@ -70,6 +71,12 @@ def simulate(
     ingresses: Annotated[int, typer.Option(help="Ingresses that route, each for itself.", min=1)] = 1,
     stats_age: Annotated[float, typer.Option(help="Oldest report of a replica that they go by, in seconds.")] = 1.0,
     speeds: Annotated[str, typer.Option(help="Of the replicas, relative to the profile: 1,1,1,0.5")] = "1",
+    autoscale: Annotated[
+        str | None, typer.Option(help=f"The number of replicas changes by a rule: {', '.join(AUTOSCALERS)}.")
+    ] = None,
+    start_up: Annotated[float, typer.Option(help="Until a started replica serves, in seconds.")] = 60.0,
+    min_replicas: Annotated[int, typer.Option(help="With --autoscale, the fewest.", min=0)] = 1,
+    max_replicas: Annotated[int, typer.Option(help="With --autoscale, the most.", min=1)] = 16,
     pipeline_parallel: Annotated[int, typer.Option(help="Pipeline stages of each replica.", min=1)] = 1,
     prefix_caching: Annotated[bool, typer.Option(help="Compute what prompts share once, as vLLM does.")] = True,
     speculative_tokens: Annotated[
@@ -93,6 +100,7 @@ def simulate(
         "policy": policy, "profile": profile, "kv_tokens": kv_tokens, "token_budget": token_budget, "cap": cap,
         "slo_ttft_s": slo_ttft, "slo_tpot_s": slo_tpot, "slo_latency_s": slo_latency, "replicas": replicas,
         "router": router, "ingresses": ingresses, "stats_age_s": stats_age, "speeds": speeds,
+        "autoscale": autoscale, "start_up_s": start_up, "min_replicas": min_replicas, "max_replicas": max_replicas,
         "pipeline_parallel": pipeline_parallel, "prefix_caching": prefix_caching,
         "speculative_tokens": speculative_tokens, "acceptance_rate": acceptance_rate, "solve_once": solve_once or None,
     }

@@ -11,6 +11,7 @@ from scheduler.config_errors import UsageError, describe, did_you_mean, parse_se
 from scheduler.model.probability import ACCEPTED_MISSES
 from scheduler.model.profiles import load_profile
 from scheduler.tuning.slo import NO_SLO, Slo
+from simulator.scenario.autoscalers import FLUID, parse_autoscaler
 from simulator.scenario.baselines import BASELINES
 from simulator.scenario.routers import ROUTERS, parse_speeds
 from simulator.scenario.slowdown import parse_slowdown
@@ -19,6 +20,7 @@ from simulator.workload.clients import Retries
 from simulator.workload.config import WorkloadConfig
 
 _SOLVED_POLICIES = ("wait", "nested_wait", "wait_cp", "fluid")
+_ROUTERS_OF_CHANGING = ("fluid", "power-of-two", "least-requests")
 _SOLVED_FIELDS = frozenset(("types", "segments", "max_running", "fluid"))
 
 
@@ -55,6 +57,9 @@ class SimulationConfig(_Strict):
     iteration times around the model's (lognormal, of mean 1). until_decided: end the run once no measured request under
     way can meet the targets; latencies of unfinished requests are then not known. retries: how clients retry after a
     rejection; None: they do not. audit: number of further runs that measure whether rejections were right.
+    autoscale: the rule by which the number of replicas changes, from `replicas` on; None: it does not. start_up_s:
+    seconds until a replica that is started serves. min_replicas: fewest that a rule may have. max_replicas: most that a
+    rule may have.
     """
 
     workload: WorkloadConfig
@@ -91,6 +96,10 @@ class SimulationConfig(_Strict):
     until_decided: bool = False
     retries: Retries | None = None
     audit: int = Field(default=0, ge=0)
+    autoscale: str | None = None
+    start_up_s: float = Field(default=60.0, ge=0, le=7200)
+    min_replicas: int = Field(default=1, ge=0, le=1024)
+    max_replicas: int = Field(default=16, ge=1, le=1024)
 
     @property
     def controlled(self) -> bool:
@@ -134,6 +143,26 @@ class SimulationConfig(_Strict):
     def _profile_exists(cls, name: str) -> str:
         load_profile(name)
         return name
+
+    @field_validator("autoscale")
+    @classmethod
+    def _rule_is_one(cls, autoscale: str | None) -> str | None:
+        if autoscale is not None:
+            parse_autoscaler(autoscale)
+        return autoscale
+
+    @model_validator(mode="after")
+    def _number_can_change(self) -> Self:
+        if self.autoscale is None:
+            return self
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas is {self.min_replicas}; allowed: at most max_replicas, {self.max_replicas}")
+        if parse_autoscaler(self.autoscale)[0] == FLUID and not (self.policy == "fluid" and self.controlled):
+            raise ValueError(f"autoscale is {self.autoscale}; it needs the policy fluid and its controller")
+        if self.router not in _ROUTERS_OF_CHANGING:
+            allowed = ", ".join(_ROUTERS_OF_CHANGING)
+            raise ValueError(f"router is {self.router}; with autoscale it may be {allowed}")
+        return self
 
     @field_validator("slowdown")
     @classmethod

@@ -13,6 +13,8 @@ from scheduler.model.profiles import load_profile
 from scheduler.model.steps import ONE_TOKEN_A_STEP
 from scheduler.model.workload import Lengths, WorkloadMix
 from scheduler.thresholds import EngineLimits, Thresholds, parse_thresholds, thresholds_as_dict
+from scheduler.tuning.fluid_plan import FluidPlan, solve_fluid_params
+from scheduler.tuning.replicas_needed import replicas_needed
 from scheduler.tuning.solve import mix_by_length, tune_by_cap, tune_counts, tune_fluid
 from simulator.audit import audit_rejections
 from simulator.config import SimulationConfig, SimulationError, simulation_config
@@ -20,6 +22,7 @@ from simulator.engine.fleet import Fleet, limits_of
 from simulator.engine.replica_state import Totals
 from simulator.output.metrics import good_requests, summarise
 from simulator.output.run_files import RunWriter, versions
+from simulator.scenario.autoscalers import ORACLE, Oracle, parse_autoscaler
 from simulator.scenario.baselines import BASELINES
 from simulator.workload.requests import Workload, open_workload
 
@@ -66,7 +69,7 @@ def _run(
     progress: Progress | None = None, never_rejected: Collection[int] = (),
 ) -> Fleet:
     """Everything that happens, written down."""
-    fleet = Fleet(config, thresholds, writer, never_rejected)
+    fleet = Fleet(config, thresholds, writer, never_rejected, _oracle(config, workload))
     total = config.workload.requests
     for number, request in enumerate(workload.requests()):
         fleet.arrive(number, request)
@@ -74,6 +77,25 @@ def _run(
             progress(number, total)
     fleet.finish()
     return fleet
+
+
+def _oracle(config: SimulationConfig, workload: Workload) -> Oracle | None:
+    """The rule for the number of replicas that knows the future; None: another one is asked for."""
+    if config.autoscale is None or parse_autoscaler(config.autoscale)[0] != ORACLE:
+        return None
+    mix, limits, profile = _mix(config, workload), limits_of(config), load_profile(config.profile)
+
+    def plan_at(rate_rps: float) -> FluidPlan:
+        return solve_fluid_params(
+            mix.scaled(rate_rps / mix.rate_rps), profile.time_model.of_stage(limits.pipeline_depth), limits, config.slo,
+            miss_probability=config.overflow_probability,
+        )
+
+    need = replicas_needed(plan_at, mix.rate_rps, miss_probability=config.overflow_probability)
+    if need.most_rps <= 0:
+        raise SimulationError(f"autoscale = {config.autoscale!r}: {need.reason}")
+    arrivals_s = [request.arrival_s for request in workload.requests()]
+    return Oracle(arrivals_s, need.most_rps, config.start_up_s, config.min_replicas)
 
 
 def _goods_with(
@@ -165,6 +187,7 @@ def _summary(
         "wrong_rejection_fraction": None, "wrong_rejection_low": None, "wrong_rejection_high": None,
         "rejected_individually_servable_fraction": None,
         "controller": config.controlled,
+        "replica_hours": fleet.replica_s / 3600,
         "stranded": fleet.stranded, "unfinished": fleet.unfinished,
         "preemptions": _sum(totals, "preemptions"), "recomputed_tokens": _sum(totals, "recomputed_tokens"),
         "kv_peak_fraction": max(total.kv_peak_fraction for total in totals),

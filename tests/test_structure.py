@@ -16,8 +16,8 @@ from import_graph import PACKAGES, ROOT, imports_in, modules_of
 LAYERS = {
     "scheduler": [
         "vllm_scheduler", "alone", "engine", "support settings", "tuning", "estimation", "policies",
-        "wire request_rejected", "messages rejection openai_error metrics", "thresholds", "fluid_params", "survival",
-        "model config_errors",
+        "wire request_rejected", "messages rejection openai_error metrics", "digest thresholds", "fluid_params",
+        "survival", "model config_errors",
     ],
     "simulator": ["cli", "sweep run", "audit", "engine", "config", "scenario", "output", "workload paper_model"],
 }
@@ -29,7 +29,8 @@ WITH_VLLM = {
     "simulator.engine.replica", "simulator.engine.vllm_v0",
 }
 WITH_RAY = {
-    "cluster.app", "cluster.controller", "cluster.rollout", "replicas.actor_calls", "replicas.cluster_store",
+    "cluster.app", "cluster.keeper", "cluster.replica_policy", "cluster.rollout", "replicas.actor_calls",
+    "replicas.cluster_store", "replicas.controller_calls",
     "replicas.engine", "replicas.failed_answers", "replicas.logs", "replicas.measured", "replicas.ray_patches",
     "replicas.server",
     "router.attempts", "router.errors", "router.http_app", "router.in_flight", "router.ingress",

@@ -214,6 +214,7 @@ FAULTS: dict[str, Fault] = {fault.name: fault for fault in (
     Kill("kill-replica", "kill −9 of a replica actor", role=Role.REPLICA),
     Kill("kill-ingress", "kill −9 of an ingress actor", role=Role.INGRESS),
     Kill("kill-proxy", "kill −9 of a Serve proxy", role=Role.PROXY),
+    Kill("kill-haproxy", "kill −9 of HAProxy", role=Role.HAPROXY, stacks=_OURS),
     Freeze("stop-engine-core", "SIGSTOP of an engine core for 60 s", watch_s=LONG_WATCH_S, lasts_s=60.0),
     RollingRedeploy(
         "redeploy", "rolling redeploy, an engine setting changed", watch_s=LONGEST_WATCH_S, after_done_s=20

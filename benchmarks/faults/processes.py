@@ -20,6 +20,7 @@ class Role(StrEnum):
     REPLICA = "replica actor"
     INGRESS = "ingress actor"
     PROXY = "Serve proxy"
+    HAPROXY = "HAProxy"
     CONTROLLER = "our controller"
     SERVE_CONTROLLER = "Serve's controller"
     RAYLET = "raylet"
@@ -46,7 +47,7 @@ def role_of(command_line: list[str]) -> Role:
         if title.startswith(start):
             return role
     program = title.rpartition("/")[2]
-    return {"raylet": Role.RAYLET, "gcs_server": Role.GCS}.get(program, Role.OTHER)
+    return {"raylet": Role.RAYLET, "gcs_server": Role.GCS, "haproxy": Role.HAPROXY}.get(program, Role.OTHER)
 
 
 class Family:

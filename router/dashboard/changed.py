@@ -31,6 +31,8 @@ def change_in_words(event: Mapping[str, Any], now_unix_s: float) -> dict[str, An
         headline, sentence = "pin released", f"{by} resumed automatic tuning of {about}.{why}"
     elif kind == "pin":
         headline, sentence = "pinned", f"{by} pinned the thresholds of {about}.{why}"
+    elif kind == "speed":
+        headline, sentence = "speed", f"{about[0].upper()}{about[1:]} {reason}."
     else:
         headline = "thresholds"
         sentence = f"The controller changed the thresholds of {about}{f': {values}' if values else ''}.{why}"

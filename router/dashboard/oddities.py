@@ -17,8 +17,8 @@ Replica = Mapping[str, Any]
 
 
 class Oddity(NamedTuple):
-    """name: silent, frozen, slow, cold, pinned, draining, not tuned, poor fit; level: bad, warning or note; text: one
-    sentence without the replica's name."""
+    """name: silent, frozen, slow, fast, cold, pinned, draining, not tuned, poor fit; level: bad, warning or note; text:
+    one sentence without the replica's name."""
 
     name: str
     level: str
@@ -45,7 +45,11 @@ def _of(one: Replica, pace_s: float | None, usual_s: float | None, timeout_s: fl
         found.append(Oddity("frozen", "bad", text))
     if str(one.get("decision", "")).startswith("not tuned"):
         found.append(Oddity("not tuned", "warning", f"The controller cannot tune it ({one['decision']})."))
-    if pace_s is not None and usual_s is not None and pace_s > SLOW * usual_s:
+    deviation = one.get("deviation")
+    if deviation is not None:
+        level = "warning" if deviation["factor"] > 1 else "note"
+        found.append(Oddity("slow" if deviation["factor"] > 1 else "fast", level, f"It {deviation['text']}."))
+    elif pace_s is not None and usual_s is not None and pace_s > SLOW * usual_s:
         found.append(Oddity("slow", "warning", f"Its iterations take {pace_s / usual_s:.1f} times as long as others'."))
     fit = one.get("time_model") or {}
     if (mape := fit.get("mape") or 0.0) > POOR_FIT:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from scheduler.estimation.iteration_time_error import IterationTimeError
 
 _NO_VARIANCE = 1e-20
+_SUMS = (
+    "weight", "error_sum", "error_square", "share", "seconds", "seconds_square", "residual_square", "lagged",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +32,16 @@ class ErrorStatistics:
     residual_square: float = 0.0
     lagged: float = 0.0
     last_error: float = 0.0
+
+    @classmethod
+    def of_sums(cls, sums: Sequence[float]) -> ErrorStatistics:
+        """From `sums`, or from the sum of several engines'."""
+        return cls(**dict(zip(_SUMS, sums, strict=True)))
+
+    @property
+    def sums(self) -> tuple[float, ...]:
+        """All that adds up over engines, in the order of the fields."""
+        return tuple(getattr(self, name) for name in _SUMS)
 
     def with_prediction(self, predicted_s: float, error: float, forgetting: float) -> ErrorStatistics:
         """The statistics with one more record, all earlier ones weighted by `forgetting`."""
@@ -61,6 +75,8 @@ class ErrorStatistics:
     @property
     def error(self) -> IterationTimeError:
         """Mean, standard deviation and correlation of the relative errors."""
+        if not self.weight:
+            return IterationTimeError(iterations=0.0)
         mean = self.error_sum / self.weight
         variance = max(self.error_square / self.weight - mean**2, 0.0)
         correlation = (self.lagged / self.weight - mean**2) / variance if variance > _NO_VARIANCE else 0.0

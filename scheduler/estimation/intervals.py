@@ -39,7 +39,9 @@ def mean_estimate(mean: float, std: float, samples: float) -> Estimate:
     return Estimate(mean, max(0.0, mean - half), mean + half)
 
 
-def rate_estimate(events: int, seconds: float, *, dispersion: float = 1.0, confidence: float = CONFIDENCE) -> Estimate:
+def rate_estimate(
+    events: float, seconds: float, *, dispersion: float = 1.0, confidence: float = CONFIDENCE
+) -> Estimate:
     """Events per second with Garwood's interval; `dispersion` is the counts' variance over their mean, at least 1."""
     seen, tail, per_s = events / dispersion, (1 - confidence) / 2, dispersion / seconds
     low = float(gammaincinv(seen, tail)) if seen > 0 else 0.0

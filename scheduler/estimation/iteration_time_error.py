@@ -43,7 +43,7 @@ class IterationTimeError:
         """The standard deviation with its interval, from χ² over the effective number of independent iterations."""
         if not math.isfinite(self.iterations) or self.std == 0:
             return Estimate(self.std, self.std, self.std)
-        free, tail = max(self.iterations / self._inflation - 1, 1.0), (1 - CONFIDENCE) / 2
+        free, tail = max(self.iterations / self.inflation - 1, 1.0), (1 - CONFIDENCE) / 2
         low, high = (self.std * math.sqrt(free / float(chdtri(free, p))) for p in (tail, 1 - tail))
         return Estimate(self.std, low, high)
 
@@ -54,7 +54,7 @@ class IterationTimeError:
         n = np.asarray(iterations, dtype=np.float64)
         factor = (1 + rho) / (1 - rho) - 2 * rho * (1 - rho**n) / (n * (1 - rho) ** 2)
         own = bound**2 * np.maximum(factor, 0.0) / n
-        of_time_model = 0.0 if math.isinf(self.iterations) else bound**2 * self._inflation / max(self.iterations, 1.0)
+        of_time_model = 0.0 if math.isinf(self.iterations) else bound**2 * self.inflation / max(self.iterations, 1.0)
         return np.sqrt(own + of_time_model)
 
     @property
@@ -62,7 +62,8 @@ class IterationTimeError:
         return min(max(self.correlation, 0.0), _MOST_CORRELATED)
 
     @property
-    def _inflation(self) -> float:
+    def inflation(self) -> float:
+        """By how much the correlation widens the variance of a mean over many iterations."""
         return (1 + self._rho) / (1 - self._rho)
 
 

@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from scheduler.estimation.error_statistics import ErrorStatistics
+from scheduler.estimation.iteration_sums import IterationSums
 from scheduler.estimation.iteration_time_error import PUBLISHED_MAPE, IterationTimeError
 from scheduler.estimation.iteration_time_fit import MIN_RECORDS, TERMS, features_of, is_at_floor, model_of
 from scheduler.model.iteration_time import IterationTimeModel, require_number
@@ -40,6 +41,8 @@ class OnlineIterationTimeModel:
         self._speed = SpeedChange()
         self._forgetting = forgetting
         self._statistics = self._statistics_when_quiet = ErrorStatistics()
+        self.sums = IterationSums(forgetting)
+        """What a pool of engines learns from."""
         self.records = 0
         """Records used."""
         self.changes = 0
@@ -67,17 +70,24 @@ class OnlineIterationTimeModel:
         if factor is not None:
             self.changes += 1
             self._fit.follow_speed(factor)
+            self.sums.restart()
             last_error = self._statistics.last_error
             self._statistics = self._statistics_when_quiet.with_times_scaled(factor, last_error)
             return
         if self._speed.is_quiet:
             self._statistics_when_quiet = self._statistics
+        self.sums.observe(tokens, bool(is_at_floor(self.time_model, tokens)), predicted_s, predicted_s * (1 + error))
         self._fit.learn(tokens, predicted_s, error)
 
     @property
     def _known(self) -> ErrorStatistics | None:
         """The statistics, from 32 records on."""
         return self._statistics if self.records >= MIN_RECORDS and self._statistics.weight else None
+
+    @property
+    def statistics(self) -> ErrorStatistics:
+        """The errors of recent predictions, however few."""
+        return self._statistics
 
     @property
     def mape(self) -> float | None:

@@ -54,6 +54,11 @@ class RealisedMargin:
         if 0 < tpot_s < math.inf and planned_s > 0:
             self._ratios.observe(tpot_s / planned_s)
 
+    @property
+    def is_known(self) -> bool:
+        """Whether enough requests have ended."""
+        return self._ratios.of_all_but(0.5) is not None
+
     def margin(self, miss_probability: float) -> float:
         """A relative margin from 0 to 0.5; 0 while too few requests have ended."""
         ratio = self._ratios.of_all_but(miss_probability)

@@ -43,6 +43,11 @@ class StepsSeen:
             self._marks.popleft()
 
     @property
+    def number(self) -> int:
+        """Steps averaged."""
+        return self._marks[-1][1].decode_steps - self._marks[0][1].decode_steps
+
+    @property
     def steps(self) -> Steps:
         """Tokens gained and computed per step; one each until steps were counted."""
         before, now = self._marks[0][1], self._marks[-1][1]

@@ -24,7 +24,7 @@ _SPLITS = (0.25, 0.5, 0.75)
 _RECENT = (1.5, 3.0, 6.0)
 """More splits: the latest outputs against all others, in units of `least_answers`."""
 _MOST_MARKS = 2048
-_REUSED = ("cached_tokens", "shared_tokens")
+_REUSED = ("prompt_tokens", "cached_tokens", "shared_tokens")
 _LONGEST = 2**31
 
 
@@ -145,11 +145,14 @@ class TrafficMonitor:
     @property
     def prefix_reuse(self) -> PrefixReuse:
         """The effect of the prefix cache on the latest finished requests."""
-        prompts = sum(done.prompt_tokens for done in self._finished)
-        if not prompts:
-            return NO_REUSE
-        cached, shared = (sum(getattr(done, name) for done in self._finished) for name in _REUSED)
-        return PrefixReuse(computed=1 - cached / prompts, private=1 - shared / prompts)
+        prompts, cached, shared = self.reused_tokens
+        return PrefixReuse(computed=1 - cached / prompts, private=1 - shared / prompts) if prompts else NO_REUSE
+
+    @property
+    def reused_tokens(self) -> tuple[int, int, int]:
+        """Prompt tokens of the latest finished requests: all, those in the prefix cache, and those shared."""
+        prompts, cached, shared = (sum(getattr(done, name) for done in self._finished) for name in _REUSED)
+        return prompts, cached, shared
 
     @property
     def finished_count(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -51,7 +52,7 @@ def materially_different(proposed: Thresholds, active: Thresholds) -> bool:
     if proposed.same_rule(active):
         return False
     if proposed.fluid and active.fluid:
-        return any(_differs(name, proposed.fluid, active.fluid) for name in _FIELDS)
+        return _fluid_differs(proposed.fluid, active.fluid)
     counts, current = _counts(proposed), _counts(active)
     last = _last_end(proposed, active)
     without_counts = _without_counts(proposed, last).same_rule(_without_counts(active, last))
@@ -61,6 +62,12 @@ def materially_different(proposed: Thresholds, active: Thresholds) -> bool:
 
 
 _FIELDS = tuple(field.name for field in fields(FluidParams))
+
+
+@lru_cache(maxsize=256)
+def _fluid_differs(new: FluidParams, old: FluidParams) -> bool:
+    """Engines that are alike ask this alike."""
+    return any(_differs(name, new, old) for name in _FIELDS)
 
 
 def _differs(name: str, new: FluidParams, old: FluidParams) -> bool:

@@ -6,6 +6,7 @@ tells `answered` how it went.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,8 +37,8 @@ class EngineTuner:
 
     time_model: its profile's; None: that of its fluid parameters, which it estimates where it knows its device; else
     its first iterations are measured before anything is proposed.
-    profiled: the same, for a model made anew; it may be replaced. cursor: the records read so far. shown: the
-    targets, the estimates and the plan, JSON-ready. note: the latest decision in words.
+    profiled: the same, for a model made anew; it may be replaced. cursor: the records read so far. note: the latest
+    decision in words.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class EngineTuner:
         self._pushed_at_s = float("-inf")
         self.cursor = 0
         self.note = ""
-        self.shown = _shown(settings.targets, self._model, None)
+        self.measuring = ""
+        """Why there is no iteration-time model yet."""
+        self._proposal: Proposal | None = None
 
     @property
     def is_measuring(self) -> bool:
@@ -76,9 +79,37 @@ class EngineTuner:
         if self._model is not None:
             self._model.follow(settings, configured)
 
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The targets, the estimates and the plan, JSON-ready."""
+        return _shown(self._settings.targets, self._model, self._proposal)
+
+    @property
+    def planned(self) -> dict[str, Any]:
+        """Of `shown`, the two figures of the plan that a history keeps."""
+        equilibrium, forecast = (None, None) if (one := self._proposal) is None else (one.equilibrium, one.forecast)
+        return {
+            "fluid": None if equilibrium is None else {"memory_tokens": finite_or_none(equilibrium.memory_tokens)},
+            "forecast": None if forecast is None else {"capacity_rps": finite_or_none(forecast.plan.capacity_rps)},
+        }
+
     def learn(self, telemetry: Telemetry) -> Proposal:
-        """Update the model from a report and solve; tens of milliseconds. A model that raises on a report is replaced
-        by a new one, which continues after that report, so bad records are not read twice."""
+        """Update the model from a report and solve; tens of milliseconds."""
+        return self.take(telemetry) or self.propose()
+
+    def propose(self, plan: Callable[[ReplicaModel], Proposal] | None = None) -> Proposal:
+        """Solve for the model that `take` has updated; plan: in place of the model's own `propose`."""
+        assert self._model is not None
+        self._proposal = self._model.propose() if plan is None else plan(self._model)
+        return self._proposal
+
+    def take(self, telemetry: Telemetry) -> Proposal | None:
+        """Update the model from a report; without a model yet, the proposal that says so. A model that raises on a
+        report is replaced by a new one, which continues after that report, so bad records are not read twice."""
+        if telemetry.digest is not None and telemetry.digest.measuring:
+            return self._without_model(telemetry.digest.measuring)
+        if self._model is None and telemetry.digest is not None and telemetry.digest.time_model is not None:
+            self._model = self._model_from(telemetry.digest.time_model)
         if self._model is None and telemetry.thresholds.fluid is not None:
             # The engine's own estimate, or what an earlier controller knew.
             known = telemetry.thresholds.fluid.time_model
@@ -86,7 +117,7 @@ class EngineTuner:
         if self._model is None:
             measured = first_time_model(telemetry.iterations)
             if isinstance(measured, FitRejected):  # the same records again, and those that follow
-                return Proposal(self._configured, None, f"no profile: {measured.reason}; the configured thresholds")
+                return self._without_model(measured.reason)
             self._model = self._model_from(measured.faster(1 / telemetry.limits.pipeline_depth))
         try:
             self._model.observe(telemetry)
@@ -95,9 +126,11 @@ class EngineTuner:
             raise
         finally:
             self.cursor = telemetry.cursor
-        proposal = self._model.propose()
-        self.shown = _shown(self._settings.targets, self._model, proposal)
-        return proposal
+        return None
+
+    def _without_model(self, reason: str) -> Proposal:
+        self.measuring = reason
+        return Proposal(self._configured, None, f"no profile: {reason}; the configured thresholds")
 
     def next_push(self, telemetry: Telemetry, proposal: Proposal, now_s: float) -> NextPush:
         """What to send at this second of the controller's clock; see `scheduler.tuning.next_push`."""

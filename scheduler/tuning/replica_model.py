@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
+from scheduler.digest import Digest
 from scheduler.estimation.arrival_rates import ArrivalRates
+from scheduler.estimation.digested import DigestedEngine, DigestedTimes
+from scheduler.estimation.engine_records import EngineRecords
+from scheduler.estimation.estimates import Estimates, Rates
 from scheduler.estimation.intervals import mean_estimate
 from scheduler.estimation.iteration_time_online import OnlineIterationTimeModel
 from scheduler.estimation.output_lengths import cold_lengths, mean_of, product_limit
-from scheduler.estimation.realised_margin import LastingQuantile, RealisedMargin
-from scheduler.estimation.steps_seen import StepsSeen
 from scheduler.estimation.traffic_monitor import TrafficMonitor, stratified
 from scheduler.messages import Arrival, Telemetry
 from scheduler.model.fluid import FluidEquilibrium
@@ -46,91 +50,93 @@ class Proposal:
 
 
 class ReplicaModel:
-    """Running estimates of one replica under the configured policy.
+    """Running estimates of one replica under the configured policy, from its records or from its replica's digests.
 
     time_model: of the whole language model, as a profile has it; of a pipeline, the estimated one is that of a stage.
+    shared: what its siblings know with it (None: nothing), to be set before `propose`.
     """
 
     def __init__(self, settings: TuningSettings, time_model: IterationTimeModel, configured: Thresholds) -> None:
         self._settings = settings
         self._configured = configured
-        self._traffic = TrafficMonitor(settings.window_s, settings.min_finished)
-        self._profiled, self._depth = time_model, 1
-        self.time_model = OnlineIterationTimeModel(time_model)
-        self._realised, self._delays = RealisedMargin(), LastingQuantile()
-        self._steps = StepsSeen(settings.window_s)
-        self._delivered = 0
-        self.cursor = 0
+        self._prior = time_model
+        self._digested: DigestedEngine | None = None
+        self._cursor = 0
         self.telemetry: Telemetry | None = None
-        self._engine_id = ""
+        self.shared: Estimates | None = None
 
     def follow(self, settings: TuningSettings, configured: Thresholds) -> None:
         """Other settings and configured thresholds from now on; the estimates stay."""
-        if settings != self._settings:
-            self._traffic.follow(settings.window_s, settings.min_finished)
-            self._steps.follow(settings.window_s)
+        if settings != self._settings and "_records" in self.__dict__:
+            self._records.follow(settings.window_s, settings.min_finished)
         self._settings, self._configured = settings, configured
 
     def observe(self, telemetry: Telemetry) -> None:
         """Take in one report. A report seen before changes nothing; a restarted engine starts the window anew."""
-        if telemetry.limits.pipeline_depth != self._depth:
-            self._depth = telemetry.limits.pipeline_depth
-            self.time_model = OnlineIterationTimeModel(self._profiled.of_stage(self._depth))
-        if telemetry.engine_id != self._engine_id:
-            self._engine_id, self.cursor, self._delivered = telemetry.engine_id, 0, 0
-            self._traffic.restart(telemetry)
-            self._steps.restart()
-        for iteration in telemetry.iterations:
-            if iteration.seq > self.cursor:
-                self.time_model.update(
-                    iteration.prefill_tokens, iteration.decode_tokens, iteration.kv_tokens, iteration.seconds
-                )
-        self._observe_finished(telemetry)
-        self._steps.observe(telemetry.clock_s, telemetry.counters)
-        self._traffic.observe(telemetry, self.cursor, self._steps.steps.tokens)
-        self.cursor = max(self.cursor, telemetry.cursor)
+        if telemetry.digest is not None:
+            self._digested, self._cursor = DigestedEngine(telemetry.digest, telemetry.clock_s), telemetry.cursor
+        else:
+            self._digested = None
+            self._records.observe(telemetry)
+            self._cursor = self._records.cursor
         self.telemetry = telemetry
 
-    def _observe_finished(self, telemetry: Telemetry) -> None:
-        """Compare the TPOT of finished requests with the plan; a cold plan is not compared.
+    @cached_property
+    def _records(self) -> EngineRecords:
+        """What its records say; a replica that sends digests costs no memory for them."""
+        return EngineRecords(self._prior, self._settings.window_s, self._settings.min_finished)
 
-        Uses the times at which outputs left the replica where it reports them.
-        """
-        delivered = [done for done in telemetry.delivered if done.seq > self._delivered]
-        for done in delivered:
-            if done.delay_s is not None:
-                self._delays.observe(done.delay_s)
-        self._delivered = max([self._delivered, *(done.seq for done in delivered)])
-        params = telemetry.thresholds.fluid
-        if params is None or params.token_s is None or params.cold:
-            return
-        finished = [done for done in telemetry.finished if done.seq > self.cursor and not done.aborted]
-        for got in delivered if telemetry.delivered else finished:
-            if got.tpot_s is not None:
-                self._realised.observe(got.tpot_s, params.token_s)
+    def digest(self) -> Digest:
+        """What the records come to, for whoever pools them."""
+        if self._digested is not None:
+            return self._digested.digest
+        return self._records.digest(self._settings.overflow_probability)
+
+    @property
+    def cursor(self) -> int:
+        """The records read so far."""
+        return self._cursor
+
+    @property
+    def time_model(self) -> OnlineIterationTimeModel | DigestedTimes:
+        """The replica's own iteration-time model."""
+        return self._records.time_model if self._digested is None else self._digested.time_model
 
     @property
     def delivery_s(self) -> float:
         """Seconds from a first token in the engine until it has left the replica, for all but the accepted share; 0
         while too little is known, and at most half of what the targets leave."""
+        own = self._records if self._digested is None else self._digested
+        return self._bounded(own.delay_s(self._settings.overflow_probability) or 0.0)
+
+    def _bounded(self, delivery_s: float) -> float:
         targets = self._settings.targets
         most_s = min((t for t in (targets.ttft_s, targets.latency_s) if t is not None), default=0.0) / 2
-        return min(self._delays.of_all_but(self._settings.overflow_probability) or 0.0, most_s)
+        return min(delivery_s, most_s)
 
     @property
     def rates(self) -> ArrivalRates:
         """Arrival rates, in all and by type, with intervals."""
-        return self._traffic.rates
+        return self._traffic.rates if self._digested is None else self._digested.rates
 
     @property
     def rate_rps(self) -> float:
         """Arrivals per second since the last change, at most over the window."""
-        return self._traffic.rates.total.value if self.telemetry else 0.0
+        return self.rates.total.value if self.telemetry else 0.0
+
+    @property
+    def miss_probability(self) -> float:
+        """The accepted share of requests that miss a target."""
+        return self._settings.overflow_probability
 
     @property
     def finished_seen(self) -> int:
         """Finished requests since the last change of lengths."""
-        return self._traffic.finished_count
+        return self._traffic.finished_count if self._digested is None else self._digested.digest.finished_seen
+
+    @property
+    def _traffic(self) -> TrafficMonitor:
+        return self._records.traffic
 
     @property
     def configured(self) -> Thresholds:
@@ -140,7 +146,23 @@ class ReplicaModel:
     @property
     def is_cold(self) -> bool:
         """Whether too few requests have finished, so that lengths are (partly) a prior."""
-        return self.finished_seen < self._settings.min_finished
+        return self.finished_seen < self._settings.min_finished and self.shared is None
+
+    @property
+    def least_outputs(self) -> int:
+        """Ended outputs from which lengths count as known."""
+        return self._settings.min_finished
+
+    @property
+    def limits(self) -> EngineLimits:
+        """Those of the engine, once it has reported."""
+        assert self.telemetry is not None
+        return self.telemetry.limits
+
+    @property
+    def plans_for(self) -> Hashable:
+        """What a plan depends on beside the estimates and the size of the KV cache."""
+        return self._settings, self._configured, replace(self.limits, kv_capacity_tokens=0)
 
     def propose(self) -> Proposal:
         """The thresholds for the present estimates; the configured ones while too little is known."""
@@ -160,7 +182,7 @@ class ReplicaModel:
         mix = self._mix()
         thresholds, equilibrium = tune_counts(
             self._configured, mix, self.time_model.time_model, self.telemetry.limits,
-            overflow_probability=self._settings.overflow_probability, steps=self._steps.steps,
+            overflow_probability=self._settings.overflow_probability, steps=self._records.steps,
             over_time=self._over_time(mix),
         )
         thresholds = replace(thresholds, valid_for_s=self._settings.validity_s)
@@ -168,11 +190,10 @@ class ReplicaModel:
 
     def _propose_fluid(self) -> Proposal:
         """`fluid` ignores declared lengths here; before any output is seen it uses a prior."""
-        lengths, samples, cold = self._lengths()
-        thresholds, plan = self._plan(lengths, cold=cold)
+        estimates = self.estimates
+        thresholds, plan = self._plan(estimates)
         thresholds = replace(thresholds, valid_for_s=self._settings.validity_s)
-        forecast = self._forecast(plan, lengths, samples, cold=cold)
-        return Proposal(thresholds, plan.equilibrium, thresholds.reason, forecast)
+        return Proposal(thresholds, plan.equilibrium, thresholds.reason, self._forecast(plan, estimates))
 
     def plan_for(
         self, rate_rps: float | None = None, targets: Slo | None = None, limits: EngineLimits | None = None
@@ -181,45 +202,61 @@ class ReplicaModel:
         (None: the present ones). None without telemetry. Nothing here changes."""
         if self.telemetry is None:
             return None
-        lengths, _, cold = self._lengths()
-        return self._plan(lengths, cold=cold, rate_rps=rate_rps, targets=targets, limits=limits)[1]
+        return self._plan(self.estimates, rate_rps=rate_rps, targets=targets, limits=limits)[1]
 
-    def _lengths(self) -> tuple[Lengths, float, bool]:
-        """The lengths of requests, the ended outputs behind them, and whether they are (partly) a prior."""
-        rates, cold = self._traffic.rates, self.is_cold
-        answers = self._traffic.answers(guessed=_guesses(self._longest) if cold else ())
+    @property
+    def estimates(self) -> Estimates:
+        """What a plan of `fluid` is made of: what its siblings know with it, else its own."""
+        return self.shared or self._own()
+
+    def _own(self) -> Estimates:
+        assert self.telemetry is not None
+        own, now_s = self._records if self._digested is None else self._digested, self.telemetry.clock_s
+        lengths, samples, since_s = self._own_lengths()
+        return Estimates(
+            time_model=own.time_model.time_model, error=own.time_model.error,
+            iteration_s=own.time_model.iteration_time_s, rates=Rates.at(self.rates, now_s), lengths=lengths,
+            samples=samples, lengths_since_s=now_s - since_s if math.isfinite(since_s) else None, cold=self.is_cold,
+            reuse=own.prefix_reuse, steps=own.steps, margin=own.margin(self._settings.overflow_probability),
+            delivery_s=own.delay_s(self._settings.overflow_probability) or 0.0,
+        )
+
+    def _own_lengths(self) -> tuple[Lengths, float, float]:
+        """The lengths of requests, the ended outputs behind them, and the time of their last change."""
+        guesses = _guesses(self._longest) if self.is_cold else ()
+        if self._digested is not None:
+            return *self._digested.lengths(self._longest, guesses), self._digested.lengths_since_s
+        rates, answers = self._traffic.rates, self._traffic.answers(guessed=guesses)
         lengths = product_limit(answers, self._longest)
-        samples = float(answers.ended.sum())
-        return stratified(lengths, [one.prompt_tokens for one in self._traffic.arrivals], rates), samples, cold
+        lengths = stratified(lengths, [one.prompt_tokens for one in self._traffic.arrivals], rates)
+        return lengths, float(answers.ended.sum()), self._traffic.answers_since_s
 
     def _plan(
-        self, lengths: Lengths, *, cold: bool, rate_rps: float | None = None, targets: Slo | None = None,
+        self, known: Estimates, *, rate_rps: float | None = None, targets: Slo | None = None,
         limits: EngineLimits | None = None,
     ) -> tuple[Thresholds, FluidPlan]:
         assert self.telemetry is not None
-        rate_rps = self.rate_rps if rate_rps is None else rate_rps
-        mix = WorkloadMix((RequestType(UNKNOWN_TYPE, max(rate_rps, LEAST_RATE_RPS), lengths),))
+        rate_rps = known.rates.total.value if rate_rps is None else rate_rps
+        mix = WorkloadMix((RequestType(UNKNOWN_TYPE, max(rate_rps, LEAST_RATE_RPS), known.lengths),))
         settings = self._settings
         return tune_fluid(
-            self._configured, mix, self.time_model.time_model, limits or self.telemetry.limits,
-            targets or settings.targets, miss_probability=settings.overflow_probability, error=self.time_model.error,
-            dispersion=self._traffic.rates.dispersion, reuse=self._traffic.prefix_reuse, steps=self._steps.steps,
-            realised_margin=self._realised.margin(settings.overflow_probability), delivery_s=self.delivery_s, cold=cold,
+            self._configured, mix, known.time_model, limits or self.telemetry.limits, targets or settings.targets,
+            miss_probability=settings.overflow_probability, error=known.error, dispersion=known.rates.dispersion,
+            reuse=known.reuse, steps=known.steps, realised_margin=known.margin,
+            delivery_s=self._bounded(known.delivery_s), cold=known.cold,
         )
 
-    def _forecast(self, plan: FluidPlan, lengths: Lengths, samples: float, *, cold: bool) -> Forecast:
-        assert self.telemetry is not None
-        rates, error, now_s = self._traffic.rates, self.time_model.error, self.telemetry.clock_s
-        times, since_s = self.time_model.iteration_time_s, self._traffic.answers_since_s
+    def _forecast(self, plan: FluidPlan, known: Estimates) -> Forecast:
+        rates, error, times, lengths = known.rates, known.error, known.iteration_s, known.lengths
         return Forecast(
             plan=plan, miss_probability=self._settings.overflow_probability, rate_rps=rates.total,
-            rate_by_type_rps=rates.by_type, rate_since_s=now_s - rates.since_s, dispersion=rates.dispersion,
-            prompt_tokens=mean_of(lengths.prompt_tokens, lengths.weights, samples),
-            output_tokens=mean_of(lengths.output_tokens, lengths.weights, samples), survival_samples=samples,
-            survival_since_s=now_s - since_s if math.isfinite(since_s) else None,
+            rate_by_type_rps=rates.by_type, rate_since_s=rates.since_s, dispersion=rates.dispersion,
+            prompt_tokens=mean_of(lengths.prompt_tokens, lengths.weights, known.samples),
+            output_tokens=mean_of(lengths.output_tokens, lengths.weights, known.samples),
+            survival_samples=known.samples, survival_since_s=known.lengths_since_s,
             iteration_error_std=error.std_estimate, iteration_error_correlation=error.correlation,
             iteration_s=mean_estimate(*times, error.iterations) if times else None,
-            iteration_std_s=times[1] if times else None, cold=cold, delivery_s=self.delivery_s,
+            iteration_std_s=times[1] if times else None, cold=known.cold, delivery_s=self._bounded(known.delivery_s),
         )
 
     def _mix(self) -> WorkloadMix:

@@ -12,13 +12,17 @@ from pydantic import ValidationError
 from scheduler.model.profiles import load_profile
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS
 from scheduler.thresholds import EngineLimits, Thresholds, thresholds_as_dict
+from scheduler.tuning.siblings import Siblings
 from simulator.config import SimulationConfig, SimulationError
-from simulator.engine.controller import VirtualController
+from simulator.engine.controller import VirtualController, one_cycle
 from simulator.engine.replica import VirtualReplica
+from simulator.engine.replica_state import Sink
 from simulator.engine.routing import Routing
+from simulator.engine.scaling import Answered, Member, Scaling
 from simulator.output.metrics import window_of
 from simulator.output.rows import UNFINISHED, RequestRow
 from simulator.output.run_files import RunWriter
+from simulator.scenario.autoscalers import Autoscaler
 from simulator.scenario.baselines import BASELINES
 from simulator.scenario.routers import parse_speeds
 from simulator.scenario.slowdown import parse_slowdown
@@ -33,36 +37,60 @@ class Fleet:
     """Takes requests by arrival time and advances all replicas in the order of virtual time.
 
     thresholds: the replicas start with these; a controller keeps their fixed fields. never_rejected: numbers of
-    requests that no rule may reject.
+    requests that no rule may reject. oracle: the rule for the number of replicas that knows the future, where the
+    configuration names it.
     """
 
     def __init__(
         self, config: SimulationConfig, thresholds: Thresholds | None, writer: RunWriter,
-        never_rejected: Collection[int] = (),
+        never_rejected: Collection[int] = (), oracle: Autoscaler | None = None,
     ) -> None:
-        baseline, profile = BASELINES[config.policy], load_profile(config.profile)
         self._config, self._declares, self._arrived, self._writer = config, config.declares, 0, writer
+        self._thresholds, self._never_rejected = thresholds, never_rejected
         self.stranded, self.unfinished = 0, 0
         self.returns = Returns(config.retries, config.workload.seed) if config.retries else None
-        slowdown = parse_slowdown(config.slowdown) if config.slowdown else None
+        self._stats_due_s, self._control_due_s = config.stats_age_s, 0.0
+        self._latest_s = self._now_s = 0.0
+        self._waiting: list[tuple[int, SimRequest, Attempt | None]] = []
+        self.replicas: list[VirtualReplica] = []
+        self._siblings = Siblings(config.max_model_len)
+        self._scaling: Scaling | None = None
+        self._sink: Sink = writer
+        if config.autoscale:
+            self._sink = answered = Answered(writer)
+            self._scaling = Scaling(config, self._make, answered, oracle)
+            self._members = self._scaling.all
+        else:
+            self._members = [self._make(index) for index in range(config.replicas)]
+        several = config.replicas > 1 or self._scaling is not None
+        self._routing = Routing(config, self._taking(), lambda: self._now_s) if several else None
+
+    @property
+    def replica_s(self) -> float:
+        """Seconds of all replicas together until the last arrival."""
+        return self._scaling.replica_s if self._scaling else len(self.replicas) * self._latest_s
+
+    def _make(self, index: int) -> Member:
+        """A new replica with its controller."""
+        config, profile = self._config, load_profile(self._config.profile)
         speeds = parse_speeds(config.speeds, config.replicas)
-        self.replicas = [
-            VirtualReplica(
-                index, _scheduler(config, thresholds), profile.time_model, writer, speed=speeds[index],
-                give_up_s=config.give_up_s, rule=baseline.rule, ttft_s=config.slo.ttft_s,
-                slowdown=None if index else slowdown,
-                noise=_noise(config, index) if config.iteration_noise else None, returns=self.returns,
-                never_rejected=never_rejected, speculation=config.speculation,
-            )
-            for index in range(config.replicas)
-        ]
-        self._routing = Routing(config, self.replicas, lambda: self._now_s) if config.replicas > 1 else None
-        self._stats_due_s = config.stats_age_s
-        self._control_due_s = self._latest_s = self._now_s = 0.0
-        self._controllers = [
-            VirtualController(replica, config, profile.time_model, thresholds, writer)
-            for replica in self.replicas if thresholds and config.controlled
-        ]
+        slowdown = parse_slowdown(config.slowdown) if config.slowdown and not index else None
+        replica = VirtualReplica(
+            index, _scheduler(config, self._thresholds), profile.time_model, self._sink,
+            speed=speeds[index % len(speeds)], give_up_s=config.give_up_s, rule=BASELINES[config.policy].rule,
+            ttft_s=config.slo.ttft_s, slowdown=slowdown,
+            noise=_noise(config, index) if config.iteration_noise else None, returns=self.returns,
+            never_rejected=self._never_rejected, speculation=config.speculation,
+        )
+        replica.now_s = self._now_s
+        self.replicas.append(replica)
+        if not (self._thresholds and config.controlled):
+            return replica, None
+        return replica, VirtualController(replica, config, profile.time_model, self._thresholds, self._writer)
+
+    def _taking(self) -> list[VirtualReplica]:
+        """The replicas that take requests."""
+        return [replica for replica, _ in (self._scaling.serving if self._scaling else self._members)]
 
     def arrive(self, number: int, request: SimRequest) -> None:
         """Advance to this arrival, then submit the request to a replica."""
@@ -72,6 +100,11 @@ class Fleet:
 
     def finish(self) -> None:
         """Run to the end, or with `until_decided` until every measured request has met or missed its targets."""
+        if self._scaling:
+            self._scaling.count(self._latest_s)
+            self._scaling.counting = False
+        while self._waiting:  # for a first replica
+            self._advance(self._now_s + _LOOK_EVERY_S)
         if self._config.until_decided:
             self._decide()
             self.unfinished = sum(replica.leave_unfinished() for replica in self.replicas) + self._leave_returns()
@@ -93,37 +126,56 @@ class Fleet:
             self._run_to(now_s)
 
     def _advance(self, until_s: float) -> None:
-        """Advance to `until_s`, with reports and control cycles on the way."""
-        if self._routing:
-            while self._stats_due_s <= until_s:
-                self._run_to(self._stats_due_s)
+        """Advance to `until_s`, with reports, control cycles and changes of the number of replicas on the way."""
+        while (due_s := self._next_due_s()) <= until_s:
+            self._run_to(due_s)
+            if self._routing and self._stats_due_s <= due_s:
                 self._routing.report()
                 self._stats_due_s += self._config.stats_age_s
-        while self._controllers and self._control_due_s <= until_s:
-            self._run_to(self._control_due_s)
-            for controller in self._controllers:
-                controller.one_cycle()
-            self._control_due_s += self._config.period_s
+            if self._control_due_s <= due_s:
+                one_cycle([one for _, one in self._members if one is not None], self._siblings, due_s)
+                self._control_due_s += self._config.period_s
+            if self._scaling and self._scaling.next_s <= due_s:
+                self._scale(self._scaling, due_s)
         self._run_to(until_s)
+
+    def _next_due_s(self) -> float:
+        return min(
+            self._stats_due_s if self._routing else math.inf, self._control_due_s,
+            self._scaling.next_s if self._scaling else math.inf,
+        )
+
+    def _scale(self, scaling: Scaling, now_s: float) -> None:
+        scaling.step(now_s, len(self._waiting))
+        self._members = scaling.all
+        if self._routing:
+            self._routing.follow(self._taking())
+        if scaling.serving:
+            waiting, self._waiting = self._waiting, []
+            for number, request, attempt in waiting:
+                self._submit(number, request, attempt)
 
     def _run_to(self, until_s: float) -> None:
         if self.returns is None:
             self._now_s = max(self._now_s, until_s)
-            for replica in self.replicas:
+            for replica, _ in self._members:
                 replica.advance(until_s)
             return
         while self._now_s < until_s:
             # The shortest retry pause is a whole step, so no retry falls into the step of its rejection.
             self._now_s = min(until_s, self._now_s + SHORTEST_PAUSE_S, self.returns.next_s)
-            for replica in self.replicas:
+            for replica, _ in self._members:
                 replica.advance(self._now_s)
             for attempt in self.returns.due(self._now_s):
                 self._submit(attempt.request_number, attempt.request, attempt)
 
     def _submit(self, number: int, request: SimRequest, attempt: Attempt | None = None) -> None:
+        if self._scaling and not self._scaling.serving:
+            self._waiting.append((number, request, attempt))
+            return
         declared = {EXPECTED_OUTPUT_TOKENS: request.output_tokens} if self._declares else None
         to = self._routing.choose(number, request, self._declares) if self._routing else self.replicas[0]
-        to.submit(number, request, declared=declared, attempt=attempt)
+        to.submit(number, request, declared=declared, attempt=attempt, reached_s=self._now_s)
 
     def _leave_returns(self) -> int:
         """Record as unfinished the requests with a retry still to come; returns their number."""

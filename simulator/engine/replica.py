@@ -112,18 +112,19 @@ class VirtualReplica:
 
     def submit(
         self, number: int, request: SimRequest, *, declared: dict[str, Any] | None = None,
-        attempt: Attempt | None = None,
+        attempt: Attempt | None = None, reached_s: float = 0.0,
     ) -> None:
         """A request reaches the engine now; `declared` are the arguments that declare its output length.
 
-        `attempt`: this is a retry after a rejection.
+        `attempt`: this is a retry after a rejection. `reached_s`: when it came here, if it has waited elsewhere.
         """
         since_s = attempt.at_s if attempt else request.arrival_s
-        self.now_s, self._stuck = max(self.now_s, since_s), False
+        reached_s = max(since_s, reached_s)
+        self.now_s, self._stuck = max(self.now_s, reached_s), False
         made = make_request(
             f"{number}.{attempt.number}" if attempt else str(number),
             prompt_token_ids(request.pieces, request.prompt_tokens, number), request.output_tokens,
-            arrival_s=since_s, max_model_len=self.scheduler.max_model_len, declared=declared,
+            arrival_s=reached_s, max_model_len=self.scheduler.max_model_len, declared=declared,
             block_hasher=self._block_hasher,
         )
         live = LiveRequest(number, made, request, since_s, attempt)

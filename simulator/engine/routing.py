@@ -27,12 +27,18 @@ class Routing:
     def __init__(
         self, config: SimulationConfig, replicas: Sequence[VirtualReplica], clock: Callable[[], float]
     ) -> None:
-        self._replicas, self._clock, self._ingresses = list(replicas), clock, config.ingresses
+        self._clock, self._ingresses = clock, config.ingresses
         self._rng = random.Random(config.workload.seed)
         self._reports: dict[int, RoutingStats] = {}
         self._sent: list[Sent[int]] = [Sent(clock, clock) for _ in range(config.ingresses)]
         made = RIVAL_ROUTERS.get(config.router)
         self._rivals = [made(random.Random(self._rng.random())) for _ in range(config.ingresses)] if made else []
+        self._replicas: list[VirtualReplica] = []
+        self.follow(replicas)
+
+    def follow(self, replicas: Sequence[VirtualReplica]) -> None:
+        """These are the replicas from now on."""
+        self._replicas = list(replicas)
         for replica in self._replicas:
             replica.ended = self._ended
 

