@@ -75,30 +75,46 @@ def overload(several: list[Table]) -> str:
 
 
 def routing(several: list[Table]) -> str:
-    """Our router beside those of other projects, in goodput and TTFT."""
-    said = []
-    for table in several:
-        if "router" not in table.head:
+    """Our router beside those of other projects, in goodput, TTFT and prefix hits; and with several ingresses."""
+    said = [_beside_other_routers(table) if "router" in table.head else _with_ingresses(table) for table in several]
+    return " ".join(filter(None, said)) or NOT_RUN
+
+
+def _beside_other_routers(table: Table) -> str:
+    names, loads = table.column("router"), table.numbers("load")
+    goodput, p99, hits = (table.numbers(name) for name in ("goodput /s", "TTFT p99 (s)", "prefix hits"))
+    parts = []
+    for load in dict.fromkeys(loads):
+        at = [place for place, one in enumerate(loads) if one == load and goodput[place] is not None]
+        ours = [place for place in at if names[place] == "`fluid`"]
+        others = [place for place in at if place not in ours]
+        if not ours or not others:
             continue
-        names, loads = table.column("router"), table.numbers("load")
-        goodput, p99 = table.numbers("goodput /s"), table.numbers("TTFT p99 (s)")
-        parts = []
-        for load in dict.fromkeys(loads):
-            at = [place for place, one in enumerate(loads) if one == load and goodput[place] is not None]
-            ours = [place for place in at if names[place] == "`fluid`"]
-            others = [place for place in at if place not in ours]
-            if not ours or not others:
-                continue
-            best = max(others, key=lambda place: goodput[place] or 0.0)
-            fastest = min(others, key=lambda place: p99[place] or 0.0)
-            parts.append(
-                f"at load {load:g} goodput {(goodput[ours[0]] or 0) / (goodput[best] or 1):.2f} and p99 TTFT "
-                f"{(p99[ours[0]] or 0) / (p99[fastest] or 1):.2f} times those of the best other, {names[best]} and "
-                f"{names[fastest]}"
-            )
-        if parts:
-            said.append(f"{table.title}: {'; '.join(parts)}.")
-    return " ".join(said) or NOT_RUN
+        best = max(others, key=lambda place: goodput[place] or 0.0)
+        fastest = min(others, key=lambda place: p99[place] or 0.0)
+        part = (
+            f"at load {load:g} goodput {(goodput[ours[0]] or 0) / (goodput[best] or 1):.2f} and p99 TTFT "
+            f"{(p99[ours[0]] or 0) / (p99[fastest] or 1):.2f} times those of the best of {len(others)} others, "
+            f"{names[best]} and {names[fastest]}"
+        )
+        most = max(others, key=lambda place: hits[place] or 0.0)
+        if hits[most]:
+            part += f", prefix hits {(hits[ours[0]] or 0) / (hits[most] or 1):.2f} times those of {names[most]}"
+        parts.append(part)
+    return f"{table.title}: {'; '.join(parts)}." if parts else ""
+
+
+def _with_ingresses(table: Table) -> str:
+    goodput, p99 = table.pairs("ingresses", "goodput /s"), table.pairs("ingresses", "TTFT p99 (s)")
+    alone = [x for count, x in p99 if count == 1]
+    if not alone or len(alone) == len(p99):
+        return ""
+    worst, at = max((x, count) for count, x in p99)
+    rates = [x for _, x in goodput]
+    return (
+        f"{table.title}: goodput {min(rates):.2f} to {max(rates):.2f}/s; p99 TTFT at most "
+        f"{worst / min(alone):.2f} times that of one ingress at its best, with {at:g}."
+    )
 
 
 def autoscaling(several: list[Table]) -> str:

@@ -116,7 +116,7 @@ def page(several: Sequence[Case], results: dict[str, list[PointResult]]) -> str:
     ]
     sections += [
         "\n".join([
-            f"## Several ingresses, old reports: {name[:1].lower()}{name[1:]}", "",
+            f"## Several ingresses, old reports, {name[:1].lower()}{name[1:]}", "",
             f"Load {INGRESS_LOAD:g}, router `fluid`.", "", *INGRESS_HEAD, *ingress_rows(results, name),
         ])
         for name in ingress_cases(several)
@@ -162,8 +162,8 @@ def row(first: list[str], runs: list[dict[str, Any]]) -> str:
         return "| " + " | ".join([*first, *["–"] * 7]) + " |"
     missed = (f"{100 * mean_of(runs, f'served_{target}_miss_fraction'):.1f} %" for target in ("ttft", "tpot"))
     values = [
-        str(len(runs)), with_spread(runs, "goodput_rps"), with_spread(runs, "ttft_p50_s"),
-        with_spread(runs, "ttft_p99_s"), " / ".join(missed), f"{mean_of(runs, 'rejected'):.0f}",
+        str(len(runs)), with_spread(runs, "goodput_rps"), with_spread(runs, "ttft_p50_s", 3),
+        with_spread(runs, "ttft_p99_s", 3), " / ".join(missed), f"{mean_of(runs, 'rejected'):.0f}",
         f"{mean_of(runs, 'prefix_hit_fraction'):.2f}",
     ]
     return "| " + " | ".join([*first, *values]) + " |"
