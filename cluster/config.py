@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
+from cluster import haproxy
 from cluster.llm_entry import WITHOUT_ENGINE, LLMEntry
 from cluster.ray_environment import prepare
 from cluster.settings import PROFILE_MISSING, HeadraceSettings, ModelSettings, Strict, overridden
@@ -26,6 +27,7 @@ from scheduler.tuning.slo import UnreachableTarget, require_reachable
 
 APP_NAME = "headrace"
 METRICS_PORT = 8090
+LOCALHOST = "127.0.0.1"
 IMPORT_PATH = "headrace:build"
 _MOVED = {
     "model": "llm_configs[].model_loading_config: {model_id: …, model_source: …}",
@@ -137,7 +139,8 @@ class RayConfig(Strict):
     num_cpus: logical CPU cores of a local Ray (Serve's own actors need a few more than the machine may have).
     metrics_port: where a local Ray's metrics agent serves /metrics, on 127.0.0.1; a cluster that is joined has its own.
     haproxy: whether a local Ray takes HTTP in through HAProxy, which Ray brings along on Linux, else through Serve's
-    own proxy in Python; on a cluster that is joined, its environment says so.
+    own proxy in Python (as always at an http_options.host other than 0.0.0.0, 127.0.0.1 or localhost); on a cluster
+    that is joined, its environment says so.
     """
 
     address: str = "local"
@@ -152,7 +155,7 @@ class HttpOptions(Strict):
     host: its address; other machines reach 0.0.0.0, which needs an API key. port: its TCP port.
     """
 
-    host: str = "127.0.0.1"
+    host: str = LOCALHOST
     port: int = Field(default=8000, ge=1, le=65535)
 
 
@@ -201,6 +204,11 @@ class ClusterConfig(Strict):
         return self.applications[0]
 
     @property
+    def with_haproxy(self) -> bool:
+        """Whether a local Ray's Serve takes HTTP in through HAProxy."""
+        return self.ray.haproxy and self.http_options.host in haproxy.HOSTS
+
+    @property
     def base_url(self) -> str:
         """The URL requests go to, as seen from this machine."""
         host = "127.0.0.1" if self.http_options.host in ("0.0.0.0", "::") else self.http_options.host
@@ -222,9 +230,9 @@ def load_config(path: Path, *, with_engine: bool = True) -> ClusterConfig:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is empty or not a mapping; see configs/local.yaml for an example")
     if with_engine:  # the check imports Ray
-        given = data.get("ray")
-        ray = given if isinstance(given, dict) else {}
-        prepare(local=ray.get("address", "local") == "local", with_haproxy=ray.get("haproxy", True) is True)
+        ray, http = (data[key] if isinstance(data.get(key), dict) else {} for key in ("ray", "http_options"))
+        wanted = ray.get("haproxy", True) is True and http.get("host", LOCALHOST) in haproxy.HOSTS
+        prepare(local=ray.get("address", "local") == "local", with_haproxy=wanted)
     try:
         return ClusterConfig.model_validate(data, context=None if with_engine else WITHOUT_ENGINE)
     except ValidationError as error:

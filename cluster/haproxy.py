@@ -3,8 +3,9 @@
 Ray Serve's own proxy is a Python process that every request and every token passes through. Ray Serve also brings
 HAProxy along, through which clients speak to an ingress replica's own HTTP server.
 
-Ray's configuration of it opens two pages of counters to all machines, and lets a client take an hour to send its
-headers. So Ray starts `headrace-haproxy` (`main`) in HAProxy's place, which adjusts the file and becomes HAProxy.
+Ray's configuration of it opens two pages of counters to all machines and its socket for orders to all users, and lets a
+client take an hour to send its headers. So Ray starts `headrace-haproxy` (`main`) in HAProxy's place, which adjusts the
+file and becomes HAProxy.
 
 Part of the fence around Ray's non-public surface: `tests/cluster/test_haproxy.py` fails when an upgrade moves it.
 """
@@ -24,10 +25,15 @@ SCRIPT = "headrace-haproxy"
 _SWITCH, _BINARY = "RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_HAPROXY_BINARY_PATH"
 HEADERS_S = 30
 """Seconds in which a client must have sent all of its headers."""
+HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")
+"""Where Serve can listen: HAProxy calls the ingress replicas of its own machine at 127.0.0.1."""
+_STREAMS_S = 3600
+"""Longest answer: with every change of ingress replicas Ray starts another HAProxy, and the one before, which has the
+streams that have begun, ends after this."""
 _LEAVES_AFTER_S = 2
 """Seconds for which an ingress that stops still takes requests, until every HAProxy has heard of it; a later request
 finds a closed port, and HAProxy sends it elsewhere."""
-_LONGEST_FOLDER = 26
+LONGEST_FOLDER = 26
 """Of the 107 characters that a socket's path may have, Ray and HAProxy need 81."""
 _COUNTERS = re.compile(r"(frontend prometheus|listen stats)\b")
 _SECTION = re.compile(r"[a-z]")
@@ -51,11 +57,12 @@ def environment(folder: Path | None = None, ports: Sequence[int] = ()) -> dict[s
     found = {
         _SWITCH: "1",
         _BINARY: str(started),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(_STREAMS_S),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_LEAVES_AFTER_S),
     }
     for name, port in zip(("METRICS", "STATS"), ports, strict=False):
         found[f"RAY_SERVE_HAPROXY_{name}_PORT"] = str(port)
-    if folder is not None and len(str(folder)) <= _LONGEST_FOLDER:
+    if folder is not None and len(str(folder)) <= LONGEST_FOLDER:
         found |= {
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
@@ -67,14 +74,15 @@ def environment(folder: Path | None = None, ports: Sequence[int] = ()) -> dict[s
 
 
 def adjusted(configuration: str) -> str:
-    """Ray's configuration of HAProxy with its counters for this machine alone, and a limit of time for headers."""
+    """Ray's configuration of HAProxy with its counters for this machine and its orders for this user alone, and a limit
+    of time for headers."""
     lines, section = [], ""
     for line in configuration.splitlines():
         if _SECTION.match(line):
             section = line
         if _COUNTERS.match(section):
             line = re.sub(r"^(\s*bind )\*?:", r"\g<1>127.0.0.1:", line)
-        lines.append(line)
+        lines.append(re.sub(r"^(\s*stats socket .*) mode 666 ", r"\1 mode 600 ", line))
         if section == line == "defaults" and "timeout http-request" not in configuration:
             lines.append(f"    timeout http-request {HEADERS_S}s")
     return "\n".join(lines) + "\n"

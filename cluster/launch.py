@@ -19,7 +19,7 @@ import httpx
 import psutil
 
 from cluster import haproxy
-from cluster.config import ClusterConfig, ConfigError
+from cluster.config import LOCALHOST, ClusterConfig, ConfigError
 from cluster.joining import is_refusal, use_the_user_s_token, why_not_joined
 from cluster.keys import require_key_beyond_loopback
 from cluster.model import BUNDLED_MODEL_NAME, is_prepared, prepare_bundled_model
@@ -33,7 +33,6 @@ _STOP_S = 90.0
 """Bound on a stop once its requests have ended."""
 _REMEMBER_EVERY_S = 10.0
 _HEARD_S = 1.0
-LOCALHOST = "127.0.0.1"
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("headrace", "cluster", "router", "replicas", "scheduler", "simulator", "loadgen")
 
@@ -112,10 +111,10 @@ class Launcher:
         if self.owns_ray:
             _require_free(options.host, options.port, "http_options.port")
             _require_free(LOCALHOST, self._config.ray.metrics_port, "ray.metrics_port")
-        if self.owns_ray and self._config.ray.haproxy:
-            folder = None if self._folder is None else self._folder.haproxy
+        if self.owns_ray and self._config.with_haproxy:
+            folder = None if self._folder is None else self._folder.hold_haproxy()
             use(haproxy.environment(folder, [_free_port(), _free_port()]))
-        prepare(local=self._config.ray.address == "local", with_haproxy=self._config.ray.haproxy)
+        prepare(local=self._config.ray.address == "local", with_haproxy=self._config.with_haproxy)
         if self._folder is not None:
             self._folder.hold_temporary_files()
         logging.disable(logging.WARNING)  # in this process; replicas and engines write their own files

@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,7 @@ from typing import Any
 import psutil
 
 from cluster.config import ClusterConfig
+from cluster.haproxy import LONGEST_FOLDER
 from cluster.processes import end_processes
 from scheduler.config_errors import CommandFailed
 from scheduler.engine import segments
@@ -66,8 +68,23 @@ class RunFolder:
 
     @property
     def haproxy(self) -> Path:
-        """For HAProxy's configuration and sockets."""
-        return self.path / "h"
+        """For HAProxy's configuration and sockets; elsewhere if their paths would be too long here."""
+        here = self.path / "h"
+        short = Path("/tmp") / f"h{os.getuid()}-{self.path.name}"  # noqa: S108 - `hold_haproxy` checks whose it is
+        return here if len(str(here)) <= LONGEST_FOLDER else short
+
+    def hold_haproxy(self) -> Path:
+        """Make that folder, for this user alone.
+
+        Raises:
+            CommandFailed: another user has one of this name.
+        """
+        self.haproxy.mkdir(mode=0o700, exist_ok=True)
+        found = self.haproxy.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise CommandFailed(f"{self.haproxy} belongs to another user; remove it, or set ray: {{haproxy: false}}")
+        self.haproxy.chmod(0o700)
+        return self.haproxy
 
     @property
     def logs(self) -> Path:
@@ -117,6 +134,7 @@ class RunFolder:
 
     def remove(self) -> None:
         """Remove the folder and all that is in it."""
+        shutil.rmtree(self.haproxy, ignore_errors=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
 

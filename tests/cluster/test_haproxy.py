@@ -13,8 +13,10 @@ from ray.serve._private.haproxy import HAProxyApi, HAProxyConfig
 from ray.serve.config import HTTPOptions
 
 from cluster import haproxy
+from cluster.config import HttpOptions, load_config
 from cluster.ray_environment import prepare
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 pytestmark = pytest.mark.skipif(haproxy.script() is None, reason="HAProxy is not installed with Ray here")
 
 
@@ -39,6 +41,12 @@ def test_counters_are_for_this_machine_alone_and_the_server_for_all(written):
     assert binds(haproxy.adjusted(written.read_text())) == {"127.0.0.1:9101", "*:8000", "127.0.0.1:8404"}
 
 
+def test_only_this_user_gives_haproxy_orders(written):
+    assert " mode 666 level admin" in written.read_text(), "Ray has changed it"
+    sockets = re.findall(r"stats socket \S+ mode (\d+)", haproxy.adjusted(written.read_text()))
+    assert sockets == ["600"]
+
+
 def test_headers_have_a_limit_of_time_unless_ray_sets_one(written):
     assert "timeout http-request" not in written.read_text(), "Ray sets it itself now"
     once = haproxy.adjusted(written.read_text())
@@ -55,10 +63,10 @@ def test_haproxy_takes_the_adjusted_file_from_the_script_that_ray_starts(written
 
 
 def test_every_variable_is_one_that_ray_reads(tmp_path, monkeypatch):
-    monkeypatch.setattr(haproxy, "_LONGEST_FOLDER", 1000)
+    monkeypatch.setattr(haproxy, "LONGEST_FOLDER", 1000)
     source = Path(constants.__file__).read_text()
     variables = haproxy.environment(tmp_path, [1, 2])
-    assert len(variables) == 10
+    assert len(variables) == 11
     assert [name for name in variables if f'"{name}"' not in source] == []
 
 
@@ -81,3 +89,12 @@ def test_a_local_ray_has_it_unless_the_configuration_or_the_user_says_otherwise(
     monkeypatch.setattr(os, "environ", {} if given is None else {"RAY_SERVE_ENABLE_HA_PROXY": given})
     prepare(local=local, with_haproxy=wanted)
     assert os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == expected
+
+
+@pytest.mark.parametrize("host, expected", [
+    ("127.0.0.1", True), ("0.0.0.0", True), ("::1", False), ("10.1.2.3", False),
+])
+def test_haproxy_needs_an_address_that_reaches_127_0_0_1(host, expected):
+    config = load_config(CONFIGS / "local.yaml", with_engine=False)
+    config = config.model_copy(update={"http_options": HttpOptions(host=host)})
+    assert config.with_haproxy is expected

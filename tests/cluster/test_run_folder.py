@@ -16,7 +16,8 @@ import pytest
 
 from cluster import launch, run_folder
 from cluster.config import ClusterConfig
-from cluster.run_folder import AlreadyRunning, Note, claim, clear_stale, folder_for, running_note
+from cluster.run_folder import AlreadyRunning, Note, RunFolder, claim, clear_stale, folder_for, running_note
+from scheduler.config_errors import CommandFailed
 from scheduler.engine import segments
 
 
@@ -213,3 +214,23 @@ def test_now_asks_twice(said: list[str]) -> None:
         finally:
             process.kill()
     assert process.returncode == 0 != -signal.SIGTERM
+
+
+def test_haproxy_s_folder_is_this_user_s_alone_and_short_enough_for_sockets(tmp_path, monkeypatch):
+    deep = RunFolder(tmp_path / "a-folder-with-a-long-name" / "48123")
+    deep.path.mkdir(parents=True)
+    held = deep.hold_haproxy()
+    try:
+        assert len(str(held)) <= 26 and str(os.getuid()) in str(held)
+        assert held.stat().st_mode & 0o777 == 0o700
+        assert deep.hold_haproxy() == held, "begun again"
+        stranger = os.getuid() + 1
+        monkeypatch.setattr(os, "getuid", lambda: stranger)
+        other = RunFolder(deep.path)
+        monkeypatch.setattr(RunFolder, "haproxy", held)
+        with pytest.raises(CommandFailed, match="another user"):
+            other.hold_haproxy()
+        monkeypatch.undo()
+    finally:
+        deep.remove()
+    assert not held.exists()
