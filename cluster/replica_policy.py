@@ -22,6 +22,8 @@ from typing import Any
 from ray.serve.autoscaling_policy import default_autoscaling_policy
 from ray.serve.config import AutoscalingContext
 
+from scheduler.tuning.kept_replicas import kept_replicas
+
 _READ_EVERY_S = 1.0
 _SILENT = "the controller has said nothing lately"
 logger = logging.getLogger("ray.serve")
@@ -29,14 +31,18 @@ logger = logging.getLogger("ray.serve")
 
 @dataclass(slots=True)
 class _Board:
-    """What the thread has read. changed_s: by this process' own clock, when it last was something new."""
+    """What the thread has read. changed_s: by this process' own clock, when it last was something new. Of what is there
+    at the first look nobody knows how old it is."""
 
     value: dict[str, Any] | None = None
     changed_s: float = -math.inf
 
     def read(self, value: Any, now_s: float) -> None:
-        if isinstance(value, dict) and (self.value is None or value.get("look") != self.value.get("look")):
-            self.value, self.changed_s = value, now_s
+        if not isinstance(value, dict):
+            return
+        if self.value is not None and value.get("look") != self.value.get("look"):
+            self.changed_s = now_s
+        self.value = value
 
     def fresh(self, now_s: float) -> dict[str, Any] | None:
         value = self.value
@@ -54,24 +60,29 @@ class WantedReplicasPolicy:
         self._read, self._clock = read or _from_store, clock
         self._board, self._stop = _Board(), threading.Event()
         self._thread: threading.Thread | None = None
-        self._said = ""
+        self._said: tuple[str, int] | None = None
+        self._failed = ""
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """The number for Serve, which keeps it within min_replicas and max_replicas."""
         try:
             self._keep_reading(str(context.app_name), str(context.deployment_name))
             told = self._board.fresh(self._clock())
-            if told is not None:
-                # None is taken away from under a request, nor from one that waits for a first replica.
-                number = max(int(told["replicas"]), int(context.total_num_requests > 0))
-                self._say(context, f"{number} replicas: {told.get('reason', '')}", number)
+            if told is not None and told.get("decided", True):
+                slots = float(context.config.get_target_ongoing_requests())
+                kept = kept_replicas(float(context.total_num_requests), slots, context.target_num_replicas)
+                number = max(int(told["replicas"]), kept)
+                self._say(context, "the controller", number, str(told.get("reason", "")))
                 return number, {}
             desired = default_autoscaling_policy(context)[0]
             number = max(math.ceil(desired), context.target_num_replicas)
-            self._say(context, f"{_SILENT}: Ray's own rule, and none is taken away", number)
+            why = _SILENT if told is None else str(told.get("reason", ""))
+            self._say(context, "Ray's own rule, and none is taken away", number, why)
             return number, {}
-        except Exception:
-            logger.exception("no number of replicas for %s: as many as there are", context.deployment_name)
+        except Exception as error:
+            if repr(error) != self._failed:  # Serve asks ten times a second
+                logger.exception("no number of replicas for %s: as many as there are", context.deployment_name)
+            self._failed = repr(error)
             return context.target_num_replicas, {}
 
     def _keep_reading(self, app_name: str, deployment: str) -> None:
@@ -82,12 +93,12 @@ class WantedReplicasPolicy:
         self._thread.start()
         weakref.finalize(self, self._stop.set)  # Serve makes a new policy with every deployment
 
-    def _say(self, context: AutoscalingContext, text: str, number: int) -> None:
+    def _say(self, context: AutoscalingContext, who: str, number: int, why: str) -> None:
         """Into Serve's log, when the number changes or who decides it."""
-        key = _SILENT if text.startswith(_SILENT) else ""
-        if number != context.target_num_replicas or key != self._said:
-            logger.info("%s, %d now: %s", context.deployment_name, context.target_num_replicas, text)
-        self._said = key
+        if (who, number) != self._said:
+            now = context.target_num_replicas
+            logger.info("%s, %d replicas now: %d by %s: %s", context.deployment_name, now, number, who, why)
+        self._said = who, number
 
 
 def _keep_reading(

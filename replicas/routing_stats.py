@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -54,8 +55,8 @@ class RoutingStats:
         """The stats a replica reported; None when it reported none or in another form."""
         raw = routing_stats.get(_KEY)
         try:
-            return cls(**raw | {"outlook": _read(raw.get("outlook"))}) if isinstance(raw, dict) else None
-        except TypeError:  # a replica of another version during a rolling upgrade
+            return _checked(cls(**raw | {"outlook": _read(raw.get("outlook"))})) if isinstance(raw, dict) else None
+        except (TypeError, ValueError):  # a replica of another version during a rolling upgrade
             _warn_once(", ".join(sorted(map(str, raw or ()))))
             return None
 
@@ -70,7 +71,24 @@ class RoutingStats:
 
 
 def _read(outlook: Sequence[float] | None) -> Outlook | None:
-    return None if outlook is None else Outlook(*outlook)
+    return None if outlook is None else Outlook(*map(_number, outlook))
+
+
+def _checked(stats: RoutingStats) -> RoutingStats:
+    """These, if every field is a number where there is to be one; a TypeError or ValueError otherwise."""
+    for field in fields(RoutingStats):
+        value = getattr(stats, field.name)
+        if field.name != "outlook" and (value is not None or field.name not in ("room", "at_s")):
+            _number(value)
+    if stats.slots < 1:
+        raise ValueError("a replica without slots")
+    return stats
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise TypeError(f"{value!r} is no number")
+    return value
 
 
 def _together(outlooks: Sequence[Outlook | None]) -> Outlook | None:

@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 import random
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -47,7 +47,8 @@ _USUAL_AGE_S = 1.0
 _ON_ITS_WAY_S = 2.0
 """Most seconds that a report takes to come here; an older one is of a clock that runs behind."""
 _FEWEST_LOOKED_AT = 2
-_MOST_REQUESTS = 65_536
+_MOST_REQUESTS, _MOST_WITH_BLOCKS = 65_536, 2_048
+"""Requests that are remembered of which no end is heard, and those of them with what their prompts consist of."""
 _Replica = TypeVar("_Replica")
 _Name = TypeVar("_Name", bound=Hashable)
 
@@ -86,6 +87,7 @@ class Sent(Generic[_Name]):
         self._places: dict[_Name, Places] = {}
         self.caches: PrefixCaches[_Name] = PrefixCaches()
         self._at: OrderedDict[str, _At] = OrderedDict()
+        self._with_blocks: deque[str] = deque()
         self._heard: dict[_Name, tuple[float, float, float]] = {}
         self._lock = threading.Lock()
 
@@ -102,8 +104,11 @@ class Sent(Generic[_Name]):
             tokens = asked.to_compute(self.caches.held(asked.blocks, [replica]).tokens[0])
             self._at[request_id] = _At(replica, asked, tokens)
             self._change(replica, asked.requests, tokens)
-            while len(self._at) > _MOST_REQUESTS:  # requests of which no end is heard
+            while len(self._at) > _MOST_REQUESTS:
                 self._at.popitem(last=False)
+            self._with_blocks.append(request_id)
+            while len(self._with_blocks) > _MOST_WITH_BLOCKS:
+                self._without_blocks(self._with_blocks.popleft())
 
     def accepted(self, request_id: str, replica: _Name) -> None:
         """A replica has taken a request, and will hold its prompt."""
@@ -112,8 +117,13 @@ class Sent(Generic[_Name]):
             at = self._at.get(request_id)
             if at is None or not at.asked.blocks:  # it may have ended meanwhile
                 return
-            self._at[request_id] = at._replace(asked=replace(at.asked, blocks=()))
+            self._without_blocks(request_id)
         self.caches.sent(at.asked.blocks, at.asked.prompt_tokens, replica)
+
+    def _without_blocks(self, request_id: str) -> None:
+        at = self._at.get(request_id)
+        if at is not None and at.asked.blocks:
+            self._at[request_id] = at._replace(asked=replace(at.asked, blocks=()))
 
     def ended(self, request_id: str, replica: _Name) -> None:
         """A request is over at a replica, whatever came of it; its prompt has been worked on."""

@@ -50,10 +50,12 @@ class Scaler:
         engines: by name, the id and the counters of each that answered. capacity: of one replica; solved now and then.
         """
         self._time(now_s, replicas, engines)
+        self._counts.begin({engine for of_it in replicas.values() for engine in of_it} | engines.keys())
         offered = self._counts.since_last(engines)
         if engines or not self._up:  # while none of them answers, the time that is counted over grows
             if self._looked_s is not None:
-                self._wanted.observe(now_s, now_s - self._looked_s, offered)
+                busy = any(counters.in_flight > 0 for _, counters in engines.values())
+                self._wanted.observe(now_s, now_s - self._looked_s, offered, busy=busy)
             self._looked_s = now_s
         if self._capacity is None or now_s - self._solved_s >= _CAPACITY_FOR_S:
             self._capacity, self._solved_s = capacity() or self._capacity, now_s

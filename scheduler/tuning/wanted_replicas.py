@@ -12,16 +12,17 @@ keeping it has cost what getting it back would (the rule of ski rental, never wo
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from scheduler.estimation.offered_load import OfferedLoad, RateAhead
 
 _MEASURED = 5
 _LEAST_HORIZON_S = 10.0
-_LONGEST_START_UP_S = 7200.0
+_LONGEST_START_UP_S = 1800.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +57,13 @@ class Wanted:
     offered_rps: requests per second at present, rejected ones too; ahead_rps: expected when a replica started now has
     come up; high_rps: not exceeded then with probability `confidence` (None: nothing counted yet). each_rps: what one
     replica takes (None: not known, or without limit); limit: what it runs out of. needed: before the number is held.
-    start_up_s, measured: seconds that a replica takes to come up, and whether that was seen.
+    decided: False when too little is known, or no number is right: as many as there are. start_up_s, measured: seconds
+    that a replica takes to come up, and whether that was seen.
     """
 
     replicas: int
     needed: int
+    decided: bool
     reason: str
     offered_rps: float | None = None
     ahead_rps: float | None = None
@@ -88,8 +91,9 @@ class WantedReplicas:
 
     @property
     def start_up_s(self) -> float:
-        """Seconds until a replica that is asked for serves: the longest of the latest ones."""
-        return max(self._start_ups, default=self._terms.start_up_s)
+        """Seconds until a replica that is asked for serves: the median of the latest ones, as one may have waited long
+        for a node."""
+        return statistics.median(self._start_ups) if self._start_ups else self._terms.start_up_s
 
     @property
     def start_ups_s(self) -> tuple[float, ...]:
@@ -107,10 +111,10 @@ class WantedReplicas:
         self._start_ups.append(min(max(0.0, seconds), _LONGEST_START_UP_S))
         self._load.follow(self._horizon_s)
 
-    def observe(self, now_s: float, seconds: float, requests: float) -> None:
-        """So many requests were offered in the `seconds` until now."""
+    def observe(self, now_s: float, seconds: float, requests: float, *, busy: bool = False) -> None:
+        """So many requests were offered in the `seconds` until now; busy: some run or wait."""
         self._load.observe(seconds, requests)
-        if requests > 0 or self._asked_s is None:
+        if requests > 0 or busy or self._asked_s is None:
             self._asked_s = now_s
 
     def decide(self, now_s: float, capacity: Capacity | None, present: int) -> Wanted:
@@ -118,10 +122,10 @@ class WantedReplicas:
         ahead = self._load.ahead()
         if capacity is None or ahead is None:
             what = "what one replica serves" if capacity is None else "how much is asked for"
-            return self._wanted(present, present, f"{what} is not known yet: as many as there are", ahead, capacity)
+            return self._undecided(present, f"{what} is not known yet: as many as there are", ahead, capacity)
         if capacity.most_rps <= 0:
             reason = f"no number of replicas meets the targets ({capacity.limit}): as many as there are"
-            return self._wanted(present, present, reason, ahead, capacity)
+            return self._undecided(present, reason, ahead, capacity)
         if not self._needed:
             self._needed.append((now_s, present))  # nothing is taken away before a start-up time has been watched
         needed, why = self._needed_for(now_s, ahead, capacity)
@@ -149,13 +153,16 @@ class WantedReplicas:
             f"probability {terms.confidence:.3g}; {takes}: {needed} needed"
         )
 
+    def _undecided(self, present: int, reason: str, ahead: RateAhead | None, capacity: Capacity | None) -> Wanted:
+        return replace(self._wanted(present, present, reason, ahead, capacity), decided=False)
+
     def _wanted(
         self, replicas: int, needed: int, reason: str, ahead: RateAhead | None, capacity: Capacity | None
     ) -> Wanted:
         each = capacity.most_rps if capacity and math.isfinite(capacity.most_rps) else None
         confidence = self._terms.confidence
         return Wanted(
-            replicas=replicas, needed=needed, reason=reason, offered_rps=ahead.now_rps if ahead else None,
+            replicas=replicas, needed=needed, decided=True, reason=reason, offered_rps=ahead.now_rps if ahead else None,
             ahead_rps=ahead.mean_rps if ahead else None, high_rps=ahead.quantile(confidence) if ahead else None,
             confidence=confidence, each_rps=each, limit=capacity.limit if capacity else "",
             start_up_s=self.start_up_s, measured=bool(self._start_ups),

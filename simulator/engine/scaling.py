@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from scheduler.messages import Counters
+from scheduler.tuning.kept_replicas import kept_replicas
 from scheduler.tuning.replica_model import ReplicaModel
 from scheduler.tuning.scaler import Scaler, capacity_of
 from scheduler.tuning.wanted_replicas import ScalingTerms
@@ -79,7 +80,7 @@ class Scaling:
         assert config.autoscale is not None
         name, numbers = parse_autoscaler(config.autoscale)
         self._fewest, self._most, self._start_up_s = config.min_replicas, config.max_replicas, config.start_up_s
-        self._make, self._made = make, 0
+        self._make, self._made, self._slots = make, 0, config.max_num_seqs
         self.serving: list[Member] = []
         self.leaving: list[Member] = []
         self._coming: deque[tuple[float, int]] = deque()
@@ -123,9 +124,8 @@ class Scaling:
         self._look_s += self._every_s
         ongoing = waiting + sum(replica.ongoing for replica, _ in self.all)
         view = FleetView(now_s, len(self.serving), len(self._coming), ongoing, self._answered.take())
-        wanted = self._rule.wanted(view)
-        if ongoing:
-            wanted = max(1, wanted)  # as in serving, none is taken away from under a request, nor from one that waits
+        present = len(self.serving) + len(self._coming)
+        wanted = max(self._rule.wanted(view), kept_replicas(ongoing, self._slots, present))
         self._become(min(max(wanted, self._fewest), self._most), now_s)
 
     def count(self, now_s: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -36,10 +37,11 @@ def context(present: int = 2, requests: float = 10.0, **options: Any) -> Autosca
 
 
 class Told:
-    """A store that tells what was left there, and when it was read."""
+    """A store that tells what was left there, and when it was read. The first value is an older one."""
 
     def __init__(self, *values: Any) -> None:
-        self.values, self.read = list(values), threading.Semaphore(0)
+        older = [value | {"look": 0.0} for value in values[:1] if isinstance(value, dict)]
+        self.values, self.read = older + list(values), threading.Semaphore(0)
         self.now_s = 0.0
 
     def __call__(self, app_name: str, deployment: str) -> Any:
@@ -53,7 +55,8 @@ class Told:
     def policy(self) -> WantedReplicasPolicy:
         policy = WantedReplicasPolicy(self, lambda: self.now_s)
         policy(context())
-        assert self.read.acquire(timeout=30) and self.read.acquire(timeout=30), "the first value has been taken over"
+        for _ in range(2 + len(self.values)):
+            assert self.read.acquire(timeout=30)  # then the value of the second one has been taken over
         return policy
 
 
@@ -78,6 +81,7 @@ def test_ray_builds_it_from_its_path_and_applies_more_and_fewer_at_once(monkeypa
     assert wrapped(context(present=2))[0] == 5
     board.replicas = 1
     assert wrapped(context(present=5))[0] == 1
+    assert wrapped(context(present=5, requests=90.0))[0] == 3, "of 40 slots each: not from under requests"
     board.replicas = 0
     assert wrapped(context(present=1, requests=0.0))[0] == 0
     assert wrapped(context(present=1, requests=0.2))[0] == 1, "not from under a request"
@@ -103,10 +107,35 @@ def test_the_last_word_counts_for_a_while_and_no_longer() -> None:
     assert policy(context())[0] == 6
 
 
-def test_nothing_that_goes_wrong_reaches_serve() -> None:
+def test_what_a_store_had_before_anyone_looked_may_be_old() -> None:
+    told = Told(wanted(1))
+    told.values = [wanted(1)]
+    policy = told.policy()
+    assert policy(context(present=8)) == (8, {}), "none is taken away for an old word"
+
+
+def test_too_little_known_leaves_it_to_rays_rule_and_takes_none_away() -> None:
+    policy = Told(wanted(1, decided=False)).policy()
+    assert policy(context(present=2, requests=10.0)) == (2, {})
+    assert policy(context(present=2, requests=130.0)) == (4, {})
+
+
+def test_nothing_that_goes_wrong_reaches_serve_and_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     policy = Told(wanted(5)).policy()
+    logging.getLogger("ray.serve").addHandler(caplog.handler)
     broken: Callable[[], Any] = lambda: 1 / 0  # noqa: E731
-    assert policy(context(present=3, total_num_requests=broken)) == (3, {})
+    for _ in range(50):
+        assert policy(context(present=3, total_num_requests=broken)) == (3, {})
+    assert len([record for record in caplog.records if record.exc_info]) == 1
+
+
+def test_a_number_beyond_the_bounds_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    policy = Told(wanted(20)).policy()
+    logging.getLogger("ray.serve").addHandler(caplog.handler)
+    logging.getLogger("ray.serve").setLevel(logging.INFO)
+    for _ in range(50):
+        policy(context(present=8))
+    assert len([record for record in caplog.records if "by the controller" in record.message]) == 1
 
 
 def test_the_policy_is_added_to_bounds_without_one() -> None:

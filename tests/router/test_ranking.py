@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from replicas.routing_stats import RoutingStats
+from router import ranking
 from router.prefixes import BLOCK_TOKENS
 from router.ranking import Asked, Sent, best_first
 from scheduler.messages import Outlook
@@ -132,6 +133,15 @@ def accept(view: View, replica: str, asked: Asked) -> str:
     number = view.send(replica, asked)
     view.sent.accepted(number, replica)
     return number
+
+
+def test_prompts_of_requests_that_are_never_accepted_do_not_stay() -> None:
+    view = View(a=USUAL)
+    for number in range(ranking._MOST_WITH_BLOCKS + 10):
+        view.sent.sent(f"r{number}", "a", conversation(1, 4))
+    kept = [at for at in view.sent._at.values() if at.asked.blocks]
+    assert len(kept) == ranking._MOST_WITH_BLOCKS
+    assert len(view.sent._at) == ranking._MOST_WITH_BLOCKS + 10, "where they are is still known"
 
 
 def later(view: View, **reports: RoutingStats) -> None:

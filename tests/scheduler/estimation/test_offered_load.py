@@ -98,18 +98,21 @@ def counters(arrivals: int, recalled: int = 0) -> Counters:
     return Counters(arrivals=arrivals, recalled=recalled)
 
 
-def test_only_new_requests_of_known_engines_are_counted() -> None:
+def test_only_what_is_new_since_counting_began_is_counted() -> None:
     counts = OfferedCounts()
+    counts.begin({"a", "late"})
     assert counts.since_last({"a": ("1", counters(1000))}) == 0, "a watcher that starts anew"
-    assert counts.since_last({"a": ("1", counters(1010)), "b": ("1", counters(5))}) == 10
+    assert counts.since_last({"a": ("1", counters(1010)), "b": ("1", counters(5))}) == 15, "b came afterwards"
     assert counts.since_last({"b": ("1", counters(9))}) == 4, "a says nothing"
     assert counts.since_last({"a": ("1", counters(1030)), "b": ("1", counters(9))}) == 20, "and is counted when it does"
+    assert counts.since_last({"late": ("1", counters(500))}) == 0, "it was there before"
 
 
 def test_a_restarted_engine_and_requests_that_go_elsewhere_are_not_counted_twice() -> None:
     counts = OfferedCounts()
+    counts.begin({"a", "b"})
     counts.since_last({"a": ("1", counters(100)), "b": ("1", counters(0))})
-    assert counts.since_last({"a": ("2", counters(7)), "b": ("1", counters(0))}) == 0
+    assert counts.since_last({"a": ("2", counters(7)), "b": ("1", counters(0))}) == 7
     assert counts.since_last({"a": ("2", counters(10, recalled=3)), "b": ("1", counters(3))}) == 3
     counts.keep({"b"})
-    assert counts.since_last({"a": ("2", counters(50))}) == 0
+    assert counts.since_last({"a": ("2", counters(50))}) == 43, "it was only not listed for a while"

@@ -15,6 +15,7 @@ class Cluster:
     def __init__(self) -> None:
         self.scaler, self.now_s, self.solved = Scaler(ScalingTerms(start_up_s=60.0)), 0.0, 0
         self.arrivals: dict[str, int] = {}
+        self.under_way = 0
 
     def look(self, up: str, coming: str = "", each: int = 0) -> Wanted:
         self.now_s += 5
@@ -22,8 +23,11 @@ class Cluster:
             self.arrivals[name] = self.arrivals.get(name, 0) + each
         return self.scaler.look(
             self.now_s, {name: (name,) for name in up + coming},
-            {name: ("1", Counters(arrivals=self.arrivals[name])) for name in up}, self._capacity,
+            {name: ("1", self._counters(name)) for name in up}, self._capacity,
         )
+
+    def _counters(self, name: str) -> Counters:
+        return Counters(arrivals=self.arrivals[name], completed=self.arrivals[name] - self.under_way)
 
     def _capacity(self) -> Capacity | None:
         self.solved += 1
@@ -70,6 +74,45 @@ def test_what_a_replica_takes_is_not_solved_at_every_look() -> None:
     for _ in range(60):
         cluster.look("a", each=5)
     assert 8 <= cluster.solved <= 12
+
+
+def test_requests_that_a_replica_had_before_its_first_report_are_counted() -> None:
+    cluster = Cluster()
+    for _ in range(40):
+        cluster.look("")
+    assert cluster.look("").replicas == 0
+    wanted = cluster.look("a", each=6)
+    assert wanted.replicas == 1 and wanted.offered_rps is not None and wanted.offered_rps > 0
+
+
+def test_what_engines_had_before_watching_began_is_not_counted() -> None:
+    cluster = Cluster()
+    cluster.arrivals = {"a": 10_000, "b": 10_000}
+    cluster.look("a", coming="b")
+    for _ in range(5):
+        wanted = cluster.look("ab", each=5)
+    assert wanted.offered_rps is not None and wanted.offered_rps < 4
+
+
+def test_while_a_request_runs_nobody_is_said_not_to_have_asked() -> None:
+    cluster = Cluster()
+    for _ in range(3):
+        cluster.look("a", each=10)
+    cluster.under_way = 1
+    for _ in range(100):
+        wanted = cluster.look("a")
+    assert wanted.replicas == 1
+    cluster.under_way = 0
+    for _ in range(100):
+        wanted = cluster.look("a")
+    assert wanted.replicas == 0
+
+
+def test_too_little_known_is_no_decision() -> None:
+    scaler = Scaler(ScalingTerms(start_up_s=60.0))
+    looked = [scaler.look(5.0 * n, {"a": ("a",)}, {"a": ("1", Counters())}, lambda: None) for n in range(3)]
+    assert [(one.replicas, one.decided) for one in looked] == [(1, False)] * 3
+    assert Cluster().look("a").decided is False and Cluster().look("").replicas == 0
 
 
 def test_nothing_is_known_without_an_engine() -> None:
