@@ -69,8 +69,7 @@ class ControlLoop:
         self.outlook, self.scaling = Outlook(), Scaling(store)
         self.learning = Learning(self.outlook)
         self.inbox = Inbox()
-        self.next_pass_s = float("-inf")
-        """When the next pass begins, monotonic."""
+        self.next_pass_s = float("-inf")  # when the next pass begins, monotonic
         self._storing = threading.Lock()
         self.meter = ControllerMeter()
         self.passes, self._begun_unix_s = 0, 0.0
@@ -115,9 +114,7 @@ class ControlLoop:
                 self.learning.learn, {name: (self._replicas[name], report) for name, report in reports.items()},
                 self._begun_unix_s, time.monotonic(),
             )
-        changes = await asyncio.gather(
-            *(self._push(name, self._replicas[name], found) for name, found in learned.items())
-        )
+        changes = await asyncio.gather(*(self._push(name, self._replicas[name], one) for name, one in learned.items()))
         await self._note(*together([one for one in changes if one is not None]))
         await self._note(*(
             Event(
@@ -155,14 +152,18 @@ class ControlLoop:
                 due.add(name)
         return due
 
-    def report(self, deployment: str, reports: Mapping[str, bytes]) -> dict[str, Any]:
+    def report(self, deployment: str, reports: Mapping[str, bytes], *, urgent: bool = False) -> dict[str, Any]:
         """Take the reports of a replica's engines, by name, and say how to report next: in `next_s` seconds, with what
-        `digesting` says; `cursors`: the records that are known, for engines whose policy needs records."""
+        `digesting` says; `cursors`: the records that are known, for engines whose policy needs records. urgent: these
+        engines are due with the next cycle."""
         now_s, model = time.monotonic(), self._models.get(deployment)
         if model is None:
             return dict(NOT_TUNED)
         self.inbox.take(reports, now_s)
-        cursors = {name: one.tuner.cursor for name in reports if (one := self._replicas.get(name)) is not None}
+        known = {name: one for name in reports if (one := self._replicas.get(name)) is not None}
+        for one in known.values() if urgent else ():
+            one.due_s = float("-inf")
+        cursors = {name: one.tuner.cursor for name, one in known.items()}
         next_s = next_report_s(
             next(iter(reports), ""), model.settings.controller.period_s, len(self._replicas), self.next_pass_s - now_s
         )
@@ -329,7 +330,7 @@ class ControllerActor:
 
     async def report(self, deployment: str, reports: Mapping[str, bytes], urgent: bool) -> dict[str, Any]:
         """See `ControlLoop.report`; after an urgent one, a pass begins at once."""
-        answer = self._loop.report(deployment, reports)
+        answer = self._loop.report(deployment, reports, urgent=urgent)
         if urgent:
             self._soon.set()
         return answer

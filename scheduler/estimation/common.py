@@ -48,8 +48,8 @@ class Settled:
         inflation = np.array([one.error.inflation for one in self._errors])
         start = max(names, key=lambda name: members.rows[members.place[name]]["weight"])
         self.speeds = compare(members.time_sums(self._places, inflation), members.time_models[start])
-        bounded = np.minimum(1.0, most_outputs / np.maximum(outputs, 1.0))[:, None, None]
-        self.lengths_apart = other_lengths(bounded * rows["ended"], bounded * rows["at_risk"])
+        weights = np.minimum(1.0, most_outputs / np.maximum(outputs, 1.0)).astype(np.float64)
+        self.lengths_apart = other_lengths(rows["ended"], rows["at_risk"], weights)
         self.lengths_apart[PAST] = False
         self._mix_apart = other_mix(rows["arrivals"], np.maximum(rows["dispersion"], 1.0))
         self._rate_apart, self._rate_rps = other_rate(rows["rate"][1:], rows["seconds"][1:])

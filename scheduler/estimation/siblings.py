@@ -23,26 +23,29 @@ _PRECISE = 64
 """Up to so many engines, each is compared with the others alone; beyond, with all."""
 
 
-def other_lengths(ended: Floats, at_risk: Floats) -> Flags:
-    """Which engines have other output lengths than most: from counts by class of prompt and bucket, (n, C, B)."""
+def other_lengths(ended: Floats, at_risk: Floats, weights: Floats) -> Flags:
+    """Which engines have other output lengths than most: from counts by class of prompt and bucket, (n, C, B), and the
+    weight that those of each engine have, (n)."""
     usual = np.ones(len(ended), dtype=bool)
     for _ in range(_ROUNDS):
-        found = _ends_otherwise(ended, at_risk, usual)
+        found = _ends_otherwise(ended, at_risk, weights, usual)
         usual = ~found if (~found).sum() * 2 >= len(found) else np.ones(len(found), dtype=bool)
     return found
 
 
-def _ends_otherwise(ended: Floats, at_risk: Floats, usual: Flags) -> Flags:
-    all_ended, all_at_risk = ended[usual].sum(axis=0), at_risk[usual].sum(axis=0)
+def _ends_otherwise(ended: Floats, at_risk: Floats, weights: Floats, usual: Flags) -> Flags:
+    counting = np.where(usual, weights, 0.0)
+    others, exposed = (np.tensordot(counting, counts, axes=1) for counts in (ended, at_risk))
+    shape = "cb"
     if len(ended) <= _PRECISE:  # without itself
-        own = np.where(usual, 1.0, 0.0)[:, None, None]
-        others, exposed = all_ended - own * ended, all_at_risk - own * at_risk
-    else:
-        others, exposed = all_ended[None], all_at_risk[None]
+        own, shape = counting[:, None, None], "ncb"
+        others, exposed = others - own * ended, exposed - own * at_risk
+    known = (exposed > 0.5).astype(np.float64)
     hazards = np.divide(others, np.maximum(exposed, others), out=np.zeros_like(others), where=exposed > 0.5)
-    expected = (at_risk * hazards).sum(axis=(1, 2))
-    counted = np.where(exposed > 0.5, ended, 0.0).sum(axis=(1, 2))
-    behind = np.broadcast_to(others.sum(axis=(1, 2)), expected.shape)
+    # Summed by einsum, which makes no array of the size of all counts.
+    expected = weights * np.einsum(f"ncb,{shape}->n", at_risk, hazards)
+    counted = weights * np.einsum(f"ncb,{shape}->n", ended, known)
+    behind = np.broadcast_to(others.sum(axis=(-2, -1)), expected.shape)
     enough = (expected >= _LEAST_EVENTS) & (behind >= _LEAST_EVENTS)
     if enough.any():  # beside the median engine, so that one odd engine does not make all others seem odd
         expected = expected * float(np.median(counted[enough] / expected[enough]))

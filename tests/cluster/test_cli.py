@@ -379,6 +379,17 @@ def test_status_shows_a_living_controller() -> None:
     assert "controller: running, every 5 s" in capture.get()
 
 
+def test_status_names_a_replica_of_another_speed() -> None:
+    state = Server().state()
+    name = next(name for name, one in state["replicas"].items() if one["reachable"])
+    state["replicas"][name] |= {"deviation": {"text": "runs 1.9 times slower than its siblings"}}
+    console = Console(width=300)
+    with console.capture() as capture:
+        for table in render.status_tables(state):
+            console.print(table)
+    assert f"{name} runs 1.9 times slower than its siblings" in capture.get()
+
+
 def test_status_json_is_the_state(server: Server, headrace: Any) -> None:
     code, out, _ = headrace("status", "--json")
     assert code == 0

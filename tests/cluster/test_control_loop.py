@@ -643,6 +643,10 @@ def test_each_model_s_replicas_are_tuned_with_its_own_settings_at_its_own_period
     assert {event.replica: event.model for event in loop.events} == {"a": "m", "b": "n"}
     assert [cluster.active(name).valid_for_s for name in "abc"] == [CONFIG.validity_s, 60.0, None]
 
+    before = loop._replicas["b"].due_s
+    loop.report("HeadraceServer:n", {"b": answer_of(cluster.engines["b"].report(0))}, urgent=True)
+    assert loop._replicas["b"].due_s < before, "as after a change of its settings"
+    loop._replicas["b"].due_s = before
     asked = {name: loop._replicas[name].due_s for name in "ab"}
     cluster.clock_s += CONFIG.period_s
     one_cycle(loop)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from fake_store import FakeStore
 
-from cluster.event_log import KEPT_EVENTS, Event, EventLog, changes
+from cluster.event_log import KEPT_EVENTS, Event, EventLog, changes, together
 from scheduler.thresholds import Thresholds, TypeThreshold, thresholds_as_dict
 
 
@@ -85,3 +86,21 @@ def test_a_store_that_fails_or_holds_something_else_loses_no_present_event() -> 
     store.fails = True
     log.add(pushed(7))
     assert [event["at_unix_s"] for event in log.latest] == [7.0]
+
+
+def test_where_many_replicas_change_alike_one_event_is_about_all_of_them() -> None:
+    old, new = Thresholds(policy="fluid"), Thresholds(policy="fluid", version=1, max_running=7)
+
+    def change(number: int, **changes: Any) -> tuple[Event, Thresholds, Thresholds]:
+        given: dict[str, Any] = {"at_unix_s": 1.0, "replica": f"r{number}", "model": "m", "reason": "because"}
+        return Event(**(given | changes)), old, new
+
+    (one,) = together([change(number) for number in range(30)])
+    assert (one.replica, one.model, one.reason) == ("", "m", "30 replicas alike: because")
+    assert one.new["max_running"] == 7 and one.old["max_running"] is None
+    few = together([change(number) for number in range(3)])
+    assert [event.replica for event in few] == ["r0", "r1", "r2"] and few[0].new["max_running"] == 7
+    apart = together([change(number, reason=f"of {number}") for number in range(30)])
+    assert len(apart) == 30, "other reasons are other changes"
+    refused = together([change(number, accepted=False, model="n" if number % 2 else "m") for number in range(40)])
+    assert sorted(event.model for event in refused) == ["m", "n"]
