@@ -124,9 +124,8 @@ def told(name: str, answers: list[tuple[int, float]], status: int) -> None:
     )
 
 
-def cpu_s(process: psutil.Process) -> float:
-    """CPU seconds of a process and of those it started, such as HAProxy."""
-    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+def cpu_s(*processes: psutil.Process) -> float:
+    times = [process.cpu_times() for process in processes]
     return float(sum(one.user + one.system for one in times))
 
 
@@ -135,20 +134,19 @@ async def measure(options: argparse.Namespace) -> None:
     async with aiohttp.ClientSession(connector=connector) as http:
         async with http.get(f"http://127.0.0.1:{PORT}/pid") as answer:
             ingress = psutil.Process(int(await answer.text()))
-        found = [
-            process for process in psutil.process_iter(["cmdline"])
-            if "ProxyActor" in " ".join(process.info["cmdline"] or ())
+        proxies = [
+            process for process in psutil.Process().children(recursive=True)
+            if process.name() == "haproxy" or "ProxyActor" in " ".join(process.cmdline())
         ]
-        proxy = max(found, key=lambda process: process.create_time())
         for model in ("full", "free"):
             await at_rate(http, model, 50.0, 2.0)
         told("time to 429, 20 requests/s", await at_rate(http, "full", 20.0, options.seconds), 429)
         told("admitted alone, 20 requests/s", await at_rate(http, "free", 20.0, options.seconds), 200)
-        before = [cpu_s(process) for process in (proxy, ingress)]
+        before = cpu_s(*proxies), cpu_s(ingress)
         begun = time.perf_counter()
         answers = await flood(http, "full", options.clients, options.seconds)
         seconds = time.perf_counter() - begun
-        used = [cpu_s(process) - was for process, was in zip((proxy, ingress), before, strict=True)]
+        used = cpu_s(*proxies) - before[0], cpu_s(ingress) - before[1]
         told(f"flood of {options.clients} clients", answers, 429)
         print(
             f"rejections/s {len(answers) / seconds:.0f}; CPU per rejection: proxy {1e3 * used[0] / len(answers):.2f} "
