@@ -39,6 +39,7 @@ from replicas.questions import offer_thresholds
 from replicas.ranks import EngineAddress
 from replicas.served import engines_of
 from replicas.store import Store
+from scheduler.estimation.pool import Deviation
 from scheduler.messages import Telemetry
 from scheduler.thresholds import InvalidThresholds, Thresholds
 from scheduler.tuning.engine_tuner import Change
@@ -108,6 +109,9 @@ class ControlLoop:
         self.inbox.keep_only(found, time.monotonic())
         due = self._due()
         reports = self.inbox.fresh(due)
+        for name in reports:
+            entry = self._replicas[name]
+            entry.due_s = time.monotonic() + entry.tuned.settings.controller.period_s
         self._note_silent(due - reports.keys())
         with self.meter.solving({self._replicas[name].engine.model_id for name in reports}):
             learned = await asyncio.to_thread(
@@ -148,7 +152,6 @@ class ControlLoop:
         for name, entry in self._replicas.items():
             period_s = entry.tuned.settings.controller.period_s
             if period_s <= self.period_s or now_s >= entry.due_s - 0.1 * period_s:
-                entry.due_s = now_s + period_s
                 due.add(name)
         return due
 
@@ -279,12 +282,13 @@ class ControlLoop:
 
     def state(self) -> dict[str, Any]:
         """The estimates and the latest decision of every replica, JSON-ready."""
+        apart = self.learning.deviations
         return {
             "passes": self.passes,
             "period_s": self.period_s,
             "pins": self._pins.state(),
             "scaling": self.scaling.shown(),
-            "replicas": {name: self._entry(name, entry) for name, entry in self._replicas.items()},
+            "replicas": {name: self._entry(name, one, apart.get(name)) for name, one in self._replicas.items()},
         }
 
     async def overview(self) -> dict[str, Any]:
@@ -300,9 +304,8 @@ class ControlLoop:
         """See `Outlook.predict`; blocking."""
         return self.outlook.predict(dict(self._replicas), model_id, values)
 
-    def _entry(self, name: str, entry: TunedReplica) -> dict[str, Any]:
+    def _entry(self, name: str, entry: TunedReplica, deviation: Deviation | None) -> dict[str, Any]:
         pin = self._pins.of(name, entry.engine.model_id)
-        deviation = self.learning.deviations.get(name)
         return entry.tuner.shown | {
             "decision": entry.tuner.note, "pin": pin.shown if pin else None,
             "deviation": None if deviation is None else deviation.shown,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from scheduler.tuning.siblings import Siblings, in_turn
 _SEEN_BEFORE_TOLD, _UNSEEN_BEFORE_TOLD = 2, 12
 """Passes in which a replica is slow, or as fast as its siblings again, before an event says so."""
 _MOST_KINDS = 64
+logger = logging.getLogger(__name__)
 
 
 class Learned(NamedTuple):
@@ -90,15 +92,21 @@ class Learning:
             except Exception as error:
                 found[name] = error
         for siblings in touched:
-            with self._outlook.modelling:
-                siblings.settle(now_s)
+            try:
+                with self._outlook.modelling:
+                    siblings.settle(now_s)
+            except Exception:  # each goes by its own estimates then
+                logger.exception("replicas of one kind cannot be compared")
         for name in in_turn(read.keys() - found.keys(), self._passes):
             try:
                 found[name] = self._learned(name, read[name], waiting.get(name), now_s)
             except Exception as error:
                 found[name] = error
         for name, report in read.items():  # a report that the model cannot read is shown all the same
-            self._remember(name, report, before[name], at_unix_s)
+            try:
+                self._remember(name, report, before[name], at_unix_s)
+            except Exception:
+                logger.exception("a report of %s is not shown", name)
         self._passes += 1
         return found
 

@@ -54,12 +54,13 @@ class Reporter:
 
     async def keep_reporting(self) -> None:
         """Until cancelled; a failure is logged once and tried again."""
+        urgent = True
         while True:
-            urgent = self._soon.is_set() or self._wishes is None
+            urgent |= self._soon.is_set() or self._wishes is None
             self._soon.clear()
             try:
                 wait_s = await self.report(urgent=urgent)
-                self._said = ""
+                urgent, self._said = False, ""
             except Exception as error:  # no controller yet, or between two: nothing here depends on it
                 wait_s = RETRY_S
                 said, self._said = self._said, repr(error)
@@ -86,9 +87,11 @@ class Reporter:
         assert self._wishes is not None
         try:
             telemetry = await self._telemetry(rank, name)
+            return await asyncio.to_thread(self._digested, rank, telemetry, self._wishes)
         except (QuestionFailed, UnreadableMessage) as error:
             return answer_of(Ack.without_version(str(error)))
-        return await asyncio.to_thread(self._digested, rank, telemetry, self._wishes)
+        except Exception as error:  # the other engines' reports are as good as ever
+            return answer_of(Ack.without_version(repr(error)))
 
     async def _telemetry(self, rank: int, name: str) -> Telemetry:
         assert self._wishes is not None

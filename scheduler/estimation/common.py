@@ -15,7 +15,7 @@ from scheduler.estimation.intervals import CONFIDENCE, Estimate, rate_estimate
 from scheduler.estimation.iteration_time_error import IterationTimeError
 from scheduler.estimation.length_counts import CLASSES, LengthCounts
 from scheduler.estimation.members import PAST, Members
-from scheduler.estimation.siblings import other_lengths, other_mix, other_rate
+from scheduler.estimation.siblings import other_lengths, other_mix, other_rate, past_lengths_differ
 from scheduler.estimation.speeds import compare
 from scheduler.model.fluid import PrefixReuse
 from scheduler.model.steps import Steps
@@ -49,8 +49,9 @@ class Settled:
         start = max(names, key=lambda name: members.rows[members.place[name]]["weight"])
         self.speeds = compare(members.time_sums(self._places, inflation), members.time_models[start])
         weights = np.minimum(1.0, most_outputs / np.maximum(outputs, 1.0)).astype(np.float64)
-        self.lengths_apart = other_lengths(rows["ended"], rows["at_risk"], weights)
-        self.lengths_apart[PAST] = False
+        living = other_lengths(rows["ended"][1:], rows["at_risk"][1:], weights[1:])
+        past = past_lengths_differ(rows["ended"], rows["at_risk"], weights, living)
+        self.lengths_apart = np.concatenate([[past], living])
         self._mix_apart = other_mix(rows["arrivals"], np.maximum(rows["dispersion"], 1.0))
         self._rate_apart, self._rate_rps = other_rate(rows["rate"][1:], rows["seconds"][1:])
         self._counts = members.counts(self._places[~self.lengths_apart], most_outputs)

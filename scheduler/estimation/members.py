@@ -27,6 +27,10 @@ _ROW = np.dtype([
 ])
 _COUNTS = ("ended", "at_risk", "tokens", "running", "prompts", "prompt_tokens")
 _ADDITIVE = (*_COUNTS, "errors", "arrivals", "reuse")
+_LEAST = {"features": -math.inf, "product": -math.inf, "errors": -math.inf}
+_UNKNOWN = ("margin", "delay_s")
+"""Fields that are not a number while nothing is known."""
+_MOST = 1e18
 PAST = 0
 """The row of the engines that are gone."""
 
@@ -48,6 +52,19 @@ class Members:
         """
         if digest.time_model is None:
             return
+        with np.errstate(over="ignore"):  # what does not fit is found below
+            row = self._row_of(digest)
+        if not all(_plausible(row[name], _LEAST.get(name, 0.0), name in _UNKNOWN) for name in _ROW.names or ()):
+            raise ValueError("a digest holds values that no engine can have")
+        if (row["ended"] > row["at_risk"] + 0.5).any():
+            raise ValueError("a digest holds more outputs that ended than there were")
+        row["heard_s"] = now_s
+        place = self._place_of(name)
+        self.rows[place] = row
+        self.time_models[name] = digest.time_model
+
+    @staticmethod
+    def _row_of(digest: Digest) -> Any:
         row = np.zeros((), dtype=_ROW)
         sums = digest.time_sums
         row["weight"], row["features"], row["product"] = sums.weight, sums.features, sums.product
@@ -61,13 +78,7 @@ class Members:
         row["steps"] = digest.decode_steps, digest.tokens_step, digest.computed_step, digest.tokens_step_std
         row["margin"] = math.nan if digest.margin is None else digest.margin
         row["delay_s"] = math.nan if digest.delay_s is None else digest.delay_s
-        numbers = (sums.weight, seconds, *digest.rate_rps, *digest.errors)
-        if not (sums.weight >= 0 and all(map(math.isfinite, numbers))):
-            raise ValueError("a digest holds values that are negative or not finite")
-        row["heard_s"] = now_s
-        place = self._place_of(name)
-        self.rows[place] = row
-        self.time_models[name] = digest.time_model
+        return row
 
     def _place_of(self, name: str) -> int:
         if name not in self.place:
@@ -123,6 +134,12 @@ class Members:
         """For the comparison of speeds."""
         some = self.rows[places]
         return Sums(some["weight"], full(some["features"]), some["product"], some["square"], inflation)
+
+
+def _plausible(values: Any, least: float, may_be_unknown: bool) -> bool:
+    found = np.asarray(values, dtype=np.float64)
+    sound = (found >= least) & (np.abs(found) <= _MOST)
+    return bool((sound | np.isnan(found) if may_be_unknown else sound).all())
 
 
 def _fill(row: Any, sums: LengthSums) -> None:

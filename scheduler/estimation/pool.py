@@ -84,6 +84,7 @@ class Pool:
         self._faded_s = now_s
         for name in [one for one, place in members.place.items() if members.rows[place]["heard_s"] < now_s - SILENT_S]:
             self._leave(name)
+        self._settled = None  # should the comparison fail, each goes by its own estimates
         alone = len(members.place) < 2 and not members.rows[PAST]["weight"] > 0
         self._settled = None if alone or not members.place else Settled(members, self._longest, MOST_OUTPUTS)
 
@@ -97,10 +98,11 @@ class Pool:
 
     @property
     def deviations(self) -> dict[str, Deviation]:
-        """The engines of another speed than their siblings, by name."""
-        if self._settled is None:
+        """The engines of another speed than their siblings, by name; those that are gone are none."""
+        settled = self._settled
+        if settled is None or len(settled.numbers) < 2:
             return {}
-        speeds, numbers = self._settled.speeds, self._settled.numbers
+        speeds, numbers = settled.speeds, settled.numbers
         return {
             name: Deviation(float(speeds.factors[at]), float(speeds.low[at]), float(speeds.high[at]))
             for name, at in numbers.items() if speeds.apart[at]

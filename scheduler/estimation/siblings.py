@@ -33,6 +33,33 @@ def other_lengths(ended: Floats, at_risk: Floats, weights: Floats) -> Flags:
     return found
 
 
+def past_lengths_differ(ended: Floats, at_risk: Floats, weights: Floats, apart: Flags) -> bool:
+    """Whether the engines that are gone, the first row, had other output lengths than those that are there (apart: but
+    for these). The past is compared with the present, never the other way round."""
+    counting = np.where(apart, 0.0, weights[1:])
+    others, exposed = (np.tensordot(counting, counts[1:], axes=1) for counts in (ended, at_risk))
+    known, hazards = _hazards(others, exposed)
+    expected, counted = (weights[0] * float((one[0] * by).sum()) for one, by in ((at_risk, hazards), (ended, known)))
+    return bool(_differ(np.array([counted]), np.array([expected]), others.sum(), 1)[0])
+
+
+def _hazards(ended: Floats, at_risk: Floats) -> tuple[Floats, Floats]:
+    """Where enough outputs were at risk of ending, and the share of them that ended there."""
+    known = at_risk > 0.5
+    hazards = np.divide(ended, np.maximum(at_risk, ended), out=np.zeros_like(ended), where=known)
+    return known.astype(np.float64), hazards
+
+
+def _differ(counted: Floats, expected: Floats, behind: Floats, compared: int) -> Flags:
+    """Which counts of ended outputs differ, significantly and by what matters, from what is expected after `behind`
+    others; compared: engines in all."""
+    enough = (expected >= _LEAST_EVENTS) & (behind >= _LEAST_EVENTS)
+    variance = expected + expected**2 / np.maximum(behind, 1.0)
+    critical = float(chdtri(1, FALSE_ALARM / max(1, compared)))
+    matters = np.abs(np.log((counted + 0.5) / (expected + 0.5))) > MATTERS
+    return np.asarray(enough & matters & ((counted - expected) ** 2 > critical * np.maximum(variance, 1e-9)))
+
+
 def _ends_otherwise(ended: Floats, at_risk: Floats, weights: Floats, usual: Flags) -> Flags:
     counting = np.where(usual, weights, 0.0)
     others, exposed = (np.tensordot(counting, counts, axes=1) for counts in (ended, at_risk))
@@ -40,8 +67,7 @@ def _ends_otherwise(ended: Floats, at_risk: Floats, weights: Floats, usual: Flag
     if len(ended) <= _PRECISE:  # without itself
         own, shape = counting[:, None, None], "ncb"
         others, exposed = others - own * ended, exposed - own * at_risk
-    known = (exposed > 0.5).astype(np.float64)
-    hazards = np.divide(others, np.maximum(exposed, others), out=np.zeros_like(others), where=exposed > 0.5)
+    known, hazards = _hazards(others, exposed)
     # Summed by einsum, which makes no array of the size of all counts.
     expected = weights * np.einsum(f"ncb,{shape}->n", at_risk, hazards)
     counted = weights * np.einsum(f"ncb,{shape}->n", ended, known)
@@ -49,10 +75,7 @@ def _ends_otherwise(ended: Floats, at_risk: Floats, weights: Floats, usual: Flag
     enough = (expected >= _LEAST_EVENTS) & (behind >= _LEAST_EVENTS)
     if enough.any():  # beside the median engine, so that one odd engine does not make all others seem odd
         expected = expected * float(np.median(counted[enough] / expected[enough]))
-    variance = expected + expected**2 / np.maximum(behind, 1.0)
-    critical = float(chdtri(1, FALSE_ALARM / max(1, len(ended))))
-    differs = np.abs(np.log((counted + 0.5) / (expected + 0.5))) > MATTERS
-    return np.asarray(enough & differs & ((counted - expected) ** 2 > critical * np.maximum(variance, 1e-9)))
+    return _differ(counted, expected, behind, len(ended))
 
 
 def other_mix(arrivals: Floats, dispersion: Floats) -> Flags:

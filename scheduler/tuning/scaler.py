@@ -51,8 +51,9 @@ class Scaler:
         """
         self._time(now_s, replicas, engines)
         self._counts.begin({engine for of_it in replicas.values() for engine in of_it} | engines.keys())
-        offered = self._counts.since_last(engines)
-        if engines or not self._up:  # while none of them answers, the time that is counted over grows
+        up = {engine for name in self._up for engine in replicas[name]}
+        if 2 * len(up & engines.keys()) >= len(up):  # while few of them answer, the time that is counted over grows
+            offered = self._counts.since_last(engines)
             if self._looked_s is not None:
                 busy = any(counters.in_flight > 0 for _, counters in engines.values())
                 self._wanted.observe(now_s, now_s - self._looked_s, offered, busy=busy)

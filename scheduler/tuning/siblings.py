@@ -15,7 +15,8 @@ from scheduler.tuning.replica_model import Proposal, ReplicaModel
 _KV_GRID = math.log(1.01)
 """Replicas of one kind whose KV caches differ by less share a plan, made for the smallest of them."""
 _MOST_PLANS = 24
-"""Plans made in one pass beside each replica's first; the other replicas keep theirs until the next."""
+"""Plans made in one pass beside each replica's first, and the first for other targets; the other replicas keep theirs
+until the next."""
 
 
 class Siblings:
@@ -24,7 +25,7 @@ class Siblings:
     def __init__(self, longest: int) -> None:
         self._pool = Pool(longest)
         self._plans: dict[Hashable, tuple[float, Proposal]] = {}
-        self._latest: dict[str, Proposal] = {}
+        self._latest: dict[str, tuple[Hashable, Proposal]] = {}
 
     def take(self, name: str, model: ReplicaModel, now_s: float) -> None:
         """A replica has reported; only `fluid` plans with what replicas share.
@@ -55,11 +56,12 @@ class Siblings:
         key = (model.shared.same_as, model.plans_for, round(math.log(capacity) / _KV_GRID))
         made_for, proposal = self._plans.get(key, (math.inf, None))
         if proposal is None or made_for > capacity:
-            if len(self._plans) >= _MOST_PLANS and name in self._latest:
-                return self._latest[name]
+            plans_for, latest = self._latest.get(name, (None, None))
+            if len(self._plans) >= _MOST_PLANS and latest is not None and plans_for == model.plans_for:
+                return latest
             proposal = model.propose()
             self._plans[key] = capacity, proposal
-        self._latest[name] = proposal
+        self._latest[name] = model.plans_for, proposal
         return proposal
 
     @property

@@ -32,6 +32,7 @@ class Replica:
     def __init__(self, *engines: KnownEngine, wishes: dict[str, Any] = WISHES) -> None:
         self.engines, self.wishes = engines, wishes
         self.sent: list[dict[str, bytes]] = []
+        self.urgent: list[bool] = []
         self.asked: list[int | None] = []
         self.silent: set[int] = set()
         self.fails: Callable[[], None] = lambda: None
@@ -48,6 +49,7 @@ class Replica:
     async def send(self, reports: dict[str, bytes], urgent: bool) -> dict[str, Any]:
         self.fails()
         self.sent.append(reports)
+        self.urgent.append(urgent)
         return self.wishes
 
     def report(self) -> float:
@@ -173,6 +175,48 @@ def test_without_a_controller_nothing_but_another_try_happens() -> None:
 
     asyncio.run(main())
     assert replica.latest("r1").digest is not None
+
+
+def test_what_is_urgent_stays_so_until_it_has_arrived() -> None:
+    replica = Replica(KnownEngine(1), wishes=WISHES | {"next_s": 0.05})
+    left = [1, 1]
+
+    def refuse_twice() -> None:
+        if left:
+            left.pop()
+            raise ValueError("there is no controller")
+
+    async def main() -> None:
+        task = asyncio.create_task(replica.reporter.keep_reporting())
+        while len(replica.sent) < 3:
+            await asyncio.sleep(0.001)
+        replica.fails = refuse_twice
+        replica.reporter.soon()
+        seen = len(replica.sent)
+        while len(replica.sent) < seen + 2:
+            if left:
+                replica.reporter._soon.set()  # it need not wait for its next try
+            await asyncio.sleep(0.001)
+        task.cancel()
+
+    asyncio.run(main())
+    assert replica.urgent[-2:] == [True, False]
+
+
+def test_an_engine_whose_report_fails_unexpectedly_keeps_no_other_from_reporting() -> None:
+    replica = Replica(KnownEngine(1), KnownEngine(2))
+    replica.report()
+    ask = replica.ask
+
+    async def broken(rank: int, question: bytes) -> bytes:
+        if rank == 0:
+            raise RuntimeError("unexpected")
+        return await ask(rank, question)
+
+    replica.reporter._ask = broken
+    replica.report()
+    assert replica.latest("r2").digest is not None
+    assert "unexpected" in read_answer(replica.sent[-1]["r1"], Ack).reason
 
 
 def test_a_digest_of_another_release_may_say_more() -> None:

@@ -205,9 +205,6 @@ def garbage() -> dict[str, Digest]:
         "times": replace(good, time_sums=replace(sums, product=tuple(1e9 * one for one in sums.product))),
         "weight": replace(good, time_sums=replace(sums, weight=1e12, square=1e12)),
         "no matrix": replace(good, time_sums=replace(sums, features=tuple(-one for one in sums.features))),
-        "infinite": replace(
-            good, time_sums=TimeSums(weight=400.0, features=(1e308,) * 15, product=(1e308,) * 5, square=1.0)
-        ),
         "outputs": replace(good, lengths=replace(lengths, ended=huge, at_risk=huge)),
         "long outputs": replace(good, lengths=LengthSums(
             classes=(64,), ended=((*[0] * (BUCKETS - 1), 10**6),), at_risk=((10.0**6,) * BUCKETS,),
@@ -234,6 +231,9 @@ def test_garbage_of_one_engine_poisons_no_other(kind: str) -> None:
 @pytest.mark.parametrize("changes", [
     {"rate_rps": (float("nan"), 0.0, 1.0)}, {"errors": (float("inf"),) * 8},
     {"lengths": LengthSums(classes=(64,), ended=((-5,),), at_risk=((1.0,),))},
+    {"lengths": LengthSums(classes=(64,), ended=((10**12,),), at_risk=((1.0,),))},
+    {"time_sums": TimeSums(weight=400.0, features=(1e308,) * 15, product=(1e308,) * 5, square=1.0)},
+    {"errors": (0.0, 1e300, *[0.0] * 6)}, {"rate_since_s": 1e300}, {"margin": 1e300}, {"delay_s": -1.0},
     {"lengths": LengthSums(classes=(64,), ended=((1,) * (BUCKETS + 1),), at_risk=((1.0,),))},
 ])
 def test_a_digest_with_impossible_values_is_not_taken(changes: dict[str, object]) -> None:
@@ -307,3 +307,24 @@ def test_counts_survive_the_message() -> None:
     again = LengthCounts.read(counts.written())
     for field in ("ended", "at_risk", "tokens", "running", "prompts", "prompt_tokens"):
         assert np.allclose(getattr(again, field), getattr(counts, field), atol=0.05)
+
+
+@pytest.mark.parametrize(("living", "gone"), [(2, 4), (3, 3), (4, 0)])
+def test_lengths_that_change_after_replicas_have_gone_are_followed_at_once(living: int, gone: int) -> None:
+    pool, observed = pooled([KnownEngine(seed, output=150.0) for seed in range(living + gone)], periods=24)
+    observed.records = dict(list(observed.records.items())[:living])
+    pool.keep_only(observed.records)
+    for engine, _ in observed.records.values():
+        engine.output = 600.0
+    observed.run(pool, 24)
+    mean = known(pool, "r0").lengths.mean_output_tokens
+    assert mean > 0.85 * 600, "what those that are gone had is no part of it any more"
+
+
+def test_a_replica_that_is_alone_is_not_called_slow_beside_those_that_are_gone() -> None:
+    pool, _ = pooled([KnownEngine(0)])
+    pool.keep_only([])
+    slow = KnownEngine(7, slow=1.5)
+    slow.now_s = 30.0
+    Observed([slow]).run(pool, 10)
+    assert pool.deviations == {} and known(pool, "r7") is not None

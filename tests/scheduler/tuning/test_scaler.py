@@ -69,6 +69,19 @@ def test_while_no_engine_answers_the_time_that_is_counted_over_grows() -> None:
     assert wanted.offered_rps is not None and abs(wanted.offered_rps - 4) < 0.5
 
 
+def test_requests_are_counted_when_most_engines_have_answered() -> None:
+    cluster = Cluster()
+    for _ in range(60):
+        cluster.look("abcd", each=20)
+        for name in "abcd":
+            cluster.arrivals[name] += 4
+        cluster.now_s += 1
+        wanted = cluster.scaler.look(  # one of them has something urgent to say
+            cluster.now_s, {name: (name,) for name in "abcd"}, {"a": ("1", cluster._counters("a"))}, cluster._capacity
+        )
+    assert wanted.offered_rps is not None and abs(wanted.offered_rps - 16) < 1.5
+
+
 def test_what_a_replica_takes_is_not_solved_at_every_look() -> None:
     cluster = Cluster()
     for _ in range(60):

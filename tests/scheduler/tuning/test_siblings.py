@@ -146,6 +146,16 @@ def test_plans_of_a_pass_are_bounded_and_every_replica_gets_its_turn(monkeypatch
     assert planned == set(fleet.models)
 
 
+def test_no_plan_for_other_targets_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(siblings_module, "_MOST_PLANS", 3)
+    fleet = Fleet([KnownEngine(seed, slow=1 + 0.2 * seed) for seed in range(8)], monkeypatch)
+    fleet.run(4)
+    for model in fleet.models.values():
+        model.follow(TARGETS_OF_ANOTHER, FLUID)
+    targets = [plan.thresholds.fluid.tpot_s for plan in fleet.run(1).values() if plan.thresholds.fluid]
+    assert targets == [0.05] * 8
+
+
 def test_a_model_from_digests_plans_as_one_from_records() -> None:
     """The digest is what crosses the wire; rounding lengths into buckets changes little."""
     from_records, from_digests = ReplicaModel(SETTINGS, LAW, FLUID), ReplicaModel(SETTINGS, LAW, FLUID)
