@@ -247,7 +247,7 @@ TELEMETRY = Telemetry(
     from_config=True, gauges=Gauges(running=2, waiting=1, kv_used_tokens=250), counters=Counters(),
 )
 STATS = Stats.of_engine("e", LIMITS, TELEMETRY.thresholds, TELEMETRY.gauges)
-EIGHT_SLOTS = RoutingStats(slots=8, occupied=3, kv_used_fraction=0.25)
+EIGHT_SLOTS = RoutingStats(slots=8, occupied=3, kv_used_fraction=0.25, kv_capacity_tokens=1000)
 ACK = Ack(accepted=True, active_version=-1)
 
 
@@ -341,7 +341,7 @@ def test_a_replica_s_room_is_that_of_all_its_ranks_also_while_one_is_silent(
     monkeypatch.setattr(server_module, "time", SimpleNamespace(monotonic=lambda: now_s[0], time=lambda: 1e9 + now_s[0]))
     silent = Channel()
     server = server_over(Channel(), silent)
-    both = RoutingStats(slots=16, occupied=6, kv_used_fraction=0.25, at_s=1e9 + 100.0)
+    both = RoutingStats(slots=16, occupied=6, kv_used_fraction=0.25, at_s=1e9 + 100.0, kv_capacity_tokens=2000)
     assert stats_of(server) == both
     silent.silent, now_s[0] = True, 120.0
     assert stats_of(server) == both, "its last report serves a while longer"
