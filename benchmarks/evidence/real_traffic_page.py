@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import mean
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from conclusions import real_traffic
@@ -16,6 +17,7 @@ from simulator.sweep import PointResult
 if TYPE_CHECKING:
     from real_traffic import Case
 
+WHOLE = {"break_on_hyphens": False, "break_long_words": False}
 LATENCY_LOADS = (0.5, 0.9, 1.5)
 TITLE = "# Traffic as real engines see it"
 INTRODUCTION = """\
@@ -36,7 +38,7 @@ COLUMNS = (
 def page(cases: Sequence[Case], runs: Runs) -> str:
     """The whole page."""
     parts = [TITLE, "", BEGIN + END, INTRODUCTION, "", "## By workload", ""]
-    parts += [f"- {_conclusion(case, runs)}" for case in cases]
+    parts += [fill(f"- {_conclusion(case, runs)}", 119, subsequent_indent="  ", **WHOLE) for case in cases]
     for case in cases:
         parts += ["", f"## {case.name}", "", f"Load 1 stands for {case.rate_rps:g} requests/s.", ""]
         parts += [*case.remark, ""] if case.remark else []
