@@ -32,7 +32,7 @@ REASON = "reason"
 """Where, in a request's state, the handler of an engine's rejection leaves the reason."""
 _CANCELLED = frozenset({"CancelledError", "ClientDisconnect", "RequestCancelledError", "TaskCancelledError"})
 """What asyncio, Starlette, Serve and Ray raise when a client has gone."""
-_ERROR_EVENT = b'data: {"error":'
+_ERROR_EVENT, _DONE = b'data: {"error":', b"\ndata: [DONE]"
 
 
 class Outcomes:
@@ -102,7 +102,8 @@ class Watched:
         if body and self._first_s is None:
             self._first_s = self._outcomes.clock()
         self._failed |= self._streams and _ERROR_EVENT in body
-        self._whole = not message.get("more_body", False)
+        # Clients hang up as soon as they have read the last event.
+        self._whole |= not message.get("more_body", False) or (self._streams and _DONE in b"\n" + body)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         outcomes = self._outcomes
@@ -119,9 +120,10 @@ class Watched:
 
     def _outcome(self, kind: type[BaseException] | None) -> tuple[str, str]:
         """The outcome, and the reason where there is one."""
-        if not self._whole and (self._gone or (kind is not None and kind.__name__ in _CANCELLED)):
+        cancelled = kind is not None and kind.__name__ in _CANCELLED
+        if not self._whole and (self._gone or cancelled):
             return "hung_up", ""
-        if kind is not None or self._failed:
+        if (kind is not None and not cancelled) or self._failed:
             return "failed", "error_event" if self._failed or kind is None else kind.__name__
         if not self._whole:
             return "hung_up", ""

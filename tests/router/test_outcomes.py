@@ -120,6 +120,15 @@ def test_a_client_that_hangs_up_is_no_failure() -> None:
     assert Watch().answer(*half, error=RuntimeError()) == ("failed", "RuntimeError")
 
 
+@pytest.mark.parametrize("error", [None, asyncio.CancelledError(), TaskCancelledError()])
+def test_a_client_that_hangs_up_after_the_last_event_has_had_the_whole_answer(error: BaseException | None) -> None:
+    stream = [(0.1, begin(headers=EVENTS)), (0.2, body(b"data: {}", more=True))]
+    assert Watch().answer(*stream, (0.3, body(b"data: [DONE]", more=True)), error=error) == ("completed", "")
+    assert Watch().answer(*stream, error=error) == ("hung_up", "")
+    broken = Watch().answer(*stream, (0.3, body(b"data: [DONE]", more=True)), error=RuntimeError())
+    assert broken == ("failed", "RuntimeError")
+
+
 def test_what_breaks_because_the_client_has_gone_is_no_failure_either() -> None:
     watch = Watch()
 
