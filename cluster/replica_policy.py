@@ -22,6 +22,7 @@ from typing import Any
 from ray.serve.autoscaling_policy import default_autoscaling_policy
 from ray.serve.config import AutoscalingContext
 
+from replicas.store import wanted_key
 from scheduler.tuning.kept_replicas import kept_replicas
 
 _READ_EVERY_S = 1.0
@@ -121,4 +122,4 @@ def _keep_reading(
 def _from_store(app_name: str, deployment: str) -> Any:
     from replicas.cluster_store import ClusterStore
 
-    return ClusterStore(app_name).get(f"wanted/{deployment}")
+    return ClusterStore(app_name).get(wanted_key(deployment))

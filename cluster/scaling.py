@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.tuned import TunedModel, TunedReplica
 from replicas.ranks import replica_of
-from replicas.store import Store
+from replicas.store import Store, wanted_key
 from scheduler.messages import Counters
 from scheduler.tuning.replica_model import ReplicaModel
 from scheduler.tuning.scaler import Scaler, capacity_of
@@ -20,11 +20,6 @@ from scheduler.tuning.wanted_replicas import Wanted
 
 _LEAST_VALID_S, _VALID_PERIODS = 30.0, 6.0
 logger = logging.getLogger(__name__)
-
-
-def wanted_key(deployment: str) -> str:
-    """Where the store has the number for a deployment; `cluster.replica_policy` reads it."""
-    return f"wanted/{deployment}"
 
 
 def start_ups_key(deployment: str) -> str:

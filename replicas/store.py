@@ -15,3 +15,8 @@ class Store(Protocol):
     def delete(self, key: str) -> None: ...
 
     def keys(self, prefix: str) -> list[str]: ...
+
+
+def wanted_key(deployment: str) -> str:
+    """Where the controller leaves, and Serve's policy reads, how many replicas a deployment should have."""
+    return f"wanted/{deployment}"

@@ -10,9 +10,8 @@ from scheduler.digest import Digest
 from scheduler.estimation.arrival_rates import ArrivalRates
 from scheduler.estimation.error_statistics import ErrorStatistics
 from scheduler.estimation.intervals import Estimate
-from scheduler.estimation.iteration_time_error import PUBLISHED_MAPE, IterationTimeError
-from scheduler.estimation.iteration_time_fit import MIN_RECORDS
 from scheduler.estimation.length_counts import LengthCounts
+from scheduler.estimation.measured_errors import MeasuredErrors
 from scheduler.estimation.members import by_class
 from scheduler.estimation.output_lengths import Answers
 from scheduler.model.fluid import NO_REUSE, PrefixReuse
@@ -22,36 +21,12 @@ from scheduler.model.workload import Lengths
 
 
 @dataclass(frozen=True, slots=True)
-class DigestedTimes:
+class DigestedTimes(MeasuredErrors):
     """The iteration-time model of a digest; the names are those of `OnlineIterationTimeModel`."""
 
     time_model: IterationTimeModel
     records: int
     statistics: ErrorStatistics
-
-    @property
-    def _known(self) -> ErrorStatistics | None:
-        return self.statistics if self.records >= MIN_RECORDS and self.statistics.weight else None
-
-    @property
-    def mape(self) -> float | None:
-        """See `OnlineIterationTimeModel.mape`."""
-        return self._known.mape if self._known else None
-
-    @property
-    def r2(self) -> float | None:
-        """See `OnlineIterationTimeModel.r2`."""
-        return self._known.r2 if self._known else None
-
-    @property
-    def error(self) -> IterationTimeError:
-        """See `OnlineIterationTimeModel.error`."""
-        return self._known.error if self._known else IterationTimeError.from_mape(PUBLISHED_MAPE)
-
-    @property
-    def iteration_time_s(self) -> tuple[float, float] | None:
-        """See `OnlineIterationTimeModel.iteration_time_s`."""
-        return self._known.iteration_time_s if self._known else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from scheduler.estimation.error_statistics import ErrorStatistics
 from scheduler.estimation.iteration_sums import IterationSums
 from scheduler.estimation.iteration_time_error import PUBLISHED_MAPE, IterationTimeError
 from scheduler.estimation.iteration_time_fit import MIN_RECORDS, TERMS, features_of, is_at_floor, model_of
+from scheduler.estimation.measured_errors import MeasuredErrors
 from scheduler.model.iteration_time import IterationTimeModel, require_number
 
 _LARGEST_TOKENS = 1e9
@@ -22,7 +23,7 @@ _LARGEST_ERROR = 1.0
 _PUBLISHED_STD = IterationTimeError.from_mape(PUBLISHED_MAPE).std
 
 
-class OnlineIterationTimeModel:
+class OnlineIterationTimeModel(MeasuredErrors):
     """The model of a running engine: recursive least squares that forgets old iterations exponentially.
 
     prior: the initial model. forgetting: factor on a record's weight per newer record, in (0, 1]; 0.998 looks back over
@@ -80,39 +81,14 @@ class OnlineIterationTimeModel:
         self._fit.learn(tokens, predicted_s, error)
 
     @property
-    def _known(self) -> ErrorStatistics | None:
-        """The statistics, from 32 records on."""
-        return self._statistics if self.records >= MIN_RECORDS and self._statistics.weight else None
-
-    @property
     def statistics(self) -> ErrorStatistics:
         """The errors of recent predictions, however few."""
         return self._statistics
 
     @property
-    def mape(self) -> float | None:
-        """Mean |measured − predicted| / measured of recent predictions, a fraction; None before 32 records."""
-        return self._known.mape if self._known else None
-
-    @property
     def relative_error_std(self) -> float | None:
         """Standard deviation of (measured − predicted) / predicted of recent predictions; None before 32 records."""
         return self._known.error.std if self._known else None
-
-    @property
-    def error(self) -> IterationTimeError:
-        """Prediction errors of recent iterations; before 32 records, the published prior."""
-        return self._known.error if self._known else IterationTimeError.from_mape(PUBLISHED_MAPE)
-
-    @property
-    def iteration_time_s(self) -> tuple[float, float] | None:
-        """Mean and standard deviation of recent iterations' seconds; None before 32 records."""
-        return self._known.iteration_time_s if self._known else None
-
-    @property
-    def r2(self) -> float | None:
-        """Predicted share of the variance of recent times; None before 32 records or without variance."""
-        return self._known.r2 if self._known else None
 
 
 class RecursiveLeastSquares:

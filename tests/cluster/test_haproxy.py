@@ -98,3 +98,11 @@ def test_haproxy_needs_an_address_that_reaches_127_0_0_1(host, expected):
     config = load_config(CONFIGS / "local.yaml", with_engine=False)
     config = config.model_copy(update={"http_options": HttpOptions(host=host)})
     assert config.with_haproxy is expected
+
+
+def test_the_image_and_the_documentation_say_the_same():
+    environment = haproxy.environment()
+    for name in ("RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"):
+        said = re.compile(rf"{name}={environment[name]}\b")
+        for place in ("Dockerfile", "docs/operate/ray-cluster.md"):
+            assert said.search((CONFIGS.parent / place).read_text()), (name, place)

@@ -9,10 +9,11 @@ import pytest
 from fake_store import FakeStore
 
 from cluster import scaling as scaling_module
-from cluster.scaling import Scaling, start_ups_key, wanted_key
+from cluster.scaling import Scaling, start_ups_key
 from cluster.settings import ModelSettings
 from cluster.tuned import TunedModel
 from replicas.ranks import EngineAddress, ServedModel
+from replicas.store import wanted_key
 from scheduler.messages import Counters
 from scheduler.tuning.wanted_replicas import Capacity
 

@@ -33,6 +33,13 @@ def walks(served: Engine) -> list[str]:
     return walked
 
 
+def one_waits(served: Engine) -> None:
+    """A request with the long prompt waits behind one that runs."""
+    served.add("runs", prompt=[1] * BLOCK, output=900)
+    served.step()
+    served.add("waits", prompt=LONG, output=2)
+
+
 def serve(served: Engine, name: str, prompt: list[int]) -> None:
     served.add(name, prompt=prompt, output=2)
     while name not in served.finished:
@@ -42,9 +49,7 @@ def serve(served: Engine, name: str, prompt: list[int]) -> None:
 def test_a_prefix_that_grows_while_a_request_waits_is_seen_when_it_is_asked_again():
     served = engine()
     serve(served, "half", LONG[: 8 * BLOCK] + [5] * 4)
-    served.add("runs", prompt=[1] * BLOCK, output=900)
-    served.step()
-    served.add("waits", prompt=LONG, output=2)
+    one_waits(served)
     assert cached_tokens(served, "waits") == 8 * BLOCK
     served.scheduler.admission_queue.let_through(served.add("whole", prompt=LONG, output=2))
     while "whole" not in served.finished:
@@ -56,9 +61,7 @@ def test_a_prefix_that_grows_while_a_request_waits_is_seen_when_it_is_asked_agai
 def test_a_prefix_that_is_evicted_while_a_request_waits_is_seen_when_it_is_asked_again():
     served = engine()
     serve(served, "whole", LONG)
-    served.add("runs", prompt=[1] * BLOCK, output=900)
-    served.step()
-    served.add("waits", prompt=LONG, output=2)
+    one_waits(served)
     assert cached_tokens(served, "waits") == 16 * BLOCK
     served.scheduler.kv_cache_manager.block_pool.evict_blocks(
         {block.block_id for block in served.scheduler.kv_cache_manager.get_computed_blocks(
@@ -71,9 +74,7 @@ def test_a_prefix_that_is_evicted_while_a_request_waits_is_seen_when_it_is_asked
 def test_all_blocks_are_walked_seldom_while_nothing_changes():
     served = engine()
     serve(served, "whole", LONG)
-    served.add("runs", prompt=[1] * BLOCK, output=900)
-    served.step()
-    served.add("waits", prompt=LONG, output=2)
+    one_waits(served)
     cached_tokens(served, "waits", prefix_hits._WALK_AGAIN)
     walked = walks(served)
     for _ in range(prefix_hits._WALK_AGAIN - 1):
