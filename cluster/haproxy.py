@@ -33,6 +33,8 @@ streams that have begun, ends after this."""
 _LEAVES_AFTER_S = 2
 """Seconds for which an ingress that stops still takes requests, until every HAProxy has heard of it; a later request
 finds a closed port, and HAProxy sends it elsewhere."""
+_LOOKED_AT_EVERY_S = 1
+"""Serve asks every so many seconds whether HAProxy still answers, and starts another after three times without one."""
 LONGEST_FOLDER = 26
 """Of the 107 characters that a socket's path may have, Ray and HAProxy need 81."""
 _COUNTERS = re.compile(r"(frontend prometheus|listen stats)\b")
@@ -59,6 +61,7 @@ def environment(folder: Path | None = None, ports: Sequence[int] = ()) -> dict[s
         _BINARY: str(started),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(_STREAMS_S),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_LEAVES_AFTER_S),
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": str(_LOOKED_AT_EVERY_S),
     }
     for name, port in zip(("METRICS", "STATS"), ports, strict=False):
         found[f"RAY_SERVE_HAPROXY_{name}_PORT"] = str(port)

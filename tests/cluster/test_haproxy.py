@@ -66,7 +66,7 @@ def test_every_variable_is_one_that_ray_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(haproxy, "LONGEST_FOLDER", 1000)
     source = Path(constants.__file__).read_text()
     variables = haproxy.environment(tmp_path, [1, 2])
-    assert len(variables) == 11
+    assert len(variables) == 12
     assert [name for name in variables if f'"{name}"' not in source] == []
 
 
@@ -102,7 +102,8 @@ def test_haproxy_needs_an_address_that_reaches_127_0_0_1(host, expected):
 
 def test_the_image_and_the_documentation_say_the_same():
     environment = haproxy.environment()
-    for name in ("RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"):
+    names = ("HAPROXY_HARD_STOP_AFTER", "DIRECT_INGRESS_MIN_DRAINING_PERIOD", "PROXY_HEALTH_CHECK_PERIOD")
+    for name in (f"RAY_SERVE_{name}_S" for name in names):
         said = re.compile(rf"{name}={environment[name]}\b")
         for place in ("Dockerfile", "docs/operate/ray-cluster.md"):
             assert said.search((CONFIGS.parent / place).read_text()), (name, place)
