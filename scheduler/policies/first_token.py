@@ -18,8 +18,13 @@ from scheduler.policies.base import QueueView, Snapshot, Waiting
 
 _COLD_SHARE = 0.5
 """Share of the TTFT target for which a request waits at a cold engine before it is rejected."""
-_SURE = 1.5
-"""Standard deviations of the wait, added to its mean, for a new request at the tail."""
+_TO_COME_IN, _TO_STAY = 3.0, -1.0
+"""Standard deviations of the wait, added to its mean, for a request that has just come and for one that already waits.
+A request comes in only if it will almost surely be in time, and stays unless it most likely will not: by the same
+measure for both, whatever comes in at the limit is rejected by the next delay, after a wait that is worth nothing."""
+_FORETOLD = 1.5
+"""The same for what a router is told."""
+_JUST_COME_S, _JUST_COME_ITERATIONS = 0.1, 2.0
 _MOST_ROOM = 4096
 """A queue with more room than this has all that any ingress could use."""
 
@@ -115,14 +120,17 @@ class FirstToken:
             left = waiting - place - 1
             if place < beyond:
                 continue
-            wait_s = self._wait_s(left, tokens, free)
-            if now_s - request.since_s + wait_s + self.own_s(request) <= self._limit_s(request, limit_s):
+            waited_s = now_s - request.since_s
+            has_come = waited_s <= max(_JUST_COME_S, _JUST_COME_ITERATIONS * self.iteration_s)
+            wait_s = self._wait_s(left, tokens, free, _TO_COME_IN if has_come else _TO_STAY)
+            if waited_s + wait_s + self.own_s(request) <= self._limit_s(request, limit_s):
                 break
             beyond = place + 1
         return beyond
 
-    def _wait_s(self, ahead: int, tokens: int, free: float) -> float:
-        """Seconds, with high probability, until `ahead` requests with `tokens` prompt tokens have entered.
+    def _wait_s(self, ahead: int, tokens: int, free: float, deviations: float) -> float:
+        """Seconds until `ahead` requests with `tokens` prompt tokens have entered: the mean and so many standard
+        deviations.
 
         free: number of them that enter before the replica is full.
         """
@@ -134,7 +142,7 @@ class FirstToken:
             return wait_s
         flow_per_s = params.prompt_flow_tokens / params.iteration_s if params.iteration_s else 0.0
         wait_s += slow / ahead * tokens / flow_per_s if flow_per_s else slow / params.capacity_rps
-        return wait_s + _SURE * math.sqrt(params.variability * slow) / params.capacity_rps
+        return max(0.0, wait_s + deviations * math.sqrt(params.variability * slow) / params.capacity_rps)
 
     def room(self, waiting: int, tokens: int, running: int, free_slots: int) -> int:
         """Requests like those that wait which could still join the queue before one would be rejected.
@@ -150,7 +158,7 @@ class FirstToken:
 
         def seconds(more: int) -> float:
             ahead = waiting + more - 1
-            return self._wait_s(ahead, round(tokens + (more - 1) * each), free) + self.own_s(usual)
+            return self._wait_s(ahead, round(tokens + (more - 1) * each), free, _TO_COME_IN) + self.own_s(usual)
 
         if limit_s is not None:  # the wait grows with the place in the queue
             most = bisect_right(range(1, max(0, most) + 1), limit_s, key=seconds)
@@ -171,7 +179,8 @@ class FirstToken:
             decodes, read, waiting = each, usual_tokens, 0
         else:
             tokens += round(more * usual_tokens)
-            wait_s = self.under_way_s + self._wait_s(waiting + more, tokens, self._free(running, free_slots))
+            free = self._free(running, free_slots)
+            wait_s = self.under_way_s + self._wait_s(waiting + more, tokens, free, _FORETOLD)
             if math.isfinite(self.prompt_tokens_per_s):
                 wait_s += self.backlog_tokens / self.prompt_tokens_per_s
         steps = params.pipeline_depth / params.tokens_per_step  # iterations for an output token

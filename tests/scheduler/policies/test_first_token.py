@@ -202,6 +202,19 @@ def test_the_more_departures_vary_the_earlier_the_tail_is_rejected():
     assert 0 < steady < bursty < 30
 
 
+def test_what_has_come_in_is_not_rejected_by_a_small_delay():
+    """At ten a second the ones ahead need their mean and three standard deviations to come in. A second later without
+    a departure the last one would be late by that measure; it goes only when even a good second would not save it."""
+    params = replace(serving(10.0), variability=1.0)
+    taken = 30 - at_tail(*[{}] * 30, fluid=params, full=True)
+    mean_s, deviation_s = (taken - 1) / 10, math.sqrt(taken - 1) / 10
+    assert mean_s + 3 * deviation_s < TTFT_S < mean_s + 4 * deviation_s + 0.3
+    assert at_tail(*[{}] * taken, fluid=params, full=True, now_s=0.5) == 0
+    hopeless_after_s = TTFT_S - mean_s + deviation_s
+    assert at_tail(*[{}] * taken, fluid=params, full=True, now_s=hopeless_after_s - 0.3) == 0
+    assert at_tail(*[{}] * taken, fluid=params, full=True, now_s=hopeless_after_s) > 0
+
+
 def test_the_queue_limit_holds_whatever_the_time():
     assert at_tail(*[{"prompt_tokens": 10}] * 9, fluid=replace(PARAMS, queue_limit=5)) == 4
 
