@@ -35,8 +35,10 @@ _LOOK_AGAIN = 8
 """Iterations after which a full replica is checked again although no request has ended."""
 _ANY_NUMBER = 1 << 20
 _SPEED_MEMORY, _RECENT_MEMORY = 0.8, 0.97
-_SLACK_SHARE = 1.0
-"""Share of the miss probability that a prefill which uses slack may cost in expectation; most of it is regained."""
+_SLACK_SHARE, _LAST_SLACK_SHARE = 1.0, 5.0
+"""What a prefill which uses slack may cost in expectation, as a multiple of the miss probability; most of it is
+regained. More where no prompt would be left after `_LAST_ITERATIONS` as long: none that comes soon misses the slack."""
+_LAST_ITERATIONS = 2
 
 
 class Fluid(Policy):
@@ -192,6 +194,8 @@ class _Admission:
             self._slack.use_none()
         else:
             ahead = min(heads.length, _HEADS) if heads else 0
+            outstanding = snapshot.prompt_backlog_tokens + (heads.tokens_to_compute if heads else 0)
+            share = _LAST_SLACK_SHARE if outstanding <= _LAST_ITERATIONS * most else _SLACK_SHARE
             prompts = ahead + (snapshot.prompt_backlog_tokens > 0)
             # A longer batch delays the batches behind it in every stage of a pipeline.
             spare_s = self._slack.spare_s(
@@ -200,7 +204,7 @@ class _Admission:
                 snapshot.now_s,
                 wanted_s * params.pipeline_depth,
                 gain_s=gain_s,
-                misses=_SLACK_SHARE * params.miss_probability * prompts,
+                misses=share * params.miss_probability * prompts,
             )
             room = params.prompt_tokens_within(limit_s + spare_s / params.pipeline_depth, running, read)
         return max(self._smallest_chunk, min(room, most))

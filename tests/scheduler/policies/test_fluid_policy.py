@@ -191,3 +191,18 @@ def test_the_cap_holds_as_well():
 def test_invalid_fluid_parameters_raise(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         replace(PARAMS, **bad)
+
+
+def test_the_last_prompts_may_use_more_slack_than_the_first_of_many():
+    """Two requests without slack, of which one in 200 ends with each token: a prompt that nothing follows may cost more
+    than one behind which others wait, which will want the slack as well."""
+    lengths = Lengths.from_pairs([(500, tokens) for tokens in range(1, 201)])
+    params = replace(PARAMS, survival=Survival.of(lengths), tpot_s=0.055, steady_s=0.02, miss_probability=0.01)
+    running = crowd(2, stage=1)
+
+    def prompts(*waiting):
+        return decide(running, [(tokens, 10.0) for tokens in waiting], fluid=params, now_s=10.0).token_budget - 2
+
+    planned = replace(params, miss_probability=1e-9)
+    least = decide(running, [(2000, 10.0)], fluid=planned, now_s=10.0).token_budget - 2
+    assert least == prompts(2000, 2100) < prompts(2000)
