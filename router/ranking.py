@@ -56,7 +56,7 @@ _Name = TypeVar("_Name", bound=Hashable)
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What is known of a request: its prompt tokens; its output tokens if a client declared or bounded them; of how
-    many requests it consists, choices times prompts; and the blocks of its prompt (`router.prefixes.blocks_of`)."""
+    many requests it consists, choices times prompts; and the blocks of its prompt (`replicas.prompt_blocks`)."""
 
     prompt_tokens: float = 0.0
     output_tokens: float = math.inf
@@ -146,7 +146,9 @@ class Sent(Generic[_Name]):
                 plausible_s = age_s if 0 <= age_s <= _ON_ITS_WAY_S else _USUAL_AGE_S
                 heard = self._heard[replica] = at_s, now_s, now_s - plausible_s
         if is_new:
-            self.caches.reported(replica, stats.kv_capacity_tokens, stats.prompt_tokens, stats.cached_tokens)
+            self.caches.reported(
+                replica, stats.kv_capacity_tokens, stats.prompt_tokens, stats.cached_tokens, stats.marks
+            )
         return heard[2] if now_s - heard[1] <= _SILENT_S else None
 
     def since(self, replica: _Name, at_s: float) -> Taken:

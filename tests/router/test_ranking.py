@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from replicas.marks import LatestMarks
 from replicas.routing_stats import RoutingStats
 from router import ranking
 from router.prefixes import BLOCK_TOKENS
@@ -125,7 +126,7 @@ def test_a_prompt_sent_just_now_is_not_computed_because_the_report_is_old() -> N
 
 def conversation(number: int, blocks: int, shared: int = 0) -> Asked:
     """A prompt whose first `shared` blocks are those of every conversation."""
-    own = (hash((number, place)) for place in range(blocks - shared))
+    own = (hash((number, place)) % 2**32 for place in range(blocks - shared))
     return Asked(float(blocks * BLOCK_TOKENS), blocks=[*range(shared), *own])
 
 
@@ -225,6 +226,17 @@ def test_a_replica_that_counts_from_0_again_holds_nothing() -> None:
     assert view.ranked(conversation(1, 64)) == "ba"
     later(view, b=replace(like(wait_s=0.2), prompt_tokens=10))
     assert view.ranked(conversation(1, 64)) == "ab"
+
+
+def test_a_conversation_that_another_ingress_sent_goes_where_it_is_held() -> None:
+    latest = LatestMarks()
+    latest.note(conversation(1, 30).blocks)
+    view = View(ingresses=8, **dict.fromkeys("abcdefgh", USUAL))
+    later(view, e=replace(USUAL, marks=latest.told()))
+    assert {view.ranked(conversation(1, 33))[0] for _ in range(50)} == {"e"}
+    assert len({view.ranked(conversation(2, 33))[0] for _ in range(50)}) > 4
+    later(view, e=replace(like(wait_s=12.0), marks=latest.told()))
+    assert "e" not in {view.ranked(conversation(1, 33))[0] for _ in range(50)}, "not whatever it costs"
 
 
 def test_of_many_ingresses_each_looks_at_the_replica_that_holds_most() -> None:
