@@ -90,7 +90,9 @@ def ours(replicas: int, others: int, *, prefixes: bool) -> tuple[Choose, Between
 
     def choose(number: int, body: Body) -> None:
         asked = asked_of(body) if prefixes else replace(asked_of(body), blocks=())
-        ranked = best_first(names, lambda name: read.of(name, by_name[name]), str, sent, asked, rng=rng)
+        ranked = best_first(
+            names, lambda name: read.of(name, by_name[name]), str, sent, asked, ingresses=others + 1, rng=rng
+        )
         sent.sent(str(number), ranked[0], asked)
         sent.accepted(str(number), ranked[0])
         where[number] = ranked[0]
