@@ -28,7 +28,9 @@ from replicas.engine_client import end_process
 from replicas.engine_health import ENGINE_TIMEOUT_S, EngineHealth
 from replicas.live_settings import Settings, SettingsFollower
 from replicas.logs import follow_serve
+from replicas.marks import LatestMarks
 from replicas.measured import EnginesMeter, RequestMeter, keep_telling, tenant_in
+from replicas.prompt_blocks import blocks_in
 from replicas.ranks import engine_name
 from replicas.ray_patches import (
     adapter_loader,
@@ -89,6 +91,7 @@ class HeadraceServer(LLMServer):
         self._channels = [ChannelClient(rank_endpoint(self._endpoint, rank)) for rank in range(ranks)]
         self._last_stats: dict[int, _Reported] = {}
         self._silent: set[int] = set()
+        self._marks = LatestMarks()
         self._draining = Draining(self._channels)
         self._telling: asyncio.Task[None] | None = None
         self._reporting: asyncio.Task[None] | None = None
@@ -143,6 +146,7 @@ class HeadraceServer(LLMServer):
         """Ray's own, with delivery times recorded."""
         if self._draining.begun:
             return self._recalled(request)
+        self._marks.note(blocks_in(request))
         delivery = self._deliveries.begin(tenant_in(request), raw_request_info)
         chunks = await super().chat(request, raw_request_info)
         return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
@@ -151,6 +155,7 @@ class HeadraceServer(LLMServer):
         """Ray's own, with delivery times recorded."""
         if self._draining.begun:
             return self._recalled(request)
+        self._marks.note(blocks_in(request))
         delivery = self._deliveries.begin(tenant_in(request), raw_request_info)
         chunks = await super().completions(request, raw_request_info)
         return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
@@ -201,7 +206,7 @@ class HeadraceServer(LLMServer):
         if not latest:
             return routing
         oldest_s = min(one.unix_s for one in latest)  # the same for as long as nothing new is known
-        return routing | RoutingStats.of_engines([one.stats for one in latest], oldest_s).as_dict()
+        return routing | RoutingStats.of_engines([one.stats for one in latest], oldest_s, self._marks.told()).as_dict()
 
     async def _refresh_stats(self, rank: int) -> None:
         asked_s, asked_unix_s = time.monotonic(), time.time()  # what comes while the engine answers may not be in it

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
-from router.prefixes import BLOCK_TOKENS, blocks_of
+from replicas.prompt_blocks import CHARACTERS_PER_TOKEN, blocks_in
 from router.ranking import Asked
-from router.request_body import CHARACTERS_PER_TOKEN
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS
 
 _BOUNDS = ("max_completion_tokens", "max_tokens")
@@ -33,33 +31,7 @@ def _asked_of(body: Any) -> Asked:
     if isinstance(prompt, list) and messages is None and not isinstance(prompt[0], int):
         requests *= len(prompt)
     output_tokens = min(map(float, filter(None, bounds)), default=math.inf)
-    start = (str(getattr(body, "model", None)), str(getattr(body, "cache_salt", None)))  # caches are apart by these
-    return Asked(_tokens(prompt), output_tokens, requests, _blocks(prompt, start, is_chat=messages is not None))
-
-
-def _blocks(prompt: Any, start: tuple[str, ...], *, is_chat: bool) -> Sequence[int]:
-    """Of a chat, or of the first prompt of a completion."""
-    if is_chat:
-        prompt = "".join(map(_text, prompt)) if isinstance(prompt, list) else ""
-    elif isinstance(prompt, list) and not isinstance(prompt[0], int):
-        prompt = prompt[0]
-    each = BLOCK_TOKENS * (CHARACTERS_PER_TOKEN if isinstance(prompt, str) else 1)
-    return blocks_of(prompt, each, start) if isinstance(prompt, str | list) else ()
-
-
-def _text(message: Any) -> str:
-    """Of a message; a part that is no text, such as a picture, is known by a hash."""
-    role, content = (_field(message, name) for name in ("role", "content"))
-    parts = content if isinstance(content, list) else [{"text": content}]
-    texts = [_field(part, "text") for part in parts]
-    said = [
-        text if isinstance(text, str) else str(hash(str(part))) for text, part in zip(texts, parts, strict=True)
-    ]
-    return f"{role}\n{''.join(said)}\n"
-
-
-def _field(part: Any, name: str) -> Any:
-    return part.get(name) if isinstance(part, dict) else getattr(part, name, None)
+    return Asked(_tokens(prompt), output_tokens, requests, blocks_in(body))
 
 
 def _count(value: Any) -> int | None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 ON_THE_WAY_S = 0.03
 """A request sent this long before a report may not have been in the engine yet; one that ended this long after may
 already have left it."""
+_PROMPTS_OF_CHANCE = 1.0
+"""Prompts sent to each replica between two reports at which half of the difference between replicas is chance."""
 
 
 class Taken(NamedTuple):
@@ -32,6 +35,28 @@ class Taken(NamedTuple):
             wait_s = max(0.0, wait_s - (after_s - before_s) * falls) + tokens * token_s
             before_s = after_s
         return max(0.0, wait_s - (last_s - before_s) * falls)
+
+
+def of_all(own: Sequence[Taken], ingresses: int, *, spread: bool) -> list[Taken]:
+    """What as many ingresses have sent to each of some replicas since its report, from what one of them has sent.
+
+    The others choose by the same reports, so they send where this one does; but the fewer it has sent, the more of
+    where they went is chance, and the nearer each replica is taken to be to the mean of all. spread: not so, since to
+    avoid where this one has just sent something costs nothing, and spreads what all send."""
+    if ingresses == 1 or not own:
+        return list(own)
+    others = ingresses - 1
+    sent = sum(len(taken.prompts) for taken in own) / len(own)
+    like_own = 1.0 if spread else sent / (sent + _PROMPTS_OF_CHANCE)
+    mean_requests, mean_tokens = (
+        (1.0 - like_own) * sum(column) / len(own) for column in zip(*(taken[:2] for taken in own), strict=True)
+    )
+    return [
+        Taken(
+            requests + others * (like_own * requests + mean_requests),
+            tokens + others * (like_own * tokens + mean_tokens), prompts,
+        ) for requests, tokens, prompts in own
+    ]
 
 
 class _Change(NamedTuple):

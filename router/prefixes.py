@@ -1,12 +1,12 @@
 """How much of a prompt each replica probably holds in its prefix cache. No Ray.
 
-A prompt is cut into blocks, each known by a hash of it and all before it, as vLLM knows blocks of the KV cache. For
-each replica the blocks of the prompts that went there are remembered: the latest ones, as many as its KV cache holds,
-and of one prompt the last ones are forgotten first, as vLLM evicts them. So equal beginnings are stored once, one
-dictionary answers for all replicas at once, and what is remembered is bounded.
+For each replica the blocks (`replicas.prompt_blocks`) of the prompts that this ingress sent there are remembered: the
+latest ones, as many as its KV cache holds, and of one prompt the last ones are forgotten first, as vLLM evicts them. So
+equal beginnings are stored once, one dictionary answers for all replicas at once, and what is remembered is bounded.
+What other ingresses sent there is remembered likewise, by the few blocks that the replica tells (`replicas.marks`).
 
-It is an estimate: answers, evictions for running requests, and what other ingresses sent are not seen. So a replica's
-own count of the prompt tokens it found cached corrects it (`Trust`).
+It is an estimate: answers and evictions for running requests are not seen, and what others sent is known up to a second
+late. So a replica's own count of the prompt tokens it found cached corrects it (`Trust`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from collections.abc import Collection, Hashable, Sequence
 from itertools import accumulate, islice
 from typing import Generic, NamedTuple, TypeVar
 
-BLOCK_TOKENS = 64
+from replicas.marks import Marks
+from replicas.prompt_blocks import BLOCK_TOKENS
+
 _MOST_BLOCKS = 1 << 19
 """Remembered for all replicas together, in some 100 MB."""
+_MOST_MARKS = 1 << 17
+"""Told, for all replicas together, in some 25 MB."""
 _PARTS = 64
 _USUAL_BLOCKS = 8192
 """Of a replica that does not say how much its KV cache holds."""
@@ -29,38 +33,58 @@ _PRIOR_TOKENS = 500.0
 _Name = TypeVar("_Name", bound=Hashable)
 
 
-def blocks_of(prompt: Sequence[Hashable], each: int, start: Hashable = None) -> list[int]:
-    """The hash of each whole block of `each` characters or token ids, chained from `start` on: two prompts agree in one
-    only if they agree in `start` and in all blocks before it. Hashes are of this process alone."""
-    hashes, before = [], hash((start,))
-    text = prompt if isinstance(prompt, str) else tuple(prompt)
-    for begin in range(0, len(text) - each + 1, each):
-        before = hash((before, text[begin : begin + each]))
-        hashes.append(before)
-    return hashes
+class _Holders(Generic[_Name]):
+    """Which replicas hold a block, each replica as a bit; safe from several threads."""
 
-
-class Prefixes(Generic[_Name]):
-    """The blocks that each replica was sent; safe from several threads. most_blocks: of all replicas together."""
-
-    def __init__(self, most_blocks: int = _MOST_BLOCKS) -> None:
-        self._most_blocks = most_blocks
-        self._kept: dict[_Name, dict[int, None]] = {}
-        """The least recent first. Plain, since Python's garbage collector passes over a dictionary of numbers."""
+    def __init__(self) -> None:
         self._bits: dict[_Name, int] = {}
         self._holders: list[dict[int, int]] = [{} for _ in range(_PARTS)]
         """Of a block: the bits of the replicas that hold it. In parts, by `block % _PARTS`: one great dictionary would
         stop a request for tens of milliseconds whenever it grows."""
+        self._lock = threading.Lock()
+
+    def _places(self, replicas: Sequence[_Name]) -> dict[int, int]:
+        """Of the bits of those that hold something: which of the replicas it is."""
+        places = {self._bits.get(name, 0): place for place, name in enumerate(replicas)}
+        places.pop(0, None)
+        return places
+
+    def _bit(self, replica: _Name) -> int:
+        if replica not in self._bits:
+            self._bits[replica] = _free_bit(self._bits.values())
+        return self._bits[replica]
+
+    def _add(self, block: int, bit: int) -> None:
+        holders = self._holders[block % _PARTS]
+        holders[block] = holders.get(block, 0) | bit
+
+    def _drop(self, block: int, bit: int) -> bool:
+        """It no longer holds this block; whether nobody does."""
+        holders = self._holders[block % _PARTS]
+        left = holders[block] & ~bit
+        if left:
+            holders[block] = left
+        else:
+            del holders[block]
+        return not left
+
+
+class Prefixes(_Holders[_Name]):
+    """The blocks that each replica was sent; safe from several threads. most_blocks: of all replicas together."""
+
+    def __init__(self, most_blocks: int = _MOST_BLOCKS) -> None:
+        super().__init__()
+        self._most_blocks = most_blocks
+        self._kept: dict[_Name, dict[int, None]] = {}
+        """The least recent first. Plain, since Python's garbage collector passes over a dictionary of numbers."""
         self._uses: list[dict[int, int]] = [{} for _ in range(_PARTS)]
         """Of a block: prompts that found it since a replica came to hold it last; in parts, too."""
-        self._lock = threading.Lock()
 
     def held(self, blocks: Sequence[int], replicas: Sequence[_Name]) -> list[int]:
         """How many of these blocks, from the first on, each of the replicas holds."""
         found = [0] * len(replicas)
         with self._lock:
-            places = {self._bits.get(name, 0): place for place, name in enumerate(replicas)}
-            places.pop(0, None)
+            places = self._places(replicas)
             left = sum(places)
             for number, block in enumerate(blocks):
                 holders = left & self._holders[block % _PARTS].get(block, 0)
@@ -84,41 +108,131 @@ class Prefixes(Generic[_Name]):
         if not blocks:
             return
         with self._lock:
-            if replica not in self._bits:
-                self._bits[replica] = _free_bit(self._bits.values())
-            bit, kept = self._bits[replica], self._kept.setdefault(replica, {})
+            bit, kept = self._bit(replica), self._kept.setdefault(replica, {})
             for block in reversed(blocks):  # the last one becomes the oldest
-                holders, uses = self._holders[block % _PARTS], self._uses[block % _PARTS]
+                uses = self._uses[block % _PARTS]
                 if block in kept:
                     del kept[block]
                     uses[block] += 1
                 else:
-                    holders[block] = holders.get(block, 0) | bit
+                    self._add(block, bit)
                     uses[block] = 0
                 kept[block] = None
             most = min(most, self._most_blocks // len(self._kept))
             for block in list(islice(kept, max(0, len(kept) - most))):
                 del kept[block]
-                self._drop(block, bit)
+                self._forget(block, bit)
 
     def forget(self, replica: _Name) -> None:
         """It holds nothing any more."""
         with self._lock:
             bit = self._bits.pop(replica, 0)
             for block in self._kept.pop(replica, ()):
-                self._drop(block, bit)
+                self._forget(block, bit)
 
     def __len__(self) -> int:
         """Blocks remembered, over all replicas."""
         return sum(map(len, self._kept.values()))
 
-    def _drop(self, block: int, bit: int) -> None:
-        holders = self._holders[block % _PARTS]
-        left = holders[block] & ~bit
-        if left:
-            holders[block] = left
-        else:
-            del holders[block], self._uses[block % _PARTS][block]
+    def _forget(self, block: int, bit: int) -> None:
+        if self._drop(block, bit):
+            del self._uses[block % _PARTS][block]
+
+
+class Told(_Holders[_Name]):
+    """The marks that each replica told. most_marks: of all replicas together."""
+
+    def __init__(self, most_marks: int = _MOST_MARKS) -> None:
+        super().__init__()
+        self._most_marks = most_marks
+        self._kept: dict[_Name, dict[int, int]] = {}
+        """Of a mark, the least recent first: the blocks that came with it."""
+        self._blocks: dict[_Name, int] = {}
+        self._read: dict[_Name, int] = {}
+
+    def held(self, blocks: Sequence[int], replicas: Sequence[_Name]) -> list[int]:
+        """How many of these blocks, from the first on, each of the replicas has told. One that has told a block has
+        told those at depths 1, 2, 4, … before it: so few are looked for where nothing is held, and a hash that is that
+        of another block by chance is hardly ever met."""
+        found = [0] * len(replicas)
+        with self._lock:
+            places = self._places(replicas)
+            left, told, depth = sum(places), 0, 1
+            while left and depth <= len(blocks):
+                there = left & self._holders[blocks[depth - 1] % _PARTS].get(blocks[depth - 1], 0)
+                if told and there != left:
+                    self._between(found, places, left ^ there, blocks, told, depth)
+                left, told, depth = there, depth, 2 * depth
+            if left and told:
+                self._between(found, places, left, blocks, told, len(blocks) + 1)
+        return found
+
+    def _between(
+        self, found: list[int], places: dict[int, int], bits: int, blocks: Sequence[int], told: int, end: int
+    ) -> None:
+        """The replicas of these bits hold `told` blocks, or more, but less than `end`."""
+        for number in range(end - 1, told, -1):
+            there = bits & self._holders[blocks[number - 1] % _PARTS].get(blocks[number - 1], 0)
+            if there:
+                _note(found, places, there, number)
+                bits ^= there
+                if not bits:
+                    return
+        _note(found, places, bits, told)
+
+    def told(self, replica: _Name, marks: Marks, most: int) -> None:
+        """A replica, whose KV cache holds `most` blocks, tells these. One that numbers them anew has started again."""
+        with self._lock:
+            read = self._read.get(replica, 0)
+            if marks.number < read:
+                self._forget(replica)
+                read = 0
+            self._read[replica] = marks.number
+            new = marks.after(read)
+            if not new:
+                return
+            bit, kept = self._bit(replica), self._kept.setdefault(replica, {})
+            sum_blocks = self._blocks.get(replica, 0)
+            for mark, came in new:
+                if mark in kept:
+                    sum_blocks -= kept.pop(mark)
+                else:
+                    self._add(mark, bit)
+                kept[mark] = came
+                sum_blocks += came
+            most_marks = min(most, self._most_marks // len(self._kept))
+            too_many: list[int] = []
+            for mark, came in kept.items():
+                if sum_blocks <= most and len(kept) - len(too_many) <= most_marks:
+                    break
+                too_many.append(mark)
+                sum_blocks -= came
+            for mark in too_many:
+                del kept[mark]
+                self._drop(mark, bit)
+            self._blocks[replica] = sum_blocks
+
+    def forget(self, replica: _Name) -> None:
+        """It holds nothing any more of what it has told."""
+        with self._lock:
+            self._forget(replica)
+
+    def keep(self, replicas: Collection[_Name]) -> None:
+        """The others are gone: one of their names would tell anew."""
+        with self._lock:
+            for replica in self._read.keys() - set(replicas):
+                self._forget(replica)
+                del self._read[replica]
+
+    def _forget(self, replica: _Name) -> None:
+        bit = self._bits.pop(replica, 0)
+        self._blocks.pop(replica, None)
+        for mark in self._kept.pop(replica, ()):
+            self._drop(mark, bit)
+
+    def __len__(self) -> int:
+        """Marks remembered, over all replicas."""
+        return sum(map(len, self._kept.values()))
 
 
 def _note(found: list[int], places: dict[int, int], bits: int, number: int) -> None:
@@ -187,13 +301,14 @@ class PrefixCaches(Generic[_Name]):
 
     def __init__(self) -> None:
         self._prefixes: Prefixes[_Name] = Prefixes()
+        self._told: Told[_Name] = Told()
         self._trust: dict[_Name, Trust] = {}
         self._most: dict[_Name, int] = {}
         self._lock = threading.Lock()
 
     def held(self, blocks: Sequence[int], replicas: Sequence[_Name]) -> Held:
         """Of a prompt of these blocks."""
-        found = self._prefixes.held(blocks, replicas) if blocks else []
+        found = self._found(blocks, replicas)
         if not any(found):
             return Held([0.0] * len(replicas), [0.0] * len(replicas))
         with self._lock:
@@ -209,22 +324,38 @@ class PrefixCaches(Generic[_Name]):
 
     def sent(self, blocks: Sequence[int], prompt_tokens: float, replica: _Name) -> None:
         """A prompt has gone to a replica."""
-        held = self._prefixes.held(blocks, [replica])[0]
+        held = self._found(blocks, [replica])[0]
         with self._lock:
             self._trust.setdefault(replica, Trust()).foretell(prompt_tokens, min(prompt_tokens, held * BLOCK_TOKENS))
             most = self._most.get(replica, _USUAL_BLOCKS)
         self._prefixes.sent(blocks, replica, most)
 
-    def reported(self, replica: _Name, kv_capacity_tokens: int, prompt_tokens: int, found_tokens: int) -> None:
-        """A replica says how much its KV cache holds (0: it does not say), and of its prompt tokens so far, how many it
-        found there. One that counts from 0 again has started again and holds nothing."""
+    def _found(self, blocks: Sequence[int], replicas: Sequence[_Name]) -> list[int]:
+        """Of these blocks, how many each of the replicas is thought to hold. Told may be what this router sent itself:
+        that is the same blocks, and no more of them."""
+        if not blocks:
+            return [0] * len(replicas)
+        return list(map(max, self._prefixes.held(blocks, replicas), self._told.held(blocks, replicas)))
+
+    def reported(
+        self, replica: _Name, kv_capacity_tokens: int, prompt_tokens: int, found_tokens: int,
+        marks: Marks | None = None,
+    ) -> None:
+        """A replica says how much its KV cache holds (0: it does not say), of its prompt tokens so far, how many it
+        found there, and which prompts came lately (None: it does not say). One that counts from 0 again has started
+        again and holds nothing."""
         with self._lock:
             if kv_capacity_tokens:
                 self._most[replica] = kv_capacity_tokens // BLOCK_TOKENS
-            if self._trust.setdefault(replica, Trust()).count(prompt_tokens, found_tokens):
-                return
-            self._trust[replica] = Trust()
-        self._prefixes.forget(replica)
+            most = self._most.get(replica, _USUAL_BLOCKS)
+            runs_on = self._trust.setdefault(replica, Trust()).count(prompt_tokens, found_tokens)
+            if not runs_on:
+                self._trust[replica] = Trust()
+        if not runs_on:
+            self._prefixes.forget(replica)
+            self._told.forget(replica)
+        if marks is not None:
+            self._told.told(replica, marks, most)
 
     def keep(self, replicas: Collection[_Name]) -> None:
         """Forget what all but these replicas hold."""
@@ -235,3 +366,4 @@ class PrefixCaches(Generic[_Name]):
                 self._most.pop(replica, None)
         for replica in gone:
             self._prefixes.forget(replica)
+        self._told.keep(replicas)

@@ -15,8 +15,9 @@ more.
 
 Between two reports the router keeps count of what it has sent and what has ended (`Sent`). Several ingresses do not
 see each other's requests, but they see the same reports: each takes what it has sent itself as the part of one among
-equals. And so that they do not all choose the same replica, each looks at a random part of the replicas only, one among
-as many as there are ingresses.
+equals, less what of it is chance, where that would send a conversation away from what holds it
+(`router.places.of_all`). And so that they do not all choose the same replica, each looks at a random part of the
+replicas only, one among as many as there are ingresses, and at the one that holds most.
 
 What an engine says may be older than it seems: one that hangs in an iteration still reports, the same each time. So a
 replica never counts as having fewer requests than Serve last knew it to have.
@@ -35,7 +36,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from replicas.routing_stats import RoutingStats
-from router.places import Places, Taken
+from router.places import Places, Taken, of_all
 from router.prefixes import PrefixCaches
 from scheduler.fluid_params import LEAST_PROMPT_SHARE
 
@@ -56,7 +57,7 @@ _Name = TypeVar("_Name", bound=Hashable)
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What is known of a request: its prompt tokens; its output tokens if a client declared or bounded them; of how
-    many requests it consists, choices times prompts; and the blocks of its prompt (`router.prefixes.blocks_of`)."""
+    many requests it consists, choices times prompts; and the blocks of its prompt (`replicas.prompt_blocks`)."""
 
     prompt_tokens: float = 0.0
     output_tokens: float = math.inf
@@ -146,7 +147,9 @@ class Sent(Generic[_Name]):
                 plausible_s = age_s if 0 <= age_s <= _ON_ITS_WAY_S else _USUAL_AGE_S
                 heard = self._heard[replica] = at_s, now_s, now_s - plausible_s
         if is_new:
-            self.caches.reported(replica, stats.kv_capacity_tokens, stats.prompt_tokens, stats.cached_tokens)
+            self.caches.reported(
+                replica, stats.kv_capacity_tokens, stats.prompt_tokens, stats.cached_tokens, stats.marks
+            )
         return heard[2] if now_s - heard[1] <= _SILENT_S else None
 
     def since(self, replica: _Name, at_s: float) -> Taken:
@@ -190,14 +193,16 @@ def best_first(
     # How long an answer is depends on the request: replicas that have seen others must not differ by it.
     output_tokens = min(asked.output_tokens, sum(usual) / len(usual)) if usual else None
     now_s = sent.clock()
+    own = [Taken(0, 0.0) if at_s is None else sent.since(of, at_s) for of, at_s in zip(names, reported_s, strict=True)]
+    by_all = of_all(own, ingresses, spread=not most_held)
 
     def key(place: int) -> tuple[bool, bool, bool, float]:
         replica, stats = shuffled[place], reports[place]
         at_s = reported_s[place]
         if stats is None or at_s is None:
             return True, True, True, ongoing(replica)
-        known = sent.since(names[place], at_s)
-        taken = _taken(known, stats, ongoing(replica), asked, ingresses)
+        untried = stats.outlook is None and bool(usual)  # where it counts whether one is there for certain
+        taken = _taken((own if untried else by_all)[place], stats, ongoing(replica), asked)
         full = stats.room is not None and stats.room <= taken.requests
         cost = -stats.slack(stats.occupied + taken.requests)
         if output_tokens is not None:
@@ -209,13 +214,13 @@ def best_first(
     return [shuffled[place] for place in sorted(range(len(shuffled)), key=key)]
 
 
-def _taken(known: Taken, stats: RoutingStats, ongoing: int, asked: Asked, ingresses: int) -> Taken:
-    """What has gone to a replica since its report, by all ingresses: as much as by this one from each, and at least the
-    requests that it has now and the report has not, which are taken to be like this one."""
+def _taken(known: Taken, stats: RoutingStats, ongoing: int, asked: Asked) -> Taken:
+    """What has gone to a replica since its report: what is known, and at least the requests that it has now and the
+    report has not, which are taken to be like this one."""
     unseen = ongoing - stats.occupied
     each = asked.prompt_tokens / asked.requests
-    tokens = max(known.tokens * ingresses, unseen * each)
-    return known._replace(requests=max(known.requests * ingresses, unseen), tokens=tokens)
+    tokens = max(known.tokens, unseen * each)
+    return known._replace(requests=max(known.requests, unseen), tokens=tokens)
 
 
 def completion_s(

@@ -16,10 +16,10 @@ from typing import Any
 
 from pydantic_core import from_json
 
+from replicas.prompt_blocks import CHARACTERS_PER_TOKEN
 from router.limits import Limits
 from router.refusal import Refusal
 
-CHARACTERS_PER_TOKEN = 4
 _USUAL_OUTPUT_TOKENS = 256
 """Counted for a choice without `max_tokens`."""
 _LARGE = re.compile(rb"\d{19}|\d[eE]\+?\d{3}")

@@ -1,12 +1,12 @@
 """`FluidRouter`: which replica takes the next request.
 
 The rule is that of `router.ranking`: where the request is predicted to end first. Reports of the replicas are up to a
-second old, so the router's own count of what it sent and what ended corrects them. What a replica was sent before, it
-probably holds in its prefix cache, and need not compute again.
+second old, so the router's own count of what it sent and what ended corrects them. What a replica was sent before, by
+whichever ingress, it probably holds in its prefix cache, and need not compute again: replicas tell all ingresses.
 Replicas out of rotation (`router.rotation`) get nothing.
 Composes with Serve's mixins: first in, first out; LoRA; locality.
-When not to use it: with many ingresses and short conversations, since each of them knows only the prefixes that it has
-sent itself (a router that reads vLLM's KV events, such as Ray's `KVAwareRouter`, knows all).
+When not to use it: where KV caches outlive what an engine holds, in other memory or other machines, since it knows only
+what was sent to each replica (a router that reads vLLM's KV events, such as Ray's `KVAwareRouter`, knows all).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-from replicas.routing_stats import RoutingStats
+from replicas.routing_stats import ReadReports
 from router import rotation  # as a module: Serve pickles what this one holds by value, and a copy would know nothing
 from router.asked import asked_of
 from router.ranking import Asked, Sent, best_first
@@ -38,6 +38,7 @@ class FluidRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
     def initialize_state(self, **_: Any) -> None:
         """Called by Serve when it makes the router."""
         self._sent: Sent[str] = Sent(time.monotonic, time.time)
+        self._reports = ReadReports()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -52,8 +53,8 @@ class FluidRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
         offered = rotation.ROTATION.offered(candidates, _name, request_id)
         asked = _asked(pending_request)
         ranked = best_first(
-            offered, lambda replica: RoutingStats.from_dict(replica.routing_stats), _name, self._sent, asked,
-            ongoing=self._ongoing, ingresses=rotation.ROTATION.ingresses,
+            offered, lambda replica: self._reports.of(_name(replica), replica.routing_stats), _name, self._sent,
+            asked, ongoing=self._ongoing, ingresses=rotation.ROTATION.ingresses,
         )
         if ranked and request_id:  # counted before it is sent: others of the same burst choose in between
             self._sent.sent(request_id, _name(ranked[0]), asked)
@@ -75,7 +76,9 @@ class FluidRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Serve when there are other replicas."""
         super().update_replicas(replicas)
-        self._sent.keep([_name(replica) for replica in replicas])
+        names = [_name(replica) for replica in replicas]
+        self._sent.keep(names)
+        self._reports.keep(names)
 
     def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
         """First in, first out, which may give the replica chosen for one request to another; while a request is tried

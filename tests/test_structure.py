@@ -111,7 +111,9 @@ def test_packages_import_downwards_only() -> None:
     assert graph["loadgen"] <= {"simulator", "scheduler"}
     assert graph["simulator"] == {"router", "replicas", "scheduler"}
     ours = {name for name in imported_from("simulator") if name.partition(".")[0] in {"router", "replicas"}}
-    assert ours == {"router.prefixes", "router.ranking", "replicas.routing_stats"}, "the routers' decision, without Ray"
+    assert ours == {
+        "router.prefixes", "router.ranking", "replicas.routing_stats", "replicas.prompt_blocks", "replicas.marks",
+    }, "the routers' decision, without Ray"
 
 
 def imported_from(package: str) -> set[str]:

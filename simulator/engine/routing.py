@@ -6,8 +6,9 @@ import math
 import random
 from collections.abc import Callable, Sequence
 
+from replicas.marks import LatestMarks
+from replicas.prompt_blocks import BLOCK_TOKENS, blocks_of
 from replicas.routing_stats import RoutingStats
-from router.prefixes import BLOCK_TOKENS, blocks_of
 from router.ranking import Asked, Sent, best_first
 from simulator.config import SimulationConfig
 from simulator.engine.replica import VirtualReplica
@@ -30,6 +31,7 @@ class Routing:
         self._clock, self._ingresses = clock, config.ingresses
         self._rng = random.Random(config.workload.seed)
         self._reports: dict[int, RoutingStats] = {}
+        self._marks: dict[int, LatestMarks] = {}
         self._sent: list[Sent[int]] = [Sent(clock, clock) for _ in range(config.ingresses)]
         made = RIVAL_ROUTERS.get(config.router)
         self._rivals = [made(random.Random(self._rng.random())) for _ in range(config.ingresses)] if made else []
@@ -39,6 +41,7 @@ class Routing:
     def follow(self, replicas: Sequence[VirtualReplica]) -> None:
         """These are the replicas from now on."""
         self._replicas = list(replicas)
+        self._marks = {replica.index: self._marks.get(replica.index, LatestMarks(self._clock)) for replica in replicas}
         for replica in self._replicas:
             replica.ended = self._ended
 
@@ -60,13 +63,15 @@ class Routing:
         )[0]
         sent.sent(str(number), chosen.index, asked)
         sent.accepted(str(number), chosen.index)
+        self._marks[chosen.index].note(asked.blocks)
         return chosen
 
     def report(self) -> None:
         """Every replica reports to all ingresses."""
         self._reports = {
-            replica.index: RoutingStats.of_engines([replica.headrace.stats()], self._clock())
-            for replica in self._replicas if replica.headrace
+            replica.index: RoutingStats.of_engines(
+                [replica.headrace.stats()], self._clock(), self._marks[replica.index].told()
+            ) for replica in self._replicas if replica.headrace
         }
 
     def _ended(self, replica: int, number: int) -> None:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import Any, ClassVar, Protocol
 
-from router.prefixes import Prefixes, blocks_of
+from replicas.prompt_blocks import blocks_of
+from router.prefixes import Prefixes
 
 _MATCH_RATE = 0.1
 """Ray's `match_rate_threshold`."""

@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import inspect
 import pickle
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from replicas.delivery import Deliveries
+from replicas.marks import LatestMarks, Marks
+from replicas.prompt_blocks import blocks_in
 from replicas.routing_stats import RoutingStats
 from scheduler.engine.active_thresholds import ActiveThresholds
 from scheduler.engine.channel import (
@@ -247,7 +249,9 @@ TELEMETRY = Telemetry(
     from_config=True, gauges=Gauges(running=2, waiting=1, kv_used_tokens=250), counters=Counters(),
 )
 STATS = Stats.of_engine("e", LIMITS, TELEMETRY.thresholds, TELEMETRY.gauges)
-EIGHT_SLOTS = RoutingStats(slots=8, occupied=3, kv_used_fraction=0.25, kv_capacity_tokens=1000)
+EIGHT_SLOTS = RoutingStats(
+    slots=8, occupied=3, kv_used_fraction=0.25, kv_capacity_tokens=1000, marks=Marks(0, b"")
+)
 ACK = Ack(accepted=True, active_version=-1)
 
 
@@ -279,6 +283,7 @@ def server_over(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         server = object.__new__(Server)
         server._deliveries = Deliveries()
         server._channels, server._last_stats, server._silent = list(channels), {}, set()
+        server._marks = LatestMarks()
         return server
 
     monkeypatch.setattr(name_in("ray.serve.llm.deployment", "LLMServer"), "record_routing_stats", nothing)
@@ -293,6 +298,31 @@ def test_routing_asks_for_stats_and_for_nothing_larger(server_over: Callable[...
     channel = Channel()
     assert dataclasses.replace(stats_of(server_over(channel)), at_s=None) == EIGHT_SLOTS
     assert channel.asked == ["AskStats"]
+
+
+@pytest.mark.parametrize(("method", "body"), [
+    ("chat", {"messages": [{"role": "user", "content": "u" * 900}]}), ("completions", {"prompt": "p" * 900}),
+    ("completions", {"prompt": [10**40] * 900}), ("chat", {"messages": 7}),
+])
+def test_a_replica_tells_the_prompts_that_came_to_it(
+    monkeypatch: pytest.MonkeyPatch, server_over: Callable[..., Any], method: str, body: dict[str, Any]
+) -> None:
+    async def chunks() -> AsyncIterator[str]:
+        yield "chunk"
+
+    async def answered(self: Any, request: Any, raw_request_info: Any = None) -> Any:
+        return chunks()
+
+    monkeypatch.setattr(name_in("ray.serve.llm.deployment", "LLMServer"), method, answered)
+    server, request = server_over(Channel()), SimpleNamespace(stream=True, **body)
+    server._draining = SimpleNamespace(begun=False)
+
+    async def asked() -> list[str]:
+        return [chunk async for chunk in await getattr(server, method)(request)]
+
+    assert asyncio.run(asked()) == ["chunk"], "whatever its prompt is"
+    told, blocks = stats_of(server).marks.after(0), list(blocks_in(request))
+    assert [mark for mark, _ in told] == blocks[::-1] and len(blocks) in (0, 3)
 
 
 def test_what_a_replica_answers_is_json(server_over: Callable[..., Any]) -> None:
@@ -341,7 +371,9 @@ def test_a_replica_s_room_is_that_of_all_its_ranks_also_while_one_is_silent(
     monkeypatch.setattr(server_module, "time", SimpleNamespace(monotonic=lambda: now_s[0], time=lambda: 1e9 + now_s[0]))
     silent = Channel()
     server = server_over(Channel(), silent)
-    both = RoutingStats(slots=16, occupied=6, kv_used_fraction=0.25, at_s=1e9 + 100.0, kv_capacity_tokens=2000)
+    both = RoutingStats(
+        slots=16, occupied=6, kv_used_fraction=0.25, at_s=1e9 + 100.0, kv_capacity_tokens=2000, marks=Marks(0, b"")
+    )
     assert stats_of(server) == both
     silent.silent, now_s[0] = True, 120.0
     assert stats_of(server) == both, "its last report serves a while longer"

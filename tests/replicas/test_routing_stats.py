@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from replicas import routing_stats
-from replicas.routing_stats import RoutingStats
+from replicas.marks import LatestMarks, Marks
+from replicas.routing_stats import ReadReports, RoutingStats
 from scheduler.fluid_params import FluidParams
 from scheduler.messages import Gauges, Outlook, Stats
 from scheduler.model.iteration_time import IterationTimeModel
@@ -72,6 +74,34 @@ def test_stats_survive_the_way_through_serve(outlook: Outlook | None) -> None:
     carried = json.loads(json.dumps({"other": 1} | stats.as_dict()))
     assert RoutingStats.from_dict(carried) == stats
     assert type(stats.as_dict()["headrace"]["outlook"]) in (tuple, type(None)), "nothing of ours in a pickle of it"
+
+
+def test_marks_survive_the_way_through_serve_and_its_controller_needs_nothing_of_ours() -> None:
+    latest = LatestMarks()
+    latest.note(range(30))
+    stats = RoutingStats(slots=10, occupied=4, kv_used_fraction=0.5, marks=latest.told())
+    carried = pickle.dumps({"other": 1} | stats.as_dict())
+    assert b"replicas" not in carried
+    assert RoutingStats.from_dict(pickle.loads(carried)) == stats
+
+
+def test_a_report_without_marks_or_with_something_else_is_read() -> None:
+    stats = RoutingStats(slots=10, occupied=4, kv_used_fraction=0.5)
+    assert "headrace_marks" not in stats.as_dict()
+    for wrong in (None, 3, "text", [1], (1, "text"), (1, b"x"), {"number": 1}):
+        assert RoutingStats.from_dict(stats.as_dict() | {"headrace_marks": wrong}) == stats
+    told = replace(stats, marks=Marks(1, b"abcdef"))
+    assert told.as_dict()["headrace"].keys() == stats.as_dict()["headrace"].keys(), "a release before marks reads this"
+
+
+def test_each_report_is_read_once() -> None:
+    reports, one = ReadReports(), RoutingStats(slots=10, occupied=4, kv_used_fraction=0.5)
+    first, another = one.as_dict(), replace(one, occupied=5).as_dict()
+    assert reports.of("a", first) == one and reports.of("b", {}) is None
+    assert reports.of("a", first) is reports.of("a", first)
+    assert reports.of("a", another) == replace(one, occupied=5)
+    reports.keep(["b"])
+    assert reports._read.keys() == {"b"}
 
 
 def test_engines_that_share_the_requests_of_a_replica_have_one_outlook() -> None:

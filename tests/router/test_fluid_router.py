@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections import defaultdict, deque
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ pytest.importorskip("ray.serve", reason="Ray Serve is not installed")
 from ray.serve._private.common import DeploymentID, ReplicaID, RequestMetadata
 from ray.serve.request_router import PendingRequest
 
+from replicas.marks import LatestMarks
+from replicas.prompt_blocks import blocks_in
 from replicas.routing_stats import RoutingStats
 from router import rotation
 from router.asked import asked_of
@@ -185,6 +188,27 @@ def test_a_conversation_goes_where_its_beginning_was_accepted() -> None:
     router._sent.keep(["a", "c"])
     assert asyncio.run(goes("8", accepted_by="c")) in "abc"
     assert asyncio.run(goes("9")) == "c", "a replica that is gone has taken its cache along"
+
+
+async def first_of(router: Router, body: Any) -> str:
+    request = PendingRequest(
+        args=[body], kwargs={}, metadata=RequestMetadata(request_id="", internal_request_id="1")
+    )
+    ranked = await router.choose_replicas(list(router.curr_replicas.values()), request)
+    return str(ranked[0][0].replica_id.unique_id)
+
+
+def test_the_next_turn_of_a_conversation_goes_where_another_ingress_sent_it() -> None:
+    outlook = Outlook(wait_s=0.0, prompt_s=1e-4, token_s=0.05, added_s=1e-9, limit_s=0.0, output_tokens=100.0)
+    held, later = chat("s" * 4000, "u" * 4000), chat("s" * 4000, "u" * 4000, "a" * 900, "v" * 900)
+    latest = LatestMarks()
+    latest.note(blocks_in(held))
+    for name in "abc":
+        replicas = [replica(one, slots=10, outlook=outlook) for one in "abc"]
+        (holder,) = (one for one in replicas if one.replica_id.unique_id == name)
+        stats = RoutingStats.from_dict(holder.routing_stats)
+        holder.routing_stats = dataclasses.replace(stats, marks=latest.told()).as_dict()
+        assert asyncio.run(first_of(Router(*replicas), later)) == name
 
 
 def test_a_full_replica_passes_on_to_the_next() -> None:

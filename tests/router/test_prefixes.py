@@ -6,22 +6,12 @@ import threading
 
 import pytest
 
-from router.prefixes import Prefixes, blocks_of
-
-TEXT = "".join(f"{number} " for number in range(400))
+from replicas.marks import LatestMarks, Marks
+from router.prefixes import BLOCK_TOKENS, PrefixCaches, Prefixes, Told
 
 
 def held(prefixes: Prefixes[str], blocks: list[int], replicas: str = "abc") -> list[int]:
     return prefixes.held(blocks, list(replicas))
-
-
-def test_prompts_agree_in_a_block_only_if_they_agree_in_all_before_it() -> None:
-    one, other = blocks_of(TEXT, 64), blocks_of(TEXT[:200] + "x" + TEXT[201:], 64)
-    assert len(one) == len(TEXT) // 64
-    assert [a == b for a, b in zip(one, other, strict=True)] == [True] * 3 + [False] * (len(one) - 3)
-    assert blocks_of(TEXT, 64, start="adapter")[0] != one[0], "an adapter's cache is its own"
-    assert blocks_of([1, 2, 3, 4, 5], 2) == blocks_of((1, 2, 3, 4, 9), 2) != blocks_of([1, 2, 4, 3], 2)
-    assert blocks_of("short", 64) == blocks_of("", 64) == []
 
 
 def test_a_replica_holds_the_blocks_up_to_the_first_that_it_was_not_sent() -> None:
@@ -95,3 +85,132 @@ def test_several_threads_may_use_it_at_once() -> None:
         thread.join()
     assert not failed
     assert set().union(*prefixes._holders) == set().union(*prefixes._kept.values())
+
+
+def chain(name: int, blocks: int) -> list[int]:
+    """Blocks of a prompt: number 7 of prompt 3 is 3007."""
+    return [1000 * name + depth for depth in range(1, blocks + 1)]
+
+
+def marks_of(*prompts: list[int]) -> Marks:
+    latest = LatestMarks()
+    for prompt in prompts:
+        latest.note(prompt)
+    return latest.told()
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 7, 8, 9, 30, 64, 100])
+def test_the_last_block_that_was_told_vouches_for_all_before_it(blocks: int) -> None:
+    told: Told[str] = Told()
+    told.told("b", marks_of(chain(1, blocks)), 1000)
+    assert told.held(chain(1, blocks), "abc") == [0, blocks, 0]
+    assert told.held(chain(1, 3 * blocks), "abc") == [0, blocks, 0], "its next turn"
+    assert told.held(chain(2, 3 * blocks), "abc") == told.held([], "abc") == [0, 0, 0]
+
+
+def test_of_a_shared_beginning_as_much_is_known_as_was_told() -> None:
+    told: Told[str] = Told()
+    told.told("a", marks_of(chain(1, 30)), 1000)
+    told.told("b", marks_of(chain(1, 12), chain(1, 5)), 1000)
+    other = chain(1, 12) + chain(2, 20)
+    assert told.held(other, "abc") == [8, 12, 0]
+    assert told.held(chain(1, 6), "abc") == [4, 5, 0]
+
+
+def test_a_hash_that_is_another_s_by_chance_says_nothing() -> None:
+    told: Told[str] = Told()
+    told.told("a", marks_of([1, 2, 3, 4, 5, 6, 7]), 1000)
+    assert told.held([11, 12, 13, 4, 15, 16, 7], "a") == [0]
+    assert told.held([1, 2, 13, 14, 7], "a") == [2]
+
+
+def test_marks_are_forgotten_when_the_cache_has_room_for_no_more_blocks() -> None:
+    told: Told[str] = Told()
+    latest = LatestMarks()
+    for name in range(1, 40):
+        latest.note(chain(name, 20))
+        told.told("a", latest.told(), 100)
+    held_now = [told.held(chain(name, 20), "a")[0] for name in range(1, 40)]
+    assert held_now[-5:] == [20] * 5 and not any(held_now[:-6]), "five prompts of 20 blocks fill it"
+    assert 0 < held_now[-6] < 20 or held_now[-6] == 0
+    assert set(told._holders[0]) <= set(told._kept["a"]), "nothing stays of what was forgotten"
+
+
+def test_a_prompt_that_comes_again_stays() -> None:
+    told: Told[str] = Told()
+    now_s = [0.0]
+    latest = LatestMarks(lambda: now_s[0])
+    for name in range(2, 30):
+        now_s[0] += 6.0
+        latest.note(chain(1, 20))
+        latest.note(chain(name, 20))
+        told.told("a", latest.told(), 100)
+    assert told.held(chain(1, 20), "a") == [20]
+    assert told.held(chain(2, 20), "a") == [0]
+
+
+def test_marks_are_bounded_over_all_replicas() -> None:
+    told: Told[int] = Told(most_marks=120)
+    latest = [LatestMarks() for _ in range(6)]
+    for number in range(600):
+        latest[number % 6].note([number])
+        told.told(number % 6, latest[number % 6].told(), 10**6)
+    assert len(told) == 120 == sum(map(len, told._holders))
+    assert told.held([599], [5]) == [1]
+
+
+def test_each_mark_is_read_once_and_all_anew_of_one_that_started_again() -> None:
+    told: Told[str] = Told()
+    latest = LatestMarks()
+    latest.note(chain(1, 3))
+    told.told("a", latest.told(), 100)
+    told.forget("a")
+    told.told("a", latest.told(), 100)
+    assert told.held(chain(1, 3), "a") == [0], "a report that comes twice says nothing new"
+    latest.note(chain(2, 3))
+    told.told("a", latest.told(), 100)
+    assert (told.held(chain(1, 3), "a"), told.held(chain(2, 3), "a")) == ([0], [3])
+    told.told("a", marks_of(chain(3, 3)), 100)
+    assert (told.held(chain(2, 3), "a"), told.held(chain(3, 3), "a")) == ([0], [3])
+    told.keep([])
+    assert (len(told), told._read) == (0, {})
+
+
+def test_what_was_told_of_an_own_prompt_counts_once() -> None:
+    caches: PrefixCaches[str] = PrefixCaches()
+    caches.sent(chain(1, 20), 1300.0, "a")
+    alone = caches.held(chain(1, 24), "ab")
+    caches.reported("a", 100_000, 0, 0, marks_of(chain(1, 20)))
+    assert caches.held(chain(1, 24), "ab") == alone
+    assert alone.tokens == [20 * BLOCK_TOKENS, 0.0]
+    caches.reported("a", 100_000, 0, 0, Marks(*marks_of(chain(1, 20), chain(1, 24))))
+    assert caches.held(chain(1, 24), "ab").tokens == [24 * BLOCK_TOKENS, 0.0], "the deeper of the two"
+
+
+def test_what_others_sent_is_foretold_and_found() -> None:
+    """The replica finds half of what was told: then half of it counts."""
+    caches: PrefixCaches[str] = PrefixCaches()
+    latest = LatestMarks()
+    prompts = found = 0
+    for name in range(1, 200):
+        latest.note(chain(name, 20))
+        caches.reported("a", 10**9, prompts, found, latest.told())
+        caches.sent(chain(name, 24), 24 * BLOCK_TOKENS, "a")
+        prompts, found = prompts + 24 * BLOCK_TOKENS, found + 10 * BLOCK_TOKENS
+    latest.note(chain(500, 20))
+    caches.reported("a", 10**9, prompts, found, latest.told())
+    (tokens,) = caches.held(chain(500, 24), "a").tokens
+    assert tokens == pytest.approx(10 * BLOCK_TOKENS, rel=0.1)
+
+
+def test_a_replica_that_starts_again_or_goes_takes_what_it_told_along() -> None:
+    caches: PrefixCaches[str] = PrefixCaches()
+    told = marks_of(chain(1, 20))
+    for name in "ab":
+        caches.reported(name, 100_000, 5000, 100, told)
+    caches.reported("a", 100_000, 10, 0, told)
+    assert caches.held(chain(1, 20), "ab").tokens == [0.0, 20 * BLOCK_TOKENS]
+    caches.keep("a")
+    assert caches.held(chain(1, 20), "ab").tokens == [0.0, 0.0]
+    caches.reported("b", 100_000, 0, 0, told)
+    assert caches.held(chain(1, 20), "ab").tokens == [0.0, 20 * BLOCK_TOKENS]

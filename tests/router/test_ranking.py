@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import pytest
 
+from replicas.marks import LatestMarks
 from replicas.routing_stats import RoutingStats
 from router import ranking
+from router.places import Taken, of_all
 from router.prefixes import BLOCK_TOKENS
 from router.ranking import Asked, Sent, best_first
 from scheduler.messages import Outlook
@@ -125,7 +127,7 @@ def test_a_prompt_sent_just_now_is_not_computed_because_the_report_is_old() -> N
 
 def conversation(number: int, blocks: int, shared: int = 0) -> Asked:
     """A prompt whose first `shared` blocks are those of every conversation."""
-    own = (hash((number, place)) for place in range(blocks - shared))
+    own = (hash((number, place)) % 2**32 for place in range(blocks - shared))
     return Asked(float(blocks * BLOCK_TOKENS), blocks=[*range(shared), *own])
 
 
@@ -225,6 +227,17 @@ def test_a_replica_that_counts_from_0_again_holds_nothing() -> None:
     assert view.ranked(conversation(1, 64)) == "ba"
     later(view, b=replace(like(wait_s=0.2), prompt_tokens=10))
     assert view.ranked(conversation(1, 64)) == "ab"
+
+
+def test_a_conversation_that_another_ingress_sent_goes_where_it_is_held() -> None:
+    latest = LatestMarks()
+    latest.note(conversation(1, 30).blocks)
+    view = View(ingresses=8, **dict.fromkeys("abcdefgh", USUAL))
+    later(view, e=replace(USUAL, marks=latest.told()))
+    assert {view.ranked(conversation(1, 33))[0] for _ in range(50)} == {"e"}
+    assert len({view.ranked(conversation(2, 33))[0] for _ in range(50)}) > 4
+    later(view, e=replace(like(wait_s=12.0), marks=latest.told()))
+    assert "e" not in {view.ranked(conversation(1, 33))[0] for _ in range(50)}, "not whatever it costs"
 
 
 def test_of_many_ingresses_each_looks_at_the_replica_that_holds_most() -> None:
@@ -334,6 +347,34 @@ def test_each_of_several_ingresses_takes_its_requests_for_a_part() -> None:
     one_of_four = View(a=replace(USUAL, room=4), b=like(wait_s=9.0), ingresses=4)
     one_of_four.send("a")
     assert one_of_four.ranked() == "ba", "the others have sent as many, so that the room is used up"
+    new = View(a=replace(USUAL, outlook=None, occupied=0), b=USUAL, ingresses=4)
+    accept(new, "b", conversation(1, 4))
+    assert new.ranked(conversation(1, 8)) == "ab", "the others may have sent it one: no reason never to try it"
+
+
+def test_of_few_requests_what_one_ingress_sent_says_little_of_the_others() -> None:
+    def ahead(sends: int) -> float:
+        """Of what one ingress of 16 sent to the first of two replicas: how much more it is than at the other."""
+        own = [Taken(sends, 100.0 * sends, ((0.1, 100.0),) * sends), Taken(0, 0.0)]
+        first, other = of_all(own, 16, spread=False)
+        assert first.requests + other.requests == pytest.approx(16 * sends), "as many as by this one from each"
+        assert first.tokens == pytest.approx(100 * first.requests) and first.prompts == own[0].prompts
+        return (first.requests - other.requests) / sends
+
+    assert 5 < ahead(1) < ahead(4) < ahead(100) < 16
+    assert ahead(100) > 15
+    alone = [Taken(3, 5.0), Taken(-1, 0.0)]
+    assert of_all(alone, 1, spread=False) == alone and of_all([], 16, spread=False) == []
+
+
+def test_one_of_many_ingresses_does_not_send_a_conversation_away_for_a_prompt_of_its_own() -> None:
+    view = View(ingresses=16, **dict.fromkeys("abcd", replace(USUAL, occupied=5)))
+    accept(view, "c", conversation(1, 30))
+    later(view)
+    view.now_s += 0.1
+    view.send("c", Asked(1000.0))
+    assert {view.ranked(conversation(1, 32))[0] for _ in range(20)} == {"c"}, "its 0.1 s, not 1.6 s of sixteen"
+    assert "c" not in {view.ranked(conversation(2, 32))[0] for _ in range(20)}, "what is held nowhere goes elsewhere"
 
 
 def test_several_ingresses_do_not_all_choose_the_same_replica() -> None:

@@ -253,6 +253,19 @@ def test_conversations_stay_where_their_beginning_is_held():
     assert hits["fluid"] > 1.5 * hits["round-robin"], hits
 
 
+def test_what_replicas_tell_makes_several_ingresses_know_as_much_as_one(monkeypatch):
+    lengths = "sessions:turns=4,system=0,first=600,turn=300,output=20,think=2"
+    options = {"lengths": lengths, "rate_rps": 6.0, "requests": 200, "replicas": 4, "policy": "fluid", "window": [0, 1]}
+
+    def hits(ingresses):
+        return simulate(simulation_config(options | {"ingresses": ingresses}))["prefix_hit_fraction"]
+
+    alone = hits(1)
+    assert hits(4) > 0.9 * alone
+    monkeypatch.setattr(routing.LatestMarks, "note", lambda self, blocks: None)
+    assert hits(4) < 0.7 * alone, "each knows a quarter"
+
+
 def test_requests_go_where_the_routing_of_serving_puts_them(tmp_path, monkeypatch):
     assert routing.best_first is best_first
     chosen, known = [], []
