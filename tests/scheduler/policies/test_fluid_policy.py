@@ -197,13 +197,13 @@ def test_the_last_prompts_may_use_more_slack_than_the_first_of_many():
     """Two requests without slack, of which one in 200 ends with each token: a prompt that nothing follows may cost more
     than one behind which others wait, which will want the slack as well."""
     lengths = Lengths.from_pairs([(500, tokens) for tokens in range(1, 201)])
-    params = replace(PARAMS, survival=Survival.of(lengths), tpot_s=0.055, steady_s=0.02, miss_probability=0.004)
-    policy = make_policy(Thresholds(policy="fluid", fluid=params))
-    for seq in range(1, 200):  # as short as an iteration of few requests is
-        quick = Iteration(seq, 0.012 * seq, 0.012, 0, 2, 1002, 2)
-        policy.decide(replace(snapshot(crowd(2)), latest=quick))
+    params = replace(PARAMS, survival=Survival.of(lengths), tpot_s=0.055, steady_s=0.02, miss_probability=0.007)
 
-    def prompts(backlog):
+    def budget(backlog):
+        policy = make_policy(Thresholds(policy="fluid", fluid=params))
+        for seq in range(1, 200):  # as short as iterations of few requests are
+            quick = Iteration(seq, 0.012 * seq, 0.012, 0, 2, 1002, 2)
+            policy.decide(replace(snapshot(crowd(2)), latest=quick))
         return decide(crowd(2, stage=1), backlog=backlog, policy=policy, now_s=10.0).token_budget
 
-    assert prompts(4100) < prompts(4000) == 2048
+    assert budget(4100) < budget(4000) == 2048
