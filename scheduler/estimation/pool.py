@@ -11,8 +11,8 @@ it shows to be its own:
 - prefix hits, tokens a step, realised margin, delivery: the pool's, unless the engine's own differ by what matters.
 
 An engine that differs is left out of what the others share, and none counts for more than `MOST_OUTPUTS` outputs or
-four times the median engine's. One that is gone, or silent for `SILENT_S`, becomes history, which halves every
-`HALF_LIFE_S`: an application that restarts or scales up again does not begin anew. No clock: the caller says what time
+four times the median engine's. One that is gone, or silent for `SILENT_S` and for several passes, becomes history,
+which halves every `HALF_LIFE_S`: an application that restarts or scales up again does not begin anew. No clock: the caller says what time
 it is.
 """
 
@@ -29,6 +29,7 @@ from scheduler.estimation.members import PAST, Members
 
 MOST_OUTPUTS = 2000.0
 SILENT_S, HALF_LIFE_S = 60.0, 600.0
+_SILENT_PASSES = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +80,11 @@ class Pool:
     def settle(self, now_s: float) -> None:
         """Learn from the digests of all engines; a few milliseconds for a thousand."""
         members = self._members
-        if self._faded_s is not None:
-            members.fade(0.5 ** (max(0.0, now_s - self._faded_s) / HALF_LIFE_S))
+        since_s = 0.0 if self._faded_s is None else max(0.0, now_s - self._faded_s)
+        members.fade(0.5 ** (since_s / HALF_LIFE_S))
         self._faded_s = now_s
-        for name in [one for one, place in members.place.items() if members.rows[place]["heard_s"] < now_s - SILENT_S]:
+        oldest_s = now_s - max(SILENT_S, _SILENT_PASSES * since_s)
+        for name in [one for one, place in members.place.items() if members.rows[place]["heard_s"] < oldest_s]:
             self._leave(name)
         self._settled = None  # should the comparison fail, each goes by its own estimates
         alone = len(members.place) < 2 and not members.rows[PAST]["weight"] > 0

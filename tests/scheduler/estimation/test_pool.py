@@ -267,6 +267,16 @@ def test_a_silent_engine_is_gone_and_comes_back_with_its_next_report() -> None:
     assert known(pool, "r2") is known(pool, "r0")
 
 
+def test_an_engine_whose_passes_are_far_apart_is_not_silent_for_missing_one() -> None:
+    pool, observed = pooled([KnownEngine(seed) for seed in range(4)])
+    observed.run(pool, 1, seconds=40.0)
+    observed.run(pool, 1, seconds=40.0, skip=["r2"])
+    observed.run(pool, 1, seconds=40.0, skip=["r2"])
+    assert len(pool) == 4
+    observed.run(pool, 2, seconds=40.0, skip=["r2"])
+    assert len(pool) == 3
+
+
 def test_a_slow_engine_that_is_gone_leaves_no_slow_history() -> None:
     pool, _ = pooled([KnownEngine(seed, slow=1.9 if seed == 1 else 1.0) for seed in range(4)])
     pool.keep_only(["r0"])
