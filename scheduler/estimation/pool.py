@@ -12,8 +12,8 @@ it shows to be its own:
 
 An engine that differs is left out of what the others share, and none counts for more than `MOST_OUTPUTS` outputs or
 four times the median engine's. One that is gone, or silent for `SILENT_S` and for several passes, becomes history,
-which halves every `HALF_LIFE_S`: an application that restarts or scales up again does not begin anew. No clock: the caller says what time
-it is.
+which halves every `HALF_LIFE_S`: an application that restarts or scales up again does not begin anew. No clock: the
+caller says what time it is.
 """
 
 from __future__ import annotations

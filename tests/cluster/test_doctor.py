@@ -177,3 +177,13 @@ def test_the_exit_code_says_whether_anything_is_wrong(tmp_path: Path) -> None:
     table = CliRunner().invoke(cli.app, ["doctor", str(tmp_path / "nowhere.yaml")])
     assert table.exit_code == 1
     assert "wrong" in table.stdout
+
+
+def test_a_library_that_the_cpu_kernels_need_is_missed_before_an_engine_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "_CPU_LIBRARY", "libc.so.6")
+    assert finding(configuration(tmp_path), "CPU kernels")["ok"]
+    monkeypatch.setattr(doctor, "_CPU_LIBRARY", "libabsent.so.1")
+    found = finding(configuration(tmp_path), "CPU kernels")
+    assert not found["ok"] and "libabsent.so.1" in found["found"] and "libnuma1" in found["mend"]
+    on_gpu = doctor.examine(configuration(tmp_path, kind="gpu"))
+    assert not [one for one in on_gpu if one["name"] == "CPU kernels"]
