@@ -3,8 +3,8 @@
 Ray Serve's own proxy is a Python process that every request and every token passes through. Ray Serve also brings
 HAProxy along, through which clients speak to an ingress replica's own HTTP server.
 
-Ray's configuration of it opens two pages of counters to all machines and its socket for orders to all users, and lets a
-client take an hour to send its headers. So Ray starts `headrace-haproxy` (`main`) in HAProxy's place, which adjusts the
+Ray's configuration of it opens two pages of counters to all machines and its socket for orders to all users, lets a
+client take an hour to send its headers, and answers 404 until it has heard which applications there are. So Ray starts `headrace-haproxy` (`main`) in HAProxy's place, which adjusts the
 file and becomes HAProxy.
 
 Part of the fence around Ray's non-public surface: `tests/cluster/test_haproxy.py` fails when an upgrade moves it.
@@ -39,6 +39,8 @@ LONGEST_FOLDER = 26
 """Of the 107 characters that a socket's path may have, Ray and HAProxy need 81."""
 _COUNTERS = re.compile(r"(frontend prometheus|listen stats)\b")
 _SECTION = re.compile(r"[a-z]")
+_NOT_FOUND = re.compile(r"^(\s*http-request return) status 404 .*")
+_NOT_YET = r"\1 status 503 hdr Retry-After 1 content-type text/plain string 'Starting: try again in a second.'"
 
 
 def script() -> Path | None:
@@ -77,14 +79,17 @@ def environment(folder: Path | None = None, ports: Sequence[int] = ()) -> dict[s
 
 
 def adjusted(configuration: str) -> str:
-    """Ray's configuration of HAProxy with its counters for this machine and its orders for this user alone, and a limit
-    of time for headers."""
+    """Ray's configuration of HAProxy with its counters for this machine and its orders for this user alone, a limit of
+    time for headers, and 503 instead of 404 where it names no application yet: a client tries again after that."""
     lines, section = [], ""
+    knows_none = not re.search(r"^\s*use_backend ", configuration, re.MULTILINE)
     for line in configuration.splitlines():
         if _SECTION.match(line):
             section = line
         if _COUNTERS.match(section):
             line = re.sub(r"^(\s*bind )\*?:", r"\g<1>127.0.0.1:", line)
+        if knows_none and section == "backend default_backend":
+            line = _NOT_FOUND.sub(_NOT_YET, line)
         lines.append(re.sub(r"^(\s*stats socket .*) mode 666 ", r"\1 mode 600 ", line))
         if section == line == "defaults" and "timeout http-request" not in configuration:
             lines.append(f"    timeout http-request {HEADERS_S}s")

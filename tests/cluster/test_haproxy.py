@@ -54,6 +54,14 @@ def test_headers_have_a_limit_of_time_unless_ray_sets_one(written):
     assert haproxy.adjusted(once) == once
 
 
+def test_before_an_application_is_known_a_client_is_told_to_try_again(written):
+    assert "return status 404" in written.read_text(), "Ray has changed it"
+    waiting = haproxy.adjusted(written.read_text())
+    assert "return status 503 hdr Retry-After 1" in waiting and "status 404" not in waiting
+    serving = written.read_text().replace("    default_backend", "    use_backend app if is_app\n    default_backend")
+    assert "return status 404" in haproxy.adjusted(serving)
+
+
 def test_haproxy_takes_the_adjusted_file_from_the_script_that_ray_starts(written):
     started = haproxy.script()
     environment = os.environ | haproxy.environment()
