@@ -160,6 +160,8 @@ class HeadraceScheduler(AsyncScheduler):
         if decision.reject_last:
             self._reject(self.admission_queue.last(UNKNOWN_TYPE, decision.reject_last), TOO_MANY, decision.drain_s)
 
+        self.admission_queue.seen()
+
         sit_out = () if self._pause_none else decision.sit_out
         held = self._held.take_out(sit_out, decision.evict_first, strict=obeyed.policy.strict)
         self.max_num_running_reqs = self._most_running - held

@@ -58,6 +58,7 @@ class AdmissionQueue(RequestQueue):
         self._closed: dict[str, FairQueue] = {}
         self._by_age: dict[str, OrderedDict[str, tuple[Request, float]]] = {}
         self._since_s: dict[str, float] = {}
+        self._new: set[str] = set()
         self._type_of: dict[str, str] = {}
         self.choices = Choices()
 
@@ -68,10 +69,14 @@ class AdmissionQueue(RequestQueue):
         return {
             name: QueueView(
                 len(queue), next(iter(self._by_age[name].values()))[1], partial(self._waiting, queue),
-                partial(self._aged, name), partial(self._tail, queue), self._tokens[name],
+                partial(self._aged, name), partial(self._tail, queue), self._tokens[name], self._new,
             )
             for name, queue in self._closed.items() if queue
         }
+
+    def seen(self) -> None:
+        """A decision has seen all requests that are held now."""
+        self._new = set()
 
     def _waiting(self, queue: FairQueue) -> Iterator[Waiting]:
         return (self._describe(request, self._since_s[request.request_id]) for request in queue)
@@ -121,6 +126,7 @@ class AdmissionQueue(RequestQueue):
         """Hold a released request again, as if it had just arrived."""
         self._open.remove_request(request)
         self._hold(request, self._clock()).add(request)
+        self._new.add(request.request_id)
 
     @property
     def held(self) -> int:
@@ -188,6 +194,7 @@ class AdmissionQueue(RequestQueue):
             self._open.add_request(request)
         else:
             self._hold(request, self._arrived(request)).add(request)
+            self._new.add(request.request_id)
 
     def pop_request(self) -> Request:
         """The next released request."""

@@ -108,7 +108,7 @@ class QueueView:
 
     heads, aged, tail: iterate from the head of the queue, from the oldest request, and from the last turn; a policy
     takes no more of them than it may admit or reject. tokens_to_compute: prompt tokens of all of them, less the tokens
-    found cached at each arrival.
+    found cached at each arrival. new: the requests that no decision has seen yet, by id (None: all).
     """
 
     length: int
@@ -117,6 +117,11 @@ class QueueView:
     aged: Callable[[], Iterator[Waiting]] = field(default=_none, compare=False)
     tail: Callable[[], Iterator[Waiting]] = field(default=_none, compare=False)
     tokens_to_compute: int = field(default=0, compare=False)
+    new: Collection[str] | None = field(default=None, compare=False)
+
+    def is_new(self, waiting: Waiting) -> bool:
+        """Whether no decision has seen this request yet."""
+        return self.new is None or waiting.request_id in self.new
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,6 @@ A request comes in only if it will almost surely be in time, and stays unless it
 measure for both, whatever comes in at the limit is rejected by the next delay, after a wait that is worth nothing."""
 _FORETOLD = 1.5
 """The same for what a router is told."""
-_JUST_COME_S, _JUST_COME_ITERATIONS = 0.1, 2.0
 _MOST_ROOM = 4096
 """A queue with more room than this has all that any ingress could use."""
 
@@ -120,10 +119,8 @@ class FirstToken:
             left = waiting - place - 1
             if place < beyond:
                 continue
-            waited_s = now_s - request.since_s
-            has_come = waited_s <= max(_JUST_COME_S, _JUST_COME_ITERATIONS * self.iteration_s)
-            wait_s = self._wait_s(left, tokens, free, _TO_COME_IN if has_come else _TO_STAY)
-            if waited_s + wait_s + self.own_s(request) <= self._limit_s(request, limit_s):
+            wait_s = self._wait_s(left, tokens, free, _TO_COME_IN if view.is_new(request) else _TO_STAY)
+            if now_s - request.since_s + wait_s + self.own_s(request) <= self._limit_s(request, limit_s):
                 break
             beyond = place + 1
         return beyond

@@ -37,7 +37,7 @@ _ANY_NUMBER = 1 << 20
 _SPEED_MEMORY, _RECENT_MEMORY = 0.8, 0.97
 _SLACK_SHARE, _LAST_SLACK_SHARE = 1.0, 5.0
 """What a prefill which uses slack may cost in expectation, as a multiple of the miss probability; most of it is
-regained. More where no prompt would be left after `_LAST_ITERATIONS` as long: none that comes soon misses the slack."""
+regained. More where all prompts that wait fit into `_LAST_ITERATIONS` token budgets: few of them will want it."""
 _LAST_ITERATIONS = 2
 
 

@@ -87,6 +87,19 @@ def test_views_tell_length_and_age_by_type(admission_queue):
     assert list(admission_queue.queue.views()) == ["long"], "empty queues are left out"
 
 
+def test_a_request_is_new_until_a_decision_has_seen_it(admission_queue):
+    def new():
+        view = admission_queue.queue.views()["short"]
+        return [waiting.request_id for waiting in view.heads() if view.is_new(waiting)]
+
+    admission_queue.add(request("a"), request("b"))
+    assert new() == ["a", "b"]
+    admission_queue.queue.seen()
+    admission_queue.add(request("c"))
+    admission_queue.queue.reclassify([])  # as new parameters do
+    assert new() == ["c"]
+
+
 def test_a_request_comes_back_in_front_and_never_waits_twice(admission_queue):
     first, second = request("a"), request("b")
     admission_queue.add(first, second)

@@ -87,8 +87,8 @@ def late(*requests, now_s, fluid=PARAMS, backlog=0):
     return first_token(fluid, backlog=backlog).too_late(queue_of(*requests), now_s)
 
 
-def at_tail(*requests, fluid=PARAMS, now_s=0.0, running=0, full=False, backlog=0):
-    view = queue_of(*requests)
+def at_tail(*requests, fluid=PARAMS, now_s=0.0, running=0, full=False, backlog=0, new=None):
+    view = replace(queue_of(*requests), new=new)
     return first_token(fluid, backlog=backlog).beyond_limit(
         view, now_s, waiting=view.length, tokens=view.tokens_to_compute, running=running,
         free_slots=0 if full else 1000,
@@ -203,16 +203,24 @@ def test_the_more_departures_vary_the_earlier_the_tail_is_rejected():
 
 
 def test_what_has_come_in_is_not_rejected_by_a_small_delay():
-    """At ten a second the ones ahead need their mean and three standard deviations to come in. A second later without
-    a departure the last one would be late by that measure; it goes only when even a good second would not save it."""
+    """At ten a second new requests need their mean wait and three standard deviations. A little later without a
+    departure the last one would be late by that measure; it goes only when even a good second would not save it."""
     params = replace(serving(10.0), variability=1.0)
     taken = 30 - at_tail(*[{}] * 30, fluid=params, full=True)
     mean_s, deviation_s = (taken - 1) / 10, math.sqrt(taken - 1) / 10
     assert mean_s + 3 * deviation_s < TTFT_S < mean_s + 4 * deviation_s + 0.3
-    assert at_tail(*[{}] * taken, fluid=params, full=True, now_s=0.5) == 0
     hopeless_after_s = TTFT_S - mean_s + deviation_s
-    assert at_tail(*[{}] * taken, fluid=params, full=True, now_s=hopeless_after_s - 0.3) == 0
-    assert at_tail(*[{}] * taken, fluid=params, full=True, now_s=hopeless_after_s) > 0
+    for waited_s in (0.05, 0.5, hopeless_after_s - 0.3):
+        assert at_tail(*[{}] * taken, fluid=params, full=True, now_s=waited_s, new=set()) == 0
+    assert at_tail(*[{}] * taken, fluid=params, full=True, now_s=hopeless_after_s, new=set()) > 0
+
+
+def test_a_request_is_new_however_long_its_way_to_the_queue_took():
+    params = replace(serving(10.0), variability=1.0)
+    fast, slow = (at_tail(*[{}] * 30, fluid=params, full=True, now_s=waited_s) for waited_s in (0.0, 0.3))
+    assert fast < slow < 30
+    seen = at_tail(*[{}] * 20, fluid=params, full=True, new={"w18", "w19"})
+    assert seen == 2, "of those that no decision has seen yet"
 
 
 def test_the_queue_limit_holds_whatever_the_time():
