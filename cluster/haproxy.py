@@ -4,8 +4,8 @@ Ray Serve's own proxy is a Python process that every request and every token pas
 HAProxy along, through which clients speak to an ingress replica's own HTTP server.
 
 Ray's configuration of it opens two pages of counters to all machines and its socket for orders to all users, lets a
-client take an hour to send its headers, and answers 404 until it has heard which applications there are. So Ray starts `headrace-haproxy` (`main`) in HAProxy's place, which adjusts the
-file and becomes HAProxy.
+client take an hour to send its headers, and answers 404 until it has heard which applications there are. So Ray starts
+`headrace-haproxy` (`main`) in HAProxy's place, which adjusts the file and becomes HAProxy.
 
 Part of the fence around Ray's non-public surface: `tests/cluster/test_haproxy.py` fails when an upgrade moves it.
 """
