@@ -37,25 +37,27 @@ class Taken(NamedTuple):
         return max(0.0, wait_s - (last_s - before_s) * falls)
 
 
-def of_all(own: Sequence[Taken], ingresses: int, *, spread: bool) -> list[Taken]:
+def of_all(own: Sequence[Taken], ages_s: Sequence[float], ingresses: int, *, spread: bool) -> list[Taken]:
     """What as many ingresses have sent to each of some replicas since its report, from what one of them has sent.
 
     The others choose by the same reports, so they send where this one does; but the fewer it has sent, the more of
-    where they went is chance, and the nearer each replica is taken to be to the mean of all. spread: not so, since to
-    avoid where this one has just sent something costs nothing, and spreads what all send."""
+    where they went is chance, and the nearer each replica is taken to be to the rate of all. ages_s: of the reports,
+    which do not come at the same time. spread: not so, since to avoid where this one has just sent something costs
+    nothing, and spreads what all send."""
     if ingresses == 1 or not own:
         return list(own)
     others = ingresses - 1
     sent = sum(len(taken.prompts) for taken in own) / len(own)
     like_own = 1.0 if spread else sent / (sent + _PROMPTS_OF_CHANCE)
-    mean_requests, mean_tokens = (
-        (1.0 - like_own) * sum(column) / len(own) for column in zip(*(taken[:2] for taken in own), strict=True)
+    spans_s = [max(0.0, age_s) + ON_THE_WAY_S for age_s in ages_s]
+    requests_per_s, tokens_per_s = (
+        (1.0 - like_own) * sum(column) / sum(spans_s) for column in zip(*(taken[:2] for taken in own), strict=True)
     )
     return [
         Taken(
-            requests + others * (like_own * requests + mean_requests),
-            tokens + others * (like_own * tokens + mean_tokens), prompts,
-        ) for requests, tokens, prompts in own
+            requests + others * (like_own * requests + requests_per_s * span_s),
+            tokens + others * (like_own * tokens + tokens_per_s * span_s), prompts,
+        ) for (requests, tokens, prompts), span_s in zip(own, spans_s, strict=True)
     ]
 
 

@@ -33,6 +33,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from replicas.routing_stats import RoutingStats
@@ -48,6 +49,7 @@ _USUAL_AGE_S = 1.0
 _ON_ITS_WAY_S = 2.0
 """Most seconds that a report takes to come here; an older one is of a clock that runs behind."""
 _FEWEST_LOOKED_AT = 2
+_CLEARLY_MORE = 1.5
 _MOST_REQUESTS, _MOST_WITH_BLOCKS = 65_536, 2_048
 """Requests that are remembered of which no end is heard, and those of them with what their prompts consist of."""
 _Replica = TypeVar("_Replica")
@@ -193,8 +195,7 @@ def best_first(
     # How long an answer is depends on the request: replicas that have seen others must not differ by it.
     output_tokens = min(asked.output_tokens, sum(usual) / len(usual)) if usual else None
     now_s = sent.clock()
-    own = [Taken(0, 0.0) if at_s is None else sent.since(of, at_s) for of, at_s in zip(names, reported_s, strict=True)]
-    by_all = of_all(own, ingresses, spread=not most_held)
+    taken_at = _taken_at(names, reported_s, now_s, sent, ingresses, is_held=_is_held_by_few(held.tokens))
 
     def key(place: int) -> tuple[bool, bool, bool, float]:
         replica, stats = shuffled[place], reports[place]
@@ -202,7 +203,7 @@ def best_first(
         if stats is None or at_s is None:
             return True, True, True, ongoing(replica)
         untried = stats.outlook is None and bool(usual)  # where it counts whether one is there for certain
-        taken = _taken((own if untried else by_all)[place], stats, ongoing(replica), asked)
+        taken = _taken(taken_at[place][untried], stats, ongoing(replica), asked)
         full = stats.room is not None and stats.room <= taken.requests
         cost = -stats.slack(stats.occupied + taken.requests)
         if output_tokens is not None:
@@ -212,6 +213,26 @@ def best_first(
         return False, full, not seen, cost
 
     return [shuffled[place] for place in sorted(range(len(shuffled)), key=key)]
+
+
+def _taken_at(
+    names: Sequence[_Name], reported_s: Sequence[float | None], now_s: float, sent: Sent[_Name], ingresses: int, *,
+    is_held: bool,
+) -> list[tuple[Taken, Taken]]:
+    """What has gone to each replica since its report: from all ingresses, and from this one. is_held: whether it
+    matters which replica has the prompt's beginning."""
+    reported = [(of, at_s) for of, at_s in zip(names, reported_s, strict=True) if at_s is not None]
+    own = [sent.since(of, at_s) for of, at_s in reported]
+    by_all = of_all(own, [now_s - at_s for _, at_s in reported], ingresses, spread=not is_held)
+    found = iter(zip(by_all, own, strict=True))
+    nothing = Taken(0, 0.0)
+    return [(nothing, nothing) if at_s is None else next(found) for at_s in reported_s]
+
+
+def _is_held_by_few(tokens: Sequence[float]) -> bool:
+    """Whether some replica holds clearly more of a prompt than most do, as of a conversation; of a beginning that all
+    prompts share, every replica soon holds as much."""
+    return max(tokens, default=0.0) > _CLEARLY_MORE * (median(tokens) if tokens else 0.0)
 
 
 def _taken(known: Taken, stats: RoutingStats, ongoing: int, asked: Asked) -> Taken:

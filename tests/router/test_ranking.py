@@ -356,7 +356,7 @@ def test_of_few_requests_what_one_ingress_sent_says_little_of_the_others() -> No
     def ahead(sends: int) -> float:
         """Of what one ingress of 16 sent to the first of two replicas: how much more it is than at the other."""
         own = [Taken(sends, 100.0 * sends, ((0.1, 100.0),) * sends), Taken(0, 0.0)]
-        first, other = of_all(own, 16, spread=False)
+        first, other = of_all(own, [0.5, 0.5], 16, spread=False)
         assert first.requests + other.requests == pytest.approx(16 * sends), "as many as by this one from each"
         assert first.tokens == pytest.approx(100 * first.requests) and first.prompts == own[0].prompts
         return (first.requests - other.requests) / sends
@@ -364,7 +364,27 @@ def test_of_few_requests_what_one_ingress_sent_says_little_of_the_others() -> No
     assert 5 < ahead(1) < ahead(4) < ahead(100) < 16
     assert ahead(100) > 15
     alone = [Taken(3, 5.0), Taken(-1, 0.0)]
-    assert of_all(alone, 1, spread=False) == alone and of_all([], 16, spread=False) == []
+    assert of_all(alone, [0.5, 0.5], 1, spread=False) == alone and of_all([], [], 16, spread=False) == []
+
+
+def test_a_replica_that_has_just_reported_is_thought_to_have_got_little_since() -> None:
+    """Three were sent to the one whose report is a second old; of what others sent, the new report says nearly all."""
+    own = [Taken(3, 300.0, ((0.1, 100.0),) * 3), Taken(0, 0.0)]
+    old, new = of_all(own, [1.0, 0.01], 16, spread=False)
+    assert new.requests < 0.1 * old.requests and new.tokens < 0.1 * old.tokens
+    assert old.requests + new.requests == pytest.approx(16 * 3)
+
+
+def test_a_beginning_that_every_replica_holds_does_not_stop_spreading() -> None:
+    """The first has 0.9 s less to wait; sixteen prompts of 0.1 s would have used that up."""
+    busy = replace(like(wait_s=2.0), occupied=5)
+    view = View(ingresses=16, c=like(busy, wait_s=1.1), **dict.fromkeys("abd", busy))
+    for place in "abcd":
+        accept(view, place, conversation(1, 30))
+    later(view)
+    view.now_s += 0.1
+    view.send("c", Asked(1000.0))
+    assert "c" not in {view.ranked(conversation(1, 32))[0] for _ in range(20)}
 
 
 def test_one_of_many_ingresses_does_not_send_a_conversation_away_for_a_prompt_of_its_own() -> None:
