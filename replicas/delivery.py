@@ -29,9 +29,10 @@ Outputs = AsyncGenerator[Any, None]
 class _Delivery:
     """One request under way. Times are those of the monotonic clock, which all processes of a machine share."""
 
-    __slots__ = ("begun_s", "context", "first_s", "last_s", "output", "rejected", "several", "tenant")
+    __slots__ = ("begun_s", "computed", "context", "first_s", "last_s", "output", "rejected", "several", "tenant")
 
-    def __init__(self, begun_s: float, tenant: str, context: Any) -> None:
+    def __init__(self, begun_s: float, tenant: str, context: Any, computed: Callable[[], None]) -> None:
+        self.computed = computed
         self.begun_s, self.tenant, self.context = begun_s, tenant, context
         self.rejected = ""
         self.first_s: float | None = None
@@ -62,9 +63,12 @@ class Deliveries:
         """The latest, at most 512, oldest first."""
         return tuple(self._latest)
 
-    def begin(self, tenant: str = "", raw_request: Any = None) -> _Delivery:
-        """Start timing a request; the engine's outputs of this context belong to it. raw_request: with its headers."""
-        delivery = _Delivery(self._clock(), tenant, self._tracing.context_of(raw_request))
+    def begin(
+        self, tenant: str = "", raw_request: Any = None, computed: Callable[[], None] = lambda: None
+    ) -> _Delivery:
+        """Start timing a request; the engine's outputs of this context belong to it. raw_request: with its headers.
+        computed: called once, when the engine has computed a prompt of it."""
+        delivery = _Delivery(self._clock(), tenant, self._tracing.context_of(raw_request), computed)
         _under_way.set(delivery)
         return delivery
 
@@ -107,6 +111,8 @@ def noting(generate: Callable[..., Outputs]) -> Callable[..., Outputs]:
             async with aclosing(generate(*args, **kwargs)) as outputs:
                 async for output in outputs:
                     if delivery is not None:
+                        if delivery.output is None:
+                            delivery.computed()
                         # One API request can become several engine requests; their tokens leave interleaved.
                         delivery.several |= any(choice.index for choice in output.outputs) or (
                             delivery.output is not None and delivery.output.request_id != output.request_id

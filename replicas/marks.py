@@ -1,9 +1,9 @@
 """Marks: what a replica tells the routers of the prompts that it took lately. No Ray.
 
 A router knows what it has sent itself. A replica knows what all routers have sent it, and says so in the report that
-they get anyway: of a prompt the blocks at depths 1, 2, 4, 8, … and the last whole one (`replicas.prompt_blocks`), since
-a block vouches for all before it. So a prompt of n blocks is told in log2(n) or so, less what it shares with others
-that were told just before.
+they get anyway: of a prompt the blocks at depths 1, 2, 4, 8, …, the last whole one, and the last one that an earlier
+prompt had as well (`replicas.prompt_blocks`), since a block vouches for all before it. So a prompt of n blocks is told in
+log2(n) or so, less what it shares with others that were told just before.
 
 A report holds the marks of some seconds, with the running number of the last one: a reader takes those that it has not
 read yet, so that a report may be missed or come twice. They are packed into bytes, 6 a mark and 1536 at most, which
@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 _KEPT_S = 5.0
 """Some periods of Serve's reports."""
 _MOST_MARKS = 256
-_MOST_KNOWN = 8192
-"""Of one replica, in less than 2 MB."""
+_MOST_KNOWN, _MOST_SEEN = 8192, 32_768
+"""Of one replica, marks and blocks, in some MB."""
 _MARK = struct.Struct("<IH")
 _MOST_BLOCKS = 2**16 - 1
 
@@ -68,22 +68,27 @@ class LatestMarks:
         """Of each: when it was taken, its hash, and the blocks that came with it."""
         self._known: dict[int, tuple[int, int]] = {}
         """Of a hash, the least recent first: its running number when it was told last, and the blocks."""
+        self._seen: dict[int, None] = {}
+        """The blocks of all prompts, the least recent first."""
 
     def note(self, blocks: Sequence[int]) -> None:
         """A prompt of these blocks has come."""
         self._drop_old()
-        known = next((depth for depth in range(len(blocks), 0, -1) if blocks[depth - 1] in self._known), 0)
-        told = depths(len(blocks))
+        shared = next((depth for depth in range(len(blocks), 0, -1) if blocks[depth - 1] in self._seen), 0)
+        told = sorted({*depths(len(blocks)), *filter(None, [shared])}, reverse=True)
         for depth, before in zip(told, [*told[1:], 0], strict=False):  # the deepest first, which is forgotten first
             mark = blocks[depth - 1]
-            number, came = self._known.pop(mark, (-1, min(_MOST_BLOCKS, max(0, depth - max(before, known)))))
+            number, came = self._known.pop(mark, (-1, min(_MOST_BLOCKS, max(0, depth - max(before, shared)))))
             if number <= self._number - len(self._latest):
                 self._number += 1
                 number = self._number
                 self._latest.append((self._clock(), mark, came))
             self._known[mark] = number, came
-        for mark in list(islice(self._known, max(0, len(self._known) - _MOST_KNOWN))):
-            del self._known[mark]
+        for block in blocks:
+            self._seen.pop(block, None)
+            self._seen[block] = None
+        _trim(self._known, _MOST_KNOWN)
+        _trim(self._seen, _MOST_SEEN)
 
     def told(self) -> Marks:
         """For a report."""
@@ -94,3 +99,8 @@ class LatestMarks:
         oldest_s = self._clock() - _KEPT_S
         while self._latest and self._latest[0][0] < oldest_s:
             self._latest.popleft()
+
+
+def _trim(kept: dict[int, Any], most: int) -> None:
+    for oldest in list(islice(kept, max(0, len(kept) - most))):
+        del kept[oldest]

@@ -66,7 +66,7 @@ class RoutingStats:
                 return None
             read = {"outlook": _read(raw.get("outlook")), "marks": Marks.read(routing_stats.get(_MARKS_KEY))}
             return _checked(cls(**raw | read))
-        except (TypeError, ValueError):  # a replica of another version during a rolling upgrade
+        except (TypeError, ValueError, OverflowError):  # a replica of another version during a rolling upgrade
             _warn_once(", ".join(sorted(map(str, raw or ()))))
             return None
 

@@ -146,8 +146,7 @@ class HeadraceServer(LLMServer):
         """Ray's own, with delivery times recorded."""
         if self._draining.begun:
             return self._recalled(request)
-        self._marks.note(blocks_in(request))
-        delivery = self._deliveries.begin(tenant_in(request), raw_request_info)
+        delivery = self._begin(request, raw_request_info)
         chunks = await super().chat(request, raw_request_info)
         return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
 
@@ -155,10 +154,16 @@ class HeadraceServer(LLMServer):
         """Ray's own, with delivery times recorded."""
         if self._draining.begun:
             return self._recalled(request)
-        self._marks.note(blocks_in(request))
-        delivery = self._deliveries.begin(tenant_in(request), raw_request_info)
+        delivery = self._begin(request, raw_request_info)
         chunks = await super().completions(request, raw_request_info)
         return self._deliveries.timed(delivery, chunks, streamed=bool(request.stream))
+
+    def _begin(self, request: Any, raw_request_info: Any) -> Any:
+        """The delivery of a request. Routers are told of its prompt once it is computed: one that the engine refuses is
+        held nowhere."""
+        return self._deliveries.begin(
+            tenant_in(request), raw_request_info, lambda: self._marks.note(blocks_in(request))
+        )
 
     async def _recalled(self, request: Any) -> AsyncGenerator[Any, None]:
         from replicas.engine import recalled

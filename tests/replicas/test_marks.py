@@ -46,6 +46,15 @@ def test_a_mark_comes_with_the_blocks_that_no_prompt_before_had() -> None:
     assert sum(came for _, came in latest.told().after(0)) == 34
 
 
+def test_a_beginning_that_two_prompts_share_is_told_to_its_last_block() -> None:
+    """As of a system prompt of 15 blocks, for which depths of powers of two say 8 only."""
+    latest = LatestMarks()
+    latest.note([*chain(1, 15), *chain(2, 5)])
+    latest.note([*chain(1, 15), *chain(3, 5)])
+    assert (1015, 0) in latest.told().after(0)
+    assert sum(came for _, came in latest.told().after(0)) == 25
+
+
 def test_a_reader_takes_what_it_has_not_read_whatever_it_missed_or_got_twice() -> None:
     latest = LatestMarks()
     latest.note([1])

@@ -7,14 +7,14 @@ import dataclasses
 import importlib
 import inspect
 import pickle
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from replicas.delivery import Deliveries
+from replicas.delivery import Deliveries, noting
 from replicas.marks import LatestMarks, Marks
 from replicas.prompt_blocks import blocks_in
 from replicas.routing_stats import RoutingStats
@@ -304,23 +304,32 @@ def test_routing_asks_for_stats_and_for_nothing_larger(server_over: Callable[...
     ("chat", {"messages": [{"role": "user", "content": "u" * 900}]}), ("completions", {"prompt": "p" * 900}),
     ("completions", {"prompt": [10**40] * 900}), ("chat", {"messages": 7}),
 ])
-def test_a_replica_tells_the_prompts_that_came_to_it(
+def test_a_replica_tells_the_prompts_that_it_has_computed(
     monkeypatch: pytest.MonkeyPatch, server_over: Callable[..., Any], method: str, body: dict[str, Any]
 ) -> None:
-    async def chunks() -> AsyncIterator[str]:
-        yield "chunk"
+    refused = False
+
+    async def engine() -> AsyncGenerator[Any, None]:
+        if refused:
+            raise ValueError("the prompt is too long")
+        yield SimpleNamespace(request_id="r", outputs=[SimpleNamespace(index=0)], metrics=None)
 
     async def answered(self: Any, request: Any, raw_request_info: Any = None) -> Any:
-        return chunks()
+        return noting(engine)()
 
     monkeypatch.setattr(name_in("ray.serve.llm.deployment", "LLMServer"), method, answered)
     server, request = server_over(Channel()), SimpleNamespace(stream=True, **body)
     server._draining = SimpleNamespace(begun=False)
 
-    async def asked() -> list[str]:
-        return [chunk async for chunk in await getattr(server, method)(request)]
+    async def asked() -> int:
+        return len([chunk async for chunk in await getattr(server, method)(request)])
 
-    assert asyncio.run(asked()) == ["chunk"], "whatever its prompt is"
+    refused = True
+    with pytest.raises(ValueError, match="too long"):
+        asyncio.run(asked())
+    assert stats_of(server).marks.after(0) == []
+    refused = False
+    assert asyncio.run(asked()) == 1, "whatever its prompt is"
     told, blocks = stats_of(server).marks.after(0), list(blocks_in(request))
     assert [mark for mark, _ in told] == blocks[::-1] and len(blocks) in (0, 3)
 

@@ -120,7 +120,7 @@ def test_engines_that_share_the_requests_of_a_replica_have_one_outlook() -> None
      {"headrace": {"slots": 1, "occupied": 0, "kv_used_fraction": 0.0, "of_another_version": 1}},
      *({"headrace": {"slots": 1, "occupied": 0, "kv_used_fraction": 0.0} | wrong} for wrong in (
          {"slots": 0}, {"at_s": "x"}, {"outlook": "abcdef"}, {"outlook": [1.0, 2.0]}, {"occupied": None},
-         {"kv_used_fraction": float("nan")},
+         {"kv_used_fraction": float("nan")}, {"slots": 10**400},
      ))],
 )
 def test_what_is_not_ours_is_unknown(reported: dict[str, Any]) -> None:
