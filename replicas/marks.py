@@ -2,8 +2,8 @@
 
 A router knows what it has sent itself. A replica knows what all routers have sent it, and says so in the report that
 they get anyway: of a prompt the blocks at depths 1, 2, 4, 8, …, the last whole one, and the last one that an earlier
-prompt had as well (`replicas.prompt_blocks`), since a block vouches for all before it. So a prompt of n blocks is told in
-log2(n) or so, less what it shares with others that were told just before.
+prompt had as well (`replicas.prompt_blocks`), since a block vouches for all before it. So a prompt of n blocks is told
+in log2(n) or so, less what it shares with others that were told just before.
 
 A report holds the marks of some seconds, with the running number of the last one: a reader takes those that it has not
 read yet, so that a report may be missed or come twice. They are packed into bytes, 6 a mark and 1536 at most, which
