@@ -39,7 +39,7 @@ from replicas.questions import offer_thresholds
 from replicas.ranks import EngineAddress
 from replicas.served import engines_of
 from replicas.store import Store
-from scheduler.estimation.pool import Deviation
+from scheduler.estimation.pool import SILENT_PASSES, Deviation
 from scheduler.messages import Telemetry
 from scheduler.thresholds import InvalidThresholds, Thresholds
 from scheduler.tuning.engine_tuner import Change
@@ -49,7 +49,6 @@ from scheduler.wire import UnreadableMessage
 IDLE_PERIOD_S = 5.0
 """Seconds between two passes while no model is tuned."""
 _SHOWN_CHANGES = 20
-_SILENT_PERIODS = 3.0
 _TOGETHER_S = 0.2
 """Seconds in which more urgent reports are waited for, to be learned from together."""
 _Changed = tuple[Event, Thresholds, Thresholds]
@@ -179,7 +178,7 @@ class ControlLoop:
             for_s = now_s - self.inbox.heard_s(name)
             if for_s == math.inf:
                 entry.tuner.note = "no report yet: the replica is starting"
-            elif for_s > _SILENT_PERIODS * entry.tuned.settings.controller.period_s:
+            elif for_s > SILENT_PASSES * entry.tuned.settings.controller.period_s:
                 entry.tuner.note = f"no report for {for_s:.0f} s: the replica is busy, cut off or gone"
 
     def _new_replica(self, engine: EngineAddress) -> TunedReplica:
@@ -277,7 +276,7 @@ class ControlLoop:
         now_s = time.monotonic()
         self.meter.tell({
             name: (entry.engine.model_id, entry.tuner.shown) for name, entry in self._replicas.items()
-            if now_s - self.inbox.heard_s(name) <= _SILENT_PERIODS * entry.tuned.settings.controller.period_s
+            if now_s - self.inbox.heard_s(name) <= SILENT_PASSES * entry.tuned.settings.controller.period_s
         }, self.scaling.wanted)
 
     def state(self) -> dict[str, Any]:

@@ -32,8 +32,7 @@ class _Delivery:
     __slots__ = ("begun_s", "computed", "context", "first_s", "last_s", "output", "rejected", "several", "tenant")
 
     def __init__(self, begun_s: float, tenant: str, context: Any, computed: Callable[[], None]) -> None:
-        self.computed = computed
-        self.begun_s, self.tenant, self.context = begun_s, tenant, context
+        self.begun_s, self.tenant, self.context, self.computed = begun_s, tenant, context, computed
         self.rejected = ""
         self.first_s: float | None = None
         self.last_s = 0.0

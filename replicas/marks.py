@@ -1,4 +1,4 @@
-"""Marks: what a replica tells the routers of the prompts that it took lately. No Ray.
+"""Marks: what a replica tells the routers of the prompts that it computed lately. No Ray.
 
 A router knows what it has sent itself. A replica knows what all routers have sent it, and says so in the report that
 they get anyway: of a prompt the blocks at depths 1, 2, 4, 8, …, the last whole one, and the last one that an earlier
@@ -60,7 +60,7 @@ class Marks(NamedTuple):
 
 
 class LatestMarks:
-    """The marks of the prompts that a replica took lately; for one thread."""
+    """The marks of the prompts that a replica computed lately; for one thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._number = clock, 0
@@ -72,7 +72,7 @@ class LatestMarks:
         """The blocks of all prompts, the least recent first."""
 
     def note(self, blocks: Sequence[int]) -> None:
-        """A prompt of these blocks has come."""
+        """A prompt of these blocks has been computed."""
         self._drop_old()
         shared = next((depth for depth in range(len(blocks), 0, -1) if blocks[depth - 1] in self._seen), 0)
         told = sorted({*depths(len(blocks)), *filter(None, [shared])}, reverse=True)

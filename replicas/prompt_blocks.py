@@ -37,6 +37,11 @@ def blocks_of(prompt: str | Sequence[int], each: int, start: object = None) -> l
     return hashes
 
 
+def prompt_in(body: Any) -> Any:
+    """What a request's body of OpenAI's form asks with: its messages, or else its prompt or input in any form."""
+    return getattr(body, "messages", None) or getattr(body, "prompt", None) or getattr(body, "input", None)
+
+
 def blocks_in(body: Any) -> Sequence[int]:
     """Of a request's body of OpenAI's form: the blocks of a chat, or of the first prompt of a completion; none where it
     has no usable form. Never raises: a request whose routing fails would hold up those behind it."""
@@ -47,9 +52,8 @@ def blocks_in(body: Any) -> Sequence[int]:
 
 
 def _blocks_in(body: Any) -> Sequence[int]:
-    messages = getattr(body, "messages", None)
-    prompt = messages or getattr(body, "prompt", None) or getattr(body, "input", None)
-    if messages is not None:
+    prompt = prompt_in(body)
+    if getattr(body, "messages", None) is not None:
         prompt = "".join(map(_text, prompt)) if isinstance(prompt, list) else ""
     elif isinstance(prompt, list) and not isinstance(prompt[0], int):
         prompt = prompt[0]

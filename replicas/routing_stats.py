@@ -24,7 +24,7 @@ class RoutingStats:
     before it rejects one (None: it rejects none). outlook: of a request that arrives (None: not predicted). at_s: when,
     by the wall clock (None: a replica of a release that does not say). kv_capacity_tokens: of all engines.
     prompt_tokens, cached_tokens: of the prompts that have run so far, and of these, found in the prefix cache.
-    marks: of the prompts that came lately (None: it does not say)."""
+    marks: of the prompts that it computed lately (None: it does not say)."""
 
     slots: int
     occupied: int

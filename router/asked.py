@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from replicas.prompt_blocks import CHARACTERS_PER_TOKEN, blocks_in
+from replicas.prompt_blocks import CHARACTERS_PER_TOKEN, blocks_in, prompt_in
 from router.ranking import Asked
 from scheduler.settings import EXPECTED_OUTPUT_TOKENS
 
@@ -24,7 +24,7 @@ def asked_of(body: Any) -> Asked:
 
 def _asked_of(body: Any) -> Asked:
     messages = getattr(body, "messages", None)
-    prompt = messages or getattr(body, "prompt", None) or getattr(body, "input", None)
+    prompt = prompt_in(body)
     declared = (getattr(body, "vllm_xargs", None) or {}).get(EXPECTED_OUTPUT_TOKENS)
     bounds = [_count(bound) for bound in (declared, *(getattr(body, name, None) for name in _BOUNDS))]
     requests = _count(getattr(body, "n", None)) or 1

@@ -195,7 +195,11 @@ def best_first(
     # How long an answer is depends on the request: replicas that have seen others must not differ by it.
     output_tokens = min(asked.output_tokens, sum(usual) / len(usual)) if usual else None
     now_s = sent.clock()
-    taken_at = _taken_at(names, reported_s, now_s, sent, ingresses, is_held=_is_held_by_few(held.tokens))
+    reported = {of: at_s for of, at_s in zip(names, reported_s, strict=True) if at_s is not None}
+    own = {of: sent.since(of, at_s) for of, at_s in reported.items()}
+    ages_s = [now_s - at_s for at_s in reported.values()]
+    every = of_all(list(own.values()), ages_s, ingresses, spread=not _is_held_by_few(held.tokens))
+    by_all = dict(zip(own, every, strict=True))
 
     def key(place: int) -> tuple[bool, bool, bool, float]:
         replica, stats = shuffled[place], reports[place]
@@ -203,7 +207,7 @@ def best_first(
         if stats is None or at_s is None:
             return True, True, True, ongoing(replica)
         untried = stats.outlook is None and bool(usual)  # where it counts whether one is there for certain
-        taken = _taken(taken_at[place][untried], stats, ongoing(replica), asked)
+        taken = _taken((own if untried else by_all)[names[place]], stats, ongoing(replica), asked)
         full = stats.room is not None and stats.room <= taken.requests
         cost = -stats.slack(stats.occupied + taken.requests)
         if output_tokens is not None:
@@ -215,24 +219,10 @@ def best_first(
     return [shuffled[place] for place in sorted(range(len(shuffled)), key=key)]
 
 
-def _taken_at(
-    names: Sequence[_Name], reported_s: Sequence[float | None], now_s: float, sent: Sent[_Name], ingresses: int, *,
-    is_held: bool,
-) -> list[tuple[Taken, Taken]]:
-    """What has gone to each replica since its report: from all ingresses, and from this one. is_held: whether it
-    matters which replica has the prompt's beginning."""
-    reported = [(of, at_s) for of, at_s in zip(names, reported_s, strict=True) if at_s is not None]
-    own = [sent.since(of, at_s) for of, at_s in reported]
-    by_all = of_all(own, [now_s - at_s for _, at_s in reported], ingresses, spread=not is_held)
-    found = iter(zip(by_all, own, strict=True))
-    nothing = Taken(0, 0.0)
-    return [(nothing, nothing) if at_s is None else next(found) for at_s in reported_s]
-
-
 def _is_held_by_few(tokens: Sequence[float]) -> bool:
     """Whether some replica holds clearly more of a prompt than most do, as of a conversation; of a beginning that all
     prompts share, every replica soon holds as much."""
-    return max(tokens, default=0.0) > _CLEARLY_MORE * (median(tokens) if tokens else 0.0)
+    return bool(tokens) and max(tokens) > _CLEARLY_MORE * median(tokens)
 
 
 def _taken(known: Taken, stats: RoutingStats, ongoing: int, asked: Asked) -> Taken:

@@ -29,7 +29,8 @@ from scheduler.estimation.members import PAST, Members
 
 MOST_OUTPUTS = 2000.0
 SILENT_S, HALF_LIFE_S = 60.0, 600.0
-_SILENT_PASSES = 3.0
+SILENT_PASSES = 3.0
+"""An engine reports once a pass; one that misses so many is not just late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class Pool:
         since_s = 0.0 if self._faded_s is None else max(0.0, now_s - self._faded_s)
         members.fade(0.5 ** (since_s / HALF_LIFE_S))
         self._faded_s = now_s
-        oldest_s = now_s - max(SILENT_S, _SILENT_PASSES * since_s)
+        oldest_s = now_s - max(SILENT_S, SILENT_PASSES * since_s)
         for name in [one for one, place in members.place.items() if members.rows[place]["heard_s"] < oldest_s]:
             self._leave(name)
         self._settled = None  # should the comparison fail, each goes by its own estimates
