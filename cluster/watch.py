@@ -17,7 +17,10 @@ from scheduler.config_errors import CommandFailed
 EVERY_S = 2.0
 _STYLES = {"ok": "bold green", "note": "bold green", "warning": "bold yellow", "bad": "bold red"}
 _TAGS = {"note": "cyan", "warning": "yellow", "bad": "red"}
-_QUESTIONS = (("How loaded?", "load"), ("What limits it?", "limit"), ("One more replica?", "one_more"))
+_QUESTIONS = (
+    ("How loaded?", "load"), ("What limits it?", "limit"), ("One more replica?", "one_more"),
+    ("How many replicas?", "wanted"),
+)
 _CHANGES = 3
 
 

@@ -26,6 +26,7 @@ from scheduler.messages import Counters, Finished, Gauges, Iteration, Telemetry
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.thresholds import Thresholds
 from scheduler.tuning.slo import Slo
+from scheduler.tuning.wanted_replicas import Wanted
 
 MODEL = "llama-3-8b"
 TARGETS = Slo(ttft_s=2.0, tpot_s=0.08)
@@ -35,6 +36,11 @@ PLAN = {
     "limit": "memory", "load": 1.16, "in_time": 0.99, "running": 58.0, "queue_limit": 9, "iteration_s": 0.066,
     "memory_tokens": 118_000.0, "kv_capacity_tokens": 136_984, "reason": None,
 }
+WANTED = Wanted(
+    replicas=3, needed=3, decided=True, reason="9.4 requests/s are offered, rejected ones included: 3 needed",
+    offered_rps=9.4, ahead_rps=9.5, high_rps=11.0, confidence=0.9, each_rps=4.05, limit="memory", start_up_s=120.0,
+    measured=False,
+)
 EVIL = "<img src=x onerror=\"window.stolen='yes'\"><script>window.stolen='yes'</script>"
 
 
@@ -48,6 +54,7 @@ class Made:
         self.now: dict[str, Any] = dict(PLAN)
         self.more = dict(PLAN, replicas=3, capacity_rps=12.2, goodput_rps=9.35)
         self.less = dict(PLAN, replicas=1, capacity_rps=4.05, goodput_rps=4.0)
+        self.scaling: dict[str, dict[str, Any]] = {MODEL: WANTED.as_dict()}
         self.changes: list[dict[str, Any]] = []
         self.extra: dict[str, dict[str, Any]] = {}
         """By replica: what differs from the others' state."""
@@ -122,7 +129,7 @@ class Made:
             prospects = {"now": self.now, "one_more": self.more, "one_less": self.less}
             controller = {"alive": True, "period_s": 5.0, "started_unix_s": 1.0,
                           "passes": self._ticks, "pins": {}, "changes": self.changes,
-                          "prospects": {self.model: prospects}}
+                          "prospects": {self.model: prospects}, "scaling": self.scaling}
         return {"application": "headrace", "at_unix_s": time.time(), "models": {self.model: {}}, "replicas": replicas,
                 "controller": controller, "front_door": {"rejected": 12, "ingresses": 1}}
 

@@ -1,4 +1,4 @@
-"""The state of an application in plain sentences: healthy? how loaded? what limits it? what changed? one replica more?
+"""The state of an application in plain sentences: healthy? how loaded? what limits it? what changed? how many replicas?
 
 The only place that puts the state into words; the dashboard and `headrace status --watch` show what comes out.
 """
@@ -156,8 +156,8 @@ def _recent(replicas: Any) -> dict[str, float]:
 
 
 def _of_model(state: Mapping[str, Any], model: str) -> dict[str, Any]:
-    """One model: `load`, `limit` and `one_more`, each with a `sentence` and a `headline` of few words; targets, recent
-    counts, and the plan that they come from (None: not known)."""
+    """One model: `load`, `limit`, `one_more` and `wanted`, each with a `sentence` and a `headline` of few words;
+    targets, recent counts, and the plan that they come from (None: not known)."""
     replicas = [one for one in state["replicas"].values() if one["model"] == model]
     prospects = state["controller"].get("prospects", {}).get(model)
     plan = prospects["now"] if isinstance(prospects, dict) else None
@@ -169,6 +169,7 @@ def _of_model(state: Mapping[str, Any], model: str) -> dict[str, Any]:
         "policies": sorted({one["thresholds"]["policy"] for one in replicas if one["reachable"]}),
         "recent": recent, "plan": plan,
         "load": _load(plan, unknown), "limit": _limit(plan, unknown), "one_more": _one_more(prospects, unknown),
+        "wanted": _wanted(state["controller"], model, len(replicas)),
         "audit": _audit(recent),
     }
 
@@ -240,6 +241,17 @@ def _one_more(prospects: Any, unknown: str) -> dict[str, Any]:
     if more["capacity_rps"] and now["capacity_rps"] and not in_vain:
         sentence += f" Capacity would be {rate(more['capacity_rps'])} instead of {rate(now['capacity_rps'])}."
     return {"gain_rps": gain, "headline": "nothing now", "sentence": sentence + extra + guessed}
+
+
+def _wanted(controller: Mapping[str, Any], model: str, present: int) -> dict[str, Any]:
+    """The decision on the number of replicas, before Serve's bounds; `replicas` is None where there is none."""
+    decision = controller.get("scaling", {}).get(model)
+    if decision is None:
+        why = "only under the policy fluid, after the first pass" if controller["alive"] else controller["reason"]
+        return _not_known(str(why)) | {"replicas": None}
+    number, reason = decision["replicas"], str(decision["reason"])
+    headline = "no change" if not decision["decided"] else f"{number}, as now" if number == present else f"{number}"
+    return {"replicas": number, "headline": headline, "sentence": f"{reason[0].upper()}{reason[1:]}."}
 
 
 def _audit(recent: Mapping[str, float]) -> dict[str, Any]:

@@ -26,12 +26,13 @@ def test_it_says_what_the_page_says_in_80_columns() -> None:
     found = overview(example().state())
     model = found["models"]["llama-3-8b"]
     wide = text_of(shown(found), width=400)
-    for sentence in (*found["health"]["sentences"], *(model[key]["sentence"] for key in ("load", "limit", "one_more"))):
+    answers = (model[key]["sentence"] for key in ("load", "limit", "one_more", "wanted"))
+    for sentence in (*found["health"]["sentences"], *answers):
         assert sentence in wide
     assert found["health"]["title"] in wide and found["changes"][0]["sentence"] in wide
     narrow = text_of(shown(found))
     assert "…" not in narrow and all(len(line.rstrip()) <= 80 for line in narrow.splitlines())
-    for heading in ("running", "possible /s", "tuning", "How loaded?", "One more replica?"):
+    for heading in ("running", "possible /s", "tuning", "How loaded?", "One more replica?", "How many replicas?"):
         assert heading in narrow
 
 

@@ -61,6 +61,24 @@ def test_overload_names_the_limit_and_what_one_more_replica_would_buy(made: Made
     )
 
 
+def test_how_many_replicas_are_wanted_and_why(made: Made) -> None:
+    assert of_model(made)["wanted"] == {
+        "replicas": 3, "headline": "3",
+        "sentence": "9.4 requests/s are offered, rejected ones included: 3 needed.",
+    }
+    made.scaling[MODEL] |= {"replicas": 2}
+    assert of_model(made)["wanted"]["headline"] == "2, as now"
+    made.scaling[MODEL] |= {"decided": False, "reason": "how much is asked for is not known yet: as many as there are"}
+    assert of_model(made)["wanted"]["headline"] == "no change"
+
+
+def test_a_number_that_is_not_decided_says_why(made: Made) -> None:
+    made.scaling = {}
+    assert of_model(made)["wanted"]["sentence"] == "Not known: only under the policy fluid, after the first pass."
+    made.alive = False
+    assert of_model(made)["wanted"]["sentence"] == "Not known: the controller does not answer."
+
+
 @pytest.mark.parametrize("limit", ["memory", "slots", "token budget", "TPOT target", "TTFT target", "latency target"])
 def test_every_limit_of_the_fluid_plan_has_words_and_a_remedy(made: Made, limit: str) -> None:
     made.now = dict(PLAN, bottleneck=limit)

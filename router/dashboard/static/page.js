@@ -64,6 +64,7 @@ function show() {
     ? { headline: `${change.headline}, ${ago(change.age_s)}`, sentence: change.sentence }
     : { headline: latest.controller.alive ? "nothing yet" : "not known", sentence: latest.controller.alive ? "Nothing has changed since the start." : `Not known: ${latest.controller.reason}.` });
   card("one-more", one.one_more);
+  card("wanted", one.wanted);
   const rows = Object.entries(latest.replicas).filter(([, row]) => row.model === model());
   replicas(rows);
   if (latest.controller.alive || !byId("events").children.length) changes(latest.changes);
