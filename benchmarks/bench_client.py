@@ -19,7 +19,6 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,8 @@ from typing import Any
 
 import httpx
 from aiohttp import web
+
+from cluster.ports import free_port
 
 HEADRACE = Path(sys.executable).with_name("headrace")
 # vLLM's CPU build has no working `vllm` command; this is what `vllm bench serve` runs.
@@ -128,9 +129,7 @@ def event(**data: Any) -> bytes:
 @contextlib.contextmanager
 def vllm_server(model: str) -> Iterator[str]:
     """Plain vLLM on a free port, ended whatever happens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--dtype", "float32",
          "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "64", "--port", str(port),

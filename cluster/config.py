@@ -17,6 +17,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from cluster import haproxy
 from cluster.llm_entry import WITHOUT_ENGINE, LLMEntry
+from cluster.ports import LOCALHOST
 from cluster.ray_environment import prepare
 from cluster.settings import PROFILE_MISSING, HeadraceSettings, ModelSettings, Strict, overridden
 from scheduler.config_errors import Complaint, UsageError, complaints, describe, described
@@ -27,7 +28,6 @@ from scheduler.tuning.slo import UnreachableTarget, require_reachable
 
 APP_NAME = "headrace"
 METRICS_PORT = 8090
-LOCALHOST = "127.0.0.1"
 IMPORT_PATH = "headrace:build"
 _MOVED = {
     "model": "llm_configs[].model_loading_config: {model_id: …, model_source: …}",

@@ -13,10 +13,10 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-from cluster.config import LOCALHOST, ClusterConfig, ConfigError, load_config
-from cluster.launch import port_is_free
+from cluster.config import ClusterConfig, ConfigError, load_config
 from cluster.llm_entry import LLMEntry
 from cluster.model import BUNDLED_MODEL_NAME, is_prepared
+from cluster.ports import LOCALHOST, port_is_free
 from cluster.ray_llm import hardware_kind
 
 Finding = dict[str, Any]

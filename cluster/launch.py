@@ -7,7 +7,6 @@ import json
 import logging
 import shlex
 import signal
-import socket
 import threading
 import time
 import tomllib
@@ -19,10 +18,11 @@ import httpx
 import psutil
 
 from cluster import haproxy
-from cluster.config import LOCALHOST, ClusterConfig, ConfigError
+from cluster.config import ClusterConfig, ConfigError
 from cluster.joining import is_refusal, use_the_user_s_token, why_not_joined
 from cluster.keys import require_key_beyond_loopback
 from cluster.model import BUNDLED_MODEL_NAME, is_prepared, prepare_bundled_model
+from cluster.ports import LOCALHOST, free_port, port_is_free
 from cluster.processes import ends_within
 from cluster.ray_environment import prepare, use
 from cluster.run_folder import RunFolder, clear_stale, folder_for, running_note
@@ -113,7 +113,7 @@ class Launcher:
             _require_free(LOCALHOST, self._config.ray.metrics_port, "ray.metrics_port")
         if self.owns_ray and self._config.with_haproxy:
             folder = None if self._folder is None else self._folder.hold_haproxy()
-            use(haproxy.environment(folder, [_free_port(), _free_port()]))
+            use(haproxy.environment(folder, [free_port(""), free_port("")]))
         prepare(local=self._config.ray.address == "local", with_haproxy=self._config.with_haproxy)
         if self._folder is not None:
             self._folder.hold_temporary_files()
@@ -289,13 +289,6 @@ def _require_free(host: str, port: int, key: str) -> None:
         )
 
 
-def _free_port() -> int:
-    with socket.socket() as any_port:
-        any_port.bind(("", 0))
-        port: int = any_port.getsockname()[1]
-        return port
-
-
 def metrics_urls() -> list[str]:
     """Where the metrics agent of each node of the joined Ray cluster serves its metrics."""
     import ray
@@ -304,17 +297,6 @@ def metrics_urls() -> list[str]:
         f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
         for node in ray.nodes() if node["Alive"]
     ]
-
-
-def port_is_free(host: str, port: int) -> bool:
-    """True when a server may bind there."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-        return True
 
 
 def delete_application(config: ClusterConfig, say: Callable[[str], None], at_once: Callable[[], bool]) -> None:

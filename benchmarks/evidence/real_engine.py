@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ import psutil
 import yaml
 from real_engine_page import page
 
+from cluster.ports import free_port
 from scheduler.tuning.slo import Slo
 
 HERE = Path(__file__).resolve()
@@ -223,12 +223,6 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     for member in (*psutil.wait_procs(family, timeout=10)[1], process):
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

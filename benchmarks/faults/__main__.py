@@ -54,9 +54,9 @@ def main() -> None:
     args.runs.mkdir(parents=True, exist_ok=True)
     loads = [float(load) for load in args.load.split(",")]
     failed = 0
-    for kind, (two_nodes, faulty) in product(args.stack.split(","), product((False, True), repeat=2)):
-        alike = [FAULTS[name] for name in names if (FAULTS[name].two_nodes, FAULTS[name].faulty_channel) ==
-                 (two_nodes, faulty) and kind in FAULTS[name].stacks]
+    chosen = [FAULTS[name] for name in names]
+    for kind, need in product(args.stack.split(","), dict.fromkeys(stack_needed(fault) for fault in chosen)):
+        alike = [fault for fault in chosen if stack_needed(fault) == need and kind in fault.stacks]
         todo = [(load, fault) for load, fault in product(loads, alike)
                 if not result_file(args.runs, kind, load, fault).exists()]
         if todo:
@@ -64,6 +64,11 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps([one | {"requests": None} for one in results(args.runs)], indent=1))
     sys.exit(bool(failed))
+
+
+def stack_needed(fault: Fault) -> tuple[bool, Settings]:
+    """Faults that need the same can share a start: on two nodes, and with which settings."""
+    return fault.two_nodes, Settings(faulty_channel=fault.faulty_channel, ingresses=fault.ingresses)
 
 
 def run_group(args: argparse.Namespace, kind: str, todo: list[tuple[float, Fault]]) -> int:
@@ -103,7 +108,8 @@ def run_group(args: argparse.Namespace, kind: str, todo: list[tuple[float, Fault
 def begin(args: argparse.Namespace, kind: str, fault: Fault) -> Stack:
     """A stack that has served some requests; the capacity is measured on the first one and kept with the runs."""
     say(f"starting {kind}{', two nodes' if fault.two_nodes else ''}")
-    stack = Stack(kind, args.runs / "logs", Settings(faulty_channel=fault.faulty_channel), two_nodes=fault.two_nodes)
+    two_nodes, settings = stack_needed(fault)
+    stack = Stack(kind, args.runs / "logs", settings, two_nodes=two_nodes)
     try:
         stack.start()
         kept = args.runs / CAPACITY_FILE

@@ -27,7 +27,8 @@ class NotApplicable(Exception):
 @dataclass(frozen=True)
 class Fault:
     """Base class. lasts_s: until `relieve`; None: it is not relieved. watch_s: seconds of load after the strike.
-    after_done_s: the load ends so long after a strike that takes its time, and after watch_s at the latest."""
+    after_done_s: the load ends so long after a strike that takes its time, and after watch_s at the latest. two_nodes,
+    faulty_channel, ingresses: of the stack that it needs."""
 
     name: str
     title: str
@@ -37,6 +38,7 @@ class Fault:
     stacks: tuple[str, ...] = (HEADRACE, RAY)
     two_nodes: bool = False
     faulty_channel: bool = False
+    ingresses: int = 0
 
     def prepare(self, stack: Stack) -> Any:
         """What the strike will hit, found a few seconds before it. Raises NotApplicable."""
@@ -213,6 +215,7 @@ FAULTS: dict[str, Fault] = {fault.name: fault for fault in (
     Kill("kill-engine-worker", "kill −9 of an engine worker", role=Role.ENGINE_WORKER),
     Kill("kill-replica", "kill −9 of a replica actor", role=Role.REPLICA),
     Kill("kill-ingress", "kill −9 of an ingress actor", role=Role.INGRESS),
+    Kill("kill-one-ingress", "kill −9 of one of two ingress actors", role=Role.INGRESS, ingresses=2),
     Kill("kill-proxy", "kill −9 of a Serve proxy", role=Role.PROXY),
     Kill("kill-haproxy", "kill −9 of HAProxy", role=Role.HAPROXY, stacks=_OURS),
     Freeze("stop-engine-core", "SIGSTOP of an engine core for 60 s", watch_s=LONG_WATCH_S, lasts_s=60.0),

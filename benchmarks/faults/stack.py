@@ -8,7 +8,6 @@ import getpass
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import psutil
 from benchmarks.faults.channel_orders import FOLDER_VARIABLE
 from benchmarks.faults.processes import Family, Role, end_all
 from benchmarks.faults.stack_config import ROOT, Settings, write
+from cluster.ports import LOCALHOST, free_port, port_is_free
 
 HEADRACE, RAY = STACKS = ("headrace", "ray")
 READY_TIMEOUT_S, STOP_TIMEOUT_S, REDEPLOY_TIMEOUT_S = 420.0, 90.0, 240.0
@@ -60,7 +60,7 @@ class Stack:
         self.log = work / f"{kind}.log"
         # Short: Ray's sockets lie below it, and a socket's path has at most 107 bytes.
         self.temporary = Path(tempfile.mkdtemp(prefix="hrf-", dir="/tmp"))
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._shared_memory: set[str] = set()
         self._nodes: subprocess.Popen[str] | None = None
@@ -131,7 +131,7 @@ class Stack:
     def _command(self, config: Path) -> list[str]:
         if self.kind == HEADRACE:
             return [sys.executable, "-c", "from headrace.cli import main; main()", "up", str(config)]
-        return [sys.executable, "-m", "benchmarks.evidence.plain_ray_llm", str(config), str(_free_port())]
+        return [sys.executable, "-m", "benchmarks.evidence.plain_ray_llm", str(config), str(free_port())]
 
     def _environment(self) -> dict[str, str]:
         return os.environ | {
@@ -148,7 +148,8 @@ class Stack:
         return dict(answer.json())
 
     def wait_until_healthy(self, timeout_s: float) -> float:
-        """Seconds until every replica has an engine and completions come back whole.
+        """Seconds until every replica has an engine and completions come back whole; then wait until the machine is
+        quiet, so that what one fault restarts is not counted against the next.
 
         Raises:
             StackFailed: not within `timeout_s`.
@@ -159,7 +160,9 @@ class Stack:
             trouble = self.trouble()
             if not trouble:
                 self.note_shared_memory()
-                return time.monotonic() - begun
+                healthy_s = time.monotonic() - begun
+                wait_until_quiet()
+                return healthy_s
             time.sleep(1.0)
         raise StackFailed(f"{self.kind} is not healthy after {timeout_s:g} s: {trouble}")
 
@@ -241,7 +244,7 @@ class Stack:
             _end(self._nodes)
         left.processes = end_all(list({*members, *self.family.refresh()}))
         left.shared_memory = sorted(name for name in self._shared_memory if (_SHARED_MEMORY / name).exists())
-        left.sockets = [] if _is_free(self.port) else [f"127.0.0.1:{self.port}"]
+        left.sockets = [] if port_is_free(LOCALHOST, self.port) else [f"{LOCALHOST}:{self.port}"]
         left.files = sorted(
             str(path.relative_to(self.temporary)) for path in self.temporary.rglob("*")
             if not path.is_dir() and path.relative_to(self.temporary).parts[0] != "ray"  # Ray keeps its logs
@@ -261,6 +264,13 @@ class Stack:
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 
+def wait_until_quiet(busy_percent: float = 30.0, at_most_s: float = 60.0) -> None:
+    """Return when the machine's cores are busy for less than that share of two seconds, or after `at_most_s`."""
+    until_s = time.monotonic() + at_most_s
+    while psutil.cpu_percent(interval=2.0) > busy_percent and time.monotonic() < until_s:
+        pass
+
+
 def _end(process: subprocess.Popen[Any] | None) -> int | None:
     if process is None:
         return None
@@ -269,19 +279,3 @@ def _end(process: subprocess.Popen[Any] | None) -> int | None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT_S)
     return process.poll()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True

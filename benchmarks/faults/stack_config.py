@@ -21,13 +21,15 @@ class Settings:
     """What differs from one start, or one redeploy, to another.
 
     address: of the Ray cluster to join; "local" starts one. max_num_seqs: the engine setting that a rolling redeploy
-    changes. faulty_channel: engines whose channel misbehaves when told to.
+    changes. faulty_channel: engines whose channel misbehaves when told to. ingresses: as many; 0: the default, one on
+    one node.
     """
 
     replicas: int = 2
     max_num_seqs: int = 64
     address: str = "local"
     faulty_channel: bool = False
+    ingresses: int = 0
 
 
 def configuration(settings: Settings, port: int) -> dict[str, Any]:
@@ -42,7 +44,10 @@ def configuration(settings: Settings, port: int) -> dict[str, Any]:
     model["model_loading_config"]["model_source"] = str((ROOT / source).resolve())
     model["deployment_config"] = {"num_replicas": settings.replicas}
     model["engine_kwargs"]["max_num_seqs"] = settings.max_num_seqs
+    if settings.ingresses:
+        args["ingress_deployment_config"] = {"num_replicas": settings.ingresses}
     ours = args["headrace"]
+    ours.pop("engine_timeout_s", None)  # the default, as where engines have a device of their own
     ours["targets"] = {"ttft_s": TARGETS.ttft_s, "tpot_s": TARGETS.tpot_s}
     ours["controller"]["min_finished"] = 10
     if settings.faulty_channel:

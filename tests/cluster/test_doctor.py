@@ -15,6 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cluster import doctor
+from cluster.ports import free_port
 from headrace import cli
 
 VERSIONS = {"ray": "2.60.0", "vllm": "0.29.0"}
@@ -35,12 +36,6 @@ def install(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str]) -> None:
         return versions[distribution]
 
     monkeypatch.setattr(doctor, "version", version)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def configuration(folder: Path, *, source: str = "org/model", kind: str = "cpu", port: int | None = None) -> Path:

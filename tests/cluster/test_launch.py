@@ -18,6 +18,7 @@ from cluster import launch, model
 from cluster.config import ClusterConfig, ConfigError
 from cluster.llm_entry import WITHOUT_ENGINE
 from cluster.model import ModelUnavailable, is_prepared, prepare_bundled_model
+from cluster.ports import port_is_free
 
 CHECKPOINT = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
 
@@ -61,8 +62,8 @@ def test_port_is_free_until_somebody_listens() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert not launch.port_is_free("127.0.0.1", port)
-    assert launch.port_is_free("127.0.0.1", port)
+        assert not port_is_free("127.0.0.1", port)
+    assert port_is_free("127.0.0.1", port)
 
 
 def test_a_taken_port_stops_the_launch_before_ray_starts() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from typing import Any
 import httpx
 import psutil
 import yaml
+
+from cluster.ports import free_port
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 MODEL = CHECKOUT / ".models" / "SmolLM2-135M-Instruct"
@@ -31,12 +32,6 @@ def merge(data: dict[str, Any], changes: dict[str, Any]) -> None:
             merge(data[key], value)
         else:
             data[key] = value
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class ClusterProcess:

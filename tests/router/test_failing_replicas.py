@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ import ray
 from openai import APIError, OpenAI
 from ray import serve
 
+from cluster.ports import free_port
 from replicas.actor_calls import ReplicaUnavailable, call_replica, replica_ids
 from replicas.questions import ANSWER_S
 
@@ -35,9 +35,7 @@ class Cluster:
     """The application on a port of its own."""
 
     def __init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         path = os.pathsep.join((str(HERE.parents[1]), str(HERE)))
         ray.init(
             address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
