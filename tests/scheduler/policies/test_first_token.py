@@ -84,7 +84,7 @@ def test_slots_bound_how_many_of_the_queue_enter_before_a_request_leaves():
 
 
 def late(*requests, now_s, fluid=PARAMS, backlog=0):
-    return first_token(fluid, backlog=backlog).too_late(queue_of(*requests), now_s)
+    return first_token(fluid, backlog=backlog).too_late(queue_of(*requests), now_s).keys()
 
 
 def at_tail(*requests, fluid=PARAMS, now_s=0.0, running=0, full=False, backlog=0, new=None):
