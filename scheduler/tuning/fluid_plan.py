@@ -313,6 +313,6 @@ class _Capacity:
         return FullReplica(
             capacity_rps=served_rps, running=min(most, float(self._slots), running),
             fixed_share=min(1.0, time_model.shortest_iteration_s / iteration_s),
-            admitted_per_iteration=served_rps * iteration_s,
+            admitted_per_iteration=served_rps * iteration_s, dispersion=dispersion,
             variability=(rate_rps * dispersion + served_rps * work_variation) / (rate_rps + served_rps),
         )
