@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from synthetic_engine import LIMITS, PAPER, SyntheticEngine
 
 from scheduler.fluid_params import FluidParams
-from scheduler.messages import Apply, Delivered
+from scheduler.messages import Apply, Delivered, RunningLengths
 from scheduler.model.fluid import solve_fluid
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.wait_thresholds import WaitSolution, running_cap, wait_thresholds
@@ -488,6 +488,43 @@ def test_the_time_model_matters_without_a_planned_iteration_time_too(field: str)
     time_model = replace(params.time_model, **{field: 3 * getattr(params.time_model, field)})
     new, old = (Thresholds(policy="fluid", fluid=one) for one in (replace(params, time_model=time_model), params))
     assert materially_different(new, old)
+
+
+# Lengths that no request can have.
+
+
+@pytest.mark.parametrize("digested", [False, True])
+@pytest.mark.parametrize(("unfinished", "lengths"), [
+    ((2500, 2400), [(58, 147)]),
+    ((4000, 0), [(58, 147), (58, 2500)]),
+], ids=["a long answer goes on", "a class of prompts without an answer yet"])
+def test_an_estimate_that_no_engine_could_hold_does_not_make_its_capacity_nothing(
+    unfinished: tuple[int, int], lengths: list[tuple[int, int]], digested: bool
+) -> None:
+    """Twice its age, or with the answers of other prompts, it would be longer than the context and the KV cache."""
+    configured = Thresholds(policy="fluid")
+    engine = SyntheticEngine(configured, replace(LIMITS, kv_capacity_tokens=6000))
+    model = model_of(configured, targets=Slo(ttft_s=3.0, tpot_s=0.08))
+    engine.traffic(lengths, every_s=0.25, seconds=30)
+    engine.arrive(unfinished[0])
+    report = replace(engine.report(), running=(RunningLengths(*unfinished),))
+    model.observe(report)
+    if digested:
+        digest, model = model.digest(), model_of(configured, targets=Slo(ttft_s=3.0, tpot_s=0.08))
+        model.observe(replace(report, digest=digest, iterations=(), arrivals=(), finished=(), running=()))
+    proposal = model.propose()
+    assert proposal.thresholds.fluid is not None and proposal.thresholds.fluid.capacity_rps > 0.2
+    assert model.estimates.lengths.max_total_tokens <= 4096
+    assert "exceeds the KV capacity" not in str(proposal.equilibrium)
+
+
+def test_declared_lengths_that_do_not_fit_are_planned_for_as_what_they_can_come_to() -> None:
+    engine, model = SyntheticEngine(WAIT, replace(LIMITS, kv_capacity_tokens=6000)), model_of(WAIT)
+    engine.traffic([(58, 147)], every_s=0.25, seconds=30, declared=True)
+    engine.arrive(2500, declared=10**9)
+    model.observe(engine.report())
+    proposal = model.propose()
+    assert proposal.equilibrium is not None and proposal.equilibrium.critical_rate_scale > 0
 
 
 # What clients got, as the replica saw it leave.
