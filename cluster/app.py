@@ -28,7 +28,7 @@ from cluster.live import SettingsJudge, ingress_user_config, live_settings
 from cluster.llm_entry import LLMEntry
 from cluster.replica_bounds import with_policy
 from cluster.rollout import surge_percent, version_of
-from cluster.settings import ModelSettings
+from cluster.settings import INGRESS_OUTLASTS_S, ModelSettings
 from cluster.tuned import TunedModel
 from replicas.live_settings import engine_settings
 from replicas.ranks import ServedModel
@@ -42,7 +42,6 @@ from scheduler.settings import SETTINGS_KEY
 from scheduler.support import EngineSetup, ranks_in
 
 _ROUTING_STATS_PERIOD_S = 1.0
-_INGRESS_OUTLASTS_S = 15.0
 _HEALTH_CHECK_PERIOD_S = 1.0  # Serve learns from its checks that a replica's process has ended
 _HEALTH_CHECK_TIMEOUT_S = 60.0  # a busy replica must not count as dead
 _MAX_ONGOING_REQUESTS = 1024
@@ -100,7 +99,7 @@ def application(args: AppConfig, runtime_env: Mapping[str, Any] | None = None) -
         lora_paths=lora_paths,
         keeper=ControllerKeeper(tuned) if is_tuned else None,
         models=models, tracing=tracing.model_dump(),
-        judge=SettingsJudge({entry.model_id: entry.engine_kwargs for entry in args.llm_configs}),
+        judge=SettingsJudge({entry.model_id: entry.engine_kwargs for entry in args.llm_configs}, is_tuned),
     )
     return _followed(
         bound, version_of(models, lora_paths, is_tuned, given, tracing.model_dump(), environment),
@@ -206,7 +205,7 @@ def ingress_options(configs: list[LLMConfig], given: dict[str, Any]) -> dict[str
     defaults: dict[str, Any] = HeadraceIngress.get_deployment_options(configs)
     defaults["max_ongoing_requests"] = 4 * sum(config.deployment_config["max_ongoing_requests"] for config in configs)
     drain_s = max(config.deployment_config["graceful_shutdown_timeout_s"] for config in configs)
-    defaults["graceful_shutdown_timeout_s"] = drain_s + _INGRESS_OUTLASTS_S  # it streams what the replicas finish
+    defaults["graceful_shutdown_timeout_s"] = drain_s + INGRESS_OUTLASTS_S
     nodes = _nodes()
     if nodes > 1:
         bounds = {"min_replicas": _FEWEST_INGRESSES, "max_replicas": max(_FEWEST_INGRESSES, nodes)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from functools import partial
 from pathlib import Path
@@ -110,7 +111,8 @@ def _handled_signals() -> Signals:
 
 
 def _say(line: str) -> None:
-    err.print(f"[dim]{render.plain(line)}[/dim]")
+    with contextlib.suppress(OSError):  # the terminal may have gone
+        err.print(f"[dim]{render.plain(line)}[/dim]")
 
 
 def _say_and_note(folder: RunFolder | None, line: str) -> None:
@@ -240,20 +242,14 @@ def thresholds_set(
         raise AdminRejected(f"replica {replica!r} does not exist; the replicas are {', '.join(active)}")
     if not active:
         raise AdminRejected("no replica is running yet; see headrace status")
-    targets = [replica] if replica else list(active)
-    for name in targets:
+    for name in [replica] if replica else active:
         if "error" in active[name]:
             raise AdminRejected(f"replica {name} does not answer; nothing was changed: {active[name]['error']}")
-    if "policy" not in changes:  # the server keeps the other fields of each replica, and changes all replicas or none
-        answer = client.put_thresholds({"replica": replica, "thresholds": changes, "pin": pin} | why)
-        show(answer, as_json, render.acks_table)
-        return
-    results: dict[str, Any] = {}
-    for name in targets:  # with a policy the server takes the fields as all there are
-        kept = {k: v for k, v in active[name].items() if k not in ("version", "pinned", "reason", "valid_for_s")}
-        answer = client.put_thresholds({"replica": name, "thresholds": kept | changes, "pin": pin} | why)
-        results |= answer["replicas"]
-    show({"replicas": results}, as_json, render.acks_table)
+    # One request: the server changes all replicas or none, and keeps the pin of all for new ones too.
+    answer = client.put_thresholds(
+        {"replica": replica, "thresholds": changes, "keep_others": "policy" in changes, "pin": pin} | why
+    )
+    show(answer, as_json, render.acks_table)
 
 
 @thresholds_app.command("pin")

@@ -323,12 +323,13 @@ class ControllerActor:
         self._soon = asyncio.Event()
         self._started_unix_s = time.time()
 
-    async def keep_running(self) -> bool:
-        """Start the loop unless it is running; every ingress replica calls this periodically."""
+    async def keep_running(self) -> float:
+        """Start the loop unless it is running; every ingress replica calls this periodically. Returns since when this
+        controller exists, Unix seconds: another value means that it has to be told the settings again."""
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
             self._telling = self._telling or asyncio.create_task(keep_telling(self._loop.tell))
-        return True
+        return self._started_unix_s
 
     async def report(self, deployment: str, reports: Mapping[str, bytes], urgent: bool) -> dict[str, Any]:
         """See `ControlLoop.report`; after an urgent one, a pass begins at once."""

@@ -10,6 +10,7 @@ from cluster.live import complete_settings, live_settings
 from cluster.settings import ModelSettings
 from replicas.live_settings import in_force, store_key
 from replicas.store import Store
+from router.auth import DIGEST_SUFFIX, Keyring
 from router.live_settings import changes
 
 _KEY = "deployed"
@@ -29,7 +30,10 @@ def deployed(args: AppConfig, versions: Mapping[str, str]) -> Deployed:
             "settings": complete_settings(settings),
         }
     tenants = {tenant.name: tenant.model_dump(mode="json") for tenant in args.headrace.tenants}
-    return {"models": models, "tenants": tenants, _INGRESS: versions[""]}
+    keys = Keyring(args.headrace.tenants)
+    return {
+        "models": models, "tenants": tenants, _INGRESS: versions[""], "keys": keys.digests(), "is_open": keys.is_open,
+    }
 
 
 def note(store: Store, new: Deployed) -> None:
@@ -43,6 +47,12 @@ def whats_new(store: Store, new: Deployed) -> list[str]:
     """What `new` changes of what is deployed and of what operators changed since, a line each; [] when not known."""
     old = store.get(_KEY)
     return list(_differences(store, old, new)) or [NOTHING] if isinstance(old, dict) else []
+
+
+def opens(store: Store, new: Deployed) -> bool:
+    """Whether `new` asks for no API key although what is deployed now does."""
+    old = store.get(_KEY)
+    return isinstance(old, dict) and not old.get("is_open", True) and bool(new["is_open"])
 
 
 def _differences(store: Store, old: Deployed, new: Deployed) -> Iterator[str]:
@@ -64,5 +74,9 @@ def _differences(store: Store, old: Deployed, new: Deployed) -> Iterator[str]:
             yield f"{model_id}: {key} {was} -> {now}"
     for name, (was, now) in changes(old["tenants"], new["tenants"], "tenants").items():
         yield f"{name} {was} -> {now}"
-    if old[_INGRESS] != new[_INGRESS]:
+    keys = {name for name, _ in old.get("keys", {}).items() ^ new["keys"].items()}
+    for name in sorted(keys):
+        what = "another API key" if name in new["keys"] else "no API key any more"
+        yield f"{name.removesuffix(DIGEST_SUFFIX)}: {what}"
+    if old[_INGRESS] != new[_INGRESS] or keys:
         yield "the ingress is replaced"

@@ -9,6 +9,11 @@ from typing import Any
 from router.auth import API_KEY_FILE_VARIABLE, API_KEY_VARIABLE, Keyring
 from router.tenants import TenantConfig
 
+NOT_OPENED = (
+    f"the running application asks for an API key, and this deployment has none: set {API_KEY_VARIABLE} or "
+    f"{API_KEY_FILE_VARIABLE} as before, or pass --insecure to serve without one"
+)
+
 
 def with_keys(options: Mapping[str, Any], tenants: Sequence[TenantConfig]) -> dict[str, Any]:
     """Deployment options of the ingress, and in its environment the digests of the keys known here."""

@@ -20,7 +20,7 @@ import psutil
 from cluster import haproxy
 from cluster.config import ClusterConfig, ConfigError
 from cluster.joining import is_refusal, use_the_user_s_token, why_not_joined
-from cluster.keys import require_key_beyond_loopback
+from cluster.keys import NOT_OPENED, require_key_beyond_loopback
 from cluster.model import BUNDLED_MODEL_NAME, is_prepared, prepare_bundled_model
 from cluster.ports import LOCALHOST, free_port, port_is_free
 from cluster.processes import ends_within
@@ -134,6 +134,8 @@ class Launcher:
         entry = self._config.application
         built = application(entry.args, entry.runtime_env)
         store, new = ClusterStore(entry.name), deployed.deployed(entry.args, versions_of(built))
+        if deployed.opens(store, new) and not self._insecure:
+            raise LaunchError(NOT_OPENED)
         self.whats_new = deployed.whats_new(store, new)
         with self._watching_progress():
             try:

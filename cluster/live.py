@@ -20,6 +20,12 @@ from scheduler.config_errors import describe
 
 OF_THE_ENGINE = {"scheduler"}
 """Settings that need a new engine."""
+_DEPLOYED = OF_THE_ENGINE | {"drain_s"}
+"""Settings that only a deployment changes; Serve itself waits for `drain_s`."""
+_NOT_TUNED = (
+    "controller.enabled = true is not allowed: automatic tuning is off for all models in the configuration, so no "
+    "controller runs; turn it on there and deploy it"
+)
 
 
 def live_settings(settings: ModelSettings) -> dict[str, Any]:
@@ -41,9 +47,11 @@ def ingress_user_config(args: AppConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class SettingsJudge:
-    """What settings may be, judged as a configuration file is. engine_kwargs: of each model, by its name."""
+    """What settings may be, judged as a configuration file is. engine_kwargs: of each model, by its name.
+    has_controller: whether the application was deployed with one."""
 
     engine_kwargs: Mapping[str, dict[str, Any]]
+    has_controller: bool = True
 
     def changed(self, model_id: str, present: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
         """The present settings of a model with a change of the fields that it names; null takes a field's default.
@@ -51,12 +59,14 @@ class SettingsJudge:
         Raises:
             ValueError: in a sentence, the field, its value and what is allowed.
         """
-        if engine := OF_THE_ENGINE & change.keys():
-            raise ValueError(f"{', '.join(engine)} is part of the engine: change it in the configuration and deploy it")
+        if deployed := _DEPLOYED & change.keys():
+            raise ValueError(f"{', '.join(deployed)} is set by a deployment: change it in the configuration, deploy it")
         try:
             settings = ModelSettings.model_validate(overridden(present, change))
         except ValidationError as error:
             raise ValueError(describe(error, ModelSettings)) from error
+        if settings.controller.enabled and not self.has_controller:
+            raise ValueError(_NOT_TUNED)
         if why := unfit(self.engine_kwargs[model_id], settings):
             raise ValueError(why)
         return live_settings(settings)

@@ -11,7 +11,7 @@ from typing import Any
 from cluster.config import ClusterConfig
 from cluster.live import ingress_user_config, live_settings
 from cluster.replica_bounds import with_policy
-from cluster.settings import SCHEDULER, ModelSettings
+from cluster.settings import INGRESS_OUTLASTS_S, SCHEDULER, ModelSettings
 
 INGRESS = "HeadraceIngress"
 _SCALE = ("num_replicas", "autoscaling_config")
@@ -40,7 +40,9 @@ def serve_file(config: ClusterConfig) -> dict[str, Any]:
             "graceful_shutdown_timeout_s": settings.drain_s, "user_config": live_settings(settings),
         })
     ingress = dict(args.ingress_deployment_config)
-    scale = _scale(ingress)
+    longest_drain_s = max(args.settings_of(entry.model_id).drain_s for entry in args.llm_configs)
+    stops_in_s = ingress.pop("graceful_shutdown_timeout_s", longest_drain_s + INGRESS_OUTLASTS_S)
+    scale = _scale(ingress) | {"graceful_shutdown_timeout_s": stops_in_s}
     rest: dict[str, Any] = {"ingress_deployment_config": ingress} if ingress else {}
     if args.headrace.tracing.otlp_endpoint is not None:
         rest["headrace"] = {"tracing": args.headrace.tracing.model_dump()}

@@ -39,6 +39,8 @@ PROFILE_MISSING = (
 )
 _OF_ALL_MODELS = ("tenants", "tracing")
 LONGEST_DRAIN_S = 86_400.0
+INGRESS_OUTLASTS_S = 15.0
+"""An ingress stops so much later than the replicas whose last answers it passes on."""
 _TERMS = ScalingTerms()
 
 

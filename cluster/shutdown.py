@@ -26,20 +26,27 @@ Say = Callable[[str], None]
 
 
 class Signals:
-    """A signal handler: the first signal raises KeyboardInterrupt, each later one only sets `again`."""
+    """A signal handler: the first signal raises KeyboardInterrupt, each later one only sets `again`.
+
+    A terminal that goes away (SIGHUP) stops as Ctrl-C does, but hurries nothing and cuts short no stop under way: a
+    half-stopped application would answer nothing and not start again.
+    """
 
     def __init__(self) -> None:
         self._count = 0
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, number: int = signal.SIGINT, *_: Any) -> None:
+        if number == signal.SIGHUP and self._count:
+            return
         self._count += 1
         if self._count == 1:
             raise KeyboardInterrupt
 
     def install(self) -> None:
-        """Handle SIGINT (Ctrl-C) and SIGTERM from now on."""
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self)
+        """Handle SIGINT (Ctrl-C), SIGTERM and, unless it is ignored as under nohup, SIGHUP from now on."""
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if name != signal.SIGHUP or signal.getsignal(name) is not signal.SIG_IGN:
+                signal.signal(name, self)
 
     def stopping(self) -> None:
         """The stop has begun, for whatever reason."""

@@ -32,16 +32,17 @@ class AdminError(ValueError):
 
 
 class ThresholdsUpdate(BaseModel):
-    """thresholds: the new ones, whole when they name a policy, else a change of the fields they name (a missing
-    `version` means the active one plus 1); pin: stop automatic tuning (the default when thresholds are given); auto:
-    resume it; replica: one replica's id, one of its engines as `state` names it, or all when missing, new ones too;
-    by: the operator's name for itself; reason: why. What is kept and shown is bounded: `version` below 2³¹, `reason`
-    and `replica` to 200 characters."""
+    """thresholds: the new ones, whole when they name a policy unless keep_others, else a change of the fields they name
+    (a missing `version` means the active one plus 1); pin: stop automatic tuning (the default when thresholds are
+    given); auto: resume it; replica: one replica's id, one of its engines as `state` names it, or all when missing, new
+    ones too; by: the operator's name for itself; reason: why. What is kept and shown is bounded: `version` below 2³¹,
+    `reason` and `replica` to 200 characters."""
 
     model_config = ConfigDict(extra="forbid")
 
     replica: Annotated[str, Field(max_length=LONGEST_MESSAGE)] | None = None
     thresholds: dict[str, Any] | None = None
+    keep_others: bool = False
     pin: bool | None = None
     auto: bool = False
     by: Name = ""
@@ -98,7 +99,7 @@ def _planned(update: ThresholdsUpdate, name: str, report: Telemetry | Exception)
         return replace(active, pinned=pinned, valid_for_s=None, version=active.version + 1,
                        reason=update.reason or _WHY[pinned])
     given = update.thresholds
-    if "policy" not in given:
+    if update.keep_others or "policy" not in given:
         active_values = thresholds_as_dict(active)
         given = {field: value for field, value in active_values.items() if field not in _OF_ONE_UPDATE} | given
     try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -60,33 +61,40 @@ class _Failed:
         return self.kind == REPLICA_FAILED or isinstance(self.error, RayActorError)
 
 
-class Attempts:
-    """Tries the requests of one ingress.
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """How long a request may wait, all its attempts together: seconds (None: without end), and until when."""
 
-    max_wait_s: to the first token, or to the answer without streaming. is_stopping: whether the application stops, so
-    that a recalled request has nowhere to go.
-    """
+    wait_s: float | None
+    until_s: float
+
+
+class Attempts:
+    """Tries the requests of one ingress. is_stopping: whether the application stops, so that a recalled request has
+    nowhere to go."""
 
     def __init__(
-        self, rotation: Rotation = ROTATION, *, max_wait_s: float = MAX_WAIT_S,
-        clock: Callable[[], float] = time.monotonic, is_stopping: Callable[[], bool] = bool,
+        self, rotation: Rotation = ROTATION, *, clock: Callable[[], float] = time.monotonic,
+        is_stopping: Callable[[], bool] = bool,
     ) -> None:
-        self.max_wait_s, self._is_stopping = max_wait_s, is_stopping
-        self._rotation, self._clock = rotation, clock
+        self._rotation, self._clock, self._is_stopping = rotation, clock, is_stopping
 
-    async def answer(self, send: Callable[[], Chunks], request_id: str) -> Chunks:
-        """The chunks of the first attempt that succeeds; `send` makes one attempt.
+    async def answer(
+        self, send: Callable[[], Chunks], request_id: str, max_wait_s: float | None = MAX_WAIT_S
+    ) -> Chunks:
+        """The chunks of the first attempt that succeeds; `send` makes one attempt. max_wait_s: to the first token, or
+        to the answer without streaming; None: without end.
 
         Raises:
             an HTTP 503 with `Retry-After`: no replica could take it in `max_wait_s`; an HTTP 500: it failed twice;
             an error of the request itself.
         """
-        deadline_s = self._clock() + self.max_wait_s
+        bound = _Bound(max_wait_s, math.inf if max_wait_s is None else self._clock() + max_wait_s)
         failed: list[_Failed] = []
         recalls = 0
         with self._rotation.following(request_id) as trail:
             while True:
-                async with aclosing(self._attempt(send(), trail, deadline_s)) as chunks:
+                async with aclosing(self._attempt(send(), trail, bound)) as chunks:
                     first = await anext(chunks)
                     if not isinstance(first, _Failed):
                         self._blame(failed)
@@ -104,12 +112,12 @@ class Attempts:
                     return
                 self._rotation.try_again(request_id)
 
-    async def _attempt(self, chunks: Chunks, trail: Trail, deadline_s: float) -> Chunks:
+    async def _attempt(self, chunks: Chunks, trail: Trail, bound: _Bound) -> Chunks:
         """The chunks of one attempt, or one `_Failed`."""
         ended = False
         try:
             async with aclosing(chunks):
-                first = await self._first(chunks, trail, deadline_s)
+                first = await self._first(chunks, trail, bound)
                 ended = not isinstance(first, str | list)  # a stream's chunk; anything else is all there is
                 yield first
                 if not ended:
@@ -120,8 +128,9 @@ class Attempts:
             if not ended and trail.cancel is not None:
                 trail.cancel()  # the client has gone, or has waited too long: the engine must not work on for it
 
-    async def _first(self, chunks: Chunks, trail: Trail, deadline_s: float) -> Any:
-        waiting = asyncio.timeout(max(0.0, deadline_s - self._clock()))
+    async def _first(self, chunks: Chunks, trail: Trail, bound: _Bound) -> Any:
+        left_s = bound.until_s - self._clock()
+        waiting = asyncio.timeout(None if math.isinf(left_s) else max(0.0, left_s))
         try:
             async with waiting:
                 chunk = await anext(chunks)
@@ -129,7 +138,7 @@ class Attempts:
             return _Failed(RuntimeError("the answer has ended before it has begun"), trail.replica)
         except Exception as error:
             if waiting.expired():
-                raise Unavailable(f"{_NO_REPLICA} within {self.max_wait_s:g} s", _RETRY_AFTER_S) from None
+                raise Unavailable(f"{_NO_REPLICA} within {bound.wait_s:g} s", _RETRY_AFTER_S) from None
             if isinstance(error, DeploymentUnavailableError):
                 raise Unavailable(_NO_REPLICA, _RETRY_AFTER_S) from error
             is_its_own = trail.replica is None or getattr(error, "status_code", 500) < 500

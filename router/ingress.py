@@ -71,7 +71,6 @@ _SILENT_S = 1.0
 """What the state waits for a replica that the watch has not heard of lately."""
 _RETRY_S = 0.5
 _TRIES = 3
-_WITHOUT_END_S = 1e9
 _ECHOED = 200  # characters of a client's input in an answer
 _NO_CONTROLLER = "the controller does not answer; replicas keep their thresholds"
 logger = logging.getLogger(__name__)
@@ -110,6 +109,7 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
         self._office = SettingsOffice(ClusterStore(self._app_name), judge, self._follow)
         self._untold = asyncio.Event()  # settings that the controller has not heard of
         self._controller: ActorHandle | None = None
+        self._controller_since_unix_s = 0.0
         self.replica_watch = ReplicaWatch(self._look_around, ask_stats)
         self._tenants: tuple[TenantConfig, ...] = ()
         self._outcomes = Outcomes(METER, tracing=Tracing(
@@ -163,18 +163,20 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
             self._untold.set()
 
     def _apply_here(self, settings: Mapping[str, Settings]) -> None:
-        """Tenants, limits and waits of this ingress. What belongs to no model has the limits of the first."""
+        """Tenants and limits of this ingress. What belongs to no model has the limits of the first."""
         limits = {name: Limits.model_validate(one.get("limits", {})) for name, one in settings.items()}
         self.desk.change(self._tenants, next(iter(limits.values()), DEFAULT_LIMITS), limits)
-        waits = [one.get("max_wait_s", MAX_WAIT_S) for one in settings.values()]
-        self._attempts.max_wait_s = max((wait or _WITHOUT_END_S for wait in waits), default=MAX_WAIT_S)
 
     async def _keeps_running(self, controller: ActorHandle) -> bool:
         """Start the controller's loop if needed; False when the actor has died for good, True while Ray restarts it."""
         answered = False
         try:
-            await asyncio.wait_for(asyncio.wrap_future(controller.keep_running.remote().future()), _CONTROLLER_ANSWER_S)
+            asked = asyncio.wrap_future(controller.keep_running.remote().future())
+            since_unix_s = await asyncio.wait_for(asked, _CONTROLLER_ANSWER_S)
             answered = True
+            if since_unix_s != self._controller_since_unix_s and self._office.settings:
+                self._untold.set()  # Ray restarts it with the settings that the first one began with
+            self._controller_since_unix_s = since_unix_s
         except ray.exceptions.ActorUnavailableError:
             return True
         except ray.exceptions.ActorDiedError:
@@ -207,7 +209,9 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
                 raw_request.state.is_valid = True
             send = partial(super()._get_response, body=body, call_method=call_method, raw_request=raw_request)
             request_id = _get_serve_request_context()._internal_request_id
-            async with aclosing(self._attempts.answer(send, request_id)) as chunks:
+            settings = self._office.settings.get(self.desk.model_of(body.model) or "", {})
+            most_wait_s = settings.get("max_wait_s", MAX_WAIT_S)
+            async with aclosing(self._attempts.answer(send, request_id, most_wait_s)) as chunks:
                 async for chunk in chunks:
                     yield chunk
 

@@ -21,7 +21,7 @@ from loadgen.open_loop import OpenLoop
 LENGTHS = "0.5:p16d16+0.5:p32d32"
 FILL_S, FAULT_S, SETTLE_S, DEADLINE_S = 5, 20, 3, 30.0
 _PREPARE_S = 4.0
-_STRIKE_TIMEOUT_S = 500.0
+_STRIKE_TIMEOUT_S = 950.0
 _SHOWN_MESSAGES = 6
 
 

@@ -26,7 +26,7 @@ from benchmarks.faults.stack_config import ROOT, Settings, write
 from cluster.ports import LOCALHOST, free_port, port_is_free
 
 HEADRACE, RAY = STACKS = ("headrace", "ray")
-READY_TIMEOUT_S, STOP_TIMEOUT_S, REDEPLOY_TIMEOUT_S = 420.0, 90.0, 240.0
+READY_TIMEOUT_S, STOP_TIMEOUT_S, REDEPLOY_TIMEOUT_S = 420.0, 90.0, 450.0
 _PROBES = 4
 _DEFAULT = Settings()
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # what is left behind there is looked for, nothing is written
@@ -198,6 +198,7 @@ class Stack:
         command = self._command(config)  # `headrace up` updates what runs
         if self.kind == RAY:
             command = [sys.executable, "-m", "benchmarks.faults.redeploy", str(config), self._gcs_address()]
+        self.settings = settings  # Serve goes on with it, however long that takes
         try:
             done = subprocess.run(
                 command, cwd=ROOT, env=self._environment(), capture_output=True, text=True, timeout=REDEPLOY_TIMEOUT_S,
@@ -205,7 +206,6 @@ class Stack:
             )
         except subprocess.TimeoutExpired as error:
             raise StackFailed(f"the redeploy took more than {REDEPLOY_TIMEOUT_S:g} s") from error
-        self.settings = settings
         if done.returncode:
             raise StackFailed(f"the redeploy failed: {(done.stderr or done.stdout)[-800:]}")
 

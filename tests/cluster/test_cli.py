@@ -233,6 +233,17 @@ def test_set_keeps_what_another_operator_changed_meanwhile(
     assert len(server.puts) == 1, "all replicas are changed or none"
 
 
+def test_another_policy_for_all_is_one_request_that_keeps_each_replica_s_other_values(
+    server: Server, headrace: Any
+) -> None:
+    headrace("thresholds", "set", "token_budget=500", "--replica", "left")
+    server.puts.clear()
+    assert headrace("thresholds", "set", "policy=fcfs")[0] == 0
+    assert [put["replica"] for put in server.puts] == [None], "so that new replicas get it too"
+    assert [server.active(name).policy for name in ("left", "right")] == ["fcfs", "fcfs"]
+    assert (server.active("left").token_budget, server.active("right").token_budget) == (500, CONFIGURED.token_budget)
+
+
 def test_set_leaves_the_version_to_the_server(server: Server, headrace: Any) -> None:
     headrace("thresholds", "set", "max_running=7", "--replica", "left")
     headrace("thresholds", "set", "max_running=8", "--replica", "left")

@@ -10,7 +10,7 @@ from fake_store import FakeStore
 
 from cluster import rollout
 from cluster.config import AppConfig, ClusterConfig
-from cluster.deployed import NOTHING, deployed, note, whats_new
+from cluster.deployed import NOTHING, deployed, note, opens, whats_new
 from cluster.live import live_settings
 from cluster.serve_file import INGRESS, deployment_name, serve_file
 from replicas.live_settings import kept_change, store_key
@@ -180,3 +180,37 @@ def test_what_an_operator_changed_since_is_told_and_undone() -> None:
     assert whats_new(store, first) == ["a: targets.tpot_s 0.2 -> 0.5"]
     note(store, first)
     assert store.get(store_key("a")) is None and whats_new(store, first) == [NOTHING]
+
+
+def test_other_api_keys_are_told_and_the_last_one_does_not_vanish_unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FakeStore()
+    monkeypatch.setenv("HEADRACE_API_KEY", "first")
+    with_key = deployed(args(), VERSIONS)
+    assert not opens(store, with_key)
+    note(store, with_key)
+    assert "first" not in str(with_key), "only digests are kept"
+    monkeypatch.setenv("HEADRACE_API_KEY", "second")
+    other = deployed(args(), VERSIONS)
+    assert whats_new(store, other) == ["HEADRACE_API_KEY: another API key", "the ingress is replaced"]
+    assert not opens(store, other)
+    monkeypatch.delenv("HEADRACE_API_KEY")
+    without = deployed(args(), VERSIONS)
+    assert whats_new(store, without) == ["HEADRACE_API_KEY: no API key any more", "the ingress is replaced"]
+    assert opens(store, without), "up refuses it unless told --insecure"
+    note(store, without)
+    assert not opens(store, without)
+
+
+def test_an_ingress_outlasts_the_longest_drain_of_its_replicas(versions: Any) -> None:
+    def file(**more: Any) -> dict[str, Any]:
+        given = arguments(headrace=arguments()["headrace"] | {"drain_s": 3600}, **more)
+        config = ClusterConfig.model_validate({"applications": [{"args": given}]})
+        return serve_file(config)["applications"][0]  # type: ignore[no-any-return]
+
+    def stops_in_s(file: dict[str, Any]) -> float:
+        (ingress,) = (one for one in file["deployments"] if one["name"] == INGRESS)
+        return float(ingress["graceful_shutdown_timeout_s"])
+
+    assert stops_in_s(file()) == 3615
+    own = file(ingress_deployment_config={"graceful_shutdown_timeout_s": 40})
+    assert stops_in_s(own) == 40 and "graceful_shutdown_timeout_s" not in str(own["args"])

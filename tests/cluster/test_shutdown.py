@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -107,6 +108,31 @@ def test_a_signal_during_a_stop_that_had_another_reason_hurries() -> None:
     assert not signals.again
     signals()
     assert signals.again
+
+
+def test_a_terminal_that_goes_stops_once_and_cuts_no_stop_short() -> None:
+    signals = Signals()
+    with pytest.raises(KeyboardInterrupt):
+        signals(signal.SIGHUP)
+    signals(signal.SIGHUP)
+    assert not signals.again, "the stop under way goes on"
+    signals(signal.SIGTERM)
+    assert signals.again
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_under_nohup_a_terminal_that_goes_stops_nothing(ignored: bool) -> None:
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {name: signal.getsignal(name) for name in names}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        signals = Signals()
+        signals.install()
+        assert (signal.getsignal(signal.SIGHUP) is signals) is not ignored
+        assert signal.getsignal(signal.SIGTERM) is signals
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 class Ray:

@@ -224,6 +224,8 @@ def test_the_controller_tunes_from_what_it_sees(cluster: ClusterProcess) -> None
 
 def test_serving_goes_on_without_the_controller_and_a_new_one_takes_over(cluster: ClusterProcess) -> None:
     first = until(lambda: cluster.state()["controller"].get("started_unix_s"), 60.0)
+    changed = cluster.http.put("/admin/settings", json={"settings": {"controller": {"period_s": 4.25}}})
+    assert changed.status_code == 200, changed.text
     for kill in (_crash_controller, _kill_controller_for_good):
         kill(cluster)
         answer = cluster.http.post(
@@ -234,9 +236,11 @@ def test_serving_goes_on_without_the_controller_and_a_new_one_takes_over(cluster
         def another(before: float = first) -> float | None:
             controller = cluster.state()["controller"]
             replaced = controller["alive"] and controller["started_unix_s"] != before and controller["passes"] > 0
-            return float(controller["started_unix_s"]) if replaced else None
+            has_settings = replaced and controller["period_s"] == 4.25
+            return float(controller["started_unix_s"]) if has_settings else None
 
         first = until(another, 60.0, lambda: json.dumps(cluster.state()["controller"]))
+    cluster.http.put("/admin/settings", json={"settings": {"controller": {"period_s": None}}})
 
 
 def _crash_controller(cluster: ClusterProcess) -> None:

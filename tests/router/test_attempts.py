@@ -48,7 +48,8 @@ class Replicas:
         self.cancelled: list[str] = []
         self.rotation = Rotation(lambda: 0.0)
         self.is_stopping = False
-        self.attempts = Attempts(self.rotation, max_wait_s=max_wait_s, is_stopping=lambda: self.is_stopping)
+        self.max_wait_s = max_wait_s
+        self.attempts = Attempts(self.rotation, is_stopping=lambda: self.is_stopping)
 
     async def send(self) -> AsyncGenerator[Any, None]:
         offered = self.rotation.offered(sorted(self.scripts), str, "r")
@@ -65,7 +66,7 @@ class Replicas:
             yield item
 
     async def answer(self) -> list[Any]:
-        return [chunk async for chunk in self.attempts.answer(self.send, "r")]
+        return [chunk async for chunk in self.attempts.answer(self.send, "r", self.max_wait_s)]
 
     def ask(self) -> list[Any]:
         return asyncio.run(self.answer())

@@ -170,7 +170,7 @@ def test_a_stopping_ingress_turns_requests_away_and_finishes_those_in_flight(
     monkeypatch.setattr(ingress_module.OpenAiIngress, "_get_response", chunks)
     ingress, body = application.ingress, SimpleNamespace(request_id="r", model="m")
     ingress._attempts = Attempts()
-    ingress.desk = SimpleNamespace(turned_away=lambda model: 0)
+    ingress.desk = SimpleNamespace(turned_away=lambda model: 0, model_of=str)
 
     async def stop_while_one_runs() -> None:
         running = ingress._get_response(body=body, call_method="chat")
@@ -186,6 +186,52 @@ def test_a_stopping_ingress_turns_requests_away_and_finishes_those_in_flight(
     asyncio.run(stop_while_one_runs())
     assert application.ask("readyz")[0] == 503, "a load balancer sends no more"
     assert application.calls == []
+
+
+def test_a_controller_that_ray_has_restarted_is_told_the_settings_in_force(application: Application) -> None:
+    """Ray gives it the arguments with which the first one was started."""
+    ingress, controller = application.ingress, application.controller
+    ingress._untold, ingress._controller_since_unix_s = asyncio.Event(), 0.0
+    ingress._outcomes = SimpleNamespace(controller_up=False)
+
+    def is_told_after(since_unix_s: float) -> bool:
+        controller.answers["keep_running"] = since_unix_s
+        ingress._untold.clear()
+        assert asyncio.run(ingress._keeps_running(controller))
+        return bool(ingress._untold.is_set())
+
+    assert is_told_after(10.0) and not is_told_after(10.0)
+    assert is_told_after(20.0), "another process"
+    ingress._office.settings = {}
+    assert not is_told_after(30.0), "before this ingress knows any settings it has none to tell"
+
+
+def test_each_model_has_its_own_longest_wait(application: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    from router import ingress as ingress_module
+
+    waits: list[float | None] = []
+
+    class Attempts:
+        async def answer(self, send: Any, request_id: str, max_wait_s: float | None) -> Any:
+            waits.append(max_wait_s)
+            yield "x"
+
+    ingress = application.ingress
+    ingress._attempts = Attempts()
+    ingress._office.settings = {"m": {"max_wait_s": 5.0}, "n": {"max_wait_s": None}, "o": {}}
+    ingress.desk = open_desk((), DEFAULT_LIMITS, {}, NO_REPORTS, ingress._office.settings)
+    monkeypatch.setattr(
+        ingress_module, "_get_serve_request_context", lambda: SimpleNamespace(_internal_request_id="r")
+    )
+
+    async def ask(model: str) -> None:
+        body = SimpleNamespace(request_id="r", model=model)
+        async for _ in ingress._get_response(body=body, call_method="chat"):
+            pass
+
+    for model in ("m", "m:adapter", "n", "o"):
+        asyncio.run(ask(model))
+    assert waits == [5.0, 5.0, None, 600.0]
 
 
 def test_thresholds_are_asked_for_without_records(application: Application) -> None:

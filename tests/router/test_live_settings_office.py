@@ -86,7 +86,8 @@ def test_null_takes_a_target_away_and_what_changes_nothing_is_no_change(seen: Se
         ({"settings": {"targets": {"tpot_s": -1}}}, 400, "model m: targets.tpot_s"),
         ({"settings": {"targets": {"tpot_s": 1e-9}}}, 400, "below the"),
         ({"settings": {"target": {}}}, 400, "target"),
-        ({"settings": {"scheduler": "my.Scheduler"}}, 400, "scheduler is part of the engine"),
+        ({"settings": {"scheduler": "my.Scheduler"}}, 400, "scheduler is set by a deployment"),
+        ({"settings": {"drain_s": 5}}, 400, "drain_s is set by a deployment"),
         ({"settings": {"controller": {"profile": "no such"}}}, 400, "no such"),
         ({"settings": {"thresholds": {"policy": "lifo"}}}, 400, "lifo"),
     ],
@@ -99,6 +100,14 @@ def test_what_may_not_be_is_refused_and_changes_nothing(
     with pytest.raises(AdminError, match=says.replace("(", r"\(")) as refused:
         seen.office.planned(SettingsUpdate.model_validate(update))
     assert refused.value.status_code == status and seen.office.settings == before
+
+
+def test_tuning_is_not_turned_on_where_no_controller_runs(store: FakeStore) -> None:
+    office = SettingsOffice(store, SettingsJudge({"m": {}}, has_controller=False), lambda _: None)
+    office.settings = {"m": {"controller": {"enabled": False}}}
+    with pytest.raises(AdminError, match="no controller runs; turn it on there and deploy it"):
+        office.planned(SettingsUpdate.model_validate({"settings": {"controller": {"enabled": True}}}))
+    assert office.planned(SettingsUpdate.model_validate({"settings": {"controller": {"period_s": 9.0}}}))
 
 
 def test_changes_name_the_keys_and_an_event_says_them_briefly() -> None:

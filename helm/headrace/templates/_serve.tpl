@@ -103,6 +103,7 @@ HeadraceServer:{{ . | replace "/" "--" | replace "." "_" }}
 {{- $models := list -}}
 {{- $deployments := list -}}
 {{- $told := dict -}}
+{{- $longestDrain := 0.0 -}}
 {{- range $model := .Values.models -}}
 {{- $id := $model.model_loading_config.model_id -}}
 {{- $settings := fromYaml (include "headrace.modelSettings" (dict "root" $ "model" $model)) -}}
@@ -136,6 +137,7 @@ HeadraceServer:{{ . | replace "/" "--" | replace "." "_" }}
 {{- $_ := set $entry "deployment_config" $options -}}
 {{- $_ := set $entry "headrace" $engine -}}
 {{- $_ := set $told $id $live -}}
+{{- $longestDrain = maxf $longestDrain $settings.drain_s -}}
 {{- $models = append $models $entry -}}
 {{- $deployments = append $deployments $deployment -}}
 {{- end -}}
@@ -147,7 +149,8 @@ HeadraceServer:{{ . | replace "/" "--" | replace "." "_" }}
 {{- /* Ray gives the head this resource; elsewhere an ingress would keep a worker pod. */ -}}
 {{- $_ := set $args "ingress_deployment_config" (dict "ray_actor_options" (dict "num_cpus" 0 "resources" (dict "node:__internal_head__" 0.001))) -}}
 {{- end -}}
-{{- $ingress := dict "name" "HeadraceIngress" "user_config" (dict "tenants" $tenants "models" $told) -}}
+{{- /* It passes on what the replicas finish, so it stops a little later. */ -}}
+{{- $ingress := dict "name" "HeadraceIngress" "graceful_shutdown_timeout_s" (addf $longestDrain 15) "user_config" (dict "tenants" $tenants "models" $told) -}}
 {{- $application := dict
   "name" "headrace"
   "import_path" "headrace:build"
