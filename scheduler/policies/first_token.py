@@ -100,7 +100,7 @@ class FirstToken:
             return limit_s
         token_s = params.steady_token_s or params.token_s or self.iteration_s
         rest_s = params.latency_s - (waiting.expected_output_tokens - 1) * token_s
-        return rest_s if params.ttft_s is None else min(params.ttft_s, rest_s)
+        return (rest_s if params.ttft_s is None else min(params.ttft_s, rest_s)) - params.delivery_s
 
     def beyond_limit(
         self, view: QueueView, now_s: float, *, waiting: int, tokens: int, running: int, free_slots: int,

@@ -457,7 +457,7 @@ CHANGED: dict[str, Any] = {
     "time_model": replace(PARAMS.time_model, d2_s_per_prefill_token=2e-4),
     "survival": Survival(((0, 1.0), (50, 1.0), (51, 0.0))),
     "kv_limit_tokens": 99_984, "block_tokens": 32, "overflow_z": 1.64, "miss_probability": 0.05, "iteration_s": 0.054,
-    "tpot_s": 0.06, "ttft_s": 2.1, "latency_s": 30.0, "first_token_within_s": 1.5, "queue_limit": 23,
+    "tpot_s": 0.06, "ttft_s": 2.1, "latency_s": 30.0, "first_token_within_s": 1.5, "delivery_s": 0.2, "queue_limit": 23,
     "prompt_flow_tokens": 230.0, "capacity_rps": 2.0, "steady_s": 0.03, "variability": 1.2, "tokens_per_step": 1.2,
     "computed_per_step": 1.2, "pipeline_depth": 2, "cold": True,
 }
@@ -579,6 +579,7 @@ def test_first_tokens_are_due_as_much_earlier_as_they_take_to_leave(delay_s: flo
     more = [Delivered(seq, delay_s, None) for seq in range(300, 401)]
     params = params_after(engine, model, more)
     assert (params.first_token_limit_s, params.ttft_s) == (pytest.approx(left_s), 2.0)
+    assert params.delivery_s == pytest.approx(2.0 - left_s)
 
 
 def test_a_change_of_speed_does_not_make_the_margin_forget() -> None:
