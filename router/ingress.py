@@ -57,6 +57,7 @@ from router.in_flight import InFlight
 from router.limits import DEFAULT_LIMITS, MAX_WAIT_S, NO_OTHERS, Limits
 from router.live_settings import Judge, SettingsOffice, SettingsUpdate, changes, check_fits, settings_event
 from router.outcomes import Outcomes
+from router.output_bound import bound_output
 from router.pins import NOT_KEPT, KeptPin, kept_pins
 from router.replica_watch import ReplicaWatch, readiness
 from router.rotation import ROTATION
@@ -163,7 +164,7 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
             self._untold.set()
 
     def _apply_here(self, settings: Mapping[str, Settings]) -> None:
-        """Tenants, limits and waits of this ingress. What belongs to no model has the limits of the first."""
+        """Tenants, limits and waits of this ingress. Limits for all are the same in every model's settings."""
         limits = {name: Limits.model_validate(one.get("limits", {})) for name, one in settings.items()}
         self.desk.change(self._tenants, next(iter(limits.values()), DEFAULT_LIMITS), limits)
         waits = [one.get("max_wait_s", MAX_WAIT_S) for one in settings.values()]
@@ -201,6 +202,7 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
     ) -> AsyncGenerator[Any, None]:
         with self._in_flight.request(str(getattr(body, "request_id", ""))):
             move_declared_length(body)
+            bound_output(body, self.desk.limits_of(self.desk.model_of(body.model)).max_tokens)
             tenant = getattr(raw_request.state, "tenant", None) if raw_request is not None else None
             sign(body, tenant, self.desk.turned_away(body.model))
             if raw_request is not None:
@@ -305,7 +307,7 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
         """Change settings of one model or all; they are checked as a configuration file is before any is changed."""
         engines = await self._engines()
         try:
-            planned = self._office.planned(body)
+            planned = self._office.planned(body, self.desk.keys.tenants)
             check_fits(planned, engines, await ask_all(engines, _without_records) if planned else {})
         except AdminError as error:
             return refused(error.status_code, str(error))

@@ -79,7 +79,8 @@ def build(args: AppConfig) -> Any:
             }
         )
     one_process = {"autoscaling_config": None, "num_replicas": 1, "max_ongoing_requests": 4096}
-    return build_openai_app({"llm_configs": configs, "ingress_deployment_config": one_process | args.ingress_deployment_config})
+    ingress = one_process | args.ingress_deployment_config
+    return build_openai_app({"llm_configs": configs, "ingress_deployment_config": ingress})
 
 
 def main() -> None:
