@@ -51,7 +51,7 @@ def plan(
     kv_tokens: Annotated[int | None, typer.Option(help="KV cache capacity in tokens.")] = None,
     segments: Annotated[int, typer.Option(help="Most segments of Nested WAIT.", min=1, max=16)] = 4,
     overflow_probability: Annotated[
-        float, typer.Option(help="Accepted probability of a KV cache overflow, and share of missed targets.")
+        float, typer.Option(help="Accepted probability of a KV cache overflow, and share of missed targets.", max=0.5)
     ] = ACCEPTED_MISSES,
     as_json: Json = False,
 ) -> None:

@@ -95,18 +95,19 @@ def traffic_of_cluster(state: Mapping[str, Any], model: str | None, rate: float 
     if rate_rps <= 0:
         raise PlanError("no request has arrived there lately; give --rate, the requests per second to plan for")
     lengths = lengths_of(Survival(tuple(map(tuple, known["thresholds"]["fluid"]["survival"]))), forecast)
+    limits = _fields_of(EngineLimits, known["limits"])
     error = forecast["iteration_error_std"]
     warnings = ["prompt lengths are the cluster's mean: /admin/state has no more of them"]
     if forecast["cold"]:
         warnings.append("output lengths are still a prior there: too few requests have finished")
     return Traffic(
-        mix=WorkloadMix.from_lengths(lengths, rate_rps), warnings=tuple(warnings),
+        mix=WorkloadMix.from_lengths(lengths.within(limits.longest_request), rate_rps), warnings=tuple(warnings),
         dispersion=forecast["dispersion"] or 1.0,
         error=IterationTimeError(std=error["value"] or 0.0, correlation=forecast["iteration_error_correlation"] or 0.0),
         targets=Slo(**(known.get("targets") or {})), replicas=len(chosen),
         replica=Replica(
             model=known["model"], time_model=_fields_of(IterationTimeModel, known["time_model"]),
-            limits=_fields_of(EngineLimits, known["limits"]), capacity_rps=forecast["capacity_rps"],
+            limits=limits, capacity_rps=forecast["capacity_rps"],
         ),
     )
 

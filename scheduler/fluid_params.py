@@ -42,7 +42,8 @@ class FluidParams:
     time_model: its iteration-time model. survival: of the output lengths of new requests, in tokens.
     iteration_s: longest iteration (None: no limit). tpot_s: the target per output token. latency_s: the target end to
         end. ttft_s: the target for the first token. first_token_within_s: ttft_s, or less where the latency target
-        leaves less.
+        leaves less. delivery_s: from a token in the engine until its client has it; first_token_within_s is shorter by
+        it, the targets are not.
     kv_limit_tokens: memory that admitted requests may grow into. block_tokens: size of a block of it.
     miss_probability: accepted share of requests that miss a target. overflow_z: standard deviations of that
         growth kept free beside its mean, in memory and in time, so that overflow has a probability of about
@@ -69,6 +70,7 @@ class FluidParams:
     ttft_s: Real | None = None
     latency_s: Real | None = None
     first_token_within_s: Real | None = None
+    delivery_s: Real = 0.0
     miss_probability: Real = ACCEPTED_MISSES
     queue_limit: Count | None = None
     prompt_flow_tokens: Real = 0.0
@@ -91,6 +93,7 @@ class FluidParams:
                 require_number(name, value, allow_zero=False)
         for name in (
             "overflow_z", "prompt_flow_tokens", "capacity_rps", "steady_s", "variability", "miss_probability",
+            "delivery_s",
         ):
             require_number(name, getattr(self, name))
         for name in ("tokens_per_step", "computed_per_step", "pipeline_depth"):

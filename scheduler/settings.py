@@ -47,7 +47,7 @@ class ControllerSettings(BaseModel):
     min_finished: int = Field(default=_DEFAULTS.min_finished, ge=1)
     window_s: float = Field(default=_DEFAULTS.window_s, gt=0, allow_inf_nan=False)
     validity_s: float = Field(default=_DEFAULTS.validity_s, gt=0, allow_inf_nan=False)
-    overflow_probability: float = Field(default=_DEFAULTS.overflow_probability, gt=0, lt=1)
+    overflow_probability: float = Field(default=_DEFAULTS.overflow_probability, gt=0, le=0.5)
 
     @field_validator("profile")
     @classmethod
@@ -78,7 +78,7 @@ class LiveSettings(BaseModel):
     thresholds: Thresholds = Field(default_factory=Thresholds)
     profile: str | None = None
     targets: Slo = NO_SLO
-    overflow_probability: float = Field(default=ACCEPTED_MISSES, gt=0, lt=1)
+    overflow_probability: float = Field(default=ACCEPTED_MISSES, gt=0, le=0.5)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, the inverse of `parse`."""

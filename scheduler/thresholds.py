@@ -86,6 +86,11 @@ class EngineLimits:
         return max(1, min(self.max_num_seqs, self.max_num_batched_tokens // (1 + self.speculative_tokens)))
 
     @property
+    def longest_request(self) -> int:
+        """Most tokens of prompt and output that a request can come to; vLLM keeps one block of the KV cache empty."""
+        return max(1, min(self.max_model_len, self.kv_capacity_tokens - self.block_tokens))
+
+    @property
     def most_running(self) -> int:
         """Most requests that can run at once, with one KV block each (the best case)."""
         return min(self.slots, self.kv_capacity_tokens // self.block_tokens)

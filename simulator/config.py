@@ -83,7 +83,7 @@ class SimulationConfig(_Strict):
     speeds: str = "1"
     declare_lengths: bool | None = None
     give_up_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    overflow_probability: float = Field(default=ACCEPTED_MISSES, gt=0, lt=1)
+    overflow_probability: float = Field(default=ACCEPTED_MISSES, gt=0, le=0.5)
     period_s: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     solve_once: bool = False
     law_error: float = Field(default=0.0, ge=0)

@@ -164,7 +164,7 @@ def _mix(config: SimulationConfig, workload: Workload) -> WorkloadMix:
 
 def _with_longest(config: SimulationConfig) -> Any:
     workload, limits = config.workload, limits_of(config)
-    longest = min(config.max_model_len, limits.kv_capacity_tokens - limits.block_tokens)  # vLLM keeps one block empty
+    longest = limits.longest_request
     most = longest if workload.max_total_tokens is None else min(workload.max_total_tokens, longest)
     return workload.model_copy(update={"max_total_tokens": most})
 

@@ -74,7 +74,7 @@ def bound_of_run(result: PointResult) -> float:
     """The fluid bound for the lengths of the very requests that a run measures, with the prefix hits it had."""
     config = simulation_config(result.options)
     limits, hits = limits_of(config), (result.summary or {}).get("prefix_hit_fraction") or 0.0
-    longest = min(config.max_model_len, limits.kv_capacity_tokens - limits.block_tokens)
+    longest = limits.longest_request
     requests = list(open_workload(config.workload.model_copy(update={"max_total_tokens": longest})).requests())
     measured = window_of(len(requests), config.window)
     lengths = Lengths.from_pairs((r.prompt_tokens, r.output_tokens) for r in requests[measured.start : measured.stop])

@@ -14,7 +14,6 @@ from scheduler.model.accelerators import Accelerator, accelerator_of_device
 from scheduler.model.estimate import CONTEXT_TOKENS, Setup, law
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.language_model import LanguageModel, language_model
-from scheduler.model.weight_format import UnknownModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +39,9 @@ def start_estimate(vllm_config: Any, device_name: str | None = None) -> StartEst
         model = language_model(_config_of(vllm_config.model_config), str(vllm_config.model_config.dtype))
         setup = _setup(vllm_config, model)
         time_model = law(model, device, setup)
-    except (UnknownModel, ValueError) as error:
-        return StartEstimate(None, _MEASURED.format(error))
-    return StartEstimate(time_model, _said(model, device, setup, time_model, vllm_config))
+        return StartEstimate(time_model, _said(model, device, setup, time_model, vllm_config))
+    except Exception as error:  # an engine starts whatever its model's configuration holds
+        return StartEstimate(None, _MEASURED.format(str(error) or type(error).__name__))
 
 
 def this_device() -> str:

@@ -38,7 +38,7 @@ def cold_lengths(longest: int) -> Lengths:
         for marks in (np.exp(shares * math.log(longest)), 1 / (1 - shares))
     )
     prompts, outputs = np.meshgrid(prompt_tokens, output_tokens, indexing="ij")
-    return Lengths(prompts.ravel(), outputs.ravel(), np.ones(prompts.size))
+    return Lengths(prompts.ravel(), outputs.ravel(), np.ones(prompts.size)).within(longest)
 
 
 @dataclass(frozen=True, slots=True)

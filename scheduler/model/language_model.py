@@ -147,13 +147,20 @@ class LanguageModel:
 def language_model(config: Mapping[str, Any], dtype: str | None = None) -> LanguageModel:
     """The shape that a `config.json` describes; of a model that also sees or hears, the language model.
 
-    dtype: that of the weights which are not quantised; None: the config's own.
+    dtype: that of the weights which are not quantised; None: the config's own, as vLLM serves it.
 
     Raises:
         UnknownModel: a `model_type`, quantisation or layer that is not known, or a key that is missing.
     """
     if not isinstance(config, Mapping):
         raise UnknownModel(f"found {type(config).__name__}; a model's config.json is an object")
+    try:
+        return _read(config, dtype)
+    except (AttributeError, LookupError, TypeError, ArithmeticError) as error:  # any JSON may stand there
+        raise UnknownModel(f"a value in the config is of another kind than known ones: {error}; {INSTEAD}") from error
+
+
+def _read(config: Mapping[str, Any], dtype: str | None) -> LanguageModel:
     text = config.get("text_config")
     outer = config
     if isinstance(text, Mapping) and str(text.get("model_type", "")) in _FAMILIES:
@@ -168,7 +175,7 @@ def language_model(config: Mapping[str, Any], dtype: str | None = None) -> Langu
     if narrow != keys["hidden_size"]:
         raise UnknownModel(f"word_embed_proj_dim {narrow} is not the hidden_size; {INSTEAD}")
     positions = (keys.get("max_position_embeddings", keys.config.get("n_positions", 0)) or 0) * keys["hidden_size"]
-    name = str(dtype or keys.config.get("torch_dtype") or "bfloat16")
+    name = dtype or _served(str(keys.config.get("torch_dtype") or "bfloat16"))
     return LanguageModel(
         model_type=keys.model_type, layers=keys["num_hidden_layers"], hidden=keys["hidden_size"], widest=count.widest,
         vocabulary=keys["vocab_size"], heads=keys["num_attention_heads"], kv_heads=count.kv_heads,
@@ -179,6 +186,11 @@ def language_model(config: Mapping[str, Any], dtype: str | None = None) -> Langu
         longest=keys.get("max_position_embeddings", keys.config.get("n_positions", 0)) or 0,
         weights=weight_format(keys.config, name), dtype_bytes=bytes_of_dtype(name),
     )
+
+
+def _served(dtype: str) -> str:
+    """The type in which vLLM serves a checkpoint's weights, where nothing else is asked for: 16 bits for 32."""
+    return "bfloat16" if dtype.removeprefix("torch.") == "float32" else dtype
 
 
 class _Keys:
@@ -260,6 +272,8 @@ class _Counter:
     def _layers_with_experts(self) -> int:
         config, layers = self._keys.config, self._layers
         dense = config.get("mlp_only_layers") or []
+        if not isinstance(dense, list | tuple):
+            raise UnknownModel(f"mlp_only_layers is {dense!r} in the config; it must be a list of layers; {INSTEAD}")
         first, step = int(config.get("first_k_dense_replace") or 0), int(config.get("decoder_sparse_step") or 1)
         every = config.get("moe_layer_freq") or 1
         every = every if isinstance(every, int) else 1
@@ -275,6 +289,8 @@ def _windows(keys: _Keys) -> tuple[int | None, ...]:
         strange = sorted({str(kind) for kind in kinds} - {"full_attention", *_LAYERS_WITH_WINDOW})
         if strange:
             raise UnknownModel(f"layer_types has {strange[0]}, whose cost is not known; {INSTEAD}")
+        if len(kinds) != layers:
+            raise UnknownModel(f"layer_types has {len(kinds)} layers of {layers} in num_hidden_layers; {INSTEAD}")
         return tuple(keys[_LAYERS_WITH_WINDOW[kind]] if kind in _LAYERS_WITH_WINDOW else None for kind in kinds)
     window = config.get("sliding_window")
     if window is None or keys.family.every is None or config.get("use_sliding_window") is False:

@@ -23,14 +23,15 @@ class FullReplica:
     """A replica at capacity: it serves `capacity_rps` requests per second with `running` of them at once.
 
     fixed_share: share of a full iteration's time that does not depend on its batch (0 to 1). admitted_per_iteration:
-    mean requests admitted per iteration. variability: variance of arrivals and work over their mean (Poisson arrivals
-    and exponential work: 1).
+    mean requests admitted per iteration. dispersion: variance over mean of the arrivals (Poisson: 1). variability: the
+    same of arrivals and work together (Poisson arrivals and exponential work: 1).
     """
 
     capacity_rps: float
     running: float
     fixed_share: float
     admitted_per_iteration: float
+    dispersion: float = 1.0
     variability: float = 1.0
 
     def delivered_rps(self, running: float) -> float:
@@ -68,19 +69,20 @@ def waits_longer(replica: FullReplica, rate_rps: float, within_s: NDArray[np.flo
     """P(a request waits longer than `within_s`) below capacity: the share that a burst makes late; 1 at capacity.
 
     In the chain without a limit, π_n of n requests falls geometrically beyond the N that run, by ρ = λ/μ. A request
-    waits with probability P = π_N/(1 − ρ) / Σ π, then longer than t with probability exp(−(μ − λ) t). A variability z
-    other than Poisson's changes both as in the approximations of Hayward, N/z places, and of heavy traffic, t/z.
+    waits with probability P = π_N/(1 − ρ) / Σ π, then longer than t with probability exp(−(μ − λ) t). Arrivals that are
+    no Poisson process, of dispersion D, change P as in Hayward's approximation, N/D places. How much the work of
+    requests varies hardly does: while a place is free, it matters only by its mean. The variability z of both stretches
+    the wait, t/z, as in heavy traffic. Source: Whitt, Approximations for the GI/G/m queue (1993).
     """
     if rate_rps >= replica.capacity_rps:
         return np.ones_like(within_s)
-    spread = max(replica.variability, 1e-3)
-    running = max(1, round(min(replica.running / spread, _MOST_PLACES)))
+    running = max(1, round(min(replica.running / max(replica.dispersion, 1e-3), _MOST_PLACES)))
     occupied = np.arange(running, 0, -1) / running
     delivered_rps = replica.capacity_rps * occupied / (replica.fixed_share + (1 - replica.fixed_share) * occupied)
     with np.errstate(over="ignore"):  # π_n / π_N, downwards from N: too large for a number means that none waits
         total = float(np.cumprod(delivered_rps / rate_rps).sum())
     waiting = 1 / (1 - rate_rps / replica.capacity_rps)
-    left_s = np.maximum(within_s, 0.0) / spread
+    left_s = np.maximum(within_s, 0.0) / max(replica.variability, 1e-3)
     return np.asarray(waiting / (total + waiting) * np.exp(-(replica.capacity_rps - rate_rps) * left_s))
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _BYTES = {
-    "float16": 2.0, "bfloat16": 2.0, "half": 2.0, "float8_e4m3fn": 1.0, "float8_e5m2": 1.0,
-    "float32": 2.0,  # vLLM serves float32 checkpoints in 16 bits
+    "float16": 2.0, "bfloat16": 2.0, "half": 2.0, "float8_e4m3fn": 1.0, "float8_e5m2": 1.0, "float32": 4.0,
 }
 _METHODS = (
     "fp8, fbgemm_fp8, gptq, awq, bitsandbytes, mxfp4, modelopt, compressed-tensors"
@@ -38,7 +37,7 @@ class WeightFormat:
 
 
 def bytes_of_dtype(dtype: str) -> float:
-    """Bytes of a number of that type as vLLM serves it.
+    """Bytes of a number of that type.
 
     Raises:
         UnknownModel: a type that is not known.
@@ -58,12 +57,14 @@ def weight_format(config: Mapping[str, Any], dtype: str) -> WeightFormat:
     given = config.get("quantization_config") or config.get("compression_config")
     if not given:
         return WeightFormat(dtype.removeprefix("torch."), 8 * bytes_of_dtype(dtype))
+    given = _object("quantization_config", given)
     method = str(given.get("quant_method", "")).lower()
     match method:
         case "fp8" | "fbgemm_fp8":
             return WeightFormat("fp8", 8.0, eight_bit_compute=True)
         case "gptq" | "awq" | "gptq_marlin" | "awq_marlin":
-            return _grouped(method, float(given.get("bits", given.get("w_bit", 4))), given.get("group_size", 128))
+            bits = _bits(given, "bits" if "bits" in given else "w_bit", 4)
+            return _grouped(method, bits, given.get("group_size", 128))
         case "bitsandbytes":
             return _grouped("bitsandbytes", 4.0 if given.get("load_in_4bit") else 8.0, 64)
         case "mxfp4":  # a scale of 8 bits for 32 numbers; the published checkpoints keep all but experts as they are
@@ -75,6 +76,19 @@ def weight_format(config: Mapping[str, Any], dtype: str) -> WeightFormat:
     raise UnknownModel(f"quant_method {method!r} is not known; known: {_METHODS}; {INSTEAD}")
 
 
+def _object(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UnknownModel(f"{name} is {value!r}; it must be an object; {INSTEAD}")
+    return value
+
+
+def _bits(given: Mapping[str, Any], name: str, otherwise: float) -> float:
+    value = given.get(name, otherwise)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 64:
+        raise UnknownModel(f"{name} of the quantisation is {value!r}; it must be a number of bits; {INSTEAD}")
+    return float(value)
+
+
 def _grouped(name: str, bits: float, group: Any) -> WeightFormat:
     """Integers with a scale of 16 bits and a zero point of `bits` for each group."""
     size = group if isinstance(group, int) and group > 0 else 4096  # -1: one group a row
@@ -82,7 +96,7 @@ def _grouped(name: str, bits: float, group: Any) -> WeightFormat:
 
 
 def _modelopt(given: Mapping[str, Any]) -> WeightFormat:
-    details = given.get("quantization", given)
+    details = _object("quantization", given.get("quantization", given))
     algorithm = str(details.get("quant_algo", "")).upper()
     kv = 1.0 if "FP8" in str(details.get("kv_cache_quant_algo", "")).upper() else None
     if algorithm == "FP8":
@@ -93,15 +107,16 @@ def _modelopt(given: Mapping[str, Any]) -> WeightFormat:
 
 
 def _compressed_tensors(given: Mapping[str, Any]) -> WeightFormat:
-    groups = [one for one in (given.get("config_groups") or {}).values() if one.get("weights")]
+    every = _object("config_groups", given.get("config_groups") or {})
+    groups = [one for name, of_it in every.items() if (one := _object(name, of_it)).get("weights")]
     if not groups:
         raise UnknownModel(f"compressed-tensors has no config_groups with weights; {INSTEAD}")
-    weights, inputs = groups[0]["weights"], groups[0].get("input_activations") or {}
-    bits = float(weights.get("num_bits", 16))
-    scales = 16.0 / weights["group_size"] if (weights.get("group_size") or 0) > 0 else 0.0
-    scheme = given.get("kv_cache_scheme") or {}
-    kind = "w{:g}a{:g}".format(bits, inputs.get("num_bits", 16))
+    weights = _object("weights", groups[0]["weights"])
+    inputs = _object("input_activations", groups[0].get("input_activations") or {})
+    scheme = _object("kv_cache_scheme", given.get("kv_cache_scheme") or {})
+    bits, input_bits, group = _bits(weights, "num_bits", 16), _bits(inputs, "num_bits", 16), weights.get("group_size")
+    scales = 16.0 / group if isinstance(group, int) and group > 0 else 0.0
     return WeightFormat(
-        f"compressed-tensors {kind}", bits + scales, eight_bit_compute=inputs.get("num_bits", 16) <= 8,
-        kv_bytes=scheme["num_bits"] / 8 if scheme.get("num_bits") else None,
+        f"compressed-tensors w{bits:g}a{input_bits:g}", bits + scales, eight_bit_compute=input_bits <= 8,
+        kv_bytes=_bits(scheme, "num_bits", 8) / 8 if scheme.get("num_bits") else None,
     )

@@ -60,6 +60,16 @@ class Lengths:
         rows = list(pairs)
         return cls(np.array([p for p, _ in rows]), np.array([o for _, o in rows]), np.ones(len(rows)))
 
+    def within(self, longest: int) -> "Lengths":
+        """These lengths where a request has at most `longest` tokens in all, but one of each; longer outputs are cut.
+
+        Estimates pair prompts with outputs that no request has had together; a pair that cannot be must not count.
+        """
+        if self.max_total_tokens <= longest:
+            return self
+        prompts = np.clip(self.prompt_tokens, 1, max(1, longest - 1))
+        return Lengths(prompts, np.clip(self.output_tokens, 1, np.maximum(1, longest - prompts)), self.weights)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Lengths) and self._content == other._content
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import islice
 
@@ -76,12 +77,12 @@ class FirstToken:
             alone_s = min(alone_s, self.params.time_model.iteration_s(float(tokens), *self.decoding))
         return self.under_way_s + max(tokens / self.prompt_tokens_per_s, alone_s)
 
-    def too_late(self, view: QueueView, now_s: float) -> frozenset[str]:
-        """Ids of the requests that can no longer meet their first-token limit; the oldest are checked first."""
-        limit_s = self.params.first_token_limit_s
+    def too_late(self, view: QueueView, now_s: float) -> dict[str, int]:
+        """The requests that can no longer meet their first-token limit, by id with their prompt tokens to compute; the
+        oldest are checked first."""
+        limit_s, late = self.params.first_token_limit_s, dict[str, int]()
         if limit_s is None:
-            return frozenset()
-        late = []
+            return late
         for waiting in view.aged():
             waited_s = now_s - waiting.since_s
             if self.params.cold:
@@ -89,8 +90,8 @@ class FirstToken:
                     break
             elif waited_s + self.own_s(waiting) <= self._limit_s(waiting, limit_s):
                 break
-            late.append(waiting.request_id)
-        return frozenset(late)
+            late[waiting.request_id] = waiting.tokens_to_compute
+        return late
 
     def _limit_s(self, waiting: Waiting, limit_s: float) -> float:
         """Time for the first token; with a declared length and a latency target, less the time for the other tokens."""
@@ -99,22 +100,24 @@ class FirstToken:
             return limit_s
         token_s = params.steady_token_s or params.token_s or self.iteration_s
         rest_s = params.latency_s - (waiting.expected_output_tokens - 1) * token_s
-        return rest_s if params.ttft_s is None else min(params.ttft_s, rest_s)
+        return (rest_s if params.ttft_s is None else min(params.ttft_s, rest_s)) - params.delivery_s
 
     def beyond_limit(
-        self, view: QueueView, now_s: float, *, waiting: int, tokens: int, running: int, free_slots: int
+        self, view: QueueView, now_s: float, *, waiting: int, tokens: int, running: int, free_slots: int,
+        late: Collection[str] = (),
     ) -> int:
         """Number of requests at the tail to reject: beyond the queue limit, or unlikely to meet their target.
 
         waiting, tokens: requests that stay in the queue, and their prompt tokens to compute; running: admitted
-        requests; free_slots: slots that are free now.
+        requests; free_slots: slots that are free now; late: ids of requests that leave the queue anyway.
         """
         params, limit_s = self.params, self.params.first_token_limit_s
         beyond = 0 if params.queue_limit is None else max(0, waiting - params.queue_limit)
         if limit_s is None or params.cold or waiting <= 0:
             return beyond
         free, left = self._free(running, free_slots), waiting
-        for place, request in enumerate(islice(view.tail(), waiting)):
+        staying = (request for request in view.tail() if request.request_id not in late)
+        for place, request in enumerate(islice(staying, waiting)):
             tokens -= request.tokens_to_compute
             left = waiting - place - 1
             if place < beyond:

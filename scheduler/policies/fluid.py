@@ -69,21 +69,22 @@ class Fluid(Policy):
         first = FirstToken.of(admission.fluid, snapshot, room)
         late = first.too_late(view, snapshot.now_s)
         if late and admission.tries_again(snapshot):
-            late -= {next(iter(view.heads())).request_id}
+            late.pop(next(iter(view.heads())).request_id, None)
         admitted, tokens, cached = admission.admitted(view, late, slots, snapshot, room)
         budget = admission.budget(snapshot, room, cached)
         waiting = view.length - len(late) - admitted
+        tokens = max(0, view.tokens_to_compute - sum(late.values()) - tokens)
         beyond = first.beyond_limit(
-            view, snapshot.now_s, waiting=waiting, tokens=view.tokens_to_compute - tokens, running=taken + admitted,
-            free_slots=0 if admission.is_full else slots - admitted,
+            view, snapshot.now_s, waiting=waiting, tokens=tokens, running=taken + admitted,
+            free_slots=0 if admission.is_full else slots - admitted, late=late,
         )
         left = waiting - beyond
-        each = (view.tokens_to_compute - tokens) / waiting if waiting else 0.0
+        each = tokens / waiting if waiting else 0.0
         spare_slots = 0 if admission.is_full else self._spare_slots(snapshot, taken + admitted)
         queue = (left, round(left * each), taken + admitted, spare_slots)
         return Decision(
-            admit={UNKNOWN_TYPE: admitted} if admitted else {}, token_budget=budget, reject=late, reject_last=beyond,
-            drain_s=first.drain_s(view.length),
+            admit={UNKNOWN_TYPE: admitted} if admitted else {}, token_budget=budget, reject=late.keys(),
+            reject_last=beyond, drain_s=first.drain_s(left + admitted),
             room=partial(first.room, *queue) if admission.rejects else None, outlook=partial(first.outlook, *queue),
         )
 

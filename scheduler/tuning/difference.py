@@ -42,6 +42,7 @@ FLUID_TOLERANCES: Mapping[str, Tolerance] = {
     # Derived from estimates of arrivals, which vary most.
     **dict.fromkeys(("prompt_flow_tokens", "capacity_rps", "steady_s", "variability"), _ESTIMATE),
     "first_token_within_s": _ESTIMATE,
+    "delivery_s": Tolerance(_SETTLED, 0.05),
     "queue_limit": Tolerance(_SETTLED, 1.0),
 }
 """For each field of the fluid parameters, the largest insignificant change."""

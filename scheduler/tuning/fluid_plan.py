@@ -100,7 +100,7 @@ def solve_fluid_params(
         time_model=time_model, survival=Survival.of(lengths), kv_limit_tokens=capacity.kv_limit_tokens,
         block_tokens=limits.block_tokens, overflow_z=-float(ndtri(miss_probability)), iteration_s=iteration_s,
         tpot_s=targets.tpot_s, ttft_s=targets.ttft_s, latency_s=targets.latency_s,
-        first_token_within_s=within.first_token_s, miss_probability=miss_probability,
+        first_token_within_s=within.first_token_s, delivery_s=delivery_s, miss_probability=miss_probability,
         prompt_flow_tokens=known_rps * lengths.mean_prompt_tokens * reuse.computed * (iteration_s or 0.0),
         capacity_rps=known_rps, steady_s=steady_s, variability=capacity.decode_share,
         tokens_per_step=steps.tokens, computed_per_step=steps.computed, pipeline_depth=steps.depth,
@@ -313,6 +313,6 @@ class _Capacity:
         return FullReplica(
             capacity_rps=served_rps, running=min(most, float(self._slots), running),
             fixed_share=min(1.0, time_model.shortest_iteration_s / iteration_s),
-            admitted_per_iteration=served_rps * iteration_s,
+            admitted_per_iteration=served_rps * iteration_s, dispersion=dispersion,
             variability=(rate_rps * dispersion + served_rps * work_variation) / (rate_rps + served_rps),
         )

@@ -206,8 +206,10 @@ class ReplicaModel:
 
     @property
     def estimates(self) -> Estimates:
-        """What a plan of `fluid` is made of: what its siblings know with it, else its own."""
-        return self.shared or self._own()
+        """What a plan of `fluid` is made of: what its siblings know with it, else its own; no longer requests than this
+        engine can hold."""
+        known = self.shared or self._own()
+        return replace(known, lengths=known.lengths.within(self._longest))
 
     def _own(self) -> Estimates:
         assert self.telemetry is not None
@@ -296,7 +298,7 @@ class ReplicaModel:
     @property
     def _longest(self) -> int:
         assert self.telemetry is not None
-        return self.telemetry.limits.max_model_len
+        return self.telemetry.limits.longest_request
 
 
 def _guesses(longest: int) -> list[tuple[int, int]]:

@@ -106,7 +106,7 @@ def cold_thresholds(
     """
     if configured.policy != "fluid" or configured.fluid is not None:
         return configured
-    mix = WorkloadMix((RequestType(UNKNOWN_TYPE, LEAST_RATE_RPS, cold_lengths(limits.max_model_len)),))
+    mix = WorkloadMix((RequestType(UNKNOWN_TYPE, LEAST_RATE_RPS, cold_lengths(limits.longest_request)),))
     thresholds, _ = tune_fluid(
         configured, mix, time_model.of_stage(limits.pipeline_depth), limits, targets,
         miss_probability=overflow_probability, error=IterationTimeError.from_mape(PUBLISHED_MAPE), cold=True,
@@ -166,8 +166,8 @@ def mix_by_length(
     """One type per group of declared output lengths, and one for the `unknown` requests without a declaration.
 
     declared: (prompt, output) tokens of the others; their groups are the types "output<=B". finished: the lengths of
-    finished requests, used for the unknown ones. longest: bound on the declared lengths. Raises ValueError when there
-    is no request at all.
+    finished requests, used for the unknown ones. longest: most tokens of prompt and output together. Raises
+    ValueError when there is no request at all.
     """
     arrivals = len(declared) + unknown
     if not arrivals:
@@ -179,13 +179,13 @@ def mix_by_length(
         bound = bounds[min(bisect_left(bounds, output), len(bounds) - 1)]
         groups.setdefault(bound, []).append((prompt, output))
     types = [
-        RequestType(f"output<={bound}", rate_rps * len(pairs) / arrivals, Lengths.from_pairs(pairs))
+        RequestType(f"output<={bound}", rate_rps * len(pairs) / arrivals, Lengths.from_pairs(pairs).within(longest))
         for bound, pairs in sorted(groups.items())
     ]
     if unknown:
         if finished is None:
             raise ValueError("finished is None; requests of unknown length need the lengths of finished ones")
-        types.append(RequestType(UNKNOWN_TYPE, rate_rps * unknown / arrivals, finished))
+        types.append(RequestType(UNKNOWN_TYPE, rate_rps * unknown / arrivals, finished.within(longest)))
     return WorkloadMix(tuple(types))
 
 

@@ -26,6 +26,9 @@ _CHUNK_CHARACTERS = 1 << 16
 _LONGEST_ENTRY_CHARACTERS = 1 << 26
 _LONGEST_MESSAGE = 200
 MOONCAKE_BLOCK_TOKENS = 512
+_PIECES = 2**63
+"""A piece's number is a token's id, of 64 bits with a sign; longer hashes are reduced to that."""
+_LATEST_MS = 1e300
 _BETWEEN_ENTRIES = re.compile(r"[\s,]*")
 
 
@@ -245,7 +248,7 @@ def _mooncake_row(where: str, line: str) -> TraceRow | BadRow:
         prompt_tokens = token_count("input_length", str(entry.get("input_length")))
         output_tokens = token_count("output_length", str(entry.get("output_length")))
         timestamp = entry.get("timestamp")
-        if isinstance(timestamp, bool) or not isinstance(timestamp, int | float) or not math.isfinite(timestamp):
+        if isinstance(timestamp, bool) or not isinstance(timestamp, int | float) or not abs(timestamp) < _LATEST_MS:
             raise ValueError(f"timestamp is {timestamp!r}; it must be a number of milliseconds")
         pieces = _mooncake_pieces(entry.get("hash_ids"), prompt_tokens)
     except ValueError as error:  # JSONDecodeError is one
@@ -262,7 +265,7 @@ def _mooncake_pieces(hash_ids: object, prompt_tokens: int) -> Pieces:
             f"{MOONCAKE_BLOCK_TOKENS} tokens"
         )
     sizes = [MOONCAKE_BLOCK_TOKENS] * blocks + [last_tokens + 1]
-    return tuple(map(Piece, hash_ids, sizes))
+    return tuple(Piece(number % _PIECES, size) for number, size in zip(hash_ids, sizes, strict=True))
 
 
 def _open_sharegpt(path: Path, tokenizer: str | Path | None) -> Trace:

@@ -209,7 +209,7 @@ def test_a_typo_comes_with_every_allowed_key(tmp_path: Path, key: Key, some_allo
         ((*OURS, "controller", "window_s"), float("inf"), "finite"),
         ((*OURS, "controller", "validity_s"), -1, "greater than 0"),
         ((*OURS, "controller", "min_finished"), 0, "greater than or equal to 1"),
-        ((*OURS, "controller", "overflow_probability"), 1, "less than 1"),
+        ((*OURS, "controller", "overflow_probability"), 0.6, "less than or equal to 0.5"),
         ((*OURS, "thresholds", "max_hold_s"), -1, "seconds from 0 to 60"),
         ((*OURS, "thresholds", "max_hold_s"), float("nan"), "seconds from 0 to 60"),
         ((*OURS, "thresholds", "max_running"), 0, "an integer >= 1"),

@@ -240,7 +240,8 @@ def test_a_clean_trace_says_nothing(tmp_path: Path) -> None:
         ((*WORKLOAD, *TIME_MODEL, "--floor", "inf"), ["--floor = inf", "finite"]),
         ((*WORKLOAD, "--d0", "0", *TIME_MODEL[2:]), ["d0_s and floor_s are both 0"]),
         ((*WORKLOAD, "--profile", "a100"), ["profile 'a100'", "a100-llama2-7b-paper"]),
-        ((*WORKLOAD, *TIME_MODEL, "--overflow-probability", "1"), ["overflow_probability is 1.0", "between 0 and 1"]),
+        ((*WORKLOAD, *TIME_MODEL, "--overflow-probability", "0"), ["overflow_probability", "is 0.0"]),
+        ((*WORKLOAD, *TIME_MODEL, "--overflow-probability", "0.6"), ["--overflow-probability", "0.5"]),
         ((*WORKLOAD, *TIME_MODEL, "--segments", "0"), ["--segments", "equal to 1"]),
         ((*WORKLOAD, *TIME_MODEL, "--kv-tokens", "many"), ["--kv-tokens", "integer"]),
         (("--trace", "/nowhere/trace.csv", "--rate", "5", *TIME_MODEL), ["/nowhere/trace.csv", "No such file"]),
@@ -318,10 +319,10 @@ def llama3(tmp_path: Path) -> str:
 
 
 def test_replicas_for_targets_on_a_profile() -> None:
-    plan = planned(*SIZED, "--profile", "a100-llama2-7b")
+    plan = planned("--type", "rate=9.5,prompt=900,output=230", *SIZED[2:], "--profile", "a100-llama2-7b")
     (one,) = plan["sizing"]["candidates"]
     assert plan["sizing"]["targets"] == {"ttft_s": 3.0, "tpot_s": 0.08, "latency_s": None}
-    assert one["replicas"] == 2 and one["now"]["goodput_rps"] == pytest.approx(10)
+    assert one["replicas"] == 2 and one["now"]["goodput_rps"] == pytest.approx(9.5)
     assert one["one_less"]["goodput_rps"] < 6 and one["one_less"]["load"] > 1
     assert one["one_more"]["load"] == pytest.approx(one["now"]["load"] * 2 / 3, rel=1e-6)
     assert (one["binds"], one["limit"]) == ("first token", "time")

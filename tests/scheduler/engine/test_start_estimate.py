@@ -63,10 +63,19 @@ def test_weights_that_are_quantised_at_loading_count_as_such() -> None:
     (LLAMA3, "NVIDIA GeForce RTX 4090", "first iterations are measured: the device 'NVIDIA GeForce RTX 4090' is not"),
     (LLAMA3, "", "the device '' is not a known accelerator"),
     ({"model_type": "mamba2"}, H100, "first iterations are measured: model_type 'mamba2' is not known"),
+    (LLAMA3 | {"quantization_config": {"quant_method": "awq", "bits": None}}, H100, "bits of the quantisation is None"),
+    (LLAMA3 | {"quantization_config": "fp8"}, H100, "quantization_config is 'fp8'"),
 ])
 def test_what_is_not_known_is_no_estimate(config: dict[str, Any], device: str, said: str) -> None:
     found = start_estimate(vllm_config(config), device)
     assert found.time_model is None and said in found.said
+
+
+def test_a_configuration_that_cannot_be_read_ends_no_engine() -> None:
+    broken = vllm_config()
+    broken.parallel_config = None
+    found = start_estimate(broken, H100)
+    assert found.time_model is None and "first iterations are measured: " in found.said
 
 
 ESTIMATE = IterationTimeModel(0.004, 6e-8, 2e-5, 2e-5, 0.008)

@@ -116,5 +116,6 @@ def test_a_guess_of_lengths_rejects_no_request() -> None:
     lengths = cold_lengths(131_072)
     assert [lengths.survival(x) for x in (2, 5, 10)] == pytest.approx([0.45, 0.2, 0.1], abs=0.051)
     assert lengths.mean_output_tokens < 20
-    assert lengths.max_total_tokens <= 2 * 131_072
+    assert lengths.max_total_tokens <= 131_072
+    assert cold_lengths(8).max_total_tokens == 8
     assert cold_lengths(1) == Lengths.point(1, 1)

@@ -107,6 +107,14 @@ def _without(name: str, key: str) -> dict[str, Any]:
     return {k: v for k, v in CONFIGS[name].items() if k != key}
 
 
+def _quantised(given: Any) -> dict[str, Any]:
+    return CONFIGS["llama-2-7b"] | {"quantization_config": given}
+
+
+def _compressed(weights: Any) -> dict[str, Any]:
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
+
+
 @pytest.mark.parametrize(("config", "said"), [
     ({"model_type": "mamba2"}, "model_type 'mamba2' is not known; known: .*llama.*; measure the model"),
     ({}, "model_type '' is not known"),
@@ -119,11 +127,26 @@ def _without(name: str, key: str) -> dict[str, Any]:
     (CONFIGS["llama-2-7b"] | {"quantization_config": {"quant_method": "aqlm"}}, "quant_method 'aqlm' is not known"),
     (CONFIGS["llama-2-7b"] | {"quantization_config": {"quant_method": "compressed-tensors"}}, "no config_groups"),
     (CONFIGS["llama-2-7b"] | {"layer_types": ["linear_attention"] * 32}, "layer_types has linear_attention"),
+    (CONFIGS["llama-2-7b"] | {"layer_types": ["full_attention"] * 31}, "layer_types has 31 layers of 32"),
+    (CONFIGS["llama-2-7b"] | {"layer_types": 32}, "a value in the config is of another kind .*; measure the model"),
+    (_quantised("fp8"), "quantization_config is 'fp8'; it must be an object"),
+    (_quantised({"quant_method": "gptq", "bits": None}), "bits of the quantisation is None; it must be a number"),
+    (_quantised(_compressed({"num_bits": None})), "num_bits of the quantisation is None"),
+    (_quantised(_compressed("int4")), "weights is 'int4'"),
+    (CONFIGS["qwen3-30b-a3b"] | {"mlp_only_layers": 3}, "mlp_only_layers is 3 in the config; it must be a list"),
 ])
 def test_what_cannot_be_read_is_one_sentence_that_says_what_to_do(config: Any, said: str) -> None:
     with pytest.raises(UnknownModel, match=said) as error:
         language_model(config)
     assert "\n" not in str(error.value)
+
+
+def test_weights_of_32_bits_are_served_in_16_unless_32_are_asked_for() -> None:
+    config = CONFIGS["llama-2-7b"]
+    halves = [language_model(config | {"torch_dtype": "float32"}), language_model(config, "torch.bfloat16")]
+    whole = language_model(config, "torch.float32")
+    assert [whole.weight_bytes / model.weight_bytes for model in halves] == [2.0, 2.0]
+    assert whole.dtype_bytes == 4.0 and whole.weights.weight_bits == 32.0
 
 
 def test_known_types_are_named_in_order() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import replace
 
 import numpy as np
@@ -105,11 +106,31 @@ def test_waits_of_a_simulated_chain(rate_rps, running, fixed_share):
 def test_waits_grow_with_load_and_bursts_and_shrink_with_time():
     within_s = np.array([0.0, 1.0, 5.0])
     some, more = waits_longer(REPLICA, 8.0, within_s), waits_longer(REPLICA, 9.5, within_s)
-    bursty = waits_longer(replace(REPLICA, variability=5.0), 8.0, within_s)
+    bursty = waits_longer(replace(REPLICA, dispersion=5.0, variability=3.0), 8.0, within_s)
     assert all(some < more) and all(some < bursty)
     assert all(np.diff(some) < 0)
     assert list(waits_longer(REPLICA, 10.0, within_s)) == [1.0, 1.0, 1.0]
     assert max(waits_longer(replace(REPLICA, running=5000.0), 0.01, within_s)) == 0.0
+
+
+@pytest.mark.parametrize("rate_rps", [7.0, 8.5, 9.5])
+@pytest.mark.parametrize(("long_s", "share"), [(2.0, 0.0), (21.0, 0.05), (201.0, 0.005)])
+def test_work_that_varies_changes_how_long_requests_wait_and_hardly_how_many(rate_rps, long_s, share):
+    """M/G/20, played: all take 2 s, or most take 1 s and a few so much longer that the mean is 2 s."""
+    rng, within_s = np.random.default_rng(5), np.array([0.0, 1.0, 5.0])
+    arrivals = np.cumsum(rng.exponential(1 / rate_rps, 200_000))
+    work_s = np.where(rng.random(arrivals.size) < share, long_s, (2 - share * long_s) / (1 - share))
+    free_s, waits = [0.0] * 20, []
+    for at_s, seconds in zip(arrivals.tolist(), work_s.tolist(), strict=True):
+        begun_s = max(at_s, free_s[0])
+        heapq.heapreplace(free_s, begun_s + seconds)
+        waits.append(begun_s - at_s)
+    variation = float(np.var(work_s)) / 4
+    replica = replace(REPLICA, fixed_share=1.0, variability=(rate_rps + 10 * variation) / (rate_rps + 10))
+    found = waits_longer(replica, rate_rps, within_s)
+    seen = np.array([np.mean(np.array(waits) > t) for t in within_s])
+    assert found[0] == pytest.approx(seen[0], rel=0.15)
+    assert not variation or all(found > 0.85 * seen), "no fewer are foreseen to wait long than do"
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,18 @@ def test_equal_distributions_are_equal():
     assert repr(a).startswith("Lengths(2 pairs, mean_prompt_tokens=2.33333")
 
 
+@modest
+@given(pairs_strategy, st.integers(2, 110))
+def test_no_request_within_a_bound_is_longer_and_what_fits_stays(pairs, longest):
+    cut = Lengths.from_pairs(pairs).within(longest)
+    assert cut.max_total_tokens <= longest
+    prompts = [min(p, longest - 1) for p, _ in pairs]
+    outputs = [min(o, longest - p) for p, (_, o) in zip(prompts, pairs, strict=True)]
+    assert cut.mean_prompt_tokens == pytest.approx(np.mean(prompts))
+    assert cut.mean_output_tokens == pytest.approx(np.mean(outputs))
+    assert (cut == Lengths.from_pairs(pairs)) is all(p + o <= longest for p, o in pairs)
+
+
 def test_arrays_are_read_only_and_normalised():
     lengths = Lengths(np.array([5, 1, 9]), np.array([1, 1, 9]), np.array([3.0, 1.0, 0.0]))
     assert lengths.prompt_tokens.tolist() == [1, 5]

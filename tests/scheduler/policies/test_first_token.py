@@ -84,7 +84,7 @@ def test_slots_bound_how_many_of_the_queue_enter_before_a_request_leaves():
 
 
 def late(*requests, now_s, fluid=PARAMS, backlog=0):
-    return first_token(fluid, backlog=backlog).too_late(queue_of(*requests), now_s)
+    return first_token(fluid, backlog=backlog).too_late(queue_of(*requests), now_s).keys()
 
 
 def at_tail(*requests, fluid=PARAMS, now_s=0.0, running=0, full=False, backlog=0, new=None):
@@ -148,6 +148,13 @@ def test_with_both_targets_the_nearer_one_holds():
     own_s = UNDER_WAY_S + 500 / 10_000
     assert lasts_s(fluid=both, expected_output_tokens=11.0) == pytest.approx(1.0 - own_s, abs=0.002)
     assert lasts_s(fluid=both, expected_output_tokens=109.0) == pytest.approx(6.0 - 108 * 0.05 - own_s, abs=0.002)
+
+
+def test_what_delivery_takes_is_taken_from_the_limit_of_a_declared_length_too():
+    slow = replace(LATENCY, ttft_s=2.0, first_token_within_s=1.5, delivery_s=0.5)
+    own_s = UNDER_WAY_S + 500 / 10_000
+    assert lasts_s(fluid=slow, expected_output_tokens=11.0) == pytest.approx(1.5 - own_s, abs=0.002)
+    assert lasts_s(fluid=slow, expected_output_tokens=91.0) == pytest.approx(5.5 - 90 * 0.05 - own_s, abs=0.002)
 
 
 def test_the_tail_is_held_to_the_declared_length_too():

@@ -33,7 +33,10 @@ def crowd(count: int, stage: int = 50) -> list[RunningRequest]:
 def snapshot(running=(), waiting=(), *, now_s=0.0, backlog=0):
     heads = [Waiting(prompt, since_s, f"w{place}") for place, (prompt, since_s) in enumerate(waiting)]
     aged = sorted(heads, key=lambda each: each.since_s)
-    view = aged and QueueView(len(heads), aged[0].since_s, lambda: iter(heads), lambda: iter(aged))
+    view = aged and QueueView(
+        len(heads), aged[0].since_s, lambda: iter(heads), lambda: iter(aged), lambda: reversed(heads),
+        sum(each.tokens_to_compute for each in heads),
+    )
     views = {UNKNOWN_TYPE: view} if view else {}
     return Snapshot(
         now_s=now_s, waiting=views, released=0, running=RunningBatch(running), prompt_backlog_tokens=backlog,
@@ -160,13 +163,29 @@ def test_late_requests_are_rejected_wherever_the_turn_order_puts_them():
 
 def test_rejections_carry_the_queue_drain_time():
     params = replace(PARAMS, capacity_rps=3.0)
-    assert decide(crowd(170, stage=1), [(500, 0.0)] * 9, fluid=params).drain_s == pytest.approx(3.0)
+    decision = decide(crowd(170, stage=1), [(500, 0.0)] * 9, fluid=params)
+    assert decision.reject_last and decision.drain_s == (9 - decision.reject_last) / 3, "of those that stay"
     assert decide(crowd(170, stage=1), [(500, 0.0)] * 9).drain_s == 0.0  # not known
 
 
 def test_the_tail_beyond_the_queue_limit_is_rejected():
     decision = decide(crowd(170, stage=1), [(500, 0.0)] * 9)
     assert (entering(decision), len(decision.reject), decision.reject_last) == (0, 0, 4)
+
+
+@pytest.mark.parametrize("late", [
+    [(5000, 0.0)] * 5,
+    [(500, 0.0)] * 40,
+])
+@pytest.mark.parametrize("last", [True, False])
+def test_requests_that_are_rejected_as_late_make_no_other_late(late, last):
+    """Wherever they stand: at the tail by their priority, or in front after a stall."""
+    params, good = replace(PARAMS, queue_limit=None, capacity_rps=20.0), [(100, 2.5)] * 6
+    alone = decide(crowd(170, stage=1), good, fluid=params, now_s=2.6)
+    decision = decide(crowd(170, stage=1), [*good, *late] if last else [*late, *good], fluid=params, now_s=2.6)
+    assert (len(decision.reject), decision.reject_last, entering(decision)) == (len(late), 0, 0)
+    assert (decision.drain_s, decision.room()) == (alone.drain_s, alone.room())
+    assert decision.outlook(0, False) == alone.outlook(0, False)
 
 
 def test_without_targets_no_request_is_rejected_and_no_budget_is_set():

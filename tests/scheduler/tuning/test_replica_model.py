@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from synthetic_engine import LIMITS, PAPER, SyntheticEngine
 
 from scheduler.fluid_params import FluidParams
-from scheduler.messages import Apply, Delivered
+from scheduler.messages import Apply, Delivered, RunningLengths
 from scheduler.model.fluid import solve_fluid
 from scheduler.model.iteration_time import IterationTimeModel
 from scheduler.model.wait_thresholds import WaitSolution, running_cap, wait_thresholds
@@ -457,7 +457,7 @@ CHANGED: dict[str, Any] = {
     "time_model": replace(PARAMS.time_model, d2_s_per_prefill_token=2e-4),
     "survival": Survival(((0, 1.0), (50, 1.0), (51, 0.0))),
     "kv_limit_tokens": 99_984, "block_tokens": 32, "overflow_z": 1.64, "miss_probability": 0.05, "iteration_s": 0.054,
-    "tpot_s": 0.06, "ttft_s": 2.1, "latency_s": 30.0, "first_token_within_s": 1.5, "queue_limit": 23,
+    "tpot_s": 0.06, "ttft_s": 2.1, "latency_s": 30.0, "first_token_within_s": 1.5, "delivery_s": 0.2, "queue_limit": 23,
     "prompt_flow_tokens": 230.0, "capacity_rps": 2.0, "steady_s": 0.03, "variability": 1.2, "tokens_per_step": 1.2,
     "computed_per_step": 1.2, "pipeline_depth": 2, "cold": True,
 }
@@ -488,6 +488,43 @@ def test_the_time_model_matters_without_a_planned_iteration_time_too(field: str)
     time_model = replace(params.time_model, **{field: 3 * getattr(params.time_model, field)})
     new, old = (Thresholds(policy="fluid", fluid=one) for one in (replace(params, time_model=time_model), params))
     assert materially_different(new, old)
+
+
+# Lengths that no request can have.
+
+
+@pytest.mark.parametrize("digested", [False, True])
+@pytest.mark.parametrize(("unfinished", "lengths"), [
+    ((2500, 2400), [(58, 147)]),
+    ((4000, 0), [(58, 147), (58, 2500)]),
+], ids=["a long answer goes on", "a class of prompts without an answer yet"])
+def test_an_estimate_that_no_engine_could_hold_does_not_make_its_capacity_nothing(
+    unfinished: tuple[int, int], lengths: list[tuple[int, int]], digested: bool
+) -> None:
+    """Twice its age, or with the answers of other prompts, it would be longer than the context and the KV cache."""
+    configured = Thresholds(policy="fluid")
+    engine = SyntheticEngine(configured, replace(LIMITS, kv_capacity_tokens=6000))
+    model = model_of(configured, targets=Slo(ttft_s=3.0, tpot_s=0.08))
+    engine.traffic(lengths, every_s=0.25, seconds=30)
+    engine.arrive(unfinished[0])
+    report = replace(engine.report(), running=(RunningLengths(*unfinished),))
+    model.observe(report)
+    if digested:
+        digest, model = model.digest(), model_of(configured, targets=Slo(ttft_s=3.0, tpot_s=0.08))
+        model.observe(replace(report, digest=digest, iterations=(), arrivals=(), finished=(), running=()))
+    proposal = model.propose()
+    assert proposal.thresholds.fluid is not None and proposal.thresholds.fluid.capacity_rps > 0.2
+    assert model.estimates.lengths.max_total_tokens <= 4096
+    assert "exceeds the KV capacity" not in str(proposal.equilibrium)
+
+
+def test_declared_lengths_that_do_not_fit_are_planned_for_as_what_they_can_come_to() -> None:
+    engine, model = SyntheticEngine(WAIT, replace(LIMITS, kv_capacity_tokens=6000)), model_of(WAIT)
+    engine.traffic([(58, 147)], every_s=0.25, seconds=30, declared=True)
+    engine.arrive(2500, declared=10**9)
+    model.observe(engine.report())
+    proposal = model.propose()
+    assert proposal.equilibrium is not None and proposal.equilibrium.critical_rate_scale > 0
 
 
 # What clients got, as the replica saw it leave.
@@ -542,6 +579,7 @@ def test_first_tokens_are_due_as_much_earlier_as_they_take_to_leave(delay_s: flo
     more = [Delivered(seq, delay_s, None) for seq in range(300, 401)]
     params = params_after(engine, model, more)
     assert (params.first_token_limit_s, params.ttft_s) == (pytest.approx(left_s), 2.0)
+    assert params.delivery_s == pytest.approx(2.0 - left_s)
 
 
 def test_a_change_of_speed_does_not_make_the_margin_forget() -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from scheduler.estimation.iteration_time_error import PUBLISHED_MAPE, IterationTimeError
@@ -19,6 +20,8 @@ from scheduler.tuning.replicas_needed import replicas_needed
 from scheduler.tuning.slo import NO_SLO, Slo
 
 A100 = load_profile("a100-llama2-7b").time_model
+H100 = IterationTimeModel(0.002, 5e-8, 3.3e-5, 3.3e-5, 0.0065)
+"""About that of a model of 8 billion parameters."""
 LIMITS = EngineLimits(
     kv_capacity_tokens=137_000, block_tokens=16, max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=4096
 )
@@ -77,6 +80,19 @@ def test_a_short_first_token_target_leaves_capacity_unused() -> None:
 def test_burstier_arrivals_need_more() -> None:
     calm, bursty = (replicas_needed(planner(CHAT, Slo(2, 0.08), dispersion=d), 40.0) for d in (1.0, 10.0))
     assert calm.replicas is not None and bursty.replicas is not None and bursty.replicas > calm.replicas
+
+
+def test_one_long_answer_among_hundreds_costs_what_it_takes_of_the_capacity() -> None:
+    rng = np.random.default_rng(1)
+    prompts, outputs = (rng.lognormal(np.log(mean), spread, 500) for mean, spread in ((800, 0.8), (300, 1.2)))
+    usual = [(max(1, round(p)), max(1, round(o))) for p, o in zip(prompts, outputs, strict=True)]
+    limits = replace(LIMITS, kv_capacity_tokens=420_000)
+    alike, mixed = (
+        planner(Lengths.from_pairs(pairs), Slo(5, 0.05), limits, law=H100)
+        for pairs in (usual, [*usual, (2000, 20_000)])
+    )
+    shares = [replicas_needed(plan_at, 10.0).most_rps / plan_at(1.0).capacity_rps for plan_at in (alike, mixed)]
+    assert min(shares) > 0.85, shares
 
 
 @pytest.mark.parametrize(("lengths", "targets", "limits", "said"), [

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from replicas.prompt_blocks import BLOCK_TOKENS, blocks_of
 from simulator.config import simulation_config
 from simulator.output.run_files import read_run
 from simulator.run import simulate
@@ -72,6 +73,17 @@ def test_a_mooncake_trace_tells_what_its_prompts_share(mooncake):
     ]
 
 
+def test_hashes_of_64_bits_and_more_tell_what_prompts_share_as_well(mooncake):
+    """As block hashes are: a router packs them as token ids."""
+    wide = [2**64 - 1, 2**64 - 2, 2**200 + 3]
+    first, second = open_trace(mooncake(line(0, 1100, 5, wide), line(1, 513, 5, [wide[0], 2**63 + 1]))).rows()
+    numbers = [piece.number for row in (first, second) for piece in row.pieces]
+    assert len(set(numbers)) == 4 and numbers[0] == numbers[3]
+    ids = [prompt_token_ids(row.pieces, row.prompt_tokens, 0) for row in (first, second)]
+    one, other = (blocks_of(of_prompt, BLOCK_TOKENS) for of_prompt in ids)
+    assert one[:8] == other[:8] and one[8:] != other[8:]
+
+
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
@@ -83,6 +95,7 @@ def test_a_mooncake_trace_tells_what_its_prompts_share(mooncake):
         (line(0, 10, True, [1]), "output_length is 'True'"),
         (line("soon", 10, 5, [1]), "timestamp is 'soon'; it must be a number of milliseconds"),
         (line(float("inf"), 10, 5, [1]), "timestamp is inf"),
+        (line(10**400, 10, 5, [1]), "timestamp is 10000"),
         ("[1]\n", "it is no JSON object"),
         ('{"timestamp"\n', "Expecting ':'"),
     ],
