@@ -20,6 +20,7 @@ from cluster.llm_entry import WITHOUT_ENGINE, LLMEntry
 from cluster.ports import LOCALHOST
 from cluster.ray_environment import prepare
 from cluster.settings import PROFILE_MISSING, HeadraceSettings, ModelSettings, Strict, overridden
+from router.limits import FOR_ALL
 from scheduler.config_errors import Complaint, UsageError, complaints, describe, described
 from scheduler.model.accelerators import is_known_to_ray_as
 from scheduler.model.profiles import load_profile
@@ -79,6 +80,8 @@ class AppConfig(Strict):
 
     def _resolve(self) -> Iterator[Complaint]:
         self._settings.clear()  # pydantic checks an object again that is validated again
+        wrong = self.headrace.limits.wrong_holders(tenant.name for tenant in self.headrace.tenants)
+        yield from (Complaint(("headrace", "limits", "keys", name), why) for name, why in wrong.items())
         profiles_missing = False
         for number, entry in enumerate(self.llm_configs):
             place = ("llm_configs", number)
@@ -88,6 +91,9 @@ class AppConfig(Strict):
                     entry.model_id,
                 )
                 continue
+            for name in sorted(FOR_ALL & entry.headrace.limits.model_fields_set):
+                said = "this limit is for all models; it goes into the headrace beside llm_configs"
+                yield Complaint((*place, "headrace", "limits", name), said)
             try:
                 settings = ModelSettings.model_validate(overridden(self.headrace.given, entry.headrace.given))
             except ValidationError as error:  # each alone is right, but not both together

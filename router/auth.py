@@ -28,6 +28,9 @@ OPERATOR, ANONYMOUS = "operator", "anonymous"
 _FILE_KEPT_S = 1.0
 _NO_KEY = "none"
 """The digest of a key that is named and missing: no key has it."""
+_SEEN: set[str] = set()
+"""Files of keys that this process has found: without such a file the digest sent at deployment holds no longer. It is
+for a process that never finds the file, on another machine than the one that deployed."""
 
 
 class Holder(NamedTuple):
@@ -50,10 +53,11 @@ class _Source:
         return self._variable or "HEADRACE_FILE_" + hashlib.sha256(str(self._file).encode()).hexdigest()[:12].upper()
 
     def digest(self) -> str:
-        """The SHA-256 of the key in hex; "" if there is none; a file that cannot be read has a key that none matches.
-        """
+        """The SHA-256 of the key in hex; "" if there is none; a file that cannot be read, or that has been here and is
+        gone, has a key that none matches."""
         file = self._file or os.environ.get(self._file_variable or "")
-        if file and Path(file).exists():
+        if file and (file in _SEEN or _exists(file)):
+            _SEEN.add(file)
             return self._digest_of(file)
         if sent := os.environ.get(self._sent):  # newer than a variable that the node was started with
             return sent
@@ -77,6 +81,13 @@ class _Source:
         return digest
 
 
+def _exists(file: str) -> bool:
+    try:
+        return Path(file).exists()
+    except OSError:  # in a folder that this process may not look into
+        return False
+
+
 def operators_key() -> _Source:
     """The operator's key."""
     return _Source(API_KEY_VARIABLE, API_KEY_FILE_VARIABLE)
@@ -93,6 +104,11 @@ class Keyring:
     def is_open(self) -> bool:
         """Whether every request passes, since there is no key and no tenant."""
         return not self._tenants and not self._operator.digest()
+
+    @property
+    def tenants(self) -> list[str]:
+        """The names of the tenants."""
+        return [tenant.name for tenant, _ in self._tenants]
 
     def digests(self) -> dict[str, str]:
         """The digests of all keys, as environment variables for a process elsewhere that must know the keys."""

@@ -1,14 +1,17 @@
 """The outermost layer of the ingress: what a request must pass before an endpoint sees it. Plain ASGI, no Ray.
 
-In this order, the cheapest first: size of the headers, API key, requests under way, room at the replicas, the body
-with its size, pace and form, what it asks for, and rates. A refusal is answered at once, and nothing of it is logged.
+In this order, the cheapest first: the path's characters, size of the headers, API key, requests under way, room at the
+replicas, the body with its size, pace and form, what it asks for, and rates. A refusal is answered at once, and nothing
+of it is logged.
 """
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -22,17 +25,21 @@ from router.key_usage import KeyUsage
 from router.limits import NO_OTHERS, Limits
 from router.outcomes import Outcomes, Watched
 from router.refusal import Refusal
-from router.request_body import Demand, Disconnected, asked_for, parse, read_body, require_json
+from router.request_body import Demand, Disconnected, apart, asked_for, parse, read_body, require_json
 from router.tenants import TenantConfig
 from scheduler.metrics import UNKNOWN
 
 ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
-GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
+_CHAT = "/v1/chat/completions"
+GENERATING = frozenset({_CHAT, "/v1/completions"})
 _FORMS = frozenset({"/v1/audio/transcriptions"})
 _OPEN = frozenset({"/healthz", "/readyz", DASHBOARD})
 """Paths without a key, beside the files of the dashboard, which hold no data; /admin asks for the operator's, all
 others for a user's, known or not."""
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""In no path of ours. Starlette's routes also match a path with a line feed at its end, which is not in the sets above.
+"""
 
 
 class Desk:
@@ -96,6 +103,9 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if _CONTROL.search(scope["path"]):
+            await Refusal(404, "the path has a control character; there is no such path").send(send)
+            return
         origins = self._desk().limits.cors_origins
         if origins and get_route_path(scope).startswith("/v1/"):
             if self._cors[0] != origins:
@@ -141,7 +151,7 @@ class Gate:
         if scope["method"] in _WITH_BODY:
             body = await read_body(headers, receive, desk.limits)
             require_json(headers)
-            parse(body, desk.limits)
+            await apart(body, partial(parse, body, desk.limits))
             receive = replayed(body, receive)
         await self._app(scope, receive, send)
 
@@ -186,7 +196,7 @@ class _Visit:
         if model is not None:
             self._require_room(model, 1)  # before the body: with one model nothing of it needs to be known
         body = await read_body(self.headers, receive, desk.limits)
-        asked, model = self._checked(body)
+        asked, model = await apart(body, partial(self._checked, body))
         desk.usage.take(holder, desk.limits.of_key(holder), asked.tokens, self._request_id)
         if model is None:
             await app(self.scope, replayed(body, receive), send)
@@ -221,7 +231,8 @@ class _Visit:
             return Demand(), None
         name = found.get("model")
         model = self.desk.model_of(name if isinstance(name, str) else None)
-        return asked_for(found, self.desk.limits_of(model)), self._of_model(model)
+        demand = asked_for(found, self.desk.limits_of(model), is_chat=self.path == _CHAT)
+        return demand, self._of_model(model)
 
     def _of_model(self, model: str | None) -> str | None:
         self.watched.model = model or UNKNOWN

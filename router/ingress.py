@@ -57,6 +57,7 @@ from router.in_flight import InFlight
 from router.limits import DEFAULT_LIMITS, MAX_WAIT_S, NO_OTHERS, Limits
 from router.live_settings import Judge, SettingsOffice, SettingsUpdate, changes, check_fits, settings_event
 from router.outcomes import Outcomes
+from router.output_bound import bound_output
 from router.pins import NOT_KEPT, KeptPin, kept_pins
 from router.replica_watch import ReplicaWatch, readiness
 from router.rotation import ROTATION
@@ -163,7 +164,7 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
             self._untold.set()
 
     def _apply_here(self, settings: Mapping[str, Settings]) -> None:
-        """Tenants and limits of this ingress. What belongs to no model has the limits of the first."""
+        """Tenants and limits of this ingress. Limits for all are the same in every model's settings."""
         limits = {name: Limits.model_validate(one.get("limits", {})) for name, one in settings.items()}
         self.desk.change(self._tenants, next(iter(limits.values()), DEFAULT_LIMITS), limits)
 
@@ -203,14 +204,15 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
     ) -> AsyncGenerator[Any, None]:
         with self._in_flight.request(str(getattr(body, "request_id", ""))):
             move_declared_length(body)
+            model = self.desk.model_of(body.model)
+            bound_output(body, self.desk.limits_of(model).max_tokens)
             tenant = getattr(raw_request.state, "tenant", None) if raw_request is not None else None
             sign(body, tenant, self.desk.turned_away(body.model))
             if raw_request is not None:
                 raw_request.state.is_valid = True
             send = partial(super()._get_response, body=body, call_method=call_method, raw_request=raw_request)
             request_id = _get_serve_request_context()._internal_request_id
-            settings = self._office.settings.get(self.desk.model_of(body.model) or "", {})
-            most_wait_s = settings.get("max_wait_s", MAX_WAIT_S)
+            most_wait_s = self._office.settings.get(model or "", {}).get("max_wait_s", MAX_WAIT_S)
             async with aclosing(self._attempts.answer(send, request_id, most_wait_s)) as chunks:
                 async for chunk in chunks:
                     yield chunk
@@ -309,7 +311,7 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
         """Change settings of one model or all; they are checked as a configuration file is before any is changed."""
         engines = await self._engines()
         try:
-            planned = self._office.planned(body)
+            planned = self._office.planned(body, self.desk.keys.tenants)
             check_fits(planned, engines, await ask_all(engines, _without_records) if planned else {})
         except AdminError as error:
             return refused(error.status_code, str(error))

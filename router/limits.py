@@ -6,10 +6,13 @@ for itself and allows an equal share of a key's limits, so that together they al
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_serializer
+
+from router.auth import ANONYMOUS, OPERATOR
+from scheduler.config_errors import did_you_mean
 
 MIB = 1024 * 1024
 MAX_WAIT_S = 600.0
@@ -19,7 +22,7 @@ _Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
 
 class KeyLimits(BaseModel):
-    """Of one key; None: no limit.
+    """Of one key; None: no limit. Below `keys`, what is left out is as for all keys.
 
     concurrent_requests: requests under way at once. requests_per_minute: requests, of which a whole minute's may come
     at once.
@@ -39,7 +42,8 @@ class Limits(KeyLimits):
 
     Of these, choices and max_tokens, prompt_tokens and front_door may differ by model; the others are for all.
 
-    choices: most answers to one request, `n` times the number of prompts. max_tokens: most output tokens of a choice.
+    choices: most answers to one request, `n` times the number of prompts. max_tokens: most output tokens of a choice,
+    also where a request states none.
     prompt_tokens: most tokens of prompts given as token ids (text is bounded by body_bytes, and by the engine's
     max_model_len). body_bytes: largest body, as received. header_bytes: largest headers, as received.
     json_depth: most nested objects and arrays. body_s: longest time for the whole body; chunk_s: longest time between
@@ -62,9 +66,29 @@ class Limits(KeyLimits):
     front_door: bool = True
 
     def of_key(self, holder: str) -> KeyLimits:
-        """The limits of one key, by its holder's name."""
-        return self.keys.get(holder, self)
+        """The limits of one key, by its holder's name: its own, and the general ones where it has none."""
+        own = self.keys.get(holder)
+        if own is None:
+            return self
+        return own.model_copy(
+            update={name: getattr(self, name) for name in KeyLimits.model_fields.keys() - own.model_fields_set}
+        )
+
+    def wrong_holders(self, tenants: Iterable[str]) -> dict[str, str]:
+        """Names in `keys` that no key has, and what is wrong with each. tenants: the names of all."""
+        known = [*tenants, OPERATOR, ANONYMOUS]
+        return {
+            name: f"no tenant has this name; allowed here: {', '.join(known)}{did_you_mean(name, known)}"
+            for name in self.keys if name not in known
+        }
+
+    @field_serializer("keys")
+    def _only_what_is_given(self, keys: Mapping[str, KeyLimits]) -> dict[str, Any]:
+        """Also where it is a default, which is not the general limit."""
+        return {name: limits.model_dump(exclude_unset=True) for name, limits in keys.items()}
 
 
+FOR_ALL = Limits.model_fields.keys() - {"choices", "max_tokens", "prompt_tokens", "front_door"}
+"""Limits that no model has of its own: they are checked before the model is known, or counted for a key."""
 DEFAULT_LIMITS = Limits()
 NO_OTHERS: Mapping[str, Limits] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
@@ -15,6 +15,7 @@ from replicas.ranks import EngineAddress
 from replicas.store import Store
 from router.admin import AdminError
 from router.authors import Name, Reason
+from router.limits import FOR_ALL, Limits
 from scheduler.messages import Telemetry
 
 _LONGEST_SAID = 200
@@ -78,8 +79,8 @@ class SettingsOffice:
             self.settings = wanted
             self._follow(wanted)
 
-    def planned(self, update: SettingsUpdate) -> dict[str, dict[str, Any]]:
-        """The new settings of each model that an update changes.
+    def planned(self, update: SettingsUpdate, tenants: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+        """The new settings of each model that an update changes. tenants: names that limits of keys may have.
 
         Raises:
             AdminError: 404 for an unknown model, 400 for settings that may not be.
@@ -93,7 +94,9 @@ class SettingsOffice:
                 new = self._judge.changed(model_id, self.settings[model_id], update.settings)
             except ValueError as error:
                 raise AdminError(400, f"model {model_id}: {error}") from error
-            if changes(self.complete(model_id), self._judge.complete(new)):
+            changed = changes(self.complete(model_id), self._judge.complete(new))
+            if changed:
+                _check_limits(model_id, update, new, changed, tenants)
                 planned[model_id] = new
         return planned
 
@@ -149,6 +152,21 @@ def changes(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
             found |= changes(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
         return found
     return {} if old == new else {path: (old, new)}
+
+
+def _check_limits(
+    model_id: str, update: SettingsUpdate, new: Settings, changed: Iterable[str], tenants: Sequence[str]
+) -> None:
+    """Check the limits that no model has of its own: they change for all, and those of keys are somebody's."""
+    parts = (f"{path}.".split(".") for path in changed)
+    for_all = {name for head, name, *_ in parts if head == "limits" and name in FOR_ALL}
+    if for_all and update.model is not None:
+        raise AdminError(
+            400, f"model {model_id}: limits.{min(for_all)} is for all models; change it without naming a model"
+        )
+    if "keys" in for_all:
+        for name, why in Limits.model_validate(new.get("limits", {})).wrong_holders(tenants).items():
+            raise AdminError(400, f"limits.keys.{name[:_LONGEST_SAID]}: {why}")
 
 
 def settings_event(model_id: str, changed: Mapping[str, tuple[Any, Any]], author: Mapping[str, Any]) -> dict[str, Any]:

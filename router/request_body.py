@@ -9,19 +9,27 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from itertools import chain, islice
+from typing import Any, TypeVar
 
 from pydantic_core import from_json
 
 from replicas.prompt_blocks import CHARACTERS_PER_TOKEN
 from router.limits import Limits
+from router.output_bound import DEFAULT_OF_A_COMPLETION, stated_output
 from router.refusal import Refusal
 
 _USUAL_OUTPUT_TOKENS = 256
-"""Counted for a choice without `max_tokens`."""
+"""Counted for a choice of a chat that states no number, where there is no limit."""
+_AT_ONCE_BYTES = 64 * 1024
+"""In a body of this size everything is found within some milliseconds."""
+_LARGE_BODIES = ThreadPoolExecutor(1, "large-bodies")
+"""One thread: large bodies wait for each other, and the event loop shares the interpreter with one of them only."""
+_Found = TypeVar("_Found")
 _LARGE = re.compile(rb"\d{19}|\d[eE]\+?\d{3}")
 """Only a body with such digits can have a number that does not fit 64 bits."""
 _MOST = 2**63
@@ -82,6 +90,13 @@ def _too_large(limits: Limits) -> Refusal:
     )
 
 
+async def apart(body: bytes, work: Callable[[], _Found]) -> _Found:
+    """What `work` finds in a body; a large one has it done beside the event loop, which goes on with other requests."""
+    if len(body) <= _AT_ONCE_BYTES:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_LARGE_BODIES, work)
+
+
 def require_json(headers: Mapping[bytes, bytes]) -> None:
     """415 unless the content type is JSON."""
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
@@ -113,13 +128,25 @@ def _without_input(error: str) -> str:
     return error.replace("recursion limit exceeded", "it is nested too deeply")[:100]
 
 
+def _levels(found: Any) -> Iterator[list[Any]]:
+    """All values of a JSON text from the outermost inwards, those of one depth together.
+
+    Whole lists at a time: a body may have millions of values.
+    """
+    level = [found]
+    while level:
+        yield level
+        kinds = set(map(type, level))
+        lists = [one for one in level if type(one) is list] if list in kinds else []
+        objects = [one for one in level if type(one) is dict] if dict in kinds else []
+        level = [*chain.from_iterable(lists), *chain.from_iterable(map(dict.values, objects))]
+
+
 def _require_shallow(found: Any, most: int) -> None:
-    level: list[Any] = [found]
-    for _ in range(most):
-        level = [child for parent in level for child in _children(parent) if type(child) in (dict, list)]
-        if not level:
-            return
-    raise Refusal(400, f"the body is nested too deeply; allowed: {most} objects and arrays within each other")
+    for level in islice(_levels(found), most, None):
+        if not {list, dict}.isdisjoint(map(type, level)):
+            raise Refusal(400, f"the body is nested too deeply; allowed: {most} objects and arrays within each other")
+        return
 
 
 def _require_shallow_text(found: Any, path: tuple[str, ...], most: int) -> None:
@@ -135,32 +162,21 @@ def _require_shallow_text(found: Any, path: tuple[str, ...], most: int) -> None:
     _require_shallow([schema], most)
 
 
-def _children(parent: Any) -> Iterable[Any]:
-    return parent.values() if type(parent) is dict else parent
-
-
 def _require_small_numbers(found: Any) -> None:
-    level: list[Any] = [found]
-    while level:
-        deeper: list[Any] = []
-        for parent in level:
-            for child in _children(parent):
-                if type(child) in (dict, list):
-                    deeper.append(child)
-                elif (type(child) is int and not -_MOST <= child < _MOST) or (
-                    type(child) is float and not math.isfinite(child)
-                ):
-                    raise Refusal(400, "a number in the body is out of range; allowed: numbers that fit 64 bits")
-        level = deeper
+    for level in _levels(found):
+        for one in level:
+            if (type(one) is int and not -_MOST <= one < _MOST) or (type(one) is float and not math.isfinite(one)):
+                raise Refusal(400, "a number in the body is out of range; allowed: numbers that fit 64 bits")
 
 
-def asked_for(found: Mapping[str, Any], limits: Limits) -> Demand:
-    """What a request to generate asks for.
+def asked_for(found: Mapping[str, Any], limits: Limits, *, is_chat: bool) -> Demand:
+    """What a request to generate asks for, by the fields that vLLM reads: of a chat its messages, of a completion its
+    prompts.
 
     Raises:
         Refusal: 400, more than the limits allow.
     """
-    prompts, prompt_tokens = _prompts(found.get("prompt"))
+    prompts, prompt_tokens = (1, 0) if is_chat else _prompts(found.get("prompt"))
     choices = _whole(found.get("n")) or 1
     requests = max(1, prompts) * max(1, choices)
     if requests > limits.choices:
@@ -168,13 +184,21 @@ def asked_for(found: Mapping[str, Any], limits: Limits) -> Demand:
             400, f"n = {choices} for {prompts} prompt{'s' * (prompts != 1)} makes {requests} choices; "
             f"allowed: {limits.choices} in one request",
         )
-    most = _whole(found.get("max_completion_tokens")) or _whole(found.get("max_tokens"))
+    most = _whole(stated_output(found, is_chat=is_chat))
     if limits.max_tokens is not None and most is not None and most > limits.max_tokens:
         raise Refusal(400, f"max_tokens = {most} is not allowed; allowed: at most {limits.max_tokens}")
     if limits.prompt_tokens is not None and prompt_tokens > limits.prompt_tokens:
         raise Refusal(400, f"a prompt has {prompt_tokens} tokens; allowed: at most {limits.prompt_tokens}")
-    outputs = requests * max(0, _USUAL_OUTPUT_TOKENS if most is None else most)
-    return Demand(requests, _text_tokens(found) * choices + outputs)
+    outputs = requests * max(0, _unstated(limits, is_chat=is_chat) if most is None else most)
+    text = _tokens_of_messages(found.get("messages")) if is_chat else _tokens_of_prompt(found.get("prompt"))
+    return Demand(requests, text * choices + outputs)
+
+
+def _unstated(limits: Limits, *, is_chat: bool) -> int:
+    """Output tokens counted for a choice of a request that states no number: the limit where it is written in."""
+    if is_chat:
+        return limits.max_tokens or _USUAL_OUTPUT_TOKENS
+    return min(DEFAULT_OF_A_COMPLETION, limits.max_tokens or DEFAULT_OF_A_COMPLETION)
 
 
 def _prompts(prompt: Any) -> tuple[int, int]:
@@ -186,21 +210,19 @@ def _prompts(prompt: Any) -> tuple[int, int]:
     return len(prompt), max((len(one) for one in prompt if isinstance(one, list)), default=0)
 
 
-def _text_tokens(found: Mapping[str, Any]) -> int:
-    """Prompt tokens: ids counted, text estimated by its length."""
-    prompt = found.get("prompt", found.get("messages"))
-    level, tokens, characters = [prompt], 0, 0
-    while level:
-        deeper: list[Any] = []
-        for one in level:
-            if isinstance(one, str):
-                characters += len(one)
-            elif isinstance(one, dict | list):
-                deeper.extend(_children(one))
-            elif type(one) is int:
-                tokens += 1
-        level = deeper
-    return tokens + characters // CHARACTERS_PER_TOKEN
+def _tokens_of_prompt(prompt: Any) -> int:
+    """Of all prompts of a completion: ids counted, whatever vLLM reads as one; text estimated by its length."""
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    if prompts and type(prompts[0]) is int:
+        return len(prompts)
+    ids = sum(len(one) for one in prompts if isinstance(one, list))
+    return ids + sum(len(one) for one in prompts if isinstance(one, str)) // CHARACTERS_PER_TOKEN
+
+
+def _tokens_of_messages(messages: Any) -> int:
+    """Of a chat: all its text, estimated by its length."""
+    characters = sum(len(one) for level in _levels(messages) for one in level if type(one) is str)
+    return characters // CHARACTERS_PER_TOKEN
 
 
 def _whole(value: Any) -> int | None:

@@ -41,7 +41,7 @@ EVERYTHING: Values = {
             },
             "headrace": {
                 "thresholds": {"policy": "fcfs"}, "targets": {"tpot_s": None, "latency_s": 20.5}, "drain_s": 30,
-                "max_wait_s": None, "limits": {"keys": {"red": {"tokens_per_minute": 100000}}, "choices": 4},
+                "max_wait_s": None, "limits": {"max_tokens": 500, "choices": 4},
                 "controller": {"profile": "a100-llama2-7b", "window_s": 60.0}, "scheduler": "own_policy.OwnScheduler",
             },
         },
@@ -64,7 +64,8 @@ EVERYTHING: Values = {
         "drain_s": 90.5, "engine_timeout_s": 20, "max_wait_s": None,
         "limits": {
             "concurrent_requests": None, "requests_per_minute": 600, "tokens_per_minute": 1000000,
-            "keys": {"blue": {"concurrent_requests": 2}}, "choices": 2, "max_tokens": 1000, "prompt_tokens": 3000,
+            "keys": {"blue": {"concurrent_requests": 2}, "red": {"tokens_per_minute": 100000}},
+            "choices": 2, "max_tokens": 1000, "prompt_tokens": 3000,
             "body_bytes": 1048576, "header_bytes": 8192, "json_depth": 32, "body_s": 30, "chunk_s": 5,
             "cors_origins": ["https://pages.example"], "front_door": False,
         },

@@ -133,6 +133,28 @@ def test_tenants_need_names_and_keys_of_their_own(tmp_path: Path) -> None:
     assert "weight" in complaint(tmp_path, (*OURS, "tenants"), [red | {"weight": -1}])
 
 
+def test_limits_of_a_key_are_a_tenant_s_or_the_operator_s_or_those_without_a_key(tmp_path: Path) -> None:
+    tenant = {"name": "free-tier", "api_key_env": "KEY"}
+    keys = {"free-tire": {}, "free-tier": {}, "operator": {}, "anonymous": {}}
+    said = complaint(tmp_path, OURS, {"tenants": [tenant], "limits": {"keys": keys}})
+    assert "headrace.limits.keys.free-tire: no tenant has this name" in said
+    assert "allowed here: free-tier, operator, anonymous; did you mean free-tier?" in said
+    assert "keys.operator" not in said
+    del keys["free-tire"]
+    limits = of_args(headrace={"tenants": [tenant], "limits": {"keys": keys}}).headrace.limits
+    assert limits.keys.keys() == keys.keys()
+
+
+def test_a_limit_that_is_for_all_is_no_model_s_own(tmp_path: Path) -> None:
+    own = {"choices": 1, "max_tokens": 2, "prompt_tokens": 3, "front_door": False}
+    assert of_args({"headrace": {"limits": own}}).settings_of("m").limits.choices == 1
+    for wrong in ({"requests_per_minute": 1}, {"keys": {"operator": {}}}, {"json_depth": 64}):
+        (name,) = wrong
+        said = complaint(tmp_path, (*ENTRY, "headrace", "limits"), own | wrong)
+        assert f"llm_configs.0.headrace.limits.{name}: this limit is for all models; it goes into the headrace" in said
+        assert "limits.choices" not in said
+
+
 def test_a_wildcard_host_is_reached_over_loopback(tmp_path: Path) -> None:
     path = tmp_path / "open.yaml"
     path.write_text(yaml.safe_dump(with_value(("http_options", "host"), "0.0.0.0") | {}))

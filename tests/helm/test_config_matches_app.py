@@ -17,7 +17,7 @@ from cluster.live import live_settings
 from cluster.serve_file import INGRESS, deployment_name, serve_file
 from cluster.settings import ControllerConfig, ModelSettings
 from replicas.live_settings import engine_settings
-from router.limits import KeyLimits, Limits
+from router.limits import FOR_ALL, KeyLimits, Limits
 from router.tenants import TenantConfig
 from scheduler.tuning.slo import Slo
 
@@ -137,6 +137,7 @@ def test_the_settings_of_the_schema_are_the_application_s() -> None:
     assert settings.keys() == ModelSettings.model_fields.keys()
     assert settings["targets"]["properties"].keys() == {field.name for field in fields(Slo)}
     assert settings["controller"]["properties"].keys() == ControllerConfig.model_fields.keys()
+    assert settings["limits"]["properties"].keys() == Limits.model_fields.keys() - FOR_ALL
     limits = SCHEMA["definitions"]["limits"]["properties"]
     assert limits.keys() == Limits.model_fields.keys()
     assert limits["keys"]["additionalProperties"]["properties"].keys() == KeyLimits.model_fields.keys()

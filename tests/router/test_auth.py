@@ -117,6 +117,7 @@ def test_keys_travel_as_digests_and_are_known_by_them_elsewhere(
     assert sent[f"{API_KEY_VARIABLE}_SHA256"] == hashlib.sha256(KEY.encode()).hexdigest() and len(sent) == 3
     assert options["num_replicas"] == 2 and options["ray_actor_options"]["num_cpus"] == 1
     (tmp_path / "green").unlink()
+    monkeypatch.setattr(auth, "_SEEN", set())  # as in another process
     monkeypatch.delenv("KEY_OF_RED")
     monkeypatch.setenv(API_KEY_VARIABLE, "sk-of-the-node")
     for name, digest in sent.items():
@@ -125,6 +126,36 @@ def test_keys_travel_as_digests_and_are_known_by_them_elsewhere(
     assert [user(ring, key) for key in (KEY, "sk-red", "sk-green")] == [OPERATOR, "red", "green"]
     assert user(ring, "sk-of-the-node") is None, "what was deployed is newer"
     assert user(ring, sent[f"{API_KEY_VARIABLE}_SHA256"]) is None, "a digest is no key"
+
+
+def test_a_file_that_was_here_and_is_gone_opens_nothing_though_its_digest_was_sent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clock, green = [0.0], tmp_path / "green"
+    monkeypatch.setattr(auth.time, "monotonic", lambda: clock[0])
+    green.write_text("sk-green")
+    tenants = [TenantConfig(name="green", api_key_file=str(green))]
+    for name, digest in Keyring(tenants).digests().items():
+        monkeypatch.setenv(name, digest)
+    assert user(Keyring(tenants), "sk-green") == "green"
+    green.unlink()
+    clock[0] += 2.0
+    assert user(Keyring(tenants), "sk-green") is None, "also with a keyring that is made anew, as settings change"
+    green.write_text("sk-newer")
+    clock[0] += 2.0
+    assert [user(Keyring(tenants), key) for key in ("sk-green", "sk-newer")] == [None, "green"]
+
+
+def test_a_file_that_may_not_be_looked_for_counts_as_one_on_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    tenants = [TenantConfig(name="green", api_key_file="/forbidden/green")]
+    assert user(Keyring(tenants), "sk-green") is None
+    (name,) = Keyring(tenants).digests()
+    monkeypatch.setenv(name, hashlib.sha256(b"sk-green").hexdigest())
+    assert user(Keyring(tenants), "sk-green") == "green"
 
 
 def test_without_keys_nothing_is_passed_on() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ from fastapi.testclient import TestClient
 from test_front_door_rule import Watch
 
 from cluster.live import SettingsJudge
+from router import gate
 from router.auth import API_KEY_FILE_VARIABLE, API_KEY_VARIABLE
 from router.limits import KeyLimits, Limits
 from router.live_settings import SettingsOffice
@@ -76,6 +78,8 @@ def test_a_bad_body_is_a_client_error_of_one_sentence(
 ) -> None:
     if path not in (CHAT, COMPLETIONS) and ("choices" in name or "prompts" in name or "length" in name):
         pytest.skip("nothing is generated there")
+    if path == CHAT and "prompts" in name:
+        pytest.skip("a chat has no prompts")
     application = serving()
     with caplog.at_level(logging.DEBUG):
         response = client(application).post(
@@ -128,7 +132,6 @@ def test_limits_of_sizes(serving: Any) -> None:
     assert http.post(CHAT, json=chat(), headers={"x-large": "y" * 3000}).status_code == 431
     for body, said in (
         ({"max_tokens": 51}, "max_tokens = 51 is not allowed; allowed: at most 50"),
-        ({"max_completion_tokens": 60, "max_tokens": 1}, "max_tokens = 60"),
         ({"prompt": [1, 2, 3, 4, 5]}, "a prompt has 5 tokens; allowed: at most 4"),
         ({"prompt": [[1], [1, 2, 3, 4, 5]]}, "a prompt has 5 tokens"),
         ({"prompt": ["a", "b", "c"], "n": 2}, "n = 2 for 3 prompts makes 6 choices; allowed: 4 in one request"),
@@ -136,6 +139,42 @@ def test_limits_of_sizes(serving: Any) -> None:
     ):
         response = http.post(COMPLETIONS, json={"model": MODEL, "prompt": "x"} | body)
         assert response.status_code == 400 and said in error_of(response)
+
+
+@pytest.mark.parametrize(("path", "fields", "said"), [
+    (COMPLETIONS, {"max_tokens": 51, "max_completion_tokens": 1}, "max_tokens = 51"),
+    (COMPLETIONS, {"max_tokens": "51"}, "max_tokens = 51"),
+    (CHAT, {"max_tokens": 1, "max_completion_tokens": 51}, "max_tokens = 51"),
+    (CHAT, {"max_tokens": 51, "max_completion_tokens": None}, "max_tokens = 51"),
+])
+def test_the_output_is_bounded_by_the_field_that_the_engine_reads(
+    serving: Any, path: str, fields: dict[str, Any], said: str
+) -> None:
+    application = serving(limits=Limits(max_tokens=50))
+    body = {"model": MODEL, "prompt": "x"} if path == COMPLETIONS else chat()
+    response = client(application).post(path, json=body | fields)
+    assert response.status_code == 400 and said in error_of(response)
+    assert not application.server.received
+
+
+@pytest.mark.parametrize(("limit", "path", "fields", "most"), [
+    (50, CHAT, {}, 50), (50, CHAT, {"max_tokens": None}, 50), (50, CHAT, {"max_tokens": 7}, 7),
+    (50, CHAT, {"max_completion_tokens": 7}, 7), (50, CHAT, {"max_tokens": 99, "max_completion_tokens": 7}, 7),
+    (50, COMPLETIONS, {}, 16), (50, COMPLETIONS, {"max_tokens": None}, 16), (50, COMPLETIONS, {"max_tokens": 40}, 40),
+    (10, COMPLETIONS, {}, 10), (10, COMPLETIONS, {"max_tokens": None, "max_completion_tokens": 3}, 10),
+    (None, CHAT, {}, None), (None, COMPLETIONS, {}, 16),
+])
+def test_the_limit_of_output_is_written_into_a_request_that_states_none(
+    serving: Any, limit: int | None, path: str, fields: dict[str, Any], most: int | None
+) -> None:
+    application = serving(limits=Limits(max_tokens=limit))
+    body = {"model": MODEL, "prompt": "x"} if path == COMPLETIONS else chat()
+    assert client(application).post(path, json=body | fields).status_code == 200
+    (received,) = map(vars, application.server.received)
+    if path == CHAT and received["max_completion_tokens"] is not None:
+        assert received["max_completion_tokens"] == most
+    else:
+        assert received["max_tokens"] == most
 
 
 def asgi(application: FakeApplication, pieces: list[tuple[float, bytes]], *, endless: bool = False) -> dict[str, Any]:
@@ -178,6 +217,28 @@ def test_a_body_that_stops_or_never_ends_is_closed(serving: Any) -> None:
     endless = asgi(application, [], endless=True)
     assert endless["status"] == 413 and endless["headers"][b"connection"] == b"close"
     assert application.desk.usage.under_way("anonymous") == 0
+
+
+def test_other_requests_are_answered_while_a_large_body_is_looked_through(
+    serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    application, answered, asked_for = serving(), threading.Event(), gate.asked_for
+
+    def slowly(found: Any, *arguments: Any, **options: Any) -> Any:
+        assert "large" not in found or answered.wait(5.0), "nothing else was answered"
+        return asked_for(found, *arguments, **options)
+
+    async def run() -> None:
+        transport = httpx.ASGITransport(application.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
+            large = asyncio.create_task(http.post(CHAT, json=chat(large="x" * 100_000)))
+            await asyncio.sleep(0)
+            assert (await http.post(CHAT, json=chat())).status_code == 200
+            answered.set()
+            assert (await large).status_code == 200
+
+    monkeypatch.setattr(gate, "asked_for", slowly)
+    asyncio.run(asyncio.wait_for(run(), 20.0))
 
 
 # Keys and who may do what.
@@ -235,6 +296,22 @@ def test_a_root_path_does_not_lead_past_the_keys(serving: Any, monkeypatch: pyte
     http = TestClient(serving().app, root_path=prefix, raise_server_exceptions=False)
     assert http.get(f"{prefix}/admin/thresholds").status_code == 401
     assert http.get(f"{prefix}/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("path", [
+    f"{CHAT}%0A", f"{COMPLETIONS}%0A", f"{COMPLETIONS}%0D%0A", f"{COMPLETIONS}%00", "/v1%0A/completions", "/healthz%0A",
+    f"{ADMIN}%0A", "/x%C2%85", "/%7F",
+])
+def test_a_path_with_a_control_character_is_404_before_anything_looks_at_it(serving: Any, path: str) -> None:
+    application = serving(limits=Limits(max_tokens=1, cors_origins=("https://page.example",)))
+    http = client(application)
+    for method in ("POST", "GET", "PUT", "OPTIONS"):
+        response = http.request(
+            method, path, json={"model": MODEL, "prompt": "x", "messages": [], "max_tokens": 999},
+            headers={"origin": "https://page.example", "access-control-request-method": "POST"},
+        )
+        assert response.status_code == 404 and "control character" in error_of(response)
+    assert not application.server.received
 
 
 # What a key may use.

@@ -170,7 +170,6 @@ def test_a_stopping_ingress_turns_requests_away_and_finishes_those_in_flight(
     monkeypatch.setattr(ingress_module.OpenAiIngress, "_get_response", chunks)
     ingress, body = application.ingress, SimpleNamespace(request_id="r", model="m")
     ingress._attempts = Attempts()
-    ingress.desk = SimpleNamespace(turned_away=lambda model: 0, model_of=str)
 
     async def stop_while_one_runs() -> None:
         running = ingress._get_response(body=body, call_method="chat")

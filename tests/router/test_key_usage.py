@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from router.key_usage import KeyUsage
-from router.limits import KeyLimits
+from router.limits import KeyLimits, Limits
 from router.refusal import Refusal
 
 
@@ -55,3 +55,13 @@ def test_a_refused_request_costs_nothing() -> None:
     for _ in range(5):
         assert taken(usage, KeyLimits(requests_per_minute=1000, tokens_per_minute=10), 5) is not None
     assert taken(usage, KeyLimits(requests_per_minute=2)) is None
+
+
+def test_a_key_has_the_general_limits_where_it_has_none_of_its_own() -> None:
+    keys = {"a": {"requests_per_minute": 1}, "b": {"tokens_per_minute": None, "concurrent_requests": 1024}, "c": {}}
+    written = Limits.model_validate({"tokens_per_minute": 7, "concurrent_requests": 3, "keys": keys})
+    for limits in (written, Limits.model_validate(written.model_dump(mode="json", exclude_defaults=True))):
+        a, b, c, other = (limits.of_key(name) for name in ("a", "b", "c", "x"))
+        assert (a.requests_per_minute, a.tokens_per_minute, a.concurrent_requests) == (1, 7, 3)
+        assert (b.requests_per_minute, b.tokens_per_minute, b.concurrent_requests) == (None, None, 1024)
+        assert (c.tokens_per_minute, other.tokens_per_minute) == (7, 7)

@@ -110,6 +110,25 @@ def test_tuning_is_not_turned_on_where_no_controller_runs(store: FakeStore) -> N
     assert office.planned(SettingsUpdate.model_validate({"settings": {"controller": {"period_s": 9.0}}}))
 
 
+def test_a_limit_for_all_is_changed_for_all_models_only(seen: Seen) -> None:
+    for limits, name in (({"requests_per_minute": 5}, "requests_per_minute"), ({"keys": {"operator": {}}}, "keys")):
+        with pytest.raises(AdminError, match=f"model m: limits.{name} is for all models") as refused:
+            seen.put({"model": "m", "settings": {"limits": {"choices": 3, **limits}}})
+        assert refused.value.status_code == 400
+        planned = seen.put({"settings": {"limits": limits, "max_wait_s": 5.0}})
+        assert [planned[model]["limits"].keys() >= limits.keys() for model in "mn"] == [True, True]
+    assert seen.put({"model": "m", "settings": {"limits": {"choices": 3}}})["m"]["limits"]["choices"] == 3
+
+
+def test_limits_of_a_key_that_nobody_has_are_refused(seen: Seen) -> None:
+    update = SettingsUpdate(settings={"limits": {"keys": {"free-tire": {}, "operator": {}, "anonymous": {}}}})
+    said = "limits.keys.free-tire: no tenant has this name; allowed here: free-tier, operator, anonymous; did you mean"
+    with pytest.raises(AdminError, match=f"{said} free-tier") as refused:
+        seen.office.planned(update, ["free-tier"])
+    assert refused.value.status_code == 400
+    assert seen.office.planned(update, ["free-tire"])
+
+
 def test_changes_name_the_keys_and_an_event_says_them_briefly() -> None:
     changed = changes({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "e": 5})
     assert changed == {"a.c": (2, 4), "d": (3, None), "e": (None, 5)}

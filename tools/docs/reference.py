@@ -71,8 +71,8 @@ def configuration_page() -> str:
         "Every key of the file that `headrace up`, `serve deploy` and KubeRay read, as the code has it. How they work "
         "together: [the configuration](../configuration.md). Unknown keys are errors; where a key has no default, "
         "“required” stands there. The keys of `headrace` may stand beside `llm_configs`, for all models, and in an "
-        "entry of it, for that model; only `tenants` is for all. Most of them change [without a "
-        "restart](../operate/live-changes.md).\n",
+        "entry of it, for that model; only `tenants`, `tracing` and most of `limits` are for all. Most of them change "
+        "[without a restart](../operate/live-changes.md).\n",
     ]
     places = {section.owner: section.path for section in sections()}
     for section in sections():
