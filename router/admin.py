@@ -32,11 +32,11 @@ class AdminError(ValueError):
 
 
 class ThresholdsUpdate(BaseModel):
-    """thresholds: the new ones, whole when they name a policy unless keep_others, else a change of the fields they name
-    (a missing `version` means the active one plus 1); pin: stop automatic tuning (the default when thresholds are
-    given); auto: resume it; replica: one replica's id, one of its engines as `state` names it, or all when missing, new
-    ones too; by: the operator's name for itself; reason: why. What is kept and shown is bounded: `version` below 2³¹,
-    `reason` and `replica` to 200 characters."""
+    """thresholds: the new ones, whole when they name a policy, else a change of the fields they name (a missing
+    `version` means the active one plus 1); keep_others: they are a change of the fields they name also with a policy;
+    pin: stop automatic tuning (the default when thresholds are given); auto: resume it; replica: one replica's id, one
+    of its engines as `state` names it, or all when missing, new ones too; by: the operator's name for itself; reason:
+    why. What is kept and shown is bounded: `version` below 2³¹, `reason` and `replica` to 200 characters."""
 
     model_config = ConfigDict(extra="forbid")
 
