@@ -157,7 +157,8 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     async def interrupt_at_the_third(call):
         if call.number < 3:
             return await answer_all(call)
-        process.send_signal(signal.SIGINT)
+        if call.number == 3:
+            process.send_signal(signal.SIGINT)
         return await asyncio.Event().wait()
 
     with FakeServer(interrupt_at_the_third) as server:
@@ -172,7 +173,8 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     assert process.returncode == 130
     summary = json.loads(out)
     assert summary["interrupted"]
-    assert (summary["requests"], summary["cancelled"]) == (3, 1)
+    # On a busy machine more are sent before the signal arrives.
+    assert summary["cancelled"] >= 1 and summary["requests"] - summary["cancelled"] == 2
     rows = read_run(tmp_path / "run").requests()
     assert rows["outcome"].to_pylist()[-1] == "cancelled"
 
