@@ -74,9 +74,8 @@ def _differences(store: Store, old: Deployed, new: Deployed) -> Iterator[str]:
             yield f"{model_id}: {key} {was} -> {now}"
     for name, (was, now) in changes(old["tenants"], new["tenants"], "tenants").items():
         yield f"{name} {was} -> {now}"
-    keys = {name for name, _ in old.get("keys", {}).items() ^ new["keys"].items()}
-    for name in sorted(keys):
-        what = "another API key" if name in new["keys"] else "no API key any more"
-        yield f"{name.removesuffix(DIGEST_SUFFIX)}: {what}"
+    keys = changes(old.get("keys", {}), new["keys"])
+    for name, (_, now) in keys.items():
+        yield f"{name.removesuffix(DIGEST_SUFFIX)}: {'no API key any more' if now is None else 'another API key'}"
     if old[_INGRESS] != new[_INGRESS] or keys:
         yield "the ingress is replaced"

@@ -40,8 +40,7 @@ def serve_file(config: ClusterConfig) -> dict[str, Any]:
             "graceful_shutdown_timeout_s": settings.drain_s, "user_config": live_settings(settings),
         })
     ingress = dict(args.ingress_deployment_config)
-    longest_drain_s = max(args.settings_of(entry.model_id).drain_s for entry in args.llm_configs)
-    stops_in_s = ingress.pop("graceful_shutdown_timeout_s", longest_drain_s + INGRESS_OUTLASTS_S)
+    stops_in_s = ingress.pop("graceful_shutdown_timeout_s", args.drain_s + INGRESS_OUTLASTS_S)
     scale = _scale(ingress) | {"graceful_shutdown_timeout_s": stops_in_s}
     rest: dict[str, Any] = {"ingress_deployment_config": ingress} if ingress else {}
     if args.headrace.tracing.otlp_endpoint is not None:

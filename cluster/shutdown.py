@@ -44,9 +44,10 @@ class Signals:
 
     def install(self) -> None:
         """Handle SIGINT (Ctrl-C), SIGTERM and, unless it is ignored as under nohup, SIGHUP from now on."""
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if name != signal.SIGHUP or signal.getsignal(name) is not signal.SIG_IGN:
-                signal.signal(name, self)
+        signal.signal(signal.SIGINT, self)
+        signal.signal(signal.SIGTERM, self)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self)
 
     def stopping(self) -> None:
         """The stop has begun, for whatever reason."""

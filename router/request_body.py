@@ -143,10 +143,9 @@ def _levels(found: Any) -> Iterator[list[Any]]:
 
 
 def _require_shallow(found: Any, most: int) -> None:
-    for level in islice(_levels(found), most, None):
-        if not {list, dict}.isdisjoint(map(type, level)):
-            raise Refusal(400, f"the body is nested too deeply; allowed: {most} objects and arrays within each other")
-        return
+    too_deep: list[Any] = next(islice(_levels(found), most, None), [])
+    if not {list, dict}.isdisjoint(map(type, too_deep)):
+        raise Refusal(400, f"the body is nested too deeply; allowed: {most} objects and arrays within each other")
 
 
 def _require_shallow_text(found: Any, path: tuple[str, ...], most: int) -> None:

@@ -67,8 +67,8 @@ class Lengths:
         """
         if self.max_total_tokens <= longest:
             return self
-        prompts = np.clip(self.prompt_tokens, 1, max(1, longest - 1))
-        return Lengths(prompts, np.clip(self.output_tokens, 1, np.maximum(1, longest - prompts)), self.weights)
+        prompts = np.minimum(self.prompt_tokens, max(1, longest - 1))
+        return Lengths(prompts, np.minimum(self.output_tokens, np.maximum(1, longest - prompts)), self.weights)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Lengths) and self._content == other._content
