@@ -95,7 +95,8 @@ class ModelSettings(Strict):
         with another policy (examples/own_policy.py).
     limits: what one request, and one API key, may ask for.
     drain_s: seconds in which a replica that leaves may finish its requests.
-    engine_timeout_s: seconds without progress after which an engine that has requests is replaced.
+    engine_timeout_s: seconds without progress after which an engine that has requests is replaced; 12 times as many in
+        its first iterations, which may compile kernels.
     max_wait_s: seconds a request may wait for its first token when no target bounds it; null: without end.
     """
 

@@ -3,8 +3,9 @@
 A dead engine (its process, or a worker's, is gone) is known at the first request that fails, and without requests
 within half a second. A frozen engine has requests and makes no progress for `engine_timeout_s`: neither an output nor a
 step of its scheduler, however long one step takes below that; or it has none, its channel is silent, and its own loop
-does not answer vLLM for as long. Then the replica refuses new requests, ends what is left of its engine, so that
-requests under way get their error, and ends its own process: Serve starts another in its place.
+does not answer vLLM for as long. A new engine has COLD_TIMES as long: its first iterations may compile kernels. Then
+the replica refuses new requests, ends what is left of its engine, so that requests under way get their error, and ends
+its own process: Serve starts another in its place.
 No Ray and no vLLM in here.
 """
 
@@ -26,6 +27,10 @@ REPLICA_FAILED = "replica_failed"
 RECALLED = "recalled"
 """`error.type` of an answer of a replica that leaves and gives a request back before it has cost a token."""
 ENGINE_TIMEOUT_S = 10.0
+COLD_TIMES = 12.0
+"""How many times the time-out an engine has for progress in its first iterations."""
+_COLD_ITERATIONS = 16
+"""First prefills and decodes of a few sizes; kernels are compiled for each."""
 _PERIOD_S = 0.5
 _LONGEST_GAP_S = 2.0
 """More time between two looks says that this process was stopped, not the engine."""
@@ -55,10 +60,11 @@ class WatchedEngine(Protocol):
 
 @dataclass(slots=True)
 class _Progress:
-    """Of one engine: what was seen last, and for how many seconds nothing of it has changed."""
+    """Of one engine: what was seen last, the iterations that this proves, and for how many seconds nothing changed."""
 
     steps: tuple[str, int] | None = None
     outputs: int = -1
+    iterations: int = 0
     still_s: float = 0.0
 
 
@@ -83,11 +89,17 @@ class Stillness:
         if isinstance(stats, Stats):
             moved |= seen.steps != (stats.engine_id, stats.steps)
             seen.steps = (stats.engine_id, stats.steps)
+            seen.iterations = max(seen.iterations, stats.steps)
         if len(self._seen) == 1 or isinstance(stats, UnreadableMessage | QuestionFailed):
             moved |= seen.outputs != outputs
+            seen.iterations = max(seen.iterations, outputs)
         seen.outputs = outputs
         seen.still_s = 0.0 if moved else seen.still_s + min(elapsed_s, _LONGEST_GAP_S)
         return seen.still_s
+
+    def timeout_s(self, rank: int, engine_timeout_s: float) -> float:
+        """Seconds without progress after which that engine is frozen."""
+        return engine_timeout_s * (COLD_TIMES if self._seen[rank].iterations < _COLD_ITERATIONS else 1.0)
 
 
 class IdleProbe:
@@ -193,7 +205,7 @@ class EngineHealth:
         requests, outputs = self._engine.requests(), self._engine.outputs()
         for rank, answer in enumerate(answers):
             still_s = self._stillness.see(rank, answer, requests, outputs, elapsed_s)
-            if self.failure is None and still_s >= self.engine_timeout_s:
+            if self.failure is None and still_s >= self._stillness.timeout_s(rank, self.engine_timeout_s):
                 said = "answers its channel" if isinstance(answer, Stats) else "does not answer its channel either"
                 self._fail(
                     f"its engine of rank {rank} has {requests} requests and made no progress for {still_s:.1f} s "

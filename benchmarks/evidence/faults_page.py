@@ -1,6 +1,9 @@
 """Faults under load, docs/evidence/faults.md, from the runs of `python -m benchmarks.faults`.
 
     python benchmarks/evidence/faults_page.py --runs runs/faults [--soak runs/soak/soak.json] [--out docs/evidence]
+
+The results lie in faults.json beside the page too, where newer ones replace older ones, so that the page can be
+continued without the runs.
 """
 
 from __future__ import annotations
@@ -21,10 +24,11 @@ HEAD = (
     "fault", "stack", "in flight", "finished", *OF_GROUP, "new", *(f"new: {name}" for name in OF_GROUP), "rejected",
     "goodput before /s", "to 90 % s", "kept", "replaced s",
 )
+ONLY_IN_RUNS = ("requests", "goodput_by_second")
 SLOPES = ("process", "minutes", "mean MiB", "MiB per hour", "low", "high")
 INTRODUCTION = """\
 Made by `make faults`: SmolLM2-135M-Instruct on vLLM's CPU engine, two replicas, {cores} cores shared by client, HTTP
-and engines; `ray.serve.llm` with the same engines and replicas beside Headrace. 1 stands for {capacity_rps:g}
+and engines; `ray.serve.llm` with the same engines and replicas beside Headrace. 1 stands for {capacity}
 requests/s; if not given, it is what two replicas of Headrace complete while far more is offered. Requests of
 `0.5:p16d16+0.5:p32d32`, evenly spaced, open loop; each asks for an exact number of tokens, so that every output that is
 cut is seen. One fault after 20 s.
@@ -48,20 +52,29 @@ def main() -> None:
     from benchmarks.faults.faults import FAULTS
     from benchmarks.faults.stack_config import TARGETS
 
-    soak = json.loads(args.soak.read_text()) if args.soak.exists() else None
+    kept = args.out / "faults.json"
+    before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {"faults": [], "soak": None}
+    soak = json.loads(args.soak.read_text()) if args.soak.exists() else before["soak"]
+    found = merged(before["faults"], results(args.runs))
+    kept.write_text(json.dumps({"faults": found, "soak": soak}, indent=1) + "\n", encoding="utf-8")
     titles = {name: fault.title for name, fault in FAULTS.items()}
-    text = page(results(args.runs), soak, titles, ttft_s=TARGETS.ttft_s, tpot_s=TARGETS.tpot_s)
+    text = page(found, soak, titles, ttft_s=TARGETS.ttft_s, tpot_s=TARGETS.tpot_s)
     (args.out / "faults.md").write_text(text, encoding="utf-8")
+
+
+def merged(before: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One result for each stack, load and fault, the newer one; without single requests and seconds."""
+    found = {(one["stack"], one["load"], one["fault"]): one for one in (*before, *new)}
+    return [{key: value for key, value in found[at].items() if key not in ONLY_IN_RUNS} for at in sorted(found)]
 
 
 def page(
     results: list[dict[str, Any]], soak: dict[str, Any] | None, titles: dict[str, str], *, ttft_s: float, tpot_s: float
 ) -> str:
     """The whole page. titles: of the faults by name, in the order of the rows."""
-    capacity_rps = max((one["capacity_rps"] for one in results), default=0.0)
-    introduction = INTRODUCTION.format(
-        cores=os.cpu_count(), capacity_rps=capacity_rps, ttft_s=ttft_s, tpot_s=tpot_s
-    )
+    capacities = sorted({one["capacity_rps"] for one in results})
+    capacity = " to ".join(f"{rate_rps:g}" for rate_rps in dict.fromkeys([*capacities[:1], *capacities[-1:]]))
+    introduction = INTRODUCTION.format(cores=os.cpu_count(), capacity=capacity, ttft_s=ttft_s, tpot_s=tpot_s)
     parts = ["# Faults", "", BEGIN + END, introduction]
     for load in sorted({one["load"] for one in results}):
         found = {(one["fault"], one["stack"]): one for one in results if one["load"] == load}

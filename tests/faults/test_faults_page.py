@@ -57,6 +57,15 @@ def test_what_does_not_apply_says_why(faults_page):
     assert "failed after kill −9 of an engine core at 0.7 (2)" in said
 
 
+def test_a_page_is_continued_with_newer_runs(faults_page):
+    before = [result("scale", "headrace", 0.7, replaced_s=1.0), result("scale", "headrace", 1.5)]
+    newer = result("scale", "headrace", 0.7, replaced_s=2.0, capacity_rps=3.1, requests=[{"sent_s": 1.0}])
+    found = faults_page.merged(before, [newer])
+    assert [(one["load"], one["replaced_s"]) for one in found] == [(0.7, 2.0), (1.5, 21.5)]
+    assert not any("requests" in one for one in found)
+    assert "1 stands for 2.4 to 3.1\nrequests/s" in made(faults_page, found)[0]
+
+
 def test_the_soak(faults_page):
     slope = {"mib_per_hour": 3.0, "low": 1.0, "high": 5.0, "mean_mib": 200.0, "minutes": 25.0}
     soak = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from replicas.engine_health import ENGINE_TIMEOUT_S, EngineHealth, ReplicaFailed, Stillness
+from replicas.engine_health import COLD_TIMES, ENGINE_TIMEOUT_S, EngineHealth, ReplicaFailed, Stillness
 from scheduler.engine.channel import ChannelClosed
 from scheduler.messages import Stats
 from scheduler.wire import UnreadableMessage
@@ -29,9 +29,9 @@ class World:
     def __init__(self, ranks: int = 1) -> None:
         self.now_s = 0.0
         self.dead = False
-        self.unfinished, self.sent = 1, 0
+        self.unfinished, self.sent = 1, 1000
         self.loop_runs = True
-        self.answers: list[Any] = [stats(0)] * ranks
+        self.answers: list[Any] = [stats(1000)] * ranks
         self.log: list[tuple[str, float]] = []
         self.each_period: Callable[[], None] = lambda: None
         self.health = EngineHealth(
@@ -118,6 +118,28 @@ def test_an_engine_with_requests_and_without_progress_is_frozen(answer: Any) -> 
         world.health.check()
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_engine_that_compiles_in_its_first_iterations_is_not_frozen(ranks: int) -> None:
+    """A first request took more than ten seconds on a new machine, and each engine was replaced at it."""
+    world = World(ranks)
+    world.sent = 0
+
+    def compiles() -> None:
+        world.answers = [stats(int(world.now_s / 60))] * ranks
+
+    world.each_period = compiles
+    world.run(until_s=200)
+    assert world.log == []
+
+
+@pytest.mark.parametrize("answer", [stats(0), SILENT], ids=["the channel answers", "the channel is silent"])
+def test_a_new_engine_that_never_makes_progress_is_frozen_too(answer: Any) -> None:
+    world = World()
+    world.sent, world.answers = 0, [answer]
+    world.run(until_s=300)
+    assert COLD_TIMES * ENGINE_TIMEOUT_S <= world.seconds("killed") <= COLD_TIMES * ENGINE_TIMEOUT_S + 1.5
+
+
 def test_the_timeout_may_be_set_while_it_runs() -> None:
     world = World()
 
@@ -134,7 +156,7 @@ def test_steps_without_a_token_are_progress() -> None:
     world = World()
 
     def steps() -> None:
-        world.answers = [stats(int(world.now_s / 9))]  # each takes 9 s
+        world.answers = [stats(1000 + int(world.now_s / 9))]  # each takes 9 s
 
     world.each_period = steps
     world.run(until_s=100)
@@ -220,7 +242,7 @@ def test_one_frozen_rank_among_others_that_send() -> None:
 
     def other_sends() -> None:
         world.sent += 1
-        world.answers = [stats(world.sent), SILENT]
+        world.answers = [stats(world.sent), SILENT if world.now_s > 5 else stats(world.sent)]
 
     world.each_period = other_sends
     world.run(until_s=60)
