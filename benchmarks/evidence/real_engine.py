@@ -198,9 +198,10 @@ def running(
     log = args.work / f"{stack.replace(' ', '-')}.log"
     plain = [sys.executable, str(HERE.with_name("plain_ray_llm.py")), str(config), str(metrics_port)]
     with log.open("w") as file:
+        # In this session: with Linux's autogroup, a session that fills the CPUs can starve others, such as the clients.
         process = subprocess.Popen(
             [HEADRACE, "up", str(config)] if stack == HEADRACE_STACK else plain,
-            stdout=file, stderr=file, start_new_session=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            stdout=file, stderr=file, process_group=0, env=os.environ | {"HF_HUB_OFFLINE": "1"},
         )
     try:
         deadline = time.monotonic() + READY_TIMEOUT_S

@@ -51,6 +51,9 @@ class Stack:
     """Start, look at, change and stop one stack. Everything that it writes goes below a temporary folder of its own.
 
     two_nodes: on a Ray cluster of two nodes on this machine instead of one node.
+
+    It runs in the session of the caller: with Linux's autogroup, a session that fills the CPUs can starve others, and
+    then clients and `headrace up` would be measured instead of the stack.
     """
 
     def __init__(self, kind: str, work: Path, settings: Settings = _DEFAULT, *, two_nodes: bool = False) -> None:
@@ -85,7 +88,7 @@ class Stack:
                 self._start_nodes(log)
             config = write(self.settings, self.port, self._work / f"{self.kind}.yaml")
             self._process = subprocess.Popen(
-                self._command(config), cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=self._environment()
+                self._command(config), cwd=ROOT, stdout=log, stderr=log, process_group=0, env=self._environment()
             )
         if self._family is None:
             self._family = Family(self._process.pid)
@@ -108,7 +111,7 @@ class Stack:
     def _start_nodes(self, log: Any) -> None:
         self._nodes = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.faults.two_nodes"], cwd=ROOT, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=self._environment(),
+            stdout=subprocess.PIPE, stderr=log, text=True, process_group=0, env=self._environment(),
         )
         self._family = Family(self._nodes.pid)
         self.settings = dataclasses.replace(self.settings, address=self._said("address"))

@@ -127,7 +127,7 @@ class RayByHand:
                 self.names.add(name)
                 with log.open("w") as file:
                     self.started.append(subprocess.Popen(
-                        command, env=self.environment(container), stdout=file, stderr=file, start_new_session=True
+                        command, env=self.environment(container), stdout=file, stderr=file, process_group=0
                     ))
             return is_there()
 
