@@ -62,7 +62,7 @@ class ClusterProcess:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.http = httpx.Client(base_url=self.url, timeout=60.0, trust_env=False, headers=headers)
         with self.log.open("w") as log:
-            # In this session: with autogroup, Linux lets a session that fills the CPUs starve others, such as this test.
+            # In this session: with autogroup, Linux lets a session that fills the CPUs starve others, this test too.
             self.process = subprocess.Popen(
                 [HEADRACE, "up", str(self.config)], cwd=CHECKOUT, stdout=log, stderr=log, process_group=0,
                 env=os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {}),
