@@ -14,6 +14,7 @@ from scipy.stats import linregress, t
 MIB = float(1 << 20)
 _FEWEST = 10
 _CONFIDENCE = 0.95
+_WATCHED = 0.8  # of the warm-up
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def slope_of(at_s: Sequence[float], used_bytes: Sequence[float]) -> Slope:
 class MemoryLog:
     """Samples by process: `add` them as they come, `slopes` when all is over.
 
-    warm_s: samples of a process's first so many seconds do not count: it loads and fills its pools.
+    warm_s: samples of a process's first so many seconds do not count: it loads and fills its pools. A process must live
+    nearly as long again, so that a page more or less is not taken for a slope.
     """
 
     def __init__(self, warm_s: float) -> None:
@@ -68,8 +70,10 @@ class MemoryLog:
         found = {}
         for name, samples in self._samples.items():
             warm = [(at_s, used) for at_s, used in samples if at_s >= samples[0][0] + self._warm_s]
+            if not warm or warm[-1][0] - warm[0][0] < _WATCHED * self._warm_s:
+                continue
             with contextlib.suppress(ValueError):
-                found[name] = slope_of(*zip(*warm, strict=True)) if warm else slope_of((), ())
+                found[name] = slope_of(*zip(*warm, strict=True))
         return found
 
 

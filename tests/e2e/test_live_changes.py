@@ -150,13 +150,14 @@ def test_changes_restart_nothing_and_cut_no_stream(cluster: ClusterProcess, tmp_
     assert pinned.status_code == 200 and pinned.json()["pin"] == {"kept": True}
 
     assert processes(cluster, "HeadraceIngress") == ingress and processes(cluster, "HeadraceServer") == replicas
-    assert "replicas 2 -> 1" in scale(cluster, 1)
+    said = scale(cluster, 1)
+    assert "replicas 2 -> 1" in said
+    assert "targets.tpot_s 12.0 -> 15.0" in said, "a deployment puts the file's targets in force again"
     until(lambda: len(processes(cluster, "HeadraceServer")) == 1, 120)
     (left,) = processes(cluster, "HeadraceServer")
     assert left in replicas and processes(cluster, "HeadraceIngress") == ingress
 
-    said = scale(cluster, 2)
-    assert "replicas 1 -> 2" in said and "targets" in said, "the file's targets are in force again"
+    assert "replicas 1 -> 2" in scale(cluster, 2)
     until(lambda: len(reachable(cluster)) == 2, 180)
     within(IN_FORCE_S + 1.0, lambda: all(
         one["thresholds"]["pinned"] and one["thresholds"]["max_running"] == 24 and one["pin"]["by"] == "anna"

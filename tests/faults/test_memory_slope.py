@@ -43,6 +43,8 @@ def test_a_log_leaves_out_the_warm_up_and_processes_that_lived_too_briefly():
         log.add(at_s, {"old 1": (50 + max(0, 100 - at_s)) * MIB})
         if at_s >= 300:
             log.add(at_s, {"young 2": 10 * MIB})
+        if at_s >= 230:
+            log.add(at_s, {"watched for a minute 3": (10 + at_s / 100) * MIB})
     assert set(log.slopes()) == {"old 1"}
     assert log.slopes()["old 1"].mib_per_hour == pytest.approx(0)
 
