@@ -85,12 +85,14 @@ def build(args: AppConfig) -> Any:
 
 def main() -> None:
     config = load_config(Path(sys.argv[1]))
-    cluster.app.build = build
+    cluster.app.application = lambda args, runtime_env=None: build(args)  # what `Launcher` deploys
     launcher = PlainLauncher(config, progress=print)
     launcher.metrics_port = int(sys.argv[2])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         launcher.start()
+        if httpx.get(f"{config.base_url}/admin/state", trust_env=False).status_code != 404:
+            raise LaunchError("this is Headrace, not plain Ray Serve LLM")
         print(f"ready at {config.base_url}", flush=True)
         launcher.wait()
     except KeyboardInterrupt:
