@@ -18,7 +18,7 @@ import httpx
 import psutil
 
 from cluster import haproxy
-from cluster.config import ClusterConfig, ConfigError
+from cluster.config import ApplicationEntry, ClusterConfig, ConfigError
 from cluster.joining import is_refusal, use_the_user_s_token, why_not_joined
 from cluster.keys import NOT_OPENED, require_key_beyond_loopback
 from cluster.model import BUNDLED_MODEL_NAME, is_prepared, prepare_bundled_model
@@ -122,7 +122,7 @@ class Launcher:
         from ray import serve
 
         from cluster import deployed
-        from cluster.app import application, versions_of
+        from cluster.app import versions_of
         from replicas.cluster_store import ClusterStore
 
         self._connect(ray)
@@ -132,7 +132,7 @@ class Launcher:
         )
         self._require_key(_address_of_serve())  # Serve keeps the address with which it was first started
         entry = self._config.application
-        built = application(entry.args, entry.runtime_env)
+        built = self._application(entry)
         store, new = ClusterStore(entry.name), deployed.deployed(entry.args, versions_of(built))
         if deployed.opens(store, new) and not self._insecure:
             raise LaunchError(NOT_OPENED)
@@ -147,6 +147,12 @@ class Launcher:
         self._serves = True
         if self._folder is not None:  # where another `up` finds it
             self._folder.note_ray(str(ray.get_runtime_context().gcs_address))
+
+    def _application(self, entry: ApplicationEntry) -> Any:
+        """What is deployed."""
+        from cluster.app import application
+
+        return application(entry.args, entry.runtime_env)
 
     def _require_key(self, host: str) -> None:
         wrong = require_key_beyond_loopback(host, self._config.application.args.headrace.tenants)

@@ -3,9 +3,9 @@
 A dead engine (its process, or a worker's, is gone) is known at the first request that fails, and without requests
 within half a second. A frozen engine has requests and makes no progress for `engine_timeout_s`: neither an output nor a
 step of its scheduler, however long one step takes below that; or it has none, its channel is silent, and its own loop
-does not answer vLLM for as long. A new engine has COLD_TIMES as long: its first iterations may compile kernels. Then
-the replica refuses new requests, ends what is left of its engine, so that requests under way get their error, and ends
-its own process: Serve starts another in its place.
+does not answer vLLM for as long. A new engine with requests has COLD_TIMES as long: its first iterations may compile
+kernels. Then the replica refuses new requests, ends what is left of its engine, so that requests under way get their
+error, and ends its own process: Serve starts another in its place.
 No Ray and no vLLM in here.
 """
 
@@ -29,7 +29,7 @@ RECALLED = "recalled"
 ENGINE_TIMEOUT_S = 10.0
 COLD_TIMES = 12.0
 """How many times the time-out an engine has for progress in its first iterations."""
-_COLD_ITERATIONS = 16
+COLD_ITERATIONS = 16
 """First prefills and decodes of a few sizes; kernels are compiled for each."""
 _PERIOD_S = 0.5
 _LONGEST_GAP_S = 2.0
@@ -99,7 +99,7 @@ class Stillness:
 
     def timeout_s(self, rank: int, engine_timeout_s: float) -> float:
         """Seconds without progress after which that engine is frozen."""
-        return engine_timeout_s * (COLD_TIMES if self._seen[rank].iterations < _COLD_ITERATIONS else 1.0)
+        return engine_timeout_s * (COLD_TIMES if self._seen[rank].iterations < COLD_ITERATIONS else 1.0)
 
 
 class IdleProbe:

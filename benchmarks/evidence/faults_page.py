@@ -73,7 +73,7 @@ def page(
 ) -> str:
     """The whole page. titles: of the faults by name, in the order of the rows."""
     capacities = sorted({one["capacity_rps"] for one in results})
-    capacity = " to ".join(f"{rate_rps:g}" for rate_rps in dict.fromkeys([*capacities[:1], *capacities[-1:]]))
+    capacity = " to ".join(f"{rate_rps:g}" for rate_rps in sorted({*capacities[:1], *capacities[-1:]}))
     introduction = INTRODUCTION.format(cores=os.cpu_count(), capacity=capacity, ttft_s=ttft_s, tpot_s=tpot_s)
     parts = ["# Faults", "", BEGIN + END, introduction]
     for load in sorted({one["load"] for one in results}):

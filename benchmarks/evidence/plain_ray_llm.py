@@ -24,8 +24,7 @@ os.environ.setdefault("RAYLLM_ENABLE_WORKER_PROCESS_SETUP_HOOK", "0")
 
 import httpx
 
-import cluster.app
-from cluster.config import AppConfig, load_config
+from cluster.config import AppConfig, ApplicationEntry, load_config
 from cluster.launch import Launcher, LaunchError
 from replicas.ray_patches import NoDownload
 
@@ -46,6 +45,9 @@ class PlainLauncher(Launcher):
             logging_level="ERROR", _metrics_export_port=self.metrics_port,
             _system_config={"metrics_report_interval_ms": 1000},
         )
+
+    def _application(self, entry: ApplicationEntry) -> Any:
+        return build(entry.args)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + READY_TIMEOUT_S
@@ -85,7 +87,6 @@ def build(args: AppConfig) -> Any:
 
 def main() -> None:
     config = load_config(Path(sys.argv[1]))
-    cluster.app.application = lambda args, runtime_env=None: build(args)  # what `Launcher` deploys
     launcher = PlainLauncher(config, progress=print)
     launcher.metrics_port = int(sys.argv[2])
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from replicas.engine_health import COLD_TIMES, ENGINE_TIMEOUT_S, EngineHealth, ReplicaFailed, Stillness
+from replicas.engine_health import COLD_ITERATIONS, COLD_TIMES, ENGINE_TIMEOUT_S, EngineHealth, ReplicaFailed, Stillness
 from scheduler.engine.channel import ChannelClosed
 from scheduler.messages import Stats
 from scheduler.wire import UnreadableMessage
@@ -138,6 +139,11 @@ def test_a_new_engine_that_never_makes_progress_is_frozen_too(answer: Any) -> No
     world.sent, world.answers = 0, [answer]
     world.run(until_s=300)
     assert COLD_TIMES * ENGINE_TIMEOUT_S <= world.seconds("killed") <= COLD_TIMES * ENGINE_TIMEOUT_S + 1.5
+
+
+def test_the_documentation_says_how_long_a_new_engine_has() -> None:
+    said = (Path(__file__).parents[2] / "docs" / "structures.md").read_text()
+    assert f"first {COLD_ITERATIONS} iterations, which may compile kernels, an engine has {COLD_TIMES:g} times" in said
 
 
 def test_the_timeout_may_be_set_while_it_runs() -> None:
