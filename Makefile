@@ -54,9 +54,10 @@ faults: install
 	$(BIN)/python benchmarks/evidence/faults_page.py --runs runs/faults
 
 SOAK_MINUTES ?= 30
+SOAK_QUIET_MINUTES ?= 15
 
 soak: install
-	$(BIN)/python -m benchmarks.faults.soak --minutes $(SOAK_MINUTES)
+	$(BIN)/python -m benchmarks.faults.soak --minutes $(SOAK_MINUTES) --quiet $(SOAK_QUIET_MINUTES)
 
 # The documentation as a site in site/, its reference pages written from the code.
 docs: install

@@ -28,10 +28,10 @@ ONLY_IN_RUNS = ("requests", "goodput_by_second")
 SLOPES = ("process", "minutes", "mean MiB", "MiB per hour", "low", "high")
 INTRODUCTION = """\
 Made by `make faults`: SmolLM2-135M-Instruct on vLLM's CPU engine, two replicas, {cores} cores shared by client, HTTP
-and engines; `ray.serve.llm` with the same engines and replicas beside Headrace. 1 stands for {capacity}
-requests/s; if not given, it is what two replicas of Headrace complete while far more is offered. Requests of
-`0.5:p16d16+0.5:p32d32`, evenly spaced, open loop; each asks for an exact number of tokens, so that every output that is
-cut is seen. One fault after 20 s.
+and engines; `ray.serve.llm` with the same engines and replicas beside Headrace. 1 stands for {capacity};
+it is about what two replicas of Headrace complete on the machine of the run while far more is offered. Only runs of one
+capacity compare in goodput. Requests of `0.5:p16d16+0.5:p32d32`, evenly spaced, open loop; each asks for an exact
+number of tokens, so that every output that is cut is seen. One fault after 20 s.
 
 In flight: sent before the fault and not ended; of them, finished with all tokens, and the rest by what the client
 got. Errors: an HTTP error or an error event in the stream. Silently cut: looks complete and is not. Hung: nothing
@@ -72,9 +72,9 @@ def page(
     results: list[dict[str, Any]], soak: dict[str, Any] | None, titles: dict[str, str], *, ttft_s: float, tpot_s: float
 ) -> str:
     """The whole page. titles: of the faults by name, in the order of the rows."""
-    capacities = sorted({one["capacity_rps"] for one in results})
-    capacity = " to ".join(f"{rate_rps:g}" for rate_rps in sorted({*capacities[:1], *capacities[-1:]}))
-    introduction = INTRODUCTION.format(cores=os.cpu_count(), capacity=capacity, ttft_s=ttft_s, tpot_s=tpot_s)
+    introduction = INTRODUCTION.format(
+        cores=os.cpu_count(), capacity=_capacities(results), ttft_s=ttft_s, tpot_s=tpot_s
+    )
     parts = ["# Faults", "", BEGIN + END, introduction]
     for load in sorted({one["load"] for one in results}):
         found = {(one["fault"], one["stack"]): one for one in results if one["load"] == load}
@@ -82,6 +82,16 @@ def page(
         parts += ["", f"## At {load:g} of capacity", "", *_table(HEAD, (_row(one, titles) for one in shown))]
         parts += list(_notes(shown, titles))
     return with_conclusion("\n".join(parts + (_soak(soak) if soak else [])) + "\n", faults)
+
+
+def _capacities(results: list[dict[str, Any]]) -> str:
+    """Requests/s that 1 stands for; of which stack and load, where they were run on machines of different speeds."""
+    groups: dict[float, set[str]] = {}
+    for one in results:
+        groups.setdefault(one["capacity_rps"], set()).add(f"{STACK_NAMES[one['stack']]} at {one['load']:g}")
+    if len(groups) == 1:
+        return f"{next(iter(groups)):g} requests/s"
+    return "; ".join(f"{rps:g} requests/s ({', '.join(sorted(names))})" for rps, names in sorted(groups.items()))
 
 
 def _row(one: dict[str, Any], titles: dict[str, str]) -> list[str]:
@@ -123,8 +133,9 @@ def _soak(soak: dict[str, Any]) -> list[str]:
              "files": "temporary files"}
     return [
         "", "## Soak", "",
-        f"Made by `make soak`: {soak['minutes']:g} minutes of Headrace at {soak['load']:g} of capacity, "
-        f"{len(soak['struck'])} faults, one a minute. Sent: {soak['sent']}.", "",
+        f"Made by `make soak`: {soak['minutes']:.0f} minutes of Headrace at {soak['load']:g} of capacity"
+        f" ({soak['capacity_rps']:g} requests/s), {len(soak['struck'])} faults, one a minute at most, the last "
+        f"{soak.get('quiet_minutes', 0):.0f} minutes without any. Sent: {soak['sent']}.", "",
         *_table(("outcome", "requests"), counts), "",
         "Memory that each process has for itself, of those that lived long enough; a straight line fitted to samples "
         "after the process's first minutes, with its 95 % interval.", "",

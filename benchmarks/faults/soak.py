@@ -1,9 +1,10 @@
 """Half an hour of faults under overload: every request accounted for, flat memory, nothing left behind.
 
-    python -m benchmarks.faults.soak --minutes 30 --load 1.5 --out runs/soak [--capacity RPS]
+    python -m benchmarks.faults.soak --minutes 30 --quiet 15 --load 1.5 --out runs/soak [--capacity RPS]
 
-One stack of Headrace, a fault a minute. Writes soak.json; exit code 1 when a request has no proper end, a process's
-memory grows by more than --grow, or something is left after the stop.
+One stack of Headrace, a fault a minute, then minutes of the same load without faults, in which every process lives long
+enough for its memory to be watched. Writes soak.json; exit code 1 when a request has no proper end, a process's memory
+grows by more than --grow, or something is left after the stop.
 """
 
 from __future__ import annotations
@@ -40,15 +41,16 @@ ORDER = (
 """Faults that leave the front door open: behind one that does not, a lost connection is no one's fault."""
 
 
-async def soak(stack: Stack, rate_rps: float, seconds: float) -> dict[str, Any]:
-    """The load with its faults; JSON-ready."""
+async def soak(stack: Stack, rate_rps: float, seconds: float, quiet_s: float = 0.0) -> dict[str, Any]:
+    """The load with its faults, and for quiet_s after them without any; JSON-ready."""
     memory, struck = MemoryLog(min(WARM_S, seconds / 4)), []
     begun_s = time.monotonic()
     async with _running(_sample(stack, memory)), _running(_strike(stack, seconds, struck)):
-        exchanges = await offer(stack.url, rate_rps, Span(seconds), seed=5)
+        exchanges = await offer(stack.url, rate_rps, Span(seconds + quiet_s), seed=5)
     seen = [seen_of(exchange, TARGETS) for exchange in exchanges]
     return {
-        "minutes": (time.monotonic() - begun_s) / 60, "rate_rps": rate_rps, "sent": len(exchanges), "struck": struck,
+        "minutes": (time.monotonic() - begun_s) / 60, "quiet_minutes": quiet_s / 60, "rate_rps": rate_rps,
+        "sent": len(exchanges), "struck": struck,
         "account": account(seen, len(exchanges)), "good": sum(one.good for one in seen),
         "slopes": {name: dataclasses.asdict(slope) for name, slope in memory.slopes().items()},
     }
@@ -76,7 +78,7 @@ async def _sample(stack: Stack, memory: MemoryLog) -> None:
 
 
 async def _strike(stack: Stack, seconds: float, struck: list[dict[str, Any]]) -> None:
-    """A fault a minute, the last one early enough to be over when the load ends."""
+    """A fault a minute, those that take longer one after the other; the last one early enough to be over in time."""
     begun_s = time.monotonic()
     for number, name in enumerate(cycle(ORDER), 1):
         due_s = number * BETWEEN_S - BETWEEN_S / 2
@@ -111,7 +113,8 @@ def verdict(result: dict[str, Any], left: Leftovers, grow_mib_per_hour: float) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--minutes", type=float, default=30.0, help="with faults")
+    parser.add_argument("--quiet", type=float, default=15.0, help="minutes without faults after them")
     parser.add_argument("--load", type=float, default=1.5, help="of capacity")
     parser.add_argument("--capacity", type=float, help="requests/s of two replicas; left out: measured")
     parser.add_argument("--grow", type=float, default=30.0, help="MiB per hour that a process may grow by")
@@ -123,7 +126,7 @@ def main() -> None:
         stack.start()
         capacity = args.capacity or capacity_rps(stack)
         print(f"capacity {capacity:.2f} requests/s; a request has {DEADLINE_S:g} s", flush=True)
-        result = asyncio.run(soak(stack, args.load * capacity, args.minutes * 60))
+        result = asyncio.run(soak(stack, args.load * capacity, args.minutes * 60, args.quiet * 60))
         try:
             result["healthy_after_s"] = stack.wait_until_healthy(_SETTLED_S)
         except StackFailed as error:

@@ -63,18 +63,20 @@ def test_a_page_is_continued_with_newer_runs(faults_page):
     found = faults_page.merged(before, [newer])
     assert [(one["load"], one["replaced_s"]) for one in found] == [(0.7, 2.0), (1.5, 21.5)]
     assert not any("requests" in one for one in found)
-    assert "1 stands for 2.4 to 3.1\nrequests/s" in made(faults_page, found)[0]
+    said = "1 stands for 2.4 requests/s (Headrace at 1.5); 3.1 requests/s (Headrace at 0.7);"
+    assert said in made(faults_page, found)[0]
 
 
 def test_the_soak(faults_page):
     slope = {"mib_per_hour": 3.0, "low": 1.0, "high": 5.0, "mean_mib": 200.0, "minutes": 25.0}
     soak = {
-        "minutes": 30.0, "load": 1.5, "sent": 12, "struck": [{}], "left": {
+        "minutes": 45.1, "quiet_minutes": 15.0, "load": 1.5, "capacity_rps": 2.4, "sent": 12, "struck": [{}], "left": {
             "exit_code": 0, "processes": [], "shared_memory": [], "sockets": [], "files": ["a", "b"]},
         "account": {"complete": 10, "silently cut": 0, "lost": 1, "hung": 0, "unaccounted": 1},
         "slopes": {"Serve proxy 12": slope, "GCS 9": slope | {"low": -1.0}},
     }
     text, said = made(faults_page, [result("scale", "headrace", 1.5)], soak)
+    assert "the last 15 minutes without any" in text
     assert "| Serve proxy 12 | 25 | 200 | +3.0 | +1.0 | +5.0 |" in text
     assert "In the soak 2 of 12 requests ended in neither" in said
     assert "memory grew in 1 of 2 processes; 2 things were left" in said
