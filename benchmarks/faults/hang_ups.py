@@ -1,4 +1,4 @@
-"""Streaming clients that all hang up at once."""
+"""Streaming clients that all hang up at once; one that is rejected has asked again until then."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import asyncio
 import threading
 
 from loadgen.client import Exchange, Server, request_body
+from simulator.output.rows import REJECTED
 from simulator.workload.requests import SimRequest
 
 _PROMPT, _OUTPUT_TOKENS = list(range(300, 316)), 400  # longer than until they hang up
 _START_TIMEOUT_S = 10.0
+_AGAIN_S = 0.5
 
 
 class HangUps:
@@ -30,8 +32,17 @@ class HangUps:
             model = await server.model(None)
             body = request_body(model.id, _PROMPT, _OUTPUT_TOKENS, declare_length=False)
             asked = SimRequest(0.0, len(_PROMPT), _OUTPUT_TOKENS, "long")
+
+            async def keep_asking(number: int) -> None:
+                while True:
+                    self._exchanges[number] = one = Exchange(number, asked)
+                    await server.complete(one, body, clock_s)
+                    if one.outcome != REJECTED:
+                        return
+                    await asyncio.sleep(_AGAIN_S)
+
             self._exchanges = [Exchange(number, asked) for number in range(self._clients)]
-            tasks = [asyncio.create_task(server.complete(one, body, clock_s)) for one in self._exchanges]
+            tasks = [asyncio.create_task(keep_asking(number)) for number in range(self._clients)]
             self._begun.set()
             await self._leave.wait()
             for task in tasks:

@@ -112,10 +112,13 @@ def test_a_fault_that_does_not_apply_gives_its_reason(quick):
         assert experiment.run_fault(stack, Nothing("none", "none"), 5.0, watch_s=1) == {"na": "there is none"}
 
 
-def test_clients_hang_up_at_once():
+def test_clients_hang_up_at_once_though_some_were_rejected_before():
     gone: Counter[str] = Counter()
 
     async def endless(call):
+        if gone["rejected"] < 2:
+            gone["rejected"] += 1
+            return web.json_response({"error": {"message": "full"}}, status=429)
         response = await call.stream()
         try:
             while True:
@@ -127,7 +130,8 @@ def test_clients_hang_up_at_once():
 
     with FakeServer(endless) as server:
         clients = HangUps(server.url, 5)
-        while len(server.calls) < 5:
+        deadline = time.monotonic() + 10
+        while len(server.calls) < 5 + 2 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert clients.hang_up() == "5 clients left, 0 of them with tokens"
         deadline = time.monotonic() + 10
