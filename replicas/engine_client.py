@@ -39,9 +39,14 @@ class EngineClient:
         """Whether vLLM has seen an engine core or a worker of one end."""
         return bool(self._client.errored)
 
-    def requests(self) -> int:
-        """Requests handed to the engine cores and not finished; those that are still tokenised do not count."""
-        return int(self._client.output_processor.get_num_unfinished_requests())
+    def requests(self, rank: int) -> int:
+        """Requests handed to a rank's engine core and not finished; those that are still tokenised do not count."""
+        unfinished = self._client.output_processor.request_states
+        ranks = getattr(self._client.engine_core, "reqs_in_flight", None)
+        if ranks is None:  # one engine core
+            return len(unfinished)
+        own = self._client.engine_core.core_engines[rank]
+        return sum(engine == own and request in unfinished for request, engine in ranks.items())
 
     def outputs(self) -> int:
         """How often engine cores have sent outputs of requests."""

@@ -46,13 +46,14 @@ class ReplicaFailed(RuntimeError):
 class WatchedEngine(Protocol):
     """vLLM's client of the engines of this replica (`replicas.engine_client.EngineClient`).
 
-    is_dead: an engine process or a worker of one is gone. requests: those the engines have and have not finished.
+    is_dead: an engine process or a worker of one is gone. requests: those that the engine of a rank has and has not
+    finished.
     outputs: how often an engine has sent outputs. loop_answers: returns when the engines' own loops have answered.
     kill: end all of their processes at once, stopped ones too.
     """
 
     def is_dead(self) -> bool: ...
-    def requests(self) -> int: ...
+    def requests(self, rank: int) -> int: ...
     def outputs(self) -> int: ...
     async def loop_answers(self) -> None: ...
     def kill(self) -> None: ...
@@ -81,7 +82,7 @@ class Stillness:
     def see(self, rank: int, stats: Stats | Exception, requests: int, outputs: int, elapsed_s: float) -> float:
         """Seconds without progress of an engine, `elapsed_s` after the last look at it.
 
-        stats: its answer, or why there is none. requests: what the replica's engines have; without any, no engine is
+        stats: its answer, or why there is none. requests: those that it has; without any it does not step, and is not
         still.
         """
         seen = self._seen[rank]
@@ -202,17 +203,17 @@ class EngineHealth:
 
     def _judge(self, answers: list[Stats | Exception], elapsed_s: float) -> None:
         assert self._engine is not None
-        requests, outputs = self._engine.requests(), self._engine.outputs()
+        requests, outputs = [self._engine.requests(rank) for rank in range(self._ranks)], self._engine.outputs()
         for rank, answer in enumerate(answers):
-            still_s = self._stillness.see(rank, answer, requests, outputs, elapsed_s)
+            still_s = self._stillness.see(rank, answer, requests[rank], outputs, elapsed_s)
             if self.failure is None and still_s >= self._stillness.timeout_s(rank, self.engine_timeout_s):
                 said = "answers its channel" if isinstance(answer, Stats) else "does not answer its channel either"
                 self._fail(
-                    f"its engine of rank {rank} has {requests} requests and made no progress for {still_s:.1f} s "
+                    f"its engine of rank {rank} has {requests[rank]} requests and made no progress for {still_s:.1f} s "
                     f"(engine_timeout_s = {self.engine_timeout_s:g}); it {said}"
                 )
         silent = any(not isinstance(answer, Stats | UnreadableMessage | QuestionFailed) for answer in answers)
-        unanswered_s = self._probe.see(self._engine, doubtful=silent and not requests, elapsed_s=elapsed_s)
+        unanswered_s = self._probe.see(self._engine, doubtful=silent and not any(requests), elapsed_s=elapsed_s)
         if self.failure is None and unanswered_s >= self.engine_timeout_s:
             self._fail(
                 f"its engine has no requests and answers neither its channel nor vLLM for {unanswered_s:.1f} s "

@@ -30,7 +30,7 @@ class World:
     def __init__(self, ranks: int = 1) -> None:
         self.now_s = 0.0
         self.dead = False
-        self.unfinished, self.sent = 1, 1000
+        self.unfinished, self.sent = [1] * ranks, 1000
         self.loop_runs = True
         self.answers: list[Any] = [stats(1000)] * ranks
         self.log: list[tuple[str, float]] = []
@@ -43,8 +43,8 @@ class World:
     def is_dead(self) -> bool:
         return self.dead
 
-    def requests(self) -> int:
-        return self.unfinished
+    def requests(self, rank: int) -> int:
+        return self.unfinished[rank]
 
     def outputs(self) -> int:
         return self.sent
@@ -84,7 +84,7 @@ class World:
 
 def test_a_dead_engine_is_known_without_a_request_and_the_process_ends() -> None:
     world = World()
-    world.unfinished = 0
+    world.unfinished = [0]
 
     def dies() -> None:
         world.dead = world.now_s >= 3.0
@@ -191,21 +191,21 @@ def test_outputs_are_progress_of_an_engine_whose_channel_is_broken() -> None:
 @pytest.mark.parametrize("answer", [SILENT, GARBAGE])
 def test_an_idle_engine_with_a_broken_channel_whose_loop_answers_stays(answer: Any) -> None:
     world = World()
-    world.unfinished, world.answers = 0, [answer]
+    world.unfinished, world.answers = [0], [answer]
     world.run(until_s=100)
     assert world.log == []
 
 
 def test_an_idle_engine_that_answers_its_channel_is_not_asked_more() -> None:
     world = World()
-    world.unfinished, world.answers, world.loop_runs = 0, [stats(3)], False
+    world.unfinished, world.answers, world.loop_runs = [0], [stats(3)], False
     world.run(until_s=100)
     assert world.log == []
 
 
 def test_an_idle_engine_that_answers_nothing_is_frozen() -> None:
     world = World()
-    world.unfinished = 0
+    world.unfinished = [0]
 
     def freezes() -> None:
         if world.now_s >= 20:
@@ -219,7 +219,7 @@ def test_an_idle_engine_that_answers_nothing_is_frozen() -> None:
 
 def test_an_idle_engine_that_was_stopped_for_a_while_stays() -> None:
     world = World()
-    world.unfinished = 0
+    world.unfinished = [0]
 
     def stopped() -> None:
         world.loop_runs = not 20 <= world.now_s < 28
@@ -232,10 +232,10 @@ def test_an_idle_engine_that_was_stopped_for_a_while_stays() -> None:
 
 def test_the_time_begins_with_the_request() -> None:
     world = World()
-    world.unfinished = 0
+    world.unfinished = [0]
 
     def arrives() -> None:
-        world.unfinished = int(world.now_s >= 50)
+        world.unfinished = [int(world.now_s >= 50)]
 
     world.each_period = arrives
     world.run(until_s=100)
@@ -259,6 +259,20 @@ def test_one_frozen_rank_among_others_that_send() -> None:
     world.each_period = other_sends
     world.run(until_s=60)
     assert "rank 1" in str(world.health.failure)
+
+
+def test_a_rank_without_requests_does_not_step_and_is_not_frozen() -> None:
+    """A replica of two ranks ended itself, and with it a long answer on one, because the other had nothing to do."""
+    world = World(ranks=2)
+    world.unfinished = [1, 0]
+
+    def one_works() -> None:
+        world.sent += 1
+        world.answers = [stats(world.sent), stats(500)]
+
+    world.each_period = one_works
+    world.run(until_s=300)
+    assert world.log == []
 
 
 def test_a_pause_of_this_process_is_no_silence_of_the_engine() -> None:

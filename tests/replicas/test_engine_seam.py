@@ -24,7 +24,7 @@ from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMClientError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, MPClient
+from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, DPLBAsyncMPClient, MPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
@@ -293,17 +293,24 @@ def test_vllms_client_says_that_an_engine_died_and_what_it_has() -> None:
     assert "self.output_processor = OutputProcessor(" in inspect.getsource(AsyncLLM.__init__)
     assert "output_processor.process_outputs(" in inspect.getsource(AsyncLLM._run_output_handler)
     processor = OutputProcessor(None, log_stats=False)
-    client = EngineClient(SimpleNamespace(output_processor=processor, errored=False))
-    assert (client.is_dead(), client.requests(), client.outputs()) == (False, 0, 0)
+    cores = SimpleNamespace()
+    client = EngineClient(SimpleNamespace(output_processor=processor, errored=False, engine_core=cores))
+    assert (client.is_dead(), client.requests(0), client.outputs()) == (False, 0, 0)
     request = EngineCoreRequest(
         request_id="p", prompt_token_ids=[1], mm_features=None, pooling_params=None, arrival_time=0.0,
         sampling_params=SamplingParams(detokenize=False), lora_request=None, cache_salt=None,
         data_parallel_rank=None, external_req_id="p",
     )
     processor.add_request(request, None, None, 0, RequestOutputCollector(RequestOutputKind.DELTA, "p"))
-    assert client.requests() == 1
+    assert client.requests(0) == 1
+    cores.core_engines, cores.reqs_in_flight = [b"\0\0", b"\1\0"], {"p": b"\1\0", "gone": b"\0\0"}
+    assert (client.requests(0), client.requests(1)) == (0, 1), "of each rank by itself"
     processor.process_outputs([EngineCoreOutput("p", [5], finish_reason=FinishReason.LENGTH)])
-    assert (client.requests(), client.outputs()) == (0, 1)
+    assert (client.requests(1), client.outputs()) == (0, 1)
+    balancing = inspect.getsource(DPLBAsyncMPClient)
+    assert "self.reqs_in_flight[request.request_id] = chosen_engine" in balancing
+    assert "chosen_engine = self.core_engines[eng_index]" in balancing
+    assert not hasattr(AsyncMPClient, "reqs_in_flight") and "reqs_in_flight" not in inspect.getsource(AsyncMPClient)
     # A question that goes through the engine core's own loop.
     assert "self.engine_core.is_sleeping_async()" in inspect.getsource(AsyncLLM.is_sleeping)
     assert "call_utility_async" in inspect.getsource(AsyncMPClient.is_sleeping_async)
