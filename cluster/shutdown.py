@@ -66,15 +66,33 @@ def finish_requests(app_name: str, within_s: float, say: Say, at_once: Callable[
     """
     from replicas.actor_calls import call_replica, ingress_ids, replica_ids
 
+    under_way = UnderWay()
+
     async def stop_admitting() -> int:
-        found = await asyncio.to_thread(ingress_ids, app_name)
-        return sum(await _answers(call_replica(name, "stop_admitting", timeout_s=2.0) for name in found.values()))
+        names = (await asyncio.to_thread(ingress_ids, app_name)).values()
+        answers = await _answers({name: call_replica(name, "stop_admitting", timeout_s=2.0) for name in names})
+        return under_way.heard(answers)
 
     async def drain(within_s: float) -> None:
-        found = await asyncio.to_thread(replica_ids, app_name)
-        await _answers(call_replica(name, "drain", timeout_s=2.0, within_s=within_s) for name in found.values())
+        names = (await asyncio.to_thread(replica_ids, app_name)).values()
+        await _answers({name: call_replica(name, "drain", timeout_s=2.0, within_s=within_s) for name in names})
 
     return asyncio.run(_finish(stop_admitting, drain, within_s, say, at_once))
+
+
+class UnderWay:
+    """Requests under way at the ingresses. One that is too busy to answer has as many as it said last, and one if it has
+    never answered: those with most to finish answer last. One that is gone has none."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, int] = {}
+
+    def heard(self, answers: dict[str, int | None]) -> int:
+        """The sum. answers: by ingress, of all there are; None: it did not answer."""
+        self._last = {
+            name: self._last.get(name, 1) if answer is None else answer for name, answer in answers.items()
+        }
+        return sum(self._last.values())
 
 
 async def _finish(
@@ -104,15 +122,15 @@ async def _finish(
     return cut
 
 
-async def _answers(calls: Any) -> list[Any]:
-    """What was answered; a replica that does not answer has nothing to finish that could be waited for."""
+async def _answers(calls: dict[str, Awaitable[Any]]) -> dict[str, Any]:
+    """What was answered, by replica; None: it did not answer."""
     from replicas.actor_calls import ReplicaUnavailable
 
-    found = await asyncio.gather(*calls, return_exceptions=True)
+    found = await asyncio.gather(*calls.values(), return_exceptions=True)
     for one in found:
         if isinstance(one, BaseException) and not isinstance(one, ReplicaUnavailable):
             raise one
-    return [one for one in found if not isinstance(one, BaseException)]
+    return {name: None if isinstance(one, BaseException) else one for name, one in zip(calls, found, strict=True)}
 
 
 def stop_local_ray(serve: Any, ray: Any) -> None:

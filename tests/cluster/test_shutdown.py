@@ -13,6 +13,7 @@ import pytest
 
 from cluster import shutdown
 from cluster.shutdown import Signals
+from replicas.actor_calls import ReplicaUnavailable
 
 
 class Application:
@@ -91,6 +92,33 @@ def test_an_application_that_does_not_end_its_requests_holds_up_no_stop(
     monkeypatch.setattr(app, "drain", ignore)
     cut, _ = finish(app, 0.01)
     assert cut == 2 and app.in_flight == 2
+
+
+def test_an_ingress_that_does_not_answer_once_still_has_its_requests() -> None:
+    """One poll in hundreds that came late ended a stop at once, cut all requests and said that none was cut."""
+    under_way = shutdown.UnderWay()
+    assert under_way.heard({"a": 5, "b": 2}) == 7
+    assert under_way.heard({"a": None, "b": 1}) == 6
+    assert under_way.heard({"a": 3, "b": None}) == 4
+    assert under_way.heard({"b": 0}) == 0, "one that is gone has none"
+
+
+def test_an_ingress_that_has_not_answered_yet_is_waited_for() -> None:
+    under_way = shutdown.UnderWay()
+    assert under_way.heard({"a": None}) == 1
+    assert under_way.heard({"a": 0}) == 0
+
+
+def test_calls_are_answered_by_replica_and_only_silence_is_forgiven() -> None:
+    async def says(answer: int | Exception) -> int:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    silent = ReplicaUnavailable("busy")
+    assert asyncio.run(shutdown._answers({"a": says(4), "b": says(silent)})) == {"a": 4, "b": None}
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(shutdown._answers({"a": says(4), "b": says(ZeroDivisionError())}))
 
 
 def test_the_first_signal_stops_and_the_next_ones_hurry() -> None:
