@@ -81,8 +81,8 @@ def finish_requests(app_name: str, within_s: float, say: Say, at_once: Callable[
 
 
 class UnderWay:
-    """Requests under way at the ingresses. One that is too busy to answer has as many as it said last, and one if it has
-    never answered: those with most to finish answer last. One that is gone has none."""
+    """Requests under way at the ingresses. One that is too busy to answer has as many as it said last, and one if it
+    has never answered: those with most to finish answer last. One that is gone has none."""
 
     def __init__(self) -> None:
         self._last: dict[str, int] = {}

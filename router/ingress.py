@@ -55,7 +55,7 @@ from router.declared_length import move_declared_length
 from router.gate import Desk, open_desk
 from router.in_flight import InFlight
 from router.limits import DEFAULT_LIMITS, MAX_WAIT_S, NO_OTHERS, Limits
-from router.live_settings import Judge, SettingsOffice, SettingsUpdate, changes, check_fits, settings_event
+from router.live_settings import Judge, SettingsOffice, SettingsUpdate, check_fits, settings_event
 from router.outcomes import Outcomes
 from router.output_bound import bound_output
 from router.pins import NOT_KEPT, KeptPin, kept_pins
@@ -310,16 +310,14 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
     async def put_settings(self, body: SettingsUpdate) -> Response:
         """Change settings of one model or all; they are checked as a configuration file is before any is changed."""
         engines = await self._engines()
+        by = author(body.by, self._key(), body.reason)
         try:
             planned = self._office.planned(body, self.desk.keys.tenants)
             check_fits(planned, engines, await ask_all(engines, _without_records) if planned else {})
+            changed = await self._office.keep(body, by, self.desk.keys.tenants)
         except AdminError as error:
             return refused(error.status_code, str(error))
-        before = {model_id: self._office.complete(model_id) for model_id in planned}
-        by = author(body.by, self._key(), body.reason)
-        await self._office.keep(planned, by)
-        changed = {name: changes(before[name], self._office.complete(name)) for name in planned}
-        asked = {name: engine for name, engine in engines.items() if engine.model_id in planned}
+        asked = {name: engine for name, engine in engines.items() if engine.model_id in changed}
         told = await ask_all(asked, ask_to_look_at_settings)
         with contextlib.suppress(Exception):  # then it is in no event; the log of this process has it
             for name, values in changed.items():

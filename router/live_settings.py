@@ -56,6 +56,7 @@ class SettingsOffice:
         self._deployed: Mapping[str, Settings] = {}
         self._kept: dict[str, Any] = {}
         self.settings: dict[str, Settings] = {}
+        self._keeping = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
     async def deployed(self, models: Mapping[str, Settings]) -> None:
@@ -109,16 +110,27 @@ class SettingsOffice:
         new = self.planned(update).get(model_id, self.settings[model_id])
         return dict(self._judge.complete(new)["targets"])
 
-    async def keep(self, planned: Mapping[str, Settings], author: Mapping[str, Any]) -> None:
-        """Keep new settings for every process of the application, and follow them here.
+    async def keep(
+        self, update: SettingsUpdate, author: Mapping[str, Any], tenants: Sequence[str] = ()
+    ) -> dict[str, dict[str, tuple[Any, Any]]]:
+        """Keep a change for every process of the application and follow it here; old and new values by model.
+
+        It is made to the settings that are in force now: another change, here or at another ingress, may have been kept
+        since this one was planned.
 
         Raises:
+            AdminError: as `planned` does.
             whatever the store raises; it may have some of the models' changes then.
         """
-        for model_id, settings in planned.items():
-            change = kept_change(self._deployed[model_id], settings, **author)
-            await asyncio.to_thread(self._store.put, store_key(model_id), change)
-        await self.look()
+        async with self._keeping:
+            await self.look()
+            planned = self.planned(update, tenants)
+            before = {model_id: self.complete(model_id) for model_id in planned}
+            for model_id, settings in planned.items():
+                change = kept_change(self._deployed[model_id], settings, **author)
+                await asyncio.to_thread(self._store.put, store_key(model_id), change)
+            await self.look()
+        return {model_id: changes(before[model_id], self.complete(model_id)) for model_id in planned}
 
     def complete(self, model_id: str) -> dict[str, Any]:
         """The settings in force of a model, with every default."""

@@ -19,7 +19,7 @@ from cluster.live import SettingsJudge
 from router import gate
 from router.auth import API_KEY_FILE_VARIABLE, API_KEY_VARIABLE
 from router.limits import KeyLimits, Limits
-from router.live_settings import SettingsOffice
+from router.live_settings import SettingsOffice, SettingsUpdate
 from router.tenants import TenantConfig
 
 ADMIN = "/admin/thresholds"
@@ -400,7 +400,7 @@ def test_other_tenants_alone_leave_what_an_operator_changed_of_the_settings() ->
     async def deploy_twice() -> None:
         models: dict[str, Any] = {MODEL: {}}
         await ingress.reconfigure({"tenants": [], "models": models})
-        await ingress._office.keep({MODEL: {"limits": {"choices": 3}}}, {})
+        await ingress._office.keep(SettingsUpdate(settings={"limits": {"choices": 3}}), {})
         assert application.desk.limits_of(MODEL).choices == 3 and application.desk.keys.is_open
         tenant = {"name": "red", "api_key_env": "KEY_OF_RED"}
         await ingress.reconfigure({"tenants": [tenant], "models": models})

@@ -32,8 +32,9 @@ class Seen:
         asyncio.run(main())
 
     def put(self, update: dict[str, Any]) -> dict[str, Any]:
-        planned = self.office.planned(SettingsUpdate.model_validate(update))
-        asyncio.run(self.office.keep(planned, AUTHOR))
+        asked = SettingsUpdate.model_validate(update)
+        planned = self.office.planned(asked)
+        asyncio.run(self.office.keep(asked, AUTHOR))
         return planned
 
 
@@ -63,6 +64,27 @@ def test_another_ingress_and_one_that_starts_later_have_it_too(seen: Seen, store
     other = Seen(store)
     other.deployed(m=FIRST, n=FIRST)
     assert {one["targets"]["tpot_s"] for one in other.office.settings.values()} == {0.3}
+
+
+def test_changes_at_two_ingresses_within_a_second_are_both_kept(seen: Seen, store: FakeStore) -> None:
+    other = Seen(store)
+    other.deployed(m=FIRST, n=FIRST)
+    seen.put({"model": "m", "settings": {"targets": {"tpot_s": 0.3}}})
+    other.put({"model": "m", "settings": {"targets": {"ttft_s": 3.0}}})
+    assert other.office.settings["m"]["targets"] == {"ttft_s": 3.0, "tpot_s": 0.3}
+
+
+def test_changes_that_come_together_are_both_kept(seen: Seen) -> None:
+    async def both() -> list[dict[str, Any]]:
+        updates = ({"targets": {"tpot_s": 0.3}}, {"targets": {"ttft_s": 3.0}})
+        return await asyncio.gather(*(
+            seen.office.keep(SettingsUpdate(settings=one, model="m"), AUTHOR) for one in updates
+        ))
+
+    assert asyncio.run(both()) == [
+        {"m": {"targets.tpot_s": (0.5, 0.3)}}, {"m": {"targets.ttft_s": (None, 3.0)}},
+    ]
+    assert seen.office.settings["m"]["targets"] == {"ttft_s": 3.0, "tpot_s": 0.3}
 
 
 def test_other_deployed_settings_end_a_change_for_good(seen: Seen, store: FakeStore) -> None:
