@@ -23,15 +23,18 @@ def asked_of(body: Any) -> Asked:
 
 
 def _asked_of(body: Any) -> Asked:
-    messages = getattr(body, "messages", None)
     prompt = prompt_in(body)
     declared = (getattr(body, "vllm_xargs", None) or {}).get(EXPECTED_OUTPUT_TOKENS)
     bounds = [_count(bound) for bound in (declared, *(getattr(body, name, None) for name in _BOUNDS))]
-    requests = _count(getattr(body, "n", None)) or 1
-    if isinstance(prompt, list) and messages is None and not isinstance(prompt[0], int):
-        requests *= len(prompt)
     output_tokens = min(map(float, filter(None, bounds)), default=math.inf)
-    return Asked(_tokens(prompt), output_tokens, requests, blocks_in(body))
+    return Asked(_tokens(prompt), output_tokens, engine_requests(body), blocks_in(body))
+
+
+def engine_requests(body: Any) -> int:
+    """How many requests an engine makes of one: a choice of a prompt each. Never raises, as `asked_of`."""
+    choices = _count(getattr(body, "n", None)) or 1
+    prompt = prompt_in(body) if getattr(body, "messages", None) is None else None
+    return choices * len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else choices
 
 
 def _count(value: Any) -> int | None:

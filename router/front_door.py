@@ -137,11 +137,12 @@ class FrontDoor:
         """These requests have ended, other than by an engine's rejection: as many others can take their place."""
         self._places_of(model).change(self._clock(), -requests)
 
-    def take_turned_away(self, model: str) -> int:
-        """Requests rejected here since the last call; the engines count them as arrivals that they rejected."""
+    def take_turned_away(self, model: str, engine_requests: int = 1) -> int:
+        """Requests rejected here since the last call, as many for each of the engine requests that carry the number;
+        the engines count them as arrivals that they rejected. What cannot be shared out evenly waits for the next."""
         places = self._places_of(model)
-        count, places.turned_away = places.turned_away, 0
-        return count
+        each, places.turned_away = divmod(places.turned_away, engine_requests)
+        return each
 
     def room(self, model: str) -> float | None:
         """Requests that this ingress may still send; None: not known, or not limited."""

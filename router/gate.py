@@ -70,10 +70,10 @@ class Desk:
         self.front_door.ingresses = self.usage.ingresses = max(1, ingresses)
         return self.usage.ingresses
 
-    def turned_away(self, name: str | None) -> int:
-        """Requests for this model rejected here since the last call."""
+    def turned_away(self, name: str | None, engine_requests: int = 1) -> int:
+        """Requests for this model rejected here since the last call, for each of so many engine requests."""
         model = self.model_of(name)
-        return self.front_door.take_turned_away(model) if model else 0
+        return self.front_door.take_turned_away(model, engine_requests) if model else 0
 
     def model_of(self, name: str | None) -> str | None:
         """The model that a request means, without an adapter's name; None if it is not served, or not said."""

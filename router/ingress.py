@@ -47,6 +47,7 @@ from replicas.tracing import Tracing
 from router.adapters import exists
 from router.admin import AdminError, ThresholdsUpdate, plan_update
 from router.admin_answers import refused, state_of
+from router.asked import engine_requests
 from router.attempts import Attempts, ending_at_an_error
 from router.auth import ANONYMOUS, OPERATOR
 from router.authors import author
@@ -61,7 +62,7 @@ from router.output_bound import bound_output
 from router.pins import NOT_KEPT, KeptPin, kept_pins
 from router.replica_watch import ReplicaWatch, readiness
 from router.rotation import ROTATION
-from router.tenants import TenantConfig, sign
+from router.tenants import TenantConfig, is_signed, sign
 from scheduler.messages import Ack, Telemetry
 from scheduler.thresholds import Thresholds, thresholds_as_dict
 from scheduler.wire import UnreadableMessage
@@ -207,10 +208,18 @@ class HeadraceIngress(DashboardEndpoints, OpenAiIngress):
             model = self.desk.model_of(body.model)
             bound_output(body, self.desk.limits_of(model).max_tokens)
             tenant = getattr(raw_request.state, "tenant", None) if raw_request is not None else None
-            sign(body, tenant, self.desk.turned_away(body.model))
+            turned_away = self.desk.turned_away(body.model, engine_requests(body)) if is_signed(body) else 0
             if raw_request is not None:
                 raw_request.state.is_valid = True
-            send = partial(super()._get_response, body=body, call_method=call_method, raw_request=raw_request)
+            respond = partial(super()._get_response, body=body, call_method=call_method, raw_request=raw_request)
+
+            def send() -> AsyncGenerator[Any, None]:
+                nonlocal turned_away
+                sign(body, tenant, turned_away)
+                turned_away = 0  # a second attempt does not count them again
+                chunks: AsyncGenerator[Any, None] = respond()
+                return chunks
+
             request_id = _get_serve_request_context()._internal_request_id
             most_wait_s = self._office.settings.get(model or "", {}).get("max_wait_s", MAX_WAIT_S)
             async with aclosing(self._attempts.answer(send, request_id, most_wait_s)) as chunks:

@@ -33,11 +33,16 @@ class TenantConfig(BaseModel):
         return self
 
 
+def is_signed(body: Any) -> bool:
+    """Whether the engine's scheduler reads what `sign` writes; embeddings and the like have no place for it."""
+    return hasattr(body, "vllm_xargs")
+
+
 def sign(body: Any, tenant: TenantConfig | None, turned_away: int = 0) -> None:
-    """Put the tenant, and the requests that the ingress rejected before this one, into `vllm_xargs`, overwriting
-    anything the client sent."""
-    if not hasattr(body, "vllm_xargs"):
-        return  # embeddings and the like
+    """Put the tenant, and how many requests the ingress rejected before each of the engine's requests that this one
+    becomes, into `vllm_xargs`, overwriting anything the client sent."""
+    if not is_signed(body):
+        return
     xargs = {key: value for key, value in (body.vllm_xargs or {}).items() if key not in _OURS}
     if turned_away:
         xargs[TURNED_AWAY] = turned_away

@@ -95,6 +95,7 @@ class FakeServer:
             return
         if not request.stream:
             await asyncio.sleep(CHUNKS * EVERY_S)
+            await self._until_told()
             if self._way == "dies later":
                 os._exit(1)
             yield self._whole(request)
@@ -109,7 +110,12 @@ class FakeServer:
                 return
             yield [text_of(number, request)]
             await asyncio.sleep(EVERY_S)
+            await self._until_told()
         yield [text_of(CHUNKS, request, "stop"), "data: [DONE]\n\n"]
+
+    async def _until_told(self) -> None:
+        while self._way == "holds":
+            await asyncio.sleep(0.01)
 
     def _whole(self, request: Any) -> Any:
         from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionResponse, CompletionResponse

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -58,6 +59,21 @@ class Cluster:
     def behave(self, replica: str, way: str) -> int:
         before: int = asyncio.run(call_replica(replica_ids("headrace")[replica], "behave", way=way))
         return before
+
+    def hold(self) -> tuple[str, str]:
+        """Have both replicas begin requests, and go on when they are told how; their names."""
+        victim, other = replica_ids("headrace")
+        for replica in (victim, other):
+            self.behave(replica, "holds")
+        return victim, other
+
+    def wait_until_all_have_begun(self, requests: int, *replicas: str) -> None:
+        """Each of the replicas that `hold` has some of them."""
+        begun, deadline_s = Counter[str](), time.monotonic() + WAIT_S
+        while begun.total() < requests:
+            assert time.monotonic() < deadline_s
+            begun += Counter({replica: self.behave(replica, "holds") for replica in replicas})
+        assert all(begun[replica] for replica in replicas)
 
     def post(self, path: str, *, stream: bool) -> httpx.Response:
         return self.http.post(path, json=body(path, stream=stream))
@@ -148,10 +164,11 @@ def test_a_replica_that_dies_at_once_loses_no_request(cluster: Cluster) -> None:
 def test_a_stream_that_loses_its_replica_never_looks_complete(cluster: Cluster, way: str) -> None:
     asked = [(path, stream) for path, stream in ASKED for _ in range(3)]
     with ThreadPoolExecutor(len(asked)) as pool:
+        victim, other = cluster.hold()
         answers = [pool.submit(cluster.post, path, stream=stream) for path, stream in asked]
-        time.sleep(0.5)
-        victim, _ = replica_ids("headrace")
-        assert cluster.behave(victim, way) > 0
+        cluster.wait_until_all_have_begun(len(asked), victim, other)
+        cluster.behave(other, "words")
+        cluster.behave(victim, way)
         cut = 0
         for (_, stream), answer in zip(asked, answers, strict=True):
             text = answer.result().text
@@ -167,6 +184,7 @@ def test_a_stream_that_loses_its_replica_never_looks_complete(cluster: Cluster, 
 
 @pytest.mark.parametrize("is_chat", [True, False])
 def test_the_openai_client_raises_on_a_cut_stream(cluster: Cluster, is_chat: bool) -> None:
+    cluster.hold()
     if is_chat:
         stream = cluster.openai.chat.completions.create(
             model=fake_replicas.MODEL, messages=[{"role": "user", "content": "x"}], stream=True

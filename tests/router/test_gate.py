@@ -10,9 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine_app import CHAT, COMPLETIONS, MODEL, FakeApplication, chat
+from fake_engine_app import CHAT, COMPLETIONS, MODEL, FakeApplication, chat, completion
 from fake_store import FakeStore
 from fastapi.testclient import TestClient
+from ray.exceptions import RayActorError
 from test_front_door_rule import Watch
 
 from cluster.live import SettingsJudge
@@ -378,6 +379,29 @@ def test_a_full_model_is_429_before_the_body_is_read(serving: Any) -> None:
     application.desk.change((), Limits(front_door=False), {})
     assert http.post(CHAT, json=chat()).status_code == 200
     assert application.server.received[-1].vllm_xargs == {"headrace_turned_away": 2}
+
+
+def test_what_was_turned_away_is_told_once_by_a_request_that_the_engine_counts(serving: Any) -> None:
+    """Eight choices told it eight times, a second attempt again, and an embedding lost it."""
+    application = serving()
+    http, told = client(application), []
+
+    async def answers(method: str, body: Any) -> Any:
+        told.append((getattr(body, "vllm_xargs", None) or {}).get("headrace_turned_away", 0))
+        if fails:
+            raise fails.pop()
+        yield completion(method, body)
+
+    fails: list[Exception] = []
+    application.server._answers = answers
+    places = application.desk.front_door._places_of(MODEL)
+    places.turned_away = 19
+    http.post("/v1/embeddings", json={"model": MODEL, "input": "hi"})
+    assert http.post(CHAT, json=chat(n=8)).status_code == 200
+    assert told[-1] == 2 and places.turned_away == 3, "8 × 2 are told, the rest is for the next"
+    fails.append(RayActorError())
+    assert http.post(COMPLETIONS, json={"model": MODEL, "prompt": ["a", "b"]}).status_code == 200
+    assert told[-2:] == [1, 0] and places.turned_away == 1
 
 
 def test_with_several_models_the_body_says_which_one_is_full(serving: Any) -> None:
