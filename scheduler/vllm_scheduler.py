@@ -178,14 +178,7 @@ class HeadraceScheduler(AsyncScheduler):
         finally:
             held = self._held.put_back()
             self.max_num_running_reqs = self._most_running
-        for new in output.scheduled_new_reqs:
-            life = self._lives[new.req_id]
-            life.cached_tokens = new.num_computed_tokens
-            life.shared_tokens = self._prefixes.shared_now(new.req_id, life.cached_tokens)
-            self.recorder.totals.prompt_tokens += self.requests[new.req_id].num_prompt_tokens
-            self.recorder.totals.cached_tokens += life.cached_tokens
-        again = self._lives.resumed(output.scheduled_cached_reqs, self.requests, self._prefixes.shared_now)
-        self.recorder.totals.recomputed_tokens += again
+        self._lives.scheduled(output, self.requests, self._prefixes.shared_now, self.recorder.totals)
         self._after_schedule(output, held)
         return output
 

@@ -11,6 +11,7 @@ from scheduler.engine.client_input import declared_lengths
 from scheduler.tuning.slo import Slo
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
 _LONGEST_WAY_S = 60.0
@@ -55,7 +56,6 @@ class Lives(dict[str, Life]):
     def begin(self, request: Request) -> None:
         """Remember a request that has just arrived."""
         self[request.request_id] = self._new(request)
-        self._awaiting_first_token[request.request_id] = request
 
     def arrived_s(self, request: Request) -> float:
         """When the request reached the API process, on the engine's clock."""
@@ -63,7 +63,7 @@ class Lives(dict[str, Life]):
         return self._clock() if life is None else life.arrived_s
 
     def note_first_tokens(self) -> None:
-        """Set `first_token_s` of the requests that have got their first output token."""
+        """Set `first_token_s` of the scheduled requests that have got their first output token."""
         if not self._awaiting_first_token:
             return
         now_s = self._clock()
@@ -71,18 +71,32 @@ class Lives(dict[str, Life]):
             self[name].first_token_s = now_s
             del self._awaiting_first_token[name]
 
-    def resumed(self, cached: Any, requests: Mapping[str, Request], shared_now: Callable[[str, int], int]) -> int:
-        """Note the requests of an iteration that run again after a preemption; returns the tokens computed again."""
-        again = 0
-        if not cached.resumed_req_ids:
-            return again
-        for name, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-            if name in cached.resumed_req_ids:
-                tokens = requests[name].num_tokens
-                # Other requests may share its blocks than before its preemption.
-                self[name].shared_tokens = shared_now(name, tokens)
-                again += max(0, tokens - computed)
-        return again
+    def scheduled(
+        self, output: SchedulerOutput, requests: Mapping[str, Request], shared_now: Callable[[str, int], int],
+        totals: Any,
+    ) -> None:
+        """Note and count what an iteration found cached of the requests that it begins, and what it computes again of
+        those that run again after a preemption. shared_now: of a request's first tokens, those that others hold too."""
+        cached, resumed = output.scheduled_cached_reqs, []
+        if cached.resumed_req_ids:
+            computed_of = zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+            resumed = [one for one in computed_of if one[0] in cached.resumed_req_ids]
+        for new in output.scheduled_new_reqs:
+            request = requests[new.req_id]
+            if request.num_preemptions:  # vLLM's second model runner is sent these as new ones
+                resumed.append((new.req_id, new.num_computed_tokens))
+                continue
+            self._awaiting_first_token[new.req_id] = request
+            life, prompt_tokens = self[new.req_id], request.num_prompt_tokens
+            life.cached_tokens = min(new.num_computed_tokens, prompt_tokens)
+            life.shared_tokens = shared_now(new.req_id, life.cached_tokens)
+            totals.prompt_tokens += prompt_tokens
+            totals.cached_tokens += life.cached_tokens
+        for name, computed in resumed:
+            tokens = requests[name].num_tokens
+            # Other requests may share its blocks than before its preemption.
+            self[name].shared_tokens = min(shared_now(name, tokens), requests[name].num_prompt_tokens)
+            totals.recomputed_tokens += max(0, tokens - computed)
 
     def end(self, request: Request) -> Life:
         """Forget a request that leaves the engine, and return its life."""

@@ -187,6 +187,21 @@ def test_preemptions_are_counted():
     assert (counters.completed, counters.good) == (3, 3), "without a target each is good"
 
 
+@pytest.mark.parametrize("runner", ["first", "second"])
+def test_a_request_that_runs_again_is_not_a_new_one(runner):
+    """vLLM's second model runner, its default where there is Triton, is sent a resumed request as a new one. Its prompt
+    and its answer so far were counted as prompt again; found cached, they came to more than all prompts."""
+    engine = Engine(blocks=96, thresholds={"policy": "fcfs"}, enable_prefix_caching=True)
+    engine.scheduler.use_v2_model_runner = runner == "second"
+    for number in range(30):
+        engine.add(f"r{number}", prompt=[1000 + number] * 20, output=300)
+    engine.run()
+    report = telemetry(engine)
+    assert report.counters.preemptions > 20 and report.counters.recomputed_tokens > 0
+    assert (report.counters.prompt_tokens, report.counters.cached_tokens) == (30 * 20, 0)
+    assert all(one.cached_tokens == 0 and one.shared_tokens <= 20 for one in report.finished)
+
+
 def test_telemetry_cursor_gives_only_what_is_new():
     engine = Engine()
     engine.add("a", output=4)
