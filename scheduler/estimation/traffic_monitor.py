@@ -96,9 +96,8 @@ class TrafficMonitor:
         self._since_s = max(self._since_s, self._now_s - self._window_s)
         if len(self._finished) == KEPT_LENGTHS:
             self._answers_since_s = max(self._answers_since_s, self._finished[0].at_s)
-        self._finished.extend(
-            done for done in telemetry.finished if done.seq > cursor and not done.aborted and done.output_tokens > 0
-        )
+        # Answers that clients cut short too: until then each had its slot, its memory and its share of every iteration.
+        self._finished.extend(done for done in telemetry.finished if done.seq > cursor and done.output_tokens > 0)
         self._ended = np.array(
             [(one.prompt_tokens, one.output_tokens) for one in self._finished], dtype=np.int64
         ).reshape(-1, 2)

@@ -89,13 +89,18 @@ def test_only_what_is_new_is_counted() -> None:
     assert model.rate_rps == pytest.approx(2.0)
 
 
-def test_requests_that_were_cut_short_say_nothing_about_lengths() -> None:
+@pytest.mark.parametrize("aborted", [False, True])
+def test_an_answer_that_its_client_cut_short_has_the_length_that_it_had(aborted: bool) -> None:
+    """Where three in ten clients leave at 500 tokens, capacity was taken for several times what it is."""
     engine, model = SyntheticEngine(), model_of()
-    engine.finish(58, 3, aborted=True)
-    engine.finish(58, 0)
-    engine.finish(58, 147)
+    for _ in range(100):
+        for output, leaves in ((50, False), (500, aborted)):
+            engine.arrive(58)
+            engine.finish(58, output, aborted=leaves)
+    engine.finish(58, 0, aborted=True)
     model.observe(engine.report())
-    assert model.finished_seen == 1
+    assert model.finished_seen == 200, "one that left, or was rejected, before its first token has no length"
+    assert model.estimates.lengths.mean_output_tokens == pytest.approx(275, rel=0.05)
 
 
 def test_a_restarted_engine_starts_the_window_anew() -> None:
