@@ -35,6 +35,7 @@ from scheduler.engine.drain import DrainRule
 from scheduler.engine.fair_queue import DEFAULT_TENANT
 from scheduler.engine.held import HeldRequests
 from scheduler.engine.iteration_timer import IterationTimer
+from scheduler.engine.kv_capacity import kv_capacity_tokens
 from scheduler.engine.lives import Lives
 from scheduler.engine.pipeline import coming, has_more_than_its_share, pipeline_depth
 from scheduler.engine.prefix_hits import PrefixHits
@@ -397,9 +398,8 @@ class HeadraceScheduler(AsyncScheduler):
         super().shutdown()
 
     def _limits(self) -> EngineLimits:
-        blocks = self.cache_config.num_gpu_blocks
         return EngineLimits(
-            kv_capacity_tokens=blocks * self.block_size,
+            kv_capacity_tokens=kv_capacity_tokens(self.vllm_config, self.kv_cache_config, self.block_size),
             block_tokens=self.block_size,
             max_num_seqs=self.max_num_running_reqs,
             max_num_batched_tokens=self.max_num_scheduled_tokens,

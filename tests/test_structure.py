@@ -24,9 +24,9 @@ LAYERS = {
 PACKAGE_LAYERS = ["headrace", "cluster", "loadgen", "simulator", "router", "replicas", "scheduler"]
 WITH_VLLM = {
     "scheduler.vllm_scheduler", "scheduler.engine.admission_queue", "scheduler.engine.drain", "scheduler.engine.held",
-    "scheduler.engine.pipeline", "scheduler.engine.prefix_hits", "scheduler.engine.rejector",
-    "scheduler.engine.running_requests", "scheduler.request_rejected", "simulator.engine.vllm_harness",
-    "simulator.engine.replica", "simulator.engine.vllm_v0",
+    "scheduler.engine.kv_capacity", "scheduler.engine.pipeline", "scheduler.engine.prefix_hits",
+    "scheduler.engine.rejector", "scheduler.engine.running_requests", "scheduler.request_rejected",
+    "simulator.engine.vllm_harness", "simulator.engine.replica", "simulator.engine.vllm_v0",
 }
 WITH_RAY = {
     "cluster.app", "cluster.keeper", "cluster.replica_policy", "cluster.rollout", "replicas.actor_calls",

@@ -81,11 +81,11 @@ def _cache_dtype(name: str) -> str:
 def _said(
     model: LanguageModel, device: Accelerator, setup: Setup, time_model: IterationTimeModel, vllm_config: Any
 ) -> str:
-    tokens = (vllm_config.cache_config.num_gpu_blocks or 0) * vllm_config.cache_config.block_size
+    blocks = vllm_config.cache_config.num_gpu_blocks or 0
     return (
         f"no profile: iteration times are estimated for {model.parameters / 1e9:.3g}e9 parameters on "
         f"{setup.tensor_parallel} x {device.description} (at least {1000 * time_model.floor_s:.1f} ms, "
         f"{1e6 * time_model.d2_s_per_prefill_token:.0f} us a prompt token), weights of "
-        f"{model.weight_bytes / setup.tensor_parallel / 1e9:.1f} GB on each, a KV cache of {tokens} tokens; "
-        "refined while it serves"
+        f"{model.weight_bytes / setup.tensor_parallel / 1e9:.1f} GB on each, a KV cache of {blocks} blocks of "
+        f"{vllm_config.cache_config.block_size} tokens; refined while it serves"
     )
