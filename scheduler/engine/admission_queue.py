@@ -83,10 +83,9 @@ class AdmissionQueue(RequestQueue):
 
     def _tail(self, queue: FairQueue) -> Iterator[Waiting]:
         committed = self.choices.committed
-        return (
-            self._describe(request, self._since_s[request.request_id]) for request in queue.backwards()
-            if request.request_id not in committed
-        )
+        for request in queue.backwards():
+            waiting = self._describe(request, self._since_s[request.request_id])
+            yield waiting._replace(is_committed=True) if request.request_id in committed else waiting
 
     def _aged(self, name: str) -> Iterator[Waiting]:
         committed = self.choices.committed

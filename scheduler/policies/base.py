@@ -81,7 +81,8 @@ class Waiting(NamedTuple):
     """A request in the admission queue, waiting since a clock second.
 
     cached_tokens: prompt tokens in the prefix cache, which need no compute. shared_tokens: of these, the tokens in
-    blocks that running requests hold, which add no memory. Declared lengths as in `RunningBatch`.
+    blocks that running requests hold, which add no memory. Declared lengths as in `RunningBatch`. is_committed: it may
+    not be rejected, such as a choice of a request that has begun; set in `QueueView.tail`.
     """
 
     prompt_tokens: int
@@ -91,6 +92,7 @@ class Waiting(NamedTuple):
     shared_tokens: int = 0
     expected_output_tokens: float = math.inf
     most_output_tokens: float = math.inf
+    is_committed: bool = False
 
     @property
     def tokens_to_compute(self) -> int:

@@ -112,20 +112,22 @@ class FirstToken:
         requests; free_slots: slots that are free now; late: ids of requests that leave the queue anyway.
         """
         params, limit_s = self.params, self.params.first_token_limit_s
-        beyond = 0 if params.queue_limit is None else max(0, waiting - params.queue_limit)
-        if limit_s is None or params.cold or waiting <= 0:
-            return beyond
-        free, left = self._free(running, free_slots), waiting
+        most = math.inf if params.queue_limit is None else params.queue_limit
+        free, left, seen, beyond = self._free(running, free_slots), waiting, 0, 0
         staying = (request for request in view.tail() if request.request_id not in late)
-        for place, request in enumerate(islice(staying, waiting)):
+        for request in islice(staying, max(0, waiting)):
             tokens -= request.tokens_to_compute
-            left = waiting - place - 1
-            if place < beyond:
+            left -= 1  # those whose turn comes before
+            if request.is_committed:
                 continue
-            wait_s = self._wait_s(left, tokens, free, _TO_COME_IN if view.is_new(request) else _TO_STAY)
-            if now_s - request.since_s + wait_s + self.own_s(request) <= self._limit_s(request, limit_s):
-                break
-            beyond = place + 1
+            seen += 1
+            if left < most:
+                if limit_s is None or params.cold:
+                    break
+                wait_s = self._wait_s(left, tokens, free, _TO_COME_IN if view.is_new(request) else _TO_STAY)
+                if now_s - request.since_s + wait_s + self.own_s(request) <= self._limit_s(request, limit_s):
+                    break
+            beyond = seen
         return beyond
 
     def _wait_s(self, ahead: int, tokens: int, free: float, deviations: float) -> float:

@@ -47,7 +47,8 @@ def vllm_config(config: dict[str, Any] | None = None, *, tensor_parallel: int = 
 def test_the_estimate_is_that_of_the_engine_s_configuration(tensor_parallel: int, cache: str, setup: Setup) -> None:
     found = start_estimate(vllm_config(tensor_parallel=tensor_parallel, cache=cache), H100)
     assert found.time_model == law(language_model(LLAMA3, "bfloat16"), accelerator("h100"), setup)
-    for part in ("estimated for 8.03e9 parameters", f"on {tensor_parallel} x NVIDIA H100", "KV cache of 1000 blocks of 16 tokens"):
+    kv_cache = "KV cache of 1000 blocks of 16 tokens"
+    for part in ("estimated for 8.03e9 parameters", f"on {tensor_parallel} x NVIDIA H100", kv_cache):
         assert part in found.said
 
 

@@ -31,6 +31,27 @@ def of_tenant(name):
     return {TENANT: name}
 
 
+@pytest.mark.parametrize("as_choices", [False, True])
+def test_how_one_tenant_sends_has_no_other_tenant_s_requests_rejected(as_choices):
+    """Of sixteen choices that had begun all counted as ahead of a request whose turn came first."""
+    params = fluid_params(ttft_s=0.6, capacity_rps=30.0, queue_limit=3, kv_limit_tokens=60_000)
+    engine = Engine(
+        thresholds={"policy": "fluid", "fluid": params}, settings={"trust_tenants": True, "audit_share": 0.0},
+        blocks=4000, max_num_seqs=16,
+    )
+    for step in range(600):
+        if step % 40 == 0:
+            for choice in range(16):
+                name = f"{choice}_chatcmpl-a{step}" if as_choices else f"chatcmpl-a{step}x{choice}"
+                engine.add(f"{name}-{step:08x}", prompt=40, output=50, extra_args=of_tenant("a"))
+        if step % 10 == 5:
+            engine.add(f"chatcmpl-b{step}-{step:08x}", prompt=40, output=50, extra_args=of_tenant("b"))
+        engine.step()
+    rejected = [answer.request_id for answer in engine.answers if answer.stop_reason]
+    assert any("-a" in name for name in rejected)
+    assert sum("-b" in name for name in rejected) <= 3
+
+
 @pytest.mark.parametrize("pushed", [
     {"max_running": 1, "max_hold_s": 0.1}, {"max_running": 1, "valid_for_s": 0.015}, wait(1, max_running=1),
 ])

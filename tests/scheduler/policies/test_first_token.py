@@ -234,6 +234,19 @@ def test_the_queue_limit_holds_whatever_the_time():
     assert at_tail(*[{"prompt_tokens": 10}] * 9, fluid=replace(PARAMS, queue_limit=5)) == 4
 
 
+def test_a_choice_that_has_its_turn_later_delays_no_other_request():
+    """Choices of a request that has begun may not be rejected; those of one tenant had another's requests rejected."""
+    choices = [{"is_committed": True}] * 40
+    alone = {"waiting": 1, "tokens": 500, "running": 10, "free_slots": 0}
+    full = replace(PARAMS, capacity_rps=2.0, queue_limit=5)
+    view = queue_of({}, *choices)
+    behind = alone | {"waiting": 41, "tokens": 41 * 500}
+    assert first_token(full).beyond_limit(queue_of({}), 0.0, **alone) == 0
+    assert first_token(full).beyond_limit(view, 0.0, **behind) == 0
+    assert first_token(full).beyond_limit(queue_of(*choices, {}), 0.0, **behind) == 1, "40 have their turn before it"
+    assert first_token(full).beyond_limit(queue_of(*choices), 0.0, **(behind | {"waiting": 40})) == 0
+
+
 # A cold engine.
 
 COLD = replace(PARAMS, cold=True)
