@@ -204,7 +204,7 @@ class HeadraceScheduler(AsyncScheduler):
         return Snapshot(
             now_s=now_s,
             waiting=self.admission_queue.views(),
-            released=self.admission_queue.released + len(self.skipped_waiting),
+            released=self.admission_queue.released + len(self._unable_to_run()),
             running=EngineBatch(self.running, self.admission_queue, self._lives, 1 + self.num_spec_tokens),
             kv_used_tokens=round(self.kv_cache_manager.usage * capacity),
             kv_capacity_tokens=capacity,
@@ -229,20 +229,23 @@ class HeadraceScheduler(AsyncScheduler):
 
     def _released_requests(self) -> RunningBatch:
         """Admitted requests that do not run (yet)."""
-        if not self.admission_queue.released and not self.skipped_waiting:
+        requests = [*self.admission_queue.released_requests(), *self._unable_to_run()]
+        if not requests:
             return NO_REQUESTS
-        requests = [*self.admission_queue.released_requests(), *self.skipped_waiting]
         return EngineBatch(requests, self.admission_queue, self._lives, 1 + self.num_spec_tokens)
 
     def _prompt_backlog(self) -> int:
         """Prompt tokens left to compute of running and admitted requests."""
         tokens: int = sum([request.num_tokens - request.num_computed_tokens for request in self._inflight_prefills])
-        if self.admission_queue.released or self.skipped_waiting:
-            tokens += sum(
-                self._describe(request, 0.0).tokens_to_compute + request.num_output_tokens
-                for request in (*self.admission_queue.released_requests(), *self.skipped_waiting)
-            )
+        for request in (*self.admission_queue.released_requests(), *self._unable_to_run()):
+            tokens += self._describe(request, 0.0).tokens_to_compute + request.num_output_tokens
         return tokens
+
+    def _unable_to_run(self) -> list[Request]:
+        """Admitted requests that vLLM passes over: a grammar compiles, adapters are full. Not the sessions that wait for
+        their client's next input: these take a slot and memory, and no other time."""
+        waits = RequestStatus.WAITING_FOR_STREAMING_REQ
+        return [request for request in self.skipped_waiting if request.status != waits]
 
     def _describe(self, request: Request, since_s: float) -> Waiting:
         """A waiting request, as a policy sees it."""

@@ -1,7 +1,7 @@
 """The limit on running requests, aborts wherever a request is, and what vLLM counts of the requests that wait."""
 
-
-from engine_harness import Engine, add_many, boundary_engine, telemetry, wait
+import pytest
+from engine_harness import Engine, add_many, boundary_engine, fluid_params, telemetry, wait
 
 from scheduler.messages import Finished
 
@@ -180,6 +180,22 @@ def test_session_arrives_once_and_is_admitted_once():
     assert len(telemetry(engine).arrivals) == 2
     engine.abort("session")
     assert_gone(engine, "session")
+
+
+@pytest.mark.parametrize("targets", [
+    {}, {"iteration_s": 0.02, "tpot_s": 0.021},
+    {"iteration_s": 0.02, "tpot_s": 0.021, "ttft_s": 3.0, "capacity_rps": 5.0, "prompt_flow_tokens": 50.0},
+])
+def test_sessions_that_wait_for_their_client_hold_up_no_request(targets):
+    """Half the slots with such sessions was none free, and their context counted as prompts still to compute."""
+    engine = Engine(thresholds={"policy": "fluid", "fluid": fluid_params(**targets)}, max_num_seqs=8)
+    for number in range(4):
+        engine.add(f"s{number}", prompt=[100 + number] * 200, output=3, resumable=True)
+    engine.steps(60)
+    assert engine.scheduler.num_waiting_for_streaming_input == 4
+    add_many(engine, 4, output=8)
+    engine.steps(100)
+    assert (len(engine.finished), telemetry(engine).counters.rejected) == (4, 0)
 
 
 def test_prefix_cache_reset_that_preempts_all_requests():
