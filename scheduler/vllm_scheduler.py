@@ -242,8 +242,8 @@ class HeadraceScheduler(AsyncScheduler):
         return tokens
 
     def _unable_to_run(self) -> list[Request]:
-        """Admitted requests that vLLM passes over: a grammar compiles, adapters are full. Not the sessions that wait for
-        their client's next input: these take a slot and memory, and no other time."""
+        """Admitted requests that vLLM passes over: a grammar compiles, adapters are full. Not the sessions that wait
+        for their client's next input: these take a slot and memory, and no other time."""
         waits = RequestStatus.WAITING_FOR_STREAMING_REQ
         return [request for request in self.skipped_waiting if request.status != waits]
 
