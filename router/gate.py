@@ -25,7 +25,16 @@ from router.key_usage import KeyUsage
 from router.limits import NO_OTHERS, Limits
 from router.outcomes import Outcomes, Watched
 from router.refusal import Refusal
-from router.request_body import Demand, Disconnected, apart, asked_for, parse, read_body, require_json
+from router.request_body import (
+    Demand,
+    Disconnected,
+    apart,
+    asked_for,
+    asked_to_embed,
+    parse,
+    read_body,
+    require_json,
+)
 from router.tenants import TenantConfig
 from scheduler.metrics import UNKNOWN
 
@@ -33,6 +42,8 @@ ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 _CHAT = "/v1/chat/completions"
 GENERATING = frozenset({_CHAT, "/v1/completions"})
 _FORMS = frozenset({"/v1/audio/transcriptions"})
+_NOT_SERVED = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
+_EMBEDDING = frozenset({"/v1/embeddings", "/v1/score"})
 _OPEN = frozenset({"/healthz", "/readyz", DASHBOARD})
 """Paths without a key, beside the files of the dashboard, which hold no data; /admin asks for the operator's, all
 others for a user's, known or not."""
@@ -210,6 +221,8 @@ class _Visit:
         try:
             await app(self.scope, replayed(body, receive), self._noting_status(send))
         finally:
+            if self._status in _NOT_SERVED:
+                desk.usage.give_back(holder, asked.tokens)
             if self._status != HTTPStatus.TOO_MANY_REQUESTS:
                 desk.front_door.ended(model, asked.requests)
 
@@ -228,7 +241,7 @@ class _Visit:
         require_json(self.headers)
         found = parse(body, self.desk.limits)
         if not self._generates:
-            return Demand(), None
+            return asked_to_embed(found) if self.path in _EMBEDDING else Demand(), None
         name = found.get("model")
         model = self.desk.model_of(name if isinstance(name, str) else None)
         demand = asked_for(found, self.desk.limits_of(model), is_chat=self.path == _CHAT)

@@ -24,6 +24,7 @@ from router.output_bound import DEFAULT_OF_A_COMPLETION, stated_output
 from router.refusal import Refusal
 
 _USUAL_OUTPUT_TOKENS = 256
+_PROMPT_OF_CHAT = ("messages", "tools", "documents", "chat_template_kwargs")
 """Counted for a choice of a chat that states no number, where there is no limit."""
 _AT_ONCE_BYTES = 64 * 1024
 """In a body of this size everything is found within some milliseconds."""
@@ -169,8 +170,8 @@ def _require_small_numbers(found: Any) -> None:
 
 
 def asked_for(found: Mapping[str, Any], limits: Limits, *, is_chat: bool) -> Demand:
-    """What a request to generate asks for, by the fields that vLLM reads: of a chat its messages, of a completion its
-    prompts.
+    """What a request to generate asks for, by the fields that vLLM makes a prompt of: of a chat its messages, tools and
+    documents, of a completion its prompts.
 
     Raises:
         Refusal: 400, more than the limits allow.
@@ -189,8 +190,14 @@ def asked_for(found: Mapping[str, Any], limits: Limits, *, is_chat: bool) -> Dem
     if limits.prompt_tokens is not None and prompt_tokens > limits.prompt_tokens:
         raise Refusal(400, f"a prompt has {prompt_tokens} tokens; allowed: at most {limits.prompt_tokens}")
     outputs = requests * max(0, _unstated(limits, is_chat=is_chat) if most is None else most)
-    text = _tokens_of_messages(found.get("messages")) if is_chat else _tokens_of_prompt(found.get("prompt"))
+    chat = [found.get(name) for name in _PROMPT_OF_CHAT] if is_chat else []
+    text = _tokens_of_text(chat) if is_chat else _tokens_of_prompt(found.get("prompt"))
     return Demand(requests, text * choices + outputs)
+
+
+def asked_to_embed(found: Mapping[str, Any]) -> Demand:
+    """What a request to embed or to score asks for: the tokens of its input, or of all its text."""
+    return Demand(tokens=_tokens_of_prompt(found["input"]) if "input" in found else _tokens_of_text(found))
 
 
 def _unstated(limits: Limits, *, is_chat: bool) -> int:
@@ -218,9 +225,9 @@ def _tokens_of_prompt(prompt: Any) -> int:
     return ids + sum(len(one) for one in prompts if isinstance(one, str)) // CHARACTERS_PER_TOKEN
 
 
-def _tokens_of_messages(messages: Any) -> int:
-    """Of a chat: all its text, estimated by its length."""
-    characters = sum(len(one) for level in _levels(messages) for one in level if type(one) is str)
+def _tokens_of_text(found: Any) -> int:
+    """Of all text in it, estimated by its length."""
+    characters = sum(len(one) for level in _levels(found) for one in level if type(one) is str)
     return characters // CHARACTERS_PER_TOKEN
 
 

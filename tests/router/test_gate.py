@@ -14,6 +14,7 @@ from fake_engine_app import CHAT, COMPLETIONS, MODEL, FakeApplication, chat, com
 from fake_store import FakeStore
 from fastapi.testclient import TestClient
 from ray.exceptions import RayActorError
+from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, ErrorResponse
 from test_front_door_rule import Watch
 
 from cluster.live import SettingsJudge
@@ -333,6 +334,21 @@ def test_requests_per_minute_of_each_key(serving: Any, monkeypatch: pytest.Monke
     assert 20 <= int(refused.headers["retry-after"]) <= 60 and "3 requests a minute" in error_of(refused)
     assert [ask("sk-blue", max_tokens=400).status_code for _ in range(3)] == [200, 200, 429]
     assert "1000 tokens a minute" in error_of(ask("sk-blue", max_tokens=400))
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_what_was_not_served_is_not_counted(serving: Any, status: int) -> None:
+    """A client that came back when it was told paid for each rejection, until its key was used up."""
+    application = serving(limits=Limits(requests_per_minute=1))
+
+    async def refuses(method: str, body: Any) -> Any:
+        yield ErrorResponse(error=ErrorInfo(message="full", type="rate_limit_error", code=status))
+
+    http, answers = client(application), application.server._answers
+    application.server._answers = refuses
+    assert [http.post(CHAT, json=chat()).status_code for _ in range(3)] == [status] * 3
+    application.server._answers = answers
+    assert [http.post(CHAT, json=chat()).status_code for _ in range(2)] == [200, 429]
 
 
 def test_concurrent_requests_of_a_key_and_counts_that_survive_new_limits(serving: Any) -> None:

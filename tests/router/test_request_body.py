@@ -9,13 +9,15 @@ import pytest
 
 from router.limits import Limits
 from router.refusal import Refusal
-from router.request_body import asked_for, parse
+from router.request_body import asked_for, asked_to_embed, parse
 
 
 @pytest.mark.parametrize(("is_chat", "fields", "counted"), [
     (True, {"messages": [{"role": "user", "content": "x" * 4000}], "prompt": "", "max_tokens": 1}, 1002),
     (True, {"max_tokens": 9, "prompt": [1] * 500}, 10),
     (True, {"n": 2}, 2 + 2 * 256),
+    (True, {"tools": [{"function": {"name": "f", "description": "x" * 4000}}], "max_tokens": 1}, 1002),
+    (True, {"documents": [{"text": "x" * 400}], "chat_template_kwargs": {"a": "x" * 400}, "max_tokens": 1}, 202),
     (False, {"prompt": [1] * 500, "messages": [], "max_tokens": 1}, 501),
     (False, {"prompt": [[1.0] * 30, ["1"] * 30], "max_tokens": 1, "max_completion_tokens": 0}, 62),
     (False, {"prompt": ["x" * 40, "y" * 40], "n": 3}, 60 + 6 * 16),
@@ -25,6 +27,14 @@ def test_tokens_are_counted_by_the_fields_that_the_engine_reads(
 ) -> None:
     body = {"messages": [{"role": "user", "content": "hi"}]} | fields
     assert asked_for(body, Limits(), is_chat=is_chat).tokens == counted
+
+
+@pytest.mark.parametrize(("fields", "counted"), [
+    ({"input": "x" * 400, "model": "m"}, 100), ({"input": ["x" * 40, "y" * 40]}, 20),
+    ({"input": [[1] * 30, [2] * 3]}, 33), ({"text_1": "x" * 80, "text_2": ["y" * 400, "z" * 400]}, 220), ({}, 0),
+])
+def test_tokens_of_embeddings_and_scores_are_counted_too(fields: dict[str, Any], counted: int) -> None:
+    assert asked_to_embed(fields).tokens == counted
 
 
 @pytest.mark.parametrize(("is_chat", "limit", "counted"), [(True, 1000, 1000), (False, 1000, 16), (False, 9, 9)])
