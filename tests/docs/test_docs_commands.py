@@ -10,6 +10,9 @@ from cluster_process import free_port
 from docs_commands import lay_out, run_in_shell, shell_commands, with_fewer_requests
 from typer.testing import CliRunner
 
+import cluster.cli
+import loadgen.cli
+import simulator.cli
 from cluster.model import prepare_bundled_model
 from headrace.cli import app
 from tools.docs.blocks import PAGES, ROOT, RUNS, Block, blocks_of
@@ -24,6 +27,8 @@ def test_a_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     prepare_bundled_model(ROOT / ".models" / "SmolLM2-135M-Instruct")
     lay_out(tmp_path, free_port())
     monkeypatch.chdir(tmp_path)
+    for commands in (cluster.cli, loadgen.cli, simulator.cli):
+        monkeypatch.setattr(commands.out, "width", 100)  # whatever the terminal was when the module was imported
     if block.language == "python":
         exec(compile(block.text, block.place, "exec"), {})
         return
