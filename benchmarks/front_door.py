@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import statistics
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,23 +33,31 @@ PORT = 8741
 
 @dataclass(frozen=True)
 class Report:
-    """A fresh report, always."""
+    """A fresh report."""
 
     model: str
     stats: Stats
-    age_s: float = 0.1
+    answered_s: float
 
 
 class Reports:
     """Says that there is `room`; the flooded path differs from the free one by the model's name alone."""
 
-    def latest(self) -> Mapping[str, Report]:
-        return {
-            name: Report(name, Stats(
+    def __init__(self) -> None:
+        self._revisions = itertools.count()
+
+    @property
+    def revision(self) -> int:
+        """Another one each time, so that the reports do not age."""
+        return next(self._revisions)
+
+    def answers(self) -> list[Report]:
+        return [
+            Report(name, Stats(
                 engine_id=name, slots=8, running=8, waiting=4, kv_used_tokens=1, kv_capacity_tokens=2,
                 thresholds_version=0, room=room, drain_rps=4.0, retry_after_s=3.0,
-            )) for name, room in (("full", 0), ("free", 1_000_000))
-        }
+            ), time.monotonic() - 0.1) for name, room in (("full", 0), ("free", 1_000_000))
+        ]
 
 
 def application(models: list[str]) -> Any:

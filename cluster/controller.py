@@ -19,13 +19,13 @@ import math
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from cluster.event_log import Event, EventLog, together
 from cluster.inbox import NOT_TUNED, Inbox, digesting, next_report_s
 from cluster.learning import Learned, Learning
 from cluster.measured import ControllerMeter
+from cluster.offers import Changed, Lacking, PinOffers, changed_by
 from cluster.outlook import Outlook
 from cluster.pins import Pin, Pins
 from cluster.prospects import NothingKnown, Values
@@ -40,9 +40,6 @@ from replicas.ranks import EngineAddress
 from replicas.served import engines_of
 from replicas.store import Store
 from scheduler.estimation.pool import SILENT_PASSES, Deviation
-from scheduler.messages import Telemetry
-from scheduler.thresholds import InvalidThresholds, Thresholds
-from scheduler.tuning.engine_tuner import Change
 from scheduler.tuning.slo import Slo
 from scheduler.wire import UnreadableMessage
 
@@ -51,8 +48,6 @@ IDLE_PERIOD_S = 5.0
 _SHOWN_CHANGES = 20
 _TOGETHER_S = 0.2
 """Seconds in which more urgent reports are waited for, to be learned from together."""
-_Changed = tuple[Event, Thresholds, Thresholds]
-"""An event, with the thresholds before and after it."""
 logger = logging.getLogger(__name__)
 
 
@@ -65,7 +60,9 @@ class ControlLoop:
     def __init__(self, app_name: str, models: Mapping[str, TunedModel], store: Store) -> None:
         self._app_name = app_name
         self._replicas: dict[str, TunedReplica] = {}
+        self._untuned: dict[str, EngineAddress] = {}
         self.events, self._pins = EventLog(store), Pins(store)
+        self._pin_offers = PinOffers(self._pins, self._in_store)
         self.outlook, self.scaling = Outlook(), Scaling(store)
         self.learning = Learning(self.outlook)
         self.inbox = Inbox()
@@ -76,10 +73,11 @@ class ControlLoop:
         self.configure(models)
 
     def configure(self, models: Mapping[str, TunedModel]) -> None:
-        """Tune with these settings from the next cycle on; what is known of the replicas stays."""
+        """Tune with these settings from the next cycle on; what is known of the replicas stays. Models whose tuning is
+        off have their pins all the same."""
         self._models = {name: model for name, model in models.items() if model.settings.controller.enabled}
         self._digesting = {name: digesting(model) for name, model in self._models.items()}
-        self._served = {name: model.served for name, model in self._models.items()}
+        self._served = {name: model.served for name, model in models.items()}
         for entry in self._replicas.values():
             entry.follow(self._models.get(entry.engine.deployment, entry.tuned))
         self.hurry()
@@ -102,9 +100,11 @@ class ControlLoop:
         self._begun_unix_s = time.time()  # of all points of this cycle, so that they add up
         self.outlook.history.keep_only(self._begun_unix_s)
         found = await asyncio.to_thread(engines_of, self._app_name, self._served)
-        self._replicas = {name: self._replicas.get(name) or self._new_replica(found[name]) for name in found}
+        tuned = {name: engine for name, engine in found.items() if engine.deployment in self._models}
+        self._replicas = {name: self._replicas.get(name) or self._new_replica(engine) for name, engine in tuned.items()}
+        self._untuned = {name: engine for name, engine in found.items() if name not in tuned}
         await self._in_store(self._look, list(found))
-        self.learning.keep_only(found)
+        self.learning.keep_only(tuned)
         self.inbox.keep_only(found, time.monotonic())
         due = self._due()
         reports = self.inbox.fresh(due)
@@ -118,7 +118,8 @@ class ControlLoop:
                 self._begun_unix_s, time.monotonic(),
             )
         changes = await asyncio.gather(*(self._push(name, self._replicas[name], one) for name, one in learned.items()))
-        await self._note(*together([one for one in changes if one is not None]))
+        given = await self._pin_offers.give_untuned(self._untuned, self.inbox.fresh(self._untuned), time.time())
+        await self._note(*together([one for one in (*changes, *given) if one is not None]))
         await self._note(*(
             Event(
                 at_unix_s=time.time(), kind="speed", replica=name, model=self._replicas[name].engine.model_id,
@@ -159,9 +160,10 @@ class ControlLoop:
         `digesting` says; `cursors`: the records that are known, for engines whose policy needs records. urgent: these
         engines are due with the next cycle."""
         now_s, model = time.monotonic(), self._models.get(deployment)
+        if deployment in self._served:  # a pin may be missing where nothing is tuned
+            self.inbox.take(reports, now_s)
         if model is None:
             return dict(NOT_TUNED)
-        self.inbox.take(reports, now_s)
         known = {name: one for name in reports if (one := self._replicas.get(name)) is not None}
         for one in known.values() if urgent else ():
             one.due_s = float("-inf")
@@ -185,7 +187,7 @@ class ControlLoop:
         tuned = self._models[engine.deployment]
         return TunedReplica(engine, tuned, tuned.new_tuner())
 
-    async def _push(self, name: str, entry: TunedReplica, learned: Learned | Exception) -> _Changed | None:
+    async def _push(self, name: str, entry: TunedReplica, learned: Learned | Exception) -> Changed | None:
         """Send a replica what was learned for it; the change to be noted."""
         try:
             if isinstance(learned, Exception):
@@ -205,35 +207,18 @@ class ControlLoop:
             logger.warning("replica %s is %s", name, note, exc_info=error if readable else None)
         entry.tuner.note = note
 
-    async def _offer(self, name: str, entry: TunedReplica, learned: Learned) -> _Changed | None:
+    async def _offer(self, name: str, entry: TunedReplica, learned: Learned) -> Changed | None:
         engine, telemetry, push = entry.engine, learned.telemetry, learned.push
         if (pin := self._pins.missing(name, engine.model_id, telemetry.thresholds)) is not None:
-            return await self._give(name, engine, entry, telemetry, pin)
+            lacking = Lacking(pin, telemetry.thresholds)
+            entry.tuner.note, changed = await self._pin_offers.give(name, engine, lacking, time.time())
+            return changed
         if push.thresholds is None:
             return None
         with self.meter.channel(engine.model_id):
             ack = await offer_thresholds(engine, push.thresholds, automatic=True)
         change = entry.tuner.answered(telemetry.thresholds, push, ack, time.monotonic())
-        return None if change is None else self._pushed(name, engine, change)
-
-    async def _give(
-        self, name: str, engine: EngineAddress, entry: TunedReplica, telemetry: Telemetry, pin: Pin
-    ) -> _Changed | None:
-        """Offer an engine the pin of its model, which it lacks; the change to be noted."""
-        old = telemetry.thresholds
-        try:
-            new = pin.values(time.time()).with_version(old.version + 1)
-        except InvalidThresholds as error:
-            entry.tuner.note = f"the pin of {engine.model_id} cannot be given: {error}"
-            return None
-        ack = await offer_thresholds(engine, new, automatic=False)
-        if ack.accepted:
-            entry.tuner.note = f"pinned by an operator at version {new.version}"
-            await self._in_store(self._pins.given, name, engine.model_id)
-        else:
-            entry.tuner.note = f"the pin of {engine.model_id} was rejected: {ack.reason}"
-        event, *_ = self._pushed(name, engine, Change(old, new, ack.accepted, entry.tuner.note))
-        return replace(event, kind="pin", by=pin.by, key=pin.key), old, new
+        return None if change is None else changed_by(name, engine, change, time.time())
 
     async def pin(self, pin: Pin, models: Sequence[str], engines: Sequence[str]) -> None:
         """Keep an operator's pin: of whole models, else of single engines."""
@@ -250,7 +235,8 @@ class ControlLoop:
         await self._note(event)
 
     def _engines_of(self, models: Sequence[str]) -> list[str]:
-        return [name for name, entry in self._replicas.items() if entry.engine.model_id in models]
+        engines = {name: entry.engine for name, entry in self._replicas.items()} | self._untuned
+        return [name for name, engine in engines.items() if engine.model_id in models]
 
     async def _note_operator(self, kind: str, pin: Pin, models: Sequence[str], engines: Sequence[str]) -> None:
         for model, engine in [(model, "") for model in models] or [("", engine) for engine in engines]:
@@ -262,14 +248,6 @@ class ControlLoop:
     async def _note(self, *events: Event) -> None:
         if events:
             await self._in_store(self.events.add_all, events)
-
-    def _pushed(self, name: str, engine: EngineAddress, change: Change) -> _Changed:
-        old, new = change.old, change.new
-        event = Event(
-            at_unix_s=time.time(), replica=name, model=engine.model_id, old_version=old.version,
-            new_version=new.version, accepted=change.accepted, reason=change.reason,
-        )
-        return event, old, new
 
     async def tell(self) -> None:
         """Record the estimates of the engines that were heard in the last few periods."""

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from router.places import Places
+from router.places import CountedPlaces
 from router.replica_watch import FRESH_S
 from scheduler.messages import Stats
 from scheduler.rejection import Rejection
@@ -33,25 +34,29 @@ _LARGEST_GAP_S = 60.0
 
 
 class Report(Protocol):
-    """The latest answer of one engine, and its age in seconds; None: none yet. model: the model's id."""
+    """The latest answer of one engine of a model, and when it came; None: none yet. model: the model's id."""
 
     @property
     def model(self) -> str: ...
     @property
     def stats(self) -> Stats | None: ...
     @property
-    def age_s(self) -> float | None: ...
+    def answered_s(self) -> float | None: ...
 
 
 class Reports(Protocol):
-    """The latest answer of every engine, by its name."""
+    """The latest answer of every engine. revision: another one whenever one of them has changed."""
 
-    def latest(self) -> Mapping[str, Report]: ...
+    @property
+    def revision(self) -> int: ...
+    def answers(self) -> Iterable[Report]: ...
 
 
 class _NoReports:
-    def latest(self) -> Mapping[str, Report]:
-        return {}
+    revision = 0
+
+    def answers(self) -> Iterable[Report]:
+        return ()
 
 
 NO_REPORTS = _NoReports()
@@ -65,13 +70,35 @@ class Tenant(NamedTuple):
     weight: float = 1.0
 
 
-class _Model(Places):
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What the engines of a model say together. answered_s: when each of them did, the oldest first."""
+
+    room: int
+    queueless: bool
+    retry_after_s: float
+    answered_s: Sequence[float]
+
+
+class _Model(CountedPlaces):
     """Places taken and given back lately, of one model."""
 
     def __init__(self) -> None:
         super().__init__(FRESH_S + 1.0)
         self.turned_away = 0
         self.drawn, self.drawn_at_s = 0.0, -math.inf
+        self._counted: tuple[_Said, float] | None = None
+
+    def change(self, now_s: float, requests: int, tokens: float = 0.0) -> None:
+        """See `CountedPlaces.change`."""
+        super().change(now_s, requests, tokens)
+        self._counted = None
+
+    def taken_since(self, said: _Said) -> float:
+        """Places taken since an engine's report, on average; counted once between two changes or reports."""
+        if self._counted is None or self._counted[0] is not said:
+            self._counted = said, self.requests_since(said.answered_s) / len(said.answered_s)
+        return self._counted[1]
 
 
 @dataclass(slots=True)
@@ -91,8 +118,8 @@ class _Share:
 class FrontDoor:
     """The places that one ingress still has at the replicas of each model.
 
-    reports: of all engines. clock: seconds. draw: a random number from 0 to 1. `ingresses` is the number of ingress
-    replicas that share the room.
+    reports: of all engines. clock: seconds, as in the reports. draw: a random number from 0 to 1. `ingresses` is the
+    number of ingress replicas that share the room.
     """
 
     def __init__(
@@ -101,6 +128,8 @@ class FrontDoor:
         self._reports, self._clock, self._draw = reports, clock, draw
         self._places: dict[str, _Model] = {}
         self._shares: dict[str, _Share] = {}
+        self._read: int | None = None
+        self._said: dict[str, _Said | None] = {}
         self.ingresses = 1
         self.rejected = 0
 
@@ -113,16 +142,16 @@ class FrontDoor:
         if tenant is not None:
             share = self._shares.setdefault(tenant.name, _Share())
             share.weight, share.asked_at_s = tenant.weight, now_s
-        answers = self._answers(model)
-        if answers is None:
+        said = self._said_of(model, now_s)
+        if said is None:
             return None
-        room = self._room(model, answers, now_s)
-        queueless = room >= 1 and any(stats.waiting == 0 for stats, _ in answers)
+        room = self._room(model, said)
+        queueless = room >= 1 and said.queueless
         if room >= requests or queueless or (tenant is not None and self._below_share(tenant, now_s)):
             return None
         self.rejected += requests
         self._places_of(model).turned_away += requests
-        return Rejection.for_drain_time(FULL, min(stats.retry_after_s for stats, _ in answers), request_id)
+        return Rejection.for_drain_time(FULL, said.retry_after_s, request_id)
 
     def sent(self, model: str, requests: int = 1, tenant: Tenant | None = None) -> None:
         """These requests go to a replica."""
@@ -146,30 +175,25 @@ class FrontDoor:
 
     def room(self, model: str) -> float | None:
         """Requests that this ingress may still send; None: not known, or not limited."""
-        answers = self._answers(model)
-        return None if answers is None else self._room(model, answers, self._clock())
+        said = self._said_of(model, self._clock())
+        return None if said is None else self._room(model, said)
 
-    def _answers(self, model: str) -> list[tuple[Stats, float]] | None:
-        """The stats of each engine of a model and their age; None unless all of them say what room they have."""
-        answers = []
-        for report in self._reports.latest().values():
-            if report.model == model:
-                stats, age_s = report.stats, report.age_s
-                if stats is None or stats.room is None or age_s is None or age_s > FRESH_S:
-                    return None
-                answers.append((stats, age_s))
-        return answers or None
+    def _said_of(self, model: str, now_s: float) -> _Said | None:
+        """What the engines of a model say; None unless all of them said lately what room they have."""
+        if self._read != self._reports.revision:
+            self._read, self._said = self._reports.revision, _said_by_model(self._reports.answers())
+        said = self._said.get(model)
+        return None if said is None or now_s - said.answered_s[0] > FRESH_S else said
 
-    def _room(self, model: str, answers: list[tuple[Stats, float]], now_s: float) -> float:
+    def _room(self, model: str, said: _Said) -> float:
         places = self._places_of(model)
-        published = sum(stats.room or 0 for stats, _ in answers)
-        taken = sum(places.since(now_s - age_s).requests for _, age_s in answers) / len(answers)
+        taken = places.taken_since(said)
         if self.ingresses == 1:
-            return published - taken
-        newest_s = now_s - min(age_s for _, age_s in answers)
+            return said.room - taken
+        newest_s = said.answered_s[-1]
         if abs(newest_s - places.drawn_at_s) > _SAME_REPORT_S:
             places.drawn, places.drawn_at_s = self._draw(), newest_s
-        return math.floor(published / self.ingresses + places.drawn) - taken
+        return math.floor(said.room / self.ingresses + places.drawn) - taken
 
     def _below_share(self, tenant: Tenant, now_s: float) -> bool:
         asking = {name: share for name, share in self._shares.items() if now_s - share.asked_at_s <= _ACTIVE_S}
@@ -179,3 +203,21 @@ class FrontDoor:
 
     def _places_of(self, model: str) -> _Model:
         return self._places.setdefault(model, _Model())
+
+
+def _said_by_model(reports: Iterable[Report]) -> dict[str, _Said | None]:
+    """None: an engine of the model has not answered, or says of no room."""
+    answers: defaultdict[str, list[tuple[Stats, float]]] = defaultdict(list)
+    unknown: set[str] = set()
+    for report in reports:
+        stats, answered_s = report.stats, report.answered_s
+        if stats is None or stats.room is None or answered_s is None:
+            unknown.add(report.model)
+        else:
+            answers[report.model].append((stats, answered_s))
+    return {
+        model: None if model in unknown else _Said(
+            sum(stats.room or 0 for stats, _ in of_it), any(stats.waiting == 0 for stats, _ in of_it),
+            min(stats.retry_after_s for stats, _ in of_it), sorted(answered_s for _, answered_s in of_it),
+        ) for model, of_it in answers.items()
+    }

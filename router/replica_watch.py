@@ -48,12 +48,16 @@ class _Known:
     reason: str | None = "not asked yet"
     answered_s: float | None = None
 
+    @property
+    def model(self) -> str:
+        return self.address.model_id
+
 
 class ReplicaWatch:
     """Keeps the latest answer of every engine.
 
     engines: the addresses by name; blocks, so it is called in a thread. ask: one question, which gives up by itself or
-    not at all.
+    not at all. `revision` is another one whenever an answer has changed.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class ReplicaWatch:
         self._engines, self._ask = engines, ask
         self._clock, self._sleep = clock, sleep
         self._known: dict[str, _Known] = {}
+        self.revision = 0
 
     def latest(self) -> Mapping[str, Report]:
         """The latest of every engine that there is, by name."""
@@ -75,6 +80,10 @@ class ReplicaWatch:
             name: Report(name, one.address.model_id, one.stats, one.reason, age_s(one))
             for name, one in self._known.items()
         }
+
+    def answers(self) -> Collection[_Known]:
+        """The same as it is kept, when each came and not how old it is: at once, for what every request asks."""
+        return self._known.values()
 
     async def run(self) -> None:
         """Follow which engines there are, and ask each of them; until cancelled."""
@@ -90,11 +99,13 @@ class ReplicaWatch:
 
     def _follow(self, engines: Mapping[str, EngineAddress]) -> None:
         for name in self._known.keys() - engines.keys():
+            self.revision += 1
             task = self._known.pop(name).task
             if task is not None:
                 task.cancel()
         for name, address in engines.items():
             if name not in self._known:
+                self.revision += 1
                 one = self._known[name] = _Known(address)
                 one.task = asyncio.get_running_loop().create_task(self._keep_asking(one))
 
@@ -107,6 +118,7 @@ class ReplicaWatch:
                 one.reason, one.answered_s = str(error), self._clock()
             except Exception as error:  # the replica is starting, silent or gone
                 one.reason = str(error)
+            self.revision += 1
             await self._sleep(PERIOD_S)
 
 

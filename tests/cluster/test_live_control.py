@@ -20,6 +20,7 @@ from test_control_loop import (  # the fixture too
 )
 
 from cluster.controller import ControlLoop
+from cluster.inbox import NOT_TUNED
 from cluster.pins import Pin
 from scheduler.settings import LiveSettings
 from scheduler.thresholds import Thresholds, thresholds_as_dict
@@ -144,3 +145,91 @@ def test_a_store_that_fails_at_first_loses_no_pin_of_it(cluster: Cluster) -> Non
     store.fails = False
     one_cycle(loop)
     assert cluster.active("a").max_running == 3
+
+
+OFF, OFF_DEPLOYMENT = CONFIG.model_copy(update={"enabled": False}), "HeadraceServer:off"
+
+
+def loop_with_an_untuned_model(cluster: Cluster, store: FakeStore) -> ControlLoop:
+    """The model "m" is tuned; "off", with the engines x and y, is not."""
+    cluster.deployments = {"x": OFF_DEPLOYMENT, "y": OFF_DEPLOYMENT}
+    return ControlLoop("headrace", {DEPLOYMENT: tuned(), OFF_DEPLOYMENT: tuned(OFF, model_id="off")}, store)
+
+
+def test_a_pin_of_a_model_whose_tuning_is_off_is_for_its_new_replicas_too(cluster: Cluster) -> None:
+    cluster.add("a")
+    cluster.add("x")
+    store = FakeStore()
+    loop = loop_with_an_untuned_model(cluster, store)
+    one_cycle(loop)
+    cluster.operator("x", pinned=True, max_running=3)
+    pin(loop, pin_of(cluster.active("x"), given_to=("x",)), models=["off"])
+    cluster.add("y")
+    one_cycle(loop)
+    assert cluster.active("y").pinned and cluster.active("y").max_running == 3
+    assert not cluster.active("a").pinned, "of another model"
+    assert [(event.kind, event.replica, event.by) for event in loop.events] == [
+        ("pin", "", "anna"), ("pin", "y", "anna")
+    ]
+    assert loop.state()["replicas"].keys() == {"a"}, "they are not tuned for that"
+    one_cycle(loop)
+    one_cycle(loop_with_an_untuned_model(cluster, store))
+    assert [name for name, _, _ in cluster.offered] == ["y"], "once, whatever controller runs"
+    assert loop.report(OFF_DEPLOYMENT, {}) == NOT_TUNED
+
+
+def test_what_is_said_of_one_engine_stays_while_tuning_is_off_and_goes_with_the_engine(cluster: Cluster) -> None:
+    cluster.add("x")
+    cluster.add("y")
+    store = FakeStore()
+    loop = loop_with_an_untuned_model(cluster, store)
+    pinned = pin_of(replace(CONFIGURED, max_running=3))
+    pin(loop, pinned, models=["off"])
+    one_cycle(loop)
+    cluster.operator("x", pinned=False)
+    asyncio.run(loop.release(Pin(thresholds={}, by="ben"), [], ["x"]))
+    cluster.operator("y", pinned=True, max_running=5)
+    pin(loop, pin_of(cluster.active("y")), engines=["y"])
+    one_cycle(loop)
+    loop.configure({DEPLOYMENT: tuned(), OFF_DEPLOYMENT: tuned(model_id="off")})
+    one_cycle(loop)
+    assert not cluster.active("x").pinned, "turned on again, the release still holds"
+    assert cluster.active("y").max_running == 5
+    shown = loop.state()["replicas"]
+    assert (shown["x"]["pin"], shown["y"]["pin"]["by"]) == (None, "anna")
+
+    loop.configure({DEPLOYMENT: tuned(), OFF_DEPLOYMENT: tuned(OFF, model_id="off")})
+    del cluster.engines["x"]
+    one_cycle(loop)
+    cluster.add("x")  # another engine of that name
+    one_cycle(loop)
+    assert cluster.active("x").pinned and cluster.active("x").max_running == 3
+
+
+def test_a_new_pin_of_a_model_whose_tuning_is_off_counts_for_engines_released_before(cluster: Cluster) -> None:
+    cluster.add("x")
+    loop = loop_with_an_untuned_model(cluster, FakeStore())
+    one_cycle(loop)
+    asyncio.run(loop.release(Pin(thresholds={}), [], ["x"]))
+    pin(loop, pin_of(replace(CONFIGURED, max_running=3)), models=["off"])
+    one_cycle(loop)
+    assert cluster.active("x").max_running == 3
+
+
+def test_an_untuned_engine_that_cannot_have_the_pin_stops_nothing(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in "axy":
+        cluster.add(name)
+    loop = loop_with_an_untuned_model(cluster, FakeStore())
+    pin(loop, pin_of(replace(CONFIGURED, max_running=3)), models=["off"])
+
+    def fails(name: str) -> None:
+        if name == "x":
+            raise RuntimeError("the engine is gone")
+
+    cluster.before_apply = fails
+    cluster.traffic()
+    one_cycle(loop)
+    assert sorted(name for name, _, _ in cluster.offered) == ["a", "y"]
+    assert "replica x has not got the pin of its model" in caplog.text

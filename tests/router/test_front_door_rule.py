@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import pytest
 
@@ -16,16 +17,10 @@ from scheduler.rejection import Rejection
 PERIOD_S = 0.5
 
 
-@dataclass
-class OneReport:
+class OneReport(NamedTuple):
     model: str
     stats: Stats | None
-    at_s: float | None
-    clock: list[float]
-
-    @property
-    def age_s(self) -> float | None:
-        return None if self.at_s is None else self.clock[0] - self.at_s
+    answered_s: float | None
 
 
 @dataclass
@@ -34,22 +29,25 @@ class Watch:
 
     clock: list[float] = field(default_factory=lambda: [100.0])
     reports: dict[str, OneReport] = field(default_factory=dict)
+    revision: int = 0
 
     def now(self) -> float:
         return self.clock[0]
 
-    def latest(self) -> Mapping[str, OneReport]:
-        return self.reports
+    def answers(self) -> Collection[OneReport]:
+        return self.reports.values()
 
     def report(self, name: str, room: int | None, *, model: str = "m", waiting: int = 5, retry_s: float = 8.0) -> None:
         stats = Stats(
             engine_id=name, slots=8, running=8, waiting=waiting, kv_used_tokens=1, kv_capacity_tokens=2,
             thresholds_version=0, room=room, drain_rps=2.0, retry_after_s=retry_s,
         )
-        self.reports[name] = OneReport(model, stats, self.clock[0], self.clock)
+        self.revision += 1
+        self.reports[name] = OneReport(model, stats, self.clock[0])
 
     def silent(self, name: str) -> None:
-        self.reports[name] = OneReport("m", None, None, self.clock)
+        self.revision += 1
+        self.reports[name] = OneReport("m", None, None)
 
 
 @pytest.fixture

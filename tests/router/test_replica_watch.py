@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from replicas.ranks import EngineAddress
+from router.front_door import FrontDoor
 from router.replica_watch import FRESH_S, PERIOD_S, ReplicaWatch, Report, readiness
 from scheduler.messages import Stats
 from scheduler.wire import OtherSchema
@@ -116,6 +118,28 @@ def test_replicas_come_and_go_and_a_list_that_fails_keeps_the_known_ones() -> No
         await world.tick()
         await world.tick()
         assert world.watch.latest()["b"].age_s == 0.0 and world.asked.count("a") == asked
+
+    world.run(scenario)
+
+
+def test_a_front_door_over_the_watch_knows_each_new_answer_and_each_replica_that_comes_or_goes() -> None:
+    world = World(a=replace(STATS, room=3), b=replace(STATS, room=1))
+    world.listed = {name: EngineAddress(name, model_id="m") for name in "ab"}
+    door = FrontDoor(world.watch, lambda: world.now_s)
+
+    async def scenario() -> None:
+        assert door.room("m") == 4
+        world.answers["b"] = replace(STATS, room=5)
+        await world.tick()
+        assert door.room("m") == 8
+        world.answers |= {"a": "silent", "b": "silent", "c": "silent"}
+        await world.tick()
+        world.listed = {"a": EngineAddress("a", model_id="m")}
+        await world.tick()
+        assert door.room("m") == 3, "by its last answer"
+        world.listed = {name: EngineAddress(name, model_id="m") for name in "ac"}
+        await world.tick()
+        assert door.room("m") is None, "the new one has not answered"
 
     world.run(scenario)
 
