@@ -88,6 +88,7 @@ class WantedReplicas:
         self._load = OfferedLoad(self._horizon_s)
         self._needed: deque[tuple[float, int]] = deque()
         self._asked_s: float | None = None
+        self._observed_s: float | None = None
 
     @property
     def start_up_s(self) -> float:
@@ -114,6 +115,7 @@ class WantedReplicas:
     def observe(self, now_s: float, seconds: float, requests: float, *, busy: bool = False) -> None:
         """So many requests were offered in the `seconds` until now; busy: some run or wait."""
         self._load.observe(seconds, requests)
+        self._observed_s = now_s
         if requests > 0 or busy or self._asked_s is None:
             self._asked_s = now_s
 
@@ -128,7 +130,7 @@ class WantedReplicas:
             return self._undecided(present, reason, ahead, capacity)
         if not self._needed:
             self._needed.append((now_s, present))  # nothing is taken away before a start-up time has been watched
-        needed, why = self._needed_for(now_s, ahead, capacity)
+        needed, why = self._needed_for(ahead, capacity)
         while len(self._needed) > 1 and self._needed[1][0] <= now_s - self.start_up_s:
             self._needed.popleft()
         if self._needed[0][0] <= now_s - self.start_up_s:
@@ -139,9 +141,10 @@ class WantedReplicas:
             why += f"; {held} were needed within the last {self.start_up_s:.0f} s, and stay so long"
         return self._wanted(held, needed, why, ahead, capacity)
 
-    def _needed_for(self, now_s: float, ahead: RateAhead, capacity: Capacity) -> tuple[int, str]:
+    def _needed_for(self, ahead: RateAhead, capacity: Capacity) -> tuple[int, str]:
         terms, most_rps = self._terms, capacity.most_rps
-        idle_s = now_s - (now_s if self._asked_s is None else self._asked_s)
+        asked_s, observed_s = self._asked_s or 0.0, self._observed_s or 0.0
+        idle_s = max(0.0, observed_s - asked_s)  # of what has been counted: silence of the engines is no idleness
         if (idle_s - self.start_up_s) * most_rps >= terms.late_costs_requests:
             return 0, f"nobody has asked for {idle_s:.0f} s"
         high_rps = ahead.quantile(terms.confidence)

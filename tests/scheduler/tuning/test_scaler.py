@@ -69,6 +69,18 @@ def test_while_no_engine_answers_the_time_that_is_counted_over_grows() -> None:
     assert wanted.offered_rps is not None and abs(wanted.offered_rps - 4) < 0.5
 
 
+def test_silent_engines_are_not_idle_ones() -> None:
+    """Ten busy replicas were scaled to none while their reports were late, and started again."""
+    cluster = Cluster()
+    for _ in range(40):
+        loaded = cluster.look("abc", each=20)
+    silent = [cluster.look("", coming="abc") for _ in range(3 * 60 // 5)]
+    assert min(one.replicas for one in silent) >= loaded.replicas
+    for _ in range(60):
+        idle = cluster.look("abc")
+    assert idle.replicas == 0, "these say that they have nothing to do"
+
+
 def test_requests_are_counted_when_most_engines_have_answered() -> None:
     cluster = Cluster()
     for _ in range(60):
