@@ -1,13 +1,13 @@
 """One folder for each application that `headrace up` serves in the foreground: its note, its temporary files, its logs.
 
-    TMP/headrace-UID/PORT/note.json        the serving process, by id and start time; the application and its URL
+    TMP/headrace-UID/PORT/note.json        the serving process, by id and start; the application and its URL
                           processes.json   all processes that it has started, and their shared memory
                           progress         the last line it has said while it stops, for `headrace down`
                           t/               temporary files of all its processes; Ray's sessions with the logs in t/ray
                           h/               HAProxy's configuration and sockets
 
 A stop removes the folder. What a killed `headrace up` leaves is found by the next `up` or `down`: processes are ended
-only if they started at the noted time, shared memory is removed only if it is the noted one.
+only if they started when it says, shared memory is removed only if it is the noted one.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from cluster.haproxy import LONGEST_FOLDER
 from cluster.processes import end_processes
 from scheduler.config_errors import CommandFailed
 from scheduler.engine import segments
+from scheduler.engine.process_identity import identity_of
 
 _LONGEST_ROOT = 40
 """Sockets have paths of 107 characters at most, and Ray's are 70 long below its folder."""
@@ -42,17 +43,18 @@ class AlreadyRunning(CommandFailed):
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """The process that serves an application, and where. ray_address: of its Ray, once everything is ready."""
+    """The process that serves an application, and where. identity: `identity_of` the process. ray_address: of its Ray,
+    once everything is ready."""
 
     pid: int
-    started_s: float
+    identity: str
     application: str
     url: str
     ray_address: str = ""
 
     def process(self) -> psutil.Process | None:
         """The process; None when it has ended, also if its id was given to another since."""
-        return _same_process(self.pid, self.started_s)
+        return _same_process(self.pid, self.identity)
 
 
 class RunFolder:
@@ -106,10 +108,7 @@ class RunFolder:
 
     def remember(self, started: list[psutil.Process]) -> None:
         """Write down the processes started so far, for the case that this one is killed."""
-        found = []
-        for process in started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                found.append({"pid": process.pid, "started_s": process.create_time()})
+        found = [{"pid": one.pid, "identity": identity_of(one.pid)} for one in started if one.is_running()]
         shared = segments.as_json(segments.mapped_by(process.pid for process in started))
         fresh = self.path / "processes.json.new"
         fresh.write_text(json.dumps({"processes": found, "segments": shared}))
@@ -180,7 +179,7 @@ def claim(config: ClusterConfig, say: Say) -> RunFolder:
     clear_stale(config, say)
     folder = folder_for(config)
     note = Note(
-        os.getpid(), psutil.Process().create_time(), application=config.application.name, url=config.base_url
+        os.getpid(), identity_of(os.getpid()), application=config.application.name, url=config.base_url
     )
     try:
         folder.path.mkdir(mode=0o700)
@@ -252,14 +251,14 @@ def _noted(folder: RunFolder) -> dict[str, Any]:
 
 def _living(noted: dict[str, Any]) -> Iterator[psutil.Process]:
     for one in noted.get("processes", []):
-        process = _same_process(one["pid"], one["started_s"])
+        process = _same_process(one["pid"], one["identity"])
         if process is not None:
             yield process
 
 
-def _same_process(pid: int, started_s: float) -> psutil.Process | None:
+def _same_process(pid: int, identity: str) -> psutil.Process | None:
     try:
         process = psutil.Process(pid)
-        return process if process.create_time() == started_s and process.status() != psutil.STATUS_ZOMBIE else None
+        return process if identity_of(pid) == identity and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.NoSuchProcess:
         return None

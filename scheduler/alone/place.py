@@ -13,9 +13,8 @@ import re
 import tempfile
 from pathlib import Path
 
-import psutil
-
 from scheduler.engine.channel import FOLDER, new_endpoint, remove_abandoned_endpoints
+from scheduler.engine.process_identity import identity_of
 
 _NAME = re.compile(rf"{FOLDER}-of(?P<owner>\d+\.\d+)\.(?P<rank>\d+)-")
 _STATE = "controller.json"
@@ -24,7 +23,7 @@ _LOOKS, _LOOK_EVERY_S = 60, 0.05
 
 def new_place(rank: int) -> str:
     """A fresh endpoint (`new_endpoint`) for the engine of this process, findable by the API servers in front of it."""
-    return new_endpoint(f"of{_identity(os.getppid())}.{rank}")
+    return new_endpoint(f"of{identity_of(os.getppid())}.{rank}")
 
 
 def engines_here() -> dict[int, str]:
@@ -45,7 +44,7 @@ async def remove_what_engines_left() -> None:
 
 
 def _engines_of(*pids: int) -> dict[int, str]:
-    identities = {_identity(pid) for pid in pids}
+    identities = {identity_of(pid) for pid in pids}
     found: dict[int, str] = {}
     for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}-of*"):
         name = _NAME.match(folder.name)
@@ -65,23 +64,6 @@ def write_state(endpoint: str, text: bytes) -> None:
     with contextlib.suppress(OSError):
         new.write_bytes(text)
         new.rename(state_file(endpoint))
-
-
-def _identity(pid: int) -> str:
-    """A process, told from an earlier or later one with the same id by the time of its start."""
-    try:
-        # Ticks since the machine's start: unlike seconds since 1970, the same for every reader at any time.
-        start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        start = _start_without_proc(pid)
-    return f"{pid}.{start}"
-
-
-def _start_without_proc(pid: int) -> str:
-    try:
-        return str(int(psutil.Process(pid).create_time()))
-    except psutil.Error:
-        return "0"
 
 
 def _is_ours(folder: Path) -> bool:

@@ -19,6 +19,7 @@ from cluster.config import ClusterConfig
 from cluster.run_folder import AlreadyRunning, Note, RunFolder, claim, clear_stale, folder_for, running_note
 from scheduler.config_errors import CommandFailed
 from scheduler.engine import segments
+from scheduler.engine.process_identity import identity_of
 
 
 def config_for(port: int = 8123, name: str = "headrace", drain_s: float = 600.0) -> ClusterConfig:
@@ -65,12 +66,11 @@ def serving() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def noted(config: ClusterConfig, pid: int, started_s: float | None = None) -> None:
+def noted(config: ClusterConfig, pid: int, identity: str | None = None) -> None:
     """The note of another process that serves."""
     folder = folder_for(config)
     folder.path.mkdir(parents=True)
-    started_s = psutil.Process(pid).create_time() if started_s is None else started_s
-    note = {"pid": pid, "started_s": started_s, "application": "headrace", "url": config.base_url}
+    note = {"pid": pid, "identity": identity or identity_of(pid), "application": "headrace", "url": config.base_url}
     (folder.path / "note.json").write_text(json.dumps(note))
 
 
@@ -78,7 +78,7 @@ def test_a_run_has_one_private_folder_that_its_end_removes(said: list[str], temp
     config = config_for()
     assert running_note(config) is None
     folder = claim(config, said.append)
-    assert running_note(config) == Note(os.getpid(), psutil.Process().create_time(), "headrace", "http://127.0.0.1:8123")
+    assert running_note(config) == Note(os.getpid(), identity_of(os.getpid()), "headrace", "http://127.0.0.1:8123")
     assert folder.path.stat().st_mode & 0o077 == 0 and temporary_files in folder.path.parents
     assert folder.path.parent.stat().st_mode & 0o077 == 0
     folder.remove()
@@ -164,7 +164,7 @@ def test_what_a_killed_run_left_is_ended_removed_and_told_of(
         assert memory.name in shared
         record = folder.path / "processes.json"
         record.write_text(json.dumps(json.loads(record.read_text()) | {"segments": shared}))
-        killed = json.loads((folder.path / "note.json").read_text()) | {"started_s": 1.0}
+        killed = json.loads((folder.path / "note.json").read_text()) | {"identity": "1.1"}
         (folder.path / "note.json").write_text(json.dumps(killed))
 
         assert clear_stale(config_for(), said.append)
@@ -178,10 +178,20 @@ def test_what_a_killed_run_left_is_ended_removed_and_told_of(
         memory.unlink()
 
 
+def test_a_clock_that_is_set_makes_no_stranger_of_a_process(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a step of the clock `headrace down` removed the files of an application, which then served on without."""
+    folder = claim(config_for(), said.append)
+    folder.remember([psutil.Process()])
+    create_time = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: create_time(process) + 1.0)
+    assert running_note(config_for()) is not None
+    assert not clear_stale(config_for(), said.append) and folder.path.exists()
+
+
 def test_a_process_that_got_the_id_since_is_left_alone(said: list[str], serving: subprocess.Popen[bytes]) -> None:
     folder = claim(config_for(), said.append)
     (folder.path / "processes.json").write_text(
-        json.dumps({"processes": [{"pid": serving.pid, "started_s": 1.0}], "segments": "[]"})
+        json.dumps({"processes": [{"pid": serving.pid, "identity": "1.1"}], "segments": "[]"})
     )
     (folder.path / "note.json").unlink()
     assert not clear_stale(config_for(), said.append), "nothing of it was there, so there is nothing to tell"
@@ -189,7 +199,7 @@ def test_a_process_that_got_the_id_since_is_left_alone(said: list[str], serving:
 
 
 def test_the_next_run_clears_away_and_takes_the_place(said: list[str]) -> None:
-    noted(config_for(), os.getpid(), started_s=1.0)
+    noted(config_for(), os.getpid(), identity="1.1")
     assert claim(config_for(), said.append).path.is_dir()
     assert running_note(config_for()) is not None
 
@@ -208,7 +218,7 @@ def test_a_process_that_got_the_id_of_a_run_is_not_signalled(
         raise AssertionError("a signal was sent to another's process")
 
     monkeypatch.setattr(psutil.Process, "send_signal", sent)
-    noted(config_for(), os.getpid(), started_s=1.0)
+    noted(config_for(), os.getpid(), identity="1.1")
     assert launch.stop_running(config_for(), said.append, now=False) is False
 
 
