@@ -11,6 +11,7 @@ import typer
 from cluster.cli import Json, err, out
 from cluster.estimated_profile import estimated_profile
 from cluster.render_plan import profile_tables
+from scheduler.config_errors import UsageError
 from scheduler.model.estimate import CONTEXT_TOKENS, GPU_MEMORY_UTILIZATION, Setup
 from scheduler.model.profiles import Profile
 
@@ -93,7 +94,10 @@ def profile_measure(
 def _give(profile: Profile, output: Path | None, as_json: bool) -> None:
     text = json.dumps(profile.as_dict(), indent=2)
     if output is not None:
-        output.write_text(text + "\n", encoding="utf-8")
+        try:
+            output.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"{output} cannot be written: {error.strerror or error}") from error
     if as_json:
         print(text)  # noqa: T201
         return

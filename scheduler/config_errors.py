@@ -67,7 +67,7 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
         complaint = described(item, model)
         key = ".".join(str(part) for part in complaint.place)
         shown = "" if complaint.value is _UNSHOWN else f" = {complaint.value!r}"
-        lines.append(f"{key}{shown}: {complaint.message}")
+        lines.append(f"{key}{shown}: {complaint.message}" if key else complaint.message)
     return "\n  ".join(lines)
 
 

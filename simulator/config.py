@@ -86,7 +86,7 @@ class SimulationConfig(_Strict):
     overflow_probability: float = Field(default=ACCEPTED_MISSES, gt=0, le=0.5)
     period_s: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     solve_once: bool = False
-    law_error: float = Field(default=0.0, ge=0)
+    law_error: float = Field(default=0.0, ge=0, le=10)
     counts: Literal["solved", "by_cap"] = "solved"
     thresholds: dict[str, Any] = Field(default_factory=dict)
     slo: Slo = NO_SLO
@@ -191,6 +191,18 @@ class SimulationConfig(_Strict):
             raise ValueError("speculative_tokens and acceptance_rate go together; give both, or neither")
         if self.speculative_tokens and self.thresholds.get("mode") == "strict":
             raise ValueError("mode is strict, which counts one token an iteration; leave speculative_tokens out")
+        return self
+
+    @model_validator(mode="after")
+    def _limits_are_read(self) -> Self:
+        if BASELINES[self.policy].policy is not None:
+            return self
+        unread = sorted(self.thresholds) + (["counts"] if self.counts == "by_cap" else [])
+        if unread:
+            raise ValueError(
+                f"policy {self.policy} is vLLM's own scheduler, which has no {', '.join(unread)}; it has max_num_seqs, "
+                "token_budget and cap, the most requests that run"
+            )
         return self
 
     @field_validator("window")

@@ -52,7 +52,7 @@ def simulate(
         raise SimulationError(str(error)) from error
     thresholds = _thresholds(config, workload) if BASELINES[config.policy].policy else None
     header = {"config": _as_json(config, workload, thresholds), "versions": versions()}
-    with RunWriter(folder, header) as writer:
+    with _writer(folder, header) as writer:
         fleet = _run(config, workload, thresholds, writer, progress)
         summary = _summary(config, workload, fleet, writer)
         if config.audit:
@@ -107,6 +107,13 @@ def _goods_with(
         return good_requests(writer.written_requests(), config.window, config.slo)
 
 
+def _writer(folder: Path | None, header: dict[str, Any]) -> RunWriter:
+    try:
+        return RunWriter(folder, header)
+    except OSError as error:
+        raise SimulationError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
 def simulate_options(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     """`simulate` from flat options (see `simulation_config`): one point of a sweep."""
     return simulate(simulation_config(options), folder=folder)
@@ -117,11 +124,11 @@ def _thresholds(config: SimulationConfig, workload: Workload) -> Thresholds:
     the shipped rule solves for this workload, then what the user set."""
     limits, baseline = limits_of(config), BASELINES[config.policy]
     chunk = config.thresholds.get("prefill_chunk_tokens")
-    configured = parse_thresholds({"policy": baseline.policy or "fcfs", "prefill_chunk_tokens": chunk})
-    if baseline.policy != "fcfs" and not config.controlled:
-        configured = _tuned(config, configured, _mix(config, workload), limits)
-    given = thresholds_as_dict(configured) | config.thresholds
     try:
+        configured = parse_thresholds({"policy": baseline.policy or "fcfs", "prefill_chunk_tokens": chunk})
+        if baseline.policy != "fcfs" and not config.controlled:
+            configured = _tuned(config, configured, _mix(config, workload), limits)
+        given = thresholds_as_dict(configured) | config.thresholds
         if config.cap:
             given = thresholds_as_dict(parse_thresholds(given | {"max_running": None}))
             given["max_running"] = config.cap

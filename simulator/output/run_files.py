@@ -18,6 +18,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from scheduler.config_errors import UsageError
 from simulator.output.rows import CONTROL_SCHEMA, ITERATION_SCHEMA, REQUEST_SCHEMA
 
 REQUESTS_FILE = "requests.parquet"
@@ -26,7 +27,8 @@ CONTROL_FILE = "control.parquet"
 METADATA_KEY = b"headrace"
 ROWS_PER_GROUP = 65_536
 
-class RunError(ValueError):
+
+class RunError(UsageError):
     """A folder does not hold a run; the message names it and the reason."""
 
 

@@ -251,7 +251,7 @@ def _mooncake_row(where: str, line: str) -> TraceRow | BadRow:
         if isinstance(timestamp, bool) or not isinstance(timestamp, int | float) or not abs(timestamp) < _LATEST_MS:
             raise ValueError(f"timestamp is {timestamp!r}; it must be a number of milliseconds")
         pieces = _mooncake_pieces(entry.get("hash_ids"), prompt_tokens)
-    except ValueError as error:  # JSONDecodeError is one
+    except (ValueError, RecursionError) as error:  # JSONDecodeError is one
         return _bad_row(where, str(error))
     return TraceRow(where, timestamp / 1000, prompt_tokens, output_tokens, pieces)
 
@@ -295,8 +295,8 @@ def _sharegpt_rows(path: Path, tokens: Callable[[str], int]) -> Iterator[TraceRo
         try:
             for number, entry in enumerate(_array_entries(file), 1):
                 yield from _conversation_rows(f"entry {number}", entry, tokens)
-        except json.JSONDecodeError as error:
-            yield _bad_row(f"entry {number + 1}", f"{error.msg}; nothing from there on is read")
+        except (json.JSONDecodeError, RecursionError) as error:
+            yield _bad_row(f"entry {number + 1}", f"{getattr(error, 'msg', error)}; nothing from there on is read")
 
 
 def _array_entries(file: TextIO) -> Iterator[object]:

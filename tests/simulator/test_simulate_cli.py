@@ -10,6 +10,7 @@ from headrace import cli
 from simulator import cli as simulator_cli
 from simulator.output.run_files import read_run
 
+ESTIMATE = ("profile", "estimate")
 QUICK = ("simulate", "--workload", "p40d8", "--rate", "20", "--requests", "20")
 
 
@@ -125,6 +126,42 @@ def test_what_is_asked_wrongly_is_one_line_and_exit_code_2(headrace, arguments, 
     assert err.startswith("error: ")
     assert len(err.strip().splitlines()) == 1
     assert not (tmp_path / "run" / "requests.parquet").exists()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("arguments", "said"), [
+    (("--policy", "fluid", "--set", "prefill_chunk_tokens=0"), "prefill_chunk_tokens = 0 is not allowed"),
+    (("--policy", "sarathi", "--set", "max_running=4"), "vLLM's own scheduler, which has no max_running"),
+    (("--set", "counts=by_cap", "--cap", "4"), "policy vllm is vLLM's own scheduler, which has no counts"),
+    (("--policy", "fluid", "--solve-once", "--set", "law_error=1e300"), "law_error = '1e300'"),
+    (("--set", "speculative_tokens=3"), "error: speculative_tokens and acceptance_rate go together"),
+    (("--out", "{folder}/file"), "cannot be written: File exists"),
+])
+def test_what_cannot_be_run_is_one_line_and_exit_code_2(headrace, arguments, said, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, out, err = headrace(*QUICK, *(one.format(folder=tmp_path) for one in arguments))
+    assert (code, out) == (2, "") and said in err and "Traceback" not in err
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["deep.jsonl", "deep.json"])
+def test_a_trace_that_nests_too_deeply_has_bad_rows(headrace, tmp_path, name):
+    deep = "[" * 100_000
+    (tmp_path / name).write_text(f'{{"timestamp": 0, "x": {deep}\n' if name.endswith("l") else f'[{{"x": {deep}')
+    code, _, err = headrace("simulate", "--trace", str(tmp_path / name), "--rate", "1", "--requests", "5")
+    assert code == 2 and "bad" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", [
+    ("report", "{folder}"),
+    (*ESTIMATE, "--model-config", "{folder}/config.json", "--accelerator", "h100", "--output", "{folder}/x/y"),
+])
+def test_folders_that_do_not_serve_are_one_line_and_exit_code_2(headrace, tmp_path, command):
+    shape = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+             "num_hidden_layers": 2, "num_key_value_heads": 4, "vocab_size": 1000, "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"architectures": ["LlamaForCausalLM"]}))
+    code, _, err = headrace(*(one.format(folder=tmp_path) for one in command))
+    assert code == 2 and str(tmp_path) in err.replace("\n", "")
 
 
 def test_nothing_asked_for_says_what_is_missing(headrace):
