@@ -429,8 +429,9 @@ def test_the_longest_requests_that_are_let_in_fit(policy):
 
 def test_options_reach_every_part(tmp_path):
     flat = SMALL | {"slo_ttft_s": 0.5, "slo.tpot_s": 0.1, "workload.seed": 9, "thresholds.max_hold_s": 0.5, "cap": 3}
+    flat["policy"] = "wait"
     nested = {
-        "workload": SMALL | {"seed": 9}, "slo": {"ttft_s": 0.5, "tpot_s": 0.1}, "thresholds": {"max_hold_s": 0.5},
+        "policy": "wait", "workload": SMALL | {"seed": 9}, "slo": {"ttft_s": 0.5, "tpot_s": 0.1}, "thresholds": {"max_hold_s": 0.5},
         "cap": 3,
     }
     config = simulation_config(flat)
