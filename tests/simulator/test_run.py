@@ -431,8 +431,8 @@ def test_options_reach_every_part(tmp_path):
     flat = SMALL | {"slo_ttft_s": 0.5, "slo.tpot_s": 0.1, "workload.seed": 9, "thresholds.max_hold_s": 0.5, "cap": 3}
     flat["policy"] = "wait"
     nested = {
-        "policy": "wait", "workload": SMALL | {"seed": 9}, "slo": {"ttft_s": 0.5, "tpot_s": 0.1}, "thresholds": {"max_hold_s": 0.5},
-        "cap": 3,
+        "workload": SMALL | {"seed": 9}, "slo": {"ttft_s": 0.5, "tpot_s": 0.1}, "thresholds": {"max_hold_s": 0.5},
+        "cap": 3, "policy": "wait",
     }
     config = simulation_config(flat)
     assert config == simulation_config(nested)
