@@ -25,6 +25,8 @@ SCRIPT = "headrace-haproxy"
 _SWITCH, _BINARY = "RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_HAPROXY_BINARY_PATH"
 HEADERS_S = 30
 """Seconds in which a client must have sent all of its headers."""
+_DEFAULTS = (f"    timeout http-request {HEADERS_S}s", "    option http-buffer-request")
+"""Only a request that lies whole in HAProxy's buffer can be tried at another ingress."""
 HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")
 """Where Serve can listen: HAProxy calls the ingress replicas of its own machine at 127.0.0.1."""
 _STREAMS_S = 3600
@@ -35,6 +37,9 @@ _LEAVES_AFTER_S = 2
 finds a closed port, and HAProxy sends it elsewhere."""
 _LOOKED_AT_EVERY_S = 1
 """Serve asks every so many seconds whether HAProxy still answers, and starts another after three times without one."""
+_TRIED_ELSEWHERE = "conn-failure empty-response"
+"""Ray's default leaves the second out, as it may carry out a request twice. Where an ingress dies before the first byte
+of the answer, that costs an engine some work at most, and without it the client gets an error though another is there."""
 LONGEST_FOLDER = 26
 """Of the 107 characters that a socket's path may have, Ray and HAProxy need 81."""
 _COUNTERS = re.compile(r"(frontend prometheus|listen stats)\b")
@@ -64,6 +69,7 @@ def environment(folder: Path | None = None, ports: Sequence[int] = ()) -> dict[s
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(_STREAMS_S),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_LEAVES_AFTER_S),
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": str(_LOOKED_AT_EVERY_S),
+        "RAY_SERVE_HAPROXY_RETRY_ON": _TRIED_ELSEWHERE,
     }
     for name, port in zip(("METRICS", "STATS"), ports, strict=False):
         found[f"RAY_SERVE_HAPROXY_{name}_PORT"] = str(port)
@@ -80,7 +86,8 @@ def environment(folder: Path | None = None, ports: Sequence[int] = ()) -> dict[s
 
 def adjusted(configuration: str) -> str:
     """Ray's configuration of HAProxy with its counters for this machine and its orders for this user alone, a limit of
-    time for headers, and 503 instead of 404 where it names no application yet: a client tries again after that."""
+    time for headers, requests kept until they are answered, and 503 instead of 404 where it names no application yet: a
+    client tries again after that."""
     lines, section = [], ""
     knows_none = not re.search(r"^\s*use_backend ", configuration, re.MULTILINE)
     for line in configuration.splitlines():
@@ -91,8 +98,8 @@ def adjusted(configuration: str) -> str:
         if knows_none and section == "backend default_backend":
             line = _NOT_FOUND.sub(_NOT_YET, line)
         lines.append(re.sub(r"^(\s*stats socket .*) mode 666 ", r"\1 mode 600 ", line))
-        if section == line == "defaults" and "timeout http-request" not in configuration:
-            lines.append(f"    timeout http-request {HEADERS_S}s")
+        if section == line == "defaults":
+            lines += [one for one in _DEFAULTS if one not in configuration]
     return "\n".join(lines) + "\n"
 
 

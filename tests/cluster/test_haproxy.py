@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import socketserver
 import subprocess
+import threading
 from pathlib import Path
 
+import httpx
 import pytest
+from fake_server import FakeServer
 from ray.serve._private import constants
 from ray.serve._private.haproxy import HAProxyApi, HAProxyConfig
 from ray.serve.config import HTTPOptions
 
 from cluster import haproxy
 from cluster.config import HttpOptions, load_config
+from cluster.ports import free_port
 from cluster.ray_environment import prepare
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -50,7 +55,7 @@ def test_only_this_user_gives_haproxy_orders(written):
 def test_headers_have_a_limit_of_time_unless_ray_sets_one(written):
     assert "timeout http-request" not in written.read_text(), "Ray sets it itself now"
     once = haproxy.adjusted(written.read_text())
-    assert once.count(f"timeout http-request {haproxy.HEADERS_S}s") == 1
+    assert once.count(f"timeout http-request {haproxy.HEADERS_S}s") == once.count("option http-buffer-request") == 1
     assert haproxy.adjusted(once) == once
 
 
@@ -74,8 +79,53 @@ def test_every_variable_is_one_that_ray_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(haproxy, "LONGEST_FOLDER", 1000)
     source = Path(constants.__file__).read_text()
     variables = haproxy.environment(tmp_path, [1, 2])
-    assert len(variables) == 12
+    assert len(variables) == 13
     assert [name for name in variables if f'"{name}"' not in source] == []
+
+
+FRONT = """
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 30s
+    timeout server 30s
+    option redispatch 1
+    retry-on {retry_on}
+frontend front
+    bind 127.0.0.1:{port}
+    default_backend ingresses
+backend ingresses
+    balance roundrobin
+    server dying 127.0.0.1:{dying}
+    server living 127.0.0.1:{living}
+"""
+
+
+class Dying(socketserver.StreamRequestHandler):
+    """Closes the connection without a byte, as an ingress that is killed does."""
+
+    def handle(self) -> None:
+        self.request.recv(1)
+
+
+@pytest.mark.parametrize("retry_on, whole", [("conn-failure", False), (None, True)])
+def test_a_request_of_an_ingress_that_dies_is_tried_at_another(tmp_path, retry_on, whole):
+    retry_on = retry_on or haproxy.environment()["RAY_SERVE_HAPROXY_RETRY_ON"]
+    port = free_port("")
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Dying) as dying, FakeServer() as living:
+        threading.Thread(target=dying.serve_forever, daemon=True).start()
+        path = tmp_path / "front.cfg"
+        of_living = living.url.rpartition(":")[2]
+        path.write_text(FRONT.format(retry_on=retry_on, port=port, dying=dying.server_address[1], living=of_living))
+        with subprocess.Popen([haproxy.script(), "-db", "-f", path], env=os.environ | haproxy.environment()) as front:
+            try:
+                body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+                http = httpx.Client(transport=httpx.HTTPTransport(retries=20), trust_env=False)
+                answers = [http.post(f"http://127.0.0.1:{port}/v1/completions", json=body) for _ in range(4)]
+            finally:
+                front.terminate()
+        dying.shutdown()
+    assert all(one.status_code == 200 for one in answers) is whole
 
 
 def test_a_folder_too_deep_for_sockets_is_not_used(tmp_path):
@@ -115,3 +165,6 @@ def test_the_image_and_the_documentation_say_the_same():
         said = re.compile(rf"{name}={environment[name]}\b")
         for place in ("Dockerfile", "docs/operate/ray-cluster.md"):
             assert said.search((CONFIGS.parent / place).read_text()), (name, place)
+    tried = re.compile(rf"""HAPROXY_RETRY_ON=['"]{environment["RAY_SERVE_HAPROXY_RETRY_ON"]}['"]""")
+    for place in ("Dockerfile", "docs/operate/ray-cluster.md"):
+        assert tried.search((CONFIGS.parent / place).read_text()), place
