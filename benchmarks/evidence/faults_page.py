@@ -28,8 +28,8 @@ ONLY_IN_RUNS = ("requests", "goodput_by_second")
 SLOPES = ("process", "minutes", "mean MiB", "MiB per hour", "low", "high")
 INTRODUCTION = """\
 Made by `make faults`: SmolLM2-135M-Instruct on vLLM's CPU engine, two replicas, {cores} cores shared by client, HTTP
-and engines; `ray.serve.llm` with the same engines and replicas beside Headrace. 1 stands for {capacity};
-it is about what two replicas of Headrace complete on the machine of the run while far more is offered. Only runs of one
+and engines; `ray.serve.llm` with the same engines and replicas beside Headrace, where it was run. 1 stands for
+{capacity}; it is about what two replicas of Headrace complete on the machine of the run while far more is offered. Only runs of one
 capacity compare in goodput. Requests of `0.5:p16d16+0.5:p32d32`, evenly spaced, open loop; each asks for an exact
 number of tokens, so that every output that is cut is seen. One fault after 20 s.
 
@@ -134,14 +134,19 @@ def _soak(soak: dict[str, Any]) -> list[str]:
     return [
         "", "## Soak", "",
         f"Made by `make soak`: {soak['minutes']:.0f} minutes of Headrace at {soak['load']:g} of capacity"
-        f" ({soak['capacity_rps']:g} requests/s), {len(soak['struck'])} faults, one a minute at most, the last "
-        f"{soak.get('quiet_minutes', 0):.0f} minutes without any. Sent: {soak['sent']}.", "",
+        f" ({soak['capacity_rps']:g} requests/s), {len(soak['struck'])} faults, one a minute at most"
+        f"{_quiet(soak)}. Sent: {soak['sent']}.", "",
         *_table(("outcome", "requests"), counts), "",
         "Memory that each process has for itself, of those that lived long enough; a straight line fitted to samples "
         "after the process's first minutes, with its 95 % interval.", "",
         *_table(SLOPES, slopes), "", "Left after the stop:", "",
         *_table(("left behind", "number"), [[name, str(len(left[key]))] for key, name in kinds.items()]),
     ]
+
+
+def _quiet(soak: dict[str, Any]) -> str:
+    minutes = soak.get("quiet_minutes")
+    return f", the last {minutes:.0f} minutes without any" if minutes else ""
 
 
 def _table(head: Iterable[str], rows: Iterable[list[str]]) -> list[str]:
