@@ -39,7 +39,8 @@ _LOOKED_AT_EVERY_S = 1
 """Serve asks every so many seconds whether HAProxy still answers, and starts another after three times without one."""
 _TRIED_ELSEWHERE = "conn-failure empty-response"
 """Ray's default leaves the second out, as it may carry out a request twice. Where an ingress dies before the first byte
-of the answer, that costs an engine some work at most; without it the client gets an error though another is there."""
+of the answer, that costs some work of an engine; without it the client gets an error though another ingress is there.
+"""
 LONGEST_FOLDER = 26
 """Of the 107 characters that a socket's path may have, Ray and HAProxy need 81."""
 _COUNTERS = re.compile(r"(frontend prometheus|listen stats)\b")

@@ -29,7 +29,8 @@ SLOPES = ("process", "minutes", "mean MiB", "MiB per hour", "low", "high")
 INTRODUCTION = """\
 Made by `make faults`: SmolLM2-135M-Instruct on vLLM's CPU engine, two replicas, {cores} cores shared by client, HTTP
 and engines; `ray.serve.llm` with the same engines and replicas beside Headrace, where it was run. 1 stands for
-{capacity}; it is about what two replicas of Headrace complete on the machine of the run while far more is offered. Only runs of one
+{capacity};
+it is about what two replicas of Headrace complete on the machine of the run while far more is offered. Only runs of one
 capacity compare in goodput. Requests of `0.5:p16d16+0.5:p32d32`, evenly spaced, open loop; each asks for an exact
 number of tokens, so that every output that is cut is seen. One fault after 20 s.
 

@@ -63,7 +63,7 @@ def test_a_page_is_continued_with_newer_runs(faults_page):
     found = faults_page.merged(before, [newer])
     assert [(one["load"], one["replaced_s"]) for one in found] == [(0.7, 2.0), (1.5, 21.5)]
     assert not any("requests" in one for one in found)
-    said = "1 stands for 2.4 requests/s (Headrace at 1.5); 3.1 requests/s (Headrace at 0.7);"
+    said = "1 stands for\n2.4 requests/s (Headrace at 1.5); 3.1 requests/s (Headrace at 0.7);"
     assert said in made(faults_page, found)[0]
 
 
