@@ -20,7 +20,7 @@ USERS = ("scheduler", "simulator", "replicas", "router", "cluster")
 FILES = [path for package in USERS for path in modules_of(package).values()]
 THEIRS = {"request", "victim", "scheduler_output", "new", "scheduler", "_scheduler", "super"}
 """Names under which the fence modules hold vLLM's objects."""
-STANDARD = {"__init__", "__del__"}
+STANDARD = {"__init__", "__del__", "_replace"}
 
 
 def tree(path: Path) -> ast.Module:

@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_kv_cache_capacity
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy, create_request_queue
@@ -24,6 +24,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
@@ -281,3 +282,11 @@ def test_the_platform_names_its_device_and_the_configuration_the_model():
     defaults = inspect.getsource(EngineArgs.get_batch_defaults)
     assert "70 * GiB_bytes" in defaults and "160 * GiB_bytes" in defaults and "8192" in defaults
     assert CacheConfig.__dataclass_fields__["gpu_memory_utilization"].default.default == GPU_MEMORY_UTILIZATION
+
+
+def test_the_kv_capacity_of_layers_of_several_kinds_is_by_context_and_batch():
+    """`kv_capacity_tokens` asks it for a usual request, by another context and no prompt under way."""
+    assert list(inspect.signature(get_kv_cache_capacity).parameters) == ["vllm_config", "kv_cache_config"]
+    assert "vllm_config.model_config.max_model_len" in inspect.getsource(get_kv_cache_capacity)
+    assert "vllm_config.max_in_flight_tokens" in inspect.getsource(SlidingWindowSpec.max_memory_usage_bytes)
+    assert "max_num_batched_tokens" in inspect.getsource(VllmConfig.max_in_flight_tokens.fget)
