@@ -100,10 +100,9 @@ class RunFolder:
         return len(str(self.temporary)) <= _LONGEST_ROOT
 
     def hold_temporary_files(self) -> None:
-        """Have this process and those it starts put their temporary files here, but not what the next run can use."""
+        """Have this process and those it starts put their temporary files here."""
         self.temporary.mkdir(exist_ok=True)
         if self.is_short:
-            _keep_kernels()
             os.environ["TMPDIR"] = str(self.temporary)
 
     def remember(self, started: list[psutil.Process]) -> None:
@@ -216,16 +215,6 @@ def _already(config: ClusterConfig) -> str:
 
 def _root() -> Path:
     return Path(tempfile.gettempdir()) / f"headrace-{os.getuid()}"
-
-
-def _keep_kernels() -> None:
-    """Have engines find the kernels that an earlier run compiled. Among the temporary files they would go with their
-    run, and the next one's first request would wait for a compiler, some 10 s on a CPU."""
-    with contextlib.suppress(OSError, RuntimeError):  # no home folder, or none that can be written
-        kernels = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace" / "kernels"
-        kernels.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(kernels, os.W_OK):
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
 
 
 def _read_note(folder: RunFolder) -> Note | None:

@@ -34,10 +34,6 @@ def config_for(port: int = 8123, name: str = "headrace", drain_s: float = 600.0)
 @pytest.fixture(autouse=True)
 def temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name in ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR"):  # set by what is tested: put back after the test
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
     return tmp_path
 
 
@@ -107,31 +103,6 @@ def test_temporary_files_of_all_processes_go_into_the_folder(
     folder.hold_temporary_files()
     assert Path(os.environ["TMPDIR"]) == folder.temporary and folder.temporary.is_dir()
     assert folder.path in folder.logs.parents
-
-
-@pytest.mark.parametrize("chosen", ["", "chosen"])
-def test_compiled_kernels_outlive_a_run_and_lie_where_the_environment_says(
-    chosen: str, said: list[str], monkeypatch: pytest.MonkeyPatch, temporary_files: Path
-) -> None:
-    if chosen:
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", chosen)
-    folder = claim(config_for(), said.append)
-    monkeypatch.setattr(run_folder, "_LONGEST_ROOT", len(str(folder.temporary)))
-    folder.hold_temporary_files()
-    kernels = temporary_files / "cache" / "headrace" / "kernels"
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == (chosen or str(kernels))
-    folder.remove()
-    assert kernels.is_dir()
-
-
-def test_a_cache_that_cannot_be_written_stops_no_start(
-    said: list[str], monkeypatch: pytest.MonkeyPatch, temporary_files: Path
-) -> None:
-    (temporary_files / "cache").write_text("")
-    folder = claim(config_for(), said.append)
-    monkeypatch.setattr(run_folder, "_LONGEST_ROOT", len(str(folder.temporary)))
-    folder.hold_temporary_files()
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ and Path(os.environ["TMPDIR"]) == folder.temporary
 
 
 def test_a_torn_note_counts_as_none(said: list[str]) -> None:
